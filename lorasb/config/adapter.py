@@ -152,10 +152,9 @@ class LoRASBConfig(PeftConfig):
         self._check_patterns()
 
     def _check_patterns(self) -> None:
-        patterns = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        for name, value in patterns.items():
-            if isinstance(value, str):
-                check_pattern(value, name)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_pattern(getattr(self, name), name)
         # matched behind a prefix that may be anything
         for name, values in (
             ("rank_pattern", self.rank_pattern),
@@ -176,14 +175,11 @@ class LoRASBConfig(PeftConfig):
                 raise ValueError(f"{name} must be at most {MAX_RANK}, got {rank}")
 
     def _check_values(self) -> None:
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        for name, allowed in (("init", INITS), ("basis_start", STARTS), ("bias", BIASES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int) or self.init_seed < 0:
             raise ValueError(f"init_seed must be an integer >= 0, got {self.init_seed!r}")
-        if self.basis_start not in STARTS:
-            raise ValueError(f"basis_start must be one of {', '.join(STARTS)}, got {self.basis_start!r}")
-        if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
         if not isinstance(self.scaling, int | float) or not SMALLEST_SCALE <= abs(self.scaling) <= LARGEST_SCALE:
@@ -203,11 +199,8 @@ class LoRASBConfig(PeftConfig):
     def _check_layer_selection(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too")
-        if (
-            isinstance(self.target_modules, str)
-            and self.target_modules != ALL_LINEAR
-            and self.layers_to_transform is not None
-        ):
+        regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        if regex and self.layers_to_transform is not None:
             raise ValueError(
                 "layers_to_transform works with target_modules as a list or 'all-linear'; "
                 f"with a regex ({self.target_modules!r}), select the layers in the regex"

@@ -7,18 +7,26 @@ layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..layers.weight_adapter import SLICE, LoRASBWeight, Tap
+from ..layers.weight_adapter import SLICE, LoRASBWeight
 from ..ops.plain_ops import BAD, SQUARES, ZEROS
 from ..ops.registry import backend_op, current_backend
 from .svd import MomentSketch, SignBits, energies
 
 
-def _op(name: str) -> Callable[..., Any]:
+def _add_product(dy: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
+    """`total` + dyᵀ x [out, in], in place; None: dyᵀ x."""
+    fresh, total = total is None, _sum_buffer(total, dy, x)
+    _op("gradient_add")(dy, x, total, fresh)
+    return total
+
+
+def _op(name: str) -> Callable[..., tuple[Tensor, ...]]:
     from .. import backends  # noqa: F401  registers the ops of every backend
 
     return backend_op(name, current_backend())
@@ -40,28 +48,19 @@ class LayerSum:
         self._signs: tuple[SignBits, Tensor] | None = None  # with [ΣG², zeros, non-finite entries] fp64
 
     def add(self, dy: Tensor, x: Tensor, last: bool = False) -> None:
-        """G += dyᵀ x for dy [..., out] and x [..., in].
-
-        Args:
-            dy: gradient of the layer's output.
-            x: the layer's input.
-            last: True for the last call of a layer: the kernel packs the signs in its epilogue, which saves a pass
-                over G.
-        """
+        """G += dyᵀ x for dy [..., out] and x [..., in]; at the `last`, the kernel packs the signs in its epilogue."""
         if self.sketch is not None:
             self.sketch.add(dy, x)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         if last and self.total is None and self._pair is None and _pair_is_smaller(dy, x):
-            self._pair = dy, x
-            self._take_signs(dy, x, None, True)
+            self._pair, self._signs = (dy, x), _signs_of(dy, x, None, True)
             return
         self._multiply_pair()
-        fresh, self.total = self.total is None, _sum_buffer(self.total, dy, x)
         if last:
-            self._take_signs(dy, x, self.total, fresh)
+            fresh, self.total = self.total is None, _sum_buffer(self.total, dy, x)
+            self._signs = _signs_of(dy, x, self.total, fresh)
         else:
-            self._signs = None  # stale after this addition
-            _op("gradient_add")(dy, x, self.total, fresh)
+            self._signs, self.total = None, _add_product(dy, x, self.total)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """G += a gradient [out, in] that the layer itself has computed, fp32 or wider."""
@@ -77,20 +76,10 @@ class LayerSum:
         else:
             self.total.add_(gradient)
 
-    def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> None:
-        """Add dyᵀ x and take the signs of the result; without a `total` only the signs are written."""
-        words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
-        counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
-        shape = (dy.shape[1], x.shape[1])
-        # Without zeros and NaN the nonzero plane is all ones, and not worth its memory.
-        self._signs = SignBits(words, shape, nonzero if counts[ZEROS] or counts[BAD] else None), counts
-
     def _multiply_pair(self) -> None:
         """Replace a stored pair (dy, x) by its product."""
         if self._pair is not None:
-            self.total = _sum_buffer(None, *self._pair)
-            _op("gradient_add")(*self._pair, self.total, True)
-            self._pair = None
+            self.total, self._pair = _add_product(*self._pair, None), None
 
     def value(self) -> Tensor:
         """G [out, in]."""
@@ -98,10 +87,6 @@ class LayerSum:
         if self.total is None:
             raise RuntimeError("nothing was added to this sum")
         return self.total
-
-    def merge(self, total: Tensor) -> None:
-        """Replace this sum by the one over all ranks."""
-        self.total, self._pair, self._signs = total, None, None
 
     def signs(self) -> SignBits:
         """sign(G)."""
@@ -126,9 +111,8 @@ class LayerSum:
         if self._signs is None:
             total = self.value()
             # The op with no tokens (dy [0, out], x [0, in]) adds nothing and takes the signs of `total`.
-            self._take_signs(total.new_empty(0, total.shape[0]), total.new_empty(0, total.shape[1]), total, False)
-        if self._signs is None:  # not reached; narrows the type
-            raise RuntimeError("nothing was added to this sum")
+            dy, x = (total.new_empty(0, side) for side in total.shape)
+            self._signs = _signs_of(dy, x, total, False)
         return self._signs
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
@@ -141,6 +125,14 @@ class LayerSum:
             total = self.value()
             core = u.t().to(total.dtype) @ total @ vt.t().to(total.dtype)
         return energies(core)
+
+
+def _signs_of(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[SignBits, Tensor]:
+    """Add dyᵀ x and take the signs and counts of the result; without a `total` only these are written."""
+    words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
+    counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
+    # Without zeros and NaN the nonzero plane is all ones, and not worth its memory.
+    return SignBits(words, (dy.shape[1], x.shape[1]), nonzero if counts[ZEROS] or counts[BAD] else None), counts
 
 
 def _sum_buffer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
@@ -188,14 +180,14 @@ class GradientSums:
         self.closing = self.muted = False
         self._active, self.sketch = active, sketch
         self._pending: dict[str, int] = {}  # calls whose backward is still to come
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> GradientSums:
         for name, layer in self.layers.items():
             if isinstance(layer, LoRASBWeight):
-                layer.tap = self._tap(name, layer)
+                layer.tap = partial(self._tap, name, layer)
             else:
-                self._handles.append(layer.register_forward_hook(self._hook(name)))
+                self._handles.append(layer.register_forward_hook(partial(self._hook, name)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -205,65 +197,50 @@ class GradientSums:
             if isinstance(layer, LoRASBWeight):
                 layer.tap = None
 
-    def leave_out(self, names: set[str]) -> None:
-        """Discard layers, as if they had not run."""
-        self.called -= names
-        for name in names:
-            self.sums.pop(name, None)
-
     def totals(self) -> dict[str, Tensor]:
         """ΣG by layer name."""
         return {name: layer_sum.value() for name, layer_sum in self.sums.items()}
 
-    def _hook(self, name: str) -> Any:
-        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            # No tokens: an expert that nothing was routed to is often called all the same.
-            if not torch.is_grad_enabled() or inputs[0].numel() == 0:
-                return None
-            if not self._active():
-                self.called_inactive.add(name)
-                return None
-            if not output.requires_grad:
-                # `clone`: a leaf that requires a gradient may not be changed in place, as models do with `+=`.
-                output = output.detach().requires_grad_(True).clone()
-            if self.muted:  # in the graph all the same: under FSDP2 every rank has to run the same backward
-                return output
-            self.called.add(name)
-            x = inputs[0].detach()
-            self._pending[name] = self._pending.get(name, 0) + 1
-            output.register_hook(lambda dy: self._add(name, dy, x))
-            # Tensor hooks run in the order of registration, so hooks that others register on this output later (the
-            # loss rescales the gradient at the logits) would run after ours. They go onto a view, nearer to the loss.
-            return output.view_as(output)
+    def _hook(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        # No tokens: an expert that nothing was routed to is often called all the same.
+        if not torch.is_grad_enabled() or inputs[0].numel() == 0:
+            return None
+        if not self._active():
+            self.called_inactive.add(name)
+            return None
+        if not output.requires_grad:
+            # `clone`: a leaf that requires a gradient may not be changed in place, as models do with `+=`.
+            output = output.detach().requires_grad_(True).clone()
+        if self.muted:  # in the graph all the same: under FSDP2 every rank has to run the same backward
+            return output
+        self.called.add(name)
+        self._pending[name] = self._pending.get(name, 0) + 1
+        output.register_hook(partial(self._add, name, inputs[0].detach()))
+        # Tensor hooks run in the order of registration, so hooks that others register on this output later (the
+        # loss rescales the gradient at the logits) would run after ours. They go onto a view, nearer to the loss.
+        return output.view_as(output)
 
-        return forward
-
-    def _tap(self, name: str, layer: LoRASBWeight) -> Tap:
+    def _tap(self, name: str, layer: LoRASBWeight, weight: Tensor) -> Tensor:
         """For layers whose weight's gradient is not dyᵀ x: the weight goes through here on its way into the module."""
-
-        def hook(weight: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return weight
-            if not self._active():
-                self.called_inactive.add(name)
-                return weight
-            tapped = weight.detach().requires_grad_(True).view_as(weight)
-            if self.muted:
-                return tapped
-            # All experts of a parameter go through, and those that no token was routed to have not run.
-            if layer.unfolding.kind != SLICE:
-                self.called.add(name)
-            tapped.register_hook(lambda gradient: self._add_own(name, layer, gradient))
+        if not torch.is_grad_enabled():
+            return weight
+        if not self._active():
+            self.called_inactive.add(name)
+            return weight
+        tapped = weight.detach().requires_grad_(True).view_as(weight)
+        if self.muted:
             return tapped
-
-        return hook
+        # All experts of a parameter go through, and those that no token was routed to have not run.
+        if layer.unfolding.kind != SLICE:
+            self.called.add(name)
+        tapped.register_hook(partial(self._add_own, name, layer))
+        return tapped
 
     @torch.no_grad()
     def _add_own(self, name: str, layer: LoRASBWeight, gradient: Tensor) -> None:
-        if layer.unfolding.kind == SLICE and not gradient.any():
-            return
-        self.called.add(name)
-        self._sum_of(name).add_gradient(layer.matrix_gradient(gradient))
+        if layer.unfolding.kind != SLICE or gradient.any():
+            self.called.add(name)
+            self._sum_of(name).add_gradient(layer.matrix_gradient(gradient))
 
     def _sum_of(self, name: str) -> LayerSum:
         if name not in self.sums:
@@ -271,7 +248,7 @@ class GradientSums:
         return self.sums[name]
 
     @torch.no_grad()
-    def _add(self, name: str, dy: Tensor, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, dy: Tensor) -> None:
         self._pending[name] -= 1
         # A layer may run several times in a forward (shared modules): only its last backward completes the sum.
         self._sum_of(name).add(dy, x, self.closing and self._pending[name] == 0)

@@ -65,17 +65,16 @@ def basis_fit(
     if not layers or uninitialized(layers, basis):
         raise ValueError(f"expected basis= to name an initialized adapter of the model, got {basis!r}")
     with _temporary_adapter(model, basis, layers) as own:
-        options: dict[str, Any] = {} if update == "sgd" else {"longest_start": None}
         report = initialize(
             model,
             batches,
             lr=1.0,
             num_samples=num_samples,
             update=update,
+            longest_start=None,
             seed=seed,
             adapter_name=own,
             progress=progress,
-            **options,
         )
         energies = kept_energies(layers, own, basis)
     by_chance = {

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..constants import PEFT_PREFIX
 from ..ops.calls import autocast_on
@@ -92,14 +93,16 @@ HIDDEN = "hidden_states"
 MODIFIED_IN_PLACE = "something that passes between blocks is changed in place"
 NO_VERSION = -1
 EARLY_EXIT = "a forward leaves the stack before its last block"
+Args = tuple[object, ...]  # of a block's forward
+Kwargs = dict[str, object]
 
 
 @dataclass
 class Call:
     """A block's arguments other than its hidden states, and the autocast state of the call."""
 
-    args: tuple[Any, ...]  # positional arguments after the hidden states
-    kwargs: dict[str, Any]  # keyword arguments without the hidden states
+    args: Args  # positional arguments after the hidden states
+    kwargs: Kwargs  # keyword arguments without the hidden states
     by_keyword: bool  # True if the hidden states were passed by keyword
     autocast: tuple[str, torch.dtype | None]  # device type, and autocast's dtype or None if it was disabled
 
@@ -107,8 +110,12 @@ class Call:
         """Recompute the block's output (its hidden states) for the same call."""
         # Backward runs after the forward's autocast context has ended, so it is entered again.
         kind, dtype = self.autocast
-        args = tuple(_to_device(value, hidden.device) for value in self.args)
-        kwargs = {name: _to_device(value, hidden.device) for name, value in self.kwargs.items()}
+
+        def back(stored: Tensor) -> Tensor:
+            return stored.to(hidden.device)
+
+        args = [_with_tensors(value, back) for value in self.args]
+        kwargs = {name: _with_tensors(value, back) for name, value in self.kwargs.items()}
         with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             if self.by_keyword:
                 return _hidden_of(block(*args, **{HIDDEN: hidden}, **kwargs))
@@ -176,14 +183,15 @@ class Recorder:
     @contextmanager
     def hooks(self) -> Iterator[Recorder]:
         """Register hooks on blocks and targets, and remove them on exit."""
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         for i, block in enumerate(self.blocks):
             # Before FSDP2's pre-forward hook, which replaces the inputs by cast or wrapped ones: the identity of the
             # hidden states is checked below.
-            handles.append(block.register_forward_pre_hook(self._before(i), prepend=True, with_kwargs=True))
-            handles.append(block.register_forward_hook(self._after(i)))
+            before = partial(self._before, i)
+            handles.append(block.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(self._after, i)))
             for name, layer in self.targets[i].items():
-                handles.append(layer.register_forward_pre_hook(self._inside(i, name)))
+                handles.append(layer.register_forward_pre_hook(partial(self._inside, i, name)))
         try:
             yield self
         finally:
@@ -216,38 +224,32 @@ class Recorder:
         self.traversals += [traversal for traversal in self._open if traversal.gradient is not None]
         self.begin()
 
-    def _before(self, i: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if i == 0:
-                self._passive, self.above = not torch.is_grad_enabled(), False
-            if self._passive:
-                return None
-            hidden = args[0] if args else kwargs.get(HIDDEN)
-            if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-                raise NotAStackError(f"the first input of block {i} is no tensor of hidden states")
-            self._running = i
-            if i == 0:
-                return self._enter(hidden, args, kwargs)
-            traversal = self._open[-1] if self._open else Traversal()
-            if len(traversal.calls) != i:
-                raise NotAStackError(f"block {i} runs after block {len(traversal.calls) - 1}, or more than once")
-            # By identity: an operation between blocks makes another tensor, and no recomputation would repeat it.
-            if hidden is not traversal.leaves[-1]:
-                raise NotAStackError(f"the input of block {i} is not the output of the block before")
-            self._store_call(traversal, hidden, args, kwargs)
+    def _before(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        if i == 0:
+            self._passive, self.above = not torch.is_grad_enabled(), False
+        if self._passive:
             return None
+        hidden = args[0] if args else kwargs.get(HIDDEN)
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+            raise NotAStackError(f"the first input of block {i} is no tensor of hidden states")
+        self._running = i
+        if i == 0:
+            return self._enter(hidden, args, kwargs)
+        traversal = self._open[-1] if self._open else Traversal()
+        if len(traversal.calls) != i:
+            raise NotAStackError(f"block {i} runs after block {len(traversal.calls) - 1}, or more than once")
+        # By identity: an operation between blocks makes another tensor, and no recomputation would repeat it.
+        if hidden is not traversal.leaves[-1]:
+            raise NotAStackError(f"the input of block {i} is not the output of the block before")
+        self._store_call(traversal, hidden, args, kwargs)
+        return None
 
-        return hook
+    def _inside(self, i: int, name: str, module: nn.Module, args: Args) -> None:
+        # Its sum would lack the gradient from that other call.
+        if torch.is_grad_enabled() and self._running != i:
+            raise NotAStackError(f"layer {name!r} also runs outside of its block")
 
-    def _inside(self, i: int, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # Its sum would lack the gradient from that other call.
-            if torch.is_grad_enabled() and self._running != i:
-                raise NotAStackError(f"layer {name!r} also runs outside of its block")
-
-        return hook
-
-    def _enter(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(self, hidden: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Begin a traversal; returns block 0's arguments with the hidden states replaced by a leaf."""
         # A recurrent stack: the gradient at the top of the first traversal would come from the second one.
         if _depends_on(hidden, self._leaves()):
@@ -259,37 +261,36 @@ class Recorder:
         self._store_call(self._open[-1], leaf, args, kwargs)
         return ((leaf, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: leaf})
 
-    def _store_call(self, traversal: Traversal, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _store_call(self, traversal: Traversal, hidden: Tensor, args: Args, kwargs: Kwargs) -> None:
         """Store a block's input and other arguments, which may not depend on earlier blocks."""
-        other_kwargs = {name: value for name, value in kwargs.items() if args or name != HIDDEN}
         leaves, block = self._leaves(), len(traversal.calls)
-        if any(_depends_on(t, leaves) for value in (*args[1:], *other_kwargs.values()) for t in _tensors(value)):
-            raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
 
         def store_once(tensor: Tensor) -> Tensor:
             """Store a tensor unless an earlier block of this traversal got it too."""
+            if _depends_on(tensor, leaves):
+                raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
             if id(tensor) not in traversal.stored:
                 traversal.stored[id(tensor)] = self.store(traversal.watch(tensor).detach())
             return traversal.stored[id(tensor)]
 
-        named = {name: _stored(value, store_once) for name, value in other_kwargs.items()}
-        call = Call(tuple(_stored(value, store_once) for value in args[1:]), named, not args, _autocast(hidden))
+        others = {name: value for name, value in kwargs.items() if args or name != HIDDEN}
+        positional = tuple(_with_tensors(value, store_once) for value in args[1:])
+        named = {name: _with_tensors(value, store_once) for name, value in others.items()}
+        kind = hidden.device.type
+        autocast = kind, torch.get_autocast_dtype(kind) if autocast_on(kind) else None
         traversal.hidden.append(self.store(hidden.detach()))
-        traversal.calls.append(call)
+        traversal.calls.append(Call(positional, named, not args, autocast))
 
-    def _after(self, i: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if self._passive:
-                return None
-            # Detaching frees this block's graph at once; backward will recompute it.
-            leaf = _hidden_of(output).detach().requires_grad_(True)
-            self._running = None
-            self._open[-1].leaves.append(self._open[-1].watch(leaf))
-            # The head and targets above the stack are summed by `GradientSums` from here on.
-            self.above = i == len(self.blocks) - 1
-            return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
-
-        return hook
+    def _after(self, i: int, module: nn.Module, args: Args, output: object) -> object:
+        if self._passive:
+            return None
+        # Detaching frees this block's graph at once; backward will recompute it.
+        leaf = _hidden_of(output).detach().requires_grad_(True)
+        self._running = None
+        self._open[-1].leaves.append(self._open[-1].watch(leaf))
+        # The head and targets above the stack are summed by `GradientSums` from here on.
+        self.above = i == len(self.blocks) - 1
+        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 
     def _leaves(self) -> set[int]:
         return {id(leaf) for traversal in self._open for leaf in traversal.leaves}
@@ -312,39 +313,19 @@ def _depends_on(tensor: Tensor, leaves: set[int]) -> bool:
     return False
 
 
-def _hidden_of(output: Any) -> Tensor:
+def _hidden_of(output: object) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
         raise NotAStackError(f"expected a block to return its hidden states, got {type(output).__name__}")
     return hidden
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _with_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
+    """An argument with its tensors changed, those inside of tuples too, so that it can be passed again."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _stored(value: Any, store: Callable[[Tensor], Tensor]) -> Any:
-    """An argument with its tensors stored, so that it can be passed again."""
-    if isinstance(value, Tensor):
-        return store(value)
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(_stored(item, store) for item in value)
+        return tuple(_with_tensors(item, change) for item in value)
     if isinstance(value, dict | list) or "Cache" in type(value).__name__:
         raise NotAStackError(f"blocks share a {type(value).__name__} that they may write to")
     return value
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of an argument, which may be stored on the host."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return tuple(_to_device(item, device) for item in value) if isinstance(value, tuple) else value
-
-
-def _autocast(hidden: Tensor) -> tuple[str, torch.dtype | None]:
-    kind = hidden.device.type
-    return kind, torch.get_autocast_dtype(kind) if autocast_on(kind) else None

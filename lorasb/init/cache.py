@@ -22,12 +22,14 @@ from torch import Tensor
 
 from ..utils.atomic_files import replacing, write_json
 from ..utils.reading import safetensors_header
+from .accumulator import LayerSum
 from .block_recorder import Traversal
 from .svd import NONZERO, WORDS, SignBits
 
 FORMAT = "lorasb signs 1"  # in the header; to be raised if the layout changes
 CURVE = "curve"
 DATA_FIELDS = ("num_samples", "data", "loss_fn")  # of the key; not compared if no batches are given
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class Cache:
         data: True if the key describes batches, which are then compared.
     """
 
-    def __init__(self, path: str | os.PathLike[str], key: Mapping[str, Any], data: bool) -> None:
+    def __init__(self, path: str | os.PathLike[str], key: Json, data: bool) -> None:
         # Through JSON, so that the key equals one read from a file (tuples become lists).
-        self.path, self.key, self.data = Path(path), json.loads(json.dumps(dict(key))), data
+        self.path, self.key, self.data = Path(path), json.loads(json.dumps(key)), data
         self.partial = self.path.with_name(self.path.name + ".partial")
-        self.facts: dict[str, Any] = {}
-        self.course: list[Any] = []  # blocks and targets of a layerwise run: resuming needs the same
-        self._layers: dict[str, CachedGradient] = {}
+        self.facts: Json = {}
+        self.course: list[object] = []  # blocks and targets of a layerwise run: resuming needs the same
+        self.layers: dict[str, CachedGradient] = {}  # those added or loaded so far
         self._unsaved: list[str] = []  # layers of the current block
 
     def load(self, names: list[str]) -> dict[str, CachedGradient] | None:
@@ -78,7 +80,7 @@ class Cache:
         if not self.path.exists():
             return None
         layers, key, self.facts = read(self.path)
-        self._compare(key, self.path)
+        self._compare(key, self.path, self.key)
         # Layers that no sample reached have no signs, and are no reason to refuse the cache.
         missing = [name for name in names if name not in layers and name not in self.facts["not_reached"]]
         if missing:
@@ -90,12 +92,12 @@ class Cache:
 
     def add(self, name: str, gradient: CachedGradient) -> None:
         """Add a layer, of the block that is in progress."""
-        self._layers[name] = gradient
+        self.layers[name] = gradient
         self._unsaved.append(name)
 
-    def finish(self, facts: Mapping[str, Any]) -> None:
+    def finish(self, facts: Json) -> None:
         """Write the file atomically, then remove the `.partial` folder."""
-        write(self.path, self._layers, self.key, facts)
+        write(self.path, self.layers, self.key, facts)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def resume(self, traversals: list[Traversal]) -> int | None:
@@ -105,27 +107,25 @@ class Cache:
             return None
         key = self.key | {"blocks and targets": self.course}
         self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial, key)
-        block, gradients = _read_boundary(boundary, len(traversals))
-        self._load_blocks(block)
+        safetensors_header(boundary)  # raises if the file is truncated
+        with safe_open(str(boundary), "pt") as file:
+            block, gradients = int(file.metadata()["block"]), [file.get_tensor(str(k)) for k in range(len(traversals))]
+        for path in sorted(self.partial.glob("block-*.safetensors")):
+            # A block whose boundary was not written in time is computed again, and its file overwritten.
+            if int(path.stem.partition("-")[2]) > block:
+                self.layers |= read(path)[0]
         # Traversals were recorded again by this run; only their gradients come from the file.
         for traversal, gradient in zip(traversals, gradients, strict=True):
             if traversal.gradient is not None:
                 traversal.gradient = gradient.to(traversal.gradient.device)
         return block
 
-    def _load_blocks(self, block: int) -> None:
-        """Load the layers of the blocks above `block`, whose boundaries were written."""
-        for path in sorted(self.partial.glob("block-*.safetensors")):
-            # A block whose boundary was not written in time is computed again, and its file overwritten.
-            if int(path.stem.partition("-")[2]) > block:
-                self._layers |= read(path)[0]
-
     def finished(self, block: int, traversals: list[Traversal]) -> None:
         """Write a block's signs, then the gradients at its input."""
         # The boundary file is the commit: it is replaced atomically and names the next block, so a run that is
         # interrupted between the two writes resumes at this block.
         write_json(self.partial / "key.json", self.key | {"blocks and targets": self.course})
-        layers = {name: self._layers[name] for name in self._unsaved}
+        layers = {name: self.layers[name] for name in self._unsaved}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
         self._unsaved = []
         # `contiguous`: safetensors refuses views.
@@ -133,26 +133,18 @@ class Cache:
         with replacing(self.partial / "boundary.safetensors") as temporary:
             save_file(gradients, str(temporary), metadata={"block": str(block - 1)})
 
-    @property
-    def layers(self) -> dict[str, CachedGradient]:
-        """The layers added or loaded so far."""
-        return self._layers
-
-    def _compare(self, other: Mapping[str, Any], where: Path, key: Mapping[str, Any] | None = None) -> None:
-        """Raise a ValueError that names the first field in which a stored key differs from `key` (or `self.key`)."""
-        key = key or self.key
+    def _compare(self, other: Json, where: Path, key: Json) -> None:
+        """Raise a ValueError that names the first field in which a stored key differs from `key`."""
         for field in dict.fromkeys([*key, *other]):
-            if not self.data and field in DATA_FIELDS:
-                continue
-            expected, stored = key.get(field), other.get(field)
-            if expected != stored:
+            if key.get(field) != other.get(field) and (self.data or field not in DATA_FIELDS):
+                stored, expected = (_short(json.dumps(one.get(field))) for one in (other, key))
                 raise ValueError(
-                    f"the cache {where} does not fit: its {field} is {_short(stored)}, expected {_short(expected)}. "
-                    "Choose another cache=, or delete it to make it again"
+                    f"the cache {where} does not fit: its {field} is {stored}, expected {expected}. Choose another "
+                    "cache=, or delete it to make it again"
                 )
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], dict[str, Any], dict[str, Any]]:
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], Json, Json]:
     """Layers (by name), key and facts (loss, number of samples, ...) of a cache file."""
     metadata = safetensors_header(path).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
@@ -168,50 +160,26 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], dict[
     return layers, json.loads(metadata["key"]), json.loads(metadata["facts"])
 
 
-def write(
-    path: str | os.PathLike[str],
-    layers: Mapping[str, CachedGradient],
-    key: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> None:
+def write(path: Path, layers: Mapping[str, CachedGradient], key: Json, facts: Json) -> None:
     """Write a cache file atomically."""
-    scalars = {
-        name: {"shape": layer.bits.shape, "squares": layer.squares, "zeros": layer.zeros}
-        for name, layer in layers.items()
-    }
-    metadata = {
-        "format": FORMAT,
-        "layers": json.dumps(scalars),
-        "key": json.dumps(dict(key)),
-        "facts": json.dumps(dict(facts)),
-    }
-    with replacing(path) as temporary:
-        save_file(_tensors(layers), str(temporary), metadata=metadata)
-
-
-def _tensors(layers: Mapping[str, CachedGradient]) -> dict[str, Tensor]:
-    """The cache file's tensors, in host memory."""
+    scalars: Json = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{name}:{WORDS}"], tensors[f"{name}:{CURVE}"] = layer.bits.words, layer.energies
+        scalars[name] = {"shape": layer.bits.shape, "squares": layer.squares, "zeros": layer.zeros}
+        tensors |= {f"{name}:{WORDS}": layer.bits.words, f"{name}:{CURVE}": layer.energies}
         if layer.bits.nonzero is not None:
             tensors[f"{name}:{NONZERO}"] = layer.bits.nonzero
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"layers": scalars, "key": key, "facts": facts}
+    texts = {"format": FORMAT} | {name: json.dumps(value) for name, value in metadata.items()}
+    with replacing(path) as temporary:
+        save_file({n: tensor.cpu().contiguous() for n, tensor in tensors.items()}, str(temporary), metadata=texts)
 
 
-def cached(gradient: Any, energies: Tensor) -> CachedGradient:
+def cached(gradient: LayerSum, energies: Tensor) -> CachedGradient:
     """The cache entry of a sum: its signs in host memory, and the energies just measured, without NaN padding."""
     measured = energies[~energies.isnan()].to(torch.float64)
     return CachedGradient(gradient.signs().to("cpu"), gradient.squares, gradient.zeros, measured)
 
 
-def _read_boundary(path: Path, count: int) -> tuple[int, list[Tensor]]:
-    """The block that was finished last, and the gradients at its input, one for each traversal."""
-    safetensors_header(path)  # raises if the file is truncated
-    with safe_open(str(path), "pt") as file:
-        return int(file.metadata()["block"]), [file.get_tensor(str(k)) for k in range(count)]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."

@@ -14,7 +14,7 @@ from ..layers.adapted_layer import AdaptedLayer
 from .accumulator import LayerSum
 from .cache import CachedGradient
 from .init_report import LayerReport
-from .svd import OVERSAMPLE, Triplets, energies, full_precision, leading_triplets, signed_core, truncated_svd
+from .svd import Triplets, energies, full_precision, leading_triplets, signed_core, truncated_svd
 from .task import InitOptions
 
 
@@ -96,16 +96,10 @@ class Factors(NamedTuple):
 
 
 def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors:
-    """From the SVD of sign(G) (AdamW) or G (SGD, Theorem 6) to the first step of full fine-tuning (Eq. 6-8).
+    """From the SVD U [out, q], S [q], Vᵀ [q, in] of sign(G) (AdamW) or G (SGD, Theorem 6) to the first step (Eq. 6-8).
 
     ΔW = −η·sign(G), or −η·G, = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is the best rank-r approximation of
     ΔW.
-
-    Args:
-        triplets: U [out, q], S [q] and Vᵀ [q, in] of sign(G) or G.
-        r: rank.
-        lr: η.
-        scaling: s.
     """
     u, s, vt = triplets.first(r)
     # The minus of the descent goes into B, so that R keeps a positive diagonal.
@@ -113,15 +107,7 @@ def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors
 
 
 def projected_step(triplets: Triplets, core: Tensor, r: int, lr: float, scaling: float) -> Factors:
-    """The part of AdamW's first step within given subspaces: R = −η·Uᵀ sign(G) V / s.
-
-    Args:
-        triplets: orthonormal U [out, q] and Vᵀ [q, in], and the values [q] that they are ordered by.
-        core: Uᵀ sign(G) V [q, q].
-        r: rank.
-        lr: η.
-        scaling: s.
-    """
+    """The part of AdamW's first step within U and V: R = −η·core / s, with the core Uᵀ sign(G) V [q, q]."""
     u, s, vt = triplets.first(r)
     return Factors(u, core[:r, :r] * (-lr / scaling), vt, s)
 
@@ -140,16 +126,11 @@ def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:
 
 
 def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Factors:
-    """LoRA-XS's recipe: from the SVD U Σ Vᵀ of W, R ~ N(0, (1e-5)²).
+    """LoRA-XS's recipe: from the SVD U Σ Vᵀ of W [out, in], R ~ N(0, (1e-5)²).
 
-    AdamW is not invariant to the side of Σ: R's steps are longer in W's leading directions, of the input or the output.
-
-    Args:
-        weight: W [out, in].
-        r: rank.
-        seed: of R, and of the SVD's random start.
-        sigma_on: "input", A = Σ_r V_rᵀ and B = U_r, as the authors' code has it (it factors Wᵀ, and gives U Σ to
-            `lora_A`), or "output", A = V_rᵀ and B = U_r Σ_r.
+    With Σ on the "input", A = Σ_r V_rᵀ and B = U_r, as the authors' code has it (it factors Wᵀ, and gives U Σ to
+    `lora_A`), or on the "output", A = V_rᵀ and B = U_r Σ_r. AdamW is not invariant to the side: R's steps are longer in
+    W's leading directions, of the input or the output.
     """
     u, s, vt = truncated_svd(weight, r, seed)
     # Drawn on the CPU, where a seed gives the same numbers whatever device the layer is on.
@@ -206,11 +187,6 @@ def factor(name: str, gradient: Gradient, layer: AdaptedLayer, options: InitOpti
         padded[: len(curve)] = curve
     scalars = Scalars(gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, start)
     return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), padded, scalars)
-
-
-def count_triplets(layer: AdaptedLayer, adapter: str) -> int:
-    """Number of singular triplets that the SVD of a layer returns: q = r + 32, at most min(m, n)."""
-    return min(layer.adapters[adapter].r + OVERSAMPLE, layer.in_features, layer.out_features)
 
 
 def overlap(first: Triplets, second: Triplets) -> float:

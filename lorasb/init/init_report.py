@@ -7,7 +7,6 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -55,7 +54,7 @@ class LayerReport:
 
 
 Path = str | os.PathLike[str]
-CURVES = ((("grad", GRAD, "of the gradient ΣG")), ("sign", SIGN, "of its sign"))
+CURVES = (("grad", GRAD, "of the gradient ΣG"), ("sign", SIGN, "of its sign"))
 
 
 def energy_by_layer(report: InitReport, path: Path) -> None:
@@ -73,8 +72,9 @@ def energy_by_layer(report: InitReport, path: Path) -> None:
         yticks=range(0, 101, 20),
     )
     axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
-    title = f"What rank {_ranks(layers)} keeps of the first full step"
-    save(figure, axes, f"{title} ({report.num_samples} samples; dashed: mean)", path)
+    ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
+    title = f"What rank {ranks} keeps of the first full step ({report.num_samples} samples; dashed: mean)"
+    save(figure, axes, title, path)
 
 
 def energy_by_rank(report: InitReport, path: Path) -> None:
@@ -89,10 +89,9 @@ def energy_by_rank(report: InitReport, path: Path) -> None:
         low, middle, high = zip(*(_quartiles([c[min(k, len(c)) - 1] for c in curves]) for k in ranks), strict=True)
         axes.plot(ranks, middle, color=color, linewidth=2, label=label)
         axes.fill_between(ranks, low, high, color=color, alpha=0.15, linewidth=0)
-    chosen = sorted({layer.rank for layer in report.layers})
-    for rank in chosen[-1:]:
-        axes.axvline(rank, color=MUTED, linewidth=1, linestyle="--")
-        axes.annotate(f"r = {rank}", (rank, 4), textcoords="offset points", xytext=(5, 0), color=INK)
+    rank = max(layer.rank for layer in report.layers)
+    axes.axvline(rank, color=MUTED, linewidth=1, linestyle="--")
+    axes.annotate(f"r = {rank}", (rank, 4), textcoords="offset points", xytext=(5, 0), color=INK)
     axes.set(xlabel="rank", ylabel="energy kept (%)", ylim=(0, 102), xlim=(1, None))
     axes.legend(frameon=False, loc="upper left")
     save(figure, axes, "Energy of the first full step against rank (median and middle half of the layers)", path)
@@ -101,47 +100,28 @@ def energy_by_rank(report: InitReport, path: Path) -> None:
 def spectrum(report: InitReport, path: Path) -> None:
     """Line plot of singular values over the largest one: the median over layers of a kind (q_proj, down_proj, ...)."""
     figure, axes = canvas()
-    spectra_by_kind = _spectra_by_kind(report)
-    colors = _colors(len(spectra_by_kind))
-    for (kind, spectra), color in zip(spectra_by_kind.items(), colors, strict=True):
+    import matplotlib
+
+    by_kind: dict[str, list[list[float]]] = {}
+    for layer in report.layers:
+        if layer.curve_sign:
+            values = (*layer.singular_values, *layer.beyond)
+            by_kind.setdefault(layer.name.rpartition(".")[2], []).append([v / (values[0] or 1.0) for v in values])
+    for i, (kind, spectra) in enumerate(by_kind.items()):
         length = min(map(len, spectra))
-        axes.plot(
-            range(1, length + 1),
-            [statistics.median(v[k] for v in spectra) for k in range(length)],
-            color=color,
-            linewidth=1.5,
-            label=f"{kind} ({len(spectra)})",
-        )
+        medians = [statistics.median(v[k] for v in spectra) for k in range(length)]
+        color = matplotlib.colormaps["viridis"](0.05 + 0.85 * i / max(1, len(by_kind) - 1))
+        axes.plot(range(1, length + 1), medians, color=color, linewidth=1.5, label=f"{kind} ({len(spectra)})")
     axes.set(xlabel="index", ylabel="σ over σ₁", yscale="log", xlim=(1, None))
     axes.legend(frameon=False, ncols=2)
     what = {"adamw": "sign(ΣG)", "sgd": "ΣG"}.get(report.update, "the samples' gradients")
     save(figure, axes, f"Singular values of {what} by kind of layer (median)", path)
 
 
-def _spectra_by_kind(report: InitReport) -> dict[str, list[Sequence[float]]]:
-    """Every layer's singular values over its largest one."""
-    spectra: dict[str, list[Sequence[float]]] = {}
-    for layer in report.layers:
-        if layer.curve_sign:
-            values = (*layer.singular_values, *layer.beyond)
-            spectra.setdefault(layer.name.rpartition(".")[2], []).append([v / (values[0] or 1.0) for v in values])
-    return spectra
-
-
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
     ordered = sorted(100 * value for value in values)
     last = len(ordered) - 1
     return ordered[round(0.25 * last)], ordered[round(0.5 * last)], ordered[round(0.75 * last)]
-
-
-def _ranks(layers: list[LayerReport]) -> str:
-    return "/".join(map(str, sorted({layer.rank for layer in layers})))
-
-
-def _colors(count: int) -> Any:
-    import matplotlib
-
-    return [matplotlib.colormaps["viridis"](0.05 + 0.85 * i / max(1, count - 1)) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -159,31 +139,6 @@ class RankSuggestion:
     trained_parameters: int
     energy: float
     short: tuple[str, ...] = ()
-
-
-def suggest(layers: Sequence[LayerReport], energy: float | None, parameters: int | None, of: str) -> RankSuggestion:
-    """See `InitReport.suggest_ranks`."""
-    if (energy is None) == (parameters is None):
-        raise ValueError("expected an energy target or a number of parameters: suggest_ranks(energy=0.8)")
-    if of not in ("sign", "grad"):
-        raise ValueError(f"of must be 'sign' or 'grad', got {of!r}")
-    curves = {layer.name: getattr(layer, f"curve_{of}") for layer in layers}
-    curves = {name: curve for name, curve in curves.items() if curve}
-    if not curves:
-        raise ValueError("these factors came from no gradient: there is no energy to choose ranks by")
-    if energy is not None:
-        if not 0 < energy <= 1:
-            raise ValueError(f"expected an energy target in (0, 1], got {energy!r}")
-        ranks = {name: _smallest_rank(curve, energy) for name, curve in curves.items()}
-    else:
-        ranks = _best_ranks(curves, int(parameters or 0))
-    captured = {name: curves[name][r - 1] for name, r in ranks.items()}
-    short = tuple(name for name, value in captured.items() if energy is not None and value < energy)
-    return RankSuggestion(ranks, sum(r * r for r in ranks.values()), sum(captured.values()) / len(captured), short)
-
-
-def _smallest_rank(curve: Sequence[float], energy: float) -> int:
-    return next((k for k, value in enumerate(curve, 1) if value >= energy), len(curve))
 
 
 def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str, int]:
@@ -212,13 +167,7 @@ def _gain(curve: Sequence[float], r: int) -> float:
 
 
 SHOWN_VALUES = 3  # leading singular values in a row of the table, before the last one
-TUPLE_FIELDS = (  # of LayerReport, which JSON turns into lists
-    "shape",
-    "singular_values",
-    "beyond",
-    "curve_sign",
-    "curve_grad",
-)
+TUPLES = ("shape", "singular_values", "beyond", "curve_sign", "curve_grad")  # in LayerReport; JSON has lists for them
 
 
 @dataclass
@@ -254,7 +203,7 @@ class InitReport:
         """Mean over layers of the fraction of ‖ΣG‖² that is captured."""
         return _mean([layer.energy_grad for layer in self.layers])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The report as JSON values."""
         return asdict(self)
 
@@ -273,7 +222,7 @@ class InitReport:
         try:
             # `if key in layer`: reports of earlier versions lack newer fields, which have defaults.
             layers = [
-                LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLE_FIELDS if key in layer})
+                LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLES if key in layer})
                 for layer in values.pop("layers")
             ]
             return cls(**values, layers=layers)
@@ -334,7 +283,25 @@ class InitReport:
         Raises:
             ValueError: neither or both targets, or a report without energies.
         """
-        return suggest(self.layers, energy, parameters, of)
+        if (energy is None) == (parameters is None):
+            raise ValueError("expected an energy target or a number of parameters: suggest_ranks(energy=0.8)")
+        if of not in ("sign", "grad"):
+            raise ValueError(f"of must be 'sign' or 'grad', got {of!r}")
+        curves = {layer.name: curve for layer in self.layers if (curve := getattr(layer, f"curve_{of}"))}
+        if not curves:
+            raise ValueError("these factors came from no gradient: there is no energy to choose ranks by")
+        if energy is None:
+            ranks = _best_ranks(curves, int(parameters or 0))
+        elif not 0 < energy <= 1:
+            raise ValueError(f"expected an energy target in (0, 1], got {energy!r}")
+        else:
+            ranks = {
+                name: next((k for k, value in enumerate(curve, 1) if value >= energy), len(curve))
+                for name, curve in curves.items()
+            }
+        captured = {name: curves[name][r - 1] for name, r in ranks.items()}
+        short = tuple(name for name, value in captured.items() if energy is not None and value < energy)
+        return RankSuggestion(ranks, sum(r * r for r in ranks.values()), sum(captured.values()) / len(captured), short)
 
     def plot(self, path: str | os.PathLike[str], kind: str = "layers") -> None:
         """Plot to a PNG file.

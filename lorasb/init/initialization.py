@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -37,19 +36,15 @@ def skipped_modules(model: nn.Module) -> list[str]:
     tied = _tied_head(model)
     if tied:
         lines.append(f"{tied}: shares its weight with the input embedding")
-    routers = _matching(model, lambda module: type(module).__name__.endswith(ROUTER_SUFFIXES))
+    modules = {name.removeprefix(PEFT_PREFIX): module for name, module in model.named_modules() if name}
+    routers = [name for name, module in modules.items() if type(module).__name__.endswith(ROUTER_SUFFIXES)]
     if routers:
         lines.append(f"{len(routers)} routers ({routers[0]}, ...): they choose experts, and are not adapted")
-    experts = _matching(model, _has_fused_experts)
+    experts = [name for name, module in modules.items() if _has_fused_experts(module)]
     if experts:
         names = ", ".join(f'"experts.{name}"' for name in NAMES)
         lines.append(f"3-D experts ({experts[0]}, ...): target_parameters=[{names}] adapts those of Mixtral's kind")
     return lines
-
-
-def _matching(model: nn.Module, predicate: Callable[[nn.Module], bool]) -> list[str]:
-    """Names in the base model of the modules for which `predicate` is true."""
-    return [name.removeprefix(PEFT_PREFIX) for name, module in model.named_modules() if name and predicate(module)]
 
 
 def _has_fused_experts(module: nn.Module) -> bool:
@@ -119,11 +114,11 @@ def initialize(
     Raises:
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
-    auto = AutoRate() if lr == "auto" else lr if isinstance(lr, AutoRate) else None
+    lr = AutoRate() if lr == "auto" else lr
     options = InitOptions(
         adapter=adapter_name or "",
-        lr=NOMINAL_RATE if auto is not None else float(cast(float, lr or 0.0)),
-        auto=auto,
+        lr=NOMINAL_RATE if isinstance(lr, AutoRate) else float(lr or 0.0),
+        auto=lr if isinstance(lr, AutoRate) else None,
         update=update,
         seed=seed,
         longest_start=longest_start,
@@ -139,17 +134,17 @@ def initialize(
     model, several = uncompiled(model), isinstance(batches, Mapping)
     options.check(several)
     if several:
-        return cast(Any, initialize_tasks(model, batches, adapter_name, partial(_initialize, model, options)))
-    return _initialize(model, options, batches, adapter_name)
+        return cast(InitReport, initialize_tasks(model, batches, options, _initialize))
+    return _initialize(model, batches, options)
 
 
-def _initialize(model: nn.Module, options: InitOptions, batches: Any, adapter_name: str | None) -> InitReport:
-    name, layers = adapted_layers(model, adapter_name)
+def _initialize(model: Any, batches: Any, options: InitOptions) -> InitReport:
+    name, layers = adapted_layers(model, options.adapter)
     options, started = replace(options, adapter=name), time.perf_counter()
     if any_merged(model):
         raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
     refuse_shared_basis(layers, name)
-    config: LoRASBConfig = cast(Any, model).peft_config[name]
+    config: LoRASBConfig = model.peft_config[name]
     warn_if_slow(model)
     if config.init == "update":
         cached = options.cache is not None and os.path.exists(options.cache)
@@ -164,7 +159,7 @@ def _initialize(model: nn.Module, options: InitOptions, batches: Any, adapter_na
             outcome = from_gradients(model, layers, batches, options, staging)
         report = _recorded(model, config, outcome, options, started)
     else:  # the data-free inits ignore batches and lr
-        report = _without_data(model, config, layers, options)
+        report = without_data(model, config, name, layers, options.seed, options.progress)
     # PEFT freezes every adapter but the active one; R of an inactive adapter is meant to be frozen.
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
@@ -180,11 +175,7 @@ def without_data(
     model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
 ) -> InitReport:
     """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself."""
-    return _without_data(model, config, layers, InitOptions(adapter=name, seed=seed, progress=progress))
-
-
-def _without_data(model: nn.Module, config: LoRASBConfig, layers: Layers, options: InitOptions) -> InitReport:
-    started, options = time.perf_counter(), replace(options, lr=0.0, auto=None, update="none", longest_start=None)
+    started, options = time.perf_counter(), InitOptions(adapter=name, seed=seed, progress=progress)
     return _recorded(model, config, from_weights(layers, config.init, options), options, started)
 
 

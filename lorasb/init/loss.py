@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sampling import batch_size, take_rows
+from .sampling import Batch, batch_size, take_rows
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 # Largest relative difference between a model's loss and the one recomputed here in fp32 from its logits: the rounding
@@ -19,7 +19,7 @@ LOSS_TOLERANCE_16_BITS = 8e-3
 IGNORED = -100  # transformers' label of tokens that have no loss
 
 
-def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: LossFn | None) -> float:
+def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> float:
     """Backward through Σ_i L(x_i) of a batch, with L(x_i) the mean over sample i's own labeled tokens."""
     # A model's own loss is a mean over all tokens of the batch, which gives long samples more weight. If that mean can
     # be reproduced from the logits, the gradient at the logits is rescaled per sample; if not, samples are run one by
@@ -34,12 +34,12 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     if unlabeled(batch):
         return 0.0
     outputs = model(**batch)
+    logits = _field(outputs, "logits")
     if _first_label_only(batch, _field(outputs, "loss")):
-        logits = _field(outputs, "logits")
         if isinstance(logits, Tensor) and logits.requires_grad:
             (logits.sum() * 0).backward()  # of zeros: the ranks of a sharded model communicate in backward
         return 0.0
-    loss, logits = _checked(_field(outputs, "loss"), batch), _field(outputs, "logits")
+    loss = _checked(_field(outputs, "loss"), batch)
     if rows == 1:  # the batch's mean is the sample's own
         del outputs, logits  # the graph does not need them, and logits of a large vocabulary are most of the memory
         loss.backward()
@@ -58,45 +58,48 @@ def backward_over_samples(model: nn.Module, batch: dict[str, Any], loss_fn: Loss
     return total
 
 
-def labeled_rows(batch: Mapping[str, Any]) -> int:
-    """Number of samples that have at least one label; all of a batch whose labels are not token or class ids."""
+def _label_ids(batch: Batch) -> Tensor | None:
+    """Labels that are token or class ids."""
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
+    return labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
+
+
+def labeled_rows(batch: Batch) -> int:
+    """Number of samples that have at least one label; all of a batch whose labels are not token or class ids."""
+    labels = _label_ids(batch)
+    if labels is None:
         return batch_size(batch)
     return int((labels != IGNORED).flatten(1).any(1).sum()) if labels.dim() > 1 else int((labels != IGNORED).sum())
 
 
-def _first_label_only(batch: Mapping[str, Any], loss: Any) -> bool:
+def unlabeled(batch: Batch) -> bool:
+    """True if every label of a batch is -100: the loss would be a mean over nothing, NaN."""
+    labels = _label_ids(batch)
+    return labels is not None and bool((labels == IGNORED).all())
+
+
+def _first_label_only(batch: Batch, loss: object) -> bool:
     """True if a causal model has nothing to predict: it shifts labels by one, and only the first position has any."""
     # Its loss is then a mean over nothing, NaN, which is no error of the data.
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 2 or labels.shape[1] < 2:
-        return False
-    if not isinstance(loss, Tensor):
+    labels = _label_ids(batch)
+    if labels is None or labels.dim() != 2 or labels.shape[1] < 2 or not isinstance(loss, Tensor):
         return False
     return bool((labels[:, 1:] == IGNORED).all()) and bool(loss.detach().isnan().all())
 
 
-def unlabeled(batch: Mapping[str, Any]) -> bool:
-    """True if every label of a batch is -100: the loss would be a mean over nothing, NaN."""
-    labels = batch.get("labels")
-    return isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())
-
-
-def _feeds(logits: Any, loss: Tensor) -> bool:
-    """True if the loss was computed from this very tensor of logits, so that a hook on it has an effect."""
-    # accelerate's wrappers (autocast with fp32 outputs) return converted copies.
+def _feeds(logits: object, loss: Tensor) -> bool:
+    """True if the loss was computed from this very tensor of logits: accelerate's wrappers return converted copies."""
     if not isinstance(logits, Tensor) or not logits.requires_grad:
         return False
     # The graph is retained for the backward that follows.
     return torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0] is not None
 
 
-def _field(outputs: Any, name: str) -> Any:
+def _field(outputs: object, name: str) -> Any:
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
-def _checked(loss: Any, batch: Mapping[str, Any]) -> Tensor:
+def _checked(loss: object, batch: Batch) -> Tensor:
     """The loss, if it is a finite scalar with a graph."""
     if not isinstance(loss, Tensor):
         raise ValueError(
@@ -113,14 +116,15 @@ def _checked(loss: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def _weights(loss: Tensor, logits: Any, batch: Mapping[str, Any]) -> tuple[Tensor, float] | None:
+def _weights(loss: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, float] | None:
     """(factor per sample from the batch's mean to its own, Σ_i L(x_i)); None if the loss cannot be reproduced."""
     labels = batch.get("labels")
-    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.shape[0] != labels.shape[0]:
+    if not isinstance(labels, Tensor) or logits.shape[0] != labels.shape[0]:
         return None
+    tolerance = LOSS_TOLERANCE if loss.dtype in (torch.float32, torch.float64) else LOSS_TOLERANCE_16_BITS
     for sums, counts in _candidates(logits.float(), labels):
         total, per_sample = counts.sum(), counts.clamp(min=1)  # samples without labels have no gradient to scale
-        if _close(sums.sum() / total, loss):
+        if bool((sums.sum() / total - loss.float()).abs() <= tolerance * loss.float().abs() + 1e-6):
             return total / per_sample, float((sums / per_sample).sum())
     return None
 
@@ -152,8 +156,3 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     flat, labels = logits.reshape(-1, logits.shape[-1]), labels.to(logits.device)
     losses = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none").view(labels.shape)
     return losses.sum(1), (labels != IGNORED).sum(1).to(losses.device, losses.dtype)
-
-
-def _close(recomputed: Tensor, loss: Tensor) -> bool:
-    tolerance = LOSS_TOLERANCE if loss.dtype in (torch.float32, torch.float64) else LOSS_TOLERANCE_16_BITS
-    return bool((recomputed - loss.float()).abs() <= tolerance * loss.float().abs() + 1e-6)

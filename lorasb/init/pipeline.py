@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +13,13 @@ from tqdm.auto import tqdm
 from ..distributed.process_group import Processes, sharded
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
-from .auto_rate import measured_rate, scale_starts
+from .auto_rate import measured_rate
 from .cache import Cache
 from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import LayerReport
 from .loss import labeled_rows, unlabeled
-from .plan import make_plan
 from .provenance import cache_key
-from .sampling import Batch, batch_size, collect, select, take_rows
+from .sampling import Batch, Loader, batch_size, collect, select, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
 from .task import InitOptions, Layers, Piece, Work, frozen_base
@@ -43,7 +41,9 @@ class Outcome:
     rate: float | None = None  # measured with lr="auto"
 
 
-def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: InitOptions, staging: Staging) -> Outcome:
+def from_gradients(
+    model: nn.Module, layers: Layers, batches: Loader, options: InitOptions, staging: Staging
+) -> Outcome:
     """Write factors from the gradients of the samples, or from a cache of their signs."""
     # A collective: every rank calls it with the batches of its share.
     processes = Processes()
@@ -79,7 +79,7 @@ def from_gradients(model: nn.Module, layers: Layers, batches: Any, options: Init
     return outcome
 
 
-def rate_of_initialized(model: nn.Module, layers: Layers, batches: Any, options: InitOptions) -> float:
+def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> float:
     """The learning rate of lr="auto" for an adapter that has its factors, by a forward over the samples."""
     processes = Processes()
     pieces, _, _ = _samples(model, batches, options, processes)
@@ -94,7 +94,10 @@ def _measure_rate(work: Work) -> float | None:
         return None
     with frozen_base(work.model):
         rate = measured_rate(work)
-    scale_starts(work.layers, options.adapter, rate / options.auto.divisor / options.lr)
+    factor = rate / options.auto.divisor / options.lr
+    with torch.no_grad():
+        for layer in work.layers.values():
+            layer.lorasb_R[options.adapter].mul_(factor)
     return rate
 
 
@@ -110,8 +113,8 @@ def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) ->
 
 def from_weights(layers: Layers, init: str, options: InitOptions) -> Outcome:
     """Write the data-free inits, LoRA-XS, Kaiming or random; layers are written after all of them are factored."""
-    results, show = {}, options.progress
-    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not show, leave=False, delay=PROGRESS_DELAY)
+    results, hidden = {}, not options.progress
+    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=hidden, leave=False, delay=PROGRESS_DELAY)
     for name, layer in bar:
         started, shape, r = time.perf_counter(), (layer.out_features, layer.in_features), layer.r[options.adapter]
         factors = _factors_of_weight(name, layer, init, options)
@@ -144,7 +147,7 @@ def _factors_of_weight(name: str, layer: AdaptedLayer, init: str, options: InitO
 
 
 def _samples(
-    model: nn.Module, batches: Any, options: InitOptions, processes: Processes
+    model: nn.Module, batches: Loader, options: InitOptions, processes: Processes
 ) -> tuple[list[Piece], int, str | None]:
     """Return this rank's micro-batches, the number of samples over all ranks, and the hash of all samples."""
     if batches is None:
@@ -180,19 +183,19 @@ def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
 
 def _execute_plan(work: Work, writer: LayerWriter) -> Executor:
     """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
-    show = work.options.progress and work.processes.rank == 0
-    with work.processes.together():
-        plan = make_plan(work)
+    executor = Executor(work)
     if writer.cache is not None:
         # A run may resume only if it goes through the same blocks and targets.
-        writer.cache.course = [plan.stack.course if plan.stack is not None else "", sorted(work.layers)]
-    if show:  # before the work, as the estimate may be a reason to interrupt it
-        tqdm.write(f"lorasb: {plan}")
-    executor = Executor(work, plan, show)
+        stack = executor.plan.stack
+        writer.cache.course = [stack.course if stack is not None else "", sorted(work.layers)]
+    if executor.show:  # before the work, as the estimate may be a reason to interrupt it
+        tqdm.write(f"lorasb: {executor.plan}")
     # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.
     for sums in executor.sums(writer.cache if not work.processes.is_distributed else None):
         executor.done.update(writer.write_sums(sums))
-    writer.write_resumed()
+    if writer.cache is not None:  # blocks that an interrupted run had finished took no backward in this one
+        cached = writer.cache.layers.items()
+        writer.write_cached({name: layer for name, layer in cached if name not in writer.reports})
     return executor
 
 
@@ -229,10 +232,7 @@ def _halves(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
 
 def _subspaces(work: Work, writer: LayerWriter, own: set[str]) -> dict[str, Triplets]:
     """Return the leading triplets of sign(ΣG), on the CPU, of the layers whose SVDs this rank computes."""
-    found = {}
-    with work.processes.together():
-        plan = make_plan(work)
-    executor = Executor(work, plan, work.options.progress and work.processes.rank == 0)
+    found, executor = {}, Executor(work)
     for sums in executor.sums(None):
         for name in writer.reached(sums):
             gradient, layer = writer.reduced(name, sums), work.layers[name]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted_layer import AdaptedLayer
 from ..utils.checks import check_lr
 from .block_recorder import NotAStackError, Stack, find_stack
-from .sampling import batch_size
-from .svd import ITERATIONS, OVERSAMPLE, sketch_bytes
+from .sampling import Batch, batch_size
+from .svd import OVERSAMPLE, sketch_bytes
 from .task import AutoRate, Work
 
 DEFAULT_BATCH = 32  # the paper's batch: the default budget is the memory of a training step of this many samples
@@ -26,7 +24,7 @@ EFFICIENCY = 0.7  # ratio: speed of a whole model, over that of its products alo
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that memory and time depend on; the maximum over ranks, so that every rank makes the same plan."""
+    """Sizes that memory depends on; the maximum over ranks, so that every rank makes the same plan."""
 
     tokens: int  # tokens of all micro-batches
     largest: int  # tokens of the largest micro-batch
@@ -82,13 +80,10 @@ def measure(work: Work) -> Sizes:
     counts = [tokens_of(piece.batch) for piece in work.pieces] or [0]
     rows = [batch_size(piece.batch) for piece in work.pieces] or [1]
     first = next(iter(work.layers.values()))
-    itemsize = first.base.dtype.itemsize
-    config = getattr(work.model, "config", None)
+    itemsize, config = first.base.dtype.itemsize, getattr(work.model, "config", None)
     # Blocks pass on hidden states; a model without a config is taken to be as wide as its first target.
     width = getattr(config, "hidden_size", None) or first.in_features
-    saved = (
-        sum(layer.in_features + layer.out_features for layer in work.layers.values()) * itemsize * SAVED_ACTIVATIONS / 2
-    )
+    linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
     # Only token labels [samples, tokens] come with logits over the vocabulary at every token.
     labels = next((piece.batch.get("labels") for piece in work.pieces), None)
     vocabulary = getattr(config, "vocab_size", 0) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
@@ -97,10 +92,11 @@ def measure(work: Work) -> Sizes:
     maxima = work.processes.all_reduce_max([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
     # Floats after the reduction, and exact below 2^53.
     tokens, largest, samples, per_batch = map(int, maxima[:4])
+    saved = linears * itemsize * SAVED_ACTIVATIONS / 2
     return Sizes(tokens, largest, samples, per_batch, width, itemsize, saved, *maxima[4:])
 
 
-def mask_bytes(batch: Mapping[str, Any], itemsize: int) -> float:
+def mask_bytes(batch: Batch, itemsize: int) -> float:
     """Bytes of the mask [rows, 1, tokens, tokens] that a model expands from a batch's 2-D mask; 0 without padding."""
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
@@ -108,7 +104,7 @@ def mask_bytes(batch: Mapping[str, Any], itemsize: int) -> float:
     return float(mask.shape[0] * mask.shape[1] ** 2 * itemsize)
 
 
-def tokens_of(batch: Mapping[str, Any]) -> int:
+def tokens_of(batch: Batch) -> int:
     """Number of tokens of a batch: rows times columns of `input_ids`, or of the tensor with most dimensions."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
     ids = batch.get("input_ids")
@@ -135,12 +131,8 @@ def accumulate_memory(work: Work, sizes: Sizes, budget_bytes: float) -> float:
 
 def factoring_bytes(work: Work) -> float:
     """Bytes of the largest SVD in fp32: the Gram matrix [s, s], and about three pairs of thin [m, q] and [n, q]."""
-
-    def one(layer: AdaptedLayer) -> float:
-        m, n = layer.out_features, layer.in_features
-        return 4 * (min(m, n) ** 2 + 3 * (max(layer.r.values()) + OVERSAMPLE) * (m + n))
-
-    return max(map(one, work.layers.values()))
+    shapes = [(one.out_features, one.in_features, max(one.r.values()) + OVERSAMPLE) for one in work.layers.values()]
+    return max(4 * (min(m, n) ** 2 + 3 * q * (m + n)) for m, n, q in shapes)
 
 
 def available(device: torch.device) -> float:
@@ -150,22 +142,6 @@ def available(device: torch.device) -> float:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + reserved)
     return float(psutil.virtual_memory().available)
-
-
-def seconds(work: Work, sizes: Sizes, products: int) -> float:
-    """Estimated duration of the backward passes and of the SVDs."""
-    layers = list(work.layers.values())
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    # The vocabulary's size, from the bytes of its logits. The head is not recomputed by any strategy: 6 operations.
-    head = sizes.head and sizes.width * sizes.head / (2 * sizes.itemsize + 8)
-    work_flops = products * sizes.tokens * weights + 6 * sizes.tokens * head
-    # Two products of [m, n] by [n, q] in each iteration of the SVD, 2 operations each.
-    factoring = sum(4 * ITERATIONS * n.in_features * n.out_features * (max(n.r.values()) + OVERSAMPLE) for n in layers)
-    # The speed of x Wᵀ with the tokens of a micro-batch.
-    tokens, m, n = max(16, min(512, sizes.largest)), layers[0].out_features, layers[0].in_features
-    products_speed = product_speed(tokens, m, n, layers[0].base.dtype, work.device)
-    factoring_speed = product_speed(tokens, m, n, torch.float32, work.device)
-    return (work_flops / products_speed + factoring / factoring_speed) / EFFICIENCY
 
 
 def product_speed(tokens: int, m: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -193,7 +169,7 @@ MIN_BLOCKS = 12  # blocks of a stack that may have uncut ones: in shorter stacks
 
 @dataclass(frozen=True)
 class InitPlan:
-    """A strategy with its estimates."""
+    """A strategy with its estimate."""
 
     strategy: str  # "layerwise" or "accumulate"
     why: str  # the reason for it, for the report
@@ -201,7 +177,6 @@ class InitPlan:
     on_host: bool  # True if the inputs of blocks are stored in host memory
     sum_budget: float  # bytes that the sums of one pass may take
     memory: float  # peak bytes on top of the model
-    seconds: float  # estimated duration
 
     def __str__(self) -> str:
         where = ", boundaries between blocks on the host" if self.on_host else ""
@@ -241,9 +216,7 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
         count = len(passes(dict(work.layers), budget, work.sketch_rank))
         memory = accumulate_memory(work, sizes, budget)
         _refuse_too_much(work, sizes, memory, free, None)
-        # 6 operations per weight and token: forward, gradient of the input, gradient of the weight
-        duration = count * seconds(work, sizes, 6)
-        return InitPlan("accumulate", f"{why}; {count} passes", None, False, budget, memory, duration)
+        return InitPlan("accumulate", f"{why}; {count} passes", None, False, budget, memory)
     boundaries = boundary_bytes(stack, sizes)
     block_memory = layerwise_memory(work, stack, sizes)
     limit = min(free, work.options.memory_budget or free)
@@ -255,9 +228,7 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
     if uncut:
         why = f"{why}, of which the last {uncut} together"
-    lower = stack.without_top(uncut)
-    # 8 operations per weight and token: those of "accumulate", and the recomputation
-    return InitPlan("layerwise", why, lower, on_host, budget, memory + uncut * per_block, seconds(work, sizes, 8))
+    return InitPlan("layerwise", why, stack.without_top(uncut), on_host, budget, memory + uncut * per_block)
 
 
 def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float) -> int:
@@ -266,9 +237,8 @@ def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float)
     # to the memory of everything else and to UNCUT_BYTES, so that memory does not grow with the number of blocks. None
     # if there are several ranks, which would have to agree on the number, or if a base layer has to run its own forward
     # (sharded or offloaded weights that are present only meanwhile).
-    if len(stack.blocks) < MIN_BLOCKS or work.processes.is_distributed:
-        return 0
-    if any(layer.base.must_run() for layer in work.layers.values()):
+    runs_itself = any(layer.base.must_run() for layer in work.layers.values())
+    if len(stack.blocks) < MIN_BLOCKS or work.processes.is_distributed or runs_itself:
         return 0
     return max(0, min(int(spare_bytes / per_block), len(stack.blocks) - 1 - stack.lowest))
 
@@ -281,19 +251,14 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
     # Boundaries of all samples are stored at the same time, so they do not shrink with the batch size.
     boundaries = boundary_bytes(stack, sizes) if stack is not None else 0.0
     # The least memory that this strategy can do with: batches of one sample, and one layer's sum per pass.
-    if stack is not None:
-        least = layerwise_memory(work, stack, single) + boundaries
-    else:
-        least = accumulate_memory(work, single, 0.0)
+    alone = layerwise_memory(work, stack, single) if stack is not None else accumulate_memory(work, single, 0.0)
     advice = []
-    if sizes.rows > 1 and least <= limit:
-        advice.append(f"batches of one sample ({gb(least)})")
-    for_boundaries = limit - (least - boundaries)
-    if boundaries and for_boundaries > 0:
-        samples = int(for_boundaries / boundaries * sizes.samples)
-        if 0 < samples < sizes.samples:
-            advice.append(f"num_samples={samples} in batches of one")
-    if stack is None and work.layers:
+    if sizes.rows > 1 and alone + boundaries <= limit:
+        advice.append(f"batches of one sample ({gb(alone + boundaries)})")
+    samples = int((limit - alone) / boundaries * sizes.samples) if boundaries else 0
+    if 0 < samples < sizes.samples:
+        advice.append(f"num_samples={samples} in batches of one")
+    if stack is None:
         advice.append("strategy='layerwise', if the model is a stack of blocks")
     raise ValueError(
         f"initialization needs about {gb(memory)} above the weights and {gb(limit)} are there. What would fit: "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..constants import VERSION
+from ..distributed.process_group import full_tensor
 from .init_report import InitReport
 from .task import InitOptions, Layers
 
@@ -21,15 +21,11 @@ HASHED_VALUES = 64  # values per weight, evenly spaced, in the hash of a model
 
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
-    return {
-        "lorasb": VERSION,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("transformers", "peft")},
-    }
+    own = {"lorasb": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in ("transformers", "peft")}
 
 
-def provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
+def provenance(report: InitReport, data_hash: str | None) -> dict[str, object]:
     """The record of an initialization that an adapter's config stores (`init_provenance`)."""
     return {
         "init": report.init,
@@ -44,7 +40,7 @@ def provenance(report: InitReport, data_hash: str | None) -> dict[str, Any]:
     }
 
 
-def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int, data: str | None) -> dict[str, Any]:
+def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int, data: str | None) -> dict[str, object]:
     """Everything that the signs of a model depend on, by field; a mismatch is reported by the field's name."""
     # The rank and η are not among it: any adapter can be initialized from the same signs. A loss counts by its name.
     loss = getattr(options.loss_fn, "func", options.loss_fn)  # of a partial, its function
@@ -78,14 +74,12 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _plain_tensors(weight: Any) -> list[Tensor]:
+def _plain_tensors(weight: Tensor) -> list[Tensor]:
     """Return the unsharded weight (a collective under FSDP2), or the tensors of a quantizer's; none on meta."""
     if weight.is_meta:
         return []
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    if is_traceable_wrapper_subclass(weight.data):
-        parts = [getattr(weight.data, name) for name in weight.data.__tensor_flatten__()[0]]
-    else:
-        parts = [weight.detach()]
+    data = full_tensor(weight).data
+    parts = [data]
+    if is_traceable_wrapper_subclass(data):
+        parts = [getattr(data, name) for name in data.__tensor_flatten__()[0]]
     return [part for part in parts if part.numel()]

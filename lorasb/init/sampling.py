@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,6 +20,7 @@ from torch.utils.data import DistributedSampler, RandomSampler, SequentialSample
 from ..distributed.process_group import Processes
 
 Batch = dict[str, Any]
+Loader = Any  # a DataLoader of torch or accelerate, a list of batches or another iterable of them
 DATA_SET_DIVISOR = 1000  # the paper takes 1/1000 of the data set (appendix I)
 MIN_SAMPLES = 32  # the default never takes fewer, unless the data set has fewer
 
@@ -29,12 +30,9 @@ class Samples:
     """Batches to iterate over once, counted and hashed on the way."""
 
     batches: Iterable[Batch]  # the source
-    # number of samples after which iteration stops, where they could not be drawn beforehand; None for all
-    limit: int | None = None
+    limit: int | None = None  # samples after which iteration stops, where they could not be drawn beforehand
     exact: bool = True  # True if fewer samples than `limit` are an error
-    # True if other ranks have shares of their own, so that an empty or short share is no error here (`collect` checks
-    # the sum over ranks)
-    is_distributed: bool = False
+    is_distributed: bool = False  # True if an empty or short share is no error: `collect` checks the sum over ranks
     seen: int = 0  # number of samples yielded so far
     _hash: Any = field(default_factory=hashlib.sha256)
 
@@ -58,7 +56,7 @@ class Samples:
         if not self.is_distributed:
             self.check_enough(self.seen)
 
-    def _update_hash(self, batch: Mapping[str, Any]) -> None:
+    def _update_hash(self, batch: Batch) -> None:
         for name in sorted(batch):  # a collator may order its keys differently from run to run
             if isinstance(batch[name], Tensor):
                 self._hash.update(name.encode())
@@ -78,7 +76,7 @@ class Samples:
         return str(self._hash.hexdigest())
 
 
-def select(batches: Any, num_samples: int | None, seed: int, processes: Processes | None = None) -> Samples:
+def select(batches: Loader, num_samples: int | None, seed: int, processes: Processes | None = None) -> Samples:
     """Select samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable (in order).
 
     Args:
@@ -109,20 +107,20 @@ def select(batches: Any, num_samples: int | None, seed: int, processes: Processe
     return Samples(without_repeats(batches), limit=limit, exact=exact, is_distributed=processes.is_distributed)
 
 
-def _length(batches: Any) -> int:
+def _length(batches: Loader) -> int:
     """Number of samples in this rank's iteration order; -1 if unknown."""
-    total: Any = getattr(batches, "total_dataset_length", None)
-    sharded: Any = getattr(batches, "batch_sampler", None)
-    if total is not None and hasattr(sharded, "num_processes"):
+    total = getattr(batches, "total_dataset_length", None)
+    ranks = getattr(getattr(batches, "batch_sampler", None), "num_processes", None)
+    if total is not None and ranks is not None:
         # accelerate's loaders have no sampler of their own: this is the rank's share after padding by `even_batches`,
         # at most the whole data set.
-        share = -(-int(total) // int(batches.total_batch_size)) * int(batches.total_batch_size) // sharded.num_processes
-        return min(int(total), share)
+        size = int(batches.total_batch_size)
+        return min(int(total), -(-int(total) // size) * size // ranks)
     sampler = getattr(batches, "sampler", None)
-    return len(sampler) if hasattr(sampler, "__len__") else -1  # type: ignore[arg-type]
+    return len(sampler) if isinstance(sampler, Sized) else -1
 
 
-def _countable(batches: Any, num_samples: int | None) -> int:
+def _countable(batches: Loader, num_samples: int | None) -> int:
     """Number of samples that can be indexed and drawn; -1 if they have to be taken in order."""
     if num_samples is not None and num_samples <= 0:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
@@ -132,7 +130,7 @@ def _countable(batches: Any, num_samples: int | None) -> int:
             f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}"
         )
     if _can_draw(batches):
-        return len(cast(Any, batches).dataset)
+        return len(cast(Loader, batches).dataset)
     if not isinstance(batches, list | tuple):
         return -1
     for batch in batches:
@@ -165,7 +163,7 @@ def _quotas(counts: list[int], total: int) -> list[int]:
     return quotas
 
 
-def without_repeats(loader: Any) -> Iterable[Batch]:
+def without_repeats(loader: Loader) -> Iterable[Batch]:
     """A rank's batches without the duplicates that were appended to make all shares equally long."""
     # torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples; these would count twice
     # in ΣG.
@@ -174,16 +172,15 @@ def without_repeats(loader: Any) -> Iterable[Batch]:
         # The rank's indices are rank, rank + num_replicas, ...; the duplicates come after the last of them.
         unpadded = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
         return Samples(loader, limit=unpadded, exact=False, is_distributed=True) if unpadded else []
-    sharded = getattr(loader, "batch_sampler", None)
-    if not hasattr(loader, "total_dataset_length") or not getattr(sharded, "even_batches", False):
-        return loader
-    return _without_wrapped_rows(loader, sharded)
+    evened = getattr(getattr(loader, "batch_sampler", None), "even_batches", False)
+    return _without_wrapped_rows(loader) if evened and hasattr(loader, "total_dataset_length") else loader
 
 
-def _without_wrapped_rows(loader: Any, sharded: Any) -> Iterator[Batch]:
+def _without_wrapped_rows(loader: Loader) -> Iterator[Batch]:
     """Drop the rows of an accelerate loader that `even_batches` took from the start of the data set again."""
     # In round k, rank p gets the rows from k·total_batch_size + p·size on, so a row is a repeat if its position is not
     # below the length of the data set.
+    sharded = loader.batch_sampler
     size, count = loader.total_batch_size // sharded.num_processes, loader.total_dataset_length
     for round_, batch in enumerate(loader):
         start = round_ * loader.total_batch_size + sharded.process_index * size
@@ -192,20 +189,16 @@ def _without_wrapped_rows(loader: Any, sharded: Any) -> Iterator[Batch]:
             yield take_rows(batch, torch.arange(rows)) if rows < batch_size(batch) else batch
 
 
-def _can_draw(loader: Any) -> bool:
+def _can_draw(loader: Loader) -> bool:
     """True if samples may be drawn from a loader's whole data set."""
-    # Any sampler but torch's sequential and random ones is a selection by the caller (a subset, weights, a rank's
+    # A sampler other than torch's sequential and random ones is a selection by the caller (a subset, weights, a rank's
     # share), which a draw from the data set would undo.
-    dataset, whole_data_set = getattr(loader, "dataset", None), (SequentialSampler, RandomSampler)
+    dataset, batched = getattr(loader, "dataset", None), getattr(loader, "batch_size", None) is not None
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    return (
-        indexed
-        and getattr(loader, "batch_size", None) is not None
-        and type(getattr(loader, "sampler", None)) in whole_data_set
-    )
+    return batched and indexed and type(getattr(loader, "sampler", None)) in (SequentialSampler, RandomSampler)
 
 
-def _drawn_from_dataset(loader: Any, chosen: list[int]) -> Iterator[Batch]:
+def _drawn_from_dataset(loader: Loader, chosen: list[int]) -> Iterator[Batch]:
     # Not through the loader: its workers and its random sampler would advance the global random state.
     size = loader.batch_size
     return (
@@ -214,7 +207,7 @@ def _drawn_from_dataset(loader: Any, chosen: list[int]) -> Iterator[Batch]:
     )
 
 
-def _drawn_from_list(batches: list[Any] | tuple[Any, ...], chosen: list[int]) -> Iterator[Batch]:
+def _drawn_from_list(batches: Sequence[Batch], chosen: list[int]) -> Iterator[Batch]:
     # Rows of one batch stay together, in order: padded to one length, they may not fit into a batch with others.
     positions = [(b, row) for b, batch in enumerate(batches) for row in range(batch_size(batch))]
     rows: dict[int, list[int]] = {}
@@ -255,14 +248,14 @@ def too_few(num_samples: int, available: int) -> str:
     )
 
 
-def _check_batch(batch: Any) -> None:
+def _check_batch(batch: object) -> None:
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn or loss_fn"
         )
 
 
-def batch_size(batch: Mapping[str, Any]) -> int:
+def batch_size(batch: Mapping[str, object]) -> int:
     """Number of samples in a batch: the first dimension, which its tensors share. 0-D tensors do not count."""
     # A set, so that a mask or a label of another length is noticed.
     sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0}
@@ -271,7 +264,7 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     return int(sizes.pop())
 
 
-def take_rows(batch: Mapping[str, Any], rows: Tensor) -> Batch:
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
     """The samples of a batch at the indices `rows`; 0-D tensors and other values are passed on unchanged."""
     return {
         name: value.index_select(0, rows.to(value.device)) if isinstance(value, Tensor) and value.dim() > 0 else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,8 @@ from ..layers.lookup import adapted_layers, refuse_shared_basis
 from ..serving.basis_adapters import check_names
 from ..serving.joint_basis import KeptShares, share_into
 from .init_report import InitReport
+from .sampling import Loader
+from .task import InitOptions
 
 
 @dataclass
@@ -34,12 +36,12 @@ class TasksReport:
 
 def initialize_tasks(
     model: Any,
-    tasks: Mapping[str, Any],
-    adapter_name: str | None,
-    initialize: Callable[..., InitReport],
+    tasks: Mapping[str, Loader],
+    options: InitOptions,
+    initialize: Callable[[nn.Module, Loader, InitOptions], InitReport],
 ) -> TasksReport:
     """Initialize an adapter for each task, give all of them one basis, and each its R on it."""
-    basis, layers = adapted_layers(model, adapter_name)
+    basis, layers = adapted_layers(model, options.adapter)
     refuse_shared_basis(layers, basis)  # before any task's gradients are taken
     taken = [task for task in tasks if task in model.peft_config]
     if len(tasks) < 2 or taken:
@@ -52,7 +54,7 @@ def initialize_tasks(
     try:
         for task, batches in tasks.items():
             model.add_adapter(task, config_like(config, layers))
-            reports[task] = initialize(batches, task)
+            reports[task] = initialize(model, batches, replace(options, adapter=task))
         shares = share_into(model, list(tasks), basis)
     except BaseException:
         model.base_model.set_adapter(active)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .accumulator import GradientSums
 from .block_recorder import EARLY_EXIT, MODIFIED_IN_PLACE, NotAStackError, Recorder, Stack, Traversal
 from .cache import Cache
-from .plan import InitPlan, passes, plan_for, sum_bytes
+from .plan import make_plan, passes, plan_for, sum_bytes
 from .task import Work
 
 Store = Callable[[Tensor], Tensor]  # of a block's input: itself, or a copy on the host
@@ -28,17 +28,26 @@ class Executor:
 
     Attributes:
         plan: the plan in use; replaced by the fallback.
+        show: True if progress is shown, on rank 0.
         done: names of the targets whose factors are written; the caller adds to it.
     """
 
-    def __init__(self, work: Work, plan: InitPlan, show: bool) -> None:
-        self.work, self.plan, self.show = work, plan, show
+    def __init__(self, work: Work) -> None:
+        self.work, self.show = work, work.options.progress and work.processes.rank == 0
+        with work.processes.together():
+            self.plan = make_plan(work)
         self.done: set[str] = set()
 
     def sums(self, saved: Cache | None) -> Iterator[GradientSums]:
         """Yield the sums of all targets that the samples reach, some at a time: the caller frees them."""
         with tqdm(total=0, unit="step", disable=not self.show, leave=False) as bar:
-            self.work.tick, self.work.expect = bar.update, lambda remaining: _expect(bar, remaining)
+
+            def expect(remaining: int) -> None:
+                # a batch whose loss is not recognized is run sample by sample, each one a traversal
+                bar.total = bar.n + remaining
+                bar.refresh()
+
+            self.work.tick, self.work.expect = bar.update, expect
             if self.plan.stack is not None:
                 yield from self._synchronized(self._layerwise(self.plan.stack, bar, saved))
             # Targets outside of the stack, or all that are left after a fallback.
@@ -86,31 +95,28 @@ class Executor:
             size = sum_bytes(work.layers[name], work.sketch_rank)
             if taken + size <= self.plan.sum_budget:
                 above[name], taken = work.layers[name], taken + size
-        yield from layerwise(work, stack, above, _to_host if self.plan.on_host else _keep_on_device, saved)
+        yield from layerwise(work, stack, above, Tensor.cpu if self.plan.on_host else _keep_on_device, saved)
 
     def _accumulate(self, bar: tqdm) -> Iterator[GradientSums]:
-        known = self.done | (self.plan.stack.names if self.plan.stack is not None else set())
-        remaining: dict[str, nn.Module] = {n: m for n, m in self.work.layers.items() if n not in known}
+        work, known = self.work, self.done | (self.plan.stack.names if self.plan.stack is not None else set())
+        remaining: dict[str, nn.Module] = {name: m for name, m in work.layers.items() if name not in known}
         if not remaining:
             return
-        count = len(passes(remaining, self.plan.sum_budget, self.work.sketch_rank))
-        bar.set_description(f"{len(remaining)} layers in {count} passes" if count > 1 else "first-step gradients")
-        bar.reset(total=count * len(self.work.pieces))
-        yield from accumulate(self.work, remaining, self.plan.sum_budget)
-
-
-def _expect(bar: tqdm, remaining: int) -> None:
-    """Correct the bar's total: a batch whose loss is not recognized is run sample by sample, each one a traversal."""
-    bar.total = bar.n + remaining
-    bar.refresh()
+        subsets = passes(remaining, self.plan.sum_budget, work.sketch_rank)
+        several = f"{len(remaining)} layers in {len(subsets)} passes"
+        bar.set_description(several if len(subsets) > 1 else "first-step gradients")
+        bar.reset(total=len(subsets) * len(work.pieces))
+        for subset in subsets:
+            with GradientSums(subset, sketch=work.sketch) as sums:
+                for piece in work.pieces:
+                    sums.muted = not piece.counts
+                    work.backward(piece)
+                    work.tick()
+            yield sums
 
 
 def _keep_on_device(boundary: Tensor) -> Tensor:
     return boundary
-
-
-def _to_host(boundary: Tensor) -> Tensor:
-    return boundary.cpu()
 
 
 def layerwise(
@@ -148,7 +154,9 @@ def record(work: Work, stack: Stack, tail: dict[str, nn.Module], store: Store) -
             work.tick()
     # A target that also ran below or inside the stack got no gradient there: its sum is incomplete, and it is left to
     # the passes over the whole model.
-    sums.leave_out(sums.called_inactive)
+    for name in sums.called_inactive:
+        sums.called.discard(name)
+        sums.sums.pop(name, None)
     return recorder.traversals, sums
 
 
@@ -185,14 +193,3 @@ def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) ->
             traversal.release(i)
             work.tick()
     return sums
-
-
-def accumulate(work: Work, layers: dict[str, nn.Module], budget_bytes: float) -> Iterator[GradientSums]:
-    """Yield sums of the layers that backward reached, one subset per pass, from the last layer to the first."""
-    for subset in passes(layers, budget_bytes, work.sketch_rank):
-        with GradientSums(subset, sketch=work.sketch) as sums:
-            for piece in work.pieces:
-                sums.muted = not piece.counts
-                work.backward(piece)
-                work.tick()
-        yield sums

@@ -8,14 +8,13 @@ vectors are not determined.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..utils.atomic_files import replacing
@@ -43,10 +42,8 @@ class SignBits:
     @classmethod
     def pack(cls, matrix: Tensor) -> SignBits:
         """Pack a matrix [m, n] of any floating dtype."""
-        has_zeros = bool((matrix == 0).any())
-        return cls(
-            pack_words(matrix > 0), (matrix.shape[0], matrix.shape[1]), pack_words(matrix != 0) if has_zeros else None
-        )
+        m, n = matrix.shape
+        return cls(pack_words(matrix > 0), (m, n), pack_words(matrix != 0) if bool((matrix == 0).any()) else None)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The signs [m, n] as +1, -1 and 0."""
@@ -79,21 +76,13 @@ class SignBits:
         """Copy to a device."""
         return SignBits(self.words.to(device), self.shape, None if self.nonzero is None else self.nonzero.to(device))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors of a file, on the CPU."""
-        tensors = {WORDS: self.words.cpu(), COLUMNS: torch.tensor([self.shape[1]])}
-        return tensors if self.nonzero is None else tensors | {NONZERO: self.nonzero.cpu()}
-
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> SignBits:
-        """The inverse of `tensors`."""
-        words = tensors[WORDS]
-        return cls(words, (words.shape[0], int(tensors[COLUMNS])), tensors.get(NONZERO))
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file atomically."""
+        tensors = {WORDS: self.words.cpu(), COLUMNS: torch.tensor([self.shape[1]])}
+        if self.nonzero is not None:
+            tensors[NONZERO] = self.nonzero.cpu()
         with replacing(path) as temporary:
-            save_file(self.tensors(), str(temporary))
+            save_file(tensors, str(temporary))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SignBits:
@@ -105,8 +94,9 @@ class SignBits:
         header = safetensors_header(path)
         if not {WORDS, COLUMNS} <= set(header):
             raise ValueError(f"{path} holds no signs: expected tensors {WORDS!r} and {COLUMNS!r}, got {sorted(header)}")
-        with safe_open(str(path), "pt") as file:
-            return cls.of_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        tensors = load_file(str(path))
+        words = tensors[WORDS]
+        return cls(words, (words.shape[0], int(tensors[COLUMNS])), tensors.get(NONZERO))
 
 
 OVERSAMPLE = 32  # q = r + 32 captures >= 99.99% of the optimal energy on real gradients, q = r 99.7-99.9% (measured)
@@ -153,16 +143,9 @@ def truncated_svd(matrix: Matrix, r: int, seed: int) -> Triplets:
 def leading_triplets(matrix: Matrix, r: int, seed: int) -> Triplets:
     """The leading r singular triplets, followed by up to 32 less accurate ones.
 
-    Subspace iteration with q = r + 32 columns; an exact SVD if q >= min(m, n). Signs are fixed (the largest entry of
-    each column of U is positive), so equal input gives equal output.
-
-    Args:
-        matrix: [m, n], fp32 or fp64, or the signs of one.
-        r: number of accurate triplets, at most min(m, n).
-        seed: seed of the start basis. The global random state is not touched.
-
-    Returns:
-        min(q, m, n) triplets.
+    Subspace iteration of a matrix [m, n], fp32 or fp64, or the signs of one, with q = r + 32 columns; an exact SVD if
+    q >= min(m, n). Signs are fixed (the largest entry of each column of U is positive), so equal input gives equal
+    output. `seed` is that of the start basis; the global random state is not touched.
     """
     m, n = matrix.shape
     q = r + OVERSAMPLE
@@ -202,46 +185,33 @@ def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tens
     source = matrix.words if isinstance(matrix, SignBits) else matrix
     dtype = torch.float32 if isinstance(matrix, SignBits) else matrix.dtype
     # Drawn on the CPU: one seed gives the same start on every device.
-    start = torch.randn(short, q, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    basis = start.to(source.device)
-    gram = _gram(matrix, basis) if _gram_is_cheaper(short, length, q) else None
+    basis = torch.randn(short, q, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(source.device)
+    gram = None
+    if _gram_is_cheaper(short, length, q):  # exact for signs, whose products are integers (below 2^24 in fp32)
+        gram = basis.new_zeros(short, short)
+        for _, block in _wide_blocks(matrix):
+            gram.addmm_(block, block.t())
     # QR in every iteration: without it all columns would converge to the leading singular vector.
     for _ in range(ITERATIONS + 1):
-        basis = torch.linalg.qr(gram @ basis if gram is not None else _gram_times(matrix, basis)).Q
+        if gram is not None:
+            product = gram @ basis
+        else:
+            product = torch.zeros_like(basis)
+            for _, block in _wide_blocks(matrix):
+                product.addmm_(block, block.t() @ basis)
+        basis = torch.linalg.qr(product).Q
     # Rayleigh-Ritz: the SVD of the small projection Qᵀ W [q, l] gives singular values and both bases.
-    left, s, vt = torch.linalg.svd(_projected(matrix, basis, length), full_matrices=False)
-    return basis @ left, s, vt
-
-
-def _projected(matrix: Matrix, basis: Tensor, length: int) -> Tensor:
-    """Qᵀ W [q, l], a block of columns at a time."""
-    projected = basis.new_empty(basis.shape[1], length)
+    projected = basis.new_empty(q, length)
     for columns, block in _wide_blocks(matrix):
         projected[:, columns] = basis.t() @ block
-    return projected
+    left, s, vt = torch.linalg.svd(projected, full_matrices=False)
+    return basis @ left, s, vt
 
 
 def _gram_is_cheaper(short: int, length: int, q: int) -> bool:
     """True if W Wᵀ once and [s, s] products take fewer multiplications than two [s, l] products per iteration."""
     # Both counts are divided by s.
     return short * length + ITERATIONS * short * q < 2 * ITERATIONS * length * q
-
-
-def _gram(matrix: Matrix, like: Tensor) -> Tensor:
-    """W Wᵀ [s, s]; exact for signs, whose products are integers (below 2^24 in fp32)."""
-    short = min(matrix.shape)
-    gram = like.new_zeros(short, short)
-    for _, block in _wide_blocks(matrix):
-        gram.addmm_(block, block.t())
-    return gram
-
-
-def _gram_times(matrix: Matrix, basis: Tensor) -> Tensor:
-    """W (Wᵀ · basis) [s, q], without W Wᵀ."""
-    total = torch.zeros_like(basis)
-    for _, block in _wide_blocks(matrix):
-        total.addmm_(block, block.t() @ basis)
-    return total
 
 
 def _wide_blocks(matrix: Matrix) -> Iterator[tuple[slice, Tensor]]:
@@ -265,12 +235,9 @@ def sketch_bytes(shape: tuple[int, int], r: int) -> int:
 
 
 class MomentSketch:
-    """Sums of g_i g_iᵀ Ω [out, q] and g_iᵀ g_i Ω' [in, q] over samples, in fp32.
+    """Sums of g_i g_iᵀ Ω [out, q] and g_iᵀ g_i Ω' [in, q] over samples, in fp32, for eigenvectors of rank r.
 
-    Args:
-        shape: (out, in).
-        r: rank that the eigenvectors are wanted for; q = r + 32, at most out and in.
-        seed: of Ω and Ω', which are drawn on the CPU: the same on every device and rank.
+    q = r + 32, at most out and in. Ω and Ω' are drawn on the CPU: the same on every device and rank.
     """
 
     def __init__(self, shape: tuple[int, int], r: int, seed: int) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from .svd import MomentSketch
 Layers = dict[str, AdaptedLayer]
 UPDATES = ("adamw", "sgd", "per-sample")
 STRATEGIES = ("auto", "layerwise", "accumulate")
-
 
 NOMINAL_RATE = 1e-3  # of a start that is scaled once its rate is measured
 
@@ -74,9 +72,6 @@ class InitOptions:
             raise ValueError(
                 f"longest_start is a number of steps of R >= 0, or None for no limit, got {self.longest_start!r}"
             )
-        self._check_together(several)
-
-    def _check_together(self, several: bool) -> None:
         if self.update != "adamw" and self.cache is not None:
             needs = "the gradient itself" if self.update == "sgd" else "each sample's gradient"
             raise ValueError(f"update={self.update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
@@ -109,10 +104,8 @@ class Work:
     pieces: list[Piece]
     options: InitOptions
     processes: Processes
-    # called after every micro-batch of every block or pass, for progress bars
-    tick: Callable[[], Any] = field(default=lambda: None)
-    # called with the number of remaining ticks, once it is known
-    expect: Callable[[int], Any] = field(default=lambda remaining: None)
+    tick: Callable[[], object] = lambda: None  # called after every micro-batch of every block or pass
+    expect: Callable[[int], object] = lambda remaining: None  # called with the number of remaining ticks, once known
     loss: float = 0.0  # Σ of the samples' losses
     labeled: int = 0  # number of samples that have a loss
 
@@ -146,7 +139,7 @@ class Work:
             self.labeled += labeled_rows(piece.batch) if own_loss else batch_size(piece.batch)
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return a copy of a batch with its tensors on a device."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
@@ -155,10 +148,19 @@ EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions")
 
 
 @contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the training or evaluation mode of each module: users may have put some blocks into another one."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def frozen_base(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, adapters disabled, no KV cache, no gradients; restored on exit."""
-    # The state of each module and parameter, as users may have put some blocks into another mode, or froze some.
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     states = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, AdaptedLayer)]
     # A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states
@@ -166,14 +168,14 @@ def frozen_base(model: nn.Module) -> Iterator[None]:
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     extra = [(c, name) for c in configs.values() for name in EXTRA_OUTPUTS if vars(c).get(name) is True]
     try:
-        model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)  # gradients come from hooks: no weight may get a `.grad`
         for layer, _ in states:
             layer._disable_adapters = True
         for config, name in extra:
             setattr(config, name, False)
-        with torch.enable_grad():  # the caller may be under no_grad
+        with modes_restored(model), torch.enable_grad():  # the caller may be under no_grad
+            model.eval()
             yield
     finally:
         for config, name in extra:
@@ -182,5 +184,3 @@ def frozen_base(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = off
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode

@@ -16,9 +16,9 @@ from ..layers.base import weight_present
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
 from .cache import Cache, CachedGradient, cached
-from .factorize import Factors, Gradient, Measurements, count_triplets, factor, subspace_of_weight
+from .factorize import Factors, Gradient, Measurements, factor, subspace_of_weight
 from .init_report import LayerReport
-from .svd import full_precision
+from .svd import OVERSAMPLE, full_precision
 from .task import InitOptions, Layers
 
 
@@ -61,6 +61,9 @@ class Staging:
             layer.adapters[self.adapter].initialized = initialized
 
 
+Result = tuple[Factors, Measurements]
+
+
 @dataclass
 class LayerWriter:
     """Factors gradients and writes A, R and B into the layers, the same bits on every rank."""
@@ -94,11 +97,6 @@ class LayerWriter:
         for name, gradient in gradients.items():
             self._factor_and_write({name: gradient})
 
-    def write_resumed(self) -> None:
-        """Write the layers of blocks that an interrupted run had finished, which took no backward in this run."""
-        cached_layers = self.cache.layers if self.cache is not None else {}
-        self.write_cached({name: layer for name, layer in cached_layers.items() if name not in self.reports})
-
     def reduced(self, name: str, sums: GradientSums) -> LayerSum:
         """Return ΣG of a layer over all ranks; `sums` gives up its own, if a sample of this rank reached the layer."""
         local = sums.sums.pop(name, None)
@@ -106,7 +104,8 @@ class LayerWriter:
         if self.processes.is_distributed:
             # Reduced in fp32 before the sign is taken: sign(ΣG) is not the sum of the ranks' signs.
             total = local.value() if local is not None else _zero_sum(self.layers[name])
-            layer_sum.merge(self.processes.all_reduce_sum(total))
+            layer_sum = LayerSum(layer_sum.sketch)
+            layer_sum.total = self.processes.all_reduce_sum(total)
             if layer_sum.sketch is not None:
                 layer_sum.sketch.to(total.device)
                 layer_sum.sketch.sums = [self.processes.all_reduce_sum(part) for part in layer_sum.sketch.sums]
@@ -118,44 +117,34 @@ class LayerWriter:
         # because ranks then share the work.
         # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
         owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
-        results = self._factor_own(gradients, owners)
-        for name, owner in owners.items():
-            factors, measured = self._broadcast_factors(name, results.get(name), owner)
-            self.staging.write(self.layers[name], factors)
-            if self.cache is not None and self.processes.rank == 0 and not isinstance(gradients[name], CachedGradient):
-                self.cache.add(name, cached(gradients[name], measured.gradient_energies))
-            self.reports[name] = measured.report(name, self.layers[name], self.options.adapter)
-            del gradients[name]  # the sum is freed before the next layer's factors arrive
-
-    def _factor_own(
-        self, gradients: dict[str, Gradient], owners: dict[str, int]
-    ) -> dict[str, tuple[Factors, Measurements]]:
-        """Factor the layers that this rank owns; an error is raised on every rank."""
-        results: dict[str, tuple[Factors, Measurements]] = {}
+        results: dict[str, Result] = {}
         with self.processes.together():  # before the broadcasts, in which a rank that failed would be missing
             for name, owner in owners.items():
                 if owner == self.processes.rank:
                     results[name] = factor(name, gradients[name], self.layers[name], self.options)
                 elif self.cache is None or self.processes.rank != 0:  # rank 0 needs all sums for the cache
                     gradients[name] = LayerSum()  # frees the sum of a layer that another rank owns
-        return results
+        for name, owner in owners.items():
+            factors, measured = self._broadcast_factors(name, results.get(name), owner)
+            self.staging.write(self.layers[name], factors)
+            gradient = gradients[name]
+            if self.cache is not None and self.processes.rank == 0 and isinstance(gradient, LayerSum):
+                self.cache.add(name, cached(gradient, measured.gradient_energies))
+            self.reports[name] = measured.report(name, self.layers[name], self.options.adapter)
+            del gradients[name], gradient  # the sum is freed before the next layer's factors arrive
 
-    def _broadcast_factors(
-        self, name: str, result: tuple[Factors, Measurements] | None, owner: int
-    ) -> tuple[Factors, Measurements]:
+    def _broadcast_factors(self, name: str, result: Result | None, owner: int) -> Result:
         """A layer's factors and measurements from its owner; the other ranks pass None."""
         if result is not None and not self.processes.is_distributed:
             return result
-        layer = self.layers[name]
-        # Receivers know all shapes from the layer, so nothing but values has to be sent.
-        r, q = layer.adapters[self.options.adapter].r, count_triplets(layer, self.options.adapter)
-        device = next(layer.lorasb_R.parameters()).device
         if result is not None:
             factors, packed = result[0], result[1].to_tensor()
-        else:  # receive buffers
-            m, n = layer.out_features, layer.in_features
+        else:  # receive buffers: all shapes are known from the layer, so nothing but values has to be sent
+            layer = self.layers[name]
+            m, n, r = layer.out_features, layer.in_features, layer.adapters[self.options.adapter].r
+            device = next(layer.lorasb_R.parameters()).device
             factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
-            packed = torch.empty(Measurements.size(q), dtype=torch.float64)
+            packed = torch.empty(Measurements.size(min(r + OVERSAMPLE, m, n)), dtype=torch.float64)
         # `float`: the factors of an fp64 model are fp64, and the buffers are fp32
         factors = Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
         return factors, Measurements.from_tensor(self.processes.broadcast(packed, owner))
@@ -163,50 +152,42 @@ class LayerWriter:
     def write_fallbacks(self, model: nn.Module, names: list[str]) -> None:
         """Write layers that no sample reached: the leading subspace of their weight and R = 0, as their step is
         zero."""
-        # Accepted only if other layers of the same block were reached (experts that no token was routed to).
+        if not names:
+            return
+        try:
+            blocks = find_stack(model, self.layers).targets
+        except NotAStackError:
+            blocks = []
         for name in names:
             if name in self.called:
                 raise ValueError(
                     f"layer {name!r} ran, but the loss does not depend on it: leave it out with exclude_modules"
                 )
-            if not self._block_ran(model, name):
+            # Accepted only if other layers of the same block were reached (experts that no token was routed to).
+            block = next((targets for targets in blocks if name in targets), {})
+            if not any(target in self.reports for target in block):
                 raise ValueError(
                     f"layer {name!r} was never reached by the loss of these batches: leave it out with "
                     "exclude_modules, or pass batches that use it"
                 )
         # After all checks, so that an initialization that fails does not warn.
-        if names:
-            warnings.warn(
-                f"{len(names)} layers were not reached by these samples and start from their weight's subspace with "
-                f"R = 0: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. More samples may reach them",
-                UserWarning,
-                stacklevel=4,
-            )
+        warnings.warn(
+            f"{len(names)} layers were not reached by these samples and start from their weight's subspace with R = 0: "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. More samples may reach them",
+            UserWarning,
+            stacklevel=4,
+        )
         for name in names:
-            self._write_fallback(name)
-
-    def _write_fallback(self, name: str) -> None:
-        layer = self.layers[name]
-        rank = layer.adapters[self.options.adapter].r
-        # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
-        with weight_present(layer.get_base_layer()), full_precision():
-            weight = full_tensor(layer.base.weight()).float()
-            factors = subspace_of_weight(weight, rank, self.options.seed_of(name))
-        if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
-            factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
-        self.staging.write(layer, factors)
-        shape = (layer.out_features, layer.in_features)
-        sigma = tuple(float(value) for value in factors.sigma)
-        self.reports[name] = LayerReport(name, shape, rank, None, None, sigma, 0, 0.0, fallback="weight")
-
-    def _block_ran(self, model: nn.Module, name: str) -> bool:
-        """True if another target of the layer's block was reached; False if the model is no stack of blocks."""
-        try:
-            stack = find_stack(model, self.layers)
-        except NotAStackError:
-            return False
-        block = next((targets for targets in stack.targets if name in targets), {})
-        return any(target in self.reports for target in block)
+            layer, r = self.layers[name], self.layers[name].adapters[self.options.adapter].r
+            # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
+            with weight_present(layer.get_base_layer()), full_precision():
+                weight = full_tensor(layer.base.weight()).float()
+                factors = subspace_of_weight(weight, r, self.options.seed_of(name))
+            if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
+                factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
+            self.staging.write(layer, factors)
+            shape, sigma = (layer.out_features, layer.in_features), tuple(map(float, factors.sigma))
+            self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
 
 
 def _checked(name: str, layer: AdaptedLayer, total: LayerSum) -> LayerSum:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -56,28 +56,24 @@ class Columns(NamedTuple):
 class LayerCores:
     """A layer's part of a bank, which the layer holds (`adapted_layer.StoredCores`)."""
 
-    def __init__(self, bank: Any, columns: Columns) -> None:
-        self.bank, self.basis = bank, bank.basis
-        self._columns = slice(columns.first, columns.first + columns.r**2)
-        self._shape = columns.r, columns.r
-        self._seen: tuple[Tensor | None, Any] = (None, None)  # storage and its view, replaced together
+    def __init__(self, bank: AdapterBank, columns: Columns) -> None:
+        self.bank, self.basis, self.columns = bank, bank.basis, columns
+        self._seen: tuple[Tensor, Tensor] | None = None  # storage and its view, replaced together
 
     def stack(self) -> Tensor:
         """A view [capacity, r, r]; made again where the bank has grown."""
-        whole, (seen, view) = self.bank.storage, self._seen
-        if whole is not seen:
-            view = whole[:, self._columns].unflatten(1, self._shape)
-            self._seen = whole, view
-        return cast(Tensor, view)
+        whole, seen = self.bank.storage, self._seen
+        if seen is None or seen[0] is not whole:
+            first, r = self.columns
+            seen = self._seen = whole, whole[:, first : first + r**2].unflatten(1, (r, r))
+        return seen[1]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCores | None:
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerCores | None:
         """Copy for the copied model's bank; None for a layer that is copied without its model."""
         bank = copy.deepcopy(self.bank, memo)
         if bank is None:
             return None
-        new = object.__new__(LayerCores)
-        vars(new).update(vars(self) | {"bank": bank, "_seen": (None, None)})
-        return new
+        return LayerCores(bank, self.columns)
 
 
 # All R's of an adapter are a row of one tensor [capacity, Σ r²]; a layer's stack [capacity, r, r] is a view of its
@@ -115,9 +111,8 @@ class AdapterBank:
         resident: int | None = None,
     ) -> None:
         model = uncompiled(model)
-        _, found = adapted_layers(model, basis)
-        layers = {name: layer for name, layer in found.items() if not isinstance(layer, LoRASBWeight)}
-        _check(layers, found, basis, dtype, block, resident)
+        _, layers = adapted_layers(model, basis)
+        _check(layers, basis, dtype, block, resident)
         self.basis, self.block, self.resident = basis, block, resident
         self._model = weakref.ref(model)  # the layers refer to the bank
         self.columns: dict[str, Columns] = {}
@@ -205,7 +200,8 @@ class AdapterBank:
 
         Truncated files and adapters with other A and B are left out and named in the report.
         """
-        report, found = LoadReport(), [(one.name, one) for folder in folders for one in adapters_in(Path(folder))]
+        report = LoadReport()
+        found = [(one.name, one) for folder in folders for one in adapters_in(Path(folder))]
         found += [(name, Path(folder)) for name, folder in named.items()]
         with self._lock:
             wanted = len(self) + len(found)
@@ -253,10 +249,10 @@ class AdapterBank:
         for layer in self.layers.values():
             layer.stored_cores = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBank | None:
+    def __deepcopy__(self, memo: dict[int, object]) -> AdapterBank | None:
         """Copy for the copied model; None if a layer is copied without its model."""
         model = memo.get(id(self._model()))
-        if model is None:
+        if not isinstance(model, nn.Module):
             return None
         memo[id(self)] = new = object.__new__(AdapterBank)
         with self._lock:
@@ -353,23 +349,13 @@ class AdapterBank:
 def bank_of(modules: Iterable[nn.Module]) -> AdapterBank | None:
     """The bank that a model's layers read from, by its modules."""
     layers = (module for module in modules if isinstance(module, AdaptedLayer))
-    stored: Any = next((layer.stored_cores for layer in layers if layer.stored_cores is not None), None)
-    return None if stored is None else stored.bank
+    return next((layer.stored_cores.bank for layer in layers if layer.stored_cores is not None), None)
 
 
-def _check(
-    layers: dict[str, AdaptedLayer],
-    found: dict[str, Any],
-    basis: str,
-    dtype: torch.dtype,
-    block: int,
-    resident: int | None,
-) -> None:
-    others = [name for name in found if name not in layers]
-    if others:
-        raise ValueError(
-            f"a bank serves linears, and adapter {basis!r} adapts {others[0]!r}: name it in exclude_modules"
-        )
+def _check(layers: dict[str, AdaptedLayer], basis: str, dtype: torch.dtype, block: int, resident: int | None) -> None:
+    other = next((name for name, layer in layers.items() if isinstance(layer, LoRASBWeight)), None)
+    if other is not None:
+        raise ValueError(f"a bank serves linears, and adapter {basis!r} adapts {other!r}: name it in exclude_modules")
     refuse_uninitialized(layers, basis)
     devices = {layer.base.device for layer in layers.values()}
     if len(devices) > 1:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
@@ -21,7 +22,7 @@ from ..layers.lookup import layers_with, refuse_shared_basis, standing_on, unini
 COPIED = ("init", "lora_alpha", "scaling", "wide_factors", "task_type", "target_parameters")
 
 
-def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, Any]) -> None:
+def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftConfig]) -> None:
     """Write the layers, ranks and scaling of the basis into the config of an adapter on it, or raise a ValueError."""
     if not config.basis or config.from_file:  # a file's config has them; A and B are found by their digest (`loading`)
         return
@@ -131,7 +132,7 @@ def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[
     return leaves
 
 
-def options_for(layer: Any, config: LoRASBConfig) -> dict[str, Any]:
+def options_for(layer: AdaptedLayer, config: LoRASBConfig) -> dict[str, Any]:
     """Arguments of `add_adapter` for an adapter that shares the factors of one of the layer's; none for others."""
     if not config.basis or config.from_file or config.basis not in layer.lorasb_R:
         return {}

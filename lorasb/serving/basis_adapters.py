@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
@@ -51,20 +52,24 @@ def add_adapters(
     first, *others = names
     try:
         model.add_adapter(first, LoRASBConfig(basis=basis, basis_start=basis_start))
-        by_peft = _has_more_than_cores(model, first)
-        layers = list(layers_with(model, first).values())
+        # other modules or token rows, which PEFT has to make
+        wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        by_peft = any(first in wrapper._adapters for wrapper in wrappers)
+        layers = layers_with(model, first).values()
         for name in others:
             if by_peft:
                 model.add_adapter(name, LoRASBConfig(basis=basis, basis_start=basis_start))
-            else:
-                _copy(model, layers, first, name)
+                continue
+            model.peft_config[name] = copy.deepcopy(model.peft_config[first])
+            for layer in layers:
+                layer.copy_adapter(first, name)  # with a separate R; not active, and so not trained
     except BaseException:  # Ctrl-C, too
         for name in set(names) & set(model.peft_config):
             discard(model.base_model, name)
         raise
 
 
-def check_names(model: Any, names: Sequence[str]) -> None:
+def check_names(model: nn.Module, names: Sequence[str]) -> None:
     """Raise a ValueError for names that the model cannot add adapters of."""
     taken: set[str] = set(getattr(model, "peft_config", {}))
     bank = bank_of(model.modules())
@@ -82,21 +87,8 @@ def check_names(model: Any, names: Sequence[str]) -> None:
         taken.add(name)
 
 
-def _has_more_than_cores(model: nn.Module, name: str) -> bool:
-    """True if the adapter has other modules or token rows, which PEFT has to make."""
-    wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    return any(name in wrapper._adapters for wrapper in wrappers)
-
-
-def _copy(model: Any, layers: Sequence[AdaptedLayer], like: str, name: str) -> None:
-    """Add an adapter like another one, with a separate R; not active, and so not trained."""
-    model.peft_config[name] = copy.deepcopy(model.peft_config[like])
-    for layer in layers:
-        layer.copy_adapter(like, name)
-
-
 @torch.no_grad()
-def save_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
+def save_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
     """Write adapters on a basis into `folder`/NAME, the same files as `model.save_pretrained` writes.
 
     That goes through the parameters of all adapters for each of them, and takes minutes for some hundred.
@@ -113,9 +105,7 @@ def save_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str 
 
 
 @torch.no_grad()
-def save_cores(
-    folder: Path, layers: Mapping[str, AdaptedLayer], name: str, config: LoRASBConfig, digest: bytes
-) -> None:
+def save_cores(folder: Path, layers: Mapping[str, AdaptedLayer], name: str, config: PeftConfig, digest: bytes) -> None:
     """Write R of an adapter, and the digest of its A and B, into a folder, with its configuration."""
     cores = {f"{PEFT_PREFIX}{layer}.{CORE}": module.lorasb_R[name].float() for layer, module in layers.items()}
     tensors = {key: core.detach().cpu().contiguous() for key, core in cores.items()}
@@ -128,21 +118,18 @@ def save_cores(
 
 
 @torch.no_grad()
-def load_adapters(model: Any, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
+def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
     """Load R's of adapters on the basis from `folder`, adding missing adapters; a ValueError changes nothing."""
     layers = layers_with(model, basis)
     for name in names:
-        other = (
-            one for one in layers.values() if name in one.lorasb_R and one.lorasb_A[name] is not one.lorasb_A[basis]
-        )
-        if next(other, None) is not None:
+        having = [layer for layer in layers.values() if name in layer.lorasb_R]
+        if any(layer.lorasb_A[name] is not layer.lorasb_A[basis] for layer in having):
             raise ValueError(f"adapter {name!r} of the model has other A and B than {basis!r}: delete it first")
     digest = shared_factors.digest(frozen_factors(layers, basis))
     scalings = {layer: module.adapters[basis].scaling for layer, module in layers.items()}
     cores = {name: read_cores(folder / name, digest, scalings) for name in names}  # all, before the model changes
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        layer: {CORE: (module.adapters[basis].r,) * 2} for layer, module in layers.items()
-    }
+    ranks = {layer: module.adapters[basis].r for layer, module in layers.items()}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {layer: {CORE: (r, r)} for layer, r in ranks.items()}
     for found in cores.values():
         check_factors({layer: {CORE: core} for layer, core in found.items()}, shapes)
     add_adapters(model, [name for name in names if name not in model.peft_config], basis=basis)

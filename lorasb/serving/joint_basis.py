@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from ..utils.reading import read_json, read_tensors
 from .basis import refuse_deletion
 
 ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
+Energies = tuple[float, float]  # of what a basis keeps of an update, and of all of it
 MOST_LOST = 0.1  # share of an update's energy that `project` may lose by default
 
 
@@ -75,54 +77,48 @@ def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = 
         ValueError: fewer than two adapters, one is unknown or not initialized, or others share one's factors.
     """
     layers = _layers_of_all(model, adapters)
-    ranks = {layer: _rank(module, adapters, r) for layer, module in layers.items()}
-    found, factors = _joined(layers, adapters, ranks)  # all that may fail, before the model is changed
-    _add(model, name, layers, ranks)
-    return _settle(model, adapters, name, found, factors)
+    ranks = {}
+    for layer, module in layers.items():
+        wanted = r if r is not None else max(module.adapters[adapter].r for adapter in adapters)
+        ranks[layer] = min(wanted, module.in_features, module.out_features)
+    joint = _joined(layers, adapters, ranks)  # all that may fail, before the model is changed
+    largest = max(ranks.values())
+    pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
+    config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
+    model.add_adapter(name, config.weights_follow())
+    model.peft_config[name].awaits_weights = False  # no file is loaded
+    return _move_onto(model, adapters, name, joint)
 
 
 @torch.no_grad()
-def share_into(model: Any, adapters: Sequence[str], name: str) -> KeptShares:
+def share_into(model: PeftModel, adapters: Sequence[str], name: str) -> KeptShares:
     """Write the joint basis into an existing adapter, at its ranks; its R becomes zero."""
     layers = _layers_of_all(model, adapters)
-    found, factors = _joined(layers, adapters, {layer: module.adapters[name].r for layer, module in layers.items()})
-    return _settle(model, adapters, name, found, factors)
+    joint = _joined(layers, adapters, {layer: module.adapters[name].r for layer, module in layers.items()})
+    return _move_onto(model, adapters, name, joint)
 
 
-def _joined(
-    layers: Mapping[str, AdaptedLayer], adapters: Sequence[str], ranks: Mapping[str, int]
-) -> tuple[dict[str, list[Update]], dict[str, tuple[Tensor, Tensor]]]:
+Joint = dict[str, tuple[list[Update], Tensor, Tensor]]  # layer -> the adapters' updates, and B and A for all of them
+
+
+def _joined(layers: Mapping[str, AdaptedLayer], adapters: Sequence[str], ranks: Mapping[str, int]) -> Joint:
     found = {layer: [_update_of(module, adapter) for adapter in adapters] for layer, module in layers.items()}
-    return found, {layer: joint_factors(updates, ranks[layer]) for layer, updates in found.items()}
+    return {layer: (updates, *joint_factors(updates, ranks[layer])) for layer, updates in found.items()}
 
 
-def _settle(
-    model: Any,
-    adapters: Sequence[str],
-    name: str,
-    found: Mapping[str, Sequence[Update]],
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-) -> KeptShares:
-    """Give an adapter B, A and R = 0, and others the same B and A."""
-    for layer, module in layers_with(model, name).items():
-        b, a = factors[layer]
-        module.set_factors(name, b, torch.zeros(module.adapters[name].r, module.adapters[name].r), a)
-    return _move_onto(model, adapters, name, found)
-
-
-def _move_onto(model: Any, adapters: Sequence[str], name: str, found: Mapping[str, Sequence[Update]]) -> KeptShares:
-    """Give adapters the A and B of another one, and R by projection."""
-    layers = layers_with(model, name)
-    energies: dict[str, list[tuple[float, float]]] = {adapter: [] for adapter in adapters}
+def _move_onto(model: Any, adapters: Sequence[str], name: str, joint: Joint) -> KeptShares:
+    """Give an adapter B, A and R = 0, and others the same B and A, and R by projection."""
+    energies: dict[str, list[Energies]] = {adapter: [] for adapter in adapters}
     shares = KeptShares({adapter: {} for adapter in adapters})
-    for layer, module in layers.items():
-        b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()  # as rounded to their dtype
-        for adapter, update in zip(adapters, found[layer], strict=True):
-            core = update.on(b, a)
-            kept = float(core.square().sum()), update.energy
+    for layer, module in layers_with(model, name).items():
+        updates, b, a = joint[layer]
+        r, scaling = module.adapters[name].r, module.adapters[name].scaling
+        module.set_factors(name, b, torch.zeros(r, r), a)
+        for adapter, update in zip(adapters, updates, strict=True):
+            core, kept = _projected(update, module, name)
             energies[adapter].append(kept)
             shares.by_layer[adapter][layer] = share_of([kept])
-            module.move_to_basis(adapter, name, core / module.adapters[name].scaling)
+            module.move_to_basis(adapter, name, core / scaling)
     shares.overall = {adapter: share_of(kept) for adapter, kept in energies.items()}
     for adapter in adapters:
         config, of_basis = model.peft_config[adapter], model.peft_config[name]
@@ -176,14 +172,20 @@ def project(model: Any, lora: str | Path, name: str, basis: str = "default", mos
         ValueError: no LoRA there, other shapes, or more than `most_lost` would be lost; the model is unchanged.
     """
     layers = layers_with(model, basis)
-    updates = _lora_updates(Path(lora))
     cores, kept = {}, []
-    for layer, update in updates.items():
-        module = layers.get(layer)
-        core = None if module is None else _on_layer(module, basis, update, layer, lora)
-        if module is not None and core is not None:
-            cores[layer] = core / module.adapters[basis].scaling
-        kept.append((0.0 if core is None else float(core.square().sum()), update.energy))
+    for layer, update in _lora_updates(Path(lora)).items():
+        module, shape = layers.get(layer), (update.left.shape[0], update.right.shape[1])
+        if module is None:
+            kept.append((0.0, update.energy))
+            continue
+        if shape != (module.out_features, module.in_features):
+            raise ValueError(
+                f"{lora} has an update {list(shape)} of layer {layer!r}, which is [{module.out_features}, "
+                f"{module.in_features}]: it belongs to another base model"
+            )
+        core, pair = _projected(update, module, basis)
+        cores[layer] = core / module.adapters[basis].scaling
+        kept.append(pair)
     lost = 1.0 - share_of(kept)
     if lost > most_lost:
         raise ValueError(
@@ -191,18 +193,11 @@ def project(model: Any, lora: str | Path, name: str, basis: str = "default", mos
             "basis of several adapters (lorasb.share_basis), or pass most_lost="
             f"{min(1.0, lost + 0.01):.2f} if that is meant"
         )
-    _add_on(model, name, basis, cores)
+    model.add_adapter(name, LoRASBConfig(basis=basis))
+    for layer, module in layers_with(model, name).items():
+        if layer in cores:
+            module.lorasb_R[name].data.copy_(cores[layer])
     return lost
-
-
-def _on_layer(module: AdaptedLayer, basis: str, update: Update, layer: str, lora: Any) -> Tensor:
-    shape = update.left.shape[0], update.right.shape[1]
-    if shape != (module.out_features, module.in_features):
-        raise ValueError(
-            f"{lora} has an update {list(shape)} of layer {layer!r}, which is [{module.out_features}, "
-            f"{module.in_features}]: it belongs to another base model"
-        )
-    return update.on(module.lorasb_B[basis].double(), module.lorasb_A[basis].double())
 
 
 def _lora_updates(folder: Path) -> dict[str, Update]:
@@ -238,26 +233,22 @@ def _update_of(layer: AdaptedLayer, adapter: str) -> Update:
     return Update.of(layer.lorasb_B[adapter], core, layer.lorasb_A[adapter])
 
 
-def kept_energies(layers: Mapping[str, AdaptedLayer], adapter: str, basis: str) -> dict[str, tuple[float, float]]:
+def _projected(update: Update, layer: AdaptedLayer, basis: str) -> tuple[Tensor, Energies]:
+    """Bᵀ Δ Aᵀ [r, r] for the B and A of an adapter, as rounded to their dtype, and (‖Bᵀ Δ Aᵀ‖², ‖Δ‖²)."""
+    core = update.on(layer.lorasb_B[basis].double(), layer.lorasb_A[basis].double())
+    return core, (float(core.square().sum()), update.energy)
+
+
+def kept_energies(layers: Mapping[str, AdaptedLayer], adapter: str, basis: str) -> dict[str, Energies]:
     """Layer -> (‖Bᵀ Δ Aᵀ‖², ‖Δ‖²) for an adapter's update Δ, and the B and A of another one."""
-    found = {}
-    for name, layer in layers.items():
-        update = _update_of(layer, adapter)
-        core = update.on(layer.lorasb_B[basis].double(), layer.lorasb_A[basis].double())
-        found[name] = float(core.square().sum()), update.energy
-    return found
+    return {name: _projected(_update_of(layer, adapter), layer, basis)[1] for name, layer in layers.items()}
 
 
-def share_of(kept: Iterable[tuple[float, float]]) -> float:
+def share_of(kept: Iterable[Energies]) -> float:
     """Sum of the first over the sum of the second energies; 1 where all are zero."""
     pairs = list(kept)
     total = math.fsum(whole for _, whole in pairs)
     return math.fsum(part for part, _ in pairs) / total if total > 0 else 1.0
-
-
-def _rank(layer: AdaptedLayer, adapters: Sequence[str], r: int | None) -> int:
-    wanted = r if r is not None else max(layer.adapters[adapter].r for adapter in adapters)
-    return min(wanted, layer.in_features, layer.out_features)
 
 
 def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, AdaptedLayer]:
@@ -273,18 +264,3 @@ def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, Adapt
         refuse_uninitialized(mine, adapter)
         refuse_deletion(model, adapter)
     return layers
-
-
-def _add(model: Any, name: str, layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> None:
-    largest = max(ranks.values())
-    pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
-    config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
-    model.add_adapter(name, config.weights_follow())
-    model.peft_config[name].awaits_weights = False  # no file is loaded
-
-
-def _add_on(model: Any, name: str, basis: str, cores: dict[str, Tensor]) -> None:
-    model.add_adapter(name, LoRASBConfig(basis=basis))
-    for layer, module in layers_with(model, name).items():
-        if layer in cores:
-            module.lorasb_R[name].data.copy_(cores[layer])

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ from ..layers.unfused_experts import OpenExperts
 from ..layers.weight_adapter import OpenParameters
 from .bank import AdapterBank, bank_of
 
-Hook = tuple[nn.Module, Callable[..., Any]]  # a module, and a forward pre-hook that takes keyword arguments
+Forward = Callable[..., object]
+Hook = tuple[nn.Module, Forward]  # a module, and a forward pre-hook that takes keyword arguments
+Args = tuple[object, ...]
+Kwargs = dict[str, object]
+Shapes = dict[str, torch.Size]  # [B, T] of hidden states, by the module's name
 _lock = threading.Lock()  # over the replacing of functions
 
 
@@ -35,10 +39,10 @@ class _Block:
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self.hooks, self.thread, self.is_open = hooks, threading.get_ident(), True
 
-    def repeated(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def repeated(self, forward: Forward) -> Forward:
         """The forward, with the hooks where they do not act by themselves."""
 
-        def call(*args: Any, **options: Any) -> Any:
+        def call(*args: object, **options: object) -> object:
             with ExitStack() as stack:
                 if not self.is_open or threading.get_ident() != self.thread:
                     _register(self.hooks, stack)
@@ -50,11 +54,11 @@ class _Block:
 class _Checkpointing:
     """A module's checkpointing function; what it repeats has the hooks of the block that the thread was in."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Forward) -> None:
         self.function = function
         self.blocks: list[_Block] = []  # of all threads, the innermost last
 
-    def __call__(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def __call__(self, forward: Forward, *args: object, **options: object) -> object:
         thread = threading.get_ident()
         mine = [block for block in list(self.blocks) if block.thread == thread]
         return self.function(mine[-1].repeated(forward) if mine else forward, *args, **options)
@@ -67,8 +71,7 @@ def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[N
     with ExitStack() as stack:  # undoes everything, also when a forward raises
         # no other mode checkpoints
         for module in (one for one in modules if one.training and vars(one).get(CHECKPOINTING) is not None):
-            _enter(module, block)
-            stack.callback(_leave, module, block)
+            stack.enter_context(_known_to_checkpoints(module, block))
         _register(hooks, stack)
         try:
             yield
@@ -76,23 +79,24 @@ def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[N
             block.is_open = False
 
 
-def _enter(module: nn.Module, block: _Block) -> None:
+@contextmanager
+def _known_to_checkpoints(module: nn.Module, block: _Block) -> Iterator[None]:
+    """Replace the module's checkpointing function, until the last block is left."""
     with _lock:
         function = vars(module)[CHECKPOINTING]
         if not isinstance(function, _Checkpointing):
             function = _Checkpointing(function)
             setattr(module, CHECKPOINTING, function)
         function.blocks.append(block)
-
-
-def _leave(module: nn.Module, block: _Block) -> None:
-    """Restore the module's own function once the last block is left."""
-    with _lock:
-        function = vars(module).get(CHECKPOINTING)
-        if isinstance(function, _Checkpointing) and block in function.blocks:
-            function.blocks.remove(block)
-            if not function.blocks:
-                setattr(module, CHECKPOINTING, function.function)
+    try:
+        yield
+    finally:
+        with _lock:
+            function = vars(module).get(CHECKPOINTING)
+            if isinstance(function, _Checkpointing) and block in function.blocks:
+                function.blocks.remove(block)
+                if not function.blocks:
+                    setattr(module, CHECKPOINTING, function.function)
 
 
 def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:
@@ -103,11 +107,11 @@ def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:
 class _OfThisThread:
     """A hook for forwards of the thread that makes it: another one has its own rows, or none."""
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
+    def __init__(self, hook: Forward) -> None:
         self.hook, self.owner = hook, threading.get_ident()
         self.names_rows = getattr(hook, "names_rows", False)  # `linear_group` reads it
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> object:
         # a compiled forward has no other threads, and cannot get its own
         mine = torch.compiler.is_compiling() or threading.get_ident() == self.owner
         return self.hook(*arguments) if mine else None
@@ -127,15 +131,17 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
     rows = Rows.of(names)
     with ExitStack() as stack:
         if bank is not None:
-            rows = stack.enter_context(_with_slots(bank, rows, known))
-        checker = _LengthChecker(len(rows), num_beams)
+            # any other name is the bank's, or was removed meanwhile: a KeyError
+            slots = stack.enter_context(bank.serving([BASE_ROW if name in known else name for name in rows.names]))
+            rows = replace(rows, slots=torch.tensor(slots, dtype=torch.int64), basis=bank.basis)
+        checker = functools.partial(_check_length, len(rows), num_beams)
         hooks: list[Hook] = [(model, checker), *_hooks(model, modules, rows, num_beams)]
         stack.enter_context(installed(modules.values(), hooks))
         yield
 
 
 def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> Iterator[Hook]:
-    encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), dict[str, torch.Size]()
+    encoder, outside_text, shapes = _encoder(model), _outside_text_model(model), Shapes()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     layers = _layers(modules)
     ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
@@ -147,14 +153,7 @@ def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> It
             yield module, _NamePasser(name, layer_rows, shapes, model_type in TOKENS_FIRST, ambiguous)
         # a whole model (it has get_input_embeddings) may get other floating-point inputs before hidden states
         elif name in ancestors and not hasattr(module, "get_input_embeddings"):
-            yield module, _ShapeRecorder(name, shapes)
-
-
-@contextmanager
-def _with_slots(bank: AdapterBank, rows: Rows, known: set[str]) -> Iterator[Rows]:
-    # any other name is the bank's, or was removed meanwhile: a KeyError
-    with bank.serving([BASE_ROW if name in known else name for name in rows.names]) as slots:
-        yield replace(rows, slots=torch.tensor(slots, dtype=torch.int64), basis=bank.basis)
+            yield module, functools.partial(_record_shape, name, shapes)
 
 
 def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: AdapterBank | None) -> set[str]:
@@ -174,11 +173,8 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
     twice = [name for name in distinct if bank is not None and name in known and name in bank]
     if twice:
         raise ValueError(f"both the model and its bank have an adapter {twice[0]!r}: bank.remove({twice[0]!r})")
-    if (
-        model.training
-        and bank is not None
-        and any(getattr(m, "gradient_checkpointing", False) for m in modules.values())
-    ):
+    in_training = model.training and bank is not None
+    if in_training and any(getattr(m, "gradient_checkpointing", False) for m in modules.values()):
         raise ValueError(
             "expected no gradient checkpointing with `adapter_names` of a bank in training, as its adapters may be "
             "others by the time that backward repeats the forward: model.gradient_checkpointing_disable()"
@@ -226,8 +222,7 @@ def _layers(modules: Modules) -> Modules:
 
 def _encoder(model: nn.Module) -> set[nn.Module]:
     """The modules of an encoder: generation runs it once per row, before rows are repeated for beams."""
-    get_encoder: Any = getattr(model, "get_encoder", lambda: None)
-    encoder = get_encoder()
+    encoder = getattr(model, "get_encoder", lambda: None)()
     return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
 
 
@@ -241,51 +236,41 @@ def _outside_text_model(model: Any) -> set[nn.Module]:
     return set(model.modules()) - text
 
 
-class _LengthChecker:
-    def __init__(self, rows: int, num_beams: int) -> None:
-        self.rows, self.num_beams = rows, num_beams
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
-        first = next((x for x in (*named, *args[:1]) if isinstance(x, Tensor)), None)
-        if first is None:
-            tensors = [x for x in kwargs.values() if isinstance(x, Tensor)]
-            first = tensors[0] if len(tensors) == 1 else None  # with several it is unknown which is by row
-        if first is not None and first.dim() > 0 and len(first) not in (self.rows, self.rows * self.num_beams):
-            raise ValueError(other_length(len(first), self.rows))
+def _check_length(rows: int, num_beams: int, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Pre-hook of the model: raise for a batch of another length than that of the names."""
+    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+    first = next((x for x in (*named, *args[:1]) if isinstance(x, Tensor)), None)
+    if first is None:
+        tensors = [x for x in kwargs.values() if isinstance(x, Tensor)]
+        first = tensors[0] if len(tensors) == 1 else None  # with several it is unknown which is by row
+    if first is not None and first.dim() > 0 and len(first) not in (rows, rows * num_beams):
+        raise ValueError(other_length(len(first), rows))
 
 
-class _ShapeRecorder:
+def _record_shape(name: str, shapes: Shapes, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Pre-hook that records the shape [B, T] of hidden states [B, T, hidden], to map flattened tokens to rows."""
-
-    def __init__(self, name: str, shapes: dict[str, torch.Size]) -> None:
-        self.name, self.shapes = name, shapes
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
-        first = next(tensors, None)
-        if first is not None and first.dim() == 3:
-            self.shapes[self.name] = first.shape[:2]
-        else:
-            self.shapes.pop(self.name, None)  # a shape of an earlier call must not be taken for this one's
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
+    first = next(tensors, None)
+    if first is not None and first.dim() == 3:
+        shapes[name] = first.shape[:2]
+    else:
+        shapes.pop(name, None)  # a shape of an earlier call must not be taken for this one's
 
 
+@dataclass(eq=False)  # like any other hook, equal to itself alone
 class _NamePasser:
     """Pre-hook that passes a layer the adapter names of its input's rows, or raises if they are unknown."""
 
+    name: str
+    rows: Rows
+    shapes: Shapes
+    tokens_first: bool
+    ambiguous: bool
     names_rows = True  # and changes nothing else; `linear_group` reads it
 
-    def __init__(
-        self, name: str, rows: Rows, shapes: dict[str, torch.Size], tokens_first: bool, ambiguous: bool
-    ) -> None:
-        self.name, self.rows, self.shapes = name, rows, shapes
-        self.tokens_first, self.ambiguous = tokens_first, ambiguous
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         # The layer's input, however the caller passed it: `layer(x)` or `layer(hidden_states=x)`.
-        x = args[0] if args else next(iter(kwargs.values()))
+        x: Any = args[0] if args else next(iter(kwargs.values()))
         ambiguous = self.ambiguous and not isinstance(module, OpenExperts)
         # With one name for all rows the mapping does not matter; with several, never guess from a matching row count.
         refused = ambiguous and len(self.rows.names) > 1
@@ -298,7 +283,7 @@ class _NamePasser:
                 "row of the batch; where that is so, run one adapter at a time: model.set_adapter(name)"
             )
         # PEFT's wrappers of modules_to_save take a list of names; LoRA-SB layers take `Rows`.
-        names: Any = input_rows.to_list() if isinstance(module, AuxiliaryTrainingWrapper) else input_rows
+        names = input_rows.to_list() if isinstance(module, AuxiliaryTrainingWrapper) else input_rows
         return args, kwargs | {"adapter_names": names}
 
     def _outer_shape(self) -> torch.Size | None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import ModelOutput
 
 from ..constants import BASE_ROW
 from ..distributed.process_group import Processes
@@ -85,9 +87,8 @@ def adapter_parameter_groups(
             what = "is no adapter of this model" if not layers else "has no learning rate in lr"
             raise ValueError(f"adapter {name!r} {what}")
         check_lr(rate, zero=True)
-        found.append(
-            {"params": [layer.lorasb_R[name] for layer in layers.values()], "lr": rate, "name": name, **options}
-        )
+        parameters = [layer.lorasb_R[name] for layer in layers.values()]
+        found.append({"params": parameters, "lr": rate, "name": name, **options})
     trained = {id(parameter) for group in found for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if ".lorasb_R." in name:
@@ -110,6 +111,7 @@ def clip_by_adapter(groups: Sequence[Mapping[str, Any]], max_norm: float) -> dic
 
 
 HOOKS, NORM = "_rows_callback_hooks", "_rows_callback_norm"  # attributes of the model and the trainer's arguments
+Batch = dict[str, Any]
 NAMES = "adapter_names"  # of a batch's rows, as `PeftModel.forward` takes them
 
 
@@ -124,7 +126,7 @@ class AdapterRowsCollator:
     def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]], column: str = NAMES) -> None:
         self.collate, self.column = collate, column
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Mapping[str, object]]) -> Batch:
         without = next((example for example in examples if self.column not in example), None)
         if without is not None:
             raise ValueError(
@@ -159,10 +161,16 @@ class AdapterRowsCallback(TrainerCallback):
     def __init__(self) -> None:
         self.max_norm = 0.0
         self._labeled: list[tuple[Sequence[str], Tensor]] = []  # a step's batches: whose rows, and their tokens
-        self._batch: tuple[Sequence[str], Tensor, Any] | None = None  # of the forward that runs
+        self._batch: tuple[Sequence[str], Tensor, Tensor | int | None] | None = None  # of the forward that runs
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
     ) -> None:
         """Replace the loss; the trainer has loaded a checkpoint by now, which leaves one adapter to train."""
         _check(args)
@@ -180,12 +188,22 @@ class AdapterRowsCallback(TrainerCallback):
             model.register_forward_hook(self._put_loss),
         )
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
+    ) -> None:
         """Make each adapter's gradient that of the mean over its tokens, and clip it."""
-        groups, processes = _groups(optimizer), Processes()
-        counts = _by_name(self._labeled, [group["name"] for group in groups], processes)
+        groups, processes, tokens = _groups(optimizer), Processes(), Counter[str]()
+        for names, labeled in self._labeled:
+            for name, count in zip(names, labeled.tolist(), strict=True):
+                tokens[name] += count
         self._labeled.clear()
-        for group, count in zip(groups, counts, strict=True):
+        own = torch.tensor([tokens[group["name"]] for group in groups], dtype=torch.int64)
+        for group, count in zip(groups, processes.all_reduce_sum(own).tolist(), strict=True):
             for parameter in group["params"]:
                 if not count:
                     parameter.grad = None  # zeros would still move it, by its moments
@@ -194,13 +212,22 @@ class AdapterRowsCallback(TrainerCallback):
         if self.max_norm:
             clip_by_adapter(groups, self.max_norm)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: object,
+    ) -> None:
         """Restore the model's loss and the trainer's clipping."""
         args.max_grad_norm = vars(args).pop(NORM, args.max_grad_norm)
         for hook in vars(model).pop(HOOKS, ()):
             hook.remove()
 
-    def _take_labels(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _take_labels(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: Batch
+    ) -> tuple[tuple[object, ...], Batch]:
         """Keep the labels from the model, which would compute another loss over all logits."""
         self._batch = None
         if module.training and NAMES in kwargs and kwargs.get("labels") is not None:
@@ -214,7 +241,7 @@ class AdapterRowsCallback(TrainerCallback):
             )
         return args, kwargs
 
-    def _put_loss(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    def _put_loss(self, module: nn.Module, args: tuple[object, ...], output: Any) -> ModelOutput | None:
         if self._batch is None:
             return None
         (names, labels, items), self._batch = self._batch, None
@@ -238,7 +265,7 @@ class AdapterRowsCallback(TrainerCallback):
         return output
 
 
-def _groups(optimizer: Any) -> list[dict[str, Any]]:
+def _groups(optimizer: Optimizer | None) -> list[dict[str, Any]]:
     groups = [] if optimizer is None else optimizer.param_groups
     if not groups or any("name" not in group for group in groups):
         raise ValueError(
@@ -249,11 +276,10 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return list(groups)
 
 
-def _check(args: Any) -> None:
+def _check(args: TrainingArguments) -> None:
     """Raise where gradients cannot be divided by adapter, or the trainer would leave adapters as they are."""
-    asked = {"fp16=True": args.fp16, "deepspeed": args.deepspeed, "fsdp": args.fsdp}
-    asked |= {"label_smoothing_factor": args.label_smoothing_factor}
-    found = [name for name, on in asked.items() if on]
+    asked = (args.fp16, "fp16=True"), (args.deepspeed, "deepspeed"), (args.fsdp, "fsdp")
+    found = [name for on, name in (*asked, (args.label_smoothing_factor, "label_smoothing_factor")) if on]
     if found:
         raise ValueError(
             f"AdapterRowsCallback: expected training in fp32 or bf16, by one process or DDP, got {found[0]}: the "
@@ -264,12 +290,3 @@ def _check(args: Any) -> None:
             "AdapterRowsCallback: load_best_model_at_end loads the active adapter alone: leave it out, and load the "
             "folders of the best checkpoint with model.load_adapter"
         )
-
-
-def _by_name(labeled: Sequence[tuple[Sequence[str], Tensor]], names: Sequence[str], processes: Processes) -> list[int]:
-    counts = Counter[str]()
-    for owners, tokens in labeled:
-        for owner, count in zip(owners, tokens.tolist(), strict=True):
-            counts[owner] += count
-    by_name = torch.tensor([counts[name] for name in names], dtype=torch.int64)
-    return [int(count) for count in processes.all_reduce_sum(by_name)]

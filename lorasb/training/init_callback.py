@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes, sharded
 from ..distributed.sharded_factors import keep_factors, restore_factors
 from ..init import InitReport, first_step_lr, initialize
-from ..init.sampling import draw, rng_untouched, too_few
+from ..init.sampling import Batch, Loader, draw, rng_untouched, too_few
 from ..init.task import AutoRate
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers
@@ -66,9 +68,9 @@ class InitCallback(TrainerCallback):
         self.samples, self.share_factors, self.options = samples, share_factors, options
         self.report: InitReport | None = None
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Split a written checkpoint into R and the shared factor file."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         uploading = args.push_to_hub and "checkpoint" in str(getattr(args.hub_strategy, "value", args.hub_strategy))
         # An upload to the Hub reads the folder in the background while this would rewrite its files.
         if self.share_factors and state.is_world_process_zero and folder.is_dir() and not uploading:
@@ -76,14 +78,14 @@ class InitCallback(TrainerCallback):
 
     def on_train_begin(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         model: Any = None,
-        train_dataloader: Any = None,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
-        **kwargs: Any,
+        train_dataloader: Loader = None,
+        optimizer: Optimizer | None = None,
+        lr_scheduler: object = None,
+        **kwargs: object,
     ) -> None:
         """Initialize, or restore A and B; the trainer has loaded a checkpoint by now and made no step."""
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
@@ -96,13 +98,14 @@ class InitCallback(TrainerCallback):
         keep_factors(layers, name, first=state.is_world_process_zero)
         ready = state.global_step > 0 or initialized
         if not ready:
-            _refuse_copies(optimizer, layers, name)
+            if optimizer is not None:
+                _refuse_copies(optimizer, layers, name)
             # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
             warmup = args.get_warmup_steps(state.max_steps)
             given = self.lr if self.lr != "auto" else first_step_lr("auto", warmup)
             lr = given or first_step_lr(args.learning_rate, warmup)
             self.report = self._initialize(lr, args, model, train_dataloader)
-            if self.report.rate is not None:
+            if self.report.rate is not None and optimizer is not None:
                 _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
         elif self.lr == "auto" and state.global_step == 0:
             warnings.warn(
@@ -111,27 +114,27 @@ class InitCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _initialize(self, lr: float | AutoRate, args: Any, model: Any, loader: Any) -> InitReport:
+    def _initialize(
+        self, lr: float | AutoRate, args: TrainingArguments, model: nn.Module, loader: Loader
+    ) -> InitReport:
         """Call `initialize` on this process's samples."""
         seed, count = args.seed if self.seed is None else self.seed, self.num_samples
         options = {"progress": not args.disable_tqdm} | self.options
         # collators may draw (random masking, on the CPU), and training must draw as without this
         with rng_untouched():
-            batches: Any
             if self.samples is None:
                 # drawn already: a limit would count the rows of batches, and those of preferences have two per example
                 batches, count = _batches(loader, args.per_device_train_batch_size, count, seed), None
-            else:
+            else:  # all, in their order, unless a number is given
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
-                # all, in their order, unless a number is given
             return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
 
 
-def _set_rate(rate: float, optimizer: Any, scheduler: Any, layers: dict[str, AdaptedLayer], name: str) -> None:
+def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: dict[str, AdaptedLayer], name: str) -> None:
     """Set the peak rate of R's parameter groups; other groups (a head's) keep theirs."""
     cores = {id(layer.lorasb_R[name]) for layer in layers.values()}
     peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)  # accelerate wraps a schedule
-    for i, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+    for i, group in enumerate(optimizer.param_groups):
         if any(id(parameter) in cores for parameter in group["params"]):
             group["lr"] *= rate / group.get("initial_lr", group["lr"])
             group["initial_lr"] = rate
@@ -139,10 +142,12 @@ def _set_rate(rate: float, optimizer: Any, scheduler: Any, layers: dict[str, Ada
                 peaks[i] = rate
 
 
-def _restore(args: Any, state: Any, name: str, layers: dict[str, AdaptedLayer], needed: bool) -> None:
+def _restore(
+    args: TrainingArguments, state: TrainerState, name: str, layers: dict[str, AdaptedLayer], needed: bool
+) -> None:
     # Callbacks do not get the folder: `trainer.train(resume_from_checkpoint=...)` does not set `args`.
     named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
-    folders = [*named, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+    folders = [*named, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"]
     if not restore_factors(layers, name, folders) and needed:
         raise ValueError(
             "training resumes, and R alone was loaded: expected an adapter that has this R, with its A and B, in "
@@ -151,9 +156,9 @@ def _restore(args: Any, state: Any, name: str, layers: dict[str, AdaptedLayer], 
         )
 
 
-def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -> Iterator[dict[str, Any]]:
+def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int) -> Iterator[Batch]:
     """Batches of this process's share: random samples of a map-style data set, or the first of a stream."""
-    dataset, processes, collate = loader.dataset, Processes(), loader.collate_fn
+    dataset, processes = loader.dataset, Processes()
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         if num_samples is None:
             raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
@@ -161,17 +166,12 @@ def _batches(loader: Any, batch_size: int, num_samples: int | None, seed: int) -
         head = [item for item, _ in zip(dataset, range(num_samples), strict=False)]
         if len(head) < num_samples:
             raise ValueError(too_few(num_samples, len(head)))
-        return _collated(head[processes.rank :: processes.world_size], collate, batch_size)
-    chosen = draw(len(dataset), num_samples, seed)
-    own_indices = chosen[processes.rank :: processes.world_size]
-    # a generator: samples are read batch by batch
-    return _collated((dataset[i] for i in own_indices), collate, batch_size)
-
-
-def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[dict[str, Any]]:
-    remaining = iter(items)
+        remaining = iter(head[processes.rank :: processes.world_size])
+    else:
+        chosen = draw(len(dataset), num_samples, seed)
+        remaining = (dataset[i] for i in chosen[processes.rank :: processes.world_size])  # read batch by batch
     while batch := list(itertools.islice(remaining, batch_size)):
-        collated = collate(batch)
+        collated = loader.collate_fn(batch)
         if not isinstance(collated, Mapping):
             raise ValueError(
                 f"the trainer's batches are no batches of tokens with labels, but {type(collated).__name__}s, as "
@@ -182,10 +182,8 @@ def _collated(items: Iterable[Any], collate: Any, batch_size: int) -> Iterator[d
         yield {name: value for name, value in collated.items() if name not in REFERENCE}
 
 
-def _refuse_copies(optimizer: Any, layers: dict[str, AdaptedLayer], name: str) -> None:
+def _refuse_copies(optimizer: Optimizer, layers: dict[str, AdaptedLayer], name: str) -> None:
     """Raise if the optimizer holds copies of R: its next step would write them over the initialized R."""
-    if optimizer is None:
-        return
     # Optimizers with fp32 master weights and DeepSpeed's partitions are made before `on_train_begin`, from the old R.
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in optimized]

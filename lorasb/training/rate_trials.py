@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from ..compat.torch import uncompiled
 from ..distributed.process_group import Processes
-from ..init.sampling import rng_untouched
-from ..init.task import to_device
+from ..init.sampling import Batch, rng_untouched
+from ..init.task import modes_restored, to_device
 from ..utils.checks import check_lr
 
 STEPS = 12  # of a trial: loss after 15% of a run of 75 ranks rates as its end does, within a factor of two (measured)
@@ -82,9 +82,8 @@ def find_lr(
         ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
             unchanged.
     """
-    trial = _trial_of(model, batches, lr, steps, judged, accumulation, optimizer or _adamw)
-    hidden = not progress or Processes().rank > 0
-    with tqdm(desc="learning rate", unit="step", disable=hidden, leave=False) as bar:
+    trial = _Trial(model, batches, lr, steps, judged, accumulation, optimizer or _adamw)
+    with _bar(progress) as bar:
         losses = _search(lr, lambda rate: trial.loss(rate, bar))
     best = min(losses, key=lambda rate: losses[rate])
     trial.scale_start(best)
@@ -112,51 +111,21 @@ def refine_rate(
     Raises:
         ValueError: as `find_lr`; the model is unchanged.
     """
-    trial = _trial_of(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, _adamw)
-    hidden = not progress or Processes().rank > 0
-    with tqdm(desc="learning rate", total=2 * PROBE_STEPS, unit="step", disable=hidden, leave=False) as bar:
+    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, _adamw)
+    with _bar(progress, total=2 * PROBE_STEPS) as bar:
         losses = {tried: trial.loss(tried, bar) for tried in (rate / 2, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 2] else rate / 2
     trial.scale_start(best)
     return RateTrials(best, losses, PROBE_STEPS)
 
 
-def _trial_of(
-    model: nn.Module,
-    batches: Iterable[dict[str, Any]],
-    lr: float,
-    steps: int,
-    judged: int,
-    accumulation: int,
-    optimizer: MakeOptimizer,
-) -> _Trial:
-    """Check the arguments of trials, and divide the first batches into those that judge and those that train."""
-    _check(lr, steps, judged, accumulation)
-    with rng_untouched():  # a DataLoader draws its order
-        held = list(islice(iter(batches), steps * accumulation + judged))
-    _check_count(len(held), steps, judged, accumulation)
-    train = [held[i : i + accumulation] for i in range(judged, len(held), accumulation)]
-    return _Trial(uncompiled(model), train, held[:judged], optimizer, lr)
-
-
 def _adamw(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
 
 
-def _check(lr: float, steps: int, judged: int, accumulation: int) -> None:
-    check_lr(lr, "learning rate to try first")
-    for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
-        if value < 1:
-            raise ValueError(f"expected {name} of at least 1, got {value!r}")
-
-
-def _check_count(batches: int, steps: int, judged: int, accumulation: int) -> None:
-    wanted = steps * accumulation + judged
-    if batches < wanted:
-        raise ValueError(
-            f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are {batches}: pass "
-            f"more, or steps={max(1, (batches - judged) // accumulation)}"
-        )
+def _bar(progress: bool, total: int | None = None) -> tqdm:
+    hidden = not progress or Processes().rank > 0
+    return tqdm(desc="learning rate", total=total, unit="step", disable=hidden, leave=False)
 
 
 def _search(first: float, loss: Callable[[float], float]) -> dict[float, float]:
@@ -180,13 +149,29 @@ class _Trial:
     def __init__(
         self,
         model: nn.Module,
-        train: list[list[dict[str, Any]]],
-        judge: list[dict[str, Any]],
-        make: MakeOptimizer,
+        batches: Iterable[Batch],
         first: float,
+        steps: int,
+        judged: int,
+        accumulation: int,
+        make: MakeOptimizer,
     ) -> None:
-        self.model, self.train, self.judge, self.make, self.first = model, train, judge, make, first
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        check_lr(first, "learning rate to try first")
+        for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
+            if value < 1:
+                raise ValueError(f"expected {name} of at least 1, got {value!r}")
+        wanted = steps * accumulation + judged
+        with rng_untouched():  # a DataLoader draws its order
+            held = list(islice(iter(batches), wanted))
+        if len(held) < wanted:
+            raise ValueError(
+                f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are "
+                f"{len(held)}: pass more, or steps={max(1, (len(held) - judged) // accumulation)}"
+            )
+        self.model, self.first, self.make = uncompiled(model), first, make
+        self.judge = held[:judged]
+        self.train = [held[i : i + accumulation] for i in range(judged, wanted, accumulation)]
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("no parameter requires a gradient: model.set_adapter(name), or lorasb.patch(model)")
         self.trained = [parameter for _, parameter in named]
@@ -197,14 +182,14 @@ class _Trial:
         for core in self.cores:
             core.mul_(rate / self.first)
 
-    def loss(self, rate: float, bar: Any) -> float:
+    def loss(self, rate: float, bar: tqdm) -> float:
         """The mean loss of the held-out batches after a trial at a rate."""
         with _restored(self.model, self.trained):
             self.scale_start(rate)
             self._steps(self.make(self.trained, rate), bar)
             return self._judged()
 
-    def _steps(self, optimizer: torch.optim.Optimizer, bar: Any) -> None:
+    def _steps(self, optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
         self.model.train()
         ramp = max(1, round(RAMP * len(self.train)))
         peaks = [group["lr"] for group in optimizer.param_groups]  # a head may have a separate rate
@@ -226,7 +211,7 @@ class _Trial:
         mean = float(Processes().all_reduce_sum(losses.mean().cpu().reshape(1))) / Processes().world_size
         return mean if math.isfinite(mean) else math.inf
 
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         loss: Tensor | None = self.model(**to_device(batch, self.trained[0].device)).loss
         if loss is None:
             raise ValueError(f"the model gives no loss: batches need labels, and have {', '.join(batch)}")
@@ -237,9 +222,8 @@ class _Trial:
 def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     values = [parameter.detach().clone() for parameter in trained]
     gradients = [parameter.grad for parameter in trained]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with rng_untouched():  # dropout
+        with rng_untouched(), modes_restored(model):  # dropout draws
             for parameter in trained:
                 parameter.grad = None
             yield
@@ -248,5 +232,3 @@ def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
             for parameter, value, gradient in zip(trained, values, gradients, strict=True):
                 parameter.copy_(value)
                 parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..init.sampling import rng_untouched
+from ..init.task import modes_restored
 from ..serving.training import IGNORED, token_losses
 
 Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
@@ -22,12 +22,13 @@ class RewardError(ValueError):
     """A reward function failed, or returned what is no reward."""
 
 
-def checked_rewards(reward: Reward, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+def checked_rewards(
+    reward: Reward, prompts: Sequence[object], completions: Sequence[object], **columns: object
+) -> list[float]:
     """The rewards of completions; a RewardError if the function fails or returns no finite number per completion."""
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
-        found = list(reward(prompts=prompts, completions=completions, **columns))
-        values = [float(value) for value in found]
+        values = [float(value) for value in reward(prompts=prompts, completions=completions, **columns)]
     except RewardError:
         raise
     except Exception as error:  # the caller's own code
@@ -88,42 +89,29 @@ def reward_batches(
         RewardError: `reward` failed or returned something else, or no prompt's completions differ in reward.
     """
     batches = []
-    with rng_untouched(), _in_eval_mode(model):
+    with rng_untouched(), modes_restored(model):
+        model.eval()
         torch.manual_seed(seed)
         for prompt in prompts:
             ids, mask = _sampled(model, tokenizer, prompt, generations, max_new_tokens, temperature)
             tokens = [row[-len(kept) :][kept] for row, kept in zip(ids, mask.bool(), strict=True)]
             values = checked_rewards(reward, [prompt] * generations, tokenizer.batch_decode(tokens, True))
             if max(values) > min(values):
-                batches.append(_batch(ids, mask, advantages(values, generations)))
+                prompt_mask = mask.new_ones(generations, ids.shape[1] - mask.shape[1])
+                batches.append(
+                    {
+                        "input_ids": ids,
+                        "attention_mask": torch.cat((prompt_mask, mask), 1),
+                        "completion_mask": torch.cat((0 * prompt_mask, mask), 1),
+                        "advantages": torch.tensor(advantages(values, generations), device=ids.device),
+                    }
+                )
     if not batches:
         raise RewardError(
             f"none of {len(prompts)} prompts has completions of different rewards among {generations}: a first step on "
             "rewards would be zero. Start from examples instead, or sample more (generations, temperature)"
         )
     return batches
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _batch(ids: Tensor, mask: Tensor, weights: Sequence[float]) -> dict[str, Tensor]:
-    """A batch for `policy_loss`, from whole rows, the mask over their completions, and advantages."""
-    prompt = len(ids[0]) - len(mask[0])
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.cat((mask.new_ones(len(mask), prompt), mask), 1),
-        "completion_mask": torch.cat((mask.new_zeros(len(mask), prompt), mask), 1),
-        "advantages": torch.tensor(weights, device=ids.device),
-    }
 
 
 def _sampled(
@@ -173,7 +161,7 @@ def preference_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 preference_loss.of_whole_batches = True  # type: ignore[attr-defined]  # a pair's rows are half a batch apart
 
 
-def _log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Σ log π of each row's completion, and its number of tokens, both [n]."""
     ids, mask = batch["input_ids"], batch["completion_mask"]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits

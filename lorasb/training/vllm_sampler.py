@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import PeftModel
+from torch import Tensor
+
 from ..checkpoints import shared_factors
 from ..compat import vllm as private
 from ..compat.torch import uncompiled
@@ -40,7 +43,7 @@ class Synced(NamedTuple):
     """Result of `sync_to_vllm`."""
 
     name: str  # the adapter's, which requests name as their model
-    request: Any  # the `LoRARequest` that `LLM.generate` takes; None for a server
+    request: object  # the `LoRARequest` that `LLM.generate` takes; None for a server
     bytes: int  # that the sampler read
     seconds: float
 
@@ -82,12 +85,12 @@ class VLLMSampler:
         self.folder = Path(tempfile.mkdtemp(prefix="lorasb-", dir=place)).resolve()
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.synced: Synced | None = None
-        self._step: Any = None  # of the trainer, when R was sent
+        self._step: int | None = None  # of the trainer, when R was sent
         self._counter = itertools.count()
-        self._digest: tuple[Any, bytes] | None = None  # of A and B, with the first A
+        self._digest: tuple[Tensor, bytes] | None = None  # of A and B, with the first A
         self._former: list[Path] = []
 
-    def sync(self, model: Any, adapter_name: str | None = None) -> Synced:
+    def sync(self, model: PeftModel, adapter_name: str | None = None) -> Synced:
         """Send R of an adapter of a patched model, the active one by default.
 
         Raises:
@@ -95,28 +98,28 @@ class VLLMSampler:
             RuntimeError: vLLM refused it, with its reason: other A and B than the server's, or no plugin.
         """
         started = time.perf_counter()
-        plain: Any = uncompiled(model)
-        name, layers = adapted_layers(plain, adapter_name)
+        model = uncompiled(model)
+        name, layers = adapted_layers(model, adapter_name)
         _check(layers, name)
+        first = next(iter(layers.values())).lorasb_A[name]
+        if self._digest is None or self._digest[0] is not first:  # once: it takes seconds for gigabytes
+            self._digest = first, shared_factors.digest(frozen_factors(layers, name))
         path = self.folder / f"{self.name}-{next(self._counter)}"
-        save_cores(path, layers, name, plain.peft_config[name], self._digest_of(layers, name))
+        save_cores(path, layers, name, model.peft_config[name], self._digest[1])
         request = self._load(path)
-        self._forget(path)
+        # Remove R's that no step can ask for: vLLM may read the last one again, after it has evicted it.
+        self._former.append(path)
+        for old in self._former[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+        del self._former[:-2]
         size = sum((path / file).stat().st_size for file in (WEIGHTS_NAME, CONFIG_NAME))
         self.synced = Synced(self.name, request, size, time.perf_counter() - started)
         return self.synced
 
-    def _digest_of(self, layers: dict[str, AdaptedLayer], name: str) -> bytes:
-        """SHA-256 of A and B, which stay: of a model of gigabytes it takes seconds."""
-        first = next(iter(layers.values())).lorasb_A[name]
-        if self._digest is None or self._digest[0] is not first:
-            self._digest = first, shared_factors.digest(frozen_factors(layers, name))
-        return self._digest[1]
-
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path) -> object:
+        """Have vLLM load R's from a folder; returns the `LoRARequest` of an `LLM`."""
         if isinstance(self.client, str):
-            body = {"lora_name": self.name, "lora_path": str(path), "load_inplace": True}
-            self._post("/v1/load_lora_adapter", body)
+            self._post("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(path), "load_inplace": True})
             return None
         request = private.lora_request(self.name, str(path))
         try:
@@ -127,33 +130,22 @@ class VLLMSampler:
             raise RuntimeError("vLLM did not load the adapter: set LORASB_BASIS before the LLM is made")
         return request
 
-    def _forget(self, path: Path) -> None:
-        """Remove R's that no step can ask for: vLLM may read the last one again, after it has evicted it."""
-        self._former.append(path)
-        for old in self._former[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
-        del self._former[:-2]
-
-    def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
+    def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[list[int]] | list[list[float]]]:
         """A completion of every prompt (texts or chats), as TRL's `rollout_func` returns them."""
         if self.synced is None or trainer.state.global_step != self._step:
-            self._sync_once(trainer)
+            model = uncompiled(trainer.accelerator.unwrap_model(trainer.model))
+            name, layers = adapted_layers(model, None)
+            _check(layers, name)  # on all processes, or the others would wait for one that has failed
+            if not isinstance(self.client, str) or trainer.accelerator.is_main_process:
+                self.sync(model)
+            else:  # the first process alone sends R to a server that all have
+                self.synced = Synced(self.name, None, 0, 0.0)
+            trainer.accelerator.wait_for_everyone()
             self._step = trainer.state.global_step
         ids = _tokens(prompts, trainer)
         sampling = {key: getattr(trainer, key) for key in OF_TRAINER if getattr(trainer, key, None) is not None}
         found = self.complete(ids, max_tokens=trainer.args.max_completion_length, **sampling)
         return {"prompt_ids": ids, "completion_ids": [t for t, _ in found], "logprobs": [p for _, p in found]}
-
-    def _sync_once(self, trainer: Any) -> None:
-        """Send R from the first process alone to a server that all have."""
-        model = uncompiled(trainer.accelerator.unwrap_model(trainer.model))
-        name, layers = adapted_layers(model, None)
-        _check(layers, name)  # on all processes, or the others would wait for one that has failed
-        if not isinstance(self.client, str) or trainer.accelerator.is_main_process:
-            self.sync(model)
-        else:
-            self.synced = Synced(self.name, None, 0, 0.0)
-        trainer.accelerator.wait_for_everyone()
 
     def complete(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[tuple[list[int], list[float]]]:
         """Tokens and their log-probabilities of a completion of each prompt, by the R's that were sent last.
@@ -172,7 +164,7 @@ class VLLMSampler:
         choices.sort(key=lambda choice: choice["index"])
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, path: str, body: dict[str, object]) -> Any:
         """The JSON that the server answers with, or its text."""
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:

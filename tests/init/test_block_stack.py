@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import tolerances
@@ -92,7 +91,7 @@ class Block(nn.Module):
         self.kind = kind
         self.proj = nn.Linear(40, 40)
 
-    def forward(self, x: Tensor, shared: Any = None) -> Tensor:
+    def forward(self, x: Tensor, shared: object = None) -> Tensor:
         """x + tanh(x Wᵀ + b)."""
         if self.kind == "in place":
             x *= 1.5

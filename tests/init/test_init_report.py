@@ -12,7 +12,6 @@ from models import batches_for, make, patched, text
 
 import lorasb
 from lorasb.init import InitReport, LayerReport
-from lorasb.init.init_report import suggest
 
 
 def test_full_rank_keeps_all_energy_and_a_small_rank_less() -> None:
@@ -103,7 +102,8 @@ def test_a_budget_goes_where_it_gains_most_per_parameter() -> None:
     def layer(name: str, *curve: float) -> LayerReport:
         return LayerReport(name, (8, 8), 3, curve[-1], None, curve, 0, 0.0, curve_sign=curve)
 
-    found = suggest([layer("a", 0.5, 0.8, 0.92), layer("b", 0.6, 0.67, 0.70)], None, 10, "sign")
+    layers = [layer("a", 0.5, 0.8, 0.92), layer("b", 0.6, 0.67, 0.70)]
+    found = InitReport("update", "adamw", 1e-3, 1, 0, None, 0.0, layers).suggest_ranks(parameters=10)
     assert found.rank_pattern == {"a": 3, "b": 1}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from gradients import factors
 from models import Batch, batches_for, logits, make, patched
+from peft import PeftModel
 from torch import Tensor, nn
 
 import lorasb
@@ -20,7 +20,7 @@ def unlabeled() -> list[Batch]:
     return [{k: v for k, v in b.items() if k != "labels"} for b in batches_for("llama")]
 
 
-def first_block(model: Any, batch: Batch) -> Tensor:
+def first_block(model: nn.Module, batch: Batch) -> Tensor:
     """A loss of the first block's output."""
     inner = model.get_base_model().model
     rotary = inner.rotary_emb(torch.zeros(1, 1, 64), torch.arange(12)[None])
@@ -32,7 +32,7 @@ def ignored() -> list[Batch]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model() -> PeftModel:
     """Initialized; no failure changes it."""
     return patched()
 
@@ -73,7 +73,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_calls_change_nothing(name: str, model: Any) -> None:
+def test_bad_calls_change_nothing(name: str, model: PeftModel) -> None:
     change, message = BAD_CALLS[name]
     before, answer, modes = factors(model), logits(model), [m.training for m in model.modules()]
     provenance = copy.deepcopy(model.peft_config["default"].init_provenance)
@@ -86,7 +86,7 @@ def test_bad_calls_change_nothing(name: str, model: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(value: float, model: Any) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float, model: PeftModel) -> None:
     before = factors(model)
 
     def loss_fn(inner: nn.Module, batch: Batch) -> Tensor:
@@ -99,7 +99,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float, model: Any)
     assert all(torch.equal(value_, before[key]) for key, value_ in factors(model).items())
 
 
-def test_an_interrupted_initialization_changes_nothing(model: Any) -> None:
+def test_an_interrupted_initialization_changes_nothing(model: PeftModel) -> None:
     before, flags = factors(model), [p.requires_grad for p in model.parameters()]
 
     def stream() -> Iterator[Batch]:

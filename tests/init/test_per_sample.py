@@ -141,13 +141,14 @@ def test_sketches_count_in_the_plan() -> None:
     assert [len(part) for part in passes(layers, 2 * size, sketch_rank=4)] == [1, 1]
 
 
-def test_stability_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stability": True}, "stability compares subspaces of sign"),
+        ({"cache": "signs"}, r"update='per-sample' needs each sample's gradient.*leave cache out"),
+    ],
+)
+def test_what_needs_signs_alone_is_refused(options: dict[str, object], message: str) -> None:
     model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(ValueError, match="stability compares subspaces of sign"):
-        lorasb.initialize(model, batches_for("llama"), lr=1e-3, update="per-sample", stability=True, progress=False)
-
-
-def test_a_cache_is_refused() -> None:
-    model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(ValueError, match=r"update='per-sample' needs each sample's gradient.*leave cache out"):
-        lorasb.initialize(model, batches_for("llama"), lr=1e-3, update="per-sample", cache="signs", progress=False)
+    with pytest.raises(ValueError, match=message):
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3, update="per-sample", progress=False, **options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def singles() -> list[Batch]:
 
 
 @pytest.mark.parametrize("bad", ["much", "6TB", "-3", 0, -1.0])
-def test_what_is_no_size_is_refused(bad: Any) -> None:
+def test_what_is_no_size_is_refused(bad: object) -> None:
     with pytest.raises(ValueError, match=r"expected a size like '6GB'|expected a positive number of bytes"):
         lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), lr=1e-3, memory_budget=bad, progress=False)
 
@@ -30,7 +31,7 @@ def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     monkeypatch.setattr(plan, "available", lambda device: float(size))
 
 
-def needed(batches: list[Batch], **options: Any) -> float:
+def needed(batches: list[Batch], **options: object) -> float:
     """The estimate for these batches."""
     plans: list[plan.InitPlan] = []
     plain = plan.plan_for
@@ -129,7 +130,7 @@ class Alive:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.most, self.live = model, 0, {}
-        self.handles: list[Any] = []
+        self.handles: list[Callable[[], None]] = []
 
     def __enter__(self) -> Alive:
         for module in self.model.modules():
@@ -142,10 +143,8 @@ class Alive:
         for handle in self.handles:
             handle()
 
-    def _watch(self, module: nn.Module, old: Any) -> Any:
-        import weakref
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
+    def _watch(self, module: nn.Module, old: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(*args: object, **kwargs: object) -> Tensor:
             storage = module.weight.untyped_storage()
             key = id(storage)
             self.live[key] = storage.nbytes()

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from basis_models import a_layer, base, with_users
-from models import batches_for
+from models import Batch, batches_for
 from tolerances import EXPORT, check
 
 import lorasb
 from lorasb.layers.lookup import layers_with
 
 
-def tasks() -> dict[str, Any]:
+def tasks() -> dict[str, list[Batch]]:
     return {"math": batches_for("llama")[:1], "code": batches_for("llama")[1:2]}
 
 
 def test_each_task_has_the_projection_of_its_own_start() -> None:
     model = lorasb.patch(base(), r=4)
-    report: Any = lorasb.initialize(model, tasks(), lr=1e-3, progress=False)
+    report = lorasb.initialize(model, tasks(), lr=1e-3, progress=False)
     assert set(model.peft_config) == {"math", "code", "default"}
     assert model.active_adapters == ["default"]
     assert not a_layer(model).lorasb_R["default"].any()

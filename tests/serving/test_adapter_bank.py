@@ -7,7 +7,6 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,12 +34,12 @@ def batch() -> dict[str, Tensor]:
     return {name: value for name, value in batches_for("llama")[0].items() if name != "labels"}
 
 
-def out(model: Any, *names: str) -> Tensor:
+def out(model: PeftModel, *names: str) -> Tensor:
     with torch.no_grad():
         return model(**batch(), adapter_names=list(names)).logits
 
 
-def moved_to_bank(model: Any, **options: Any) -> lorasb.AdapterBank:
+def moved_to_bank(model: PeftModel, **options: object) -> lorasb.AdapterBank:
     """A bank with copies of the model's adapters on the basis, which leave the model."""
     model.set_adapter("default")
     bank = lorasb.AdapterBank(model, **options)
@@ -324,7 +323,7 @@ def test_a_bank_grows_in_inference_mode_and_outside() -> None:
     assert lorasb.AdapterBank(torch.compile(with_basis(), backend="eager")).layers
 
 
-RANKS: list[dict[str, Any]] = [{}, {"rank_pattern": {"q_proj": 2, "down_proj": 3}}]
+RANKS: list[dict[str, object]] = [{}, {"rank_pattern": {"q_proj": 2, "down_proj": 3}}]
 
 
 def cores_of(bank: lorasb.AdapterBank) -> dict[str, Tensor]:
@@ -333,7 +332,7 @@ def cores_of(bank: lorasb.AdapterBank) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("pattern", RANKS)
-def test_every_layer_has_its_own_entries_whatever_their_ranks(pattern: dict[str, Any]) -> None:
+def test_every_layer_has_its_own_entries_whatever_their_ranks(pattern: dict[str, object]) -> None:
     bank = lorasb.AdapterBank(with_basis(**pattern))
     assert len({c.r for c in bank.columns.values()}) == (3 if pattern else 1)
     given = cores_of(bank)
@@ -353,7 +352,7 @@ def test_finite_values_whose_sum_is_not_are_taken(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("pattern", RANKS)
-def test_one_entry_that_is_not_finite_is_enough(pattern: dict[str, Any], value: str) -> None:
+def test_one_entry_that_is_not_finite_is_enough(pattern: dict[str, object], value: str) -> None:
     bank = lorasb.AdapterBank(with_basis(**pattern))
     given = cores_of(bank)
     next(reversed(given.values()))[-1, -1] = float(value)

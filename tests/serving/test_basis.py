@@ -7,7 +7,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from lorasb.layers.lookup import layers_with
 from lorasb.serving.basis_adapters import load_adapters, save_adapters
 
 
-def users(model: Any, *names: str) -> list[torch.Tensor]:
+def users(model: PeftModel, *names: str) -> list[torch.Tensor]:
     found = []
     for name in names:
         model.set_adapter(name)
@@ -144,7 +143,7 @@ def test_the_basis_of_others_is_neither_deleted_nor_initialized(tmp_path: Path) 
     model.delete_adapter("default")
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
+BAD: dict[str, tuple[dict[str, object], str]] = {
     "no such adapter": ({"basis": "nobody"}, "basis='nobody' is no adapter of this model, which has default"),
     "another rank": ({"basis": "default", "r": 3}, "has its rank, 4, got r=3"),
     "a start": ({"basis": "default", "basis_start": "one"}, "basis_start must be one of zero, same"),
@@ -206,7 +205,7 @@ def test_rows_in_training_need_one_basis_and_no_dropout() -> None:
     assert torch.isfinite(model(**batches_for("llama")[0], adapter_names=["ada", "default"]).loss)
 
 
-def moved(model: Any, before: dict[str, torch.Tensor]) -> dict[str, bool]:
+def moved(model: PeftModel, before: dict[str, torch.Tensor]) -> dict[str, bool]:
     return {name: not torch.equal(users(model, name)[0], want) for name, want in before.items()}
 
 
@@ -221,7 +220,7 @@ def test_a_sum_has_factors_of_its_own_and_leaves_the_basis(kind: str) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"scaling": 3.0}, {"init": "lora-xs", "lora_alpha": 32}, {"wide_factors": True}])
-def test_an_adapter_alone_has_the_scaling_of_its_basis(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_alone_has_the_scaling_of_its_basis(fields: dict[str, object], tmp_path: Path) -> None:
     model = with_users("ada", **fields)
     want = users(model, "ada")[0]
     model.save_pretrained(tmp_path)
@@ -302,9 +301,9 @@ def test_rows_of_a_bank_refuse_gradient_checkpointing_in_training() -> None:
 NAMES = ["ada", "emmy", "grace"]
 
 
-def state(model: Any) -> dict[str, Any]:
+def state(model: PeftModel) -> dict[str, object]:
     """All that the layers know of their adapters, their parameters, flags and configs."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoRASBLinear):
             states = {name: replace(state, preconditioner=None) for name, state in layer.adapters.items()}
@@ -316,7 +315,7 @@ def state(model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("start", ["zero", "same"])
 @pytest.mark.parametrize("options", [{}, {"scaling": 0.7, "wide_factors": True}], ids=str)
-def test_they_are_what_peft_adds_one_by_one(start: Any, options: dict[str, Any]) -> None:
+def test_they_are_what_peft_adds_one_by_one(start: str, options: dict[str, object]) -> None:
     one_by_one, at_once = with_basis(**options), with_basis(**options)
     for name in NAMES:
         one_by_one.add_adapter(name, lorasb.LoRASBConfig(basis="default", basis_start=start))
@@ -366,7 +365,7 @@ def test_modules_of_their_own_are_made_by_peft() -> None:
     assert heads
 
 
-BAD_NAMES: dict[str, tuple[list[Any], dict[str, Any], str]] = {
+BAD_NAMES: dict[str, tuple[list[object], dict[str, object], str]] = {
     "taken": (["ada", "default"], {}, "has an adapter 'default' already"),
     "of the rows of nobody": (["__base__"], {}, "expected a name without dots"),
     "of a dictionary": (["ada", "keys"], {}, "a method's of a dictionary, got 'keys'"),
@@ -430,7 +429,7 @@ def test_an_interrupt_in_the_middle_of_a_copy_leaves_nothing(at: int, monkeypatc
     before, count = state(model), iter(range(99))
     real = FrozenFactors.__setattr__
 
-    def fails(self: FrozenFactors, name: str, value: Any) -> None:
+    def fails(self: FrozenFactors, name: str, value: object) -> None:
         if name == "grace" and next(count) == at:
             raise KeyboardInterrupt
         real(self, name, value)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from basis_models import a_layer, base, fill, with_basis
 from models import batches_for, logits, make
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from lorasb.layers.lookup import layers_with
 from lorasb.serving.joint_basis import Update, _lora_updates, joint_factors
 
 
-def two(rank: int = 4) -> Any:
+def two(rank: int = 4) -> PeftModel:
     model = with_basis(r=rank, adapter_name="ada")
     model.add_adapter("grace", lorasb.LoRASBConfig(r=rank, init="kaiming", init_seed=5))
     for seed, name in enumerate(("ada", "grace")):
@@ -27,11 +26,11 @@ def two(rank: int = 4) -> Any:
     return model
 
 
-def deltas(model: Any, name: str) -> dict[str, Tensor]:
+def deltas(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {layer: module.get_delta_weight(name).double() for layer, module in layers_with(model, name).items()}
 
 
-def outputs(model: Any, name: str) -> Tensor:
+def outputs(model: PeftModel, name: str) -> Tensor:
     model.set_adapter(name)
     with torch.no_grad():
         return logits(model.eval())
@@ -101,8 +100,8 @@ def test_updates_of_few_directions_are_completed_to_the_rank() -> None:
     check(update.on(b, a).square().sum(), torch.tensor(update.energy), FP64)
 
 
-def lora(folder: Path, source: Any = None, **options: Any) -> Tensor:
-    """A LoRA with random factors, or one that another adapter was exported to; its output."""
+def lora(folder: Path, **options: object) -> Tensor:
+    """A LoRA with random factors; its output."""
     torch.manual_seed(1)
     model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options))
     for parameter in (p for n, p in model.named_parameters() if "lora_" in n):
@@ -112,7 +111,7 @@ def lora(folder: Path, source: Any = None, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}])
-def test_a_lora_in_the_basis_is_projected_without_a_loss(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_lora_in_the_basis_is_projected_without_a_loss(tmp_path: Path, options: dict[str, object]) -> None:
     """On a basis of its own directions."""
     want = lora(tmp_path / "lora", **options)
     model = with_basis()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 from basis_models import with_users
 from linear_groups import groups
 from models import batches_for
+from peft import PeftModel
 from torch import Tensor
 
 import lorasb
@@ -24,7 +24,7 @@ NAMES = ("ada", "emmy", "grace")
 CALLS: tuple[list[str] | None, ...] = (["ada", "grace"], ["__base__", "emmy"], None, ["grace", "default"])
 
 
-def call(model: Any, names: list[str] | None) -> Tensor:
+def call(model: PeftModel, names: list[str] | None) -> Tensor:
     batch = {key: value for key, value in batches_for("llama")[0].items() if key != "labels"}
     with torch.no_grad():
         return model(**batch) if names is None else model(**batch, adapter_names=names)
@@ -56,7 +56,7 @@ def test_generation_in_a_thread_of_its_own() -> None:
     """As a streamer has it: the main thread computes something else meanwhile."""
     model = with_users(*NAMES)
     prompts = torch.randint(3, 99, (2, 4), generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"input_ids": prompts, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, object] = {"input_ids": prompts, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     want, plain = model.generate(**options, adapter_names=["ada", "emmy"]), call(model, None).logits
     found: list[Tensor] = []
     thread = threading.Thread(target=lambda: found.append(model.generate(**options, adapter_names=["ada", "emmy"])))
@@ -83,11 +83,11 @@ def test_a_registry_that_changes_under_a_forward_is_no_error() -> None:
         sys.setswitchinterval(interval)
 
 
-def loss_of(model: Any, names: list[str]) -> Tensor:
+def loss_of(model: PeftModel, names: list[str]) -> Tensor:
     return model(**batches_for("llama")[0], adapter_names=names).loss
 
 
-def trained() -> Any:
+def trained() -> PeftModel:
     model = with_users(*NAMES).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lorasb_R" in name)
@@ -95,7 +95,7 @@ def trained() -> Any:
     return model
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
+def gradients(model: PeftModel) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from basis_models import a_layer, with_users
 from models import batches_for, text
+from peft import PeftModel
 from tolerances import FP32_NORMS, FP64, check
 from torch import Tensor
 from trainer_runs import arguments
@@ -32,11 +32,11 @@ def rows(step: int) -> tuple[dict[str, Tensor], list[str]]:
     return batch, owners[step % 3]
 
 
-def cores(model: Any, name: str) -> list[Tensor]:
+def cores(model: PeftModel, name: str) -> list[Tensor]:
     return [layer.lorasb_R[name].detach() for layer in layers_with(model, name).values()]
 
 
-def train(model: Any, names: tuple[str, ...], steps: int = 6) -> None:
+def train(model: PeftModel, names: tuple[str, ...], steps: int = 6) -> None:
     """Of each batch the rows of some adapters."""
     model.train()
     optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, RATES, weight_decay=0.01))
@@ -133,9 +133,9 @@ def test_what_cannot_be_is_refused() -> None:
 OWNERS = ("ada", "emmy", "ada", "grace", "__base__", "ada", "emmy", "emmy", "ada", "grace", "ada", "emmy")
 
 
-def examples() -> list[dict[str, Any]]:
+def examples() -> list[dict[str, object]]:
     """Twelve rows, of different numbers of labeled tokens."""
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     for seed, owner in enumerate(OWNERS):
         row = {key: value[0] for key, value in text(1, 12, seed).items()}
         labels = row["labels"].clone()
@@ -153,14 +153,14 @@ class Recorded(lorasb.AdapterRowsCollator):
 
     def __init__(self) -> None:
         super().__init__(transformers.default_data_collator, column="user")
-        self.batches: list[dict[str, Any]] = []
+        self.batches: list[dict[str, object]] = []
 
-    def __call__(self, rows: Any) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, object]]) -> dict[str, object]:
         self.batches.append(super().__call__(rows))
         return self.batches[-1]
 
 
-def trainer_for(model: Any, folder: Path, **options: Any) -> transformers.Trainer:
+def trainer_for(model: PeftModel, folder: Path, **options: object) -> transformers.Trainer:
     usual = {"per_device_train_batch_size": 4, "max_grad_norm": NORM, "lr_scheduler_type": "constant"}
     optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, NAMES, RATES, weight_decay=0.01))
     trainer = transformers.Trainer(
@@ -181,11 +181,11 @@ class Evaluating(transformers.TrainerCallback):
     def __init__(self, trainer: transformers.Trainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
         self.trainer.evaluate(examples()[:4])
 
 
-def train_alone(model: Any, name: str, steps: list[list[dict[str, Any]]]) -> None:
+def train_alone(model: PeftModel, name: str, steps: list[list[dict[str, object]]]) -> None:
     """One adapter over its own rows of each step, by a loop that knows nothing of the others."""
     model.set_adapter(name)
     parameters = [layer.lorasb_R[name] for layer in layers_with(model, name).values()]
@@ -278,7 +278,7 @@ def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
 class Failing(transformers.TrainerCallback):
     """Ends training by an error."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
         raise KeyError("boom")
 
 

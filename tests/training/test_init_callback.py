@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_copies_of_r_in_the_optimizer_are_refused(tmp_path: Path) -> None:
 
 
 class Stream(IterableDataset):
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(ROWS)
 
 
@@ -110,7 +110,9 @@ def test_a_stream(tmp_path: Path) -> None:
         (None, ROWS, False, r"call model = lorasb\.patch\(model\) first"),
     ],
 )
-def test_what_cannot_be_initialized(tmp_path: Path, count: int | None, data: Any, adapted: bool, message: str) -> None:
+def test_what_cannot_be_initialized(
+    tmp_path: Path, count: int | None, data: object, adapted: bool, message: str
+) -> None:
     model = lorasb.patch(make("llama"), r=4) if adapted else make("llama")
     with pytest.raises(ValueError, match=message):
         train(model, tmp_path, [lorasb.InitCallback(num_samples=count)], data)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import random
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import make, text
+from peft import PeftModel
 from torch import Tensor, nn
 
 import lorasb
@@ -24,14 +24,16 @@ def batches(count: int) -> list[dict[str, Tensor]]:
     return [{key: value[2 * i : 2 * i + 2] for key, value in data.items()} for i in range(count)]
 
 
-def patched(dropout: float = 0.0) -> Any:
+def patched(dropout: float = 0.0) -> PeftModel:
     torch.manual_seed(0)
     model = lorasb.patch(make("llama").double(), r=4, lora_dropout=dropout)
     lorasb.initialize(model, batches(4), lr=1e-3, progress=False)
     return model
 
 
-def find(model: Any, given: Any = None, lr: float = 1e-3, steps: int = 6, judged: int = 2, **more: Any) -> Any:
+def find(
+    model: nn.Module, given: object = None, lr: float = 1e-3, steps: int = 6, judged: int = 2, **more: object
+) -> lorasb.RateTrials:
     given = batches(8) if given is None else given
     return lorasb.find_lr(model, given, lr, steps=steps, judged=judged, progress=False, **more)
 
@@ -40,7 +42,7 @@ def cores(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def by_hand(model: Any, lr: float, first: float, steps: int, judged: int) -> float:
+def by_hand(model: PeftModel, lr: float, first: float, steps: int, judged: int) -> float:
     """A trial as a plain loop on a copy."""
     model = copy.deepcopy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -153,7 +155,7 @@ def test_a_head_keeps_its_own_rate() -> None:
     seen: list[tuple[float, ...]] = []
 
     class Watching(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
             seen.append(tuple(group["lr"] for group in self.param_groups))
 
     def two_groups(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
@@ -175,7 +177,7 @@ def test_a_head_keeps_its_own_rate() -> None:
         ({"given": [{"input_ids": batch["input_ids"]} for batch in batches(8)]}, "the model gives no loss: batches need labels, and have input_ids"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_tried_is_said_and_changes_nothing(arguments: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_tried_is_said_and_changes_nothing(arguments: dict[str, object], message: str) -> None:
     model = patched()
     before = cores(model)
     with pytest.raises(ValueError, match=message):

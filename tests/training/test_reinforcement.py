@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tolerances
@@ -13,7 +13,7 @@ import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -25,24 +25,24 @@ WORDS = ["one", "two", "red", "cat"]
 
 
 @pytest.fixture
-def tokenizer(tiny: Path) -> Any:
+def tokenizer(tiny: Path) -> PreTrainedTokenizerBase:
     return transformers.AutoTokenizer.from_pretrained(tiny, padding_side="left")
 
 
-def fresh(folder: Path) -> Any:
+def fresh(folder: Path) -> PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def length(completions: list[str], **given: Any) -> list[float]:
+def length(completions: list[str], **given: object) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
-def options(folder: Path) -> dict[str, Any]:
+def options(folder: Path) -> dict[str, object]:
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "bf16": False, "save_strategy": "no"}
     return {"output_dir": str(folder), "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, **quiet}
 
 
-def grpo(model: Any, tokenizer: Any, folder: Path, **given: Any) -> GRPOTrainer:
+def grpo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **given: object) -> GRPOTrainer:
     sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "beta": 0.04}
     return GRPOTrainer(
         model,
@@ -54,19 +54,21 @@ def grpo(model: Any, tokenizer: Any, folder: Path, **given: Any) -> GRPOTrainer:
     )
 
 
-def quietly(trainer: Any) -> Any:
+def quietly(trainer: Trainer) -> None:
     with warnings.catch_warnings():  # of pinned memory, and of what TRL casts
         warnings.simplefilter("ignore")
-        return trainer.train()
+        trainer.train()
 
 
-def examples(tokenizer: Any) -> list[dict[str, Tensor]]:
+def examples(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
     ids = [tokenizer(f"copy {word} {word}", return_tensors="pt")["input_ids"] for word in WORDS]
     return [{"input_ids": one, "labels": one} for one in ids]
 
 
 @pytest.mark.parametrize("start", ["examples", "rewards", "zero"])
-def test_grpo_takes_the_config_and_a_start(start: str, tiny: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_grpo_takes_the_config_and_a_start(
+    start: str, tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     prompts = [f"copy {word}" for word in WORDS]
     callback = {
         "examples": lorasb.InitCallback(samples=examples(tokenizer)),
@@ -87,7 +89,7 @@ def test_grpo_takes_the_config_and_a_start(start: str, tiny: Path, tokenizer: An
     assert (first < 1e-6) == (start == "zero")
 
 
-def test_a_start_on_rewards_takes_all_completions(tiny: Path, tokenizer: Any) -> None:
+def test_a_start_on_rewards_takes_all_completions(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = lorasb.patch(fresh(tiny), r=8)
     chats = [[{"role": "user", "content": f"copy {word}"}] for word in WORDS]
     batches = lorasb.reward_batches(model, tokenizer, chats, length, max_new_tokens=6)
@@ -98,7 +100,7 @@ def test_a_start_on_rewards_takes_all_completions(tiny: Path, tokenizer: Any) ->
     assert batches[0]["input_ids"][0].tolist()[:2] == tokenizer(rendered)["input_ids"][:2]
 
 
-def test_a_reward_that_fails_leaves_every_modules_mode(tiny: Path, tokenizer: Any) -> None:
+def test_a_reward_that_fails_leaves_every_modules_mode(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = fresh(tiny).train()
     model.model.layers[0].eval()
     with pytest.raises(RewardError):
@@ -113,7 +115,7 @@ def test_a_start_on_preferences_takes_every_pair_whole(tiny: Path, tmp_path: Pat
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7 + i, 8], "rejected_ids": [10 + i]} for i in range(7)]
     seen: list[int] = []
 
-    def loss(model: nn.Module, batch: Any) -> Tensor:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         seen.append(len(batch["input_ids"]))
         assert batch["completion_mask"][: seen[-1] // 2].sum() == 2 * (seen[-1] // 2)  # the chosen, two tokens each
         return lorasb.preference_loss(model, batch)
@@ -133,7 +135,9 @@ def test_a_start_on_preferences_takes_every_pair_whole(tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_dpo_takes_the_config_and_its_own_data(tiny: Path, tokenizer: Any, tmp_path: Path, precomputed: bool) -> None:
+def test_dpo_takes_the_config_and_its_own_data(
+    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, precomputed: bool
+) -> None:
     callback, pair = lorasb.InitCallback(loss_fn=lorasb.preference_loss), {"chosen": " one", "rejected": " two"}
     trainer = DPOTrainer(
         fresh(tiny),
@@ -172,7 +176,7 @@ def test_the_preference_gradient_is_dpos(tiny: Path) -> None:
     tolerances.check(beta / 2 * got / want.abs().max(), want / want.abs().max(), tolerances.FP32_LOGITS)
 
 
-def test_the_policy_gradient_is_grpos(tiny: Path, tokenizer: Any) -> None:
+def test_the_policy_gradient_is_grpos(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = fresh(tiny).double()
     (batch, *_) = lorasb.reward_batches(model, tokenizer, ["copy red"], length, generations=4, max_new_tokens=5)
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
@@ -185,7 +189,9 @@ def test_the_policy_gradient_is_grpos(tiny: Path, tokenizer: Any) -> None:
     tolerances.check(got / want.abs().max(), want / want.abs().max(), tolerances.FP32_LOGITS)
 
 
-def test_completions_end_at_their_end_and_sampling_leaves_the_random_state(tiny: Path, tokenizer: Any) -> None:
+def test_completions_end_at_their_end_and_sampling_leaves_the_random_state(
+    tiny: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     model = lorasb.patch(fresh(tiny), r=4)
     state = torch.get_rng_state()
     first = lorasb.reward_batches(model, tokenizer, ["copy red", "one"], length, max_new_tokens=6, seed=1)
@@ -205,7 +211,7 @@ def test_advantages_are_of_a_group() -> None:
     assert found[2:] == [0.0, 0.0]
 
 
-REWARDS: dict[str, tuple[Any, str]] = {
+REWARDS: dict[str, tuple[Callable[..., object], str]] = {
     "raises": (lambda **given: 1 / 0, "failed: ZeroDivisionError: division by zero"),
     "NaN": (lambda **given: [1.0, float("nan")], "expected finite numbers, got nan for 'b'"),
     "too few": (lambda **given: [1.0], "expected 2 numbers, one for each completion, got 1"),
@@ -221,13 +227,13 @@ def test_bad_rewards_are_told_in_a_line(kind: str) -> None:
         checked_rewards(reward, ["p", "p"], ["a", "b"])
 
 
-def test_rewards_that_never_differ_are_refused(tiny: Path, tokenizer: Any) -> None:
+def test_rewards_that_never_differ_are_refused(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
     with pytest.raises(RewardError, match="none of 1 prompts has completions of different rewards among 4"):
         lorasb.reward_batches(fresh(tiny), tokenizer, ["one"], reward, generations=4)
 
 
-def test_prompts_alone_are_no_samples(tiny: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_prompts_alone_are_no_samples(tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     config, callback = lorasb.LoRASBConfig(r=8), lorasb.InitCallback()
     trainer = grpo(fresh(tiny), tokenizer, tmp_path, peft_config=config, callbacks=[callback])
     with pytest.raises(ValueError, match=r"but lists, as GRPO's prompts are: InitCallback\(samples=batches\)"):

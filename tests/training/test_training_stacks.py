@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import peft
@@ -21,7 +20,7 @@ from lorasb.layers.linear import LoRASBLinear
 SHORT = {"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2, "bf16": False}
 
 
-def trained(folder: Path, size: int = 4, **options: Any) -> dict[str, Tensor]:
+def trained(folder: Path, size: int = 4, **options: object) -> dict[str, Tensor]:
     model = patched()
     train(model, folder, [], **SHORT | {"per_device_train_batch_size": size} | options)
     return peft.get_peft_model_state_dict(model)
@@ -100,7 +99,7 @@ def test_trl_patches_initializes_trains_and_saves(tmp_path: Path) -> None:
     tolerances.check(logits(again), after, tolerances.EXACT)
 
 
-def tokenizer() -> Any:
+def tokenizer() -> transformers.PreTrainedTokenizerBase:
     """Words of the tiny models, made here: nothing is downloaded."""
     from tokenizers import Tokenizer, models
 
