@@ -5,16 +5,17 @@ Shapes, dtypes and devices are checked here, which every backend relies on; the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .backends import cpp, eager  # importing the package registers all backends
+from .compat import torch as private
 from .ops import calls
 from .ops.adapted_linear import adapted_linear, direct
 from .ops.calls import DENSE, Operands, is_transformed
-from .ops.registry import Kernels, backend_op, current_backend, direct_kernel
+from .ops.registry import backend_op, current_backend, direct_kernel, direct_kernels
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
 
@@ -64,7 +65,7 @@ def lora_sb_linear(
         TypeError: dtypes do not match, or x is not floating point.
         IndexError: an entry of `index` is no adapter's.
     """
-    quantized = of_weight(weight)
+    quantized = of_weight(weight) if isinstance(weight, QuantizedWeight) or hasattr(weight, "quant_state") else None
     if quantized is not None and index is None and dropout == 0.0:
         y = _served(x, quantized, lora_A, lora_R, lora_B, bias, scaling)
         if y is not None:
@@ -88,40 +89,46 @@ def _call(
     """The y_j of all members, checked, by the cheapest of three ways: torch's own ops, the kernels, the op."""
     quantized, weights = (base, []) if isinstance(base, QuantizedWeight) else (None, base)
     # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
-    if calls.under_autocast(x):
+    if private.any_autocast() and calls.autocast_on(x.device.type):
         x, (weights, a, b, biases) = calls.cast_lists(x, [weights, a, b, biases])
-    if index is not None and not isinstance(index, Tensor):
-        index = torch.tensor(list(index), dtype=torch.int64)
-    if dropout != 0.0:
-        _check_dropout(dropout, index)
+    if index is not None or dropout != 0.0:
+        index = _row_index(index, dropout)
     if quantized is not None:  # the packed weight is checked where it is read from a layer
         _check_quantized(quantized, x, a[0], b[0])
-    plain = calls.check(x, (weights, a, cores, b, biases), scalings, index)
+    lists = weights, a, cores, b, biases
+    # torch.compile takes the checks apart, and would guard on all signatures that are known.
+    compiling = torch.compiler.is_compiling()
+    signature = None if compiling else calls.signature_of(x, *lists, index)
+    plain = signature is not None  # plain tensors on one device, and nothing intercepts their ops
+    if not plain or signature not in calls.known or len(scalings) != len(a):
+        calls.check(x, lists, scalings, index)
+        if plain:
+            calls.remember(signature)
+    if x.requires_grad and not compiling and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
+            "torch.no_grad() or pass x.detach()"
+        )
     if not plain and is_transformed():
         weights = weights if quantized is None else [dequantize(quantized, x.dtype)]
         return _transformed(x, Operands(weights, DENSE, a, cores, b, biases, scalings, index, dropout))
     tensors, layout = (weights, DENSE) if quantized is None else (quantized.tensors, quantized.layout(x.dtype))
     backend = current_backend()
-    kernels = direct(backend, x, (tensors, a, cores, b, biases), plain and quantized is None)
-    is_dense = quantized is None and index is None and dropout == 0.0
-    if kernels and is_dense and _composes(kernels, x, weights, (*weights, *a, *b, *biases)):
-        none: list[Any] = [None] * len(a)
-        members = zip(weights or none, a, cores, b, biases or none, scalings, strict=True)
-        return [eager.composed(x, *member) for member in members]
-    seeds = _seeds(len(a)) if dropout > 0.0 else None
+    if plain and quantized is None:
+        kernels = direct_kernels(backend, x.device.type)
+    else:
+        kernels = direct(backend, x, (tensors, a, cores, b, biases))
+    if kernels and x.is_cpu and quantized is None and index is None and dropout == 0.0:
+        # Small dense calls are faster composed of torch's own ops, where these would compute them in any case.
+        forward = kernels.forward
+        if forward is eager.eager_forward or (forward is cpp.forward and not cpp.computes(x, weights)):
+            ys = eager.composed(x, weights, a, cores, b, biases, scalings)
+            if ys is not None:
+                return ys
+    # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
+    seeds = torch.randint(2**63 - 1, (len(a),), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
     operands = Operands(tensors, layout, a, cores, b, biases, scalings, index, dropout, seeds)
     return adapted_linear(x, operands, backend, kernels)
-
-
-def _composes(kernels: Kernels, x: Tensor, weights: list[Tensor], frozen: tuple[Tensor, ...]) -> bool:
-    """True if a small dense call is faster composed of torch's own ops, which would compute it in any case."""
-    if not x.is_cpu:
-        return False
-    if kernels.forward is cpp.forward and (cpp.serves(x.dtype, weights) or cpp.serves_few(x, weights)):
-        return False
-    if kernels.forward not in (cpp.forward, eager.eager_forward):
-        return False
-    return eager.is_small(x, frozen)
 
 
 def _transformed(x: Tensor, operands: Operands) -> list[Tensor]:
@@ -134,16 +141,15 @@ def _transformed(x: Tensor, operands: Operands) -> list[Tensor]:
     ]
 
 
-def _seeds(count: int) -> Tensor:
-    # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
-    return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device="cpu")
-
-
-def _check_dropout(dropout: float, index: Tensor | None) -> None:
+def _row_index(index: Tensor | Sequence[int] | None, dropout: float) -> Tensor | None:
+    """The index as a tensor; raises where dropout is out of range, or cannot be had with an index."""
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"expected dropout in [0, 1), the probability that an element is dropped, got {dropout}")
     if index is not None and dropout != 0.0:
         raise ValueError(f"expected dropout 0 with an index of rows, got {dropout}: it draws one mask for one adapter")
+    if index is None or isinstance(index, Tensor):
+        return index
+    return torch.tensor(list(index), dtype=torch.int64)
 
 
 def _check_quantized(weight: QuantizedWeight, x: Tensor, a: Tensor, b: Tensor) -> None:
@@ -197,7 +203,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
 
 @torch.no_grad()
-def dequantize(weight: Any, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize(weight: Tensor | QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """Dequantize a weight to W [out, in]; NF4 and FP4 bit-equal to bitsandbytes' `dequantize_4bit`.
 
     Args:
@@ -253,7 +259,7 @@ def lora_sb_linear_group(
 _RENAMED = {"quantised_linear": "quantized_linear", "dequantize_nf4": "dequantize"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Former names of functions, with a deprecation warning."""
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

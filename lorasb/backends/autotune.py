@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ from ..kernels import plan
 from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig, is_executed, quantized_config
 from ..kernels.plan import LaunchPlan, Shape
 from ..utils.atomic_files import cache_dir, write_text
+from ..utils.reading import Json
+
+if TYPE_CHECKING:
+    from ..kernels.operands import Members
 
 MODE = "LORASB_TUNE"  # environment variable
 MODES = ("on", "cached", "off")
@@ -56,7 +60,8 @@ TOLERANCES = {torch.bfloat16: 0.04, torch.float16: 0.01, torch.float32: 0.01}
 TILE_ROWS, TILE_COLUMNS = 16, 64
 
 Call = Callable[[], object]
-Run = Callable[[LaunchPlan], Any]
+Run = Callable[[LaunchPlan], Any]  # computes a call by a plan
+Check = Callable[[Any], None]  # raises a `WrongResultError` for a wrong result of it
 Clock = Callable[[Sequence[Call]], "list[float]"]  # runs each call once, and returns their times in ms
 _first: dict[tuple[Shape, str, int, int], LaunchPlan] = {}  # plans of kinds that have had their first call
 
@@ -89,7 +94,7 @@ def tables() -> Path | None:
 
 
 @cache
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """The card and its driver, which measured rules have as conditions; {} without a card."""
     if not torch.cuda.is_available():
         return {}
@@ -97,17 +102,12 @@ def machine() -> dict[str, Any]:
     return {"card": torch.cuda.get_device_name(), "driver": found[0] if found else "unknown"}
 
 
-def first_plan(
-    shape: Shape, arch: str, sms: int, run: Run, check: Callable[[Any], None], clock: Callable[[], Clock]
-) -> LaunchPlan:
+def first_plan(shape: Shape, arch: str, sms: int, run: Run, check: Check, clock: Callable[[], Clock]) -> LaunchPlan:
     """The plan of a kind of call, checked and timed at its first.
 
     Args:
-        shape: of the kind.
         arch: "sm_86".
-        sms: multiprocessors.
-        run: computes the call by a plan.
-        check: raises a `WrongResultError` for a wrong result of `run`.
+        sms: number of multiprocessors.
         clock: makes what times calls.
     """
     kind = shape, arch, sms, plan.generation
@@ -154,9 +154,7 @@ def candidates(
         yield from (replace(chosen, prep=prep) for prep in preps if prep != chosen.prep)
 
 
-def fastest(
-    shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Callable[[Any], None], clock: Clock
-) -> Tuned | None:
+def fastest(shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Check, clock: Clock) -> Tuned | None:
     """Time plans in turns, the table's choice first; those that do not run are left out. None if none runs."""
     plans = list(plans)
     running: dict[LaunchPlan, Call] = {}
@@ -213,11 +211,11 @@ def write(tuned: Sequence[Tuned], arch: str, sms: int) -> Path:
     return path
 
 
-def _rules_of(path: Path) -> list[dict[str, Any]]:
+def _rules_of(path: Path) -> list[Json]:
     """The rules of a table as they are on disk; none of a broken one, which is overwritten."""
     try:
         plan.read_rules(path)
-        rules: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rules"]
+        rules: list[Json] = json.loads(path.read_text(encoding="utf-8"))["rules"]
     except (OSError, *plan.BROKEN):
         return []
     return rules
@@ -235,7 +233,7 @@ def _remember(tuned: Tuned, arch: str, sms: int) -> None:
         )
 
 
-def _rule(tuned: Tuned, sms: int) -> dict[str, Any]:
+def _rule(tuned: Tuned, sms: int) -> dict[str, object]:
     # M is a power of two (`plan.bucket`); the rule covers the bucket (M / 2, M].
     s, best, (major, minor) = tuned.shape, tuned.best, installed()
     conditions = asdict(s) | {"M": [s.M // 2 + 1, s.M], "sms": sms, "triton": [100 * major + minor] * 2} | machine()
@@ -244,11 +242,13 @@ def _rule(tuned: Tuned, sms: int) -> dict[str, Any]:
     return rule | ({} if s.quant == "none" else {"weights": best.weights})
 
 
-def unchecked(_: Any) -> None:
+def unchecked(_: object) -> None:
     """No check, of calls whose mask torch does not know and of timings on random tensors."""
 
 
-def check_forward(x: Tensor, members: Any, biases: Sequence[Tensor | None], found: tuple[list[Tensor], Any]) -> None:
+def check_forward(
+    x: Tensor, members: Members, biases: Sequence[Tensor | None], found: tuple[list[Tensor], object]
+) -> None:
     """Compare the first rows and columns of every y_j [M, m_j] with torch's, in fp32.
 
     Raises:
@@ -268,7 +268,7 @@ def check_forward(x: Tensor, members: Any, biases: Sequence[Tensor | None], foun
 
 
 def check_backward(
-    dys: Sequence[Tensor], members: Any, us: Sequence[Tensor], found: tuple[Tensor | None, Sequence[Tensor]]
+    dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], found: tuple[Tensor | None, Sequence[Tensor]]
 ) -> None:
     """Compare the first rows and columns of dx [M, n], and the first entries of every dR_j, with torch's.
 

@@ -11,8 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -51,7 +50,9 @@ EXTENSION_OPS = (
 # Ops whose kernels the extension registers itself.
 OPS = ("dequantize", "gradient_add", "gradient_signs", "serve_quantized")
 _reason: str | None = "not loaded yet"
-extension: Any = None  # the module, once loaded; besides its kernels it has functions that Python calls directly
+extension: ModuleType | None = (
+    None  # the module, once loaded; besides its kernels it has functions that Python calls directly
+)
 # The extension's ops, filled when it is loaded: to choose an overload in every call takes as long as a small product.
 _csrc = SimpleNamespace()
 
@@ -100,6 +101,13 @@ def serves_few(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return bool(weights) and all(weight.is_contiguous() for weight in weights)
 
 
+def computes(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """True if the extension computes a dense forward; eager torch computes all others, by the BLAS."""
+    if _multiplies(x.dtype):
+        return serves(x.dtype, weights)
+    return x.dtype == torch.bfloat16 and serves_few(x, weights)
+
+
 @lru_cache
 def most_tokens() -> int:
     """Tokens up to which that is faster on the instruction set in use; 0 where there is no such product."""
@@ -129,7 +137,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
     if layout[1]:
         bias = biases[0] if biases else None
         return list(_csrc.quantized_linear(x, base, layout, a[0], cores[0], b[0], bias, scalings[0], dropout, seeds))
-    if not (seeds is None and serves_few(x, base)) and not serves(x.dtype, base):
+    if not (serves(x.dtype, base) if seeds is not None else computes(x, base)):
         return eager.eager_forward(x, operands)
     if len(a) == 1:
         weight, bias = base[0] if base else None, biases[0] if biases else None
@@ -221,7 +229,7 @@ def _extended_transposed(rows: Tensor, base: eager.Base, w: Tensor, a: Tensor, o
     return dx if onto is None else onto.add_(dx)
 
 
-def _storage(base: Tensor | tuple[list[Tensor], list[int]]) -> tuple[Any, ...]:
+def _storage(base: Tensor | tuple[list[Tensor], list[int]]) -> tuple[object, ...]:
     return (None, *base) if isinstance(base, tuple) else (base, [], list(DENSE))
 
 

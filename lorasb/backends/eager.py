@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, cast
@@ -334,30 +334,40 @@ def _squares(block: Tensor) -> Tensor:
     return torch.linalg.vector_norm(block, dtype=torch.float64).square()
 
 
-def is_small(x: Tensor, frozen: Iterable[Tensor]) -> bool:
-    """True if a call is faster composed of torch's own ops than by our autograd function, with the same results."""
-    if x.dtype == torch.float16:  # dR sums over all tokens in x's dtype, which overflows in fp16
-        return False
-    if torch.is_autocast_enabled("cpu"):  # autocast would cast the product with R, too
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    for tensor in frozen:
-        if tensor.requires_grad:  # the op gives W, A, B, bias no gradients
-            return False
-    return x.numel() * x.element_size() < SMALL_BYTES
-
-
 def composed(
-    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, scaling: float
-) -> Tensor:
-    """y = x Wᵀ + bias, then s·x Aᵀ Rᵀ Bᵀ accumulated onto it; autograd saves u = x Aᵀ [M, r] but not x."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    scaled = core if scaling == 1.0 else core * scaling
-    v = functional.linear(functional.linear(rows, a), scaled.to(x.dtype))
-    # In place: linear saves its inputs and not its result, so overwriting that does not invalidate the graph.
-    y = functional.linear(v, b, bias) if weight is None else functional.linear(rows, weight, bias).addmm_(v, b.t())
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[0])
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    cores: Sequence[Tensor],
+    b: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor] | None:
+    """The y_j of a small dense call by torch's own ops; None where our autograd function is faster or has to run.
+
+    y_j = x W_jᵀ + bias_j, then s_j·x A_jᵀ R_jᵀ B_jᵀ accumulated onto it; autograd saves u_j = x A_jᵀ [M, r] but not x.
+    """
+    # In fp16 dR, which sums over all tokens in x's dtype, overflows; autocast would cast the product with R, too.
+    if x.dtype == torch.float16 or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.is_grad_enabled():
+        if x.numel() * x.element_size() >= SMALL_BYTES:
+            return None
+        for tensor in (*weights, *a, *b, *biases):
+            if tensor.requires_grad:  # the op gives W, A, B, bias no gradients
+                return None
+    ys = []
+    for j, core in enumerate(cores):
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # one for each member: dx is summed by members
+        scaled = core if scalings[j] == 1.0 else core * scalings[j]
+        v, bias = functional.linear(functional.linear(rows, a[j]), scaled.to(x.dtype)), biases[j] if biases else None
+        if weights:
+            # In place: linear saves its inputs and not its result, so overwriting that does not invalidate the graph.
+            y = functional.linear(rows, weights[j], bias).addmm_(v, b[j].t())
+        else:
+            y = functional.linear(v, b[j], bias)
+        ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], b[j].shape[0]))
+    return ys
 
 
 def transformed(

@@ -9,9 +9,10 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cache, lru_cache, partial
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,20 +22,26 @@ from ..kernels.plan import LaunchPlan, Shape
 from ..ops import calls
 from ..ops.adapted_linear import kernels_of
 from ..ops.calls import DENSE, Operands
-from ..ops.registry import Kernel, register_backend
+from ..ops.registry import Function, Kernel, register_backend
 from ..quantization.quantized_weight import INT8, QuantizedTensors
 from . import autotune, cpp, eager
 from .autotune import is_capturing
 from .eager import check_index, kernel_dropout, kernel_masks, shaped
 from .eager import dequantize as eager_dequantize
 
+if TYPE_CHECKING:
+    from ..kernels.linear_quantized import Quantized
+    from ..kernels.linear_rows import RowCores
+    from ..kernels.operands import Mask, Members
+
 INTERPRET = "TRITON_INTERPRET"
+HAVE_KERNELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: a weight in 4 bits
 SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
 # What the driver reports at some later call, which is not its cause; nothing runs on the device afterwards.
 FAULTS = re.compile(
     r"illegal (memory access|address|instruction)|misaligned address|device-side assert|launch failure|hardware error"
 )
-_broken: dict[tuple[Any, ...], str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
+_broken: dict[Hashable, str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
 
 
 class CaptureError(RuntimeError):
@@ -44,7 +51,7 @@ class CaptureError(RuntimeError):
 def forward(x: Tensor, operands: Operands) -> list[Tensor]:
     """The y_j [..., m_j], then the u_j [M, r]: one pass over x and one extended GEMM, whatever the members."""
     if operands.row_index is not None:
-        return _forward_by_row(x, operands)
+        return _forward_by_row(x, operands, operands.row_index)
     if operands.is_quantized:
         if not operands.a[0].shape[0]:  # without an adapter there is nothing to fuse
             return eager.eager_forward(x, operands)
@@ -66,7 +73,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
 def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:
     """dx = Σ_j dy_j W_j + (s_j·t_j R_j) A_j, written once, then the dR_j; what is not needed is returned empty."""
     if operands.row_index is not None:
-        return _backward_by_row(dys, us, operands, need_dx, need_dcores)
+        return _backward_by_row(dys, us, operands, operands.row_index, need_dx, need_dcores)
     if operands.is_quantized:
         if not operands.a[0].shape[0]:
             return eager.eager_backward(dys, us, operands, need_dx, need_dcores)
@@ -127,12 +134,12 @@ def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool
     return _gradients(dy, dx, [] if dcore is None else [dcore], operands.cores)
 
 
-def _forward_by_row(x: Tensor, operands: Operands) -> list[Tensor]:
+def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor]:
     """With an R for each row; over a quantized weight the adapter is added to what kernels compute with R = 0."""
     from lorasb.kernels import linear_rows as kernels
 
-    check_index(operands.row_index, min(map(len, operands.cores)))  # type: ignore[arg-type]
-    base, of_rows = _without_cores(operands), _row_cores(operands)
+    check_index(index, min(map(len, operands.cores)))
+    base, of_rows = _without_cores(operands), _row_cores(operands, index)
     if operands.is_quantized:
         y, u = forward(x, base)
         v = of_rows[0].times(u, True, u.new_empty((len(u), members_of(base).width)))
@@ -144,11 +151,11 @@ def _forward_by_row(x: Tensor, operands: Operands) -> list[Tensor]:
 
 
 def _backward_by_row(
-    dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool
+    dys: list[Tensor], us: list[Tensor], operands: Operands, index: Tensor, need_dx: bool, need_dcores: bool
 ) -> list[Tensor]:
     from lorasb.kernels import linear_rows as kernels
 
-    base, of_rows = _without_cores(operands), _row_cores(operands)
+    base, of_rows = _without_cores(operands), _row_cores(operands, index)
     rows, members = [rows_of(dy) for dy in dys], members_of(base)
     if operands.is_quantized:
         t, dx = rows[0] @ operands.b[0], None
@@ -170,10 +177,9 @@ def _without_cores(operands: Operands) -> Operands:
     return operands._replace(cores=cores, scalings=[1.0] * len(cores), row_index=None)
 
 
-def _row_cores(operands: Operands) -> list[Any]:
+def _row_cores(operands: Operands, index: Tensor) -> list[RowCores]:
     from lorasb.kernels.linear_rows import RowCores
 
-    index: Any = operands.row_index
     pairs = zip(operands.cores, operands.scalings, strict=True)
     return [RowCores(stack, index, float(scaling)) for stack, scaling in pairs]
 
@@ -199,12 +205,12 @@ def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
     return operands._replace(base=[weight], layout=DENSE)
 
 
-def _weight(operands: Operands) -> Any:
+def _weight(operands: Operands) -> Quantized:
     shape = operands.b[0].shape[0], operands.a[0].shape[1]
     return _quantized(operands.base, operands.layout, *shape)
 
 
-def _quantized(quant: Sequence[Tensor], layout: Sequence[int], m: int, n: int) -> Any:
+def _quantized(quant: Sequence[Tensor], layout: Sequence[int], m: int, n: int) -> Quantized:
     from lorasb.kernels.linear_quantized import Quantized
 
     tensors, (block, nested_block, rounding) = QuantizedTensors.of(quant), layout
@@ -247,7 +253,7 @@ def _check_gradient(x: Tensor, total: Tensor | None) -> str:
     return plan_tables.family(arch)
 
 
-def mask_of(operands: Operands) -> Any:
+def mask_of(operands: Operands) -> Mask:
     """Dropout's probability, and its seeds as numbers."""
     if operands.seeds is None or operands.dropout <= 0.0:
         return _no_mask()
@@ -262,41 +268,37 @@ def mask_of(operands: Operands) -> Any:
 
 
 @cache
-def _no_mask() -> Any:
+def _no_mask() -> Mask:
     from lorasb.kernels.operands import Mask
 
     return Mask()
 
 
-def _forward_plan(x: Tensor, members: Any, biases: Sequence[Tensor | None], mask: Any) -> Any:
+def _forward_plan(x: Tensor, members: Members, biases: Sequence[Tensor | None], mask: Mask) -> LaunchPlan:
     from lorasb.kernels import linear as kernels
 
     rows, members, biases = rows_of(x), resolved(members), list(map(_resolve, biases))
 
-    def run(plan: Any) -> Any:
+    def run(plan: LaunchPlan) -> object:
         return kernels.forward(rows, members, biases, plan, mask)
 
-    def check(found: Any) -> None:
-        autotune.check_forward(rows, members, biases, found)
-
-    return _first_plan("forward", rows, members, mask, run, check)
+    return _first_plan("forward", rows, members, mask, run, partial(autotune.check_forward, rows, members, biases))
 
 
-def _backward_plan(dys: Sequence[Tensor], members: Any, us: Sequence[Tensor], mask: Any) -> Any:
+def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask) -> LaunchPlan:
     from lorasb.kernels import linear as kernels
 
     rows, members = [rows_of(dy) for dy in dys], resolved(members)
 
-    def run(plan: Any) -> Any:
+    def run(plan: LaunchPlan) -> object:
         return kernels.backward(rows, members, us, plan, True, True, mask)
 
-    def check(found: Any) -> None:
-        autotune.check_backward(rows, members, us, found)
-
-    return _first_plan("backward", rows[0], members, mask, run, check)
+    return _first_plan("backward", rows[0], members, mask, run, partial(autotune.check_backward, rows, members, us))
 
 
-def _first_plan(op: str, rows: Tensor, members: Any, mask: Any, run: Any, check: Any) -> Any:
+def _first_plan(
+    op: str, rows: Tensor, members: Members, mask: Mask, run: autotune.Run, check: autotune.Check
+) -> LaunchPlan:
     """The plan of a call; at the first of its kind on a card checked and timed. A mask has no check."""
     given = op, rows, members.b, members.a[0], "none", mask.dropout > 0.0
     if not rows.is_cuda or not rows.numel():
@@ -306,11 +308,12 @@ def _first_plan(op: str, rows: Tensor, members: Any, mask: Any, run: Any, check:
     return autotune.first_plan(_shape(*given), arch, sms, run, check, partial(autotune.CudaClock, rows.device))
 
 
-def or_eager(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def or_eager(kernel: Function, plain: Function) -> Function:
     """The kernel, or eager torch where this GPU or dtype has no kernels or one of them has failed."""
 
     def call(*arguments: Any) -> Any:
-        if not _suits(arguments[0][0] if isinstance(arguments[0], list) else arguments[0]):
+        x = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        if x.dtype not in HAVE_KERNELS or not _is_capable(x.device):
             return plain(*arguments)
         if not _broken or call_key(kernel, arguments) not in _broken:
             try:
@@ -356,7 +359,7 @@ def interpreting() -> bool:
 def register() -> None:
     """Register for CUDA, and on the CPU for an explicit backend under Triton's interpreter."""
     plan_tables.read_user_tables_from(autotune.tables, autotune.machine)
-    plain: dict[str, Callable[..., Any]] = {
+    plain: dict[str, Function] = {
         "dequantize": dequantize,
         "gradient_add": gradient_add,
         "gradient_signs": gradient_signs,
@@ -380,7 +383,7 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def resolved(members: Any) -> Any:
+def resolved(members: Members) -> Members:
     """Members with their signs applied in memory: torch negates lazily (the imaginary part of a conjugate)."""
     return members.map(_resolve)
 
@@ -389,7 +392,7 @@ def _resolve(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.resolve_neg()
 
 
-def members_of(operands: Operands) -> Any:
+def members_of(operands: Operands) -> Members:
     """The layers as the kernels take them; scales include dropout's factor 1 / (1 - p), so that they multiply once."""
     base, layout, a, cores, b, _, scales, _, dropout, _ = operands
     if dropout > 0.0:
@@ -403,7 +406,7 @@ def _biases(operands: Operands) -> Sequence[Tensor | None]:
 
 
 @cache
-def _kernels() -> Any:
+def _kernels() -> ModuleType:
     """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond per call."""
     from lorasb.kernels import allocation, prepared_linear
 
@@ -445,11 +448,6 @@ def _device(device: torch.device) -> tuple[str, int]:
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def _suits(x: Tensor) -> bool:
-    """True if `auto` tries the kernels: CUDA since sm_80, and a dtype that they have (uint8: a weight in 4 bits)."""
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8) and _is_capable(x.device)
-
-
 @cache
 def _is_capable(device: torch.device) -> bool:
     if device.type != "cuda":
@@ -457,7 +455,7 @@ def _is_capable(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= SMALLEST_CAPABILITY
 
 
-def call_key(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
+def call_key(kernel: Function, arguments: Sequence[object]) -> tuple[Hashable, ...]:
     """Key under which a failure is remembered: the kernel, dtypes, and shapes with the rows as plans see them."""
     tensors = list(_tensors(arguments))
     first = tensors[0]
@@ -466,7 +464,7 @@ def call_key(kernel: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any,
     return kernel.__module__, kernel.__name__, first.dtype, first.shape[-1], plan_tables.bucket(rows), *shapes
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -474,7 +472,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _give_up(key: tuple[Any, ...], error: Exception) -> None:
+def _give_up(key: tuple[Hashable, ...], error: Exception) -> None:
     """Warn, and leave this kernel alone for such calls from now on: others may well run."""
     from lorasb.kernels import prepared_linear, workspace
 

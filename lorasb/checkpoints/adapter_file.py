@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..utils import reading
 from ..utils.precision import FLOATS, WIDE
-from ..utils.reading import AGAIN, read_json
+from ..utils.reading import AGAIN, Json, read_json
 from .shared_factors import DIGEST, is_factor, join_factors, missing_factors_error, referenced_digest
 from .shared_factors import digest as factors_digest
 
@@ -69,9 +68,9 @@ def _check_values(name: str, factor: str, tensor: Tensor) -> None:
         )
 
 
-def group_by_layer(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def group_by_layer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are left out."""
-    layers: dict[str, dict[str, Any]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         for factor in FACTORS:
             # an adapter name may follow the factor's
@@ -105,7 +104,7 @@ def _shapes(factors: dict[str, Tensor]) -> Shapes:
     }
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(path: str | os.PathLike[str]) -> Json:
     """The adapter_config.json of a LoRA-SB adapter; a ValueError if it is missing or another method's."""
     file = Path(path) / CONFIG_NAME
     if not file.is_file():
@@ -138,7 +137,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def scaling_of(config: Mapping[str, Any], r: int) -> float:
+def scaling_of(config: Json, r: int) -> float:
     """The scaling s of a layer of rank `r` by an adapter's configuration."""
     scaling = float(config.get("scaling", 1.0))
     if not str(config.get("init", "")).startswith("lora-xs"):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..utils.atomic_files import write_text
-from ..utils.reading import read_json
+from ..utils.reading import Json, read_json
 
 METHODS = {
     "update": "LoRA-SB",
@@ -26,7 +25,7 @@ TAG = "lora-sb"
 START, END = "<!-- lorasb: start -->", "<!-- lorasb: end -->"
 
 
-def update_card(folder: Path, config: dict[str, Any], scaling: float) -> None:
+def update_card(folder: Path, config: Json, scaling: float) -> None:
     """Insert or replace our section in the README.md of an adapter folder; creates the file if it is missing."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
@@ -67,7 +66,7 @@ def _with_tag(text: str) -> str:
     return f"---\n{front}---\n{text[found.end() :] if found else text}"
 
 
-def _origin(config: dict[str, Any]) -> dict[str, str]:
+def _origin(config: Json) -> dict[str, str]:
     """Origin of a converted base, from its folder: its id on the hub, and the file that it was dequantized from."""
     base = config.get("base_model_name_or_path")
     file = Path(str(base)) / ORIGIN_NAME
@@ -77,18 +76,11 @@ def _origin(config: dict[str, Any]) -> dict[str, str]:
         return {}
 
 
-def _base(config: dict[str, Any]) -> str | None:
-    origin = _origin(config)
-    if not origin:
-        return config.get("base_model_name_or_path")
-    return f"{origin.get('hub_id')}, dequantized from {origin.get('converted_from')}"
-
-
-def short(value: Any) -> str:
+def short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _section(config: dict[str, Any], scaling: float) -> str:
+def _section(config: Json, scaling: float) -> str:
     rows = _rows(config, scaling)
     table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))
     return (
@@ -98,11 +90,14 @@ def _section(config: dict[str, Any], scaling: float) -> str:
     )
 
 
-def _rows(config: dict[str, Any], scaling: float) -> dict[str, Any]:
-    provenance = config.get("init_provenance") or {}
+def _rows(config: Json, scaling: float) -> Json:
+    provenance, origin = config.get("init_provenance") or {}, _origin(config)
+    base = config.get("base_model_name_or_path")
+    if origin:
+        base = f"{origin.get('hub_id')}, dequantized from {origin.get('converted_from')}"
     versions = ", ".join(f"{name} {version}" for name, version in sorted((provenance.get("versions") or {}).items()))
     return {
-        "base model": _base(config),
+        "base model": base,
         "method": METHODS.get(str(config.get("init")), "LoRA-SB") + ": W = W0 + s·B·R·A, with R trained",
         "also trained, and saved whole": ", ".join(config.get("modules_to_save") or []),
         "rank": config.get("r"),

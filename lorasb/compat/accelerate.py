@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from . import Private
+
+if TYPE_CHECKING:
+    from accelerate.hooks import ModelHook
 
 VERIFIED = "accelerate 1.15; DeepSpeed was not installed"
 HOOK, PARTITIONED = "_hf_hook", "ds_id"
@@ -24,7 +27,7 @@ PRIVATE = {
 }
 
 
-def hook_of(module: nn.Module) -> Any:
+def hook_of(module: nn.Module) -> ModelHook | None:
     return vars(module).get(HOOK)  # every forward asks: `nn.Module.__getattr__` takes longer than a small product
 
 

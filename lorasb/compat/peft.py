@@ -95,7 +95,7 @@ def extend_loader(complete: Callable[[dict[str, Tensor], str, dict[str, Any]], d
         return
 
     @functools.wraps(original)
-    def load(model_id: Any, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+    def load(model_id: Any, *arguments: Any, **options: object) -> dict[str, Tensor]:
         return complete(original(model_id, *arguments, **options), str(model_id), options)
 
     load.of_lorasb = True  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
 
     @functools.wraps(original)
     def call(
-        model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **options: Any
+        model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **options: object
     ) -> None:
         hub = {option: options.get(option) for option in HUB_OPTIONS}
         is_ours = module.PeftConfig._get_peft_type(model_name_or_path, **hub) == name

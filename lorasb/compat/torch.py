@@ -12,24 +12,19 @@ from torch.autograd import forward_ad
 from . import Private, find
 
 
-def _one(*_: Any) -> int:
+def _one(*_: object) -> int:
     return 1
 
 
-def _always(*_: Any) -> bool:
+def _always(*_: object) -> bool:
     return True
-
-
-def _in_no_graph_task() -> int:
-    return -1
-
-
-def _equal_to_no_other(_: bool) -> object:
-    return object()
 
 
 VERIFIED = "torch 2.10 to 2.13"
 SAME_WIDTHS = "_qkv_same_embed_dim"
+# the dictionaries of a module's hooks, of which every forward asks
+PRE_HOOKS, HOOKS = "_forward_pre_hooks", "_forward_hooks"
+BACKWARD_PRE_HOOKS, BACKWARD_HOOKS = "_backward_pre_hooks", "_backward_hooks"
 DISPATCHED = "every call goes through PyTorch's dispatcher"
 PRIVATE = {
     "any_autocast": Private(
@@ -72,13 +67,13 @@ PRIVATE = {
         "torch._C._current_graph_task_id",
         "detects that checkpointing repeats a forward in backward",
         "groups of layers may be separated in backward; results are the same",
-        _in_no_graph_task,
+        lambda: -1,
     ),
     "saved_tensor_hooks": Private(
         "torch._C._autograd._top_saved_tensors_default_hooks",
         "compares the checkpointed regions of layers that share an input",
         "such layers are computed separately",
-        _equal_to_no_other,
+        lambda _: object(),  # equal to no other
     ),
     "FakeTensorMode": Private(
         "torch._subclasses.fake_tensor.FakeTensorMode",
@@ -121,10 +116,10 @@ any_autocast: Callable[[], bool] = find(PRIVATE["any_autocast"])
 dispatch_modes: Callable[[], int] = find(PRIVATE["dispatch_modes"])
 function_modes: Callable[[], int] = find(PRIVATE["function_modes"])
 transforms_active: Callable[[], bool] = find(PRIVATE["transforms_active"])
-tracing_state: Callable[[], Any] = find(PRIVATE["tracing_state"])
+tracing_state: Callable[[], object] = find(PRIVATE["tracing_state"])
 is_wrapped: Callable[[Tensor], bool] = find(PRIVATE["is_wrapped"])
 graph_task: Callable[[], int] = find(PRIVATE["graph_task"])
-saved_tensor_hooks: Callable[[bool], Any] = find(PRIVATE["saved_tensor_hooks"])
+saved_tensor_hooks: Callable[[bool], object] = find(PRIVATE["saved_tensor_hooks"])
 is_zerotensor: Callable[[Tensor], bool] = find(PRIVATE["is_zerotensor"])
 is_functional: Callable[[Tensor], bool] = find(PRIVATE["is_functional"])
 
@@ -139,13 +134,9 @@ def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
-def forward_pre_hooks(module: nn.Module) -> list[Any]:
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., object]]:
     """A copy of a module's forward pre-hooks, which other threads may change."""
     return list(module._forward_pre_hooks.values())
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks) or has_other_hooks(module)
 
 
 def has_other_hooks(module: nn.Module) -> bool:
@@ -169,10 +160,10 @@ def forward_level() -> int:
     return level
 
 
-def fake_tensor_mode() -> AbstractContextManager[Any]:
+def fake_tensor_mode() -> AbstractContextManager[object]:
     """A mode in which tensors have shapes and no memory; an ImportError if this torch has none."""
     mode = find(PRIVATE["FakeTensorMode"])  # at the call: its modules take long to import
     if mode is None:
         raise ImportError(f"expected {PRIVATE['FakeTensorMode'].name}, which this torch lacks: install {VERIFIED}")
-    found: AbstractContextManager[Any] = mode()
+    found: AbstractContextManager[object] = mode()
     return found

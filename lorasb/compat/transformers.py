@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import Private
@@ -64,7 +65,7 @@ PRIVATE = {
 }
 
 
-def is_loaded(parameter: Any) -> bool:
+def is_loaded(parameter: object) -> bool:
     return bool(getattr(parameter, LOADED, False))
 
 
@@ -79,7 +80,7 @@ def computes_like_mixtral(experts: nn.Module) -> bool:
     return getattr(gate, "__module__", None) == GATES and flags == LIKE_MIXTRAL and hasattr(experts, "act_fn")
 
 
-def from_config(kind: Any, config: Any, dtype: Any) -> nn.Module:
+def from_config(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     model: nn.Module = kind._from_config(config, dtype=dtype)
     return model
 

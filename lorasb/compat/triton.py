@@ -45,12 +45,12 @@ def is_verified() -> bool:
     return FIRST <= installed() <= LAST
 
 
-def is_compiled(kernel: Any) -> bool:
+def is_compiled(kernel: object) -> bool:
     """True if Triton compiles this kernel; its interpreter, which takes no compiler options, runs it otherwise."""
     return hasattr(kernel, "device_caches")
 
 
-def may_repeat(kernel: Any) -> bool:
+def may_repeat(kernel: object) -> bool:
     """True if launches of a kernel may be prepared: Triton compiles it, is verified, and nothing observes it."""
     if not is_verified() or not hasattr(kernel, "device_caches"):
         return False
@@ -58,7 +58,7 @@ def may_repeat(kernel: Any) -> bool:
     return not (_is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook))
 
 
-def _is_hooked(hook: Any) -> bool:
+def _is_hooked(hook: object) -> bool:
     """True if something observes launches: a profiler that added itself, or a tool that replaced Triton's chain."""
     return hook is not None and bool(getattr(hook, "calls", True))
 
@@ -70,19 +70,19 @@ def _runtime() -> Any:
     return knobs.runtime
 
 
-def compiled(kernel: Any, grid: int, arguments: dict[str, Any], options: dict[str, Any]) -> Any:
+def compiled(kernel: Any, grid: int, arguments: dict[str, object], options: dict[str, object]) -> Any:
     """Compile a kernel for these arguments, or find it where Triton keeps it, and load it onto the current device."""
     found = kernel.run(grid=(grid,), warmup=True, **arguments, **options)
     return found.result() if hasattr(found, "result") else found  # Triton's asynchronous compilation
 
 
 def launcher(
-    found: Any, grid: int, take: Callable[[tuple[Any, ...]], tuple[Any, ...]], constants: tuple[Any, ...]
-) -> Callable[[int, tuple[Any, ...], Any], None]:
+    found: Any, grid: int, take: Callable[[tuple[object, ...]], tuple[object, ...]], constants: tuple[object, ...]
+) -> Callable[[int, tuple[object, ...], object], None]:
     """A function of (stream, values, anything) that launches a kernel with take(values + constants)."""
     run, function, metadata = found.run, found.function, found.packed_metadata
 
-    def launch(stream: int, values: tuple[Any, ...], _: Any) -> None:
+    def launch(stream: int, values: tuple[object, ...], _: object) -> None:
         run(grid, 1, 1, stream, function, metadata, None, None, None, *take(values + constants))
 
     launch.compiled = found  # type: ignore[attr-defined]  # which unloads itself where nothing refers to it

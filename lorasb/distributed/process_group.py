@@ -76,7 +76,7 @@ class Processes:
         dist.all_gather(gathered, local)
         return b"".join(bytes(part.cpu().numpy()) for part in gathered)
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_json(self, value: object) -> list[Any]:
         """The JSON values of all ranks, by rank."""
         if not self.is_distributed:
             return [value]
@@ -93,7 +93,7 @@ class Processes:
         dist.broadcast(buffer, owner)
         return buffer.to(tensor.device)
 
-    def broadcast_any_batch(self, batch: dict[str, Any] | None) -> dict[str, Any] | None:
+    def broadcast_any_batch(self, batch: dict[str, object] | None) -> dict[str, object] | None:
         """The tensors of a batch from the lowest rank that has one; None if no rank has."""
         tensors = {name: t for name, t in (batch or {}).items() if isinstance(t, Tensor)}
         # Receivers have to allocate buffers first: names, shapes and dtypes go ahead.

@@ -79,7 +79,7 @@ def _permute_rows(layer: str, b: Tensor, config: Any) -> Tensor:
     return b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
 
 
-def base_config(model: Any, name: str | None) -> Any:
+def base_config(model: object, name: str | None) -> Any:
     """The base's configuration, from the model or its folder; a ValueError if neither has one."""
     model_config = getattr(model, "config", None) if isinstance(model, torch.nn.Module) else None
     if model_config is not None and not isinstance(model_config, dict):

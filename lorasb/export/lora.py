@@ -23,7 +23,8 @@ from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import CONVOLUTION, EMBEDDING, SLICE
 from ..serving.basis import frozen_factors
 from ..utils.atomic_files import replacing, write_json, write_text
-from ..utils.reading import read_json
+from ..utils.reading import Json, read_json
+from .gguf import base_config, write_gguf
 
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -85,7 +86,8 @@ def export_lora(
     written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
     lora_factors = {name: _lora_factors(factors, scalings[name], rank) for name, factors in layers.items()}
     if format == "vllm":
-        named = per_expert(lora_factors, _model_type(model, config))
+        base = base_config(model, config.get("base_model_name_or_path"))
+        named = per_expert(lora_factors, getattr(base, "model_type", None))
         config |= {"target_modules": target_modules(named), "target_parameters": None}
     else:
         named = fuse_experts(lora_factors)
@@ -105,7 +107,7 @@ def _refuse_adapters_folder(folder: Path) -> None:
         raise ValueError(f"{folder} has a LoRA-SB adapter, which the plain LoRA would replace: name another folder")
 
 
-def _write_peft(config: dict[str, Any], tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool) -> Path:
+def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool) -> Path:
     with replacing(folder / WEIGHTS_NAME) as temporary:
         # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(temporary), metadata={"format": "pt"})
@@ -135,18 +137,7 @@ def _vllm_rank(rank: int) -> int:
     raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead")
 
 
-def _model_type(model: Any, config: dict[str, Any]) -> str | None:
-    from .gguf import base_config
-
-    kind: str | None = getattr(base_config(model, config.get("base_model_name_or_path")), "model_type", None)
-    return kind
-
-
-def _write_gguf(
-    model: Any, config: dict[str, Any], tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool
-) -> Path:
-    from .gguf import base_config, write_gguf
-
+def _write_gguf(model: object, config: Json, tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool) -> Path:
     base = base_config(model, config.get("base_model_name_or_path"))
     path = write_gguf(tensors, rank, base, folder / "adapter.gguf")
     if not quiet:
@@ -164,7 +155,7 @@ def serve_command(base: str | None, folder: Path, rank: int) -> str:
     return f"vllm serve {name} --enable-lora --max-lora-rank {fitting} --lora-modules adapter={folder}"
 
 
-def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, Tensor], dict[str, float]]:
     name, layers = adapted_layers(model, adapter_name)
     fresh = uninitialized(layers, name)
     if fresh:
@@ -182,7 +173,7 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[dict[str, Any], d
     return config, tensors, {n: m.adapters[name].scaling for n, m in layers.items()}
 
 
-def _read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+def _read_folder(path: str | os.PathLike[str]) -> tuple[Json, dict[str, Tensor], dict[str, float]]:
     values, tensors = adapter_file.read_config(path), adapter_file.read_tensors(path)
     config = LoRASBConfig.from_pretrained(str(path))
     layers = adapter_file.group_by_layer(tensors)
@@ -222,7 +213,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return converted
 
 
-def _lora_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
+def _lora_config(config: Json, rank: int) -> Json:
     values = {key: config.get(key) for key in COPIED_FIELDS}
     sorted_sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
     return {
@@ -239,7 +230,7 @@ def _lora_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
-def _card(config: dict[str, Any], rank: int, command: str) -> str:
+def _card(config: Json, rank: int, command: str) -> str:
     base = config.get("base_model_name_or_path") or "unknown"
     return (
         f"---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# A plain LoRA of rank {rank}\n\n"
@@ -255,7 +246,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 OTHER_NAMES = {"mixtral": (("w1", "w3", "w2"), ".mlp.experts", ".block_sparse_moe.experts")}
 
 
-def refuse_slices(kinds: Mapping[str, Sequence[Any]]) -> None:
+def refuse_slices(kinds: Mapping[str, Sequence[object]]) -> None:
     """Raise a ValueError for adapters of a parameter's matrices, by the config's `layer_kinds`."""
     name = next((name for name, kind in kinds.items() if kind[0] == SLICE), None)
     if name is not None:

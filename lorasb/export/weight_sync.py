@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def lora_of(
     basis: Mapping[str, Tensor],
     core: Mapping[str, Tensor],
     *,
-    kinds: Mapping[str, Any] | None = None,
+    kinds: Mapping[str, Sequence[Any]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """The plain LoRA of a basis and R's, as `adapter_delta(model)` gives it on the trainer's side: lora_alpha = r.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
@@ -37,7 +37,7 @@ class StoredCores(Protocol):
     """R's of many adapters on the basis of one of the layer's: a layer's part of an `AdapterBank`."""
 
     basis: str
-    bank: Any
+    bank: object
 
     def stack(self) -> Tensor:
         """[capacity, r, r], by slot."""
@@ -49,7 +49,7 @@ class Group(Protocol):
     `linear_group.Siblings` implements it; a protocol, as that module imports this one.
     """
 
-    def take(self, layer: Any, x: Tensor, rows: Rows | None = None) -> Tensor | None:
+    def take(self, layer: AdaptedLayer, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member; None if the layer has to be computed alone."""
 
 
@@ -68,7 +68,7 @@ class _Scales(dict[str, float]):
 def _former(name: str, field: str) -> property:
     """A former dictionary by adapter name, with a deprecation warning."""
 
-    def _read(layer: AdaptedLayer) -> Mapping[str, Any]:
+    def _read(layer: AdaptedLayer) -> Mapping[str, object]:
         warn_renamed(f"LoRASBLinear.{name}[adapter]", f"LoRASBLinear.adapters[adapter].{field}")
         values = {adapter: getattr(state, field) for adapter, state in layer.adapters.items()}
         return MappingProxyType({adapter: value for adapter, value in values.items() if value is not None})
@@ -102,7 +102,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         wide_factors: bool = False,
         fan_in_fan_out: bool = False,
         octet_dtype: torch.dtype | None = None,
-        resolver_options: Mapping[str, Any] | None = None,
+        resolver_options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -119,8 +119,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = adapter_name
         self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors=wide_factors)
 
-    def _make_base(self, module: nn.Module, *options: Any) -> Base:
-        return base_of(module, *options)
+    def _make_base(
+        self,
+        module: nn.Module,
+        fan_in_fan_out: bool,
+        octet_dtype: torch.dtype | None,
+        resolver_options: Mapping[str, object] | None,
+    ) -> Base:
+        return base_of(module, fan_in_fan_out, octet_dtype, resolver_options)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -147,7 +153,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     quantised = renamed_method("quantised", "quantized")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         """Move or cast the layer, and read a quantized base again."""
         super()._apply(fn, recurse)
         self.base.moved()
@@ -328,7 +334,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """PEFT calls this after loading; its own version would cast R to 16 bits and unfreeze A and B."""
         self.cast_factors(adapter_name)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in self.lorasb_R:
             pairs: list[Any] = [
@@ -424,10 +432,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.base = base
         if base.module is not self.base_layer:
             self.base_layer = base.module
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """W [out, in] of a tensor in the base weight's layout; a view."""
-        return self.base.matrix(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True for every adapter: it equals a plain LoRA with factors A and s·B·R."""

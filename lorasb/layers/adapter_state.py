@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class AdapterState:
     initialized: bool = False
     basis: str | None = None  # the adapter whose A and B it has; None if they belong to it
     # of Theorem 3, with the state of A, B and s that it was computed from; None before
-    preconditioner: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
+    preconditioner: tuple[object, Tensor, Tensor] | None = field(default=None, repr=False)
 
     @torch.no_grad()
     def preconditioned_by(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def delta_weight(a: Tensor, core: Tensor, b: Tensor, scaling: float) -> Tensor:
 class FrozenFactors(nn.ParameterDict):
     """A or B by adapter name, never requiring gradients."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Parameter) and value.requires_grad:
             value.requires_grad_(False)
         super().__setattr__(name, value)
@@ -112,7 +112,7 @@ class Cores(nn.ParameterDict):
         super().__init__()
         self.stored_16bit: set[str] = set()
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Parameter) and value.dtype in SIXTEEN_BIT and name not in self.stored_16bit:
             loaded = is_loaded(value)  # the new parameter has to carry the mark
             value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
@@ -120,7 +120,7 @@ class Cores(nn.ParameterDict):
                 mark_loaded(value)
         super().__setattr__(name, value)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Cores:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
         """Move R; of a cast to 16 bits (`model.to(torch.bfloat16)`) only the change of device is applied."""
 
         # `_apply` may set `parameter.data` in place, which does not pass through `__setattr__`.

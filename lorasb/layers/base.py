@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..compat.accelerate import hook_of, is_managed
+from ..compat.accelerate import HOOK, PARTITIONED, hook_of
 from ..compat.bitsandbytes import keep_unpacked
-from ..compat.torch import has_hooks
+from ..compat.torch import BACKWARD_HOOKS, BACKWARD_PRE_HOOKS, HOOKS, PRE_HOOKS
 from ..functional import dequantize, quantized_linear
 from ..ops.calls import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
@@ -32,6 +32,7 @@ class Base:
         # Every forward asks for it: `layer.base_layer`, by `nn.Module.__getattr__`, takes longer than a small product.
         self.module: Any = module
         self.fan_in_fan_out = fan_in_fan_out
+        self.reads_storage = fan_in_fan_out  # whether our ops compute x Wᵀ whatever forward the module's class has
         self.trains_bias = False  # our ops do not differentiate the bias: the module's own forward does
         self.casts = True  # PEFT's `disable_input_dtype_casting` switches it off
 
@@ -89,18 +90,15 @@ class Base:
     def must_run(self) -> bool:
         """True if the module's own forward has to run, as reading its weight would bypass hooks or patches."""
         module = self.module
+        own = vars(module)
         return (
             self.trains_bias
-            or not self._reads_plainly(module)
-            or has_hooks(module)
-            or "forward" in vars(module)  # accelerate and others patch the instance's forward
-            or hook_of(module) is not None
-            or is_managed(module._parameters.get("weight"))  # partitioned by DeepSpeed ZeRO-3 between forwards
+            or not (self.reads_storage or type(module).forward is nn.Linear.forward)
+            or bool(own[PRE_HOOKS] or own[HOOKS] or own[BACKWARD_HOOKS] or own[BACKWARD_PRE_HOOKS])
+            or "forward" in own  # accelerate and others patch the instance's forward
+            or own.get(HOOK) is not None
+            or hasattr(own["_parameters"].get("weight"), PARTITIONED)  # by DeepSpeed ZeRO-3 between forwards
         )
-
-    def _reads_plainly(self, module: nn.Module) -> bool:
-        """True if a module's class computes x Wᵀ, which our ops do for it."""
-        return type(module).forward is nn.Linear.forward or self.fan_in_fan_out
 
     def cast(self, x: Tensor) -> Tensor:
         """x in the module's dtype, as PEFT's layers cast it; unchanged under autocast, which chooses the dtype."""
@@ -117,11 +115,15 @@ class Base:
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
         """Operands of an op: x in the module's dtype, W [out, in] or its storage, and the bias."""
-        weight = self.parameter()
+        parameters, weight = self.module._parameters, None
+        if type(self.module) is nn.Linear:  # every forward asks: `parameter` and `bias` for others
+            weight, bias = parameters.get("weight"), parameters["bias"]
+        if weight is None:
+            weight, bias = self.parameter(), self.bias()
         x = x if x.dtype == weight.dtype else self.cast(x)
-        return x, weight.t() if self.fan_in_fan_out else weight, self.bias()
+        return x, weight.t() if self.fan_in_fan_out else weight, bias
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """y of the module alone."""
         return cast(Tensor, self.module(x, *args, **kwargs))
 
@@ -169,7 +171,7 @@ class MergedBase(Base):
         super().__init__(module)
         self.former = former
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         # The dense linear has the former's compute dtype: x is cast for it.
         y = super().forward(self.cast(x), *args, **kwargs)
         return y if autocast_on(x.device.type) else y.to(x.dtype)
@@ -187,11 +189,11 @@ class QuantizedBase(_Kept):
 
     def __init__(self, module: nn.Module, int8_dtype: torch.dtype | None) -> None:
         super().__init__(module)
-        self.int8_dtype = int8_dtype
+        self.int8_dtype, self.reads_storage = int8_dtype, True
         # The storage as read, and the parameter it was read from, with its version and pointer. All three are compared:
         # assigning a new parameter may reuse the address, in-place ops change the version alone, and
         # `parameter.data = ...` the pointer alone.
-        self._read: tuple[QuantizedWeight, Any, int, int] | None = None
+        self._read: tuple[QuantizedWeight, Tensor, int, int] | None = None
 
     def over(self, module: nn.Module) -> Base:
         return base_of(module, int8_dtype=self.int8_dtype)
@@ -212,7 +214,7 @@ class QuantizedBase(_Kept):
             if read[1] is parameter and read[2] == parameter._version and read[3] == parameter.data_ptr():
                 return read[0]
         weight = of_module(module)
-        if weight is not None:
+        if weight is not None and parameter is not None:
             self._read = weight, parameter, parameter._version, parameter.data_ptr()
         return weight
 
@@ -238,9 +240,6 @@ class QuantizedBase(_Kept):
     def _dtype_of(self, found: QuantizedWeight) -> torch.dtype:
         return self.int8_dtype if found.kind == "int8" and self.int8_dtype else compute_dtype(self.module, found)
 
-    def _reads_plainly(self, module: nn.Module) -> bool:
-        return True
-
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
         found = self.quantized()
         if found is None:
@@ -248,7 +247,7 @@ class QuantizedBase(_Kept):
         x = x if x.dtype == self._dtype_of(found) else self.cast(x)
         return x, found, self.bias(x)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if args or kwargs or self.must_run() or self.quantized() is None:
             return super().forward(x, *args, **kwargs)
         wide, found, bias = self.operands(x)
@@ -288,7 +287,7 @@ def base_of(
     module: nn.Module,
     fan_in_fan_out: bool = False,
     int8_dtype: torch.dtype | None = None,
-    resolver_options: Mapping[str, Any] | None = None,
+    resolver_options: Mapping[str, object] | None = None,
 ) -> Base:
     """The base of the kind that a module is; arguments as of `LoRASBLinear`."""
     keep_unpacked(module)  # before any evaluation: the repacking is not always reversible
@@ -310,7 +309,14 @@ def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[T
     """The factors of an offloaded adapter on their execution device; offloaded again afterwards."""
     # accelerate's hooks load a module's parameters around its forward, but a `ParameterDict` has no forward to wrap:
     # the hooks are called here.
-    hooks = _hooks_of(containers, name)
+    if torch.is_grad_enabled() and any(c._parameters[name].requires_grad for c in containers):  # type: ignore[union-attr]
+        raise RuntimeError(
+            f"adapter {name!r} was offloaded with its base and cannot train so: offload the base model first, then "
+            "call lorasb.patch, which leaves A, R and B where the model runs; or evaluate under torch.no_grad()"
+        )
+    hooks = [hook for hook in map(hook_of, containers) if hook is not None]
+    if len(hooks) < len(containers):
+        raise RuntimeError(f"adapter {name!r} is on the meta device: load a saved adapter, or move the model")
     try:
         for hook, container in zip(hooks, containers, strict=True):
             hook.pre_forward(container)
@@ -318,19 +324,6 @@ def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[T
     finally:
         for hook, container in zip(hooks, containers, strict=True):
             hook.post_forward(container, None)
-
-
-def _hooks_of(containers: list[nn.Module], name: str) -> list[Any]:
-    """accelerate's hook of each container."""
-    if torch.is_grad_enabled() and any(c._parameters[name].requires_grad for c in containers):  # type: ignore[union-attr]
-        raise RuntimeError(
-            f"adapter {name!r} was offloaded with its base and cannot train so: offload the base model first, then "
-            "call lorasb.patch, which leaves A, R and B where the model runs; or evaluate under torch.no_grad()"
-        )
-    hooks: list[Any] = [hook_of(container) for container in containers]
-    if None in hooks:
-        raise RuntimeError(f"adapter {name!r} is on the meta device: load a saved adapter, or move the model")
-    return hooks
 
 
 @contextmanager

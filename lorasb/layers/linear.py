@@ -14,6 +14,7 @@ from ..constants import FACTORS, FROZEN_FACTORS
 from ..functional import lora_sb_linear
 from ..ops.calls import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
+from ..utils.precision import SIXTEEN_BIT
 from .adapted_layer import AdaptedLayer, StoredCores
 from .base import factors_on_device
 from .token_rows import MERGED_ROWS, Rows, other_length
@@ -33,7 +34,7 @@ class RowCores(NamedTuple):
     scaling: float  # s
 
 
-def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: object, **kwargs: object) -> Tensor:
     """y [..., out] of a linear with a choice of adapter for each row of x."""
     rows = rows if isinstance(rows, Rows) else Rows.of(rows)
     if len(rows) != x.shape[0]:
@@ -45,7 +46,13 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: A
         if taken is None:
             return _computed(layer, x, of_rows(layer, rows), fused=True)
         return taken if autocast_on(x.device.type) else taken.to(x.dtype)
-    parts, names = _parts(layer, rows)
+    parts: list[RowCores] = []
+    names = [] if layer.disable_adapters else _own(layer, rows)
+    if layer.stored_cores is not None and rows.places is not None and not layer.disable_adapters:
+        parts.append(of_bank(layer, layer.stored_cores, rows.places))
+    if len(names) > 1 and on_one_basis(layer, names):  # one call for all rows
+        parts.append(of_adapters(layer, names, rows))
+        names = []
     y = layer.base.forward(x, *args, **kwargs)
     for part in parts:
         y = y + _computed(layer, x, part).to(y.dtype)
@@ -73,18 +80,6 @@ def of_rows(layer: AdaptedLayer, rows: Rows) -> RowCores:
 def _own(layer: AdaptedLayer, rows: Rows) -> list[str]:
     """The rows' adapters that the layer has itself."""
     return [name for name in rows.others if name in layer.lorasb_R]
-
-
-def _parts(layer: AdaptedLayer, rows: Rows) -> tuple[list[RowCores], list[str]]:
-    """Work of a forward: one call for all rows, and adapters that are computed separately."""
-    if layer.disable_adapters:
-        return [], []
-    names = _own(layer, rows)
-    bank, places = layer.stored_cores, rows.places
-    parts = [] if bank is None or places is None else [of_bank(layer, bank, places)]
-    if len(names) > 1 and on_one_basis(layer, names):
-        return [*parts, of_adapters(layer, names, rows)], []
-    return parts, names
 
 
 def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = False) -> Tensor:
@@ -176,13 +171,16 @@ class LoRASBLinear(AdaptedLayer):
 
     trains_rows = True
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: object, adapter_names: Rows | Sequence[str] | None = None, **kwargs: object
+    ) -> Tensor:
         """y [..., out] for x [..., in]. Arguments other than `adapter_names` are passed to the base layer's forward."""
-        if "adapter_names" in kwargs:
-            return forward(self, x, kwargs.pop("adapter_names"), *args, **kwargs)
+        if adapter_names is not None:
+            return forward(self, x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:  # as in PEFT: the base's own result needs the base's own weight
             self.unmerge()
-        names = [] if self.disable_adapters or self.merged else self.active_here()
+        off = self.disable_adapters or self.merged
+        names = [] if off else list(filter(self.adapters.__contains__, self.active_adapters))
         base, dtype = self.base, x.dtype
         if not names:
             return base.forward(x, *args, **kwargs)
@@ -206,17 +204,20 @@ class LoRASBLinear(AdaptedLayer):
         """s·x Aᵀ Rᵀ Bᵀ of one adapter [..., out], plus the base's product if its weight is given."""
         # Indexing ParameterDicts the public way takes as long as the adapter's products for a single token.
         modules: dict[str, Any] = self._modules
-        a, core, b = (modules[factor]._parameters[name] for factor in FACTORS)
+        a, b = modules["lorasb_A"]._parameters[name], modules["lorasb_B"]._parameters[name]
+        core, state = modules["lorasb_R"]._parameters[name], self.adapters[name]
         if a.is_meta and not x.is_meta:
             with factors_on_device([modules[factor] for factor in FACTORS], name) as (a, core, b):
-                return lora_sb_linear(x, weight, a, core, b, bias, self.adapters[name].scaling)
+                return lora_sb_linear(x, weight, a, core, b, bias, state.scaling)
         # transformers' loader reads adapter_model.safetensors alone, so a checkpoint with shared factors gets R only.
-        if not self.adapters[name].initialized and is_loaded(core) and not is_loaded(a):
+        if not state.initialized and is_loaded(core) and not is_loaded(a):
             raise missing_factors_error()
-        core, dropout = self.core(name), self.adapters[name].dropout if self.training else 0.0
+        if not state.initialized or state.equivalent or core.dtype in SIXTEEN_BIT:  # else R as it is
+            core = self.core(name)
         if weight is None and x.dtype != a.dtype and not autocast_on(x.device.type):
             x = x.to(a.dtype)  # fp32 factors with a base in 16 bits
-        return lora_sb_linear(x, weight, a, core, b, bias, self.adapters[name].scaling, dropout=dropout)
+        dropout = state.dropout if self.training else 0.0
+        return lora_sb_linear(x, weight, a, core, b, bias, state.scaling, dropout=dropout)
 
 
 @torch.no_grad()

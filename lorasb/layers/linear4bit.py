@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Linear4bit(nn.Linear):
         self.quant_state, self.compute_dtype = quant_state, compute_dtype
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._cached_weight: tuple[Any, QuantizedWeight] | None = None
+        self._cached_weight: tuple[object, QuantizedWeight] | None = None
 
     def quantized(self) -> QuantizedWeight:
         """The checked storage; cached until the weight or the statistics change."""
@@ -62,7 +62,7 @@ class Linear4bit(nn.Linear):
         bias = None if self.bias is None else self.bias.to(dtype)
         return quantized_linear(x.to(dtype), self.quantized(), bias).to(x.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         """Move the packed weight and its statistics; a cast to another dtype changes the bias alone."""
         packed = self.weight
         if packed.is_floating_point() and type(packed.data) is Tensor:
@@ -87,7 +87,7 @@ class Linear4bit(nn.Linear):
         """True if FSDP2 has sharded the packed weight. Statistics are no parameters: every rank has all of them."""
         return hasattr(self.weight, "device_mesh")
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Sharded state dicts are made for checkpoints of adapter training, which hold nothing of the base.
         if self._sharded():
@@ -97,9 +97,9 @@ class Linear4bit(nn.Linear):
 
     def _load_from_state_dict(
         self,
-        state_dict: dict[str, Any],
+        state_dict: dict[str, Tensor],
         prefix: str,
-        metadata: Any,
+        metadata: object,
         strict: bool,
         missing: list[str],
         unexpected: list[str],
@@ -254,20 +254,14 @@ class Requantized:
 
 def _requantize(model: nn.Module, name: str, layer: nn.Linear, old: QuantizedWeight | OpaqueLayer) -> float:
     """Replace one layer of the model by a quantized one; returns ‖Q − W‖ / ‖W‖."""
-    wide = layer.weight.detach().float()
-    new, rounded = _through_quantizer(layer, old) if isinstance(old, OpaqueLayer) else _in_four_bits(layer, old)
-    model.set_submodule(name, new)
+    weight = layer.weight.detach()
+    if isinstance(old, OpaqueLayer):
+        new = old.opaque.requantize(old.layer, weight)
+        rounded = old.opaque.dequantize(new).float()
+    else:
+        packed, state = quantize_4bit(weight, old.kind, old.block, old.nested)
+        new = Linear4bit(packed, state, None if layer.bias is None else layer.bias.detach())
+        rounded = dequantize(of_state(packed, state), torch.float32)
+    model.set_submodule(name, new.train(layer.training))
+    wide = weight.float()
     return float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0
-
-
-def _in_four_bits(layer: nn.Linear, old: QuantizedWeight) -> tuple[nn.Module, Tensor]:
-    """A 4-bit layer of the same kind, and its values."""
-    packed, state = quantize_4bit(layer.weight.detach(), old.kind, old.block, old.nested)
-    bias = None if layer.bias is None else layer.bias.detach()
-    return Linear4bit(packed, state, bias).train(layer.training), dequantize(of_state(packed, state), torch.float32)
-
-
-def _through_quantizer(layer: nn.Linear, old: OpaqueLayer) -> tuple[nn.Module, Tensor]:
-    """A layer of the other quantizer, and its values."""
-    new = old.opaque.requantize(old.layer, layer.weight.detach())
-    return new.train(layer.training), old.opaque.dequantize(new).float()

@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +21,29 @@ from ..functional import lora_sb_linear_group
 from ..ops.calls import autocast_on
 from ..utils.precision import SIXTEEN_BIT
 from . import linear
+from .adapted_layer import AdaptedLayer
 from .linear import LoRASBLinear
 from .token_rows import Rows
 
 
 def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:
     """y_i [..., out_i] of members with equal `group_key`."""
-    options: dict[str, Any]
+    index, dropout = None, 0.0
     if rows is not None:
         parts = [linear.of_rows(member, rows) for member in members]
         adapters = [(part.a, part.cores, part.b, part.scaling) for part in parts]
-        options = {"index": parts[0].places}
+        index = parts[0].places
     else:
         name = members[0].active_adapters[0]
         adapters = [(m.lorasb_A[name], m.lorasb_R[name], m.lorasb_B[name], m.adapters[name].scaling) for m in members]
-        options = {"dropout": members[0].adapters[name].dropout if members[0].training else 0.0}
+        dropout = members[0].adapters[name].dropout if members[0].training else 0.0
     a, cores, b, scalings = zip(*adapters, strict=True)
     weights, biases = [m.base.parameter() for m in members], [m.bias for m in members if m.bias is not None]
-    return lora_sb_linear_group(members[0].base.cast(x), weights, a, cores, b, biases, scalings, **options)
+    x = members[0].base.cast(x)
+    return lora_sb_linear_group(x, weights, a, cores, b, biases, scalings, dropout=dropout, index=index)
 
 
-def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple[Any, ...] | None:
+def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple[object, ...] | None:
     """A key that is equal for layers which can be computed together on x; None: compute this one alone."""
     if layer.disable_adapters or layer.merged or layer.quantized() is not None:  # the group op takes dense weights
         return None
@@ -62,7 +63,7 @@ def _is_watched(layer: LoRASBLinear) -> bool:
     return private.has_other_hooks(layer) or not all(getattr(hook, "names_rows", False) for hook in pre_hooks)
 
 
-def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
+def _key_of_active(layer: LoRASBLinear) -> tuple[object, ...] | None:
     """Return what the members of a group have to share, for the one active adapter; None if there is no group."""
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lorasb_R:
@@ -74,7 +75,7 @@ def _key_of_active(layer: LoRASBLinear) -> tuple[Any, ...] | None:
     return name, state.r, core.dtype, state.dropout if layer.training else 0.0
 
 
-def _key_of_rows(layer: LoRASBLinear, rows: Rows) -> tuple[Any, ...] | None:
+def _key_of_rows(layer: LoRASBLinear, rows: Rows) -> tuple[object, ...] | None:
     """Return what the members of a group have to share, for rows that one call computes; None if there is no group."""
     names = linear.in_one_call(layer, rows)
     if names is None or layer.any_wide or not all(_may_train(layer, name) for name in names):
@@ -107,7 +108,9 @@ class Pending:
 
     x: Tensor  # the input of all members
     rows: Rows | None  # the adapters of its rows, where they differ by row
-    state: tuple[Any, ...]  # `Siblings._state` at the time of the computation; results are valid while it is unchanged
+    state: tuple[
+        object, ...
+    ]  # `Siblings._state` at the time of the computation; results are valid while it is unchanged
     results: dict[int, Tensor]  # y [..., out] by the member's index in the group
 
     def is_for(self, x: Tensor, rows: Rows | None) -> bool:
@@ -120,7 +123,7 @@ class Pending:
 class Forward:
     """A forward of the parent in progress, in one thread."""
 
-    saving: Any  # the innermost saved-tensor hooks when it began
+    saving: object  # the innermost saved-tensor hooks when it began
     pending: Pending | None = None  # results that were computed in it
 
 
@@ -155,10 +158,10 @@ class Siblings:
     def members(self) -> list[LoRASBLinear]:
         """The layers that are children of the parent now; a child may have been replaced since."""
         parent = self._parent() if self._parent is not None else None
-        children: list[Any] = [parent._modules.get(name) for name in self.names] if parent is not None else []
-        return [child for child in children if hasattr(child, "siblings")]
+        children = [parent._modules.get(name) for name in self.names] if parent is not None else []
+        return [child for child in children if isinstance(child, LoRASBLinear)]
 
-    def take(self, layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> Tensor | None:
+    def take(self, layer: AdaptedLayer, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member, from the pending results or computed with the others'; None: compute it alone."""
         # A compiled graph cannot carry results from one layer to another, and inference tensors have no version.
         if torch.compiler.is_compiling() or x.is_inference():
@@ -181,7 +184,7 @@ class Siblings:
         if pending is not None and pending.is_for(x, rows):
             return None  # differs from the others in rank, dtype, hooks ...: they were computed without it
         forward.pending = None  # results for another x, which the parent called its members with before
-        key = group_key(layer, x, rows)
+        key = group_key(members[index], x, rows)
         if key is None:
             return None
         indices = [i for i, m in enumerate(members) if m is layer or group_key(m, x, rows) == key]
@@ -203,7 +206,7 @@ class Siblings:
         self.names, self._parent = (), None
 
     @staticmethod
-    def _state(members: list[LoRASBLinear], x: Tensor) -> tuple[Any, ...]:
+    def _state(members: list[LoRASBLinear], x: Tensor) -> tuple[object, ...]:
         """State that must not change between the first member's call and another's."""
         # Versions show in-place writes to x or R (an optimizer step); results computed on another CUDA stream may not
         # be ready on this one.
@@ -236,7 +239,7 @@ class Siblings:
                 if forward is not None:  # the parent's pre-hook has run
                     group._forwards[threading.get_ident()] = Forward(forward.saving)
 
-    def _parent_begins(self, parent: nn.Module, arguments: Any) -> None:
+    def _parent_begins(self, parent: nn.Module, arguments: object) -> None:
         if not torch.compiler.is_compiling():
             forward = self._begun()
             # not in backward, where checkpointing repeats a forward, with the groups that it had
@@ -253,7 +256,7 @@ class Siblings:
         self._forwards[thread] = forward = Forward(_saved_tensor_hooks())
         return forward
 
-    def _parent_ends(self, parent: nn.Module, arguments: Any, result: Any) -> None:
+    def _parent_ends(self, parent: nn.Module, arguments: object, result: object) -> None:
         """Drop untaken results. `result` is None after an exception: only a complete forward shows who shares x."""
         if torch.compiler.is_compiling():
             return
@@ -261,10 +264,10 @@ class Siblings:
         if forward is not None and forward.pending is not None and forward.pending.results and result is not None:
             self._separate(forward.pending.results, forward, ended=True)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Siblings | None:
+    def __deepcopy__(self, memo: dict[int, object]) -> Siblings | None:
         """A copy for the copied parent; None if a layer is copied without its parent."""
         parent = memo.get(id(self._parent())) if self._parent is not None else None
-        if parent is None:
+        if not isinstance(parent, nn.Module):
             return None
         # Not by __init__: the parent's hook dictionaries are copied as well, under the same ids.
         memo[id(self)] = new = object.__new__(Siblings)
@@ -273,12 +276,12 @@ class Siblings:
         new._apart = self._apart
         return new
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """An empty group, as weak references do not pickle: unpickled layers are computed alone."""
         return {"names": (), "_hooks": self._hooks, "_parent": None, "_forwards": {}, "_apart": None}
 
 
-def _saved_tensor_hooks() -> Any:
+def _saved_tensor_hooks() -> object:
     """The innermost saved-tensor hooks."""
     # Gradient checkpointing around some of the layers installs further hooks. A result must not cross into or out of a
     # checkpointed region, which recomputes its layers in backward without the others.
@@ -311,7 +314,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
         for names in NAMES:
             by_in_features: dict[int, list[str]] = {}  # cross-attention's k and v may read a wider input than its q
             for name in names:
-                child: Any = parent._modules.get(name)
-                if hasattr(child, "siblings"):
+                child = parent._modules.get(name)
+                if isinstance(child, LoRASBLinear):
                     by_in_features.setdefault(child.in_features, []).append(name)
             yield from ((parent, members) for members in by_in_features.values() if len(members) > 1)

@@ -64,10 +64,6 @@ FORMATS = (
 )
 
 
-def format_of(layer: nn.Module) -> Format | None:
-    return next((one for one in FORMATS if one.matches(layer)), None)
-
-
 CONFIGURATION = "get_apply_tensor_subclass"  # PEFT's name for how torchao quantized a model
 
 
@@ -133,7 +129,7 @@ class OpaqueFormat:
             new = self._through_backend(layer, weight)
         return new.requires_grad_(False).train(layer.training)
 
-    def _through_backend(self, layer: Any, weight: Tensor) -> nn.Module:
+    def _through_backend(self, layer: nn.Module, weight: Tensor) -> nn.Module:
         """PEFT's backends set the weight of a tuner layer's base, or replace that base."""
         bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
         holder.get_base_layer = lambda: holder.base_layer
@@ -146,15 +142,18 @@ class OpaqueFormat:
 
 
 def find(
-    layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None
+    layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, object] | None = None
 ) -> OpaqueFormat | None:
     """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear."""
     if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
         return None
     backend = resolve_quantization_backend(layer, **({CONFIGURATION: _configuration_lost} | dict(options or {})))
-    known = format_of(layer)
-    if backend is None and known is None and not _computes_by_itself(layer):
-        return None
+    known = next((one for one in FORMATS if one.matches(layer)), None)
+    if backend is None and known is None:
+        # a module with features and its own forward: not nn.Linear's over a weight that it cannot take
+        own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
+        if not (own and hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+            return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about modules that it does not know
         in_features, out_features = private.in_out_features(layer)
@@ -172,12 +171,6 @@ def is_dense(layer: nn.Module) -> bool:
     if not is_linear or not isinstance(weight, Tensor):
         return False
     return weight.dim() == 2 and weight.dtype in FLOATS and type(weight.data) is Tensor
-
-
-def _computes_by_itself(layer: nn.Module) -> bool:
-    """True for a module with features and its own forward: not nn.Linear's over a weight that it cannot take."""
-    own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
-    return own and hasattr(layer, "in_features") and hasattr(layer, "out_features")
 
 
 def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:
@@ -203,7 +196,7 @@ TOLERANCE = 0.05
 
 def check_linear(name: str, layer: nn.Module, opaque: OpaqueFormat, trained: bool = True) -> None:
     """Run one probe of three rows."""
-    x = _rows(opaque, first_tensor(layer).device)
+    x = _probe(opaque.shape[1], first_tensor(layer).device, opaque.dtype)
     try:
         with torch.enable_grad():
             y = layer(x.requires_grad_())
@@ -250,10 +243,6 @@ def has_own_result(layer: nn.Module) -> bool:
     except Exception:
         return False
     return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())
-
-
-def _rows(opaque: OpaqueFormat, device: torch.device) -> Tensor:
-    return _probe(opaque.shape[1], device, opaque.dtype)
 
 
 def _probe(in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ of the 3-D parameters, so that unfusing allocates nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class OpenExperts(nn.Module):
         gate, up = _call(self.gate_up_proj[e], x, rows).chunk(2, dim=-1)  # type: ignore[index,arg-type]
         return _call(self.down_proj[e], self.act_fn(gate) * up, rows)  # type: ignore[index,arg-type]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> OpenExperts:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenExperts:
         """Move or cast the linears, and release the 3-D parameters if the weights no longer are views of them."""
         super()._apply(fn, recurse)
         if not self._aliased():

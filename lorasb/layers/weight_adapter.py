@@ -172,7 +172,7 @@ class LoRASBWeight(AdaptedLayer):
     unfolding: Unfolding  # which parameter, and how it is a matrix
     tap: Tap | None  # set while an initialization sums gradients: W goes through it on its way into the module
 
-    def _make_base(self, module: nn.Module, *options: Any) -> Base:
+    def _make_base(self, module: nn.Module, *options: object) -> Base:
         kind = EmbeddingBase if self.unfolding.kind == EMBEDDING else ParameterBase
         return kind(module, self.unfolding)
 
@@ -188,11 +188,10 @@ class LoRASBWeight(AdaptedLayer):
         matrix = self.base.matrix(gradient)
         return matrix if matrix.dtype == torch.float64 else matrix.float()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, adapter_names: Rows | Sequence[str] | None = None, **kwargs: object) -> object:
         """The module's output with W + s·B R A of the active adapters."""
-        rows = kwargs.pop("adapter_names", None)
-        if rows is not None:
-            return self._by_rows(rows, *args, **kwargs)
+        if adapter_names is not None:
+            return self._by_rows(adapter_names, *args, **kwargs)
         self.unmerge_if_disabled()
         return self._with(self._names(), *args, **kwargs)
 
@@ -214,13 +213,13 @@ class LoRASBWeight(AdaptedLayer):
         off = self.disable_adapters or self.merged
         return [] if off else [name for name in self.active_adapters if name in self.lorasb_R]
 
-    def _with(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+    def _with(self, names: list[str], *args: object, **kwargs: object) -> object:
         """The module's output with some adapters."""
         if not names and self.tap is None:
             return self.base_layer(*args, **kwargs)
         self._refuse_offloaded(names)
         if self.unfolding.kind == CONVOLUTION and self.tap is None:
-            return self._convolved_beside(names, *args, **kwargs)
+            return self._convolved_beside(names, cast(Tensor, args[0] if args else kwargs["input"]))
         return functional_call(self.base_layer, {self._path(): self._weight(names)}, args, kwargs)
 
     def _path(self) -> str:
@@ -251,18 +250,19 @@ class LoRASBWeight(AdaptedLayer):
                 "beside its own forward: keep it on its device, or name it in exclude_modules"
             )
 
-    def _convolved_beside(self, names: list[str], input: Tensor) -> Tensor:
+    def _convolved_beside(self, names: list[str], x: Tensor) -> Tensor:
         """base(x) + conv(dropout(x), s·B R A): in 16 bits W + s·B R A would round small updates away."""
-        base, x = self.get_base_layer(), input
+        base = self.get_base_layer()
         y: Tensor = self.base_layer(x)
         for name in names:
             dropped = nn.functional.dropout(x, self.adapters[name].dropout, self.training)
             y = y + convolve(base, dropped, self._delta(name).to(x.dtype))
         return y
 
-    def _by_rows(self, rows: Rows | Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _by_rows(self, rows: Rows | Sequence[str], *args: object, **kwargs: object) -> Tensor:
         """The output with a choice of adapter for each row of x."""
-        x, *args = args or (kwargs.pop("input"),)  # type: ignore[assignment]
+        given = args or (kwargs.pop("input"),)
+        x, args = cast(Tensor, given[0]), given[1:]
         rows = rows if isinstance(rows, Rows) else Rows.of(rows)
         if self.unfolding.kind == ATTENTION:
             raise ValueError("adapter_names choose adapters by the rows of one input, and attention has three")
@@ -275,7 +275,8 @@ class LoRASBWeight(AdaptedLayer):
             if self.disable_adapters or name not in self.lorasb_R:
                 continue
             indices = (rows.index == i).nonzero().flatten().to(x.device)
-            y = y.index_copy(0, indices, self._with([name], x[indices], *args, **kwargs).to(y.dtype))
+            part = cast(Tensor, self._with([name], x[indices], *args, **kwargs))
+            y = y.index_copy(0, indices, part.to(y.dtype))
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -283,16 +284,13 @@ class LoRASBWeight(AdaptedLayer):
         inner = self.base_layer
         if isinstance(inner, LoRASBWeight):
             inner.merge(safe_merge, adapter_names)
-        merged_by_outer = self.nested and not self._left(adapter_names)  # PEFT's loop comes here after it
+        left = [name for name in adapter_names or self.active_adapters if name not in self.merged_adapters]
+        merged_by_outer = self.nested and not left  # PEFT's loop comes here after it
         wanted = [] if merged_by_outer else check_adapters_to_merge(self, adapter_names)
         names = [name for name in wanted or [] if name in self.lorasb_R]
         if names:
             self._use(self.base.merged(self.merged_weight(names)))
             self.merged_adapters.extend(names)
-
-    def _left(self, names: list[str] | None) -> bool:
-        """True if an adapter is not merged yet."""
-        return any(name not in self.merged_adapters for name in names or self.active_adapters)
 
     def unmerge(self) -> None:
         """Subtract what was merged, here and in the module's other adapted parameters."""
@@ -317,7 +315,7 @@ class LoRASBWeight(AdaptedLayer):
 class LoRASBEmbedding(LoRASBWeight):
     """An embedding with rows W[:, id] + s·B R A[:, id]: A [r, num_embeddings], B [dim, r]."""
 
-    def _with(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+    def _with(self, names: list[str], *args: object, **kwargs: object) -> object:
         base = self.get_base_layer()
         plain = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
         if self.tap is not None or not plain:  # others do not look up what they are given: positions, of a mask
@@ -333,7 +331,7 @@ class LoRASBEmbedding(LoRASBWeight):
             y = y + (delta * factor).to(y.dtype)
         return y
 
-    def _looked_up(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+    def _looked_up(self, names: list[str], *args: object, **kwargs: object) -> object:
         """The output of the embedding's own forward with the whole weight, and with dense gradients."""
         # A sparse gradient does not pass through the weight's view.
         base: Any = self.get_base_layer()
@@ -344,7 +342,7 @@ class LoRASBEmbedding(LoRASBWeight):
             base.sparse = sparse
 
 
-def adapt_weights(module: nn.Module, adapter_name: str, **options: Any) -> LoRASBWeight | None:
+def adapt_weights(module: nn.Module, adapter_name: str, **options: object) -> LoRASBWeight | None:
     """The module with adapters of its parameters; None for one of another kind."""
     layer = module
     for unfolding in unfoldings(module):
@@ -383,7 +381,7 @@ class OpenParameters(nn.Module):
         for name in [name for name in names if name not in self.opened]:
             self._modules[name] = OpenParameters(self.base_layer, [name])._modules[name]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """The module's output with the adapters of its parameters."""
         for layer in self._adapted():
             layer.unmerge_if_disabled()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ _BACKWARD = f"(Tensor[] dys, Tensor[] us, {_OPERANDS}, bool need_dx, bool need_d
 def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registry.Kernels | None) -> list[Tensor]:
     """The y_j [..., m_j] of x [..., n] by `kernels` (found by `direct`), else by the backend's op."""
     count = len(operands.a)
-    if kernels is None and count == 1 and not torch.is_grad_enabled() and _is_dense(operands):
+    is_dense = not (operands.is_quantized or operands.row_index is not None or operands.dropout)
+    if kernels is None and count == 1 and is_dense and not torch.is_grad_enabled():
         _, _, (a,), (core,), (b,), biases, (scaling,), *_ = operands
         weight, bias = operands.base[0] if operands.base else None, biases[0] if biases else None
         return [registry.backend_op(SERVE_OP, backend)(x, weight, a, core, b, bias, scaling)]
@@ -49,27 +50,32 @@ def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registr
     return list(outputs[:count])
 
 
-def _is_dense(operands: Operands) -> bool:
-    return not (operands.is_quantized or operands.row_index is not None or operands.dropout)
-
-
 # Plain tensors skip the dispatcher: two passes through it and back into Python take as long as a small layer's adapter.
-def direct(backend: str, x: Tensor, lists: Sequence[Sequence[Tensor]], plain: bool) -> registry.Kernels | None:
+def direct(backend: str, x: Tensor, lists: Sequence[Sequence[Tensor]]) -> registry.Kernels | None:
     """The kernels to call without the dispatcher; None if something has to intercept the op itself."""
-    if not plain:
-        if torch.compiler.is_compiling() or is_intercepted() or private.is_wrapped(x):
-            return None
-        on_cpu = x.is_cpu
-        # by exact type: subclasses (DTensor, FakeTensor) intercept ops in __torch_dispatch__
-        for tensor in (x, *(one for tensors in lists for one in tensors)):
-            if type(tensor) not in PLAIN or tensor.is_cpu != on_cpu:
-                return None
-    if not (x.is_cpu or x.is_cuda):
+    if torch.compiler.is_compiling() or is_intercepted() or private.is_wrapped(x):
         return None
-    return registry.direct_kernels(backend, "CPU" if x.is_cpu else "CUDA")
+    # by exact type: subclasses (DTensor, FakeTensor) intercept ops in __torch_dispatch__
+    for tensor in (x, *(one for tensors in lists for one in tensors)):
+        if type(tensor) not in PLAIN or tensor.is_cpu != x.is_cpu:
+            return None
+    return registry.direct_kernels(backend, x.device.type)
 
 
-def _save(ctx: Any, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> None:
+class Context(Protocol):
+    """The torch context of a call, and what backward needs of it."""
+
+    saved_tensors: tuple[Tensor, ...]
+    kernels: registry.Kernels
+    # numbers of base tensors and of biases, layout, scalings, dropout, and whether dx and each dR_j are needed
+    rest: tuple[int, int, Sequence[int], Sequence[float], float, bool, list[bool]]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def _save(ctx: Context, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> None:
     """Save the u_j [M, r] and what the layers keep in any case: never x [M, n], and never a dequantized W."""
     base, layout, a, cores, b, biases, scalings, row_index, dropout, seeds = operands
     ctx.set_materialize_grads(False)  # a dy_j that the loss does not use is None
@@ -82,39 +88,39 @@ def _save(ctx: Any, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> None
     ctx.rest = len(base), len(biases), layout, scalings, dropout, x.requires_grad, need_dcores
 
 
-def _gradients(backward: Callable[..., Any], ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Any, list[Any]]:
+def _gradients(
+    backward: registry.Backward, ctx: Context, dys: Sequence[Tensor | None]
+) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx and the dR_j, None for those that are not needed; the loss may use some of the y_j alone."""
     a, _, layout, scalings, dropout, need_dx, need_dcores = ctx.rest
     count, any_dcores = len(need_dcores), True in need_dcores
-    used = [j for j, dy in enumerate(dys) if dy is not None]
-    if not used or not (need_dx or any_dcores):
+    given = {j: dy for j, dy in enumerate(dys) if dy is not None}
+    if not given or not (need_dx or any_dcores):
         return None, [None] * count
     saved, cores, b, us = ctx.saved_tensors, a + count, a + 2 * count, a + 3 * count
     lists = saved[:a], layout, saved[a:cores], saved[cores:b], saved[b:us], (), scalings
     operands = Operands(*lists, saved[-2], dropout, saved[-1])
-    if len(used) == count:
-        dx, *dcores = backward([*dys], [*saved[us:-2]], operands, need_dx, any_dcores)
-    else:
-        given = [dys[j] for j in used], [saved[us + j] for j in used], operands.select(used)
-        dx, *found = backward(*given, need_dx, any_dcores)
-        dcores = [found[used.index(j)] if j in used else None for j in range(count)]
-    if False in need_dcores:
-        dcores = [dcore if needed else None for dcore, needed in zip(dcores, need_dcores, strict=True)]
-    return dx if need_dx else None, dcores
+    if len(given) < count:
+        operands = operands.select([*given])
+    dx, *found = backward([*given.values()], [saved[us + j] for j in given], operands, need_dx, any_dcores)
+    dcores = dict(zip(given, found, strict=True))
+    return dx if need_dx else None, [dcores.get(j) if needed else None for j, needed in enumerate(need_dcores)]
 
 
 class _Function(torch.autograd.Function):
     """The op for plain tensors: x, operands, kernels and the operands' tensors -> the y_j, then the u_j."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operands: Operands, kernels: registry.Kernels, *_: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Context, x: Tensor, operands: Operands, kernels: registry.Kernels, *_: Tensor
+    ) -> tuple[Tensor, ...]:
         outputs = kernels.forward(x, operands)
         ctx.kernels = kernels
         _save(ctx, x, operands, outputs[len(operands.a) :])
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Context, *grads: Tensor | None) -> tuple[object, ...]:
         base, biases, *_, need_dcores = ctx.rest
         count = len(need_dcores)
         # The op itself under a functorch transform (`is_grads_batched=True`) and `create_graph=True`: it records a node
@@ -124,7 +130,7 @@ class _Function(torch.autograd.Function):
         return dx, None, None, *[None] * (base + count), *dcores, *[None] * (count + biases)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup(ctx: Context, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, *given = inputs
     operands = Operands(*given)
     us = output[len(operands.a) :]
@@ -132,10 +138,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _save(ctx, x, operands, us)
 
 
-def _derivative(owner: str) -> Callable[..., tuple[Any, ...]]:
+def _derivative(owner: str) -> Callable[..., tuple[object, ...]]:
     op = registry.backward_op(owner)
 
-    def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    def backward(ctx: Context, grads: Sequence[Tensor | None]) -> tuple[object, ...]:
         if torch.is_grad_enabled():  # x is not saved, and no graph could lead from dR to it
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         base, biases, *_, need_dcores = ctx.rest
@@ -147,21 +153,21 @@ def _derivative(owner: str) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
-def _serve_fake(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, *_: Any) -> Tensor:
+def _serve_fake(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], b.shape[0]))
 
 
-def _serve_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _serve_setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
     """For a graph that was captured without gradients and runs with them; u is computed again."""
     x, weight, a, core, b, _, scaling = inputs
     base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()
     _save(ctx, x, Operands(base, DENSE, [a], [core], [b], [], [scaling]), [u])
 
 
-def _serve_derivative(owner: str) -> Callable[..., tuple[Any, ...]]:
+def _serve_derivative(owner: str) -> Callable[..., tuple[object, ...]]:
     op = registry.backward_op(owner)
 
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Context, dy: Tensor | None) -> tuple[object, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         dx, (dcore,) = _gradients(op, ctx, [dy])
@@ -183,7 +189,7 @@ def _backward_fake(dys: list[Tensor], us: list[Tensor], *given: Any) -> list[Ten
     return [dx, *(core.new_empty(core.shape if need_dcores else (0,)) for core in operands.cores)]
 
 
-def _raise_second_derivative(ctx: Any, *_: Any) -> None:
+def _raise_second_derivative(ctx: object, *_: object) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
@@ -201,7 +207,7 @@ def _define() -> None:
         torch.library.register_autograd(backward, _raise_second_derivative, lib=library)
 
 
-def kernels_of(forward: Callable[..., Any], backward: Callable[..., Any]) -> dict[str, registry.Kernel]:
+def kernels_of(forward: registry.Forward, backward: registry.Backward) -> dict[str, registry.Kernel]:
     """A backend's kernels by op name, of forward(x, operands) and backward(dys, us, operands, need_dx, need_dcores)."""
 
     def op(x: Tensor, *given: Any) -> list[Tensor]:

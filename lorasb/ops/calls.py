@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -53,11 +53,11 @@ class Operands(NamedTuple):
     def members(self) -> list[Member]:
         """The operands of each layer."""
         count = len(self.a)
-        bases: Sequence[Any] = self.base or [None] * count
+        bases: Sequence[object] = self.base or [None] * count
         if self.is_quantized:
             bases = [(list(self.base), list(self.layout))]
-        biases: Sequence[Any] = self.biases or [None] * count
-        seeds: Sequence[Any] = [None] * count
+        biases: Sequence[object] = self.biases or [None] * count
+        seeds: Sequence[object] = [None] * count
         if self.seeds is not None:
             seeds = [self.seeds] if count == 1 else self.seeds.split(1)
         return list(map(Member, bases, self.a, self.cores, self.b, biases, self.scalings, seeds))
@@ -70,40 +70,31 @@ class Operands(NamedTuple):
         return Operands(base, self.layout, a, cores, b, [], scalings, self.row_index, self.dropout, seeds)  # type: ignore[arg-type]
 
 
-def under_autocast(x: Tensor) -> bool:
-    return private.any_autocast() and autocast_on(x.device.type)
-
-
 def autocast_on(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off, if it is on for the tensor's device: the arguments were cast before the op."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if autocast_on(kind) else nullcontext()
 
 
-def _cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as autocast casts the arguments of `F.linear`, which leaves fp64 alone."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
-    )
-
-
 def cast_lists(x: Tensor, lists: list[list[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
-    """x and lists of tensors, together, so that x is cast only once."""
-    x, *flat = _cast(x, *(tensor for tensors in lists for tensor in tensors))
-    found = iter(flat)
-    return x, [[next(found) for _ in tensors] for tensors in lists]
+    """x and lists of tensors as autocast casts the arguments of `F.linear`, which leaves fp64 alone."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast_one(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    return cast_one(x), [list(map(cast_one, tensors)) for tensors in lists]
 
 
 def is_intercepted() -> bool:
     """True under a dispatch or function mode, a transform or torch.jit.trace: kernels must not be called."""
-    if private.dispatch_modes() or private.function_modes():
+    if private.dispatch_modes() or private.function_modes() or private.tracing_state() is not None:
         return True
-    return is_transformed() or private.tracing_state() is not None
+    return private.transforms_active() or private.forward_level() >= 0
 
 
 def is_transformed() -> bool:
@@ -111,45 +102,34 @@ def is_transformed() -> bool:
     return private.transforms_active() or private.forward_level() >= 0
 
 
-def metadata_in_python(*operands: Any) -> Hashable:
+def metadata_in_python(*operands: Tensor | Sequence[Tensor | None] | None) -> Hashable:
     """Dtype, device, shape and strides of tensors, lists of them and None; None for anything else."""
     found: list[Hashable] = []
     for operand in operands:
         is_list = type(operand) in (list, tuple)
-        inner = _described(operand if is_list else (operand,))
-        if inner is None:
-            return None
-        found += (inner,) if is_list else inner
-    return tuple(found)
-
-
-def _described(tensors: Sequence[Any]) -> tuple[Hashable, ...] | None:
-    found: list[Hashable] = []
-    for tensor in tensors:
-        if tensor is None:
-            found.append(None)
-        elif type(tensor) in PLAIN and tensor.layout is torch.strided and not (tensor.is_neg() or tensor.is_nested):
-            found += tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-        else:
-            return None
+        tensors = cast(Sequence[Tensor | None], operand if is_list else (operand,))
+        if is_list:  # its length first, so that no two sequences of operands are alike
+            found.append(len(tensors))
+        for tensor in tensors:
+            if tensor is None:
+                found.append(None)
+            elif type(tensor) in PLAIN and tensor.layout is torch.strided and not (tensor.is_neg() or tensor.is_nested):
+                found += tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+            else:
+                return None
     return tuple(found)
 
 
 metadata: Callable[..., Hashable] = metadata_in_python  # or the extension's, ten times as fast
 
 
-def signature_in_python(x: Any, *others: Any) -> Hashable:
+def signature_in_python(x: Tensor, *others: Tensor | Sequence[Tensor | None] | None) -> Hashable:
     """The metadata of a call's operands; None, too, where something intercepts ops, or x meets more than kernels."""
-    if is_intercepted() or (type(x) in PLAIN and _has_a_key_of_its_own(x)):
-        return None
-    return metadata_in_python(x, *others)
-
-
-def _has_a_key_of_its_own(tensor: Tensor) -> bool:
-    """True if the dispatcher unwraps it or fills it with zeros before a kernel."""
-    if private.is_wrapped(tensor):
-        return True
-    return private.is_zerotensor(tensor) or private.is_functional(tensor)
+    # The dispatcher unwraps such an x, or fills it with zeros, before a kernel.
+    unwrapped = type(x) not in PLAIN or not (
+        private.is_wrapped(x) or private.is_zerotensor(x) or private.is_functional(x)
+    )
+    return metadata_in_python(x, *others) if unwrapped and not is_intercepted() else None
 
 
 signature_of: Callable[..., Hashable] = signature_in_python
@@ -161,47 +141,21 @@ def use_faster(signature: Callable[..., Hashable], faster_metadata: Callable[...
     signature_of, metadata = signature, faster_metadata
 
 
-class Known:
-    """Signatures that have passed a check; None is never one of them."""
-
-    def __init__(self) -> None:
-        self._signatures: set[Hashable] = set()
-
-    def has(self, signature: Hashable) -> bool:
-        return signature in self._signatures
-
-    def add(self, signature: Hashable) -> None:
-        """Remember it, unless it is None."""
-        if signature is None:
-            return
-        if len(self._signatures) >= MOST:
-            self._signatures.clear()
-        self._signatures.add(signature)
+known: set[Hashable] = set()  # signatures that have passed `check`
 
 
-_known = Known()
+def remember(signature: Hashable) -> None:
+    if len(known) >= MOST:
+        known.clear()
+    known.add(signature)
+
+
 # weights, A, R, B and biases of each member; the first (checked elsewhere if quantized) and the last may be empty
 Lists = tuple[Sequence[Tensor], ...]
 
 
-def check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> bool:
-    """Check a call, unless its signature has passed before; True if all operands are plain tensors on one device."""
-    if torch.compiler.is_compiling():  # which takes the checks apart, and would guard on all signatures that are known
-        _check(x, lists, scalings, index)
-        return False
-    signature = signature_of(x, *lists, index)
-    if not _known.has(signature) or len(scalings) != len(lists[1]):
-        _check(x, lists, scalings, index)
-        _known.add(signature)
-    if x.requires_grad and torch.is_inference_mode_enabled():
-        raise ValueError(
-            "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
-            "torch.no_grad() or pass x.detach()"
-        )
-    return signature is not None
-
-
-def _check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> None:
+def check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> None:
+    """Raise where the operands of a call do not match."""
     weights, a, cores, b, biases = lists
     lengths = [len(entries) for entries in (weights or a, a, cores, b, scalings, biases or a)]
     if len(set(lengths)) != 1 or not lengths[0]:
@@ -243,12 +197,6 @@ def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: T
         raise ValueError(f"expected weight [{features_out}, {features_in}], got {_shape(weight)}")
     if bias is not None and bias.shape != (features_out,):
         raise ValueError(f"expected bias [{features_out}], got {_shape(bias)}")
-    _check_dtypes_and_devices(x, weight, a, core, b, bias)
-
-
-def _check_dtypes_and_devices(
-    x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None
-) -> None:
     dtype, device = x.dtype, x.device
     if dtype not in FLOATS:
         raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {dtype}")

@@ -10,14 +10,21 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from .calls import Operands
+
+Function = Callable[..., Any]  # an op or a kernel, whose arguments its schema names
+Forward = Callable[[Tensor, Operands], Sequence[Tensor]]  # (x, operands) -> the y_j, then the u_j
+# (dys, us, operands, need_dx, need_dcores) -> dx, then the dR_j
+Backward = Callable[[list[Tensor], list[Tensor], Operands, bool, bool], Sequence[Tensor]]
 BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
 
 library = torch.library.Library("lorasb", "DEF")
 DIRECT = ("CPU", "CUDA")  # dispatch keys of devices whose kernels are called directly where nothing intercepts an op
 # By such a key, then by op: the kernel that the dispatcher chooses for plain tensors there.
-_kernels: dict[str, dict[str, Callable[..., Any]]] = {key: {} for key in DIRECT}
+_kernels: dict[str, dict[str, Function]] = {key: {} for key in DIRECT}
 _current: ContextVar[str] = ContextVar("lorasb_backend", default="")  # set by `backend`; empty: use LORASB_BACKEND
 # The same for torch.compile, which cannot trace a ContextVar but guards on globals: the latest choice of any thread.
 _latest = ""
@@ -32,13 +39,13 @@ def op_name(op: str, backend: str) -> str:
     return op if backend == "auto" else f"{op}_{backend}"
 
 
-def backend_op(op: str, backend: str) -> Callable[..., Any]:
+def backend_op(op: str, backend: str) -> Function:
     return getattr(torch.ops.lorasb, op_name(op, backend)).default
 
 
 # Once per backend and once for `auto`, so that PyTorch's dispatcher chooses: `lorasb::adapted_linear` runs the kernel
 # for x's device, else eager's; `lorasb::adapted_linear_cpp` runs that backend's alone, and raises without one.
-def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+def define(name: str, schema: str, fake: Function) -> None:
     """Define an op for `auto` and every backend, with its fake kernel, which returns empty tensors."""
     for owner in BACKENDS:
         library.define(op_name(name, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -48,8 +55,8 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
 class Kernel(NamedTuple):
     """A kernel of an op, as the dispatcher calls it, and as Python does without the dispatcher, if that differs."""
 
-    op: Callable[..., Any]
-    direct: Callable[..., Any] | None = None
+    op: Function
+    direct: Function | None = None
 
 
 def register_backend(
@@ -72,7 +79,7 @@ def register_backend(
     _missing[name] = missing or (lambda: None)
 
 
-def _record(op: str, kernel: Callable[..., Any], keys: Sequence[str]) -> None:
+def _record(op: str, kernel: Function, keys: Sequence[str]) -> None:
     """Record by the dispatcher's precedence: a kernel for a device before one for all devices, in either order."""
     direct_kernels.cache_clear()
     for device, kernels in _kernels.items():
@@ -80,7 +87,7 @@ def _record(op: str, kernel: Callable[..., Any], keys: Sequence[str]) -> None:
             kernels[op] = kernel
 
 
-def register_loaded(name: str, kernels: dict[str, Callable[..., Any]], missing: Callable[[], str | None]) -> None:
+def register_loaded(name: str, kernels: dict[str, Function], missing: Callable[[], str | None]) -> None:
     """Record kernels that a loaded library has registered for the CPU, unless `missing` returns a reason."""
     _missing[name] = missing
     if missing() is None:
@@ -89,7 +96,7 @@ def register_loaded(name: str, kernels: dict[str, Callable[..., Any]], missing: 
         direct_kernels.cache_clear()
 
 
-def direct_kernel(op: str, backend: str, key: str = "CPU") -> Callable[..., Any] | None:
+def direct_kernel(op: str, backend: str, key: str = "CPU") -> Function | None:
     """The kernel that the dispatcher chooses for plain tensors of a device in `DIRECT`; None if there is none."""
     return _kernels[key].get(op_name(op, backend))
 
@@ -97,20 +104,21 @@ def direct_kernel(op: str, backend: str, key: str = "CPU") -> Callable[..., Any]
 class Kernels(NamedTuple):
     """A backend's kernels of the adapted linear, called on operands, and its backward op, called likewise."""
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    backward_op: Callable[..., Any]
+    forward: Forward
+    backward: Backward
+    backward_op: Backward
 
 
-def backward_op(backend: str) -> Callable[..., Any]:
+def backward_op(backend: str) -> Backward:
     op = backend_op("adapted_linear_backward", backend)
     return lambda dys, us, operands, *need: op(dys, us, *operands, *need)
 
 
 @cache
-def direct_kernels(backend: str, key: str) -> Kernels | None:
-    """The kernels that the dispatcher chooses for the adapted linear; None if there are none."""
-    forward, backward = (direct_kernel(op, backend, key) for op in ("adapted_linear", "adapted_linear_backward"))
+def direct_kernels(backend: str, device_type: str) -> Kernels | None:
+    """The kernels that the dispatcher chooses for the adapted linear of plain tensors; None if there are none."""
+    table = _kernels.get(device_type.upper(), {})
+    forward, backward = (table.get(op_name(op, backend)) for op in ("adapted_linear", "adapted_linear_backward"))
     if forward is None or backward is None:
         return None
     return Kernels(forward, backward, backward_op(backend))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..utils.reading import Json
 
 STORAGE_DTYPES = (
     torch.uint8,
@@ -44,7 +45,7 @@ class QuantState:
 
     def as_tensors(self) -> dict[str, Tensor]:
         """The entries of a state dict as bitsandbytes writes them: tensors, and metadata as JSON in uint8."""
-        metadata: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.blocksize}
+        metadata: Json = {"quant_type": self.quant_type, "blocksize": self.blocksize}
         metadata |= {"dtype": _name(self.dtype), "shape": list(self.shape or ())}
         tensors = {"absmax": self.absmax, "quant_map": self.code}
         if self.state2 is not None and self.offset is not None:
@@ -68,7 +69,7 @@ class QuantState:
         return cls(absmax, code, metadata["blocksize"], metadata["quant_type"], shape, dtype, offset, state2)
 
 
-def _metadata(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _metadata(tensors: dict[str, Tensor]) -> Json:
     keys = [key for key in tensors if key.startswith(KEY)]
     if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
         raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")

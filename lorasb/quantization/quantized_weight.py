@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..compat.bitsandbytes import unpack_repacked
 from ..utils.precision import QUANTIZABLE
+from .quant_state import QuantState
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes has
 KINDS = ("nf4", "fp4")
@@ -85,64 +86,56 @@ class QuantizedWeight:
 
 def of_module(module: nn.Module) -> QuantizedWeight | None:
     """The storage of a quantized linear, unpacked in place if repacked; None for a dense one."""
-    weight: Any = module._parameters.get("weight")
+    weight = module._parameters.get("weight")
     if weight is None:
         return None
     if hasattr(weight, "quant_state") or hasattr(module, "quant_state"):
-        return of_state(weight, _unpacked_state(module, weight))
+        # Modules hold the state as well: a parameter that FSDP or a conversion has replaced loses its attributes.
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+        if state is None:
+            raise ValueError("this 4-bit layer has not been quantized yet: move it to its device, model.to('cpu')")
+        return of_state(weight, state)
     if type(module).__name__ == "Linear8bitLt" or weight.dtype == torch.int8:
         return _int8_weight(module, weight)
     return None
 
 
-def _unpacked_state(module: nn.Module, weight: Any) -> Any:
-    # Modules hold the state as well: a parameter that FSDP or a conversion has replaced loses its attributes.
-    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-    if state is None:
-        raise ValueError("this 4-bit layer has not been quantized yet: move it to its device, model.to('cpu')")
-    if getattr(state, "packing_format_for_cpu", False):
-        unpack_repacked(weight, state)
-    return state
-
-
-def of_weight(weight: Any) -> QuantizedWeight | None:
+def of_weight(weight: Tensor | QuantizedWeight | None) -> QuantizedWeight | None:
     """The storage of a 4-bit parameter with a `quant_state`; a `QuantizedWeight` as it is; None for a dense tensor."""
     if isinstance(weight, QuantizedWeight) or weight is None:
         return weight
     state = getattr(weight, "quant_state", None)
-    if state is None:
-        return None
-    if getattr(state, "packing_format_for_cpu", False):
-        unpack_repacked(weight, state)
-    return of_state(weight, state)
+    return None if state is None else of_state(weight, state)
 
 
-def of_state(packed: Tensor, state: Any) -> QuantizedWeight:
+def of_state(packed: Tensor, state: QuantState) -> QuantizedWeight:
     """The storage from a packed tensor and bitsandbytes' QuantState, or ours; a ValueError if they do not match."""
-    octets = _octets(packed, state)
+    if getattr(state, "packing_format_for_cpu", False):
+        unpack_repacked(packed, state)
+    shape = tuple(int(size) for size in state.shape or ())
+    octets = _octets(packed, math.prod(shape))
     tensors = [octets, state.absmax.reshape(-1), state.code]
     block2 = 256
     if state.state2 is not None:
         offset = torch.as_tensor(state.offset, dtype=torch.float32, device=octets.device).reshape(1)
         tensors += [state.state2.absmax.reshape(-1), state.state2.code, offset]
         block2 = int(state.state2.blocksize)
-    shape = tuple(int(size) for size in state.shape)
     _check(tensors, shape, state, block2)
     tensors, block = [tensor.contiguous() for tensor in tensors], int(state.blocksize)
-    return QuantizedWeight(tensors, (shape[0], shape[1]), state.dtype, state.quant_type, block, block2)
+    return QuantizedWeight(tensors, (shape[0], shape[1]), state.dtype, str(state.quant_type), block, block2)
 
 
-def _octets(packed: Tensor, state: Any) -> Tensor:
-    """The bytes of a packed tensor [m·n/2], two elements each."""
+def _octets(packed: Tensor, count: int) -> Tensor:
+    """The bytes of a packed tensor of `count` elements, two in each."""
     # A plain tensor instead of bitsandbytes' Params4bit: the direct calls on the CPU take no subclasses.
     octets = packed.detach().as_subclass(Tensor).contiguous()
     octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
     if packed.is_floating_point():  # bytes viewed as a wider dtype are padded to a multiple of its size
-        octets = octets[: -(-math.prod(state.shape) // 2)]
+        octets = octets[: -(-count // 2)]
     return octets
 
 
-def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: int) -> None:
+def _check(tensors: list[Tensor], shape: tuple[int, ...], state: QuantState, block2: int) -> None:
     if state.quant_type not in KINDS:
         raise ValueError(f"expected a 4-bit weight of type {' or '.join(KINDS)}, got {state.quant_type!r}")
     if state.blocksize not in BLOCKS:
@@ -152,15 +145,6 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: Any, block2: in
     if tensors[0].device.type not in DEVICES:
         raise ValueError(f"4-bit weights run on a CPU or a CUDA GPU, got one on {tensors[0].device}: model.to('cpu')")
     names = ("bytes", "scales", "table entries", "nested scales", "nested table entries", "offsets")
-    _check_lengths(tensors, names, shape, state, block2)
-    for tensor, name in zip(tensors[1:], names[1:], strict=False):
-        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
-            raise ValueError(f"the quantized weight's {name} hold NaN or Inf: its file is damaged")
-
-
-def _check_lengths(
-    tensors: list[Tensor], names: tuple[str, ...], shape: tuple[int, ...], state: Any, block2: int
-) -> None:
     count = math.prod(shape)
     blocks = -(-count // state.blocksize)  # blocks run over the flattened W, across the ends of rows
     lengths = [-(-count // 2), blocks, 16, -(-blocks // block2), 256, 1]
@@ -172,14 +156,15 @@ def _check_lengths(
             )
         if tensor.device != tensors[0].device:
             raise ValueError(f"the weight is on {tensors[0].device}, its statistics on {tensor.device}: model.to(...)")
+    for tensor, name in zip(tensors[1:], names[1:], strict=False):
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+            continue
+        # aminmax propagates NaN, so one pass without a mask is enough
+        if not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
+            raise ValueError(f"the quantized weight's {name} hold NaN or Inf: its file is damaged")
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """True if all entries are finite. aminmax propagates NaN, so one pass without a mask is enough."""
-    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist())
-
-
-def _int8_weight(module: nn.Module, weight: Any) -> QuantizedWeight:
+def _int8_weight(module: nn.Module, weight: Tensor) -> QuantizedWeight:
     """The storage of a `Linear8bitLt`, or of any layer with int8 codes and row scales `SCB`."""
     if weight.dtype != torch.int8:
         raise TypeError(
@@ -194,8 +179,8 @@ def _int8_weight(module: nn.Module, weight: Any) -> QuantizedWeight:
     return QuantizedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
 
 
-def _row_scales(module: nn.Module, weight: Any) -> Tensor:
-    state: Any = getattr(module, "state", None)
+def _row_scales(module: nn.Module, weight: Tensor) -> Tensor:
+    state = getattr(module, "state", None)
     scales = getattr(weight, "SCB", None)  # bitsandbytes moves it to the module's state in the first forward
     scales = getattr(state, "SCB", None) if scales is None else scales
     if scales is None or scales.numel() != weight.shape[0]:

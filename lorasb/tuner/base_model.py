@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -17,7 +15,7 @@ from ..layers.weight_adapter import LoRASBEmbedding
 from .targets import base_of
 
 
-def float_dtype(model: Any) -> torch.dtype | None:
+def float_dtype(model: nn.Module) -> torch.dtype | None:
     """The model's dtype if it is a floating-point one, else None."""
     dtype = getattr(model, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None

@@ -94,9 +94,10 @@ def _names_to_save(model: nn.Module, name: str, module: nn.Module) -> Iterator[s
         return
     module = _unwrapped(module)
     children = [(f"{name}.{n}", child) for n, child in module.named_children() if any(True for _ in child.parameters())]
+    others = [n for n, _ in model.named_modules() if n != name and not n.startswith(f"{name}.")]
     if isinstance(module, nn.ModuleList | nn.ModuleDict):  # PEFT cannot wrap them: they have no forward
         yield from (child_name for child_name, _ in children)
-    elif children and _is_suffix_of_another(model, name):  # PEFT matches modules_to_save by suffix
+    elif children and any(n.endswith(name) for n in others):  # PEFT matches modules_to_save by suffix
         for child_name, child in children:
             yield from _names_to_save(model, child_name, child)
     # Norms next to a single linear stay frozen: they start as ones and zeros at every load.
@@ -109,10 +110,6 @@ def _names_to_save(model: nn.Module, name: str, module: nn.Module) -> Iterator[s
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module that PEFT has wrapped in ModulesToSaveWrapper for an earlier adapter, or the module itself."""
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-
-
-def _is_suffix_of_another(model: nn.Module, name: str) -> bool:
-    return any(n.endswith(name) and n != name and not n.startswith(f"{name}.") for n, _ in model.named_modules())
 
 
 def _randomly_initialized(model: nn.Module, output: nn.Module | None) -> Iterator[str]:

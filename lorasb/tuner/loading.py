@@ -22,7 +22,6 @@ from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_shared_basis
 from ..serving import basis
 from ..utils.reading import AGAIN
-from . import loading
 from .targets import without_wrapper
 
 
@@ -63,7 +62,8 @@ def with_factors(
     """A file's tensors with the A and B that its R belongs to, of the model where it has them."""
     expected_digest = shared_factors.referenced_digest(tensors)
     if expected_digest is None:
-        _make_room(tensors, adapter_name, layers, config, share)
+        if share and layers and basis.make_room(layers, adapter_name, tensors):
+            config.basis = None
         return tensors
     # R is meaningless with other factors, so the digest decides, not the shapes.
     found = basis.with_digest(layers, expected_digest, first=adapter_name)
@@ -71,11 +71,18 @@ def with_factors(
         tensors = with_folder(tensors, *config.source)
     others = {key: value for key, value in tensors.items() if key != DIGEST}
     if found is None and any(shared_factors.is_factor(key) for key in others):  # from the folder
-        _make_room(others, adapter_name, layers, config, share)
+        if share and layers:
+            basis.make_room(layers, adapter_name, others)
         config.basis = None
         return others
+    if found is None and not config.basis:
+        raise shared_factors.missing_factors_error()
     if found is None:
-        raise _other_basis(adapter_name, config) if config.basis else shared_factors.missing_factors_error()
+        raise ValueError(
+            f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this "
+            "model nor the adapter's folder has: load the adapter whose factors it shares first "
+            f"(model.load_adapter(folder, {config.basis!r})). One of that name with other A and B is not it"
+        )
     if found != adapter_name and share:  # the adapter is to be loaded, and gets the model's own A and B
         basis.stand_on(layers, adapter_name, found)
         config.basis = next(iter(layers.values())).adapters[adapter_name].basis
@@ -143,25 +150,6 @@ def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
     return torch.allclose(value.to(own.device).float(), own.float(), rtol=TOLERANCE, atol=SMALLEST)
 
 
-def _make_room(
-    tensors: dict[str, Tensor],
-    adapter_name: str,
-    layers: dict[str, AdaptedLayer],
-    config: LoRASBConfig,
-    share: bool,
-) -> None:
-    if share and layers and basis.make_room(layers, adapter_name, tensors):
-        config.basis = None
-
-
-def _other_basis(adapter_name: str, config: LoRASBConfig) -> ValueError:
-    return ValueError(
-        f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this model "
-        "nor the adapter's folder has: load the adapter whose factors it shares first (model.load_adapter(folder, "
-        f"{config.basis!r})). One of that name with other A and B is not it"
-    )
-
-
 DESCRIBING = ("scaling", "lora_alpha", "init", "init_provenance", "base_fingerprint", "equivalent_gradient")
 
 
@@ -183,8 +171,8 @@ def swap(
     if reason:
         raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping replaces adapters of one base")
     tensors = peft.load_peft_weights(str(path), device=torch_device, **options)
-    tensors = loading.with_folder(tensors, str(path), options)
-    tensors = loading.with_factors(tensors, adapter_name, layers, config, share=False)
+    tensors = with_folder(tensors, str(path), options)
+    tensors = with_factors(tensors, adapter_name, layers, config, share=False)
     try:
         adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -59,7 +60,7 @@ from .targets import (
 )
 from .weighted_adapter import SumOptions, combine
 
-InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], Any]
+InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], object]
 
 
 class LoRASBModel(BaseTuner):
@@ -71,7 +72,7 @@ class LoRASBModel(BaseTuner):
     init_without_data: InitWithoutData  # set by `register`: `tuner` must not import `init`
     shared: dict[nn.Module, list[Place]] = {}  # noqa: RUF012  set by `places_known` while modules are replaced
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, object]) -> Any:
         # PEFT's own version looks None up in a table by model type, which LoRA-SB does not have
         if peft_config.target_modules is None:
             peft_config.target_modules = ALL_LINEAR
@@ -104,22 +105,17 @@ class LoRASBModel(BaseTuner):
                 config.base_fingerprint = None if sampled is None else WrittenHere(sampled)
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
             if kwargs.get("state_dict") is None and can_initialize_now(model, config, adapter_name, layers):
-                self._initialize(model, config, adapter_name, layers)
+                # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
+                reports: dict[str, object] = self.__dict__.setdefault("init_reports", {})
+                reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
             # last: a group refers to the layers that were put in
             if any(linear_group.wanted(cast(LoRASBConfig, one).group) for one in self.peft_config.values()):
                 linear_group.form(model)
             else:
                 linear_group.dissolve(model)
 
-    def _initialize(
-        self, model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, AdaptedLayer]
-    ) -> None:
-        # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
-        reports: dict[str, Any] = self.__dict__.setdefault("init_reports", {})
-        reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
-
     @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool | re.Match[str] | None:
         """Match target_modules as PEFT does, extended to the experts of target_parameters."""
         peft_match = BaseTuner._check_target_module_exists(peft_config, key)
         targets = peft_config.target_parameters
@@ -129,12 +125,12 @@ class LoRASBModel(BaseTuner):
             return False
         return peft_match or unfused_experts.is_slice_of_target(key, targets)
 
-    def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+    def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: object, **kwargs: object) -> list[str]:
         """Replace PEFT's wrapping of 3-D parameters: `inject_adapter` has opened the experts into linears."""
         return fused_experts.open_targets(model, peft_config.target_parameters)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: object, **kwargs: Any) -> Iterator[None]:
         """Handle `adapter_names`; PEFT enters this context around every forward and generate."""
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else adapters_by_row(self.model, names, kwargs.get("num_beams") or 1):
@@ -188,11 +184,18 @@ class LoRASBModel(BaseTuner):
         private.include_all_linear(config, model)
         if all_linear:
             config.target_modules = filter_all_linear(model, config)
+        named_in = None if state_dict is None else layers_named_in(state_dict)
+
+        def is_target(name: str) -> bool:
+            if named_in is not None:
+                return without_wrapper(name) in named_in
+            return bool(self._check_target_module_exists(config, name))
+
         targets = {
             name: module
             for name, module in model.named_modules()
             # modules inside a tuner layer (base_layer) belong to an earlier adapter; the layer itself is the target
-            if name and self._is_target(config, name, state_dict) and not inside_tuner(model, name)
+            if name and is_target(name) and not inside_tuner(model, name)
         }
         if not targets and state_dict is None and isinstance(config.target_modules, set):
             refuse_unknown_names(model, config.target_modules)
@@ -203,11 +206,6 @@ class LoRASBModel(BaseTuner):
         check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
         resolve_ranks(config, targets, state_dict or {})
         check_base(model, config, targets)
-
-    def _is_target(self, config: LoRASBConfig, name: str, state_dict: dict[str, Tensor] | None) -> Any:
-        if state_dict is None:
-            return self._check_target_module_exists(config, name)
-        return without_wrapper(name) in layers_named_in(state_dict)
 
     def _create_and_replace(
         self,

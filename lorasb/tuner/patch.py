@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def patch(
     return adapted
 
 
-def check_fields(fields: dict[str, Any]) -> None:
+def check_fields(fields: Collection[str]) -> None:
     """Raise a TypeError for a name that is no field of `LoRASBConfig`; it names the nearest field."""
     from ..config.adapter import field_names
 

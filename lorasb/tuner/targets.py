@@ -28,7 +28,7 @@ def without_wrapper(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
-def layers_named_in(state_dict: dict[str, Any]) -> dict[str, int]:
+def layers_named_in(state_dict: dict[str, Tensor]) -> dict[str, int]:
     cores = {key.rsplit(CORE, 1)[0]: value for key, value in state_dict.items() if CORE in key}
     return {without_wrapper(name): len(value) for name, value in cores.items()}
 
@@ -45,7 +45,7 @@ def _pattern_rank(config: LoRASBConfig, name: str) -> int | None:
     return next(matching, None)
 
 
-def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dict: dict[str, Any]) -> None:
+def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dict: dict[str, Tensor]) -> None:
     """Write the default rank into the config, capped per layer in rank_pattern; raise for too large explicit ranks."""
     uses_default, capped = config.r is None, {}
     if uses_default and state_dict and not config.rank_pattern:
@@ -134,19 +134,16 @@ def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
 
 def refuse_half_of_an_embedding(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """Raise a ValueError if another embedding that is no target shares a target embedding's weight (T5's)."""
-    adapted = {id(base_of(module).weight): name for name, module in targets.items() if _is_embedding(base_of(module))}
+    bases = {name: base_of(module) for name, module in targets.items()}
+    adapted = {id(base.weight): name for name, base in bases.items() if isinstance(base, nn.Embedding)}
     for name, module in model.named_modules() if adapted else ():
-        if _is_embedding(module) and name not in targets and not inside_tuner(model, name):
+        if isinstance(module, nn.Embedding) and name not in targets and not inside_tuner(model, name):
             tied = adapted.get(id(module.weight))
             if tied is not None:
                 raise ValueError(
                     f"target {tied!r} shares its weight with the embedding {name!r}, which would go on without the "
                     "adapter: name both in target_modules, or only those that are called"
                 )
-
-
-def _is_embedding(module: Any) -> bool:
-    return isinstance(module, nn.Embedding)
 
 
 def base_of(module: nn.Module) -> Any:
@@ -174,7 +171,10 @@ def check_supported(name: str, module: nn.Module) -> None:
     """Raise a TypeError or ValueError for a target that cannot be adapted; the message says which types can."""
     base = base_of(module)
     if is_quantized(base):
-        _check_quantized(name, base)
+        try:
+            of_module(base)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target {name!r}: {error}") from None
         return
     if isinstance(base, LINEARS_NOT_CALLED):
         raise TypeError(
@@ -220,13 +220,6 @@ def check_opaque(targets: dict[str, nn.Module], default_dtype: torch.dtype | Non
         if opaque is not None and kind not in probed and has_weight_values(base):
             check_linear(name, base, opaque, trained)
             probed.add(kind)
-
-
-def _check_quantized(name: str, base: nn.Module) -> None:
-    try:
-        of_module(base)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"target {name!r}: {error}") from None
 
 
 def _check_weight(name: str, base: nn.Module, weight: Tensor) -> None:

@@ -18,66 +18,11 @@ from torch import Tensor
 
 from ..constants import MAX_RANK
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import any_merged, layers_with
+from ..layers.lookup import any_merged, layers_with, refuse_uninitialized
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 SVD = "_svd"  # suffix of the kinds that prune updates of W [out, in], not R's
 SIGN_METHODS = ("total", "frequency")
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """Options of pruning, by PEFT's names: density is the share of entries that stay, in [0, 1]."""
-
-    kind: str
-    density: float
-    majority_sign_method: str = "total"
-
-    def check(self) -> None:
-        """Raise a ValueError for a density or sign method that is out of range."""
-        density = self.density
-        if not isinstance(density, int | float) or isinstance(density, bool) or not 0.0 <= density <= 1.0:
-            raise ValueError(f"{self.kind} takes density in [0, 1], the share of entries that stay, got {density!r}")
-        if self.majority_sign_method not in SIGN_METHODS:
-            methods = " or ".join(map(repr, SIGN_METHODS))
-            raise ValueError(f"majority_sign_method must be {methods}, got {self.majority_sign_method!r}")
-
-    def add(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The weighted sum of tensors of one shape. DARE draws from torch's global random state."""
-        factors, density = torch.tensor(weights, device=tensors[0].device, dtype=tensors[0].dtype), self.density
-        if self.kind == "ties":
-            return ties(list(tensors), factors, density, self.majority_sign_method)  # type: ignore[arg-type]
-        if self.kind == "dare_ties":
-            return dare_ties(list(tensors), factors, density, self.majority_sign_method)  # type: ignore[arg-type]
-        add = dare_linear if self.kind == "dare_linear" else magnitude_prune
-        return add(list(tensors), factors, density)
-
-
-@dataclass(frozen=True)
-class Decomposition:
-    """Options of an update's SVD, by PEFT's names; clamp is the quantile that entries of U Σ and Vᵀ are clamped to."""
-
-    clamp: float | None = None
-    full_matrices: bool = False
-    driver: str | None = None
-
-    def factors(self, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """U Σ [out, r] and Vᵀ [r, in] of an update [out, in]; r is `rank` or less."""
-        u, s, vt = torch.linalg.svd(update, full_matrices=self.full_matrices, driver=self.driver)
-        rank = min(rank, len(s))
-        left, right = u[:, :rank] * s[:rank], vt[:rank]
-        if self.clamp is None:
-            return left, right
-        bound = float(torch.cat((left.flatten(), right.flatten())).double().quantile(self.clamp))
-        return left.clamp(-bound, bound), right.clamp(-bound, bound)
-
-
-def pruned_update(updates: Sequence[Tensor], weights: Sequence[float], pruning: Pruning | None) -> Tensor:
-    """Σ weights · updates [out, in], pruned if requested."""
-    if pruning is not None:
-        return pruning.add(updates, weights)
-    factors = torch.tensor(weights, device=updates[0].device, dtype=updates[0].dtype)
-    return task_arithmetic(list(updates), factors)
 
 
 KINDS = ("auto", "linear", "svd", "cat", *PRUNING, *(f"{kind}{SVD}" for kind in PRUNING))
@@ -92,22 +37,52 @@ class SumOptions:
     # first. "linear" and pruning act as their "_svd" forms where A and B are not shared.
     combination_type: str = "auto"
     svd_rank: int | None = None  # the largest of the adapters' ranks by default
-    svd_clamp: float | None = None
+    svd_clamp: float | None = None  # quantile that entries of U Σ and Vᵀ are clamped to
     svd_full_matrices: bool = False
     svd_driver: str | None = None
     density: float | None = None  # share of entries that stay, for pruning
     majority_sign_method: str = "total"  # how TIES elects a sign: by the sum ("total") or by votes ("frequency")
 
-    def pruning(self) -> Pruning | None:
-        """The pruning before the sum, if any; raises a ValueError for an unknown kind, density or method."""
+    @property
+    def pruning(self) -> str | None:
+        """The kind of pruning before the sum; None for none."""
+        kind = self.combination_type.removesuffix(SVD)
+        return kind if kind in PRUNING else None
+
+    def check(self) -> None:
+        """Raise a ValueError for an unknown kind, or a density or sign method that is out of range."""
         if self.combination_type not in KINDS:
             raise ValueError(f"combination_type must be one of {', '.join(KINDS)}, got {self.combination_type!r}")
-        kind = self.combination_type.removesuffix(SVD)
-        if kind not in PRUNING:
-            return None
-        pruning = Pruning(kind, cast(float, self.density), self.majority_sign_method)
-        pruning.check()
-        return pruning
+        kind, density = self.pruning, self.density
+        if kind is None:
+            return
+        if not isinstance(density, int | float) or isinstance(density, bool) or not 0.0 <= density <= 1.0:
+            raise ValueError(f"{kind} takes density in [0, 1], the share of entries that stay, got {density!r}")
+        if self.majority_sign_method not in SIGN_METHODS:
+            methods = " or ".join(map(repr, SIGN_METHODS))
+            raise ValueError(f"majority_sign_method must be {methods}, got {self.majority_sign_method!r}")
+
+    def add(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """Σ weights · tensors of one shape, pruned if requested. DARE draws from torch's global random state."""
+        given = list(tensors), torch.tensor(weights, device=tensors[0].device, dtype=tensors[0].dtype)
+        kind, density = self.pruning, cast(float, self.density)
+        if kind is None:
+            return task_arithmetic(*given)
+        if kind in ("ties", "dare_ties"):
+            elect = ties if kind == "ties" else dare_ties
+            return elect(*given, density, self.majority_sign_method)  # type: ignore[arg-type]
+        prune = dare_linear if kind == "dare_linear" else magnitude_prune
+        return prune(*given, density)
+
+    def factors(self, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """U Σ [out, r] and Vᵀ [r, in] of an update [out, in], clamped if requested; r is `rank` or less."""
+        u, s, vt = torch.linalg.svd(update, full_matrices=self.svd_full_matrices, driver=self.svd_driver)
+        rank = min(rank, len(s))
+        left, right = u[:, :rank] * s[:rank], vt[:rank]
+        if self.svd_clamp is None:
+            return left, right
+        bound = float(torch.cat((left.flatten(), right.flatten())).double().quantile(self.svd_clamp))
+        return left.clamp(-bound, bound), right.clamp(-bound, bound)
 
 
 @dataclass(frozen=True)
@@ -125,7 +100,7 @@ def combine(
     tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, options: SumOptions
 ) -> dict[str, float]:
     """Add the adapter `adapter_name` = Σ weights · adapters to a model; see `LoRASBModel.add_weighted_adapter`."""
-    pruning = options.pruning()
+    options.check()
     layers = _check(tuner, adapters, weights, adapter_name)
     if options.svd_rank is not None and options.svd_rank < 1:
         raise ValueError(f"svd_rank must be positive, got {options.svd_rank}")
@@ -133,8 +108,12 @@ def combine(
     combined = {}
     for name, layer in layers.items():
         weighted_names = [(w, n) for w, n in zip(weights, adapters, strict=True) if n in layer.lorasb_R]
-        combined[name] = _combined(layer, weighted_names, options, pruning, shared)
-    _check_ranks(combined)
+        combined[name] = _combined(layer, weighted_names, options, shared)
+        if len(combined[name].core) > MAX_RANK:
+            raise ValueError(
+                f"the sum has rank {len(combined[name].core)} in layer {name!r}, more than {MAX_RANK}: use "
+                f'combination_type="svd" with svd_rank={MAX_RANK} or less'
+            )
     _insert(tuner, adapters, adapter_name, layers, combined)
     worst = max(combined.values(), key=lambda layer_result: layer_result.error)
     logging.getLogger("lorasb").info(
@@ -147,19 +126,14 @@ def combine(
 
 
 def _combined(
-    layer: AdaptedLayer,
-    weighted_names: list[tuple[float, str]],
-    options: SumOptions,
-    pruning: Pruning | None,
-    shared: bool,
+    layer: AdaptedLayer, weighted_names: list[tuple[float, str]], options: SumOptions, shared: bool
 ) -> Combined:
     kind = options.combination_type
     rank = options.svd_rank or max(layer.adapters[name].r for _, name in weighted_names)
     if shared and not kind.endswith("svd") and kind != "cat":
-        return _sum_cores(layer, weighted_names, pruning)
-    if pruning is not None or options.svd_clamp is not None:
-        decomposition = Decomposition(options.svd_clamp, options.svd_full_matrices, options.svd_driver)
-        return _of_update(layer, weighted_names, pruning, decomposition, rank)
+        return _sum_cores(layer, weighted_names, options)
+    if options.pruning is not None or options.svd_clamp is not None:
+        return _of_update(layer, weighted_names, options, rank)
     return _truncated_svd(layer, weighted_names, None if kind == "cat" else rank)
 
 
@@ -172,7 +146,11 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
         raise ValueError("an adapter is merged into the weights: call model.unmerge_adapter() first")
     layers: dict[str, AdaptedLayer] = {}
     for name in adapters:
-        layers |= _initialized_layers(tuner, name)
+        found = layers_with(tuner.model, name)
+        if not found:
+            raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
+        refuse_uninitialized(found, name)
+        layers |= found
     with_rows = [name for name in adapters if tuner.peft_config[name].trainable_token_indices]
     if with_rows:
         raise ValueError(
@@ -188,25 +166,6 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     return layers
 
 
-def _initialized_layers(tuner: Any, name: str) -> dict[str, AdaptedLayer]:
-    layers = layers_with(tuner.model, name)
-    if not layers:
-        raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
-    for path, layer in layers.items():
-        if not layer.is_initialized(name):
-            raise ValueError(f"adapter {name!r} has not been initialized ({path}): call lorasb.initialize first")
-    return layers
-
-
-def _check_ranks(combined: dict[str, Combined]) -> None:
-    for name, factors in combined.items():
-        if len(factors.core) > MAX_RANK:
-            raise ValueError(
-                f"the sum has rank {len(factors.core)} in layer {name!r}, more than {MAX_RANK}: use "
-                f'combination_type="svd" with svd_rank={MAX_RANK} or less'
-            )
-
-
 def _share_factors(layers: dict[str, AdaptedLayer], adapters: Sequence[str]) -> bool:
     for layer in layers.values():
         # adapters with different targets cannot be added by R alone
@@ -218,25 +177,21 @@ def _share_factors(layers: dict[str, AdaptedLayer], adapters: Sequence[str]) -> 
     return True
 
 
-def _sum_cores(layer: AdaptedLayer, weighted_names: list[tuple[float, str]], pruning: Pruning | None) -> Combined:
+def _sum_cores(layer: AdaptedLayer, weighted_names: list[tuple[float, str]], options: SumOptions) -> Combined:
     """Σ w s R over shared A and B, in fp64: exact up to one rounding of R to fp32, if nothing is pruned."""
     weights, names = zip(*weighted_names, strict=True)
     cores = [layer.adapters[name].scaling * layer.lorasb_R[name].double() for name in names]
-    return Combined(layer.lorasb_B[names[0]], pruned_update(cores, weights, pruning), layer.lorasb_A[names[0]], 0.0)
+    return Combined(layer.lorasb_B[names[0]], options.add(cores, weights), layer.lorasb_A[names[0]], 0.0)
 
 
 def _of_update(
-    layer: AdaptedLayer,
-    weighted_names: list[tuple[float, str]],
-    pruning: Pruning | None,
-    decomposition: Decomposition,
-    rank: int,
+    layer: AdaptedLayer, weighted_names: list[tuple[float, str]], options: SumOptions, rank: int
 ) -> Combined:
     """The best factors of a rank for the layer's update [out, in], in fp32; pruned updates have full rank."""
     weights, names = zip(*weighted_names, strict=True)
     updates = [layer.get_delta_weight(name).float() for name in names]
-    update = pruned_update([layer.base.matrix(u) for u in updates], weights, pruning)
-    left, right = decomposition.factors(update, rank)
+    update = options.add([layer.base.matrix(u) for u in updates], weights)
+    left, right = options.factors(update, rank)
     error = float((update - left @ right).norm() / update.norm().clamp_min(1e-30))
     b, upper = torch.linalg.qr(left.double())  # orthonormal, as LoRA-SB's own are; clamped ones were not
     a, lower = torch.linalg.qr(right.double().t())

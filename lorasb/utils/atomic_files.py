@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -31,15 +31,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only their owner may read
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync(target.parent)
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and (error.filename is not None or error.errno is None):
-            raise
-        raise _unwritten(target, error) from error
+        with _errors_name(target):
+            yield temporary
+            os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only their owner may read
+            _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,24 +48,28 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        yield temporary
-        os.chmod(temporary, 0o777 & ~umask())
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        _take_place(temporary, target)
-        _sync(target.parent)
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and (error.filename is not None or error.errno is None):
-            raise
-        raise _unwritten(target, error) from error
+        with _errors_name(target):
+            yield temporary
+            os.chmod(temporary, 0o777 & ~umask())
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+            _take_place(temporary, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _unwritten(target: Path, error: Exception) -> OSError:
-    if isinstance(error, OSError):
-        return type(error)(error.errno, f"{target} cannot be written: {error.strerror}")
-    return OSError(f"{target} cannot be written: {error}")
+@contextmanager
+def _errors_name(target: Path) -> Iterator[None]:
+    """Raise errors of writing that name no file as OSErrors that name the target."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{target} cannot be written: {error}") from error
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise type(error)(error.errno, f"{target} cannot be written: {error.strerror}") from error
 
 
 def umask() -> int:
@@ -117,7 +118,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

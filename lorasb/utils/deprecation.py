@@ -18,7 +18,7 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
 def renamed_method(old: str, new: str) -> Callable[..., Any]:
     """A method `old` that warns and calls `new`."""
 
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+    def call(self: Any, *arguments: Any, **options: object) -> Any:
         # By name on the instance, so that overrides of the new method are called.
         warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
         return getattr(self, new)(*arguments, **options)

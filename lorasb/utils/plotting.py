@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .atomic_files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Text; secondary lines; series of sign(G); series of the gradient G.
 INK, MUTED, SIGN, GRAD = "#1b1b1b", "#8a8a8a", "#3568b8", "#d9822b"
@@ -16,7 +20,7 @@ def installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def canvas() -> tuple[Any, Any]:
+def canvas() -> tuple[Figure, Axes]:
     """A figure of the README's width, and its axes; an ImportError with the pip command without matplotlib."""
     try:
         from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
@@ -26,7 +30,7 @@ def canvas() -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def save(figure: Any, axes: Any, title: str, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, axes: Axes, title: str, path: str | os.PathLike[str]) -> None:
     """Title the figure and write it to `path` as a PNG, atomically."""
     axes.set_title(title, fontsize=11, color=INK)
     axes.spines[["top", "right"]].set_visible(False)

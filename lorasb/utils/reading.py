@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+Json = dict[str, Any]  # a JSON object
 AGAIN = "copy it again from its source, or save the adapter again with model.save_pretrained(...)"
 
 
@@ -49,7 +50,7 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> Json:
     """Read a JSON file that holds an object; a ValueError for anything else."""
     value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
@@ -68,7 +69,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
 
 
-def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+def safetensors_header(path: str | os.PathLike[str]) -> Json:
     """The header of a safetensors file, name -> {"dtype", "shape", "data_offsets"}; a ValueError if it is damaged."""
     size = os.path.getsize(path)
     length, header = _length_and_header(path)
@@ -77,7 +78,9 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name, entry in header.items():
         if name != "__metadata__" and not _is_entry(entry):
             raise ValueError(f"{path} is damaged: its header has no shape and place for {name!r}: {AGAIN}")
-    expected = 8 + length + _data_length(header)
+    # Tensors are contiguous in the format, so the largest end offset is the length of the data.
+    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ValueError(
             f"{path} is truncated or damaged: its header promises {expected} bytes, the file has {size}: {AGAIN}"
@@ -89,7 +92,7 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(entry: object) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -109,9 +112,3 @@ def _length_and_header(path: str | os.PathLike[str]) -> tuple[int, Any]:
             return length, json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
         except (ValueError, RecursionError):
             return length, None
-
-
-def _data_length(header: dict[str, Any]) -> int:
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    # Tensors are contiguous in the format, so the largest end offset is the length of the data.
-    return max(ends, default=0)

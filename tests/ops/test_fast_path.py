@@ -23,6 +23,11 @@ def case(monkeypatch: pytest.MonkeyPatch) -> reference.Case:
     return reference.make_case((5,), 24, 20, 4, torch.float32)
 
 
+def by_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("direct", "direct_kernels"):
+        monkeypatch.setattr(functional, name, lambda *_: None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "dropout"])
 def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +37,7 @@ def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, m
     for _ in range(2):
         torch.manual_seed(1)
         results.append(run(*cases, **options, dropout=0.5 if kind == "dropout" else 0.0))
-        monkeypatch.setattr(functional, "direct", lambda *_: None)
+        by_the_op(monkeypatch)
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
 
@@ -49,7 +54,7 @@ def test_a_second_derivative_is_refused_as_by_the_op(
             torch.autograd.grad((y if constant else y.square()).sum(), x, create_graph=True)[
                 0
             ].square().sum().backward()
-        monkeypatch.setattr(functional, "direct", lambda *_: None)
+        by_the_op(monkeypatch)
 
 
 def test_many_gradients_at_once(case: reference.Case) -> None:
@@ -105,11 +110,11 @@ def test_a_checkpoint_recomputes_what_a_mode_saw_forward(case: reference.Case) -
 
 def test_transforms_and_modes_meet_the_op(case: reference.Case) -> None:
     direct, lists = adapted_linear.direct, [[case.weight], [case.a], [case.core], [case.b]]
-    assert direct("auto", case.x, lists, False) is not None
-    assert (direct("cpp", case.x, lists, False) is None) == (cpp.missing() is not None)
-    assert direct("auto", case.x.to("meta"), lists, False) is None
+    assert direct("auto", case.x, lists) is not None
+    assert (direct("cpp", case.x, lists) is None) == (cpp.missing() is not None)
+    assert direct("auto", case.x.to("meta"), lists) is None
     with FakeTensorMode():
-        assert direct("auto", case.x, lists, False) is None
+        assert direct("auto", case.x, lists) is None
     seen = []
-    torch.func.grad(lambda x: seen.append(direct("auto", case.x, lists, False)) or x.sum())(case.x)
+    torch.func.grad(lambda x: seen.append(direct("auto", case.x, lists)) or x.sum())(case.x)
     assert seen == [None]
