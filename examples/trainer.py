@@ -2,14 +2,11 @@
 
 python examples/trainer.py [STEPS [MODEL]]
 
-{'loss': '0.6838', 'grad_norm': '2.027', 'learning_rate': '0.001722', 'epoch': '0.2381'}
-...
-{'loss': '0.002489', 'grad_norm': '0.01922', 'learning_rate': '5.556e-05', 'epoch': '0.9524'}
-215,040 numbers were trained
-Reverse: parrot red dog -> dog red parrot
+OUTPUT
 """
 
 import itertools
+import random
 import sys
 
 import torch
@@ -31,8 +28,9 @@ def row(words: tuple[str, ...]) -> dict[str, list[int]]:
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
 
-words = ("red", "blue", "green", "white", "cat", "dog", "horse", "parrot")
-rows = [row(three) for three in itertools.permutations(words, 3)]
+lists = list(itertools.permutations(("red", "blue", "green", "white", "cat", "dog", "horse", "parrot"), 3))
+random.Random(0).shuffle(lists)
+held_out = lists[:16]
 model = lorasb.patch(model, r=32)  # first line: R is trained, all else is frozen
 trainer = Trainer(
     model,
@@ -40,20 +38,21 @@ trainer = Trainer(
         "runs/trainer",
         max_steps=steps,
         per_device_train_batch_size=8,
-        learning_rate=2e-3,
-        warmup_steps=max(1, steps // 10),
+        warmup_steps=0.1,
         logging_steps=max(1, steps // 4),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     ),
-    train_dataset=rows,
+    train_dataset=[row(words) for words in lists[16:]],
     data_collator=DataCollatorForSeq2Seq(tokenizer),
-    callbacks=[lorasb.InitCallback()],  # second line: A, B and R from the first step of full fine-tuning
+    callbacks=[lorasb.InitCallback(lr="auto")],  # second line: A, B and R from the first step of full fine-tuning
 )
 trainer.train()
 print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} numbers were trained")
-question = tokenizer("Reverse: parrot red dog\nAnswer:", return_tensors="pt")
-answer = model.eval().generate(**question, max_new_tokens=8, do_sample=False)[0, question["input_ids"].shape[1] :]
-print("Reverse: parrot red dog ->", tokenizer.decode(answer, skip_special_tokens=True).strip())
+prompts = tokenizer([f"Reverse: {' '.join(words)}\nAnswer:" for words in held_out], return_tensors="pt", padding=True)
+out = model.eval().generate(**prompts, max_new_tokens=8, do_sample=False)[:, prompts["input_ids"].shape[1] :]
+said = [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+right = [text == " ".join(reversed(words)) for text, words in zip(said, held_out, strict=True)]
+print(f"{sum(right)} of 16 held-out lists right, such as {' '.join(held_out[0])} -> {said[0]}")
 model.save_pretrained("runs/trainer/adapter")

@@ -26,7 +26,7 @@ from lorasb.utils.atomic_files import write_json
 FILE = "decoding-cpu.json"
 BATCHES = (1, 8, 64)
 ALONE, OURS, PEFT = "model alone", f"LoRA-SB r={RANK}", f"PEFT LoRA r={PEFT_RANK}"
-HEAD = ("rows", ALONE, PEFT, OURS, "PEFT over alone", "ours over alone", "PEFT over ours")
+HEAD = ("rows", ALONE, PEFT, OURS, "PEFT over alone", "ours over alone", "ours over PEFT")
 
 
 def decoding(seconds: float) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def lines(found: dict[str, Any]) -> Iterator[list[str]]:
             one = times[name]
             p20, p50, p80 = (one[p] / Steps.COUNT for p in ("p20", "p50", "p80"))
             cells.append(f"{p50:.0f} ms ({p20:.0f}-{p80:.0f})")
-        ratios = times[PEFT]["ratio"], times[OURS]["ratio"], times[PEFT]["p50"] / times[OURS]["p50"]
+        ratios = times[PEFT]["ratio"], times[OURS]["ratio"], times[OURS]["p50"] / times[PEFT]["p50"]
         yield [rows, *cells, *(f"{ratio:.2f}x" for ratio in ratios)]
 
 

@@ -234,7 +234,7 @@ class Settings:
     )
     data: str | None = DATA.setting(
         None,
-        "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/quickstart.md).",
+        "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/data.md).",
         main=True,
         init="same",
     )
@@ -249,7 +249,7 @@ class Settings:
     eval_examples: int = DATA.setting(100, "Held-out examples of each set.", positive=True)
     score: str = DATA.setting(
         "exact",
-        f"How answers to a file's examples are scored: {', '.join(SCORES)} (docs/quickstart.md).",
+        f"How answers to a file's examples are scored: {', '.join(SCORES)} (docs/data.md).",
         choices=tuple(SCORES),
     )
     template: str = DATA.setting(

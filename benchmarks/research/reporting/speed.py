@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common.csv_files import read_csv
 from benchmarks.layers import suite_report
-from benchmarks.quantized import readme_table as four_bits_table
+from benchmarks.quantized import table as four_bits_table
 from benchmarks.research.reporting.markdown import picture, read_json, table, where, where_rows
 from benchmarks.serving import decoding, joint_basis, many_adapters, vllm
 from benchmarks.training import initialization, opaque_bases, reinforcement, step

@@ -1,6 +1,6 @@
-"""docs/four-bits.md's table of 4-bit bases, from the committed results.
+"""The report's table of 4-bit bases, from the committed results; docs/quantized.md has the lines of whole steps.
 
-python -m benchmarks.quantized.readme_table [benchmarks/results/four-bits-cpu.json]
+python -m benchmarks.quantized.table [benchmarks/results/four-bits-cpu.json]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DENSE, DENSE_BEFORE = "PEFT, dense, r=32", "PEFT on bf16, r=32"  # the name that
 QLORA, BARE, OURS = "Linear4bit + LoRA r=32", "dense, bare", "ours, r=96"
 MORE = (2, 4, 8, 16, 32, 64, 128, 512)
 
-# row, case, against, ours, what the page calls it
+# row, case, against, ours, what the table calls it
 LINES = (
     (
         "dequantize",
@@ -49,7 +49,7 @@ LINES = (
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: medians in milliseconds, and how many times as fast ours is in the same run."""
+    """Lines of Markdown: medians in milliseconds, and the ratio of ours to theirs in the same run."""
     rows = {(one["row"], one["case"]): one for one in found["rows"]}
     machine = found["machine"]
     dtype = machine.get("dtype", "bf16")  # which older results do not say
@@ -60,12 +60,12 @@ def table(found: dict[str, Any]) -> list[str]:
         theirs, own = ways[DENSE_BEFORE if against == DENSE and DENSE not in ways else against], ways[ours]
         said = label.format(dtype=dtype)
         indented = said if ";" in said else f"&nbsp;&nbsp;&nbsp;{said}"
-        times = theirs["ratio"] / own["ratio"]  # each a median of ratios to the round's first
-        lines.append(f"| {indented} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {times:.2f}x |")
+        share = own["ratio"] / theirs["ratio"]  # each a median of ratios to the round's first
+        lines.append(f"| {indented} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {share:.2f}x |")
     lines += [line for line in map(_beside_neighbors, found["rows"]) if line is not None]
     memory = rows[STEP]["new_bytes"]
     theirs, own = (memory[way] / 1e6 for way in ("PEFT QLoRA r=32", "ours"))
-    lines.append(f"| the step's memory beyond the model | {theirs:.0f} MB | {own:.0f} MB | {theirs / own:.2f}x |")
+    lines.append(f"| the step's memory beyond the model | {theirs:.0f} MB | {own:.0f} MB | {own / theirs:.2f}x |")
     shares = ", ".join(f"{one['share']:.3f}" for one in found["rows"] if one["row"] == "memory")
     lines.append(f"| weights in memory over bf16, plain and nested statistics | | {shares} | |")
     return lines
@@ -76,9 +76,9 @@ def _beside_neighbors(one: dict[str, Any]) -> str | None:
     if "busy neighbors" not in one["case"] or one["row"] != "train":
         return None
     theirs, own = one["ways"][QLORA], one["ways"][OURS]
-    times = theirs["ratio"] / own["ratio"]
+    share = own["ratio"] / theirs["ratio"]
     said = f"training, {one['case']}; `Linear4bit` + LoRA r=32".replace(" 1 tokens", " 1 token")
-    return f"| {said} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {times:.2f}x |"
+    return f"| {said} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {share:.2f}x |"
 
 
 def main() -> None:
