@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import torch
+from torch.utils.data import DataLoader
+
+import lorasb
 
 from ..distributed.process_group import Processes
 from ..init import InitReport, RankSuggestion
+from ..init.sampling import Batch
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from .config_file import CONFIG_NAME, write_config
 from .data import describe_data
 from .prepare import Run, prepare, save_adapter
+from .reinforce import Prompt, judge_of, longest_completion, prompt_of
 from .settings import InitSettings, check_rules, target_names
 from .terminal import console
 
@@ -26,37 +32,43 @@ LORA_RANK = 32  # the rank that the paper compares with
 REPORT_NAME = "report.json"
 
 
-def adapt(run: Run, **options: Any) -> tuple[Any, float]:
+def adapt(run: Run) -> tuple[InitReport | None, float]:
     """Add the adapter and initialize it; returns the report (None for plain LoRA) and the time in seconds."""
-    # Each rank passes a contiguous share of the examples, and the shares in rank order are the whole list, so that the
-    # drawn samples are those of a single process. `options` go to `lorasb.initialize`.
-    import peft
-
     settings, started = run.settings, time.perf_counter()
-    common: dict[str, Any] = {
-        "target_modules": targets(settings.target_modules),
-        "rank_pattern": settings.rank_pattern or {},
-        "lora_dropout": settings.lora_dropout,
+    if settings.method != "lora":
+        return patch_and_initialize(run), time.perf_counter() - started
+    r = settings.r or LORA_RANK
+    # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
+    heads = run.problem.heads(run.model) or None  # PEFT knows those of some names only
+    config = peft.LoraConfig(
+        r=r, lora_alpha=r, task_type=run.problem.task_type, modules_to_save=heads, **_common_options(run)
+    )
+    run.model = peft.get_peft_model(run.model, config)
+    return None, 0.0
+
+
+def _common_options(run: Run) -> dict[str, Any]:
+    return {
+        "target_modules": targets(run.settings.target_modules),
+        "rank_pattern": run.settings.rank_pattern or {},
+        "lora_dropout": run.settings.lora_dropout,
     }
-    if settings.method == "lora":
-        r = settings.r or LORA_RANK
-        # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
-        heads = run.problem.heads(run.model) or None  # PEFT knows those of some names only
-        config = peft.LoraConfig(r=r, lora_alpha=r, task_type=run.problem.task_type, modules_to_save=heads, **common)
-        run.model = peft.get_peft_model(run.model, config)
-        return None, 0.0
-    return _with_provenance(run, _patch_and_initialize(run, common, options)), time.perf_counter() - started
 
 
-def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, Any]) -> InitReport:
-    """Add the adapter of LoRA-SB or LoRA-XS; returns the report of its initialization."""
-    import lorasb
-
+def patch_and_initialize(run: Run, **options: Any) -> InitReport:
+    """Add the adapter of LoRA-SB or LoRA-XS and initialize it; `options` go to `lorasb.initialize`."""
     settings = run.settings
     init = "lora-xs" if settings.method == "lora-xs" else "update"
-    run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **common)
-    if init == "lora-xs":  # `patch` has initialized it: the SVD of W needs no data
-        return run.model.base_model.init_reports["default"]
+    run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **_common_options(run))
+    # `patch` has initialized LoRA-XS: the SVD of W needs no data
+    report = run.model.base_model.init_reports["default"] if init == "lora-xs" else _initialize(run, options)
+    run.model.peft_config["default"].init_provenance["data"] = describe_data(settings, len(run.train_ids))
+    return report
+
+
+def _initialize(run: Run, options: dict[str, Any]) -> InitReport:
+    """Initialize LoRA-SB by the first step on the run's examples, or on rewards, and set the run's rate."""
+    settings = run.settings
     loader = start_loader(run, run.train_ids)
     run.measured = settings.lr is None and settings.eta is None and settings.rl is None
     eta = settings.eta or lorasb.first_step_lr("auto" if run.measured else run.lr, run.warmup_steps)
@@ -72,39 +84,39 @@ def _patch_and_initialize(run: Run, common: dict[str, Any], options: dict[str, A
     return report
 
 
-def start_loader(run: Run, encoded: list[Any]) -> Any:
+def start_loader(run: Run, encoded: list[Any]) -> Iterable[Batch]:
     """A loader of this rank's share of examples, for the initialization."""
+    # The shares are contiguous, and in rank order they are the whole list, so that the drawn samples are those of a
+    # single process.
+    rank, world_size = Processes().rank, Processes().world_size
+    share = encoded[len(encoded) * rank // world_size : len(encoded) * (rank + 1) // world_size]
     collate = run.problem.collator(run.tokenizer, run.model.get_base_model())
-    return torch.utils.data.DataLoader(
-        cast(Any, _share(encoded)), batch_size=run.settings.batch_size, collate_fn=collate
-    )
+    loader: DataLoader[Any] = DataLoader(cast(Any, share), batch_size=run.settings.batch_size, collate_fn=collate)
+    return loader
 
 
 def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
     """Completions of some prompts, sampled and scored, as many as the initialization takes samples."""
-    import lorasb
-
-    from .reinforce import judge_of, longest_completion, prompt_of
-
     settings, judge = run.settings, judge_of(run.settings)
     examples = {json.dumps(prompt_of(run, example)): example for example in run.train}  # each prompt once
     chosen = list(examples)[: settings.samples or REWARD_SAMPLES]
 
-    def reward(prompts: list[Any], completions: list[str]) -> list[float]:
+    def reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """Score completions by the run's own reward."""
         return judge(completions, [examples[json.dumps(prompt)] for prompt in prompts])
 
-    sizes = {"generations": settings.generations, "max_new_tokens": longest_completion(run)}
-    given: dict[str, Any] = {"temperature": settings.temperature, "seed": settings.seed, **sizes}
-    prompts = [prompt_of(run, examples[key]) for key in chosen]
-    return iter(lorasb.reward_batches(run.model, run.tokenizer, prompts, reward, **given))
-
-
-def _with_provenance(run: Run, report: InitReport) -> InitReport:
-    """The report; also writes a description of the data into the adapter's provenance."""
-    config = run.model.peft_config["default"]
-    config.init_provenance["data"] = describe_data(run.settings, len(run.train_ids))
-    return report
+    return iter(
+        lorasb.reward_batches(
+            run.model,
+            run.tokenizer,
+            [prompt_of(run, examples[key]) for key in chosen],
+            reward,
+            generations=settings.generations,
+            max_new_tokens=longest_completion(run),
+            temperature=settings.temperature,
+            seed=settings.seed,
+        )
+    )
 
 
 def targets(value: str | None) -> str | list[str]:
@@ -112,13 +124,6 @@ def targets(value: str | None) -> str | list[str]:
     if value is None or value == "all-linear":
         return "all-linear"
     return target_names(value) or value
-
-
-def _share(items: list[Any]) -> list[Any]:
-    """This rank's contiguous share of a list; shares differ by at most one item."""
-    processes = Processes()
-    rank, world_size = processes.rank, processes.world_size
-    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
 def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
@@ -130,10 +135,6 @@ def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
 
 def load_adapter(run: Run, folder: Path) -> None:
     """Load a saved adapter into the run's base model, for training."""
-    import peft
-
-    import lorasb  # noqa: F401  registers the method
-
     run.model = peft.PeftModel.from_pretrained(run.model, str(folder), is_trainable=True)
 
 
@@ -150,42 +151,29 @@ PLOTS = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum
 def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
     """Initialize an adapter; write adapter/, report.json, plots, config.yaml and, with a target, ranks.json."""
     settings.run.check()
-    _check_targets(settings)
-    with locked(settings.run.output):
-        return _run(settings)
-
-
-def _run(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
-    # Nothing is evaluated: one held-out example is the least that `prepare` takes.
-    run = prepare(replace(settings.run, eval_examples=1))
-    console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)
-    options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
-    report, _ = adapt(run, **options)
-    suggestion = None
-    if settings.energy is not None or settings.parameters is not None:
-        suggestion = report.suggest_ranks(energy=settings.energy, parameters=settings.parameters)
-    _save(run, report, suggestion, settings)
-    return report, suggestion
-
-
-def _check_targets(settings: InitSettings) -> None:
-    """Raise a ValueError for bad settings before the model is loaded."""
     check_rules(settings)
     if settings.energy is not None and settings.parameters is not None:
         raise ValueError("--energy and --parameters are two ways to choose ranks: give one of them")
     if settings.energy is not None and not 0 < settings.energy <= 1:
         raise ValueError(f"--energy is a share in (0, 1], got {settings.energy!r}")
-
-
-def _save(run: Run, report: Any, suggestion: RankSuggestion | None, settings: InitSettings) -> None:
-    folder = Path(run.settings.output)
-    with replacing_folder(folder / "adapter") as target:
-        save_adapter(run, target)
-    report.save(folder / "report.json")
-    if plotting.installed():
-        for name, kind in PLOTS.items():
-            report.plot(folder / name, kind)
-    (folder / RANKS_NAME).unlink(missing_ok=True)  # of an earlier call
-    if suggestion is not None:
-        write_json(folder / RANKS_NAME, {"rank_pattern": suggestion.rank_pattern})
-    write_config(folder / CONFIG_NAME, settings.run, settings)
+    folder = Path(settings.run.output)
+    with locked(folder):
+        # Nothing is evaluated: one held-out example is the least that `prepare` takes.
+        run = prepare(replace(settings.run, eval_examples=1))
+        console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)
+        options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
+        report = patch_and_initialize(run, **options)
+        suggestion = None
+        if settings.energy is not None or settings.parameters is not None:
+            suggestion = report.suggest_ranks(energy=settings.energy, parameters=settings.parameters)
+        with replacing_folder(folder / "adapter") as target:
+            save_adapter(run, target)
+        report.save(folder / REPORT_NAME)
+        if plotting.installed():
+            for name, kind in PLOTS.items():
+                report.plot(folder / name, kind)
+        (folder / RANKS_NAME).unlink(missing_ok=True)  # of an earlier call
+        if suggestion is not None:
+            write_json(folder / RANKS_NAME, {"rank_pattern": suggestion.rank_pattern})
+        write_config(folder / CONFIG_NAME, settings.run, settings)
+    return report, suggestion

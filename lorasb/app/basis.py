@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 import lorasb
 
 from ..checkpoints import shared_factors
 from ..constants import CONFIG_NAME, FACTORS_NAME
-from ..init import BasisFit, TasksReport
+from ..init import BasisFit
 from ..init.pipeline import rate_of_initialized
+from ..init.sampling import Batch
 from ..init.task import InitOptions
 from ..layers.lookup import adapted_layers
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from ..utils.reading import read_json
 from .adapter import load_adapter, start_loader, targets
 from .data import load_examples
+from .evaluation import LanguageModeling
 from .prepare import Run, prepare
-from .problem import LanguageModeling
 from .settings import Settings
-from .tables import basis_line, by_kind
+from .tables import basis_line, by_kind, table_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CARD_NAME = "basis.json"
 RATE = 1e-3  # η of the tasks' first steps, whose length is no part of a basis
@@ -34,19 +37,13 @@ RATE = 1e-3  # η of the tasks' first steps, whose length is no part of a basis
 
 @dataclass(frozen=True)
 class BasisCard:
-    """Description of a basis, in its folder's basis.json.
+    """Description of a basis, in its folder's basis.json."""
 
-    Attributes:
-        model: folder or hub id, as it was given.
-        digest: SHA-256 of A and B, which every adapter on the basis names.
-        tasks: task -> number of its examples, and the share of that first step that the basis keeps.
-    """
-
-    model: str
-    digest: str
+    model: str  # folder or hub id, as it was given
+    digest: str  # SHA-256 of A and B, which every adapter on the basis names
     r: int
     update: str
-    tasks: dict[str, dict[str, float]]
+    tasks: dict[str, dict[str, float]]  # task -> number of its examples, and the share of its first step that is kept
 
 
 def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
@@ -68,9 +65,16 @@ def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
             raise ValueError("expected files of prompt and completion, got labeled examples: a basis has no head")
         run.model = lorasb.patch(run.model, r=settings.r, target_modules=targets(settings.target_modules))
         loaders = {name: start_loader(run, rows) for name, rows in encoded.items()}
-        options: dict[str, Any] = {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
-        shares = initialize_basis(run.model, loaders, **options)
-        return _save(run, {name: {"examples": len(encoded[name]), "kept": shares[name]} for name in names})
+        options = {"update": settings.update, "seed": settings.seed}
+        shares = initialize_basis(run.model, loaders, num_samples=settings.samples, **options)
+        tasks = {name: {"examples": len(encoded[name]), "kept": shares[name]} for name in names}
+        with replacing_folder(Path(settings.output)) as folder:
+            run.model.save_pretrained(str(folder))
+            shared_factors.share(folder)
+            digest = shared_factors.recorded_digest(folder / FACTORS_NAME)
+            card = BasisCard(settings.model, digest or "", run.model.peft_config["default"].r, settings.update, tasks)
+            write_json(folder / CARD_NAME, card.__dict__)
+    return card
 
 
 def _names(data: Sequence[str]) -> list[str]:
@@ -83,29 +87,17 @@ def _names(data: Sequence[str]) -> list[str]:
     return names
 
 
-def initialize_basis(model: Any, tasks: Mapping[str, Any], **options: Any) -> dict[str, float]:
+def initialize_basis(model: PeftModel, tasks: Mapping[str, Iterable[Batch]], **options: Any) -> dict[str, float]:
     """Initialize the active adapter, with R = 0, from the first steps of tasks; returns what it keeps of each."""
     # tasks may have names that no adapter can have
     batches = {f"task{i}": own for i, own in enumerate(tasks.values())}
     if len(batches) == 1:
         lorasb.initialize(model, batches["task0"], lr=RATE, longest_start=0.0, **options)
         return dict.fromkeys(tasks, 1.0)
-    report: Any = lorasb.initialize(model, batches, lr=RATE, **options)
-    found: TasksReport = report
+    report: Any = lorasb.initialize(model, batches, lr=RATE, **options)  # a TasksReport
     for name in batches:
         model.delete_adapter(name)
-    return dict(zip(tasks, found.shares.overall.values(), strict=True))
-
-
-def _save(run: Run, tasks: dict[str, dict[str, float]]) -> BasisCard:
-    settings = run.settings
-    with replacing_folder(Path(settings.output)) as folder:
-        run.model.save_pretrained(str(folder))
-        shared_factors.share(folder)
-        digest = shared_factors.recorded_digest(folder / FACTORS_NAME)
-        card = BasisCard(settings.model, digest or "", run.model.peft_config["default"].r, settings.update, tasks)
-        write_json(folder / CARD_NAME, card.__dict__)
-    return card
+    return dict(zip(tasks, report.shares.overall.values(), strict=True))
 
 
 def read_card(folder: str | Path) -> BasisCard:
@@ -150,9 +142,9 @@ def load_basis(run: Run) -> tuple[None, float]:
     return None, time.perf_counter() - started
 
 
-def _fit(run: Run, loader: Any, card: BasisCard) -> BasisFit:
-    options: dict[str, Any] = {"num_samples": run.settings.samples, "seed": run.settings.seed}
-    return lorasb.basis_fit(run.model, loader, update=card.update, **options)
+def _fit(run: Run, loader: Iterable[Batch], card: BasisCard) -> BasisFit:
+    settings = run.settings
+    return lorasb.basis_fit(run.model, loader, update=card.update, num_samples=settings.samples, seed=settings.seed)
 
 
 def fit(settings: Settings) -> BasisFit:
@@ -167,9 +159,7 @@ def fit(settings: Settings) -> BasisFit:
 
 def card_table(card: BasisCard) -> RenderableType:
     """A table of the share that a basis keeps of each task's first step."""
-    table = Table(title=f"Basis of rank {card.r} for {card.model}")
-    for name in ("task", "examples", "kept of its first step"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+    table = table_of(f"Basis of rank {card.r} for {card.model}", "task", "examples", "kept of its first step")
     for name, found in card.tasks.items():
         table.add_row(name, f"{found['examples']:.0f}", f"{found['kept']:.0%}")
     return table
@@ -177,9 +167,8 @@ def card_table(card: BasisCard) -> RenderableType:
 
 def fit_table(found: BasisFit) -> RenderableType:
     """The share of a first step that a basis keeps, by kind of layer, and what follows."""
-    table = Table(title="Share of the data's first step that the basis keeps")
-    for name in ("layers", "number", "mean", "least"):
-        table.add_column(name, justify="left" if name == "layers" else "right")
+    title = "Share of the data's first step that the basis keeps"
+    table = table_of(title, "layers", "number", "mean", "least")
     for kind, shares in by_kind(found.by_layer.items()).items():
         table.add_row(kind, str(len(shares)), f"{sum(shares) / len(shares):.1%}", f"{min(shares):.1%}")
     table.add_section()

@@ -6,6 +6,7 @@ Imports of torch and transformers wait until a command runs, so that `lorasb --h
 from __future__ import annotations
 
 import inspect
+import json
 import signal
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from ..constants import VERSION
-from .config_file import find_preset, preset_names, read_config, typed
+from ..constants import VERSION, WEIGHTS_NAME
+from .config_file import Given, find_preset, preset_names, read_config, typed
 from .data import check_names
 from .settings import (
     DEFAULT_TASK,
@@ -31,7 +32,7 @@ from .settings import (
     option,
     shown_default,
 )
-from .terminal import console
+from .terminal import StoppedError, console, errors
 
 
 class Command(TyperCommand):
@@ -77,11 +78,14 @@ class Command(TyperCommand):
 
 
 MAIN_PANEL = "Most used"
+CONFIG_HELP = "YAML file of settings; options override it, --no-NAME what it switches on."
 # the headings of all other settings
 FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting, _ in listed(Settings)))
 
 
-def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: dict[str, Any]) -> Callable[..., None]:
+def command(
+    run: Callable[[Given], None], lists: list[tuple[type, bool]], defaults: dict[str, str]
+) -> Callable[..., None]:
     """A typer command with an option for each setting, --config and, for a run, --preset.
 
     Args:
@@ -91,30 +95,20 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
         defaults: defaults that differ from the dataclasses', by name.
     """
     parameters: list[inspect.Parameter] = []
-    settings = [(setting, kind, init) for cls, init in lists for setting, kind in listed(cls)]
-    for setting, kind, init in settings:
+    types: dict[str, object] = {}
+    for setting, kind, init in ((setting, kind, init) for cls, init in lists for setting, kind in listed(cls)):
         init_help = setting.metadata["init"]  # "": no option of `lorasb init`; "same": has the help text of a run's
         if init and not init_help:
             continue
         help_text = init_help if init and init_help != "same" else setting.metadata["help"]
         parameters.append(_parameter(setting, kind, help_text, defaults.get(setting.name)))
-    text = typer.Option(
-        help="YAML file of settings; options override it, --no-NAME what it switches on.", rich_help_panel=MAIN_PANEL
-    )
-    parameters.append(_plain("config", Annotated[Optional[str], text]))  # noqa: UP045  typer reads it at run time
-    with_presets = not any(init for _, init in lists)  # `lorasb init` has fewer settings than a preset
-    if with_presets:
-        text = typer.Option(
-            help=f"Settings of one of the paper's tables: {', '.join(preset_names())}.",
-            rich_help_panel=MAIN_PANEL,
-        )
-        parameters.append(_plain("preset", Annotated[Optional[str], text]))  # noqa: UP045
-        text = typer.Option(
-            "--allow-code", help="Run the Python file that rl of --config names.", rich_help_panel="Run"
-        )
-        parameters.append(_plain("allow_code", Annotated[Optional[bool], text]))  # noqa: UP045
-    optional = {parameter.name for parameter in parameters}
-    types = {setting.name: kind for setting, kind, _ in settings if setting.name in optional}
+        types[setting.name] = kind
+    parameters.append(_option("config", str, CONFIG_HELP, MAIN_PANEL))
+    if not any(init for _, init in lists):  # `lorasb init` has fewer settings than a preset
+        presets = f"Settings of one of the paper's tables: {', '.join(preset_names())}."
+        parameters.append(_option("preset", str, presets, MAIN_PANEL))
+        code = "Run the Python file that rl of --config names."
+        parameters.append(_option("allow_code", bool, code, "Run", "--allow-code"))
 
     def call(**given: Any) -> None:
         file, name, allowed = given.pop("config"), given.pop("preset", None), given.pop("allow_code", None)
@@ -137,19 +131,21 @@ def command(run: Callable[..., None], lists: list[tuple[type, bool]], defaults: 
     return call
 
 
-def _parameter(setting: Field[Any], kind: Any, help_text: str, default: Any) -> inspect.Parameter:
-    """A keyword parameter whose default is None (option not given); the help shows the setting's real default."""
-    shown = shown_default(setting) if default is None else str(default)
+def _parameter(setting: Field[Any], kind: object, help_text: str, default: str | None) -> inspect.Parameter:
     # typer knows no dictionaries (rank_pattern), nor numbers that may be "auto": they arrive as text, for `typed`
     option_type = kind if kind in (str, int, bool) or (kind is float and setting.default is not None) else str
     name = option(setting.name)
     names = f"{name}/--no-{name[2:]}" if kind is bool else name, *setting.metadata.get("also", ())
     panel = MAIN_PANEL if setting.metadata.get("main") else setting.metadata["group"].capitalize()
-    typer_option = typer.Option(*names, help=help_text, show_default=shown, rich_help_panel=panel)
-    return _plain(setting.name, Annotated[Optional[option_type], typer_option])  # noqa: UP045
+    return _option(setting.name, option_type, help_text, panel, *names, shown=default or shown_default(setting))
 
 
-def _plain(name: str, annotation: Any) -> inspect.Parameter:
+def _option(
+    name: str, kind: Any, help_text: str, panel: str, *names: str, shown: str | bool = True
+) -> inspect.Parameter:
+    """A keyword parameter whose default is None (option not given); the help shows the real one, `shown`."""
+    option = typer.Option(*names, help=help_text, show_default=shown, rich_help_panel=panel)
+    annotation = Annotated[Optional[kind], option]  # noqa: UP045  typer reads it at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -177,7 +173,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this mach
 app.add_typer(bench, name="bench")
 
 
-def _finetune(values: dict[str, Any]) -> None:
+def _finetune(values: Given) -> None:
     """Fine-tune a language model, or a classifier, and show what it learned on held-out problems."""
     if values.get("basis") and not values.get("model"):
         from .basis import read_card
@@ -187,9 +183,8 @@ def _finetune(values: dict[str, Any]) -> None:
     settings.check()  # and the data's names: before torch and transformers are imported, which takes seconds
     check_names(settings)
     from . import tables
-    from .ask import how_to
     from .finetune import run_finetune
-    from .terminal import console
+    from .results import how_to
 
     result = run_finetune(settings)
     if console.quiet:  # not rank 0, which prints the same tables
@@ -211,11 +206,10 @@ def _finetune(values: dict[str, Any]) -> None:
         typer.echo(tables.how_to_use(lines))  # not by the console, which would break long lines
 
 
-def _init(values: dict[str, Any]) -> None:
+def _init(values: Given) -> None:
     """Initialize an adapter, and show what its ranks keep of the first full step."""
     from . import tables
     from .adapter import run_init
-    from .terminal import console
 
     # `lorasb init` has options of two dataclasses: a run's settings, and those of initialization.
     init_names = {setting.name for setting, _ in listed(InitSettings)}
@@ -255,11 +249,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the memory and time that a run will take, whether it fits, and what to change."""
-    import json
-
     from . import tables
     from .plan import Request, find_gpu, plan_memory, smaller_plans
-    from .terminal import console, errors
 
     if bits not in (4, 16):
         raise ValueError(f"--bits must be 4 or 16, got {bits}")
@@ -283,7 +274,7 @@ def ask(
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer.", min=1, show_default="256")] = None,
 ) -> None:
     """Answer a question with what a run has trained, put as its training examples were."""
-    from .ask import answers
+    from .results import answers
 
     for answer in answers(run, question, adapter, max_new_tokens):
         typer.echo(answer or "(empty)")
@@ -295,9 +286,7 @@ def show(
 ) -> None:
     """Show what a saved adapter, or a cache of signs, holds and where it comes from."""
     from ..checkpoints import adapter_file
-    from ..constants import WEIGHTS_NAME
     from . import tables
-    from .terminal import console
 
     if adapter.is_file():
         from ..init.cache import read
@@ -325,10 +314,9 @@ def export(
 @app.command()
 def doctor() -> None:
     """Show versions, backends (and why one is missing), GPU, threads, and the dtype that auto takes."""
-    from .doctor import examine
-    from .terminal import console
+    from .tables import machine
 
-    console.print(examine())
+    console.print(machine())
 
 
 class _Files(Command):
@@ -359,7 +347,6 @@ def make(
 ) -> None:
     """Make a basis from the first steps of several tasks: A and B for adapters that have R alone."""
     from .basis import card_table, make_basis
-    from .terminal import console
 
     settings = Settings(model=model, output=output, r=r, update=update, samples=samples, seed=seed)
     console.print(card_table(make_basis(settings, data)))
@@ -375,7 +362,6 @@ def fit(
 ) -> None:
     """Show what a basis keeps of the first step of your data, before training on it."""
     from . import basis as shared
-    from .terminal import console
 
     found = shared.fit(Settings(basis=folder, data=data, samples=samples, seed=seed))
     console.print(shared.fit_table(found))
@@ -391,7 +377,6 @@ def tune(
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
 ) -> None:
     """Time the kernels' paths and tiles for all of a model's layers; they take the fastest from then on."""
-    from .terminal import console
     from .tune_kernels import tune_model
 
     console.print(tune_model(model, r, [int(count) for count in tokens.split(",")], dtype))
@@ -399,11 +384,7 @@ def tune(
 
 def main() -> None:
     """Run the command; print errors that a user can fix as one line, without a traceback."""
-    from .terminal import errors
-
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # raised by PEFT's calls
-    from .terminal import StoppedError
-
     try:
         app(prog_name="lorasb")
     except SystemExit as ended:

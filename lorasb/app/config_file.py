@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,35 @@ from ..utils.reading import read_text
 from .settings import InitSettings, Settings, listed
 
 
-def as_name(written: Any) -> str:
+def as_name(written: object) -> str:
     """A setting's name as in Python, from one that may be written as an option."""
     return str(written).removeprefix("--").replace("-", "_")
 
 
+Given = dict[str, Any]  # settings by name
 CONFIG_NAME = "config.yaml"
 AUTO = "auto"  # of a number that is found from the data: --epochs
 ALIASES = {
     as_name(alias): setting.name for setting, _ in listed(Settings) for alias in setting.metadata.get("also", ())
 }
 NOT_WRITTEN = ("resume",)  # applies to one start of a run, not to a repetition
-EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+EXPECTED: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
-def read_config(path: str | Path, known: dict[str, Any]) -> dict[str, Any]:
+def read_config(path: str | Path, known: Mapping[str, object]) -> Given:
     """The settings of a YAML file, by name."""
-    given: dict[str, Any] = {}
-    for written, value in _mapping(path).items():
+    import yaml  # `lorasb --help` does without
+
+    given: Given = {}
+    try:
+        loaded = yaml.safe_load(read_text(path))
+    except OSError as error:
+        raise ValueError(f"--config {path}: expected a YAML file of settings ({error.strerror or error})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"--config {path}: this is no YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: expected lines like `lr: 0.002`, got {type(loaded).__name__}")
+    for written, value in loaded.items():
         name = ALIASES.get(as_name(written), as_name(written))
         if name not in known:
             hint = nearest(as_name(written), {*known, *ALIASES})
@@ -49,54 +60,38 @@ def nearest(name: str, known: Collection[str], otherwise: str = "--help-all list
     return f": did you mean {near[0]!r}?" if near else f": {otherwise}"
 
 
-def _mapping(path: str | Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds."""
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(read_text(path))
-    except OSError as error:
-        raise ValueError(f"--config {path}: expected a YAML file of settings ({error.strerror or error})") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"--config {path}: this is no YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"--config {path}: expected lines like `lr: 0.002`, got {type(loaded).__name__}")
-    return loaded
-
-
-def typed(value: Any, kind: Any, where: str) -> Any:
+def typed(value: object, kind: object, where: str) -> Any:
     """Convert a value from YAML or the command line to its setting's type."""
     if kind not in EXPECTED:
         return _ranks(value, where)
-    if kind is bool and isinstance(value, bool):
+    if isinstance(value, bool):  # first, as bool is a subclass of int
+        if kind is bool:
+            return value
+    elif kind is int and isinstance(value, int):
         return value
-    # bool is a subclass of int, so every branch for numbers excludes it
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind is float and value == AUTO:
+    elif kind is float and value == AUTO:
         return None
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+    elif kind is float and isinstance(value, int | float | str):
         with suppress(ValueError):
             return float(value)  # YAML 1.1 reads 2e-3, without a dot, as text
-    if kind is str and isinstance(value, str | int) and not isinstance(value, bool):
+    elif kind is str and isinstance(value, str | int):
         return str(value)
     raise ValueError(f"{where} expects {EXPECTED[kind]}, got {value!r}")
 
 
-def _ranks(value: Any, where: str) -> dict[str, int]:
+def _ranks(value: object, where: str) -> dict[str, int]:
     """Ranks by layer name, from a mapping, JSON, or name=rank,name=rank."""
-    try:
+    ranks = value
+    with suppress(ValueError):
         if isinstance(value, str):
             pairs = (part.partition("=") for part in value.split(","))
-            value = json.loads(value) if value.lstrip().startswith("{") else {n: int(r) for n, _, r in pairs}
-        if all(isinstance(rank, int) and str(name) for name, rank in value.items()):
-            return {str(name).strip(): rank for name, rank in value.items()}
-    except (ValueError, AttributeError):
-        pass
+            ranks = json.loads(value) if value.lstrip().startswith("{") else {n: int(r) for n, _, r in pairs}
+        if isinstance(ranks, dict) and all(isinstance(rank, int) and str(name) for name, rank in ranks.items()):
+            return {str(name).strip(): rank for name, rank in ranks.items()}
     raise ValueError(f"{where} expects ranks by name, like down_proj=96,q_proj=32 or JSON, got {value!r}")
 
 
-def write_config(path: Path, *lists: Any) -> None:
+def write_config(path: Path, *lists: Settings | InitSettings) -> None:
     """Write settings as YAML for `--config`, atomically; with InitSettings, only settings that `lorasb init` has."""
     import yaml
 

@@ -7,11 +7,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..utils.reading import parse_json, read_text
 from .settings import Settings
-from .tasks import HELD_OUT_SEED, BadAdapterError, Example, generate, labeled, read_jsonl, text_of, with_adapter
+from .tasks import HELD_OUT_SEED, BadAdapterError, Example, Row, generate, labeled, read_jsonl, text_of, with_adapter
 
 
 def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
@@ -95,7 +94,6 @@ MATH_SUBJECTS = (
     "prealgebra",
     "precalculus",
 )
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -117,16 +115,9 @@ def instructed(row: Row) -> Example:
     return Example(question, text_of(row, "output"), formatted=True)
 
 
-def _metamath(row: Row) -> Example:
-    return Example(INSTRUCTION.format(instruction=row["query"]), row["response"], formatted=True)
-
-
-def _gsm8k(row: Row) -> Example:
-    return Example(INSTRUCTION.format(instruction=row["question"]) + STEP_BY_STEP, row["answer"], formatted=True)
-
-
-def _math(row: Row) -> Example:
-    return Example(INSTRUCTION.format(instruction=row["problem"]) + STEP_BY_STEP, row["solution"], formatted=True)
+def _problem(question: str, answer: str, ending: str = "") -> Callable[[Row], Example]:
+    """A mathematical problem, from these columns."""
+    return lambda row: Example(INSTRUCTION.format(instruction=row[question]) + ending, row[answer], formatted=True)
 
 
 def _glue(
@@ -141,9 +132,13 @@ def _glue(
 
 
 NAMED = {
-    "metamathqa": Source("meta-math/MetaMathQA", _metamath, "boxed", train="train[:50000]", held_out=None),
-    "gsm8k": Source("openai/gsm8k", _gsm8k, "number", configs=("main",)),
-    "math": Source("EleutherAI/hendrycks_math", _math, "boxed", configs=MATH_SUBJECTS),
+    "metamathqa": Source(
+        "meta-math/MetaMathQA", _problem("query", "response"), "boxed", train="train[:50000]", held_out=None
+    ),
+    "gsm8k": Source("openai/gsm8k", _problem("question", "answer", STEP_BY_STEP), "number", configs=("main",)),
+    "math": Source(
+        "EleutherAI/hendrycks_math", _problem("problem", "solution", STEP_BY_STEP), "boxed", configs=MATH_SUBJECTS
+    ),
     "commonsense170k": Source("zwhe99/commonsense_170k", instructed, "choice", held_out=None),
     "cola": _glue("cola", "sentence", score="matthews"),
     "rte": _glue("rte", "sentence1", "sentence2"),

@@ -1,21 +1,30 @@
-"""Held-out evaluation: mean loss, and the share of greedily decoded answers that are right."""
+"""The kinds of a run, language modeling and classification of texts with labels, and held-out evaluation of both."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..distributed.process_group import Processes
+from ..init.sampling import Batch
 from ..init.task import to_device
-from .scoring import CORRELATIONS, is_right
+from ..tuner.fresh_heads import missing_from_checkpoint
+from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
+from .settings import Settings
 from .tasks import Example
-from .tokenize import Collator, Encoded, positions
+from .tokenize import Collate, Collator, Encoded, EncodedText, TextCollator, encode, positions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+T = TypeVar("T")
 ANSWER_MARGIN = 4  # tokens that a generated answer may be longer than the longest right one
 # A checkpoint's own settings of generation would take other tokens than the likeliest.
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
@@ -25,17 +34,14 @@ TOKENS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean over examples of the loss (of a language model: nats per token), the score, and the answers.
+    """Means over held-out examples, and the answers."""
 
-    `accuracy` is the share of right answers, or the correlation that the examples' score names.
-    """
-
-    loss: float
-    accuracy: float
+    loss: float  # of a language model, nats per token
+    accuracy: float  # the share of right answers, or the correlation that the examples' score names
     answers: tuple[str, ...]
 
     @classmethod
-    def of(cls, loss: Any, accuracy: Any, answers: Any) -> Evaluation:
+    def of(cls, loss: float, accuracy: float, answers: object) -> Evaluation:
         """From a file's values."""
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
             raise TypeError("expected answers as texts")
@@ -44,32 +50,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Examples, as text and encoded, how many make a batch, and the limit on new tokens (None: see `evaluate`)."""
+    """Held-out examples."""
 
     examples: Sequence[Example]
-    encoded: Sequence[Any]
+    encoded: Sequence[Any]  # Encoded of a language model, EncodedText of a classifier
     batch_size: int
-    limit: int | None = None
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    encoded: Sequence[Encoded],
-    batch_size: int,
-    title: str,
-    max_new_tokens: int | None = None,
-) -> Evaluation:
-    """Evaluate a model on examples, split over ranks by batches; restores the model's train or eval mode."""
-    # Answers end after `max_new_tokens`, or, without a limit, 4 tokens after the longest right answer of their batch.
-    loss = mean_loss(model, tokenizer.pad_token_id, encoded, batch_size, f"{title}: loss")
-    mode = model.training
-    model.eval()
-    answers = _all_answers(model, tokenizer, encoded, batch_size, f"{title}: answers", max_new_tokens)
-    model.train(mode)
-    return Evaluation(loss, score_of(examples, answers), answers)
+    limit: int | None = None  # on new tokens, see `evaluate`
 
 
 def score_of(examples: Sequence[Example], answers: Sequence[str]) -> float:
@@ -82,92 +68,100 @@ def score_of(examples: Sequence[Example], answers: Sequence[str]) -> float:
     return sum(right) / len(right)
 
 
-def score_by_source(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-    """The score of each data set, where there are several."""
-    scores = score_by("source", examples, answers)
-    return scores if len(scores) > 1 else {}
-
-
 def score_by(field: str, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-    """The score of the examples that have the same `source`, or the same `adapter`, by that."""
+    """The score of the examples that have the same `source` (data set), or the same `adapter`, by that."""
     parts: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
         parts.setdefault(getattr(example, field), []).append(i)
     return {name: score_of([examples[i] for i in part], [answers[i] for i in part]) for name, part in parts.items()}
 
 
-def _all_answers(
-    model: nn.Module, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int, title: str, limit: int | None
-) -> tuple[str, ...]:
-    """The model's answer to each example, in the examples' order."""
-    longest_row = max(len(ids.prompt) + token_limit([ids], limit) for ids in encoded)
-    # Generation keeps no activations, so its batches may be larger than those of the loss.
-    chunks = batches_by_length(encoded, max(batch_size, TOKENS_PER_BATCH // longest_row))
-    answer_by_index: dict[int, str] = {}
-
-    def generate(indices: list[int], bar: Any) -> list[str]:
-        return generate_answers(model, tokenizer, [encoded[i] for i in indices], bar, limit)
-
-    token_limits = [token_limit([encoded[i] for i in indices], limit) for indices in chunks]
-    for indices, texts in map_over_ranks(chunks, generate, token_limits, title, "token"):
-        answer_by_index |= dict(zip(indices, texts, strict=True))
-    return tuple(answer_by_index[i] for i in range(len(encoded)))
-
-
-@torch.no_grad()
-def mean_loss(
-    model: nn.Module, pad_token_id: int, encoded: Sequence[Encoded], batch_size: int, title: str = ""
-) -> float:
-    """The mean loss alone, without generation; shows a progress bar if there is a title."""
-    mode = model.training
-    model.eval()
-    # The signature of PeftModel.forward lacks logits_to_keep, so the collator looks at the base model's.
-    collate = Collator(pad_token_id, getattr(model, "get_base_model", lambda: model)())
-    chunks = batches_by_length(encoded, batch_size)
-
-    def batch_losses(indices: list[int], bar: Any) -> list[float]:
-        """The losses of one batch; advances the bar."""
-        rows = [encoded[i] for i in indices]
-        losses = example_losses(model, collate(rows) | adapters_of(model, rows))
-        bar.update(1)
-        return losses
-
-    results = map_over_ranks(chunks, batch_losses, [1] * len(chunks), title, "batch")
-    losses = [loss for _, losses_of_batch in results for loss in losses_of_batch]
-    model.train(mode)
-    return sum(losses) / len(losses)
-
-
-def adapters_of(model: Any, rows: Sequence[Encoded]) -> dict[str, list[str]]:
-    """The rows' `adapter_names`, for a model that has adapters of these names; nothing for any other."""
-    names = [row.adapter for row in rows]
-    return {"adapter_names": names} if set(names) <= set(getattr(model, "peft_config", ())) else {}
-
-
-def batches_by_length(encoded: Sequence[Any], size: int) -> list[list[int]]:
+def batches_by_length(encoded: Sequence[Sized], size: int) -> list[list[int]]:
     """Indices of the examples in each batch; batches are sorted by length, to save padding."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def map_over_ranks(
-    chunks: list[list[int]], function: Any, sizes: list[int], title: str, unit: str
-) -> list[tuple[list[int], list[Any]]]:
-    """(indices, results of `function`) of each batch, in order; rank k computes batches k, k + world_size, ..."""
-    # The progress bar is over `sizes`, the number of units in each batch.
-    processes = Processes()
-    own_batches = range(processes.rank, len(chunks), processes.world_size)
+@torch.no_grad()
+def _by_example(
+    model: nn.Module,
+    encoded: Sequence[Any],
+    batch_size: int,
+    call: Callable[[list[Any], tqdm], list[T]],
+    title: str,
+    unit: str = "batch",
+    units: Callable[[list[Any]], int] = lambda rows: 1,
+) -> list[T]:
+    """What `call` returns for each example, in order; the model is in eval mode, and in its former one afterwards."""
+    # Rank k computes batches k, k + world_size, ... The progress bar, which `call` advances, is over their units.
+    mode = model.training
+    model.eval()
+    processes, chunks = Processes(), batches_by_length(encoded, batch_size)
+    own = [[encoded[i] for i in chunk] for chunk in chunks[processes.rank :: processes.world_size]]
     hidden = processes.rank > 0 or not title
-    with tqdm(total=sum(sizes[k] for k in own_batches), desc=title, unit=unit, leave=False, disable=hidden) as bar:
-        results_by_rank = processes.gather_json([function(chunks[k], bar) for k in own_batches])
-    # batch k is the (k // world_size)-th result of rank k % world_size
-    return [
-        (indices, results_by_rank[k % processes.world_size][k // processes.world_size])
-        for k, indices in enumerate(chunks)
-    ]
+    with tqdm(total=sum(map(units, own)), desc=title, unit=unit, leave=False, disable=hidden) as bar:
+        found = processes.gather_json([call(rows, bar) for rows in own])
+    model.train(mode)
+    by_index: dict[int, T] = {}
+    for k, indices in enumerate(chunks):  # batch k is the (k // world_size)-th result of rank k % world_size
+        by_index |= zip(indices, found[k % processes.world_size][k // processes.world_size], strict=True)
+    return [by_index[i] for i in range(len(by_index))]
 
 
-def example_losses(model: nn.Module, batch: dict[str, Any]) -> list[float]:
+def evaluate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    batch_size: int,
+    title: str,
+    max_new_tokens: int | None = None,
+) -> Evaluation:
+    """Evaluate a language model on examples, split over ranks by batches; restores its train or eval mode."""
+    # Answers end after `max_new_tokens`, or, without a limit, 4 tokens after the longest right answer of their batch.
+    loss = mean_loss(model, tokenizer.pad_token_id, encoded, batch_size, f"{title}: loss")
+    longest_row = max(len(ids.prompt) + token_limit([ids], max_new_tokens) for ids in encoded)
+
+    def generate(rows: list[Encoded], bar: tqdm) -> list[str]:
+        return generate_answers(model, tokenizer, rows, max_new_tokens, bar)
+
+    def tokens(rows: list[Encoded]) -> int:
+        return token_limit(rows, max_new_tokens)
+
+    # Generation keeps no activations, so its batches may be larger than those of the loss.
+    size = max(batch_size, TOKENS_PER_BATCH // longest_row)
+    answers = _by_example(model, encoded, size, generate, f"{title}: answers", "token", tokens)
+    return Evaluation(loss, score_of(examples, answers), tuple(answers))
+
+
+def mean_loss(
+    model: nn.Module, pad_token_id: int, encoded: Sequence[Encoded], batch_size: int, title: str = ""
+) -> float:
+    """The mean loss alone, without generation; shows a progress bar if there is a title."""
+    # The signature of PeftModel.forward lacks logits_to_keep, so the collator looks at the base model's.
+    collate = Collator(pad_token_id, _base_model(model))
+
+    def batch_losses(rows: list[Encoded], bar: tqdm) -> list[float]:
+        """The losses of one batch; advances the bar."""
+        losses = example_losses(model, collate(rows) | adapters_of(model, rows))
+        bar.update(1)
+        return losses
+
+    losses = _by_example(model, encoded, batch_size, batch_losses, title)
+    return sum(losses) / len(losses)
+
+
+def _base_model(model: nn.Module) -> Any:
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def adapters_of(model: nn.Module, rows: Sequence[Encoded]) -> dict[str, list[str]]:
+    """The rows' `adapter_names`, for a model that has adapters of these names; nothing for any other."""
+    names = [row.adapter for row in rows]
+    return {"adapter_names": names} if set(names) <= set(getattr(model, "peft_config", ())) else {}
+
+
+def example_losses(model: nn.Module, batch: Batch) -> list[float]:
     """Each example's mean loss in nats per token; removes `labels` from the batch."""
     # Without labels the model computes no loss, whose mean would be over all tokens of the batch.
     device = next(model.parameters()).device
@@ -183,15 +177,23 @@ def token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
     return limit or max(len(e.completion) for e in chunk) + ANSWER_MARGIN
 
 
+@torch.no_grad()
 def generate_answers(
-    model: nn.Module, tokenizer: Any, chunk: Sequence[Encoded], bar: Any, limit: int | None
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    chunk: Sequence[Encoded],
+    limit: int | None,
+    bar: tqdm | None = None,
 ) -> list[str]:
     """Greedily decoded answers; the bar advances with every token."""
-    ids, mask = _padded_prompts(chunk, tokenizer.pad_token_id, next(model.parameters()).device)
+    pad, device, width = tokenizer.pad_token_id, next(model.parameters()).device, max(len(e.prompt) for e in chunk)
+    ids = torch.tensor([[pad] * (width - len(e.prompt)) + [*e.prompt] for e in chunk], device=device)
+    mask = torch.tensor([[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in chunk], device=device)
 
-    # generate() calls stopping criteria once per token; this one advances the bar and never stops.
-    def advance(tokens: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        bar.update(1)
+    def advance(tokens: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        """Advance the bar: generate() calls stopping criteria once per token. This one never stops."""
+        if bar is not None:
+            bar.update(1)
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     output = model.generate(  # type: ignore[operator]
@@ -200,16 +202,206 @@ def generate_answers(
         position_ids=positions(mask),
         max_new_tokens=token_limit(chunk, limit),
         **GREEDY,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         stopping_criteria=[advance],
         **adapters_of(model, chunk),
     )
-    return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
+    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
-def _padded_prompts(chunk: Sequence[Encoded], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of the prompts, padded on the left."""
-    width = max(len(e.prompt) for e in chunk)
-    ids = [[pad] * (width - len(e.prompt)) + list(e.prompt) for e in chunk]
-    mask = [[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in chunk]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+class LanguageModeling:
+    """Completions of prompts, and the assistant's turns of chats.
+
+    Args:
+        template: put prompts into the tokenizer's chat template, where it has one.
+    """
+
+    task_type = "CAUSAL_LM"  # PEFT's
+    takes_loss_arguments: bool | None = None  # of the model's forward, for Trainer; None if Trainer's own look is right
+
+    def __init__(self, template: bool = False) -> None:
+        self.template = template
+
+    def load_model(self, folder: str, dtype: torch.dtype) -> Any:
+        """The model of a folder or hub id."""
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """Modules that the checkpoint lacks: trained whole and saved, in fp32, never quantized. Here none."""
+        return []
+
+    def encode(self, example: Example, tokenizer: Tokenizer, max_length: int, held_out: bool = False) -> Encoded:
+        """See `tokenize.encode`."""
+        return encode(example, tokenizer, max_length, held_out, self.template)
+
+    def collator(self, tokenizer: Tokenizer, model: PreTrainedModel) -> Collate:
+        """From encoded examples to a batch whose loss is `model(**batch).loss`; `model` has no PEFT wrapper."""
+        return Collator(tokenizer.pad_token_id, model)
+
+    def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
+        """Loss, score and answers, split over ranks; `title` names the progress bars."""
+        examples, encoded, batch_size, limit = held_out.examples, held_out.encoded, held_out.batch_size, held_out.limit
+        return evaluate(model, tokenizer, examples, encoded, batch_size, title, limit)
+
+    def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
+        """The loss alone."""
+        return mean_loss(model, tokenizer.pad_token_id, held_out.encoded, held_out.batch_size)
+
+
+class Classification:
+    """One of `classes`, or a number where there are none.
+
+    Attributes:
+        classes: the labels in order; their indices are what the model learns. Empty for regression.
+    """
+
+    task_type = "SEQ_CLS"
+    # Its forward takes **kwargs and passes them to no loss, which is a mean over a batch: Trainer has to divide it.
+    takes_loss_arguments: bool | None = False
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = tuple(classes)
+        self.index = {label: i for i, label in enumerate(self.classes)}
+
+    @classmethod
+    def of(cls, train: Sequence[Example], held_out: Sequence[Example]) -> Classification:
+        """The problem that labels make: numbers of which any has a point (2.5) are values, others are classes."""
+        labels = [example.label for example in train if example.label is not None]
+        if all(isinstance(label, int | float) for label in labels) and any(isinstance(v, float) for v in labels):
+            return cls._of_values(held_out)
+        classes = sorted({str(label) for label in labels}, key=_numbers_first)
+        for example in held_out:
+            if example.completion not in classes:
+                raise ValueError(
+                    f"the held-out label {example.completion} is none of the training labels: {_shown(classes)}"
+                )
+        if len(classes) < 2:
+            raise ValueError(f"every training example has the label {classes[0]}: there is nothing to tell apart")
+        asked = {example.score for example in held_out}
+        if any(_number(label) is None for label in classes) and asked & set(OF_VALUES):
+            score = sorted(asked & set(OF_VALUES))[0]
+            raise ValueError(f"--score {score} takes numbers, and the labels are {_shown(classes)}: label or matthews")
+        if len(classes) > 2 and "f1" in asked:
+            raise ValueError(f"--score f1 is of two classes, and the labels are {_shown(classes)}: label or matthews")
+        return cls(classes)
+
+    @classmethod
+    def _of_values(cls, held_out: Sequence[Example]) -> Classification:
+        for example in held_out:
+            if _number(example.completion) is None:
+                raise ValueError(f"the training labels are numbers, and a held-out one is {example.completion!r}")
+            if example.score not in OF_VALUES:
+                raise ValueError(f"--score {example.score} counts equal labels, and these are values: --score pearson")
+        return cls(())
+
+    def load_model(self, folder: str, dtype: torch.dtype) -> Any:
+        """A model with a head of as many outputs as there are classes, or one."""
+        names = dict(enumerate(self.classes)) or {0: "value"}
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=dtype,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+            problem_type="single_label_classification" if self.classes else "regression",
+        )
+        for name in self.heads(model):  # a step of training is lost on weights of 16 bits
+            model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
+        return model
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """The head, and a pooler that the checkpoint lacks."""
+        return missing_from_checkpoint(model)
+
+    def encode(self, example: Example, tokenizer: Tokenizer, max_length: int, held_out: bool = False) -> EncodedText:
+        """A text or a pair, cut at `max_length` tokens, and its target."""
+        inputs = tokenizer(example.prompt, example.pair or None, truncation=True, max_length=max_length)
+        label = example.completion
+        return EncodedText(dict(inputs), self.index[label] if self.classes else float(label))
+
+    def collator(self, tokenizer: Tokenizer, model: PreTrainedModel) -> Collate:
+        """See `TextCollator`. Decoders read a row's last token, which they find by the padding token."""
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return TextCollator(tokenizer)
+
+    def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
+        """Mean loss (cross-entropy in nats, or squared error), score, and predicted labels."""
+        losses, answers = self._predict(model, tokenizer, held_out, title)
+        return Evaluation(sum(losses) / len(losses), score_of(held_out.examples, answers), tuple(answers))
+
+    def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
+        """The mean loss alone."""
+        losses, _ = self._predict(model, tokenizer, held_out, "")
+        return sum(losses) / len(losses)
+
+    def _predict(
+        self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str
+    ) -> tuple[list[float], list[str]]:
+        """Loss and predicted label of each example, in order."""
+        device, collate = next(model.parameters()).device, self.collator(tokenizer, _base_model(model))
+
+        def predict(rows: list[EncodedText], bar: tqdm) -> list[tuple[float, str]]:
+            """Loss and answer of each example of a batch; advances the bar."""
+            batch = to_device(collate(rows), device)
+            targets = batch.pop("labels")
+            bar.update(1)
+            return self._judge(model(**batch).logits.float(), targets)
+
+        pairs = _by_example(model, held_out.encoded, held_out.batch_size, predict, title)
+        return [loss for loss, _ in pairs], [answer for _, answer in pairs]
+
+    def _judge(self, logits: torch.Tensor, targets: torch.Tensor) -> list[tuple[float, str]]:
+        """Loss and answer of each row of logits [batch, classes], or [batch, 1]."""
+        if not self.classes:
+            values = logits[:, 0]
+            return list(zip((values - targets).square().tolist(), map(str, values.tolist()), strict=True))
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+        return list(zip(losses, (self.classes[i] for i in logits.argmax(1).tolist()), strict=True))
+
+
+def _to_fp32(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
+
+
+def _number(label: str) -> float | None:
+    try:
+        return float(label)
+    except ValueError:
+        return None
+
+
+def _numbers_first(label: str) -> tuple[bool, float, str]:
+    """The order of classes: numbers by value, then texts."""
+    value = _number(label)
+    return value is None, value or 0.0, label
+
+
+def _shown(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+
+
+Problem = LanguageModeling | Classification
+
+
+def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: Settings) -> Problem:
+    """The kind of run that examples ask for."""
+    labeled = sum(example.label is not None for example in [*train, *held_out])
+    if labeled not in (0, len(train) + len(held_out)):
+        raise ValueError(
+            f"{labeled} of {len(train) + len(held_out)} examples have a label: give all of them one (text and label), "
+            "or none (prompt and completion)"
+        )
+    wrong = sorted({e.score for e in held_out if (e.score in LABEL_SCORES) != bool(labeled)})
+    if wrong:
+        kind, fitting = ("labels", LABEL_SCORES) if labeled else ("texts", [s for s in SCORES if s not in LABEL_SCORES])
+        raise ValueError(f"--score {wrong[0]} does not judge {kind}, which the examples have: {', '.join(fitting)} do")
+    if not labeled:
+        return LanguageModeling(settings.template == "auto")
+    if settings.adapter_column is not None:
+        raise ValueError("--adapter-column trains language models: a classifier's head is one for all adapters")
+    if settings.rl is not None:
+        raise ValueError("--rl trains language models by what they answer, and the examples have labels: leave it out")
+    if settings.packing:
+        raise ValueError("--packing puts several examples into a row, and a row has one label: leave it out")
+    # A class whose only examples were drawn to be held out is no mistake; one of another file's is.
+    return Classification.of([*train, *held_out] if settings.eval_data is None else train, held_out)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from ..distributed.process_group import Processes
+from ..init import InitReport
 from ..ops.registry import current_backend
 from ..utils.atomic_files import locked
 from ..utils.precision import resolve, slowdown_message
@@ -18,12 +19,13 @@ from . import results
 from .adapter import adapt, load_adapter, load_report, save_start
 from .basis import card_of, load_basis
 from .data import digest, load_examples
-from .prepare import Run, device, prepare
+from .prepare import Run, add_adapters, device, load_adapters, prepare
+from .reinforce import grpo_trainer, judge_of
 from .results import Result
-from .run_folder import FINISHED, NEW, RunFolder, Start, State, identity_of
+from .run_folder import FINISHED, NEW, RunFolder, Start, State, Values, identity_of
 from .settings import Settings
 from .terminal import Stop, console, errors
-from .train import find_rate, refine
+from .train import find_rate, run_trainer, train
 
 GO_ON = "stopped: rerun the same command to resume"
 
@@ -34,22 +36,24 @@ def run_finetune(settings: Settings) -> Result:
     # ends bitwise as it would have without the interruption; a finished one returns its saved results.
     settings.check()
     current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
-    from .train import check_report, train  # loads transformers.Trainer: only once the settings are checked
-
-    check_report(settings)
-    make = _reinforcement(settings) if settings.rl is not None else None
+    if settings.rl is not None:
+        judge_of(settings)  # raises where `--rl` names no reward
     with joined() as processes, Stop(GO_ON) as stop, ExitStack() as held:
         settings.check_processes(processes.world_size)
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
-        identity = _identify(settings, precision.name, processes.world_size, digest(*examples))
+        resolved = {"dtype": precision.name, "device": device(), "processes": processes.world_size}
+        identity = identity_of(settings, **resolved, examples=digest(*examples))
         folder = RunFolder(settings.output)
         state = _look_up_state(folder, settings, identity, processes, held)
         if state.kind == FINISHED:
             return results.load(folder.folder)
         if settings.basis is not None and state.kind == NEW:
             card_of(settings)  # before the model is loaded and evaluated
-        _warn(settings, processes)
+        if settings.dtype != "auto" and device() == "cpu" and processes.rank == 0:
+            line = slowdown_message(settings.dtype)  # if this CPU has no native products in it
+            if line is not None:
+                errors.print(f"[bold yellow]lorasb:[/] {line}", highlight=False)
         run = prepare(settings, examples)
         is_first_rank = processes.rank == 0
         if is_first_rank:
@@ -59,7 +63,8 @@ def run_finetune(settings: Settings) -> Result:
         if is_first_rank:
             folder.save_before(before)
         report, seconds = _start(run, folder, is_first_rank)
-        trained = train(run, folder.checkpoints, identity, state.checkpoint, stop, make)
+        make = run_trainer if settings.rl is None else grpo_trainer
+        trained = train(run, make, folder.checkpoints, identity, state.checkpoint, stop)
         after = run.evaluate("held-out problems, after")
         summary = results.summarize(run, before, after, seconds, trained, identity)
         result = Result(summary, run.held_out, before, after, report)
@@ -70,21 +75,8 @@ def run_finetune(settings: Settings) -> Result:
     return result
 
 
-def _reinforcement(settings: Settings) -> Any:
-    """Return the function that makes GRPO's trainer, after checking that there is a reward."""
-    from . import reinforce
-
-    reinforce.check(settings)
-    return reinforce.trainer
-
-
-def _identify(settings: Settings, dtype: str, processes: int, examples: str) -> dict[str, Any]:
-    """Return the run's identity, with the resolved values of `auto` and of the generators."""
-    return identity_of(settings, dtype=dtype, device=device(), processes=processes, examples=examples)
-
-
 def _look_up_state(
-    folder: RunFolder, settings: Settings, identity: dict[str, Any], processes: Processes, held: ExitStack
+    folder: RunFolder, settings: Settings, identity: Values, processes: Processes, held: ExitStack
 ) -> State:
     """State of the run in the folder, read and locked by rank 0; its errors are raised on every rank."""
     state = None
@@ -98,18 +90,8 @@ def _look_up_state(
     return shared_state
 
 
-def _warn(settings: Settings, processes: Processes) -> None:
-    """Print a line if a 16-bit dtype was asked for that this CPU has no native products in."""
-    if settings.dtype != "auto" and device() == "cpu" and processes.rank == 0:
-        line = slowdown_message(settings.dtype)
-        if line is not None:
-            errors.print(f"[bold yellow]lorasb:[/] {line}", highlight=False)
-
-
-def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float]:
+def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport | None, float]:
     """Load the initialized adapter, or make and save it; returns its report and the seconds that took."""
-    from .prepare import add_adapters, load_adapters
-
     earlier = folder.load_start()
     if earlier is not None:
         run.lr, run.fit = earlier.lr, earlier.fit
@@ -117,10 +99,8 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[Any, float
         load_adapters(run, folder.start)
         return load_report(folder.start), earlier.seconds
     report, seconds = adapt(run) if run.settings.basis is None else load_basis(run)
-    if run.settings.find_lr:
-        run.lr = find_rate(run).lr
-    elif run.measured:
-        run.lr = refine(run).lr
+    if run.settings.find_lr or run.measured:
+        run.lr = find_rate(run)
     add_adapters(run)
     if is_first_rank:
         folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr, run.fit))
@@ -133,26 +113,19 @@ def joined() -> Iterator[Processes]:
     # A group that was initialized here is destroyed at the end: gloo's threads would abort the interpreter's exit.
     initialized_here = dist.is_available() and not dist.is_initialized()
     try:
-        yield _begin()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # accelerate launch announces the engine to its processes in these variables
+            for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+                if os.environ.get(variable, "").lower() in ("1", "true"):
+                    raise ValueError(
+                        f"lorasb finetune trains whole models side by side (DDP), and this launch asks for {engine}: "
+                        "write a script with Trainer and lorasb.InitCallback() for that (docs/several-gpus.md)"
+                    )
+            # chooses the backend (nccl, gloo) and the device of this rank, and is the state that Trainer uses
+            PartialState(cpu=not torch.cuda.is_available())
+        processes = Processes()
+        console.quiet = processes.rank > 0
+        yield processes
     finally:
         if initialized_here and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _begin() -> Processes:
-    """Initialize the process group if WORLD_SIZE > 1."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # accelerate launch announces the engine to its processes in these variables
-        for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-            if os.environ.get(variable, "").lower() in ("1", "true"):
-                raise ValueError(
-                    f"lorasb finetune trains whole models side by side (DDP), and this launch asks for {engine}: "
-                    "write a script with Trainer and lorasb.InitCallback() for that (docs/several-gpus.md)"
-                )
-        from accelerate import PartialState
-
-        # chooses the backend (nccl, gloo) and the device of this rank, and is the state that Trainer uses
-        PartialState(cpu=not torch.cuda.is_available())
-    processes = Processes()
-    console.quiet = processes.rank > 0
-    return processes

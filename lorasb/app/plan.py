@@ -1,35 +1,49 @@
-"""Plan of a run: what it needs, what a card or this machine has, and the first changes that would make it fit."""
+"""Plan of a run: what it needs, what a card or this machine has, and the first changes that would make it fit.
+
+A training step is counted byte by byte on a model without memory. The model is made from its config on the meta device
+and patched as any model is. Then each of its tensors becomes a fake one of torch's, which has a shape and no storage:
+the real code of the model, the layers and AdamW runs, and what it would keep is counted instead of guessed.
+"""
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ..compat import transformers as private
+import lorasb
+
+from ..compat.torch import fake_tensor_mode, storage_key
+from ..compat.transformers import from_config
 from ..distributed.process_group import Processes
 from ..init.block_recorder import NotAStackError, find_stack
 from ..init.plan import EFFICIENCY, Sizes, accumulate_memory, boundary_bytes, layerwise_memory, product_speed
 from ..init.task import InitOptions, Work
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear4bit import LEFT_OUT
 from ..layers.lookup import adapted_layers
-from ..utils.precision import native
-from .fake_step import StepBytes, count_step
-from .prepare import resolve_model
+from ..utils.precision import DTYPES, native
+from .prepare import checkpoint_activations, resolve_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card."""
+    """A GPU."""
 
     title: str  # its full name
     memory: int  # bytes
@@ -37,34 +51,30 @@ class Card:
     bf16: bool = True  # whether it multiplies bf16, as cards from compute capability 8.0 on do
 
 
-def _card(title: str, gib: float, teraflops: float) -> Card:
-    return Card(title, int(gib * GIB), teraflops * 1e12)
-
-
 CARDS = {
     "t4": Card("NVIDIA T4", 16 * GIB, 8.1e12, bf16=False),
-    "l4": _card("NVIDIA L4", 24, 121),
-    "a10": _card("NVIDIA A10", 24, 125),
-    "a30": _card("NVIDIA A30", 24, 165),
-    "a40": _card("NVIDIA A40", 48, 150),
-    "l40s": _card("NVIDIA L40S", 48, 362),
-    "a4000": _card("NVIDIA RTX A4000", 16, 77),
-    "a5000": _card("NVIDIA RTX A5000", 24, 111),
-    "a6000": _card("NVIDIA RTX A6000", 48, 155),
-    "6000ada": _card("NVIDIA RTX 6000 Ada", 48, 364),
-    "3060": _card("NVIDIA GeForce RTX 3060", 12, 25),
-    "3080": _card("NVIDIA GeForce RTX 3080", 10, 60),
-    "3090": _card("NVIDIA GeForce RTX 3090", 24, 71),
-    "4060ti": _card("NVIDIA GeForce RTX 4060 Ti 16GB", 16, 44),
-    "4070": _card("NVIDIA GeForce RTX 4070", 12, 58),
-    "4080": _card("NVIDIA GeForce RTX 4080", 16, 97),
-    "4090": _card("NVIDIA GeForce RTX 4090", 24, 165),
-    "5090": _card("NVIDIA GeForce RTX 5090", 32, 209),
-    "a100": _card("NVIDIA A100 40GB", 40, 312),
-    "a100-80": _card("NVIDIA A100 80GB", 80, 312),
-    "h100": _card("NVIDIA H100 SXM", 80, 989),
-    "h200": _card("NVIDIA H200", 141, 989),
-    "b200": _card("NVIDIA B200", 180, 2250),
+    "l4": Card("NVIDIA L4", 24 * GIB, 121e12),
+    "a10": Card("NVIDIA A10", 24 * GIB, 125e12),
+    "a30": Card("NVIDIA A30", 24 * GIB, 165e12),
+    "a40": Card("NVIDIA A40", 48 * GIB, 150e12),
+    "l40s": Card("NVIDIA L40S", 48 * GIB, 362e12),
+    "a4000": Card("NVIDIA RTX A4000", 16 * GIB, 77e12),
+    "a5000": Card("NVIDIA RTX A5000", 24 * GIB, 111e12),
+    "a6000": Card("NVIDIA RTX A6000", 48 * GIB, 155e12),
+    "6000ada": Card("NVIDIA RTX 6000 Ada", 48 * GIB, 364e12),
+    "3060": Card("NVIDIA GeForce RTX 3060", 12 * GIB, 25e12),
+    "3080": Card("NVIDIA GeForce RTX 3080", 10 * GIB, 60e12),
+    "3090": Card("NVIDIA GeForce RTX 3090", 24 * GIB, 71e12),
+    "4060ti": Card("NVIDIA GeForce RTX 4060 Ti 16GB", 16 * GIB, 44e12),
+    "4070": Card("NVIDIA GeForce RTX 4070", 12 * GIB, 58e12),
+    "4080": Card("NVIDIA GeForce RTX 4080", 16 * GIB, 97e12),
+    "4090": Card("NVIDIA GeForce RTX 4090", 24 * GIB, 165e12),
+    "5090": Card("NVIDIA GeForce RTX 5090", 32 * GIB, 209e12),
+    "a100": Card("NVIDIA A100 40GB", 40 * GIB, 312e12),
+    "a100-80": Card("NVIDIA A100 80GB", 80 * GIB, 312e12),
+    "h100": Card("NVIDIA H100 SXM", 80 * GIB, 989e12),
+    "h200": Card("NVIDIA H200", 141 * GIB, 989e12),
+    "b200": Card("NVIDIA B200", 180 * GIB, 2250e12),
 }
 
 
@@ -80,26 +90,20 @@ def find_gpu(name: str) -> Card:
 
 @dataclass(frozen=True)
 class Request:
-    """A run that is planned.
-
-    Attributes:
-        batch, seq: rows of a step that are computed at once, and tokens of each.
-    """
+    """A run that is planned."""
 
     model: str  # folder or hub id; its config alone is read
     r: int | None = None  # rank; None for the library's default
-    batch: int = 4
-    seq: int = 512
+    batch: int = 4  # rows of a step that are computed at once
+    seq: int = 512  # tokens of each
     bits: int = 16  # 16, or 4 for a base in NF4 with nested scales
     checkpointing: bool = False  # whether activations are computed again in backward
     card: Card | None = None  # None for this machine's memory
     dtype: str | None = None  # of the base; None for what `--dtype auto` takes there
 
 
-def patched(request: Request) -> Any:
+def patched(request: Request) -> PeftModel:
     """The patched model on the meta device."""
-    import lorasb
-
     model = _on_meta(request.model, dtype_of(request))
     try:
         return lorasb.patch(model, r=request.r)
@@ -110,8 +114,7 @@ def patched(request: Request) -> Any:
 def dtype_of(request: Request) -> torch.dtype:
     """Return the dtype of the base."""
     if request.dtype is not None:
-        found: torch.dtype = getattr(torch, request.dtype)
-        return found
+        return DTYPES[request.dtype]
     if request.card is not None:
         return torch.bfloat16 if request.card.bf16 else torch.float32
     return native("cpu").dtype
@@ -119,27 +122,131 @@ def dtype_of(request: Request) -> torch.dtype:
 
 def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
     """A model without memory, of the class that its checkpoint names."""
-    import transformers
-
     try:
         config = transformers.AutoConfig.from_pretrained(resolve_model(name))
     except Exception as error:  # for values that transformers refuses in a config, which have other types
-        first = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(f"cannot read the config of {name!r}, expected a folder or hub id: {first}") from None
-    named = [getattr(transformers, one, None) for one in config.architectures or ()]
+        raise ValueError(
+            f"cannot read the config of {name!r}, expected a folder or hub id: {_first_line(error)}"
+        ) from None
+    named = (getattr(transformers, one, None) for one in config.architectures or ())
     kind = next((one for one in named if one is not None), None)
     try:
         with torch.device("meta"):
-            if kind is not None:
-                model = private.from_config(kind, config, dtype)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if kind is None:
+                return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return from_config(kind, config, dtype)
     except Exception as error:  # likewise
-        kind_of_error = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{name}: no language model can be made of a {config.model_type} config: {kind_of_error}"
+            f"{name}: no language model can be made of a {config.model_type} config: {type(error).__name__}: {error}"
         ) from None
-    return model
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts every storage that an operation returns, once, until it is freed.
+
+    What a kernel allocates and frees inside one operation is not seen. `now` has the bytes of storages that are alive,
+    `peak` their maximum since the block began, or since it was last set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage_key(storage) not in self._seen:
+                    self._seen[storage_key(storage)] = storage
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of a training step of batch x seq tokens."""
+
+    base: int  # the base model's parameters and buffers, as they are before any quantization
+    factors: int  # A and B
+    cores: int  # R
+    optimizer: int  # R's gradients and AdamW's moments
+    saved: int  # what the forward leaves for backward, with the logits
+    peak: int  # all of these that are alive at the worst moment, and temporaries
+
+
+def count_step(model: PeftModel, batch: int, seq: int, checkpointing: bool = False) -> StepBytes:
+    """The bytes of a step of a patched model on the meta device, which becomes fake."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            for state in module.adapters.values():
+                state.initialized = True  # adapters train that have no values, as nothing here has
+    if checkpointing:
+        model.config.use_cache = False  # transformers says so, too
+        checkpoint_activations(model.get_base_model())
+    with fake_tensor_mode(), _GroupedProducts(), LiveBytes() as live:
+        base, factors, cores = _become_fake(model)
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained)
+        static = live.now
+        loss = _loss(model, batch, seq)
+        saved = live.now - static
+        loss.backward()
+        optimizer.step()
+        del loss
+        return StepBytes(base, factors, cores, live.now - static, saved, live.peak)
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Experts' grouped products in any dtype, as a CPU computes them: torch's fake ones take bf16 alone."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        packet = getattr(func, "overloadpacket", None)
+        if packet is None or packet is not getattr(torch.ops.aten, "_grouped_mm", None):
+            return func(*args, **(kwargs or {}))
+        narrow = [a.bfloat16() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        return func(*narrow, **(kwargs or {})).to(args[0].dtype)
+
+
+def _loss(model: PeftModel, batch: int, seq: int) -> torch.Tensor:
+    """In a function, so that nothing but the loss is held on to."""
+    ids = torch.zeros(batch, seq, dtype=torch.int64)
+    loss: torch.Tensor = model(input_ids=ids, labels=ids)["loss"]
+    return loss
+
+
+def _become_fake(model: nn.Module) -> tuple[int, int, int]:
+    """Put fake tensors in the place of all parameters and buffers, tied ones once; bytes of base, A and B, and R."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with those replaced, so that no id comes twice
+    sizes = [0, 0, 0]
+    for name, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, tensor.requires_grad)
+                    made[id(tensor)] = tensor, fake
+                    sizes[2 if ".lorasb_R" in name else 1 if ".lorasb_" in name else 0] += fake.nbytes
+                tensors[key] = made[id(tensor)][1]
+    return sizes[0], sizes[1], sizes[2]
 
 
 NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, its share of a scale, and of the scale's own
@@ -154,17 +261,12 @@ SAMPLES = 32  # of the initialization, unless there are more than 32,000 example
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a run needs, by what holds them, and seconds.
-
-    Attributes:
-        factors, cores: A and B, and R.
-        step: peak of a training step.
-    """
+    """Bytes that a run needs, by what holds them, and seconds."""
 
     request: Request
     base: int  # the base model, quantized if asked for
-    factors: int
-    cores: int
+    factors: int  # A and B
+    cores: int  # R
     optimizer: int  # R's gradients and AdamW's moments
     saved: int  # activations that the forward leaves for backward, logits included
     temporary: int  # what else is alive at a step's worst moment
@@ -195,7 +297,7 @@ class MemoryPlan:
         """True if both are below what is available."""
         return self.needed <= self.available
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """All of it as plain values."""
         values = asdict(self)
         return values | {"step": self.step, "needed": self.needed, "fits": self.fits}
@@ -211,7 +313,13 @@ def plan_memory(request: Request) -> MemoryPlan:
         raise ValueError(f"--bits 4: {request.model} has no linear layer that lorasb.quantize would take")
     flops, (start, boundaries) = _flops(work, request), _initialization(work, request)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    counted = _counted(model, request)
+    try:
+        counted = count_step(model, request.batch, request.seq, request.checkpointing)
+    except (RuntimeError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{request.model}: a step of {request.batch} x {request.seq} tokens cannot be computed from tokens and "
+            f"labels alone ({_first_line(error)})"
+        ) from None
     dense = [weight.numel() * weight.element_size() for weight in quantized]
     packed = sum(round(weight.numel() * NF4_NESTED) + CODEBOOKS for weight in quantized)
     base = counted.base - sum(dense) + packed
@@ -224,6 +332,12 @@ def plan_memory(request: Request) -> MemoryPlan:
     initialization = base + counted.factors + counted.cores + round(start) + context
     if request.card is None or initialization + boundaries <= available:  # else they go to the host
         initialization += round(boundaries)
+    if request.card is not None:
+        speed = request.card.flops
+    else:  # of a product on this machine, with the tokens of a step and a layer's weight
+        layer, tokens = next(iter(work.layers.values())), max(16, min(2048, request.batch * request.seq))
+        shape = tokens, layer.out_features, layer.in_features
+        speed = product_speed(*shape, dtype_of(request), torch.device("cpu")) * EFFICIENCY
     return MemoryPlan(
         request=request,
         base=base,
@@ -239,7 +353,7 @@ def plan_memory(request: Request) -> MemoryPlan:
         available=available,
         trained=trained,
         flops=flops,
-        seconds=flops / (request.card.flops if request.card else speed(work, request) * EFFICIENCY),
+        seconds=flops / speed,
     )
 
 
@@ -274,17 +388,6 @@ def _difference(request: Request, other: Request) -> str:
     return " ".join(parts)
 
 
-def _counted(model: nn.Module, request: Request) -> StepBytes:
-    try:
-        return count_step(model, request.batch, request.seq, request.checkpointing)
-    except (RuntimeError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
-        first = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(
-            f"{request.model}: a step of {request.batch} x {request.seq} tokens cannot be computed from tokens and "
-            f"labels alone ({first})"
-        ) from None
-
-
 def _quantizable(model: Any) -> list[torch.Tensor]:
     """The weights that `lorasb.quantize` would put into 4 bits."""
     head = model.get_base_model().get_output_embeddings()
@@ -310,14 +413,14 @@ def _flops(work: Work, request: Request) -> float:
     return float(passes * weights * tokens + attention)
 
 
-def _expert_weights(model: nn.Module, config: Any) -> float:
+def _expert_weights(model: nn.Module, config: object) -> float:
     """Weights of experts whose parameters are 3-D, those that a token goes through."""
     stacked = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "lorasb_" not in name)
     experts = next((n for field in EXPERTS if (n := getattr(config, field, None))), 0)
     return stacked * getattr(config, "num_experts_per_tok", 1) / experts if experts else 0.0
 
 
-def _check_positions(model: nn.Module, request: Request) -> None:
+def _check_positions(model: PeftModel, request: Request) -> None:
     """Raise where a row is longer than a table of learned positions, which fake tensors do not notice."""
     for name, module in model.named_modules():
         learned = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
@@ -325,12 +428,6 @@ def _check_positions(model: nn.Module, request: Request) -> None:
             raise ValueError(
                 f"{request.model} has {module.num_embeddings} learned positions, got --seq {request.seq}: take less"
             )
-
-
-def speed(work: Work, request: Request) -> float:
-    """Operations a second of a product on this machine, with the tokens of a step and a layer's weight."""
-    layer, tokens = next(iter(work.layers.values())), max(16, min(2048, request.batch * request.seq))
-    return product_speed(tokens, layer.out_features, layer.in_features, dtype_of(request), torch.device("cpu"))
 
 
 def _initialization(work: Work, request: Request) -> tuple[float, float]:
@@ -355,34 +452,3 @@ def _initialization(work: Work, request: Request) -> tuple[float, float]:
     except NotAStackError:
         return accumulate_memory(work, sizes, 0.0), 0.0
     return layerwise_memory(work, stack, sizes), boundary_bytes(stack, sizes)
-
-
-EVENING = 3 * 3600.0  # seconds
-TOKENS = 1e6  # of training: 2,000 examples of 500
-OPERATIONS = 4  # a parameter and token: forward, and backward for dx
-WORKING_SHARE = 0.6  # of the memory that weights may take: the rest is a step's activations
-BYTES = {"16": 2.0, "4": 0.6}  # a parameter, with embeddings that stay in 16 bits
-
-
-def prospects() -> str:
-    """The sentence that `lorasb doctor` ends with."""
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        sixteen, four = (_billions(WORKING_SHARE * memory / size) for size in BYTES.values())
-        return (
-            f"This machine is good for fine-tuning models of up to about {sixteen} billion parameters in 16 bits and "
-            f"{four} in 4 bits on its GPU; lorasb plan MODEL says what one of them takes."
-        )
-    dtype = getattr(torch, native("cpu").name)
-    in_time = EVENING * EFFICIENCY * product_speed(512, 2048, 2048, dtype, torch.device("cpu")) / (OPERATIONS * TOKENS)
-    in_memory = WORKING_SHARE * psutil.virtual_memory().total / dtype.itemsize
-    return (
-        f"This machine is good for fine-tuning models of up to about {_billions(min(in_time, in_memory))} billion "
-        "parameters on a million tokens in an evening, on its CPU; lorasb plan MODEL says what one of them takes."
-    )
-
-
-def _billions(parameters: float) -> str:
-    """Rounded down to one digit: 0.7, 3, 20."""
-    digit = 10.0 ** math.floor(math.log10(parameters))
-    return f"{math.floor(parameters / digit) * digit / 1e9:g}"

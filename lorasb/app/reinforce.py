@@ -10,23 +10,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback
+from torch.utils.data import Sampler
 
-from ..distributed.process_group import Processes
+from ..compat.transformers import on_one_device
 from ..training.reinforcement import RewardError, checked_rewards
 from ..training.vllm_sampler import VLLMSampler
 from .evaluation import token_limit
-from .prepare import Run, checkpoint_activations
+from .prepare import Run
 from .run_folder import MarkedCheckpoints
 from .scoring import is_right
 from .settings import Settings
 from .tasks import Example, data_set
-from .terminal import Stop
 from .tokenize import messages_of
-from .train import Bar, Finite, Judging, Ordering, Saving, argument_values, on_one_device
+from .train import argument_values
 
 SECONDS = 60.0  # that the rewards of a step may take
 Judge = Callable[[Sequence[str], Sequence[Example]], list[float]]  # completions and their examples
+Prompt = str | list[dict[str, str]]  # a text, or a chat before its last answer
 
 
 def judge_of(settings: Settings) -> Judge:
@@ -38,10 +38,8 @@ def judge_of(settings: Settings) -> Judge:
     path, _, name = (settings.rl or "").rpartition(":")
     file = Path(path)
     if not path or file.suffix != ".py" or not file.is_file():
-        raise ValueError(
-            f"--rl must be verifier, exact or FILE.py:FUNCTION, got {settings.rl!r}"
-            + (f", and there is no file {path}" if path else "")
-        )
+        missing = f", and there is no file {path}" if path else ""
+        raise ValueError(f"--rl must be verifier, exact or FILE.py:FUNCTION, got {settings.rl!r}{missing}")
     return _function(file, name)
 
 
@@ -56,7 +54,6 @@ def _verifier(task: str) -> Judge:
     data = data_set(task, 1, 0)
 
     def verifier(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """Scores of answers."""
         entries = ({"question": e.prompt, "answer": e.completion, "metadata": {}} for e in examples)
         return [data.score_answer(text.strip(), entry) for text, entry in zip(completions, entries, strict=True)]
 
@@ -79,7 +76,6 @@ def _function(file: Path, name: str) -> Judge:
         raise ValueError(f"--rl {file}:{name}: the file has no function {name!r}; it has {known}")
 
     def answered(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """The function, with the completions and the right answers."""
         return list(function(prompts=prompts, completions=completions, answers=[e.completion for e in examples]))
 
     answered.__name__ = f"{file.name}:{name}"
@@ -92,7 +88,7 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
     def judge(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Rewards of completions."""
         prompts = [example.prompt for example in examples]
-        done: queue.Queue[Any] = queue.Queue()
+        done: queue.Queue[Sequence[float] | RewardError] = queue.Queue()
 
         def call() -> None:
             """Put the rewards, or the error."""
@@ -116,19 +112,12 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
     return judge
 
 
-def check(settings: Settings) -> None:
-    """Raise an ImportError without TRL, and a ValueError where `--rl` names no reward."""
-    if importlib.util.find_spec("trl") is None:
-        raise ImportError("--rl trains with TRL: pip install trl")
-    judge_of(settings)
-
-
 def longest_completion(run: Run) -> int:
     """Tokens of a sampled completion, at most."""
     return token_limit(run.train_ids, run.settings.max_new_tokens)
 
 
-def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: float, stop: Stop) -> Any:
+def grpo_trainer(run: Run, folder: Path) -> Any:
     """A GRPO trainer of the run's prompts."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -136,21 +125,19 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
     class RunGRPOTrainer(MarkedCheckpoints, GRPOTrainer):
         """GRPO with marked checkpoints, and an order of prompts that a resumed run has too."""
 
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
+        order: _PromptOrder
+
+        def _get_train_sampler(self, dataset: object = None) -> Sampler:
             order.sampler = super()._get_train_sampler(dataset)
             return order.sampler
 
-    order = _PromptOrder(run.settings.seed)
-    settings, processes = run.settings, Processes()
-    if settings.gradient_checkpointing:
-        checkpoint_activations(run.model.get_base_model())
-    values = argument_values(run, folder, processes.world_size)
-    values |= {
+    settings, order = run.settings, _PromptOrder(run.settings.seed)
+    values = argument_values(run, folder) | {
         "num_generations": settings.generations,
         "max_completion_length": longest_completion(run),
         "temperature": settings.temperature,
         "beta": 0.0,
-        "gradient_checkpointing": False,  # TRL's own is True; this run's is set above, by its own setting
+        "gradient_checkpointing": False,  # TRL's own is True; `train` sets this run's, by its own setting
         "bf16": False,  # weights have the run's own dtype, and autocast would round R's products again
     }
     run.tokenizer.padding_side = "left"
@@ -158,19 +145,11 @@ def trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: f
         model=run.model,
         reward_funcs=_reward(judge_of(settings), run.train),
         args=on_one_device(GRPOConfig(**values)),
-        train_dataset=Dataset.from_list([_row(run, i, example) for i, example in enumerate(run.train)]),
+        train_dataset=Dataset.from_list([{"prompt": prompt_of(run, e), "example": i} for i, e in enumerate(run.train)]),
         processing_class=run.tokenizer,
         rollout_func=VLLMSampler(settings.sampler) if settings.sampler else None,
     )
-    made.identity, made.earlier_seconds = identity, earlier_seconds
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
-    if settings.eval_steps:
-        judging = Judging(run, settings.eval_steps)
-        judging.trainer = made
-        made.add_callback(judging)
-    for callback in (Bar(), Finite(), Ordering(order), Saving(settings.save_steps, stop)):
-        made.add_callback(callback)
+    made.order = order
     return made
 
 
@@ -188,23 +167,18 @@ class _PromptOrder:
         self.sampler.generator.manual_seed(self.seed + epoch)
 
 
-def prompt_of(run: Run, example: Example) -> Any:
-    """Return the prompt: a text, or a chat before its last answer."""
+def prompt_of(run: Run, example: Example) -> Prompt:
+    """Return the prompt of an example."""
     messages = messages_of(example, run.tokenizer, run.settings.template == "auto")
     return list(messages[:-1]) if messages else example.prompt
 
 
-def _row(run: Run, index: int, example: Example) -> dict[str, Any]:
-    """A prompt, and where its example is."""
-    return {"prompt": prompt_of(run, example), "example": index}
-
-
-def _reward(judge: Judge, examples: Sequence[Example]) -> Any:
+def _reward(judge: Judge, examples: Sequence[Example]) -> Callable[..., list[float | None]]:
     """The reward as TRL calls it."""
 
-    def reward(completions: Sequence[Any], example: Sequence[int], **columns: Any) -> list[float]:
+    def reward(completions: Sequence[Prompt], example: Sequence[int], **columns: object) -> list[float | None]:
         """Rewards of completions, which are texts or chats of one message."""
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        return judge(texts, [examples[i] for i in example])
+        return [*judge(texts, [examples[i] for i in example])]
 
     return reward

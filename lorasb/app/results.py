@@ -1,43 +1,66 @@
-"""A run's result files: adapter, plain LoRA, answers, plots and summary, each written atomically, the summary last."""
+"""A run's results: adapter, plain LoRA, answers, plots and summary; and `lorasb ask`, which puts questions to them.
+
+Each file is written atomically, the summary last.
+"""
 
 from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers.utils import logging
 
 from ..checkpoints.model_card import add_usage
 from ..constants import WEIGHTS_NAME
+from ..export import lora
 from ..init import InitReport
+from ..quantization.quantized_weight import QuantizedWeight, is_quantized, of_module
+from ..serving import basis_adapters
 from ..utils import plotting
 from ..utils.atomic_files import replacing_folder, write_json
-from ..utils.plotting import GRAD, INK, MUTED, SIGN, canvas
-from ..utils.plotting import save as save_figure
-from ..utils.precision import processor_class
+from ..utils.plotting import GRAD, INK, MUTED, SIGN
+from ..utils.precision import processor_class, resolve
 from ..utils.reading import parse_json, read_json, read_text
 from .adapter import REPORT_NAME, load_report
-from .ask import how_to, prompt_format
-from .data import describe_data
-from .evaluation import Evaluation, score_by_source
-from .prepare import Run, by_adapter, device, save_adapter
-from .problem import Classification
-from .run_folder import ANSWERS_NAME, SUMMARY_NAME
+from .config_file import CONFIG_NAME, read_config
+from .data import INSTRUCTION, STEP_BY_STEP, describe_data
+from .evaluation import (
+    Classification,
+    Evaluation,
+    HeldOut,
+    LanguageModeling,
+    Problem,
+    generate_answers,
+    score_by,
+)
+from .prepare import Run, by_adapter, device, load_model, save_adapter
+from .run_folder import ANSWERS_NAME, SUMMARY_NAME, Values
+from .settings import EMBEDDED, Settings, listed
 from .tasks import Example
 from .terminal import console
+from .tokenize import messages_of
 from .train import Trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+SAVED = ("prompt", "completion", "source", "score", "adapter")  # of an example, in answers.json
 
 
 @dataclass(frozen=True)
 class Result:
     """The results of a run: summary.json, held-out examples with answers before and after, and the init report."""
 
-    summary: dict[str, Any]
+    summary: Values
     examples: list[Example]
     before: Evaluation
     after: Evaluation
@@ -45,18 +68,21 @@ class Result:
 
 
 def summarize(
-    run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained, identity: dict[str, Any]
-) -> dict[str, Any]:
+    run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained, identity: Values
+) -> Values:
     """The content of summary.json, without the adapter's size, which `save` adds."""
+    by_set = {
+        "before": score_by("source", run.held_out, before.answers),
+        "after": score_by("source", run.held_out, after.answers),
+    }
+    # tokens: with `--rl` those that were sampled, and their prompts
+    sampled = [float(entry["num_tokens"]) for entry in trained.history if "num_tokens" in entry]
     return {
         "eval_loss_before": before.loss,
         "eval_loss_after": after.loss,
         "eval_accuracy_before": before.accuracy,
         "eval_accuracy_after": after.accuracy,
-        "eval_accuracy_by_set": {
-            "before": score_by_source(run.held_out, before.answers),
-            "after": score_by_source(run.held_out, after.answers),
-        },
+        "eval_accuracy_by_set": by_set if len(by_set["before"]) > 1 else {"before": {}, "after": {}},
         "adapters": by_adapter(run, before.answers, after.answers),
         "eval_scores": sorted({example.score for example in run.held_out}),
         "eval_examples": len(run.held_out),
@@ -66,7 +92,7 @@ def summarize(
         "init_seconds": init_seconds,
         "train_seconds": trained.seconds,
         "train_steps": run.steps,
-        "tokens_per_second": _tokens(run, trained) / trained.seconds,
+        "tokens_per_second": (sampled[-1] if sampled else run.tokens) / trained.seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "lr": run.lr,
         "epochs": run.epochs,
@@ -85,67 +111,39 @@ def summarize(
     }
 
 
-def _tokens(run: Run, trained: Trained) -> float:
-    """Training tokens: those of the examples, or with `--rl` those that were sampled and their prompts."""
-    sampled = [entry["num_tokens"] for entry in trained.history if "num_tokens" in entry]
-    return float(sampled[-1]) if sampled else run.tokens
-
-
-def save(run: Run, result: Result, history: list[dict[str, Any]]) -> None:
+def save(run: Run, result: Result, history: list[Values]) -> None:
     """Write the run's files; the summary gets the adapter's size and is written last."""
     # Files: adapter/, lora/ (the exact plain LoRA), report.json, loss.png, energy.png, answers.json, summary.json. With
     # method="lora" there is no export (it is a LoRA already) and no report. With `--adapter-column`, adapter/ has the
     # basis and a folder for each adapter, and nothing is exported: a LoRA of each would be larger by far.
 
-    settings, folder, summary = run.settings, Path(run.settings.output), result.summary
+    settings, folder, summary, report = run.settings, Path(run.settings.output), result.summary, result.report
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
-        add_usage(target, _usage(how_to(summary, folder)))
+        usage = how_to(summary, folder)
+        add_usage(target, f"```\n{usage['command']}\n```\n\n```python\n{usage['python']}\n```")
     summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
-    pictures = plotting.installed()
-    if result.report is not None:
-        _save_export_and_report(run, result.report, folder)
-    data = describe_data(settings, len(run.train_ids))
-    title = f"{settings.method}, r={summary['rank']}: {data}, lr {run.lr:g}"
-    if pictures:
+    if report is not None:
+        if not run.adapters:
+            with replacing_folder(folder / "lora") as target:
+                lora.export_lora(run.model, target, quiet=True)
+        report.save(folder / REPORT_NAME)
+    if plotting.installed():
+        if report is not None and report.energy_sign is not None:
+            report.plot(folder / "energy.png")
+        data = describe_data(settings, len(run.train_ids))
+        title = f"{settings.method}, r={summary['rank']}: {data}, lr {run.lr:g}"
         plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     else:
         console.print("no pictures, as matplotlib is not installed: pip install matplotlib", highlight=False)
-    write_json(folder / ANSWERS_NAME, _answers(result))
-    write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
-
-
-def _usage(how_to: dict[str, str]) -> str:
-    """The model card's paragraph on how to use a run's adapter."""
-    return f"```\n{how_to['command']}\n```\n\n```python\n{how_to['python']}\n```"
-
-
-def _save_export_and_report(run: Run, report: InitReport, folder: Path) -> None:
-    from ..export.lora import export_lora
-
-    if not run.adapters:
-        with replacing_folder(folder / "lora") as target:
-            export_lora(run.model, target, quiet=True)
-    report.save(folder / REPORT_NAME)
-    if report.energy_sign is not None and plotting.installed():
-        report.plot(folder / "energy.png")
-
-
-def _answers(result: Result) -> list[dict[str, str]]:
     rows = zip(result.examples, result.before.answers, result.after.answers, strict=True)
-    return [
-        {
-            "prompt": e.prompt,
-            "completion": e.completion,
-            "source": e.source,
-            "score": e.score,
-            **({"adapter": e.adapter} if e.adapter else {}),
-            "before": old,
-            "after": new,
-        }
+    answers = [
+        {name: getattr(e, name) for name in SAVED if name != "adapter" or e.adapter} | {"before": old, "after": new}
         for e, old, new in rows
     ]
+    write_json(folder / ANSWERS_NAME, answers)
+    write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
 
 
 def load(folder: Path) -> Result:
@@ -153,8 +151,7 @@ def load(folder: Path) -> Result:
     try:
         summary = read_json(folder / SUMMARY_NAME)
         rows = parse_json(read_text(folder / ANSWERS_NAME), ANSWERS_NAME)
-        known = ("prompt", "completion", "source", "score", "adapter")
-        examples = [Example(**{name: row[name] for name in known if name in row}) for row in rows]
+        examples = [Example(**{name: row[name] for name in SAVED if name in row}) for row in rows]
         evaluations = [
             Evaluation.of(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], [row[at] for row in rows])
             for at in ("before", "after")
@@ -182,19 +179,18 @@ def _dense(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
 
 
-def _quantized(model: nn.Module) -> Sequence[Any]:
-    from ..quantization.quantized_weight import is_quantized, of_module
-
-    return [of_module(module) for module in model.modules() if is_quantized(module) and isinstance(module, nn.Linear)]
+def _quantized(model: nn.Module) -> list[QuantizedWeight]:
+    found = (of_module(one) for one in model.modules() if isinstance(one, nn.Linear) and is_quantized(one))
+    return [weight for weight in found if weight is not None]
 
 
 SMOOTHING = 0.75  # weight of the past in the moving average, about four steps
 
 
-def plot_loss(history: list[dict[str, Any]], before: float, after: float, path: Path, title: str) -> None:
+def plot_loss(history: list[Values], before: float, after: float, path: Path, title: str) -> None:
     """Plot the training loss by step, raw and smoothed, and the held-out loss before and after, into a PNG."""
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    figure, axes = canvas()
+    figure, axes = plotting.canvas()
     steps, losses = zip(*points, strict=True) if points else ((0,), (before,))
     axes.plot(steps, losses, color=MUTED, linewidth=0.8, alpha=0.7, label="training loss, by step")
     axes.plot(steps, smoothed(losses), color=SIGN, linewidth=2, label="training loss, smoothed")
@@ -205,7 +201,7 @@ def plot_loss(history: list[dict[str, Any]], before: float, after: float, path: 
         axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=offset, ha=side, color=INK)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend(frameon=False)
-    save_figure(figure, axes, title, path)
+    plotting.save(figure, axes, title, path)
 
 
 def smoothed(losses: tuple[float, ...]) -> list[float]:
@@ -215,3 +211,117 @@ def smoothed(losses: tuple[float, ...]) -> list[float]:
         average, weight = SMOOTHING * average + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
         averages.append(average / weight)
     return averages
+
+
+TOKENS = 256  # of an answer, at most
+CHAT, INSTRUCTED, STEPS, PLAIN = "chat", "instruction", "instruction, step by step", "plain"
+
+
+def prompt_format(run: Run) -> str:
+    """Describe the form of a run's prompts, for its summary."""
+    example = run.train[0]
+    if messages_of(example, run.tokenizer, run.settings.template == "auto"):
+        return CHAT
+    if example.formatted:
+        return STEPS if example.prompt.endswith(STEP_BY_STEP) else INSTRUCTED
+    return PLAIN
+
+
+def asked(question: str, kind: str) -> Example:
+    """A question in the form of a run's examples, without an answer."""
+    if kind == CHAT:
+        turns = {"role": "user", "content": question}, {"role": "assistant", "content": ""}
+        return Example(question, "", messages=turns)
+    if kind in (INSTRUCTED, STEPS):
+        prompt = INSTRUCTION.format(instruction=question) + (STEP_BY_STEP if kind == STEPS else "")
+        return Example(prompt, "", formatted=True)
+    return Example(question, "")
+
+
+def answers(
+    run: Path, question: str | None, adapter: str | None = None, max_new_tokens: int | None = None
+) -> Iterator[str]:
+    """Answers to one question, or to each line that is typed, decoded greedily; labels for a classifier."""
+    summary, settings = _read(run)
+    names = sorted(summary.get("adapters") or ())
+    if (adapter is None) == bool(names) or (adapter is not None and adapter not in names):
+        known = f"it has {', '.join(names[:8])}" if names else "it trained one"
+        raise ValueError(f"--adapter has to name one of the run's adapters, got {adapter!r}: {known}")
+    problem: Problem = Classification(summary["classes"]) if summary.get("classes") is not None else LanguageModeling()
+    tokenizer, model = _load(run, settings, problem, adapter)
+    if question is not None and not question.strip():
+        raise ValueError("expected a question, got an empty one: leave it out to type some")
+    for one in _questions() if question is None else [question]:
+        if isinstance(problem, Classification):
+            example = Example(one, problem.classes[0] if problem.classes else "0", label=0)
+            text = problem.encode(example, tokenizer, settings.max_length)
+            yield problem.evaluate(model, tokenizer, HeldOut([example], [text], 1), "").answers[0]
+        else:
+            example = asked(one, summary["prompt_format"])
+            encoded = problem.encode(example, tokenizer, settings.max_length, held_out=True)
+            limit = max_new_tokens or settings.max_new_tokens or TOKENS
+            yield generate_answers(model, tokenizer, [encoded], limit)[0]
+
+
+def _read(run: Path) -> tuple[Values, Settings]:
+    """A finished run's summary and settings."""
+    if not (run / SUMMARY_NAME).is_file():
+        raise ValueError(f"expected the folder of a finished run, found no {SUMMARY_NAME} in {run}")
+    summary = read_json(run / SUMMARY_NAME)
+    if "prompt_format" not in summary:
+        raise ValueError(
+            f"{run / SUMMARY_NAME} does not say how questions are put: an earlier version of lorasb wrote it"
+        )
+    return summary, Settings(**read_config(run / CONFIG_NAME, {one.name: kind for one, kind in listed(Settings)}))
+
+
+def _load(run: Path, settings: Settings, problem: Problem, adapter: str | None) -> tuple[Tokenizer, PeftModel]:
+    logging.disable_progress_bar()
+    tokenizer, base = load_model(settings, problem, resolve(settings.dtype, device()).dtype)
+    model = PeftModel.from_pretrained(base, str(run / "adapter"))
+    if adapter is not None:
+        basis_adapters.load_adapters(model, run / "adapter", [adapter])
+        model.set_adapter(adapter)
+    return tokenizer, model.eval()
+
+
+def _questions() -> Iterator[str]:
+    """Lines of the standard input, with a prompt on a terminal."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def how_to(summary: Values, folder: Path, question: str = "QUESTION") -> dict[str, str]:
+    """Commands that use what a run has trained, for its last lines and its model card: in a shell and in Python."""
+    names = sorted(summary["adapters"] or ())
+    extra = f" --adapter {names[0]}" if names else ""
+    if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
+        question = "QUESTION"
+    command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
+    return {"command": command, "python": "\n".join(_python(summary, folder))}
+
+
+def _python(summary: Values, folder: Path) -> Iterator[str]:
+    base, classes, kind = summary["config"]["model"], summary["classes"], summary["prompt_format"]
+    load = "AutoModelForCausalLM.from_pretrained(base)"
+    if classes is not None:
+        load = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={max(1, len(classes))})"
+    yield "import lorasb, peft, transformers  # lorasb registers its method with PEFT"
+    yield f"base = {'lorasb.demo_model()' if base == EMBEDDED else repr(base)}"
+    yield f"model = peft.PeftModel.from_pretrained(transformers.{load}, {str(folder / 'adapter')!r})"
+    yield "tokenizer = transformers.AutoTokenizer.from_pretrained(base)"
+    if classes is not None:
+        yield 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'
+        return
+    inputs = f'tokenizer({asked("QUESTION", kind).prompt!r}, return_tensors="pt")'
+    if kind == CHAT:
+        turns = '[{"role": "user", "content": "QUESTION"}]'
+        options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        inputs = f"tokenizer.apply_chat_template({turns}, {options})"
+    yield f"inputs = {inputs}"
+    yield f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={TOKENS})[0]))"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes
@@ -25,6 +25,11 @@ from .config_file import CONFIG_NAME, write_config
 from .evaluation import Evaluation
 from .settings import Settings, listed, option
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerState, TrainingArguments
+
+Values = dict[str, Any]  # what a JSON file of a run holds: its identity, or its summary
 # Written last: a folder without it was interrupted while being written, and files of other contents are damaged.
 MARK = "complete.json"
 KEPT = 2  # the last one, and the one before in case the last gets damaged
@@ -36,7 +41,7 @@ class Mark:
 
     step: int
     seconds: float  # training time up to this step, over all starts
-    identity: dict[str, Any]  # of the run, see `run_folder.identity_of`
+    identity: Values  # of the run, see `run_folder.identity_of`
     files: dict[str, str]  # name -> SHA-256
 
 
@@ -46,16 +51,16 @@ def step_of(folder: Path) -> int:
     return int(number) if number.isdigit() and folder.is_dir() else -1
 
 
-def mark_complete(folder: Path, seconds: float, identity: dict[str, Any]) -> None:
+def mark_complete(folder: Path, seconds: float, identity: Values) -> None:
     """Mark a checkpoint as complete, then remove complete checkpoints older than the last two."""
     write_json(folder / MARK, Mark(step_of(folder), seconds, identity, digests(folder)).__dict__)
     for old in sorted(complete_checkpoints(folder.parent), key=step_of)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def digests(folder: Path, except_for: str = MARK) -> dict[str, str]:
-    """The SHA-256 of every file in a folder, by name."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != except_for)
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in a folder but its mark, by name."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MARK)
     return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
@@ -81,7 +86,6 @@ def find_fault(folder: Path, files: dict[str, str]) -> str | None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder."""
     return [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and read_mark(path) is not None]
 
 
@@ -127,15 +131,12 @@ class State:
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds that the initialization took, the learning rate that its R belongs to, and SHA-256 by file.
+    """What start.json says of an initialization."""
 
-    `fit` is the run's, where it has a basis.
-    """
-
-    seconds: float
-    lr: float
-    fit: dict[str, float] | None = None
-    files: dict[str, str] = field(default_factory=dict)
+    seconds: float  # that it took
+    lr: float  # that its R belongs to
+    fit: dict[str, float] | None = None  # the run's, where it has a basis
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
 
 
 class RunFolder:
@@ -146,11 +147,12 @@ class RunFolder:
         self.checkpoints = self.folder / "checkpoints"
         self.start = self.checkpoints / START_NAME
 
-    def look(self, settings: Settings, identity: dict[str, Any]) -> State:
+    def look(self, settings: Settings, identity: Values) -> State:
         """Return the state of the run with this identity, as `--resume` selects it; change nothing."""
         self._refuse_foreign()
         if settings.resume == "never":
-            return State(NEW, None, self._former_line())
+            line = f"the results of the run in {self.folder} are moved to {self._free_former()}"
+            return State(NEW, None, [line] if (self.folder / SUMMARY_NAME).exists() else [])
         running = _read(self.checkpoints / RUN_NAME)
         if running is None and (self.checkpoints / RUN_NAME).exists():
             raise ValueError(
@@ -158,7 +160,7 @@ class RunFolder:
                 "readable, or --resume never to start over"
             )
         if settings.resume != "auto":
-            return self._look_at_checkpoint(settings.resume, running, identity)
+            return self._look_at_checkpoint(Path(settings.resume), running, identity)
         # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
         finished = (_read(self.folder / SUMMARY_NAME) or {}).get("identity")
         if finished is not None and running in (None, finished):
@@ -167,45 +169,20 @@ class RunFolder:
             return State(FINISHED, None, [line])
         return State(NEW) if running is None else self._look_at_last(running, identity)
 
-    def _former_line(self) -> list[str]:
-        if not (self.folder / SUMMARY_NAME).exists():
-            return []
-        return [f"the results of the run in {self.folder} are moved to {self._free_former()}"]
-
     def _refuse_foreign(self) -> None:
         """Raise a ValueError if `checkpoints/` has files that no run of lorasb wrote: a run clears that folder."""
         if (self.checkpoints / RUN_NAME).exists() or not self.checkpoints.is_dir():
             return
         for path in sorted(self.checkpoints.iterdir()):
             # a run that was killed while it began or ended leaves some of these files
-            own = path.name in OWN_NAMES or path.name.startswith(".") or read_mark(path) is not None
-            if not own:
+            if path.name not in OWN_NAMES and not path.name.startswith(".") and read_mark(path) is None:
                 raise ValueError(
                     f"{path} is not of lorasb finetune, which clears {self.checkpoints}: take another --output, or "
                     "move it away"
                 )
 
-    def _look_at_checkpoint(self, checkpoint: str, running: dict[str, Any] | None, identity: dict[str, Any]) -> State:
+    def _look_at_checkpoint(self, path: Path, running: Values | None, identity: Values) -> State:
         """Resume the run from this checkpoint, which the user named."""
-        mark = self._read_checkpoint(Path(checkpoint), identity)
-        if running is not None:
-            self._check_same(running, identity)
-        return State(UNFINISHED, checkpoint, [f"going on from {checkpoint}, step {mark.step}"])
-
-    def _look_at_last(self, running: dict[str, Any], identity: dict[str, Any]) -> State:
-        """Resume the run from its last complete checkpoint, or from its start."""
-        self._check_same(running, identity)
-        best, faults = last_checkpoint(self.checkpoints)
-        start = self.load_start()
-        wrong = find_fault(self.start, start.files) if start else None
-        if wrong is not None:
-            faults[self.start] = wrong
-        lines = [f"{path} {wrong}, and is left out" for path, wrong in faults.items()]
-        where = f"{best}, step {step_of(best)}" if best else "before its first checkpoint"
-        lines.append(f"going on with the run in {self.folder}: {where}")
-        return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
-
-    def _read_checkpoint(self, path: Path, identity: dict[str, Any]) -> Mark:
         if not path.is_dir():
             raise ValueError(f"--resume is auto, never or the folder of a checkpoint, and there is none at {path}")
         mark = read_mark(path)
@@ -214,30 +191,42 @@ class RunFolder:
                 f"--resume {path}: this is no whole checkpoint of lorasb finetune (it was cut off, or it is something "
                 "else); --resume auto takes the last whole one of the run in --output"
             )
-        different = differences(mark.identity, identity)
-        if different:
+        if different := differences(mark.identity, identity):
             raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
-        wrong = find_fault(path, mark.files)
-        if wrong is not None:
+        if wrong := find_fault(path, mark.files):
             raise ValueError(
                 f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: --resume auto takes the "
                 "last whole one"
             )
-        return mark
+        if running is not None:
+            self._check_same(running, identity)
+        return State(UNFINISHED, str(path), [f"going on from {path}, step {mark.step}"])
 
-    def _check_same(self, saved_identity: dict[str, Any], identity: dict[str, Any]) -> None:
-        different = differences(saved_identity, identity)
+    def _look_at_last(self, running: Values, identity: Values) -> State:
+        """Resume the run from its last complete checkpoint, or from its start."""
+        self._check_same(running, identity)
+        best, faults = last_checkpoint(self.checkpoints)
+        start = self.load_start()
+        if start and (wrong := find_fault(self.start, start.files)):
+            faults[self.start] = wrong
+        lines = [f"{path} {fault}, and is left out" for path, fault in faults.items()]
+        where = f"{best}, step {step_of(best)}" if best else "before its first checkpoint"
+        lines.append(f"going on with the run in {self.folder}: {where}")
+        return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
+
+    def _check_same(self, saved: Values, identity: Values) -> None:
+        different = differences(saved, identity)
         if different:
             raise ValueError(
                 f"{self.folder} has a run with other settings: {different}. Take another --output, or --resume never "
                 "to start over in this one"
             )
 
-    def begin(self, state: State, settings: Settings, identity: dict[str, Any]) -> None:
+    def begin(self, state: State, settings: Settings, identity: Values) -> None:
         """Prepare the folder: set an earlier run's files aside, remove broken checkpoints, write the run's identity."""
         if state.kind == NEW:
             self._set_aside()
-            self._clear()
+            self.end()
         for broken in state.left_out:
             shutil.rmtree(broken, ignore_errors=True)
         # After the clean-up: run.json claims the folder, so nothing of another run may be left when it appears.
@@ -272,8 +261,10 @@ class RunFolder:
             return None
 
     def end(self) -> None:
-        """Remove the files of an unfinished run, once the results are written."""
-        self._clear()
+        """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""
+        for path in self.checkpoints.glob("*/"):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _set_aside(self) -> None:
         """Move the results of an earlier run in this folder into one of their own: `former/`, then `former-2/`, ..."""
@@ -291,21 +282,15 @@ class RunFolder:
         names = (f"{FORMER_NAME}-{k}" if k > 1 else FORMER_NAME for k in itertools.count(1))
         return next(path for name in names if not (path := self.folder / name).exists())
 
-    def _clear(self) -> None:
-        """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""
-        for path in self.checkpoints.glob("*/"):
-            shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-
-def identity_of(settings: Settings, **resolved: Any) -> dict[str, Any]:
+def identity_of(settings: Settings, **resolved: object) -> Values:
     """Identity of a run, which determines its result: settings and resolved dtype, device, processes and examples."""
     # through JSON, so that it compares equal to what was read from a file (tuples become lists)
-    identity: dict[str, Any] = json.loads(json.dumps(settings.deciding() | resolved))
+    identity: Values = json.loads(json.dumps(settings.deciding() | resolved))
     return identity
 
 
-def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
+def differences(saved: Values, current: Values) -> str:
     """Differences between two identities, by option name, as text; "" if there are none."""
     settings = {setting.name for setting, _ in listed(Settings)}
     messages = []
@@ -322,7 +307,7 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
     return ", ".join(messages)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path) -> Values | None:
     """A JSON file's object; None if the file is missing, damaged or no object."""
     try:
         return read_json(file)
@@ -331,19 +316,19 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 class MarkedCheckpoints:
-    """To be inherited before a Trainer."""
+    """To be inherited before a Trainer: marks its checkpoints as complete, or removes what could not be written."""
 
-    identity: dict[str, Any]  # of the run
+    identity: Values  # of the run
     earlier_seconds: float  # seconds of training in earlier starts of the run
     train_started: float  # `time.perf_counter()` when this start's training began
-    args: Any
-    state: Any
+    args: TrainingArguments
+    state: TrainerState
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all starts."""
         return self.earlier_seconds + time.perf_counter() - self.train_started
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         writes, error = self.args.should_save, None
         if writes:
@@ -362,11 +347,7 @@ class MarkedCheckpoints:
         except Exception as caught:
             if writes:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise _cannot_be_written(folder, caught) from caught
-
-
-def _cannot_be_written(folder: Path, error: Exception) -> OSError:
-    return OSError(
-        f"the checkpoint {folder} cannot be written: {' '.join(str(error).split())}. Those before it are "
-        "whole: make room and start the same command again"
-    )
+            raise OSError(
+                f"the checkpoint {folder} cannot be written: {' '.join(str(caught).split())}. Those before it are "
+                "whole: make room and start the same command again"
+            ) from caught

@@ -79,15 +79,10 @@ def equal_expressions(one: str, other: str) -> bool:
     """Return True if two LaTeX expressions have the same value, by sympy, as 2√2 and √8 do."""
     # A separate process parses them by a grammar (nothing is evaluated as Python) and compares them at points of their
     # symbols. What the grammar does not know, such as intervals, is not equal; nor is what takes longer than a
-    # deadline.
+    # deadline. The process starts at the first call, and again after one that took too long.
+    global _comparing
     if any(NOT_ONE_EXPRESSION.search(text) or not 0 < len(text) <= LONGEST for text in (one, other)):
         return False
-    return _in_a_process(one, other)
-
-
-def _in_a_process(one: str, other: str) -> bool:
-    """The answer of `_compare`, in a process that starts at the first call and again after one that took too long."""
-    global _comparing
     if _comparing is None or _comparing.poll() is not None:
         code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
         command = [sys.executable, "-c", code, *sys.path]

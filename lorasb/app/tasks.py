@@ -13,8 +13,8 @@ from ..utils.reading import parse_json, read_text
 
 # reasoning-gym draws item i of a data set from seed + i, so the held-out set needs a seed far from the training set's.
 HELD_OUT_SEED = 10_000_000
-# A name is a folder, and a part of parameters' names, which have no dots.
 MAX_LABEL = 3e38  # of fp32
+# A name is a folder, and a part of parameters' names, which have no dots.
 ADAPTER_NAME, TAKEN_NAMES = r"[\w@+-]+", ("default", BASE_ROW)
 MAX_ROUNDS = 20  # draws of `count` items before a task is taken to be too small
 
@@ -23,7 +23,7 @@ MAX_ROUNDS = 20  # draws of `count` items before a task is taken to be too small
 class Task:
     """Options of a reasoning-gym data set; question_only drops instructions that every question repeats."""
 
-    options: dict[str, Any]
+    options: dict[str, int]
     question_only: bool = False
 
 
@@ -36,6 +36,7 @@ TASKS = {
 }
 
 
+Row = dict[str, Any]  # of a file or a data set
 Label = str | int | float
 
 
@@ -124,7 +125,7 @@ def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
     )
 
 
-def _example(values: Any) -> Example:
+def _example(values: object) -> Example:
     if not isinstance(values, dict):
         raise TypeError(f"got {type(values).__name__}")
     if "label" in values and "text" in values:
@@ -137,7 +138,7 @@ def _example(values: Any) -> Example:
     return Example(messages[-2]["content"], messages[-1]["content"], tuple(messages))
 
 
-def text_of(values: dict[str, Any], name: str) -> str:
+def text_of(values: Row, name: str) -> str:
     """An entry of an example as text; numbers are texts, too."""
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -146,7 +147,7 @@ def text_of(values: dict[str, Any], name: str) -> str:
     return str(value)
 
 
-def _check_number(value: str | int | float, what: str) -> None:
+def _check_number(value: Label, what: str) -> None:
     """Raise a TypeError for a value that no loss or fp32 tensor can take: NaN, Infinity, 1e400."""
     if not isinstance(value, str) and not -MAX_LABEL <= value <= MAX_LABEL:
         raise TypeError(f"{what} is a finite number, at most {MAX_LABEL:g}, got {value!r}")
@@ -156,7 +157,7 @@ class BadAdapterError(ValueError):
     """An example's entry for its adapter is missing, or cannot name one."""
 
 
-def with_adapter(example: Example, values: dict[str, Any], column: str | None, where: str) -> Example:
+def with_adapter(example: Example, values: Row, column: str | None, where: str) -> Example:
     """The example as that of the adapter that a column names."""
     if column is None:
         return example
@@ -171,7 +172,7 @@ def with_adapter(example: Example, values: dict[str, Any], column: str | None, w
     return replace(example, adapter=name)
 
 
-def labeled(text: str, label: Any, pair: str = "") -> Example:
+def labeled(text: str, label: object, pair: str = "") -> Example:
     """A text, or a pair of texts, with its label."""
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise TypeError(f"a label is a text or a number, got {label!r}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:  # imports torch and PEFT, which `lorasb --help` does without
     from ..distributed.process_group import Processes
 
 
+Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal returns it
 console = Console(soft_wrap=False)
 errors = Console(stderr=True)
 
@@ -40,7 +42,7 @@ class Stop:
     def __init__(self, line: str) -> None:
         self.line, self.steps = line, False
         self.requested = 0  # number of the signal that asked for a stop; 0 if none
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # signal.signal raises in other threads

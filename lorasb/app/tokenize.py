@@ -5,28 +5,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from ..init.sampling import Batch
 from .tasks import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+T = TypeVar("T")
+Collate = Callable[[list[Any]], Batch]  # from encoded examples, or packs of them
 IGNORED = -100  # ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt and its completion, which ends with the end-of-text token.
-
-    `learned` is True for prompt tokens of earlier assistant turns; it is empty if there are none. `adapter` is the
-    example's.
-    """
+    """Token ids of a prompt and its completion, which ends with the end-of-text token."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-    learned: tuple[bool, ...] = ()
-    adapter: str = ""
+    learned: tuple[bool, ...] = ()  # True for prompt tokens of earlier assistant turns; empty if there are none
+    adapter: str = ""  # the example's
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -44,15 +47,25 @@ class Encoded:
 
 
 def encode(
-    example: Example, tokenizer: Any, max_length: int, whole_prompt: bool = False, template: bool = False
+    example: Example,
+    tokenizer: Tokenizer,
+    max_length: int,
+    whole_prompt: bool = False,
+    template: bool = False,
 ) -> Encoded:
     """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template."""
     # With `template` prompts do too, where the tokenizer has one. Without one a space joins a prompt and a completion
     # that have no white space between them.
     # Beyond `max_length` a prompt loses its beginning, or, with `whole_prompt`, the completion its end: a held-out
     # question must not lose its beginning to a long right answer.
-    messages = messages_of(example, tokenizer, template)
-    pieces, answer = _pieces(example, messages, tokenizer)
+    messages, answer = messages_of(example, tokenizer, template), example.completion
+    if messages:
+        pieces = _conversation(messages, tokenizer)
+    else:
+        pieces = [(example.prompt, False)]
+        # A space between them goes to the completion, as tokenizers merge it with the word that follows.
+        if not example.prompt[-1:].isspace() and not answer[:1].isspace():
+            answer = " " + answer
     ids: list[int] = []
     learned: list[bool] = []
     for text, mark in pieces:
@@ -68,7 +81,7 @@ def encode(
     return Encoded(tuple(ids[last_tokens]), tuple(completion), marks, example.adapter)
 
 
-def messages_of(example: Example, tokenizer: Any, template: bool) -> tuple[dict[str, str], ...]:
+def messages_of(example: Example, tokenizer: Tokenizer, template: bool) -> tuple[dict[str, str], ...]:
     """The example as a chat: its messages, or with `template` a question and its answer; () for plain text."""
     if example.messages or not template or example.formatted or getattr(tokenizer, "chat_template", None) is None:
         return example.messages
@@ -77,29 +90,21 @@ def messages_of(example: Example, tokenizer: Any, template: bool) -> tuple[dict[
     return {"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}
 
 
-def _pieces(
-    example: Example, messages: tuple[dict[str, str], ...], tokenizer: Any
-) -> tuple[list[tuple[str, bool]], str]:
-    """The prompt as (text, learned) pieces, and the completion."""
-    if messages:
-        return _conversation(list(messages), tokenizer), example.completion
-    # A space between them goes to the completion, as tokenizers merge it with the word that follows.
-    separated = example.prompt[-1:].isspace() or example.completion[:1].isspace()
-    return [(example.prompt, False)], example.completion if separated else " " + example.completion
-
-
-def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
+def _conversation(messages: tuple[dict[str, str], ...], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """The chat before the last answer as (text, learned) pieces; assistant turns are learned."""
     # Turn borders are found by rendering growing prefixes of the chat. Some templates render a turn differently once
     # others follow; the prefixes do not match then, and no earlier turn is learned.
-    _check_chat_template(tokenizer)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the data has messages, and this model's tokenizer has no chat template: give prompt and completion, or "
+            "a --model whose tokenizer has one"
+        )
     full_text = _rendered(tokenizer, messages[:-1], True)
     pieces: list[tuple[str, bool]] = []
     rendered_so_far = ""
     for k, message in enumerate(messages[:-1]):
-        if message["role"] != "assistant":
-            continue
-        if not k:  # templates render no chat without a message: an assistant that opens is not learned
+        # templates render no chat without a message: an assistant that opens is not learned
+        if message["role"] != "assistant" or k == 0:
             continue
         # head ends with the generation prompt ("assistant:"), which is given at inference and is not learned
         head, after = _rendered(tokenizer, messages[:k], True), _rendered(tokenizer, messages[: k + 1], False)
@@ -110,19 +115,11 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[
     return [*pieces, (full_text[len(rendered_so_far) :], False)]
 
 
-def _check_chat_template(tokenizer: Any) -> None:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "the data has messages, and this model's tokenizer has no chat template: give prompt and completion, or "
-            "a --model whose tokenizer has one"
-        )
-
-
-def _rendered(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> str:
+def _rendered(tokenizer: Tokenizer, turns: tuple[dict[str, str], ...], generation: bool) -> str:
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=generation, tokenize=False))
+        return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=generation, tokenize=False))
     except TemplateError as error:  # templates refuse roles, and orders of them
         roles = ", ".join(turn["role"] for turn in turns)
         raise ValueError(
@@ -149,12 +146,12 @@ class Collator:
         self.trims = "logits_to_keep" in names
         self.positions = "position_ids" in names
 
-    def __call__(self, examples: list[Encoded]) -> dict[str, Any]:
+    def __call__(self, examples: list[Encoded]) -> Batch:
         width = max(len(example) for example in examples)
         ids = [[self.pad] * (width - len(e)) + [*e.prompt, *e.completion] for e in examples]
         labels = [[IGNORED] * (width - len(e)) + e.labels for e in examples]
         mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in examples])
-        batch: dict[str, Any] = {"input_ids": torch.tensor(ids), "attention_mask": mask, "labels": torch.tensor(labels)}
+        batch: Batch = {"input_ids": torch.tensor(ids), "attention_mask": mask, "labels": torch.tensor(labels)}
         if self.by_adapter:
             batch["adapter_names"] = [example.adapter for example in examples]
         # Without position_ids, models count positions from the padding.
@@ -167,15 +164,40 @@ class Collator:
         return batch
 
 
+@dataclass(frozen=True)
+class EncodedText:
+    """Tokens of a text or a pair of texts, and the class's index or the value to be learned."""
+
+    inputs: dict[str, list[int]]
+    target: int | float
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+class TextCollator:
+    """Pads on the right and adds `labels`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        # other inputs (attention_mask, token_type_ids) are padded by zeros
+        self.pads = {"input_ids": tokenizer.pad_token_id}
+
+    def __call__(self, examples: Sequence[EncodedText]) -> Batch:
+        width = max(map(len, examples))
+        batch: Batch = {
+            name: torch.tensor([e.inputs[name] + [self.pads.get(name, 0)] * (width - len(e)) for e in examples])
+            for name in examples[0].inputs
+        }
+        return batch | {"labels": torch.tensor([e.target for e in examples])}
+
+
 def positions(mask: Tensor) -> Tensor:
     """Position ids [batch, tokens] that start at 0 at the first token after the padding."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def with_progress(call: Callable[[Example], Any], examples: Iterable[Example], title: str) -> list[Any]:
+def with_progress(call: Callable[[Example], T], examples: Iterable[Example], title: str) -> list[T]:
     """Encode examples, with a progress bar after two seconds."""
-    from tqdm.auto import tqdm
-
     return [call(example) for example in tqdm(examples, desc=title, unit="example", delay=2, leave=False)]
 
 
@@ -240,7 +262,7 @@ def pack(examples: Sequence[Encoded], length: int) -> list[Pack]:
     return [tuple(row) for row in rows]
 
 
-def row_length(row: Any) -> int:
+def row_length(row: Encoded | EncodedText | Pack) -> int:
     """Number of tokens of an example or a pack."""
     return sum(map(len, row)) if isinstance(row, tuple) else len(row)
 
@@ -254,7 +276,7 @@ class PackCollator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad = pad_token_id
 
-    def __call__(self, packs: Sequence[Pack]) -> dict[str, Any]:
+    def __call__(self, packs: Sequence[Pack]) -> Batch:
         width = max(row_length(row) for row in packs)
         ids, labels, positions = [], [], []
         for row in packs:
@@ -275,27 +297,20 @@ class PackCollator:
 @torch.no_grad()
 def check_model(model: nn.Module) -> None:
     """Compare the logits of a packed example with those of the example alone."""
-    mode = model.training
+    mode, device = model.training, next(model.parameters()).device
+    first, second = Encoded((5, 6, 7), (8, 9)), Encoded((9, 8), (7, 6, 5))
+    batch = PackCollator(0)([(first, second)])
+    ids, position_ids = batch["input_ids"].to(device), batch["position_ids"].to(device)
     model.eval()
     try:
-        packed_logits, single_logits = _packed_and_single_logits(model)
+        packed = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0, len(first) :].float()
+        single = model(input_ids=ids[:, len(first) :]).logits[0].float()
     except TypeError as error:
         raise ValueError(f"--packing: this model takes no position_ids ({error}): train without it") from None
     finally:
         model.train(mode)
-    if (packed_logits - single_logits).abs().max() > TOLERANCE * single_logits.abs().max():
+    if (packed - single).abs().max() > TOLERANCE * single.abs().max():
         raise ValueError(
             f"--packing: in a {type(model).__name__} packed examples see one another, as its attention does not follow "
             "position_ids: train without it"
         )
-
-
-def _packed_and_single_logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of an example that follows another one in its row, and of the example alone."""
-    device = next(model.parameters()).device
-    first, second = Encoded((5, 6, 7), (8, 9)), Encoded((9, 8), (7, 6, 5))
-    batch = PackCollator(0)([(first, second)])
-    ids, position_ids = batch["input_ids"].to(device), batch["position_ids"].to(device)
-    packed_logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0, len(first) :].float()
-    second_ids = torch.tensor([[*second.prompt, *second.completion]], device=device)
-    return packed_logits, model(input_ids=second_ids).logits[0].float()

@@ -1,38 +1,146 @@
-"""Trains a run with `transformers.Trainer`, from the start or from a checkpoint."""
+"""Trains a run with `transformers.Trainer`, from the start or from a checkpoint, and estimates what that takes."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import os
+import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
 
 from ..compat.transformers import on_one_device
 from ..distributed.process_group import Processes
+from ..init.sampling import Batch
 from ..serving import basis_adapters
 from ..serving.training import AdapterRowsCallback
-from ..training.rate_trials import RateTrials, find_lr, refine_rate
+from ..training.rate_trials import find_lr, refine_rate
+from ..utils.precision import DTYPES, native, slowdown
 from ..utils.reading import read_json
-from . import run_folder
-from .estimate import Estimate, announcement, estimate, estimated, memory_in_use, padded_tokens, peak_memory
 from .prepare import Run, checkpoint_activations, device, load_adapters, optimizer, save_adapter
-from .run_folder import MarkedCheckpoints
+from .run_folder import MarkedCheckpoints, Values, read_mark
 from .settings import Settings
 from .terminal import Stop, console
-from .tokenize import ByLength
+from .tokenize import ByLength, row_length
 
 MAX_LOST_SECONDS = 600.0  # of training between checkpoints, with --save-steps auto (documented in its help)
 TIMED_STEPS = 5  # the first one, which also loads libraries and allocates, is left out where there are others
 TIMED_SECONDS = 60.0  # after which fewer steps have to do
+LONG_RUN = 30 * 60  # seconds; longer runs get a hint which setting costs most
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of training that remain, and the process's peak memory in bytes."""
+
+    seconds: float
+    memory: int
+
+
+def announcement(run: Run) -> str:
+    """The line printed before training."""
+    settings = run.settings
+    where = torch.cuda.get_device_name() if device() == "cuda" else "CPU"
+    steps = f"on the {where} in {run.precision.name}: {run.steps:,} steps of"
+    if settings.rl is not None:
+        return f"GRPO {steps} {settings.prompts_a_step} prompts, {settings.generations} completions each"
+    rows = "rows" if settings.packing else "examples"
+    passes = "" if settings.epochs or run.epochs == 1 else f" ({run.epochs:g} passes, --epochs auto)"
+    return f"Training {steps} {settings.batch_size} {rows}{passes}, {run.tokens:,} tokens"
+
+
+def estimated(run: Run, estimate: Estimate) -> list[str]:
+    """The announcement with the estimate, and for a long run the setting whose change saves most."""
+    lines = [
+        f"{announcement(run)}: about {duration(estimate.seconds)} and {estimate.memory / 1e9:.1f} GB, "
+        "by the first steps"
+    ]
+    if estimate.seconds > LONG_RUN:
+        name, saved = costliest(run, estimate.seconds)
+        lines.append(f"That is long, and {name} would save about {duration(saved)} of it")
+    return lines
+
+
+def costliest(run: Run, seconds: float) -> tuple[str, float]:
+    """The change of one setting that saves most time, and the seconds that it saves."""
+    settings, name, usual = run.settings, run.precision.name, Settings().train_examples
+    fewer = f"--epochs {run.epochs / 2:g}"
+    if settings.data is None:
+        fewer = f"--train-examples {max(1, settings.train_examples // 2)}"
+    options = [(f"{fewer} (half of the steps)", seconds / 2)]
+    if device() == "cpu" and name != "float32" and name != native().name:
+        options.append(("--dtype auto (float32 here)", seconds * (1 - 1 / max(1.0, slowdown(DTYPES[name])))))
+    if run.epochs > 1:
+        options.append(("--epochs 1", seconds * (1 - 1 / run.epochs)))
+    if settings.data is None and settings.train_examples > usual:
+        options.append((f"--train-examples {usual}", seconds * (1 - usual / settings.train_examples)))
+    if settings.gradient_checkpointing:
+        # Two forwards and a backward, which costs about two forwards, instead of one and a backward.
+        options.append(("--no-gradient-checkpointing", seconds / 4))
+    # Time is taken as proportional to tokens, which ignores that attention is quadratic in the length.
+    lengths, half = [row_length(row) for row in run.rows], settings.max_length // 2
+    fraction = sum(min(length, half) for length in lengths) / sum(lengths)
+    options.append((f"--max-length {half}", seconds * (1 - fraction)))
+    return max(options, key=lambda option: option[1])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as readable text."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def peak_memory() -> int:
+    """The process's peak memory in bytes: allocated by torch on a GPU, resident on the CPU."""
+    if device() == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    # ru_maxrss is in KiB on Linux
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def memory_in_use() -> int:
+    """The process's memory in bytes now, as `peak_memory` counts it; on a GPU the peak counts from here."""
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return int(torch.cuda.memory_allocated())
+    return min(psutil.Process().memory_info().rss, peak_memory())
+
+
+def estimate(
+    times: list[tuple[float, int]], left: int, longest: int, memory: tuple[int, int], peak_before: int = 0
+) -> Estimate:
+    """Extrapolate from timed steps to the remaining ones."""
+    warm = times[1:] or times  # the first step also loads libraries and allocates memory
+    rate = sum(seconds for seconds, _ in warm) / max(1, sum(tokens for _, tokens in warm))
+    before, peak = memory
+    # Activations grow with the tokens of a step; weights and optimizer state are in `before` and in the peak.
+    grown = max(0, peak - before) * longest / max(1, max(tokens for _, tokens in times)) if peak > peak_before else 0
+    return Estimate(rate * left, int(max(peak, before + grown)))
+
+
+def padded_tokens(rows: Sequence[int], lengths: Sequence[int], parts: int) -> int:
+    """Tokens with padding of a step's rows in `parts` micro-batches, each padded to its longest row."""
+    size = max(1, -(-len(rows) // parts))  # rows per micro-batch, rounded up
+    sizes = [lengths[i] for i in rows]
+    micro_batches = (sizes[i : i + size] for i in range(0, len(sizes), size))
+    return sum(len(micro_batch) * max(micro_batch) for micro_batch in micro_batches)
+
+
+Logs = Mapping[str, float] | None
 
 
 class Saving(TrainerCallback):
@@ -44,15 +152,13 @@ class Saving(TrainerCallback):
         self.last_saved = self.step_started = time.perf_counter()
         self.longest_step = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         self.last_saved = time.perf_counter()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step begins."""
+    def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         self.step_started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         """Decide whether to save and whether to stop."""
         now = time.perf_counter()
         self.longest_step = max(self.longest_step, now - self.step_started)
@@ -80,16 +186,15 @@ class Planning(TrainerCallback):
         self.memory_before, self.peak_before, self.started = 0, 0, 0.0
         self.estimate: Estimate | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         """Compute the steps of the first epoch, which stand for those of later epochs; note the memory in use."""
         self.steps = self.order.order(0)
         self.memory_before, self.peak_before = memory_in_use(), peak_memory()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step begins."""
+    def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         """Record a step's time; after the last timed step, print the estimate."""
         if self.estimate is not None:
             return
@@ -117,11 +222,10 @@ class Planning(TrainerCallback):
 class Judging(TrainerCallback):
     """Logs the held-out loss every `eval_steps` steps."""
 
-    def __init__(self, run: Run, eval_steps: int) -> None:
-        self.run, self.eval_steps = run, eval_steps
-        self.trainer: Any = None
+    def __init__(self, run: Run, trainer: Trainer, eval_steps: int) -> None:
+        self.run, self.trainer, self.eval_steps = run, trainer, eval_steps
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         """Evaluate and log, if this step is due."""
         if state.global_step % self.eval_steps == 0:
             # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
@@ -133,12 +237,13 @@ class Judging(TrainerCallback):
 class Finite(TrainerCallback):
     """Ends training at the first loss or gradient that is not finite, before a checkpoint has it."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: State, control: Control, logs: Logs = None, **kwargs: object
+    ) -> None:
         """Raise a ValueError for such a value."""
-        for name in ("loss", "grad_norm"):
+        for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
             value = float((logs or {}).get(name, 0.0))
             if not math.isfinite(value):
-                what = "loss" if name == "loss" else "norm of the gradients"
                 raise ValueError(
                     f"step {state.global_step}: the {what} is {value}, and "
                     "training ends before that is saved: take a lower --lr or more --warmup, in another --output"
@@ -148,11 +253,10 @@ class Finite(TrainerCallback):
 class Ordering(TrainerCallback):
     """Sets the sampler's epoch: on resume, accelerate's loader that skips batches does not pass set_epoch on to it."""
 
-    def __init__(self, order: Any) -> None:
+    def __init__(self, order: ByLength) -> None:
         self.order = order
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Use the order of the epoch that begins."""
+    def on_epoch_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         self.order.set_epoch(int(state.epoch or 0))
 
 
@@ -160,52 +264,58 @@ class Bar(TrainerCallback):
     """A progress bar on rank 0, instead of the dictionaries that Trainer prints at every step."""
 
     def __init__(self) -> None:
-        self.bar: Any = None
+        self.bar: tqdm | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         """Open the bar at the run's current step."""
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         """Advance by one step."""
         if self.bar is not None:
             self.bar.update(1)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: State, control: Control, logs: Logs = None, **kwargs: object
+    ) -> None:
         """Show the losses."""
-        if self.bar is not None and logs:
-            shown = {name: f"{float(logs[name]):.3f}" for name in ("loss", "eval_loss") if name in logs}
-            if shown:
-                self.bar.set_postfix(shown, refresh=False)
+        logs = logs or {}
+        shown = {name: f"{float(logs[name]):.3f}" for name in ("loss", "eval_loss") if name in logs}
+        if self.bar is not None and shown:
+            self.bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         """Close the bar and leave it on the screen."""
         if self.bar is not None:
             self.bar.close()
 
 
 STATE_NAME = "trainer_state.json"
-Make = Callable[[Run, Path, dict[str, Any], float, Stop], Any]  # as `_trainer`
+Make = Callable[[Run, Path], Any]  # makes a Trainer with MarkedCheckpoints and an `order`, see `run_trainer`
 
 
 @dataclass(frozen=True)
 class Trained:
     """The trainer's log history, and the seconds of training over all starts of the run."""
 
-    history: list[dict[str, Any]]
+    history: list[Values]
     seconds: float
 
 
-def train(
-    run: Run, folder: Path, identity: dict[str, Any], checkpoint: str | None, stop: Stop, make: Make | None = None
-) -> Trained:
+def train(run: Run, make: Make, folder: Path, identity: Values, checkpoint: str | None, stop: Stop) -> Trained:
     """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` makes the trainer."""
-    mark = run_folder.read_mark(Path(checkpoint)) if checkpoint else None
+    mark = read_mark(Path(checkpoint)) if checkpoint else None
     # Interrupted after the last step, before the results: only the weights and the log are needed.
     if checkpoint and mark is not None and mark.step >= run.steps:
-        return _already_trained(run, Path(checkpoint), mark.seconds)
-    trainer = (make or _trainer)(run, folder, identity, mark.seconds if mark else 0.0, stop)
+        run.model.load_adapter(checkpoint, "default", is_trainable=True)
+        load_adapters(run, Path(checkpoint))
+        return Trained(read_json(Path(checkpoint, STATE_NAME))["log_history"], mark.seconds)
+    if run.settings.gradient_checkpointing:
+        checkpoint_activations(run.model.get_base_model())
+    trainer = make(run, folder)
+    trainer.identity, trainer.earlier_seconds = identity, mark.seconds if mark else 0.0
+    _put_callbacks(trainer, run, stop)
     console.print(announcement(run), highlight=False)
     if Processes().world_size == 1 and torch.cuda.device_count() > 1:
         line = f"one of {torch.cuda.device_count()} GPUs trains: start it by torchrun --nproc-per-node to take more"
@@ -217,20 +327,9 @@ def train(
     return Trained(trainer.state.log_history, trainer.elapsed())
 
 
-def _already_trained(run: Run, checkpoint: Path, seconds: float) -> Trained:
-    """Load a checkpoint's adapter over the current one, and read its log."""
-    run.model.load_adapter(str(checkpoint), "default", is_trainable=True)
-    load_adapters(run, checkpoint)
-    state = read_json(checkpoint / STATE_NAME)
-    return Trained(state["log_history"], seconds)
-
-
-def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: float, stop: Stop) -> _RunTrainer:
-    """A trainer of the run's rows, with its callbacks."""
-    settings, processes = run.settings, Processes()
-    if settings.gradient_checkpointing:
-        checkpoint_activations(run.model.get_base_model())
-    args = arguments(run, folder, processes.world_size)
+def run_trainer(run: Run, folder: Path) -> _RunTrainer:
+    """A trainer of the run's rows."""
+    args = on_one_device(TrainingArguments(**argument_values(run, folder)))
     trainer = _RunTrainer(
         model=run.model,
         args=args,
@@ -242,20 +341,13 @@ def _trainer(run: Run, folder: Path, identity: dict[str, Any], earlier_seconds: 
     if run.problem.takes_loss_arguments is not None:
         trainer.model_accepts_loss_kwargs = run.problem.takes_loss_arguments
     trainer.run, trainer.order = run, run.order()
-    trainer.identity, trainer.earlier_seconds = identity, earlier_seconds
-    _put_callbacks(trainer, run, stop, settings.gradient_accumulation * processes.world_size)
     return trainer
 
 
-def arguments(run: Run, folder: Path, processes: int) -> TrainingArguments:
-    """The trainer's arguments; `callbacks.Saving` decides when to save."""
-    return on_one_device(TrainingArguments(**argument_values(run, folder, processes)))
-
-
-def argument_values(run: Run, folder: Path, processes: int) -> dict[str, Any]:
-    """Return the arguments by name, for other trainers' arguments too."""
+def argument_values(run: Run, folder: Path) -> Values:
+    """Return the trainer's arguments by name, for other trainers' arguments too."""
     settings = run.settings
-    micro_batches = settings.gradient_accumulation * processes
+    micro_batches = settings.gradient_accumulation * Processes().world_size
     if settings.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(settings.output) / "tensorboard"))
     return dict(  # noqa: C408  as they are passed
@@ -271,7 +363,7 @@ def argument_values(run: Run, folder: Path, processes: int) -> dict[str, Any]:
         logging_steps=1,
         logging_strategy="steps",
         logging_nan_inf_filter=False,  # it would log a NaN as 0
-        save_strategy="no",  # `callbacks.Saving` sets control.should_save
+        save_strategy="no",  # `Saving` sets control.should_save
         report_to=settings.report_to,
         remove_unused_columns=False,  # the data set has encoded examples, not columns
         seed=settings.seed,
@@ -283,74 +375,61 @@ def argument_values(run: Run, folder: Path, processes: int) -> dict[str, Any]:
     )
 
 
-def check_report(settings: Settings) -> None:
-    """Raise an ImportError if the package for `--report-to` is not installed."""
-    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
-        raise ImportError(
-            f"--report-to {settings.report_to} needs a package that is not installed: pip install {settings.report_to}"
-        )
-
-
 class _RunTrainer(MarkedCheckpoints, Trainer):
     """A Trainer with `ByLength` order."""
 
     order: ByLength
     run: Run
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load R's of several adapters at once; the basis is that of the start."""
         if self.run.adapters:
             basis_adapters.load_adapters(self.run.model, Path(resume_from_checkpoint), self.run.adapters)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         """Write the adapters; `Trainer` would go through all parameters once for each of them."""
         save_adapter(self.run, Path(output_dir or str(self.args.output_dir)))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
+    def _get_train_sampler(self, train_dataset: object = None) -> ByLength:
         return self.order
 
 
-def _put_callbacks(trainer: _RunTrainer, run: Run, stop: Stop, parts: int) -> None:
-    """Replace the Trainer's printing by a progress bar, and add the callbacks of a run."""
+def _put_callbacks(trainer: Any, run: Run, stop: Stop) -> None:
+    """Replace the trainer's printing by a progress bar, and add the callbacks of a run."""
+    settings = run.settings
     # Trainer adds either of the two, depending on disable_tqdm.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    judging = Judging(run, run.settings.eval_steps) if run.settings.eval_steps else None
-    if judging is not None:
-        judging.trainer = trainer
-        trainer.add_callback(judging)
-    for callback in (
-        Ordering(trainer.order),
-        Bar(),
-        Finite(),
-        Planning(run, trainer.order, parts),
-        Saving(run.settings.save_steps, stop),
-    ):
+    callbacks: list[TrainerCallback] = [Ordering(trainer.order), Bar(), Finite()]
+    if settings.eval_steps:
+        callbacks.insert(0, Judging(run, trainer, settings.eval_steps))
+    if settings.rl is None:
+        callbacks.append(Planning(run, trainer.order, settings.gradient_accumulation * Processes().world_size))
+    for callback in (*callbacks, Saving(settings.save_steps, stop)):
         trainer.add_callback(callback)
 
 
-def find_rate(run: Run) -> RateTrials:
-    """Try rates from the run's on; leaves R at the start that the best one has. A collective: ranks find the same."""
+def find_rate(run: Run) -> float:
+    """Try rates from the run's on, or refine the one that the initialization measured; a collective.
+
+    R is left at the start that belongs to the rate. Ranks find the same.
+    """
     settings = run.settings
     if settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
-    found = find_lr(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
-    console.print(str(found), highlight=False, soft_wrap=True)
-    return found
+    if settings.find_lr:
+        found = find_lr(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
+        line = str(found)
+    else:
+        found = refine_rate(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
+        line = f"learning rate {found.lr:.2g}, measured on the samples and by two trials of {found.steps} steps"
+    console.print(line, highlight=False, soft_wrap=True)
+    return found.lr
 
 
-def refine(run: Run) -> RateTrials:
-    """Refine the rate that the initialization has measured; R is left at the start of the result. A collective."""
-    if run.settings.gradient_checkpointing:
-        checkpoint_activations(run.model.get_base_model())
-    found = refine_rate(run.model, batches(run), run.lr, accumulation=run.settings.gradient_accumulation)
-    console.print(f"learning rate {found.lr:.2g}, measured on the samples and by two trials of {found.steps} steps")
-    return found
-
-
-def batches(run: Run) -> Iterator[dict[str, Any]]:
+def batches(run: Run) -> Iterator[Batch]:
     """The run's batches in its order, over and over, in the parts that a step is computed in."""
     settings, collate = run.settings, run.unnamed_collator()
     size = settings.batch_size // settings.gradient_accumulation

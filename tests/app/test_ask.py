@@ -16,7 +16,7 @@ import pytest
 from tiny_run import WORDS
 from typer.testing import CliRunner
 
-from lorasb.app import ask
+from lorasb.app import results as ask
 from lorasb.app.cli import app
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings

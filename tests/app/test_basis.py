@@ -111,7 +111,7 @@ def test_what_it_saves_loads_alone_and_into_a_bank(made: Path, whole: Path, tiny
 
 def test_interrupted_runs_end_in_the_same_bits(on_it: Settings, whole: Path, tmp_path: Path) -> None:
     own = replace(on_it, output=str(tmp_path))
-    killed(own, lambda patch: patch.setattr("lorasb.app.train.train", lambda *given: die()))  # with the start saved
+    killed(own, lambda patch: patch.setattr("lorasb.app.finetune.train", lambda *given: die()))  # with the start saved
     stop_after(4, own, tmp_path)
     run_finetune(own)
     assert_same(tmp_path, whole)

@@ -17,7 +17,7 @@ import torch
 from finetune_runs import STEPS, assert_same
 from transformers import Trainer, TrainingArguments
 
-from lorasb.app import finetune, results, run_folder, train
+from lorasb.app import finetune, results, run_folder, settings, train
 from lorasb.app.finetune import run_finetune
 from lorasb.app.run_folder import RunFolder
 from lorasb.app.settings import Settings
@@ -210,7 +210,7 @@ def test_without_matplotlib_a_run_has_no_pictures(
 def test_a_report_to_a_missing_package_is_refused_before_any_work(
     base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(finetune, "load_examples", lambda *given: pytest.fail("it is noticed before any work"))
     message = f"--report-to {name} needs a package that is not installed: pip install {name}"
     with pytest.raises(ImportError, match=message):

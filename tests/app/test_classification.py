@@ -18,11 +18,12 @@ import transformers
 from finetune_runs import assert_same, stop_after
 from safetensors.torch import load_file
 
+from lorasb.app.evaluation import Classification, LanguageModeling, problem_of
 from lorasb.app.finetune import run_finetune
-from lorasb.app.problem import Classification, EncodedText, LanguageModeling, TextCollator, problem_of
 from lorasb.app.scoring import f1, matthews, pearson, spearman
 from lorasb.app.settings import Settings
 from lorasb.app.tasks import Example, labeled
+from lorasb.app.tokenize import EncodedText, TextCollator
 
 COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
 

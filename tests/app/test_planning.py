@@ -16,10 +16,9 @@ import transformers
 from typer.testing import CliRunner
 
 import lorasb
-from lorasb.app import estimate, plan
+from lorasb.app import plan, tables, train
 from lorasb.app.cli import app
-from lorasb.app.fake_step import LiveBytes, count_step
-from lorasb.app.plan import Request, plan_memory
+from lorasb.app.plan import LiveBytes, Request, count_step, plan_memory
 from lorasb.app.prepare import checkpoint_activations
 from lorasb.app.settings import Settings
 from lorasb.app.tokenize import Encoded
@@ -168,23 +167,36 @@ def test_experts_that_a_token_goes_through_are_counted(dtype: torch.dtype, tmp_p
     assert flops[1] - flops[0] == pytest.approx(4 * experts * SEQ)
 
 
-def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path) -> None:
-    short = folder_of(replace_config(CONFIGS["gpt2"], n_positions=16), tmp_path / "short")
-    with pytest.raises(ValueError, match="has 16 learned positions, got --seq 64: take less"):
-        plan_memory(Request(short, r=8, batch=1, seq=64))
-    with pytest.raises(ValueError, match=r"--bits 4: .* has no linear layer that lorasb.quantize would take"):
-        plan_memory(Request(short, r=8, batch=1, seq=16, bits=4))
-    tight = plan_memory(Request(short, r=8, batch=8, seq=16, card=plan.find_gpu("a6000")))
-    small = replace(tight.request.card, memory=int(plan.CONTEXT + 0.8 * (tight.needed - plan.CONTEXT)))
-    refused = plan_memory(replace(tight.request, card=small))
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SHORT = {"n_positions": 16}
+NO_MODEL = r"cannot read the config of|no language model can be made of"
+REFUSED = {
+    "short": (CONFIGS["gpt2"], SHORT, {"seq": 64}, "has 16 learned positions, got --seq 64: take less"),
+    "bits": (CONFIGS["gpt2"], SHORT, {"bits": 4, "seq": 16}, r"--bits 4: .* has no linear layer that lorasb.quantize"),
+    "activation": (CONFIGS["llama"], {"hidden_act": "nope"}, {}, NO_MODEL),
+    "width": (CONFIGS["llama"], {"hidden_size": 65}, {}, NO_MODEL),
+    "heads": (CONFIGS["llama"], {"num_attention_heads": 0}, {}, NO_MODEL),
+    "no linears": (transformers.ResNetConfig(architectures=["ResNetModel"]), {}, {}, r"cannot be patched|no language model|cannot be computed"),
+    "images": (transformers.ViTConfig(**SMALL, architectures=["ViTForImageClassification"]), {}, {"seq": 64}, "a step of 1 x 64 tokens cannot be computed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path, name: str) -> None:
+    config, fields, asked, message = REFUSED[name]
+    folder = folder_of(config, tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        plan_memory(Request(folder, r=8, batch=1, **asked))
+
+
+def test_bits_that_change_nothing_are_not_proposed(tmp_path: Path) -> None:
+    request = Request(folder_of(CONFIGS["gpt2"], tmp_path), r=8, batch=8, seq=16, card=plan.find_gpu("a6000"))
+    tight = plan_memory(request)
+    small = replace(request.card, memory=int(plan.CONTEXT + 0.8 * (tight.needed - plan.CONTEXT)))
+    refused = plan_memory(replace(request, card=small))
     assert not any("--bits" in change for change, _ in plan.smaller_plans(refused))
-    for number, fields in enumerate(({"hidden_act": "nope"}, {"hidden_size": 65}, {"num_attention_heads": 0})):
-        folder = tmp_path / str(number)
-        CONFIGS["llama"].save_pretrained(folder)
-        values = json.loads((folder / "config.json").read_text()) | fields
-        (folder / "config.json").write_text(json.dumps(values))
-        with pytest.raises(ValueError, match=r"cannot read the config of|no language model can be made of"):
-            plan_memory(Request(str(folder), r=8, batch=1, seq=16))
 
 
 def test_cards_are_found_however_they_are_written() -> None:
@@ -199,10 +211,10 @@ def test_cards_are_found_however_they_are_written() -> None:
 def test_a_machine_is_good_for_what_time_and_memory_allow(
     monkeypatch: pytest.MonkeyPatch, speed: float, memory: float, billions: str
 ) -> None:
-    monkeypatch.setattr(plan, "product_speed", lambda *given: speed)
-    monkeypatch.setattr(plan, "native", lambda device: Precision("float32", "a test"))
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
-    assert f"up to about {billions} billion parameters on a million tokens" in plan.prospects()
+    monkeypatch.setattr(tables, "product_speed", lambda *given: speed)
+    monkeypatch.setattr(tables, "native", lambda device: Precision("float32", "a test"))
+    monkeypatch.setattr(tables.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+    assert f"up to about {billions} billion parameters on a million tokens" in tables.prospects()
 
 
 def run(*arguments: str) -> Any:
@@ -225,15 +237,8 @@ def test_bad_input_gets_one_line(tmp_path: Path) -> None:
         plan.find_gpu("a7000")
     with pytest.raises(ValueError, match=r"cannot read the config of .*, expected a folder or hub id"):
         plan_memory(Request(str(tmp_path / "nothing")))
-    no_linears = transformers.ResNetConfig(architectures=["ResNetModel"])
-    with pytest.raises(ValueError, match=r"cannot be patched|no language model|cannot be computed"):
-        plan_memory(Request(folder_of(no_linears, tmp_path / "resnet")))
     with pytest.raises(ValueError, match="--bits must be 4 or 16, got 8"):
-        raise run(folder_of(CONFIGS["llama"], tmp_path / "llama"), "--bits", "8").exception
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    images = transformers.ViTConfig(**sizes, architectures=["ViTForImageClassification"])
-    with pytest.raises(ValueError, match="a step of 1 x 64 tokens cannot be computed"):
-        plan_memory(Request(folder_of(images, tmp_path / "images"), r=8, batch=1, seq=64))
+        raise run(folder_of(CONFIGS["llama"], tmp_path), "--bits", "8").exception
 
 
 def a_run(name: str = "float32", **values: Any) -> Any:
@@ -243,19 +248,19 @@ def a_run(name: str = "float32", **values: Any) -> Any:
 
 
 def test_the_first_step_is_slower_and_the_longest_needs_more() -> None:
-    found = estimate.estimate([(9.0, 100), (2.0, 200)], 10_000, 400, (10**9, 2 * 10**9))
+    found = train.estimate([(9.0, 100), (2.0, 200)], 10_000, 400, (10**9, 2 * 10**9))
     assert (found.seconds, found.memory) == (pytest.approx(100), 3 * 10**9)
 
 
 def test_a_peak_before_training_says_nothing_of_a_step() -> None:
     """A line of 8 MB took 5 GB to tokenize, and was estimated at 69 GB of training."""
     for before, memory in ((5_000, 5_000), (4_999, 1_000 + 4_000 * 80)):
-        found = estimate.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=before)
+        found = train.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=before)
         assert found.memory == memory
 
 
 def test_one_line_says_steps_tokens_time_and_memory() -> None:
-    (line,) = estimate.estimated(a_run(), estimate.Estimate(260, 2_100_000_000))
+    (line,) = train.estimated(a_run(), train.Estimate(260, 2_100_000_000))
     told = "125 steps of 16 examples, 50,000 tokens: about 4 min and 2.1 GB, by the first steps"
     assert line == f"Training on the CPU in float32: {told}"
 
@@ -272,12 +277,12 @@ def test_one_line_says_steps_tokens_time_and_memory() -> None:
     ],
 )
 def test_a_long_run_is_told_what_costs_most(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], want: str) -> None:
-    monkeypatch.setattr(estimate, "native", lambda: Precision("float32", ""))
-    monkeypatch.setattr(estimate, "slowdown", lambda dtype: 40.0)
+    monkeypatch.setattr(train, "native", lambda: Precision("float32", ""))
+    monkeypatch.setattr(train, "slowdown", lambda dtype: 40.0)
     run = a_run(**values)
-    first, second = estimate.estimated(run, estimate.Estimate(3 * 3600, 10**9))
+    first, second = train.estimated(run, train.Estimate(3 * 3600, 10**9))
     assert "about 3.0 h" in first
     assert second.startswith(f"That is long, and {want}")
-    name, saved = estimate.costliest(run, 3 * 3600)
+    name, saved = train.costliest(run, 3 * 3600)
     assert name == want
     assert 0 < saved < 3 * 3600

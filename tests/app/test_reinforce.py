@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import assert_same
+from finetune_runs import assert_same, stop_after
 from transformers import PreTrainedModel
 
-from lorasb.app import reinforce, train
+from lorasb.app import reinforce
 from lorasb.app.finetune import run_finetune
 from lorasb.app.reinforce import judge_of
 from lorasb.app.settings import Settings
 from lorasb.app.tasks import TASKS, Example, generate
-from lorasb.app.terminal import StoppedError
 from lorasb.training.reinforcement import RewardError
 
 LETTERS = """
@@ -96,22 +93,10 @@ def test_a_run_by_rewards_writes_what_any_run_does(
         assert ({layer.start for layer in result.report.layers} == {0.0}) == (start == "zero")
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(
-    reinforced: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(reinforced: Settings, tmp_path: Path) -> None:
     settings = replace(reinforced, batch_size=24, epochs=1.5)
     run_finetune(replace(settings, output=str(tmp_path / "a")))
-
-    class InterruptedBar(train.Bar):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            super().on_step_end(args, state, control, **kwargs)
-            if state.global_step == 5:  # in the second epoch
-                os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(reinforce, "Bar", InterruptedBar)
-        with pytest.raises(StoppedError, match="rerun the same command to resume"):
-            run_finetune(replace(settings, output=str(tmp_path / "b")))
+    stop_after(5, settings, tmp_path / "b")  # in the second epoch
     run_finetune(replace(settings, output=str(tmp_path / "b")))
     assert_same(tmp_path / "a", tmp_path / "b")
 
