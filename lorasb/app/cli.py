@@ -78,7 +78,7 @@ class Command(TyperCommand):
 
 
 MAIN_PANEL = "Most used"
-CONFIG_HELP = "YAML file of settings; options override it, --no-NAME what it switches on."
+CONFIG_HELP = "YAML file of settings; options override it, and --no-NAME turns a switch off."
 # the headings of all other settings
 FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting, _ in listed(Settings)))
 
@@ -107,7 +107,7 @@ def command(
     if not any(init for _, init in lists):  # `lorasb init` has fewer settings than a preset
         presets = f"Settings of one of the paper's tables: {', '.join(preset_names())}."
         parameters.append(_option("preset", str, presets, MAIN_PANEL))
-        code = "Run the Python file that rl of --config names."
+        code = "Allow --config to name a Python file as reward (rl)."
         parameters.append(_option("allow_code", bool, code, "Run", "--allow-code"))
 
     def call(**given: Any) -> None:
@@ -167,14 +167,16 @@ def _of_all(
         raise typer.Exit
 
 
-basis = typer.Typer(no_args_is_help=True, help="Make a basis that many adapters share, or see how data fits one.")
+basis = typer.Typer(
+    no_args_is_help=True, help="Create a basis that many adapters share, or check how well data fits one."
+)
 app.add_typer(basis, name="basis")
 bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
 app.add_typer(bench, name="bench")
 
 
 def _finetune(values: Given) -> None:
-    """Fine-tune a language model, or a classifier, and show what it learned on held-out problems."""
+    """Fine-tune a language model or classifier, and compare its held-out answers before and after."""
     if values.get("basis") and not values.get("model"):
         from .basis import read_card
 
@@ -207,7 +209,7 @@ def _finetune(values: Given) -> None:
 
 
 def _init(values: Given) -> None:
-    """Initialize an adapter, and show what its ranks keep of the first full step."""
+    """Initialize an adapter, and show how much of the first full step each rank keeps."""
     from . import tables
     from .adapter import run_init
 
@@ -236,19 +238,24 @@ app.command("init", cls=Command)(command(_init, [(Settings, True), (InitSettings
 
 @app.command(cls=Command)
 def plan(
-    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or hub id; its config is read.")] = None,
-    model: Annotated[str | None, typer.Option(help="The same.", show_default=EMBEDDED)] = None,
-    gpu: Annotated[str | None, typer.Option(help="a6000, 4090, h100 ...; this machine unless given.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Model folder or Hugging Face Hub ID; only its config is read."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Same as MODEL.", show_default=EMBEDDED)] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="GPU to plan for: a6000, 4090, h100, ...; default: this machine.")
+    ] = None,
     r: Annotated[int | None, typer.Option("--r", "--rank", help="Rank.", show_default="64")] = None,
-    batch: Annotated[int, typer.Option(help="Rows of a step that are computed at once.", min=1)] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 512,
-    bits: Annotated[int, typer.Option(help="Bits of the base's linear weights: 16 or 4.")] = 16,
+    batch: Annotated[int, typer.Option(help="Rows per micro-batch.", min=1)] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens per row.", min=2)] = 512,
+    bits: Annotated[int, typer.Option(help="Bits per weight of the base model: 16 or 4.")] = 16,
     gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Compute activations again in backward.", show_default=False)
+        bool, typer.Option(help="Recompute activations in the backward pass.", show_default=False)
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the memory and time that a run will take, whether it fits, and what to change."""
+    """Estimate the memory and time of a run, whether it fits, and what to change if not."""
     from . import tables
     from .plan import Request, find_gpu, plan_memory, smaller_plans
 
@@ -269,11 +276,15 @@ def plan(
 @app.command()
 def ask(
     run: Annotated[Path, typer.Argument(help="Folder of a run of `lorasb finetune`.")],
-    question: Annotated[str | None, typer.Argument(help="Prompt; without one, lines are read until Ctrl-D.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Of a run with --adapter-column: whose.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer.", min=1, show_default="256")] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="Question to ask; without it, one per line from the terminal until Ctrl-D.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Which adapter to ask, for a run with --adapter-column.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens per answer.", min=1, show_default="256")
+    ] = None,
 ) -> None:
-    """Answer a question with what a run has trained, put as its training examples were."""
+    """Ask a trained run a question, formatted as its training examples were."""
     from .results import answers
 
     for answer in answers(run, question, adapter, max_new_tokens):
@@ -284,7 +295,7 @@ def ask(
 def show(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
 ) -> None:
-    """Show what a saved adapter, or a cache of signs, holds and where it comes from."""
+    """Show what a saved adapter or a cache of signs contains and where it comes from."""
     from ..checkpoints import adapter_file
     from . import tables
 
@@ -301,10 +312,10 @@ def show(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA-SB adapter.")],
-    output: Annotated[Path | None, typer.Option(help="Folder to write; ADAPTER-lora unless given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; default: ADAPTER-lora.")] = None,
     format: Annotated[str, typer.Option(help="peft (vLLM too), vllm (experts), or gguf (llama.cpp).")] = "peft",
 ) -> None:
-    """Write a saved adapter as an exact plain LoRA, which needs no lorasb."""
+    """Export a saved adapter as an exact plain LoRA, which works without lorasb."""
     from ..export.lora import export_lora
 
     whole = adapter.resolve()  # "." has no name
@@ -313,7 +324,7 @@ def export(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, backends (and why one is missing), GPU, threads, and the dtype that auto takes."""
+    """Show versions, backends (and why one is missing), GPU, threads, and the dtype that auto picks."""
     from .tables import machine
 
     console.print(machine())
@@ -332,20 +343,24 @@ class _Files(Command):
         return super().parse_args(ctx, given)
 
 
-Samples = Annotated[int | None, typer.Option(help="Samples of each file.", min=1, show_default="max(32, n/1000)")]
+Samples = Annotated[
+    int | None, typer.Option(help="Number of samples from each file.", min=1, show_default="max(32, n/1000)")
+]
 
 
 @basis.command(cls=_Files)
 def make(
-    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
-    data: Annotated[list[str], typer.Option(help="JSONL files of prompt and completion, one per task.")],
+    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face Hub ID.")],
+    data: Annotated[list[str], typer.Option(help="JSONL files with prompt and completion, one per task.")],
     output: Annotated[str, typer.Option(help="Folder to write the basis into.")],
     r: Annotated[int, typer.Option("--r", "--rank", help="Rank, at most 256.")] = 64,
-    update: Annotated[str, typer.Option(help="adamw, sgd or per-sample, as of finetune.")] = "adamw",
+    update: Annotated[
+        str, typer.Option(help="First step to simulate: adamw, sgd or per-sample, as in finetune.")
+    ] = "adamw",
     samples: Samples = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples and the SVD.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for samples and SVD.")] = 0,
 ) -> None:
-    """Make a basis from the first steps of several tasks: A and B for adapters that have R alone."""
+    """Create a basis from the first steps of several tasks: A and B for adapters that hold only R."""
     from .basis import card_table, make_basis
 
     settings = Settings(model=model, output=output, r=r, update=update, samples=samples, seed=seed)
@@ -356,11 +371,11 @@ def make(
 @basis.command(cls=Command)
 def fit(
     folder: Annotated[str, typer.Argument(metavar="BASIS", help="Folder of a basis.")],
-    data: Annotated[str, typer.Option(help="JSONL of prompt and completion.")],
+    data: Annotated[str, typer.Option(help="JSONL file with prompt and completion.")],
     samples: Samples = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for the samples.")] = 0,
 ) -> None:
-    """Show what a basis keeps of the first step of your data, before training on it."""
+    """Show how much of your data's first step a basis keeps, before you train on it."""
     from . import basis as shared
 
     found = shared.fit(Settings(basis=folder, data=data, samples=samples, seed=seed))

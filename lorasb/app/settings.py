@@ -214,178 +214,185 @@ TRAINING, RUN, INITIALIZATION = Group("training"), Group("run"), Group("initiali
 class Settings:
     """The settings of a run; saved in its config.yaml and its summary."""
 
-    model: str = MODEL.setting(EMBEDDED, "Folder or hub id.", main=True, init="same")
+    model: str = MODEL.setting(EMBEDDED, "Model folder or Hugging Face Hub ID.", main=True, init="same")
     dtype: str = MODEL.setting(
         "auto",
-        f"{', '.join(DTYPES)}; auto is bfloat16 where the device multiplies it natively, else float32.",
+        f"{', '.join(DTYPES)}; auto picks bfloat16 where the hardware supports it, else float32.",
         main=True,
         init="same",
         choices=DTYPES,
     )
     bits: int = MODEL.setting(
         16,
-        "Bits of the base's linear weights: 16 (as --dtype says), or 4 (NF4, nested statistics).",
+        "Bits per weight of the base model: 16 (in --dtype), or 4 (NF4, double quantization).",
         main=True,
         init="same",
         check=wrong_bits,
     )
     task: str | None = DATA.setting(
-        None, f"Generated task, without --data: {', '.join(TASKS)}.", main=True, init="same", shown=DEFAULT_TASK
+        None,
+        f"Task to generate when --data is not given: {', '.join(TASKS)}.",
+        main=True,
+        init="same",
+        shown=DEFAULT_TASK,
     )
     data: str | None = DATA.setting(
         None,
-        "JSONL of prompt/completion, messages or text/label, Alpaca's JSON, or a name (docs/data.md).",
+        "Training data: JSONL with prompt/completion, messages or text/label; Alpaca JSON; or a name (docs/data.md).",
         main=True,
         init="same",
     )
     eval_data: str | None = DATA.setting(
-        None, "Held-out examples, the same; several comma-separated.", main=True, shown="a tenth of --data"
+        None, "Held-out data in the same formats; separate several with commas.", main=True, shown="a tenth of --data"
     )
     adapter_column: str | None = DATA.setting(
         None,
-        "Entry of each example of --data that names its adapter: one for each name, on one basis, trained together.",
+        "Column of --data that names each row's adapter; the adapters share one basis and train together.",
     )
-    train_examples: int = DATA.setting(1000, "Generated training examples.", init="same", positive=True)
-    eval_examples: int = DATA.setting(100, "Held-out examples of each set.", positive=True)
+    train_examples: int = DATA.setting(1000, "Number of training examples to generate.", init="same", positive=True)
+    eval_examples: int = DATA.setting(100, "Number of held-out examples to use from each set.", positive=True)
     score: str = DATA.setting(
         "exact",
-        f"How answers to a file's examples are scored: {', '.join(SCORES)} (docs/data.md).",
+        f"How to score answers: {', '.join(SCORES)} (docs/data.md).",
         choices=tuple(SCORES),
     )
     template: str = DATA.setting(
         "auto",
-        "auto puts prompts into the tokenizer's chat template, if it has one; none leaves them as they are.",
+        "auto applies the tokenizer's chat template if it has one; none leaves prompts unchanged.",
         init="same",
         choices=TEMPLATES,
     )
     max_new_tokens: int | None = DATA.setting(
-        None, "Tokens of an answer, at most.", positive=True, shown="the longest reference answer and 4"
+        None, "Maximum number of tokens per answer.", positive=True, shown="4 more than the longest right answer"
     )
-    max_length: int = DATA.setting(512, "Tokens an example, at most.", init="same", positive=True)
+    max_length: int = DATA.setting(512, "Maximum number of tokens per example.", init="same", positive=True)
     packing: bool = DATA.setting(
-        False, "Put several short examples into one row of --max-length tokens; --batch-size counts rows then."
+        False, "Pack several short examples into one row of --max-length tokens; --batch-size then counts rows."
     )
     rl: str | None = REINFORCEMENT.setting(
         None,
-        "Reward for GRPO: verifier (the generated --task's), exact (by --score), or FILE.py:FUNCTION.",
-        shown="completions are learned",
+        "Train with GRPO on this reward: verifier (that of --task), exact (by --score), or FILE.py:FUNCTION.",
+        shown="train on the completions",
     )
     generations: int = REINFORCEMENT.setting(
-        8, "Completions of a prompt, with --rl; --batch-size counts completions.", positive=True
+        8, "Completions to sample per prompt with --rl; --batch-size counts completions.", positive=True
     )
     rl_start: str = REINFORCEMENT.setting(
         "examples",
-        "Where --rl starts: the first step on the examples' completions, or on rewards, or R = 0 (zero).",
+        "Start of --rl: the first step on the examples' completions, on rewards, or none (zero: R = 0).",
         choices=RL_STARTS,
     )
     sampler: str | None = REINFORCEMENT.setting(
         None,
-        "Address of a vLLM server that samples for --rl and gets R after every step; it was started on --basis.",
+        "URL of a vLLM server, started on --basis, that samples for --rl and receives R after every step.",
         shown="transformers, in this process",
     )
-    temperature: float = REINFORCEMENT.setting(1.0, "Of the completions that --rl samples.", positive=True)
-    method: str = ADAPTER.setting("lora-sb", "lora-sb, lora-xs or lora (PEFT's).", main=True, choices=METHODS)
+    temperature: float = REINFORCEMENT.setting(1.0, "Sampling temperature for --rl.", positive=True)
+    method: str = ADAPTER.setting(
+        "lora-sb", "Adapter method: lora-sb, lora-xs, or PEFT's lora.", main=True, choices=METHODS
+    )
     r: int | None = ADAPTER.setting(
         None,
-        "Rank, at most 256; --rank under torchrun, which takes --r for its own.",
+        "Rank, at most 256. Use --rank under torchrun, which reserves --r.",
         main=True,
         init="Rank, at most 256.",
         positive=True,
         also=("--rank",),
-        shown="64, at smaller layers less; lora: 32",
+        shown="64, less in smaller layers; lora: 32",
     )
     target_modules: str | None = ADAPTER.setting(
         None,
-        "Names of the layers to adapt, comma-separated, or a regular expression.",
+        "Layers to adapt: comma-separated names or a regular expression.",
         init="same",
         shown="all-linear",
         check=wrong_targets,
     )
     rank_pattern: dict[str, int] | None = ADAPTER.setting(  # noqa: RUF009
-        None, "Ranks of layers that differ: down_proj=96,q_proj=32, or JSON.", init="same", check=wrong_ranks
+        None, "Ranks for specific layers: down_proj=96,q_proj=32, or JSON.", init="same", check=wrong_ranks
     )
     basis: str | None = ADAPTER.setting(
-        None, "Folder of a basis (`lorasb basis make`): R alone is trained and saved, on its A and B."
+        None, "Folder of a basis (`lorasb basis make`) that provides A and B; only R is trained and saved."
     )
-    lora_dropout: float = ADAPTER.setting(
-        0.0, "Probability of dropping an element of the adapter's input.", check=wrong_share
-    )
+    lora_dropout: float = ADAPTER.setting(0.0, "Dropout probability on the adapter's input.", check=wrong_share)
     samples: int | None = ADAPTER.setting(
-        None, "Samples for the initialization.", init="same", positive=True, shown="max(32, n/1000)"
+        None, "Number of samples for the initialization.", init="same", positive=True, shown="max(32, n/1000)"
     )
     update: str = ADAPTER.setting(
         "adamw",
-        "First step of AdamW (the gradient's sign) or of sgd, or per-sample moments.",
+        "First step to simulate: adamw (the gradient's sign), sgd, or per-sample (second moments).",
         init="same",
         choices=UPDATES,
     )
     start: str = ADAPTER.setting(
         "limited",
-        "R's start: the whole first step (paper), at most four steps long (limited), or none (zero).",
+        "Start of R: the whole first step (paper), at most four optimizer steps (limited), or zero.",
         init="same",
         choices=STARTS,
     )
     eta: float | None = ADAPTER.setting(
         None,
-        "Learning rate η of the first step that the start simulates.",
+        "Learning rate η of the simulated first step.",
         init="same",
         check=wrong_rate,
-        shown="--lr over the warm-up steps",
+        shown="--lr divided by the warm-up steps",
     )
     lr: float | None = TRAINING.setting(
         None,
-        f"Peak learning rate; auto measures it for LoRA-SB on the start's samples, and is {DEFAULT_RATE:g} with --rl, "
-        "--eta and other methods.",
+        f"Peak learning rate; auto measures it for LoRA-SB, and uses {DEFAULT_RATE:g} with --rl, "
+        "--eta or another method.",
         main=True,
         check=wrong_rate,
         shown="auto",
-        init="Peak learning rate of the training to come.",
+        init="Peak learning rate of the training that follows.",
         also=("--learning-rate",),
     )
-    find_lr: bool = TRAINING.setting(False, "Find the rate from --lr on, by trials of 12 steps on the training data.")
+    find_lr: bool = TRAINING.setting(
+        False, "Search for the learning rate with 12-step trials on the training data, starting at --lr."
+    )
     epochs: float | None = TRAINING.setting(
         None,
-        f"Passes over the training examples; auto makes {ENOUGH_STEPS} steps or more, in at most {MOST_EPOCHS} passes.",
+        f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps, in at most {MOST_EPOCHS} passes.",
         main=True,
         positive=True,
-        init="Its passes, for its number of warm-up steps.",
+        init="Passes of the training that follows, which set its number of warm-up steps.",
         shown="auto",
     )
     batch_size: int = TRAINING.setting(
         16,
-        "Examples a step, over all processes.",
+        "Examples per step, across all processes.",
         main=True,
         positive=True,
-        init="Samples at once, and examples a step of the training that η is for.",
+        init="Samples per batch, and examples per step of the training that follows.",
     )
     gradient_accumulation: int = TRAINING.setting(
-        1, "Parts that a step's examples are computed in, one after another.", positive=True
+        1, "Number of micro-batches that a step is split into.", positive=True
     )
-    gradient_checkpointing: bool = TRAINING.setting(
-        False, "Compute activations again in backward instead of keeping them."
-    )
-    scheduler: str = TRAINING.setting(
-        "linear", f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS
-    )
+    gradient_checkpointing: bool = TRAINING.setting(False, "Recompute activations in the backward pass to save memory.")
+    scheduler: str = TRAINING.setting("linear", f"Learning rate schedule: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS)
     warmup: float = TRAINING.setting(
-        0.1, "Share of the steps that warm up.", check=wrong_share, init="Share of its steps that warm up."
+        0.1,
+        "Fraction of the steps used for warm-up.",
+        check=wrong_share,
+        init="Fraction of its steps used for warm-up.",
     )
-    weight_decay: float = TRAINING.setting(0.0, "AdamW's weight decay.", check=wrong_if_negative)
-    seed: int = TRAINING.setting(0, "Seed of data, initialization and training.", init="Seed of data and SVD.")
+    weight_decay: float = TRAINING.setting(0.0, "AdamW weight decay.", check=wrong_if_negative)
+    seed: int = TRAINING.setting(
+        0, "Random seed for data, initialization and training.", init="Random seed for data and SVD."
+    )
     eval_steps: int | None = RUN.setting(
-        None, "Steps between held-out losses during training.", positive=True, shown="before and after only"
+        None, "Compute the held-out loss every N steps.", positive=True, shown="before and after training only"
     )
     save_steps: str = RUN.setting(
-        "auto", "Steps between checkpoints; auto saves such that at most ten minutes are lost.", check=wrong_save_steps
+        "auto", "Save a checkpoint every N steps; auto loses at most ten minutes of work.", check=wrong_save_steps
     )
     resume: str = RUN.setting(
         "auto",
-        "auto resumes the run in --output, never starts over, a checkpoint's folder resumes from there.",
+        "auto resumes the run in --output, never starts over, and a checkpoint folder resumes from there.",
         main=True,
     )
-    report_to: str = RUN.setting("none", "none, tensorboard or wandb.", choices=REPORTS)
+    report_to: str = RUN.setting("none", "Where to log: none, tensorboard or wandb.", choices=REPORTS)
     output: str = RUN.setting(
-        "runs/finetune", "Folder for the run's files.", main=True, init="same", check=wrong_if_unnamed
+        "runs/finetune", "Folder for all files of the run.", main=True, init="same", check=wrong_if_unnamed
     )
 
     def __post_init__(self) -> None:

@@ -37,7 +37,6 @@ class StoredCores(Protocol):
     """R's of many adapters on the basis of one of the layer's: a layer's part of an `AdapterBank`."""
 
     basis: str
-    bank: object
 
     def stack(self) -> Tensor:
         """[capacity, r, r], by slot."""

@@ -349,7 +349,7 @@ class AdapterBank:
 def bank_of(modules: Iterable[nn.Module]) -> AdapterBank | None:
     """The bank that a model's layers read from, by its modules."""
     layers = (module for module in modules if isinstance(module, AdaptedLayer))
-    return next((layer.stored_cores.bank for layer in layers if layer.stored_cores is not None), None)
+    return next((layer.stored_cores.bank for layer in layers if isinstance(layer.stored_cores, LayerCores)), None)
 
 
 def _check(layers: dict[str, AdaptedLayer], basis: str, dtype: torch.dtype, block: int, resident: int | None) -> None:
