@@ -195,7 +195,8 @@ def _finetune(values: Given) -> None:
         console.print(tables.energies(result.report))
     if found := result.summary.get("basis_fit"):
         console.print(tables.basis_line(found["share"], found["random"]))
-    console.print(tables.answers(result.examples, result.before.answers, result.after.answers))
+    asked = result.summary.get("prompt_format", "")  # results of earlier versions do not say
+    console.print(tables.answers(result.examples, result.before.answers, result.after.answers, asked))
     console.print(tables.before_and_after(result.summary))
     if result.summary.get("adapters"):
         console.print(tables.adapters(result.summary))
@@ -203,7 +204,7 @@ def _finetune(values: Given) -> None:
         console.print(line)
     console.print(tables.costs(result.summary))
     console.print(_files(settings.output))
-    if "prompt_format" in result.summary:  # results of earlier versions do not say
+    if asked:
         lines = how_to(result.summary, Path(settings.output), result.examples[0].prompt)
         typer.echo(tables.how_to_use(lines))  # not by the console, which would break long lines
 

@@ -142,19 +142,28 @@ def costs(summary: Values) -> Table:
     return table
 
 
-def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> Table:
-    """The first held-out problems with the right answer, and the model's before and after training."""
+ASKED = {
+    "chat": "in its chat template",
+    "instruction": "in Alpaca's instruction format",
+    "instruction, step by step": "in Alpaca's instruction format, to think step by step",
+    "plain": "as plain text",
+}
+
+
+def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], prompt_format: str) -> Table:
+    """The first held-out problems with the right answer, and the model's before and after training, marked."""
     table = Table(title=f"{min(EXAMPLES_SHOWN, len(examples))} of the held-out problems", show_lines=True)
+    if prompt_format in ASKED:
+        table.caption = f"before: the base model, asked {ASKED[prompt_format]} as the adapter is"
     for name in ("problem", "right answer", "before", "after"):
         table.add_column(name, overflow="fold", max_width=COLUMN_WIDTH)
-    for example, old, new in list(zip(examples, before, after, strict=True))[:EXAMPLES_SHOWN]:
-        right = is_right(new, example.completion, example.score)
-        table.add_row(
-            Text(_short(example.prompt, 200)),
-            Text(example.completion),
-            Text(_short(old) or EMPTY),
-            Text(_short(new) or EMPTY, style="green" if right else "red"),
+    for example, *said in list(zip(examples, before, after, strict=True))[:EXAMPLES_SHOWN]:
+        rights = [is_right(answer, example.completion, example.score) for answer in said]
+        marked = (
+            Text(f"{'✓' if right else '✗'} {_short(answer) or EMPTY}", style="green" if right else "red")
+            for answer, right in zip(said, rights, strict=True)
         )
+        table.add_row(Text(_short(example.prompt, 200)), Text(example.completion), *marked)
     return table
 
 
