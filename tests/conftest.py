@@ -13,9 +13,11 @@ import pytest
 import torch
 from tiny_run import make_data, make_tiny
 
+import lorasb
+from lorasb.backends import cpp
 from lorasb.layers import linear_group
 
-pytest.register_assert_rewrite("finetune_runs", "linear_groups", "quantized_models")  # their asserts say what differs
+pytest.register_assert_rewrite("finetune_runs", "linear_groups", "twins")  # their asserts say what differs
 
 HERE = Path(__file__).parent
 LONGEST = (
@@ -44,6 +46,20 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
+
+
+KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Eager, then the C++ kernels of every instruction set that this processor has."""
+    if request.param != "eager":
+        cpp.use_instruction_set(request.param)
+    with lorasb.backend("eager" if request.param == "eager" else "cpp"):
+        yield request.param
+    if request.param != "eager":
+        cpp.use_instruction_set("")
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from calls import operands_of
 
 import lorasb
 from lorasb.backends import eager
-from lorasb.backends import eager as masks
 from lorasb.backends import triton as fused
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear as launch
@@ -123,14 +122,6 @@ def test_a_first_call_that_is_captured_says_what_to_do(monkeypatch: pytest.Monke
     assert not fused._broken
 
 
-def test_without_a_c_compiler_eager_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton builds its launcher at the first call."""
-    break_kernels(monkeypatch, RuntimeError("Failed to find C compiler. Please specify via CC environment variable"))
-    with pytest.warns(RuntimeWarning, match=r"do not run here \(RuntimeError: Failed to find C compiler"):
-        y, _ = fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
-    assert torch.equal(y, eager.eager_forward(*arguments())[0])
-
-
 def test_a_backward_by_eager_keeps_the_mask_of_a_forward_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """<dy, y(x)> = <dx, x> for a linear y, and only with one mask in both."""
     case = replace(reference.make_case((20,), 24, 16, 4, torch.float32, bias=False), weight=None)
@@ -145,15 +136,6 @@ def test_a_backward_by_eager_keeps_the_mask_of_a_forward_by_kernels(monkeypatch:
             dx, dcore = auto([dy], [u], operands, True, True)
         tolerances.check((dx * x).sum(), (dy * y).sum(), tolerances.fp32(2000))
         tolerances.check((dcore * core).sum(), (dy * y).sum(), tolerances.fp32(2000))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 2, 0x1234_5678_9ABC_DEF0])
-def test_eager_knows_the_kernels_mask(seed: int) -> None:
-    x = torch.ones(33, 16)
-    members = launch.Members([None], [torch.eye(16)], [torch.eye(16)], [torch.eye(16)], [1.0])
-    chosen = plan.choose(plan.Shape("forward", "fp32", 33, 16, 16, 16), plan.INTERPRETER, 1)
-    _, (u,) = launch.forward(x, members, [None], chosen, launch.Mask(masks.kernel_dropout(0.3), (seed,)))
-    assert torch.equal(u == 1.0, masks.philox_mask(x.shape, 0.3, seed, x.device))
 
 
 def test_without_gpu_and_interpreter_triton_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:

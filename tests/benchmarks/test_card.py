@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import python
 
 from benchmarks import card
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, *options: str) -> dict[str, Any]:
     """Its file, after a run on the CPU."""
-    command = [sys.executable, "-m", "benchmarks.card", "--tiny", "--output", str(folder), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-m", "benchmarks.card", "--tiny", "--output", folder, *options)
     found: dict[str, Any] = json.loads((folder / "tiny.json").read_text())
     return found
 

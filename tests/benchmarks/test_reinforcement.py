@@ -81,10 +81,7 @@ def test_both_are_run_at_the_rate_that_is_best_on_an_own_basis() -> None:
 def test_the_table_pairs_seeds() -> None:
     rows = swept()
     for seed in range(3):
-        rows += [
-            own_row(OWN.name, "test", 4e-3, seed, 0.3 + 0.1 * seed),
-            own_row(JOINT.name, "test", 4e-3, seed, 0.4 + 0.1 * seed),
-        ]
+        rows += [own_row(e.name, "test", 4e-3, seed, start + 0.1 * seed) for e, start in ((OWN, 0.3), (JOINT, 0.4))]
     rows.append(own_row(JOINT.name, "test", 4e-3, 3, 9.0))  # no partner
     (line,) = joint_basis.lines(rows)
     assert line[:3] == ["gcd", "16", "3"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from processes import attempt, python
 from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks.kernels import executed_work, launches, roofline
@@ -142,15 +140,11 @@ def test_a_kernel_that_is_not_counted_is_refused() -> None:
         list(executed_work.shares(recorded))
 
 
-def roofline_of(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.kernels.roofline", *arguments]
-    return subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=os.environ | environment, capture_output=True, text=True
-    )
+ROOFLINE = ("-m", "benchmarks.kernels.roofline")
 
 
 def test_interpreted_kernels_are_refused() -> None:
-    done = roofline_of(TRITON_INTERPRET="1")
+    done = attempt(*ROOFLINE, TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "unset TRITON_INTERPRET" in done.stderr
 
@@ -160,10 +154,9 @@ def test_the_command_prints_and_writes_what_it_executed(tmp_path: Path) -> None:
     """No adapter can cost less than its FLOPs, and fusing cannot cost more than the chain."""
     chart, rows = tmp_path / "chart.png", tmp_path / "rows.json"
     model = ("--model", "llama-3.2-3b", "--tokens", "2048")
-    done = roofline_of(*model, "--output", str(chart), "--json", str(rows), TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = python(*ROOFLINE, *model, "--output", chart, "--json", rows, TRITON_INTERPRET="0")
     for word in ("The model", "no GPU was measured", "fused", "grouped", "extended_gemm", "tensor", "limit"):
-        assert word in done.stdout
+        assert word in printed
     assert chart.stat().st_size > 10_000
     found = json.loads(rows.read_text())
     total = {row["variant"]: row["f+b"] for row in found["overheads"]}
@@ -178,28 +171,20 @@ def test_the_command_prints_and_writes_what_it_executed(tmp_path: Path) -> None:
 
 def test_a_block_compiles_few_kernels_whatever_the_tokens() -> None:
     """Each is a second or three in the middle of a training: numbers of splits and of tokens are no constants."""
-    command = [sys.executable, "-m", "benchmarks.kernels.recompilations", "--json"]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}  # interpreted kernels are compiled for nothing
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    counted = json.loads(done.stdout)
+    # interpreted kernels are compiled for nothing
+    counted = json.loads(python("-m", "benchmarks.kernels.recompilations", "--json", TRITON_INTERPRET="0"))
     assert set(counted) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     for kernels in counted.values():
         assert sum(kernels.values()) <= 48
 
 
-ROOT = Path(__file__).parents[2]
-
-
-OTHER_WAYS = (", ordinary launches", ", keys in Python")
-
-
 def test_it_measures_what_launches_cost() -> None:
-    command = [sys.executable, "-m", "benchmarks.kernels.host_time", "--calls", "2", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout)["rows"]
-    ours = [f"{name}{way}" for name in ("ours, a layer", "ours, a group of 3") for way in ("", *OTHER_WAYS)]
+    rows = json.loads(python("-m", "benchmarks.kernels.host_time", "--calls", "2", "--json"))["rows"]
+    ours = [
+        f"{name}{way}"
+        for name in ("ours, a layer", "ours, a group of 3")
+        for way in ("", ", ordinary launches", ", keys in Python")
+    ]
     assert set(rows) == {*ours, "plain ops, a layer", "plain ops, 3 layers"}
     assert all(row["us"] > 0 for row in rows.values())
     # y, u and what lies between the launches; dx, dR and the same: of a layer, and of three, in as many launches

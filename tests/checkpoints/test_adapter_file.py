@@ -17,13 +17,13 @@ import peft
 import pytest
 import torch
 import transformers
+from adapters import layers
 from models import batches_for, logits, make, patched
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorasb
 from lorasb.checkpoints.adapter_file import group_by_layer, read_config, read_tensors
-from lorasb.layers.linear import LoRASBLinear
 from lorasb.utils.atomic_files import replacing_folder, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -62,45 +62,27 @@ def test_auto_peft_model_reloads_exactly(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_transformers_load_adapter_is_exact(saved: Path, trainable: bool) -> None:
-    model = make("llama")
-    model.load_adapter(str(saved), is_trainable=trainable)
-    assert torch.equal(logits(model), logits(patched()))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all("lorasb_R" in name for name in trained)
-    assert bool(trained) == trainable
-    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lorasb_R" in n)
-    model.train()
-    if trainable:
-        model(**batches_for("llama")[0]).loss.backward()
-        assert all(p.grad is not None for n, p in model.named_parameters() if "lorasb_R" in n)
-
-
-def test_transformers_load_adapter_in_bf16_is_exact_and_keeps_r_in_fp32(tmp_path: Path) -> None:
-    want = patched(dtype=torch.bfloat16)
+def test_transformers_load_adapter_is_exact(trainable: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    want, model = patched(dtype=dtype), make("llama", dtype=dtype)
     want.save_pretrained(tmp_path)
-    model = make("llama", dtype=torch.bfloat16)
-    model.load_adapter(str(tmp_path), is_trainable=True)
+    model.load_adapter(str(tmp_path), is_trainable=trainable)
     assert torch.equal(logits(model), logits(want))
-    assert {p.dtype for n, p in model.named_parameters() if "lorasb_R" in n} == {torch.float32}
-    assert {p.dtype for n, p in model.named_parameters() if "lorasb_R" not in n} == {torch.bfloat16}
-
-
-def test_a_loaded_adapter_can_be_trained_further(saved: Path) -> None:
-    model = peft.PeftModel.from_pretrained(make("llama"), saved, is_trainable=True).train()
-    before = logits(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    model(**batches_for("llama")[0]).loss.backward()
-    optimizer.step()
-    assert not torch.equal(logits(model.eval()), before)
+    cores = {n: p for n, p in model.named_parameters() if "lorasb_R" in n}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == (cores.keys() if trainable else set())
+    assert {p.dtype for p in cores.values()} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if n not in cores} == {dtype}
+    if trainable:
+        model.train()(**batches_for("llama")[0]).loss.backward()
+        assert all(p.grad is not None for p in cores.values())
 
 
 def test_the_file_holds_the_factors_and_nothing_else(saved: Path) -> None:
     tensors = load_file(saved / WEIGHTS)
-    layers = group_by_layer(tensors)
-    assert len(layers) == 14
-    assert all(set(parts) == {"lorasb_A", "lorasb_R", "lorasb_B"} for parts in layers.values())
+    found = group_by_layer(tensors)
+    assert len(found) == 14
+    assert all(set(parts) == {"lorasb_A", "lorasb_R", "lorasb_B"} for parts in found.values())
     assert len(tensors) == 3 * 14
     config = json.loads((saved / CONFIG).read_text())
     assert config["peft_type"] == "LORASB"
@@ -126,9 +108,9 @@ A, R, B = (f"base_model.model.model.layers.1.mlp.up_proj.lorasb_{part}" for part
 
 
 def make_plain_lora(tensors: dict[str, Tensor]) -> None:
-    layers = group_by_layer(dict(tensors))
+    names = list(group_by_layer(dict(tensors)))
     tensors.clear()
-    for name in layers:
+    for name in names:
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(4, 64)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(64, 4)
 
@@ -152,7 +134,7 @@ def test_a_damaged_file_says_what_is_wrong_and_leaves_the_base_as_it_was(saved: 
     answer = logits(base)
     with pytest.raises(ValueError, match=message):
         peft.PeftModel.from_pretrained(base, saved)
-    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    assert not layers(base)
     assert torch.equal(logits(base), answer)
 
 
@@ -194,7 +176,7 @@ def test_a_truncated_file_is_refused_and_the_base_stays(saved: Path, share: floa
     base = make("llama")
     with pytest.raises(ValueError, match=r"is truncated or damaged: its header promises|is not a safetensors file"):
         peft.PeftModel.from_pretrained(base, saved)
-    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    assert not layers(base)
     with pytest.raises(ValueError, match=r"is truncated or damaged|is not a safetensors file"):
         read_tensors(saved)
 
@@ -284,7 +266,7 @@ def test_keys_that_peft_would_ignore_are_refused(saved: Path, rename: str) -> No
     base = make("llama")
     with pytest.raises(ValueError, match=r"the adapter file has '.*' and \d+ more, expected factors"):
         peft.PeftModel.from_pretrained(base, saved)
-    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    assert not layers(base)
 
 
 def test_two_keys_for_one_factor_are_refused(saved: Path) -> None:
@@ -315,7 +297,7 @@ def test_trained_modules_without_weights_leave_the_base_as_it_was(saved: Path, f
     base = make("llama")
     with pytest.raises(ValueError, match=r"expected (its weights|their rows) in the adapter file, got none"):
         peft.PeftModel.from_pretrained(base, saved)
-    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    assert not layers(base)
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])

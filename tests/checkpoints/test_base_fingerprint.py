@@ -10,10 +10,10 @@ import pytest
 import tolerances
 import torch
 import transformers
+from adapters import layers
 from models import logits, make, patched
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 
 
 def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) -> None:
@@ -23,7 +23,7 @@ def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) 
     with pytest.raises(ValueError, match=message):
         peft.PeftModel.from_pretrained(base, saved)
     assert torch.equal(logits(base), answer)
-    assert not any(isinstance(module, LoRASBLinear) for module in base.modules())
+    assert not layers(base)
     with pytest.raises(ValueError, match="this base is another one"):
         make("llama", seed=1).load_adapter(str(saved))
     for number, config in enumerate((None, lorasb.LoRASBConfig.from_pretrained(str(saved), check_base=False))):

@@ -9,8 +9,8 @@ import pytest
 import reference
 import torch
 from calls import check_pooled, exact, opcheck, run
+from measuring import allocations, kept_for_backward, threads
 from tolerances import EXACT, HALF_FEW, check
-from torch import Tensor
 
 import lorasb
 from lorasb.backends import cpp
@@ -36,15 +36,13 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("n", "m", "r"), [(123, 59, 17), (64, 300, 24), (520, 48, 16)])
+@pytest.mark.parametrize(
+    ("rows", "n", "m", "r"),
+    [(rows, *shape) for rows in ROWS for shape in ((123, 59, 17), (64, 300, 24), (520, 48, 16))]
+    + [(1100, 40, 24, 20)],  # more tokens than are open at once
+)
 def test_as_near_to_fp64_as_the_plain_chain(kernel: str, rows: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
     check_pooled(rows, n, m, r, dtype)
-
-
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_more_tokens_than_are_open_at_once(kernel: str, dtype: torch.dtype) -> None:
-    check_pooled(1100, 40, 24, 20, dtype)
 
 
 def test_more_tokens_than_are_packed_at_once(kernel: str) -> None:
@@ -109,14 +107,11 @@ def test_a_group_is_its_members(kernel: str, rows: int, bias: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 40, 200])
 def test_the_same_bits_again_and_by_any_number_of_threads(kernel: str, rows: int) -> None:
     case = reference.make_case((rows,), 700, 330, 16, torch.bfloat16)
-    threads, first = torch.get_num_threads(), run(case)
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
+    first = run(case)
+    for count in (1, 2, 3, 2):
+        with threads(count):
             for got, want in zip(run(case), first, strict=True):
                 check(got, want, EXACT)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("rows", [4, 9, 70])
@@ -135,21 +130,11 @@ def test_rows_do_not_leak(kernel: str, rows: int, value: float, dtype: torch.dty
 def test_no_weight_in_fp32_exists_and_u_alone_stays(kernel: str) -> None:
     m, n, rows, r = 4096, 2048, 40, 8
     case = reference.make_case((rows,), n, m, r, torch.bfloat16)
-    own = {t.data_ptr() for t in (case.weight, case.a, case.b, case.core)}
-    saved: list[Tensor] = []
-    with (
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
-    ):
+    with allocations() as held, kept_for_backward((case.weight, case.a, case.b, case.core)) as kept:
         x, core = case.x.requires_grad_(), case.core.requires_grad_()
         lora_sb_linear(x, case.weight, case.a, core, case.b).backward(case.dy)
-    assert [tuple(t.shape) for t in saved if t.data_ptr() not in own] == [(rows, r)]
-    held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert peak < m * n  # a quarter of W in fp32, activations and their copies included
+    assert [tuple(tensor.shape) for tensor in kept] == [(rows, r)]
+    assert max(held) < m * n  # a quarter of W in fp32, activations and their copies included
 
 
 def test_opcheck(kernel: str) -> None:

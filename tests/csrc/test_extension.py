@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import ROOT, attempt, python
 from storages import bits_of, exact, storage
 from tolerances import check, fp32
 from torch import Tensor
@@ -22,7 +20,6 @@ from lorasb.backends import eager as eager_gradients
 from lorasb.ops.plain_ops import BAD, SQUARES, ZEROS
 from lorasb.quantization.quantized_weight import QuantizedWeight
 
-ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("LORASB_FUZZ_CASES", "10000"))
 built = pytest.mark.skipif(cpp.missing() is not None, reason="no C++ extension")
 
@@ -43,8 +40,7 @@ def test_without_the_extension_everything_works_and_one_line_says_so() -> None:
         "print(quantized_linear(torch.ones(2, 64), w).sub(dequantize(w).sum(1)).abs().max().item() < 1e-4)\n"
         "try:\n    lorasb.backend('cpp').__enter__()\nexcept RuntimeError as error:\n    print(error)\n"
     )
-    environment = {**os.environ, cpp.DISABLE: "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = attempt("-c", code, **{cpp.DISABLE: "1"})
     assert "True" in done.stdout
     assert "backend 'cpp' is not available" in done.stdout
     assert done.stderr.count("C++ kernels: LORASB_NO_CSRC=1") == 1
@@ -65,10 +61,7 @@ def test_instruction_sets_are_chosen_at_run_time() -> None:
 @built
 def test_the_instruction_set_can_be_capped() -> None:
     code = "from lorasb.backends import cpp; print(cpp.instruction_sets(), cpp.serves(__import__('torch').bfloat16))"
-    done = [
-        subprocess.run([sys.executable, "-c", code], env=os.environ | {cpp.CAP: cap}, capture_output=True, text=True)
-        for cap in ("portable", "mmx")
-    ]
+    done = [attempt("-c", code, **{cpp.CAP: cap}) for cap in ("portable", "mmx")]
     assert done[0].stdout.strip() == "['portable'] True"
     assert (
         "ValueError: expected LORASB_MAX_CPU_ISA to be one of amx, avx512_bf16, avx512, avx2, portable, got 'mmx'"
@@ -87,8 +80,7 @@ def test_threads_are_torchs_own() -> None:
         "dequantize(w); print(threads() - before)\n"
         "torch.set_num_threads(1); import resource\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "0"
+    assert python("-c", code).strip() == "0"
 
 
 @built
@@ -263,7 +255,7 @@ def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
 
 
 @built
-def test_nothing_past_the_end_of_a_mapping_is_read(tmp_path: Path) -> None:
+def test_nothing_past_the_end_of_a_mapping_is_read() -> None:
     """Tensors that end where a page ends: reading one byte more stops the process."""
     code = """
 import ctypes, mmap, torch
@@ -307,9 +299,8 @@ for name in cpp.instruction_sets():
                 torch.ops.lorasb_csrc.dense_linear_backward(dy, w, a, core, b, at_the_end(u), 1.0, 0.0, None, True, True)
 print('whole')
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("whole"), done.stderr[-2000:]
+    paths = (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
+    assert python("-c", code, PYTHONPATH=os.pathsep.join(filter(None, paths))).strip().endswith("whole")
 
 
 @built

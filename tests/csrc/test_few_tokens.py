@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from calls import check_pooled, outputs, run
+from measuring import threads
 from torch import Tensor
 
 import lorasb
@@ -73,17 +74,14 @@ def test_the_result_is_one_sum_that_is_rounded_once(kernel: str) -> None:
     assert (fused - want).norm() < 0.5 * (apart - want).norm()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bits_depend_on_neither_threads_nor_other_tokens(kernel: str, threads: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_bits_depend_on_neither_threads_nor_other_tokens(kernel: str, count: int) -> None:
     case = make(min(100, cpp.most_tokens()), 576, 1000, 24)
-    want, before = op(case.x, case), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    want = op(case.x, case)
+    with threads(count):
         assert torch.equal(op(case.x, case), want)
-        for count in (1, 3, len(case.x) - 1):
-            assert torch.equal(op(case.x[:count], case), want[:count])
-    finally:
-        torch.set_num_threads(before)
+        for tokens in (1, 3, len(case.x) - 1):
+            assert torch.equal(op(case.x[:tokens], case), want[:tokens])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

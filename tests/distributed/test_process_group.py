@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import tolerances
 import torch
 from accelerate.data_loader import prepare_data_loader
 from models import make
+from processes import ROOT, python
 from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import SAMPLES
 
@@ -21,7 +19,6 @@ import lorasb
 from lorasb.init.cache import read
 from lorasb.init.sampling import select, without_repeats
 
-SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
 Found = dict[str, dict[str, Any]]
 ALL = ["even", "uneven", "empty", "accumulate", "accumulate empty", "accumulate budget", "stability", "stability empty"]
 ALL += ["cached", "again", "sharded", "sharded uneven", "sharded accumulate"]
@@ -31,12 +28,9 @@ ALL += ["cached", "again", "sharded", "sharded uneven", "sharded accumulate"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    python(*command, ROOT / "tests" / "support" / "two_ranks.py", folder, **environment)
     return folder
 
 

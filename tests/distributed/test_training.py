@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +14,17 @@ import train_ranks
 import trainer_ranks
 from models import make, text
 from peft import PeftModel
+from processes import ROOT, attempt, python
 from train_ranks import WAYS
 
 import lorasb
 
-SUPPORT = Path(__file__).parents[1] / "support"
-CONFIGS = Path(__file__).parents[2] / "docs" / "accelerate"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
-ENVIRONMENT["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for GPUs first
+SUPPORT, CONFIGS = ROOT / "tests" / "support", ROOT / "docs" / "accelerate"
+# DeepSpeed looks for GPUs first
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
 WRAP = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
 KILLED_AFTER = 5  # steps, of which every second is saved
 ENGINES = ("ddp", "fsdp2")
-
-
-def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python to its end, whatever that is."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def torchrun(size: int) -> list[object]:
@@ -45,11 +36,6 @@ def accelerate(config: str, size: int = 2) -> list[object]:
     return ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / config, *wrap, "--num_processes", size]
 
 
-def finish(*arguments: object) -> None:
-    done = python(*arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 # Plain loops
 
 
@@ -59,7 +45,7 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loops")
     for way in WAYS:
         (folder / f"{way}.1.json").write_text(json.dumps(train_ranks.train(way, 0, 1)))
-    finish(*torchrun(2), SUPPORT / "train_ranks.py", folder, *WAYS)
+    python(*torchrun(2), SUPPORT / "train_ranks.py", folder, *WAYS, **ENVIRONMENT)
     return folder
 
 
@@ -83,7 +69,7 @@ def test_two_ranks_train_as_one_process(loops: Path, way: str) -> None:
 
 @pytest.mark.long
 def test_four_ranks_train_as_one_process(loops: Path) -> None:
-    finish(*torchrun(4), SUPPORT / "train_ranks.py", loops, *WAYS)
+    python(*torchrun(4), SUPPORT / "train_ranks.py", loops, *WAYS, **ENVIRONMENT)
     for way in WAYS:
         check_loops(loops, way, 4)
 
@@ -94,7 +80,7 @@ def test_four_ranks_train_as_one_process(loops: Path) -> None:
 def train(start: list[object], folder: Path, *options: object) -> dict[str, Any]:
     """A run of tests/support/trainer_ranks.py, in this process where nothing starts others, and what it found."""
     if start:
-        finish(*start, SUPPORT / "trainer_ranks.py", folder, *options)
+        python(*start, SUPPORT / "trainer_ranks.py", folder, *options, **ENVIRONMENT)
     else:
         trainer_ranks.run(folder, trainer_ranks.parse([folder, *options]))
     return found_in(folder)
@@ -107,14 +93,16 @@ def found_in(folder: Path) -> dict[str, Any]:
 
 def kill(start: list[object], folder: Path, *options: object) -> None:
     """A run that loses a rank between two checkpoints."""
-    done = python(*start, SUPPORT / "trainer_ranks.py", folder, "--kill", KILLED_AFTER, *options)
+    done = attempt(*start, SUPPORT / "trainer_ranks.py", folder, "--kill", KILLED_AFTER, *options, **ENVIRONMENT)
     assert done.returncode != 0
     assert not (folder / "found.json").exists()
 
 
 def train_and_kill(start: list[object], folder: Path, cut: Path, *options: object) -> dict[str, Any]:
     """A whole run and, by the same processes, one more that loses a rank between two checkpoints."""
-    done = python(*start, SUPPORT / "trainer_ranks.py", folder, "--cut", cut, "--kill", KILLED_AFTER, *options)
+    done = attempt(
+        *start, SUPPORT / "trainer_ranks.py", folder, "--cut", cut, "--kill", KILLED_AFTER, *options, **ENVIRONMENT
+    )
     assert done.returncode != 0
     assert (folder / "found.json").exists(), done.stderr[-3000:]
     assert not (cut / "found.json").exists()

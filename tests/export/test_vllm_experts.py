@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
-from families import EXPERTS, SIZES
+from adapters import layers
+from families import EXPERTS
 from models import make, patched
 from safetensors.torch import load_file
 from tolerances import EXPORT, check
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 
 # vllm/lora/utils.py, process_packed_modules_mapping: packed_modules_mapping["experts"] is the list of checkpoint names
 # of every expert and projection, `experts.{e}.{name}`; the names are the models' own (mixtral.py, qwen3_moe.py).
@@ -29,38 +26,26 @@ RULES = {
 }
 
 
-def qwen3_moe() -> Any:
-    torch.manual_seed(0)
-    shape = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **shape, pad_token_id=0))
-
-
-def model_of(kind: str) -> Any:
-    base = make("mixtral") if kind == "mixtral" else qwen3_moe()
-    model = lorasb.patch(base, r=3, target_modules=["q_proj"], target_parameters=EXPERTS, init="kaiming", scaling=0.5)
-    return model.eval()
-
-
 @pytest.mark.parametrize("kind", RULES)
 def test_every_name_is_one_that_vllm_expands_and_every_delta_is_the_experts(kind: str, tmp_path: Path) -> None:
-    model = model_of(kind)
+    options = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "init": "kaiming", "scaling": 0.5}
+    model = lorasb.patch(make(kind), r=3, **options).eval()
     lorasb.export_lora(model, tmp_path, format="vllm", quiet=True)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     rule, (gate, up, down) = RULES[kind]
-    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
-    found = set()
+    adapted, found = layers(model), set()
     for key in [key for key in tensors if ".lora_A." in key]:
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
         assert a.shape[0] == b.shape[1] == 8  # the smallest that vLLM takes above 3
         match = re.fullmatch(rule, name)
         if match is None:
-            want = layers[name].get_delta_weight("default")
+            want = adapted[name].get_delta_weight("default")
         else:
             layer, expert, projection = match.groups()
             found.add((layer, expert, projection))
             ours = "down_proj" if projection == down else "gate_up_proj"
-            want = layers[f"model.layers.{layer}.mlp.experts.{ours}.{expert}"].get_delta_weight("default")
+            want = adapted[f"model.layers.{layer}.mlp.experts.{ours}.{expert}"].get_delta_weight("default")
             if projection != down:
                 want = want.chunk(2)[0 if projection == gate else 1]
         check(b @ a, want, EXPORT)

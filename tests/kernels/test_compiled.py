@@ -14,7 +14,7 @@ import reference
 import tolerances
 import torch
 from calls import check, dense, exact, run_kernels
-from kernel_cases import check_follows_mask, group_cases
+from kernel_cases import check_follows_mask, group_cases, weights_read
 from reference import make_case
 from storages import bits_of, storage
 from storages import exact as dequantized
@@ -94,15 +94,11 @@ def test_dropout_follows_its_mask() -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("rows", "way"), [(5, "inline"), (40, "scratch")])
-def test_4_bits_inline_and_by_a_scratch(rows: int, way: str, nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4_bits_inline_and_by_a_scratch(rows: int, way: str, nested: bool) -> None:
     """A GEMM that dequantizes as it goes, or a scratch that is filled beside the thin products."""
-    chosen = plan.choose
-    monkeypatch.setattr(plan, "choose", lambda *a: replace(chosen(*a), weights=way))
-    plan.forget()
     case = replace(make_case((rows,), 64, 48, 16, torch.bfloat16), weight=storage(48, 64, "nf4", 64, nested))
-    with observed() as launches:
+    with weights_read(way), observed() as launches:
         found = run_kernels(case)
-    plan.forget()
     assert ("quantized_gemm" in {one.name for one in launches}) == (way == "inline")
     wide = dense(case).double()
     close(found, (reference.forward(wide), *reference.gradients(wide)), tolerances.HALF_FEW)

@@ -10,13 +10,14 @@ import tolerances
 import torch
 from calls import check_dropout_follows_the_global_seed, operands_of
 from calls import run_kernels as run
-from kernel_cases import check_follows_mask, group_cases, mask_of
+from kernel_cases import check_follows_mask, group_cases, mask_of, take_path
 
 from lorasb.backends import eager
-from lorasb.backends import eager as masks
 from lorasb.backends import triton as backend
 from lorasb.kernels import linear as launch
 from lorasb.kernels.launcher import observed
+
+LONG = pytest.mark.long
 
 
 def test_gradients_follow_the_mask_of_the_forward() -> None:
@@ -25,10 +26,10 @@ def test_gradients_follow_the_mask_of_the_forward() -> None:
 
 def test_beside_cublas_the_masked_term_is_added_to_the_bases(monkeypatch: pytest.MonkeyPatch) -> None:
     case = reference.make_case((40,), 70, 64, 8, torch.float32)
-    results, choose = [], backend.plan_of
+    results = []
     for path in ("fused", "addmm"):
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "plan_of", lambda *given, path=path: replace(choose(*given), path=path))
+            take_path(patch, path)
             torch.manual_seed(5)
             with observed() as launches:
                 results.append(run(case, dropout=0.4))
@@ -45,8 +46,7 @@ def test_beside_cublas_the_masked_term_is_added_to_the_bases(monkeypatch: pytest
 
 def test_without_a_base_the_masked_term_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     case = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False)
-    choose = backend.plan_of
-    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path="addmm"))
+    take_path(monkeypatch, "addmm")
     results = []
     for weight in (case.weight, None):
         case.weight = weight  # type: ignore[assignment]
@@ -59,13 +59,14 @@ def test_without_a_base_the_masked_term_is_all_there_is(monkeypatch: pytest.Monk
     assert torch.equal(dcore, dcore_alone)
 
 
-@pytest.mark.parametrize("path", ["fused", "addmm"])
-@pytest.mark.parametrize("r", [8, 16])
+@pytest.mark.parametrize(
+    ("path", "r"),
+    [("fused", 8), ("addmm", 16), *(pytest.param(*one, marks=LONG) for one in (("fused", 16), ("addmm", 8)))],
+)
 def test_members_of_a_group_have_the_masks_of_separate_calls(
     path: str, r: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose = backend.plan_of
-    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path=path))
+    take_path(monkeypatch, path)
     cases = group_cases(40, 70, (48, 32, 64), r, torch.float32)
     torch.manual_seed(5)
     with observed() as launches:
@@ -77,12 +78,14 @@ def test_members_of_a_group_have_the_masks_of_separate_calls(
         tolerances.check(got, want, tolerances.fp32(150 if want.dtype == torch.float64 else 80))
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 66, 100])
-def test_eager_torch_knows_the_mask(n: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "seed"), [(1, 2**40 + 1), (3, 0), (8, 1), (66, 2**31), (100, 2**63 - 2), (16, 0x1234_5678_9ABC_DEF0)]
+)
+def test_eager_torch_knows_the_mask(n: int, seed: int) -> None:
     case = reference.make_case((20,), n, 8, 4, torch.float32)
     for dropout in (1e-9, 0.05, 0.5, 0.95, 1 - 1e-9):
-        want = masks.philox_mask(case.x.shape, dropout, 2**40 + n, case.x.device)
-        assert torch.equal(mask_of(case, 2**40 + n, dropout), want)
+        want = eager.philox_mask(case.x.shape, dropout, seed, case.x.device)
+        assert torch.equal(mask_of(case, seed, dropout), want)
 
 
 def test_the_words_are_philox() -> None:
@@ -95,8 +98,9 @@ def test_the_words_are_philox() -> None:
 
 
 def test_the_mask_keeps_its_share_and_differs_by_seed() -> None:
-    case = reference.make_case((300,), 100, 8, 4, torch.float32)
-    masks = [mask_of(case, seed, 0.3) for seed in (1, 2)]
+    masks = [
+        eager.philox_mask(torch.Size((300, 100)), 0.3, seed, torch.device("cpu")) for seed in (1, 2)
+    ]  # the kernels'
     for mask in masks:
         assert abs(mask.float().mean() - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
     assert (masks[0] != masks[1]).float().mean() > 0.3
@@ -104,7 +108,7 @@ def test_the_mask_keeps_its_share_and_differs_by_seed() -> None:
 
 def test_elements_are_dropped_independently() -> None:
     """Of the eight columns that one counter serves, and of counters beside each other."""
-    kept = masks.philox_mask(torch.Size((4000, 64)), 0.3, 3, torch.device("cpu")).double() - 0.7  # the kernels'
+    kept = eager.philox_mask(torch.Size((4000, 64)), 0.3, 3, torch.device("cpu")).double() - 0.7  # the kernels'
     products = kept.t() @ kept / (len(kept) * 0.21)
     assert (products - torch.eye(64)).abs().max() < 5.5 * len(kept) ** -0.5
     assert (kept[1:] * kept[:-1]).mean().abs() / 0.21 < 5 * (63 * len(kept)) ** -0.5
@@ -112,7 +116,7 @@ def test_elements_are_dropped_independently() -> None:
 
 @pytest.mark.parametrize("dropout", [1e-9, 1e-5, 0.05, 0.9, 1 - 1e-9])
 def test_the_scale_is_that_of_the_share_that_is_kept(dropout: float) -> None:
-    known = masks.kernel_dropout(dropout)
+    known = eager.kernel_dropout(dropout)
     assert 0 < known < 1
     assert abs(known - dropout) <= 2**-16
     operands = operands_of(reference.make_case((2,), 4, 4, 4, torch.float32), dropout=dropout)

@@ -10,13 +10,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ROOT, python
 
-ROOT = Path(__file__).parents[2]
 TRITONS = "LORASB_TRITONS"  # environment variable: a folder with one folder per version
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="Triton's launcher needs a C compiler")
 
@@ -32,13 +31,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compared(library: Path, *options: str, triton: Path | None = None, csrc: bool = True) -> dict[str, Any]:
     """What the comparison prints, in a process of its own; `csrc`: with the C++ extension, if it was built."""
-    environment = os.environ | {"TRITON_LIBCUDA_PATH": str(library.parent), "LORASB_NO_CSRC": "" if csrc else "1"}
+    variables = {"TRITON_LIBCUDA_PATH": str(library.parent), "LORASB_NO_CSRC": "" if csrc else "1"}
     if triton is not None:
-        environment |= {"PYTHONPATH": f"{triton}:{ROOT}", "TRITON_CACHE_DIR": str(library.parent / triton.name)}
-    command = [sys.executable, "-m", "tests.support.launch_arguments", str(library), *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        variables |= {"PYTHONPATH": f"{triton}:{ROOT}", "TRITON_CACHE_DIR": str(library.parent / triton.name)}
+    printed = python("-m", "tests.support.launch_arguments", library, *options, **variables)
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
 
 import environment
@@ -19,6 +20,7 @@ from kernel_cases import DTYPES, group_cases
 import lorasb
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import extended_gemm_launch, operands, plan
+from lorasb.kernels import linear as fused
 from lorasb.kernels.block_sizes import GemmConfig, PrepConfig, cdiv, gemm_splits, prep_members, prep_splits, rank_blocks
 from lorasb.kernels.launcher import observed
 
@@ -26,11 +28,11 @@ FEATURES = {1: (59, 123), 3: (123, 59), 16: (59, 123), 17: (123, 59), 64: (123, 
 FEATURES[160] = (200, 163)  # beyond MAX_HELD_RANKS
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("M", "r"),
-    [*((63, r) for r in FEATURES), (1, 17), (16, 64), (130, 96), (130, 3)]
-    + [pytest.param(M, r, marks=pytest.mark.long) for M in (1, 16, 63, 130) for r in FEATURES],
+    ("M", "r", "dtype"),
+    [(M, r, torch.float32) for M, r in (*((63, r) for r in FEATURES), (1, 17), (16, 64), (130, 96), (130, 3))]
+    + [(M, r, dtype) for M, r in ((63, 17), (63, 96), (1, 17), (130, 3)) for dtype in DTYPES[1:]]
+    + [pytest.param(M, r, t, marks=pytest.mark.long) for M in (1, 16, 63, 130) for r in FEATURES for t in DTYPES],
 )
 def test_matches_reference(M: int, r: int, dtype: torch.dtype) -> None:
     case = reference.make_case((M,), *FEATURES[r], r, dtype)
@@ -67,7 +69,7 @@ def test_tensors_that_torch_negates_lazily(name: str) -> None:
 
 
 def test_a_group_too_wide_for_one_pass_is_prepared_in_several() -> None:
-    cases = group_cases(20, 200, (200, 160, 180), 150, torch.float32)
+    cases = group_cases(4, 150, (150, 152, 151), 150, torch.float32)
     assert prep_members(150, 3) == 2
     with observed() as launches:
         results = run(*cases)
@@ -75,7 +77,7 @@ def test_a_group_too_wide_for_one_pass_is_prepared_in_several() -> None:
     assert [one.name for one in launches].count("prep_forward") == 2
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     M=st.integers(1, 80),
     n=st.integers(1, 90),
@@ -140,17 +142,27 @@ def test_the_path_through_addmm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     check(run(case), case)
 
 
-SHIPPED = sorted(
-    {rule.prep for arch in plan.shipped_archs() for rule in plan.shipped_rules(arch) if rule.prep}, key=str
-)
-BLOCKS = sorted({rule.gemm for arch in plan.shipped_archs() for rule in plan.shipped_rules(arch) if rule.gemm}, key=str)
+def blocks(config: PrepConfig | GemmConfig) -> PrepConfig | GemmConfig:
+    """A configuration as the interpreter sees it, which has neither warps nor stages."""
+    if environment.PTX:
+        return config
+    return replace(config, warps=4, stages=1, **({"registers": None} if isinstance(config, GemmConfig) else {}))
 
 
-@pytest.mark.parametrize("config", [*SHIPPED, *BLOCKS], ids=str)
+SHIPPED = {
+    blocks(config)
+    for arch in plan.shipped_archs()
+    for rule in plan.shipped_rules(arch)
+    for config in (rule.prep, rule.gemm)
+    if config
+}
+
+
+@pytest.mark.parametrize("config", sorted(SHIPPED, key=str), ids=str)
 def test_every_shipped_configuration(config: PrepConfig | GemmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, "fused", **{"prep" if isinstance(config, PrepConfig) else "gemm": config})
-    cases = group_cases(40, 150, (70, 64), 24, torch.float32)
-    check(run(*cases), *cases)
+    case = reference.make_case((40,), 150, 70, 24, torch.float32)
+    check(run(case), case)
 
 
 def test_the_adapter_alone() -> None:
@@ -202,9 +214,8 @@ def test_rows_do_not_leak(value: float, rows: int) -> None:
 def test_bitwise_repeatable(rows: int) -> None:
     cases = group_cases(rows, 96, (64, 48), 16, torch.float16)
     first = run(*cases)
-    for _ in range(3):
-        for got, want in zip(run(*cases), first, strict=True):
-            assert torch.equal(got, want)
+    for got, want in zip(run(*cases), first, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +274,19 @@ def test_a_bias_with_gaps_and_a_scaling_of_numpys(count: int) -> None:
     for case in cases:
         case.scaling = 0.5
     check(results, *cases)
+
+
+@pytest.mark.skipif(bool(environment.PTX), reason="6 GB of addresses are too many to execute compiled code on")
+def test_rows_of_w_beyond_2_to_the_31_elements() -> None:
+    """dx over a W whose rows lie 2^26 elements apart: 6 GB of addresses, of which a few pages are touched."""
+    K, N, r, M, stride = 48, 32, 16, 20, 1 << 26
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * K * stride), dtype=torch.float16)
+    weight = memory.as_strided((K, N), (stride, 1))
+    case = reference.make_case((M,), N, K, r, torch.float16, bias=False, scaling=1.0)
+    weight.copy_(case.weight)
+    chosen = plan.LaunchPlan("fused", PrepConfig(32, 16, 4, 2), GemmConfig(32, 32, 16, 1, 4, 2))
+    members = fused.Members([weight], [case.a], [case.core], [case.b], [1.0])
+    u = torch.zeros(M, r, dtype=torch.float16)
+    dx, _ = fused.backward([case.dy], members, [u], chosen, True, False)
+    want, _ = reference.gradients(case.double())
+    tolerances.check_half(dx, reference.plain_chain(case)[1], want)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import reference
 import torch
 from calls import dense, few_of, run, run_kernels
-from kernel_cases import DTYPES
+from kernel_cases import DTYPES, weights_read
 from reference import Case, make_case
 from storages import bits_of, exact, octets, storage
 from tolerances import EXACT, check, fp32
@@ -26,18 +27,9 @@ def make(weight: QuantizedWeight, rows: int, r: int, dtype: torch.dtype) -> Case
 
 
 @pytest.fixture(params=plan.WEIGHTS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Inline or by a scratch, whatever the tables say."""
-    chosen = plan.choose
-
-    def other(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
-        found = chosen(shape, arch, sms)
-        return plan.LaunchPlan(found.path, found.prep, found.gemm, request.param)
-
-    monkeypatch.setattr(plan, "choose", other)
-    plan.forget()
-    yield request.param
-    plan.forget()
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    with weights_read(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,9 +86,8 @@ def test_launches(way: str) -> None:
 
 def test_repeats_to_the_bit(way: str) -> None:
     case = make(storage(64, 512, dtype=torch.float32), 5, 16, torch.float32)
-    for again in [run_kernels(case) for _ in range(2)]:
-        for got, want in zip(again, run_kernels(case), strict=True):
-            check(got, want, EXACT)
+    for got, want in zip(run_kernels(case), run_kernels(case), strict=True):
+        check(got, want, EXACT)
 
 
 def test_dropout_masks_are_the_dense_kernels_own(way: str) -> None:
@@ -109,15 +100,8 @@ def test_dropout_masks_are_the_dense_kernels_own(way: str) -> None:
 
 
 def test_the_tables_choose_by_tokens() -> None:
-    for arch, limit in (
-        ("sm_80", 256),
-        ("sm_86", 256),
-        ("sm_89", 256),
-        ("sm_90", 64),
-        ("sm_100", 32),
-        ("sm_120", 256),
-        ("sm_75", 16),
-    ):
+    limits = {"sm_80": 256, "sm_86": 256, "sm_89": 256, "sm_90": 64, "sm_100": 32, "sm_120": 256, "sm_75": 16}
+    for arch, limit in limits.items():
         for M, weights in ((1, "inline"), (limit, "inline"), (2 * limit, "scratch")):
             shape = plan.Shape("forward", "bf16", M, 4096, 4096, 96, 1, "4bit")
             assert plan.choose(shape, arch, 100).weights == weights
@@ -142,21 +126,17 @@ def test_a_table_with_another_way_is_refused() -> None:
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_rows_of_a_tile_have_one_scale_each_where_blocks_allow(
-    n: int, block: int, byte: int, shared: bool, nested: bool, monkeypatch: pytest.MonkeyPatch
+    n: int, block: int, byte: int, shared: bool, nested: bool
 ) -> None:
     """Both ways decode to the same bits, wherever the first byte lies: y of the unit vectors is W."""
-    chosen = plan.choose
-    monkeypatch.setattr(plan, "choose", lambda *given: replace(chosen(*given), weights="inline"))
-    plan.forget()
     weight = storage(70, n, block=block, nested=nested, dtype=torch.float16)
     codes = weight.tensors[0]
     moved = codes.new_empty(codes.numel() + byte)[byte:].view(codes.shape).copy_(codes)
     weight = QuantizedWeight([moved, *weight.tensors[1:]], weight.shape, weight.dtype, weight.kind, weight.block)
     x, none = torch.eye(n, dtype=torch.float16), torch.zeros(0, dtype=torch.float32)
-    with lorasb.backend("triton"), observed() as launches:
+    with weights_read("inline"), lorasb.backend("triton"), observed() as launches:
         a, b = none.new_zeros((1, n)).half(), none.new_zeros((70, 1)).half()
         y = lora_sb_linear(x, weight, a, none.new_zeros((1, 1)), b)
     (gemm,) = (one for one in launches if one.name == "quantized_gemm")
     assert gemm.arguments["ONE_SCALE"] == shared
     assert torch.equal(y.t(), exact(weight, torch.float16))
-    plan.forget()

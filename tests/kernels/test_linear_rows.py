@@ -45,7 +45,7 @@ def test_rows_are_eagers_with_the_extended_gemm_as_it_is(tokens: int, n: int, m:
         tolerances.check(result, want, tolerances.fp32(n + m + r))
 
 
-@pytest.mark.parametrize("r", [16, 40, 144])
+@pytest.mark.parametrize("r", [16, pytest.param(40, marks=pytest.mark.long), 144])
 def test_cores_of_a_bank_are_read_where_they_lie(r: int) -> None:
     """Columns of a wider storage, in bf16: as the same R's in fp32, to the bit."""
     case = make(5, 160, 144, r)
@@ -129,7 +129,9 @@ def test_an_index_out_of_range_is_an_error_before_a_launch() -> None:
     assert not launches
 
 
-@pytest.mark.parametrize(("tokens", "r"), [(1, 16), (13, 24), (1, 144), pytest.param(5, 144, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("tokens", "r"), [(1, 16), (13, 24), *(pytest.param(tokens, 144, marks=pytest.mark.long) for tokens in (1, 5))]
+)
 def test_a_group_takes_one_pass_over_x_and_one_extended_gemm(tokens: int, r: int) -> None:
     cases = [
         replace(make(tokens, 160, m, r, scaling=m / 99, seed=m), x=make(tokens, 160, 148, r).x) for m in (148, 150, 144)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import python
 
 from benchmarks.kernels import sass
 from lorasb.compat.triton import installed
@@ -93,11 +90,8 @@ SLACK = 0.12
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernels.main_loops", "--json", "--arch", "sm_86", "--arch", "sm_80"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    command = ("-m", "benchmarks.kernels.main_loops", "--json", "--arch", "sm_86", "--arch", "sm_80")
+    found: dict[str, Any] = json.loads(python(*command, TRITON_INTERPRET="0"))
     return found
 
 

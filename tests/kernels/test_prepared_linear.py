@@ -10,12 +10,11 @@ import environment
 import pytest
 import torch
 from calls import check, run_kernels
-from kernel_cases import group_cases
+from kernel_cases import group_cases, take_path
 from reference import Case, make_case
 from torch import Tensor
 
 import lorasb
-from lorasb.backends import triton as backend
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear, plan, prepared_linear
 from lorasb.kernels.launcher import observed
@@ -82,8 +81,7 @@ def test_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cublas_beside_prepared_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = backend.plan_of
-    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path="addmm"))
+    take_path(monkeypatch, "addmm")
     case = make_case((2, 35), 96, 80, 24, torch.bfloat16)
     same_bits(lambda: run_kernels(case), monkeypatch)
     prepared_linear.forget()
@@ -127,8 +125,7 @@ def test_what_cannot_be_repeated_is_launched_the_ordinary_way() -> None:
 
 def test_nothing_is_launched_before_all_pointers_are_known_to_be_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A is read after cuBLAS alone, where dropout's masked term is added to its dx."""
-    choose = backend.plan_of
-    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path="addmm"))
+    take_path(monkeypatch, "addmm")
     case, results = make_case((20,), 64, 48, 8, torch.bfloat16), []
     shifted = torch.empty(8 * 64 + 1, dtype=torch.bfloat16)[1:].view(8, 64).copy_(case.a)
     for a in (case.a, shifted):

@@ -9,19 +9,15 @@ shapes, dropout, biases and other ranks. The gates are the same.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import python
 
 from lorasb.kernels import plan
 
 BRIEF = ("sm_86", "sm_90")  # tensor cores by mma and by wgmma
-ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -42,11 +38,8 @@ QUANTIZED = (
 
 def compiled(*options: str) -> list[Row]:
     """The report, made by a process in which Triton compiles."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernels.static_report", "--json", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: list[Row] = json.loads(done.stdout)
+    command = ("-m", "benchmarks.kernels.static_report", "--json", *options)
+    found: list[Row] = json.loads(python(*command, TRITON_INTERPRET="0"))
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 import tolerances
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from adapters import layers
 from models import patched
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -300,7 +301,7 @@ def old_weight_norm(layer: nn.Linear) -> nn.Module:
 def test_a_weight_that_is_computed_is_adapted_and_not_merged(norm: Callable[[nn.Linear], nn.Module]) -> None:
     net = nn.Sequential(OrderedDict(normed=norm(nn.Linear(16, 12)), plain=nn.Linear(12, 8)))
     model = lorasb.patch(net, r=4, init="kaiming", target_modules=["normed", "plain"])
-    for layer in (m for m in model.modules() if isinstance(m, LoRASBLinear)):
+    for layer in layers(model).values():
         layer.lorasb_R["default"].data.fill_(0.5)
     x = torch.randn(3, 16)
     before = model(x)

@@ -15,12 +15,12 @@ import peft
 import pytest
 import torch
 import transformers
-from models import Rows, four_steps, llama, loss_and_gradients
+import twins
+from adapters import layers
+from models import llama
 from opaque_models import (
     KINDS,
     Scaled,
-    adapted,
-    batches,
     dense_twin,
     initialized,
     opaque_model,
@@ -30,8 +30,9 @@ from opaque_models import (
     torchao_int4_config,
     values,
 )
-from tolerances import EXACT, EXPORT, FOUR_BITS, MERGE, PROCESS_SUMS, SAME_STEP, check
+from tolerances import EXACT, FOUR_BITS, PROCESS_SUMS, SAME_STEP, check
 from torch import Tensor, nn
+from twins import batches
 
 import lorasb
 from lorasb.layers import opaque_format
@@ -41,31 +42,19 @@ GIVE_W = [kind for kind in KINDS if kind != "unknown"]
 REQUANTIZE = ("hqq", "quanto")  # torchao, too, if transformers has loaded the model: a test of its own
 
 
-def factors(model: nn.Module) -> list[torch.Tensor]:
-    return [part["default"].detach() for m in adapted(model).values() for part in (m.lorasb_A, m.lorasb_R, m.lorasb_B)]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_its_dense_twin_in_forward_and_gradients(kind: str) -> None:
-    model, twin = patched(kind), lorasb.patch(dense_twin(opaque_model(kind)), r=4)
-    lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
-    for layer, other in zip(adapted(model).values(), adapted(twin).values(), strict=True):
-        layer.set_factors("default", other.lorasb_B["default"], other.lorasb_R["default"], other.lorasb_A["default"])
-    results = [loss_and_gradients(each, batches()[0]) for each in (model, twin)]
-    assert len(results[0]) == 15  # the loss and seven layers of two blocks
-    for one, other in zip(*results, strict=True):
-        check(one, other, PROCESS_SUMS)
+    twins.check_gradients(patched(kind), dense_twin(opaque_model(kind)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
     """Steps are compared as a whole: singular vectors may turn by their last bits."""
     one, other = (initialized(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
-    for first, second in zip(factors(one), factors(other), strict=True):
-        check(first, second, EXACT)
+    twins.check_equal(twins.factors(one), twins.factors(other))
     twin = lorasb.patch(dense_twin(opaque_model(kind)), r=4)
     lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
-    for layer, dense in zip(adapted(one).values(), adapted(twin).values(), strict=True):
+    for layer, dense in zip(layers(one).values(), layers(twin).values(), strict=True):
         mine, theirs = layer.get_delta_weight("default"), dense.get_delta_weight("default")
         assert torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0) > SAME_STEP
 
@@ -73,25 +62,16 @@ def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_the_loss_and_leaves_the_storage(kind: str) -> None:
     model = initialized(kind)
-    before = {name: values(layer.base_layer, torch.float32) for name, layer in adapted(model).items()}
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"{name}.lorasb_R.default" for name in before}
-    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2), []
-    for _ in range(6):
-        loss = model.train()(**batches()[0]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
-    for name, layer in adapted(model.eval()).items():
+    before = {name: values(layer.base_layer, torch.float32) for name, layer in layers(model).items()}
+    twins.check_training(model)
+    for name, layer in layers(model).items():
         check(values(layer.base_layer, torch.float32), before[name], EXACT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
     model = patched(kind, torch.bfloat16)
-    for layer in adapted(model).values():
+    for layer in layers(model).values():
         dtypes = [part["default"].dtype for part in (layer.lorasb_A, layer.lorasb_R, layer.lorasb_B)]
         assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]
     lorasb.initialize(model, batches(), lr=1e-2, progress=False)
@@ -103,28 +83,13 @@ def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    arguments = four_steps(tmp_path)
-    done = []
-    for resume in (None, str(tmp_path / "checkpoint-2")):
-        model = patched(kind)
-        callback = lorasb.InitCallback(num_samples=4)
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[callback])
-        trainer.train(resume_from_checkpoint=resume)
-        done.append(factors(model))
-    for first, second in zip(*done, strict=True):
-        check(first, second, EXACT)
+    twins.check_resuming(lambda: patched(kind), tmp_path, num_samples=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_are_saved_loaded_exported_and_chosen_by_rows(kind: str, tmp_path: Path) -> None:
     model, batch = initialized(kind).eval(), batches()[0]
-    want = model(**batch).logits
-    model.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(opaque_model(kind), tmp_path / "adapter").eval()
-    check(again(**batch).logits, want, EXACT)
-    lorasb.export_lora(model, tmp_path / "lora", quiet=True)
-    plain = peft.PeftModel.from_pretrained(dense_twin(opaque_model(kind)), tmp_path / "lora").eval()
-    check(plain(**batch).logits, want, EXPORT)
+    want = twins.check_files(model, opaque_model(kind), dense_twin(opaque_model(kind)), tmp_path)
     batch.pop("labels")
     with torch.no_grad():
         mixed = model(**batch, adapter_names=["default", "__base__"]).logits
@@ -137,28 +102,18 @@ def test_adapters_are_saved_loaded_exported_and_chosen_by_rows(kind: str, tmp_pa
 
 @pytest.mark.parametrize("kind", GIVE_W)
 def test_merging_gives_dense_layers_and_unmerging_the_layers_back(kind: str) -> None:
-    model = initialized(kind).eval()
-    want, bases = model(**batches()[0]).logits, [layer.base_layer for layer in adapted(model).values()]
-    model.merge_adapter()
-    check(model(**batches()[0]).logits, want, MERGE)
-    model.unmerge_adapter()
-    assert [layer.base_layer for layer in adapted(model).values()] == bases
-    check(model(**batches()[0]).logits, want, EXACT)
-    merged = model.merge_and_unload()
-    assert {type(m) for m in merged.modules() if hasattr(m, "in_features")} == {nn.Linear}
-    check(merged(**batches()[0]).logits, want, MERGE)
+    twins.check_merging(initialized(kind).eval())
 
 
 @pytest.mark.parametrize("kind", REQUANTIZE)
 def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str) -> None:
     model = initialized(kind).eval()
-    merged_weights = {name: layer.merged_weight(["default"]) for name, layer in adapted(model).items()}
-    kinds = {name: type(layer.base_layer) for name, layer in adapted(model).items()}
+    merged_weights = {name: layer.merged_weight(["default"]) for name, layer in layers(model).items()}
+    kinds = {name: type(layer.base_layer) for name, layer in layers(model).items()}
     plain: Any = model.merge_and_unload(requantize=True)
-    for path, want in merged_weights.items():
-        name = path.removeprefix("base_model.model.")
+    for name, want in merged_weights.items():
         layer = plain.get_submodule(name)
-        assert type(layer) is kinds[path]
+        assert type(layer) is kinds[name]
         relative = float((values(layer, torch.float32) - want).norm() / want.norm())
         assert plain.requantization_errors[name] == pytest.approx(relative, rel=1e-3)
         assert 0 < relative < FOUR_BITS
@@ -171,7 +126,7 @@ def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
     config = transformers.TorchAoConfig(torchao_int4_config())
     model.hf_quantizer = types.SimpleNamespace(quantization_config=config)
     adapter = lorasb.patch(model, r=4, init="random")
-    assert all(layer.base.format.requantizes for layer in adapted(adapter).values())
+    assert all(layer.base.format.requantizes for layer in layers(adapter).values())
     plain = adapter.merge_and_unload(requantize=True)
     weight = plain.model.layers[0].mlp.up_proj.weight
     assert type(weight) is type(opaque_model("torchao int4").model.layers[0].mlp.up_proj.weight)
@@ -182,7 +137,7 @@ def test_torchao_without_its_configuration_merges_but_is_not_quantized_again() -
     model = initialized("torchao int8")
     with pytest.raises(ValueError, match=r"torchao layer .* cannot be quantized again"):
         model.merge_and_unload(requantize=True)
-    assert len(adapted(model)) == 14
+    assert len(layers(model)) == 14
 
 
 def test_torchao_with_int8_activations_is_served_and_merged_but_not_trained() -> None:
@@ -218,7 +173,7 @@ def test_what_gives_no_weight_refuses_to_merge_and_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("kind", GIVE_W)
 def test_inits_without_data_read_the_dequantized_weight(kind: str) -> None:
-    for layer in adapted(patched(kind, init="lora-xs")).values():
+    for layer in layers(patched(kind, init="lora-xs")).values():
         weight = values(layer.base_layer, torch.float32)
         u, s, vt = torch.linalg.svd(weight)
         best = u[:, :4] @ torch.diag(s[:4]) @ vt[:4]
@@ -228,12 +183,12 @@ def test_inits_without_data_read_the_dequantized_weight(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int4", "hqq", "quanto"])
 def test_all_linear_finds_the_layers_and_not_what_is_inside(kind: str) -> None:
-    assert len(adapted(lorasb.patch(opaque_model(kind), r=4, check_base=False))) == 14
+    assert len(layers(lorasb.patch(opaque_model(kind), r=4, check_base=False))) == 14
 
 
 def test_what_hqq_keeps_of_the_original_is_no_target() -> None:
     model = lorasb.patch(opaque_model(functools.partial(to_hqq, del_orig=False)), r=4)
-    assert not any("linear_layer" in name for name in adapted(model))
+    assert not any("linear_layer" in name for name in layers(model))
 
 
 def matrices() -> list[Tensor]:
@@ -270,7 +225,7 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
 ) -> None:
     """A stand-in with the class's name in the package's place: all of PEFT's own code runs, but no kernel of theirs."""
     adapter = lorasb.patch(opaque_model(stand_in(monkeypatch, module, class_name, available)), r=4)  # by their format
-    assert {layer.base.format.name for layer in adapted(adapter).values()} == {name}
+    assert {layer.base.format.name for layer in layers(adapter).values()} == {name}
     lorasb.initialize(adapter, batches(), lr=1e-2, progress=False)
     adapter.train()(**batches()[0]).loss.backward()
     with pytest.raises(ValueError, match=f"{name} layers do not give it"):
@@ -280,7 +235,7 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
 def test_a_merged_base_is_released_when_the_model_is_unloaded() -> None:
     pytest.importorskip("optimum.quanto")
     model = initialized("quanto")
-    layer = weakref.ref(next(iter(adapted(model).values())).base_layer)
+    layer = weakref.ref(next(iter(layers(model).values())).base_layer)
     plain = model.merge_and_unload()
     del model
     gc.collect()
@@ -295,7 +250,7 @@ def holding(kind: type[nn.Module]) -> nn.Module:
 
 class Bent(Scaled):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.gelu(super().forward(x))
+        return nn.functional.gelu(super().forward(x)) + 3  # a bias that is larger than what x adds
 
 
 class Cut(Scaled):
@@ -349,12 +304,12 @@ def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.Mo
 
 def test_an_opaque_base_is_compiled_with_its_adapter() -> None:
     model = holding(Scaled)
-    adapted = lorasb.patch(model, r=2, target_modules=["proj"], init="random")
+    adapter = lorasb.patch(model, r=2, target_modules=["proj"], init="random")
     model.proj.lorasb_R["default"].data.copy_(torch.eye(2))
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
-    check(compiled(x), adapted(x), EXACT)
-    assert not torch.equal(adapted(x), model.proj.base_layer(x))
+    compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
+    check(compiled(x), adapter(x), EXACT)
+    assert not torch.equal(adapter(x), model.proj.base_layer(x))
 
 
 def test_a_resolver_that_finds_a_package_too_old_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,10 +321,3 @@ def test_a_resolver_that_finds_a_package_too_old_says_so(monkeypatch: pytest.Mon
     with pytest.raises(ImportError, match=re.escape("torchao 0.1 is too old")):
         lorasb.patch(model, r=2, target_modules=["proj"])
     assert type(model.proj) is Scaled
-
-
-def test_an_affine_module_is_linear_and_a_bent_one_is_not() -> None:
-    """By its outputs at 0, x and 2x; a bias is larger than what x adds."""
-    step, bias = torch.randn(8, generator=torch.Generator().manual_seed(0)), torch.full((8,), 3.0)
-    assert opaque_format._is_linear(torch.stack((bias, bias + step, bias + 2 * step)))
-    assert not opaque_format._is_linear(torch.stack((bias, bias + step, bias + 4 * step)))

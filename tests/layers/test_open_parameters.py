@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from adapters import layers
 from families import SIZES
 from models import text
 from tolerances import ENERGY, EXACT, FP64, MERGE, check
@@ -49,8 +50,7 @@ def patched(kind: str, **options: Any) -> Any:
 
 
 def slices(model: nn.Module) -> dict[str, AdaptedLayer]:
-    found = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
-    return {name: layer for name, layer in found.items() if "experts" in name}
+    return {name: layer for name, layer in layers(model, AdaptedLayer).items() if "experts" in name}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -63,8 +63,8 @@ def test_the_output_and_gradients_are_those_of_the_sum_of_weights(kind: str) -> 
     plain = MODELS[kind][0]().double()
     weights = {name: p.detach() for name, p in plain.named_parameters()}
     cores = {}
-    for name, layer in {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}.items():
-        parameter, _, index = name.removeprefix("base_model.model.").rpartition(".")
+    for name, layer in layers(model, AdaptedLayer).items():
+        parameter, _, index = name.rpartition(".")
         b, a = layer.lorasb_B["default"].double(), layer.lorasb_A["default"].double()
         delta = layer.scaling["default"] * b @ layer.lorasb_R["default"] @ a
         cores[name] = layer.lorasb_R["default"]
@@ -215,11 +215,9 @@ class Chained(nn.Module):
 def test_a_linears_weight_by_name_is_not_adapted_as_a_linear_too() -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     model = lorasb.patch(Chained(), r=2, init="random", target_parameters=["first.weight"])
-    adapted = [name for name, m in model.base_model.model.named_modules() if isinstance(m, AdaptedLayer)]
-    assert adapted == ["first.weight.0", "second"]
+    assert list(layers(model, AdaptedLayer)) == ["first.weight.0", "second"]
     before = model(x)
-    for name in adapted:
-        layer = model.base_model.model.get_submodule(name)
+    for layer in layers(model, AdaptedLayer).values():
         layer.lorasb_R["default"].data.copy_(torch.eye(2))
     after = model(x)
     assert not torch.allclose(before, after)
@@ -233,7 +231,7 @@ def test_a_linears_weight_by_name_is_not_adapted_as_a_linear_too() -> None:
 
 def test_all_linear_leaves_a_router_alone_that_has_a_linears_class() -> None:
     model = lorasb.patch(llama4(), r=3, target_parameters=targets("feed_forward.experts"))
-    named = [n for n, m in model.named_modules() if isinstance(m, AdaptedLayer)]
+    named = layers(model, AdaptedLayer)
     assert any(n.endswith("q_proj") for n in named)
     assert not any("router" in n for n in named)
     assert torch.isfinite(model(**text(4, 12, 0)).loss)

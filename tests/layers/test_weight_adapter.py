@@ -11,6 +11,7 @@ import accelerate
 import peft
 import pytest
 import torch
+from adapters import layers
 from families import opt
 from models import llama, logits, make, text
 from tolerances import BF16_FEW, ENERGY, EXACT, EXPORT, FP64, MERGE, check
@@ -24,8 +25,7 @@ from lorasb.layers.weight_adapter import LoRASBEmbedding, unfoldings
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
-    prefix = "base_model.model."
-    found = {n.removeprefix(prefix): m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    found = layers(model, AdaptedLayer)
     assert set(found) == set(PARAMETERS) or not isinstance(getattr(model, "base_model", None).model, Net)
     return found
 
@@ -123,7 +123,7 @@ def test_the_export_is_what_pefts_lora_reads(tmp_path: Path) -> None:
     lorasb.export_lora(tmp_path / "saved", tmp_path / "b", quiet=True)
     for folder in ("a", "b"):
         plain = peft.PeftModel.from_pretrained(Net(), tmp_path / folder).eval()
-        assert not [layer for layer in plain.modules() if isinstance(layer, AdaptedLayer)]
+        assert not layers(plain, AdaptedLayer)
         check(plain(ids), want, EXPORT)
     for name, message in (("grouped", "a convolution in groups"), ("attention", "nn.MultiheadAttention")):
         with pytest.raises(ValueError, match=f"'{name}.*' is {message}.*merge_and_unload"):
@@ -143,11 +143,9 @@ def test_unloading_gives_the_modules_back_and_a_failed_patch_leaves_them() -> No
 def test_rows_choose_adapters_of_embeddings_and_convolutions() -> None:
     targets = ["embed", "conv", "grouped", "image", "head"]
     model = lorasb.patch(Net(), r=3, target_modules=targets, init="kaiming").eval()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
-    ids = batch()["ids"]
-    x = torch.randn(6, 8, 7)
-    for name, value in (("embed", ids), ("conv", x)):
-        layer = layers[f"base_model.model.{name}"]
+    x, found = torch.randn(6, 8, 7), layers(model, AdaptedLayer)
+    for name, value in (("embed", batch()["ids"]), ("conv", x)):
+        layer = found[name]
         mixed = layer(value, adapter_names=["default", "__base__"] * 3)
         check(mixed[0::2], layer(value)[0::2], EXPORT)
         check(mixed[1::2], layer.base_layer(value)[1::2], EXPORT)

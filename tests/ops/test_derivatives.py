@@ -10,7 +10,7 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import INDEX, KINDS, dense, make_call, outputs
+from calls import INDEX, SOME, dense, make_call, outputs
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -19,8 +19,6 @@ from lorasb.backends import eager
 from lorasb.functional import lora_sb_linear
 
 Layer = Callable[[Tensor, Tensor], Tensor]  # (x [M, n], R [r, r]) -> y [M, n]
-FEW = ("dense", "no W", "nf4", "group", "rows", "rows over nf4", "rows of a group")
-SOME = [pytest.param(kind, marks=() if kind in FEW else pytest.mark.long) for kind in KINDS]
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"square": lambda y: y.square().sum(), "sum": lambda y: y.sum()}
 REFUSED = "no second derivative"
 

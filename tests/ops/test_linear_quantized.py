@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calls import check, dense, exact, plain, run
+from measuring import allocations, threads
 from reference import Case, make_case
 from storages import octets, storage, unrounded
 from tolerances import EXACT, HALF_FEW, POOL, check_half, fp32
@@ -132,19 +133,15 @@ def test_dropout_is_the_same_in_forward_and_backward(kernel: str, dtype: torch.d
 
 
 def test_results_do_not_depend_on_the_number_of_threads_or_the_time(kernel: str) -> None:
-    before = torch.get_num_threads()
     for rows, dtype, r in (
         *itertools.product((1, 5, 40), (torch.float32, torch.bfloat16), (0,)),
         (40, torch.float32, 16),
     ):
         case = make(storage(256, 512, dtype=dtype), rows, r, dtype)
-        try:
-            found = []
-            for threads in (1, 2, 2):
-                torch.set_num_threads(threads)
+        found = []
+        for count in (1, 2, 2):
+            with threads(count):
                 found.append(run(case))
-        finally:
-            torch.set_num_threads(before)
         # The adapter's thin products may be the BLAS's, which cuts some sums by threads.
         ours = r == 0 and kernel != "eager" and (rows < 5 or (kernel in BF16 and dtype == torch.bfloat16))
         for first, second, third in zip(*found, strict=True):
@@ -229,12 +226,7 @@ def test_no_dense_weight_exists_at_any_time(rows: int) -> None:
     m, n = 4096, 2048
     weight, case = storage(m, n), make_case((rows,), n, m, 8, torch.bfloat16)
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with allocations() as held:
         y = lora_sb_linear(case.x.requires_grad_(), weight, case.a, case.core.requires_grad_(), case.b)
         y.backward(case.dy)
-    held = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert peak < 2 * m * n / 2  # half of a dense W in bf16, activations included
+    assert max(held) < 2 * m * n / 2  # half of a dense W in bf16, activations included

@@ -10,6 +10,7 @@ import torch
 from calls import INDEX, exact, make_call, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measuring import threads
 
 import lorasb
 from lorasb.functional import lora_sb_linear
@@ -53,13 +54,10 @@ def test_a_gradient_that_is_a_view_is_read_as_its_copy(kernel: str, dtype: torch
 
 def test_results_repeat_and_do_not_depend_on_threads(kernel: str) -> None:
     (case,), options = make_call("rows", torch.float32, (40,), 64, 48, 16)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2, 2):
+        with threads(count):
             found.append(run(case, **options)[2])
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(one, found[0]) for one in found)
 
 

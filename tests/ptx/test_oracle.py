@@ -8,17 +8,14 @@ as Triton's reductions in `grad_sign` do, are a race to it.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 pytest.importorskip("sentryward", reason="pip install sentryward finds races of kernels")
 pytestmark = pytest.mark.long
-ROOT = Path(__file__).parents[2]
 BAR = re.compile(r"\n\s*bar\.sync\s+0;")
 
 # in a process of its own: kernels are compiled only where Triton does not interpret them
@@ -54,9 +51,7 @@ for stages in (1, 3):
 @pytest.fixture(scope="module", params=[86, 90, 100])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    command = [sys.executable, "-c", COMPILE, str(folder), str(request.param)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-c", COMPILE, folder, request.param, TRITON_INTERPRET="0")
     return folder
 
 

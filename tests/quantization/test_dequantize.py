@@ -10,8 +10,6 @@ import pytest
 import torch
 from storages import bits_of, exact, octets, storage
 
-import lorasb
-from lorasb.backends import cpp
 from lorasb.functional import dequantize
 from lorasb.quantization.quantized_weight import BLOCKS, QuantizedWeight
 from lorasb.quantization.quantizer import code, quantize_4bit
@@ -19,19 +17,6 @@ from lorasb.quantization.quantizer import code, quantize_4bit
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((64, 64), (59, 123), (1, 1), (3, 7), (123, 64), (5, 192), (16, 4096), (0, 64), (64, 0))
 bnb = pytest.importorskip("bitsandbytes")
-
-
-@pytest.fixture(params=["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"])
-def kernel(request: pytest.FixtureRequest):
-    """Eager, then the C++ kernels of every instruction set that this processor has."""
-    if request.param == "eager":
-        with lorasb.backend("eager"):
-            yield request.param
-        return
-    cpp.use_instruction_set(request.param)
-    with lorasb.backend("cpp"):
-        yield request.param
-    cpp.use_instruction_set("")
 
 
 @functools.cache

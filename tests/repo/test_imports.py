@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from operator import attrgetter
-from pathlib import Path
 
 import pytest
+from processes import ROOT, python
 
 import lorasb
 
@@ -40,20 +38,16 @@ BACKEND = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.regist
 CODES = (*(f"{order}\n{KNOWN}" for order in ORDERS), TRACE, NAMES, PATCH, BACKEND)
 
 
-def python(*arguments: str, given: str | None = None) -> str:
-    """Output of a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", *arguments]
-    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def run_each(codes: Sequence[str]) -> list[tuple[int, str]]:
+    script = ROOT / "tests" / "support" / "fresh_imports.py"
+    found: list[tuple[int, str]] = json.loads(python("-W", "ignore", script, given=json.dumps(codes)))
+    return found
 
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, tuple[int, str]]:
     """Exit status and output of every code where neither PEFT nor lorasb has been imported."""
-    script = Path(__file__).parents[1] / "support" / "fresh_imports.py"
-    return dict(zip(CODES, json.loads(python(str(script), given=json.dumps(CODES))), strict=True))
+    return dict(zip(CODES, run_each(CODES), strict=True))
 
 
 def output(outputs: dict[str, tuple[int, str]], code: str) -> str:
@@ -64,11 +58,13 @@ def output(outputs: dict[str, tuple[int, str]], code: str) -> str:
 
 def test_import_is_light() -> None:
     heavy = "('peft', 'transformers', 'triton', 'bitsandbytes', 'torch', 'matplotlib', 'rich', 'typer')"
-    assert python("-c", f"import sys, lorasb; print([m for m in {heavy} if m in sys.modules])") == "[]"
+    assert python("-c", f"import sys, lorasb; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
 
 
 def test_import_touches_no_device() -> None:
-    assert python("-c", "import torch, lorasb, lorasb.functional; print(torch.cuda.is_initialized())") == "False"
+    assert (
+        python("-c", "import torch, lorasb, lorasb.functional; print(torch.cuda.is_initialized())").strip() == "False"
+    )
 
 
 @pytest.mark.parametrize("code", [*(f"{order}\n{KNOWN}" for order in ORDERS), NAMES, PATCH])
@@ -88,8 +84,6 @@ def test_the_hook_leaves_no_trace(outputs: dict[str, tuple[int, str]]) -> None:
 
 
 def test_unknown_names_raise() -> None:
-    import lorasb
-
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = lorasb.nothing
 
@@ -101,17 +95,15 @@ def test_a_backend_may_be_chosen_before_anything_else_is_imported(outputs: dict[
 @pytest.mark.long
 def test_any_module_may_be_imported_first() -> None:
     """Whichever it is, PEFT's registration meets no module that is half imported."""
-    root = Path(__file__).parents[2]
-    files = (p.relative_to(root).with_suffix("") for p in sorted((root / "lorasb").rglob("*.py")))
+    files = (p.relative_to(ROOT).with_suffix("") for p in sorted((ROOT / "lorasb").rglob("*.py")))
     modules = [".".join(file.parts).removesuffix(".__init__") for file in files if file.stem != "__main__"]
-    codes = [f"import {name}\n{KNOWN}" for name in modules]
-    found = json.loads(python(str(root / "tests" / "support" / "fresh_imports.py"), given=json.dumps(codes)))
+    found = run_each([f"import {name}\n{KNOWN}" for name in modules])
     assert len(found) == len(modules) > 100
     assert {name: text for name, (status, text) in zip(modules, found, strict=True) if status} == {}
 
 
 # Name, or class and method -> parameters with their defaults; null for what has no signature.
-RELEASED = json.loads((Path(__file__).parents[1] / "data" / "public_api.json").read_text(encoding="utf-8"))
+RELEASED = json.loads((ROOT / "tests" / "data" / "public_api.json").read_text(encoding="utf-8"))
 DEPRECATED = {"LoRASBLinear.settle_dtypes"}  # passes all arguments on to the new name
 
 

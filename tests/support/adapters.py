@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lorasb.layers.linear import LoRASBLinear
 
 
+def layers(model: nn.Module, kind: type[nn.Module] = LoRASBLinear) -> dict[str, Any]:
+    """Adapted layers by their names in the base model."""
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, kind)}
+
+
 def adapted(model: nn.Module) -> set[str]:
-    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    return set(layers(model))
 
 
 def trained(model: nn.Module) -> set[str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pytest
 import reference
 import storages
 import tolerances
@@ -38,6 +39,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "rows over int8": {"rows": True, "weight": "int8"},
     "rows of a group": {"rows": True, "members": 3},
 }
+FEW = ("dense", "no W", "nf4", "group", "rows", "rows over nf4", "rows of a group")  # whose derivatives differ
+SOME = [pytest.param(kind, marks=() if kind in FEW else pytest.mark.long) for kind in KINDS]
 
 
 def make_call(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import environment
+import pytest
 import tolerances
 import torch
 from calls import run_kernels
@@ -13,6 +15,7 @@ from reference import Case, make_case
 from torch import Tensor
 
 from lorasb.backends import eager as masks
+from lorasb.backends import triton as backend
 from lorasb.kernels import linear, plan
 
 # Triton's interpreter multiplies the raw bits of bf16; compiled kernels (--ptx) are held in all three
@@ -23,6 +26,23 @@ def group_cases(M: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype, b
     """Members of these widths that read the same x [M, n]."""
     cases = [make_case((M,), n, m, r, dtype, bias, 0.5 + j, seed=j) for j, m in enumerate(ms)]
     return [replace(case, x=cases[0].x) for case in cases]
+
+
+def take_path(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Let every call of the backend take one path, whatever the tables say."""
+    choose = backend.plan_of
+    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path=path))
+
+
+@contextmanager
+def weights_read(way: str) -> Iterator[None]:
+    """Let 4-bit weights be dequantized inline, or into a scratch, whatever the tables say."""
+    choose = plan.choose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "choose", lambda *given: replace(choose(*given), weights=way))
+        plan.forget()
+        yield
+    plan.forget()
 
 
 def mask_of(case: Case, seed: int, dropout: float) -> Tensor:

@@ -6,12 +6,12 @@ import copy
 
 import tolerances
 import torch
+from adapters import layers
 from models import batches_for
 from torch import Tensor, nn
 
 import lorasb
 from lorasb.layers import linear_group
-from lorasb.layers.linear import LoRASBLinear
 
 
 def step(
@@ -26,7 +26,7 @@ def step(
 
 
 def groups(model: nn.Module) -> list[linear_group.Siblings]:
-    found = {id(m.siblings): m.siblings for m in model.modules() if isinstance(m, LoRASBLinear) and m.siblings}
+    found = {id(layer.siblings): layer.siblings for layer in layers(model).values() if layer.siblings}
     return list(found.values())
 
 
@@ -50,10 +50,9 @@ def attention(model: nn.Module) -> nn.Module:
 def prepared(module: nn.Module, features: int) -> nn.Module:
     """A module's linears adapted, with factors that do something."""
     model = lorasb.patch(module, r=3, target_modules="all-linear")
-    for layer in model.modules():
-        if isinstance(layer, LoRASBLinear):
-            q = torch.linalg.qr(torch.randn(features, 3)).Q
-            layer.set_factors("default", q, torch.randn(3, 3), q.t())
+    for layer in layers(model).values():
+        q = torch.linalg.qr(torch.randn(features, 3)).Q
+        layer.set_factors("default", q, torch.randn(3, 3), q.t())
     return model
 
 

@@ -6,16 +6,17 @@ import importlib
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft.utils.quantization_utils
 import pytest
 import torch
-from models import Batch, batches_for, llama
+from models import llama
 from torch import Tensor, nn
+from twins import batches
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 
 GROUP = 32  # weights that share a scale, in formats that have groups
 
@@ -34,15 +35,9 @@ class Scaled(nn.Module):
         return nn.functional.linear(x, (self.codes * self.scales).to(x.dtype))
 
 
-def to_torchao_int8(layer: nn.Linear) -> nn.Module:
+def to_torchao(layer: nn.Linear, bits: int) -> nn.Module:
     quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
-    return layer
-
-
-def to_torchao_int4(layer: nn.Linear) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(layer, torchao_int4_config())
+    quantization.quantize_(layer, torchao_int4_config() if bits == 4 else quantization.Int8WeightOnlyConfig())
     return layer
 
 
@@ -77,8 +72,8 @@ def to_gptq(layer: nn.Linear) -> nn.Module:
 
 
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "torchao int8": to_torchao_int8,
-    "torchao int4": to_torchao_int4,
+    "torchao int8": partial(to_torchao, bits=8),
+    "torchao int4": partial(to_torchao, bits=4),
     "hqq": to_hqq,
     "quanto": to_quanto,
     "gptq": to_gptq,  # skipped where its package is not installed, which needs a newer torch than we do
@@ -106,14 +101,6 @@ def initialized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -
     model = patched(kind, dtype)
     lorasb.initialize(model, batches(), lr=1e-2, progress=False, **options)
     return model
-
-
-def batches(count: int = 3) -> list[Batch]:
-    return batches_for("llama", count)
-
-
-def adapted(model: nn.Module) -> dict[str, LoRASBLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
 
 
 @torch.no_grad()

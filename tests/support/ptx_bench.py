@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,9 +70,3 @@ def evaluate(opcode: str, *operands: Array, result: Any = None, extra: str = "")
     lines.append(f"st.global.b{8 * size} [%rd60], %y;")
     program = assemble("\n".join(lines), len(operands) + 1)
     return run(program, [*operands, np.zeros(32, dtype)])[-1]
-
-
-def without(ptx: str, pattern: str, occurrence: int, replacement: str = "") -> str:
-    """A kernel's text with one occurrence of a pattern replaced: a fault that is planted."""
-    found = list(re.finditer(pattern, ptx))[occurrence]
-    return ptx[: found.start()] + found.expand(replacement) + ptx[found.end() :]

@@ -7,9 +7,10 @@ import functools
 
 import pytest
 import torch
-from models import Batch, batches_for, llama
+from models import llama
 from storages import exact
 from torch import nn
+from twins import batches
 
 import lorasb
 from lorasb.quantization.quantized_weight import of_module
@@ -48,23 +49,14 @@ def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
 def dense_twin(model: nn.Module) -> nn.Module:
     """The same function with dense linears."""
     twin = copy.deepcopy(model)
-    for name, parent in list(twin.named_modules()):
+    for parent in list(twin.modules()):
         for child, layer in list(parent.named_children()):
             weight = of_module(layer) if isinstance(layer, nn.Linear) else None
             if weight is not None:
                 dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
                 dense.weight.data = exact(weight, torch.float32)
                 setattr(parent, child, dense)
-            assert name or layer
     return twin
-
-
-def batches(count: int = 3) -> list[Batch]:
-    return batches_for("llama", count)
-
-
-def factors(model: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name]
 
 
 @functools.cache

@@ -6,11 +6,11 @@ import copy
 import functools
 
 import torch
+from adapters import layers
 from models import batches_for, patched
 from torch import nn
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 
 
 @functools.cache
@@ -29,7 +29,3 @@ def made(family: str, shared: bool, targets: tuple[str, ...] | None) -> nn.Modul
 def two(family: str = "llama", shared: bool = False, target_modules: tuple[str, ...] | None = None) -> nn.Module:
     """A model with two adapters that do different things; `shared`: on the same A and B."""
     return copy.deepcopy(made(family, shared, target_modules))
-
-
-def layers(model: nn.Module) -> dict[str, LoRASBLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from adapters import layers
 from models import Rows, make, text
 from torch import nn
 
@@ -26,7 +27,7 @@ def test_a_compiled_model_is_patched_first(way: str) -> None:
         model.compile(backend="eager")
     with pytest.raises(ValueError, match=r"not compiled yet.*torch\.compile\(lorasb\.patch\(model\)\)"):
         lorasb.patch(compiled)
-    assert not any(isinstance(module, lorasb.LoRASBLinear) for module in model.modules())
+    assert not layers(model)
 
 
 @pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
@@ -75,10 +76,8 @@ def test_factors_lie_where_their_layer_does() -> None:
     base = make("llama")
     base.model.layers[1].to("meta")
     model = lorasb.patch(base, r=4)
-    for module in model.modules():
-        if isinstance(module, lorasb.LoRASBLinear):
-            devices = {module.base_layer.weight.device, *(p.device for p in module.lorasb_A.parameters())}
-            assert len(devices | {p.device for p in module.lorasb_R.parameters()}) == 1
+    for layer in layers(model).values():
+        assert len({p.device for p in (layer.base_layer.weight, *layer.parameters())}) == 1
 
 
 def test_a_block_on_another_device_gets_its_input_there() -> None:

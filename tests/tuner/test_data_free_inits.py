@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from adapters import layers
 from families import EXPERTS
 from gradients import factors
 from models import Rows, batches_for, logits, make
@@ -17,23 +18,18 @@ from torch import nn
 
 import lorasb
 import lorasb.init.pipeline
-from lorasb.layers.linear import LoRASBLinear
 
 INITS = ["lora-xs", "lora-xs-output", "kaiming", "random"]
 
 
 def again(model: nn.Module, seed: int = 0, **options: Any) -> dict[str, torch.Tensor]:
     """What `initialize` makes of a patched model, whose factors are spoiled first."""
-    for layer in layers(model):
+    for layer in layers(model).values():
         for part in (layer.lorasb_A, layer.lorasb_R, layer.lorasb_B):
             for value in part.values():
                 value.data.zero_()
     lorasb.initialize(model, seed=seed, progress=False, **options)
     return factors(model)
-
-
-def layers(model: nn.Module) -> list[LoRASBLinear]:
-    return [module for module in model.modules() if isinstance(module, LoRASBLinear)]
 
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -61,7 +57,7 @@ def test_an_adapter_is_ready_when_it_is_made(init: str, way: str) -> None:
         model = (lorasb.patch if way == "patch" else peft.get_peft_model)(model, config)
     found = factors(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(layer.is_initialized("default") for layer in layers(model))
+    assert all(layer.is_initialized("default") for layer in layers(model).values())
     model.train()(**batches_for("llama")[0]).loss.backward()
     if way != "inject":
         same(found, again(model))
@@ -83,16 +79,16 @@ def test_the_seed_of_the_config_and_another_one_later() -> None:
 def test_a_second_adapter_and_the_update_init_waits_for_data() -> None:
     model = lorasb.patch(make("llama"), r=4)
     model.add_adapter("second", lorasb.LoRASBConfig(r=3, init="lora-xs"))
-    for layer in layers(model):
+    for layer in layers(model).values():
         assert (layer.is_initialized("default"), layer.is_initialized("second")) == (False, True)
     assert model.active_adapters == ["default"]
-    assert not any(layer.lorasb_R["second"].requires_grad for layer in layers(model))
+    assert not any(layer.lorasb_R["second"].requires_grad for layer in layers(model).values())
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_loading_computes_nothing(tmp_path: Path, low_cpu_mem_usage: bool, request: pytest.FixtureRequest) -> None:
     model = lorasb.patch(make("llama"), r=4, init="lora-xs")
-    for layer in layers(model):
+    for layer in layers(model).values():
         layer.lorasb_R["default"].data.mul_(3000.0)
     model.save_pretrained(tmp_path)
     want = logits(model.eval())
@@ -112,11 +108,11 @@ def test_loading_computes_nothing(tmp_path: Path, low_cpu_mem_usage: bool, reque
 def test_a_model_without_values_waits() -> None:
     with torch.device("meta"):
         model = lorasb.patch(make("llama"), r=4, init="lora-xs")
-    assert not any(layer.is_initialized("default") for layer in layers(model))
+    assert not any(layer.is_initialized("default") for layer in layers(model).values())
     model = peft.inject_adapter_in_model(
         lorasb.LoRASBConfig(r=4, init="kaiming"), make("llama"), low_cpu_mem_usage=True
     )
-    assert not any(layer.is_initialized("default") for layer in layers(model))
+    assert not any(layer.is_initialized("default") for layer in layers(model).values())
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -125,7 +121,7 @@ def test_four_bits_and_experts(init: str) -> None:
     model = lorasb.patch(base, r=4, init=init)
     same(factors(model), again(model))
     model = lorasb.patch(make("mixtral"), r=4, init=init, target_parameters=EXPERTS)
-    assert sum(layer.is_initialized("default") for layer in layers(model)) == 2 * (4 + 2 * 4)
+    assert sum(layer.is_initialized("default") for layer in layers(model).values()) == 2 * (4 + 2 * 4)
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])
@@ -137,7 +133,7 @@ def test_weights_that_are_offloaded_are_brought_back(tmp_path: Path, how: str) -
         accelerate.disk_offload(base, str(tmp_path), torch.device("cpu"))
     model = lorasb.patch(base, r=4, init="lora-xs")
     same(factors(model), want)
-    assert all(layer.base.parameter().is_meta for layer in layers(model))
+    assert all(layer.base.parameter().is_meta for layer in layers(model).values())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

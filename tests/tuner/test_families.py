@@ -9,12 +9,12 @@ import peft
 import pytest
 import tolerances
 import torch
+from adapters import layers
 from families import EXPERTS
 from models import FAMILIES, batches_for, logits, make
 from torch import nn
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 
 PARTS = [(family, {}) for family in FAMILIES]
 PARTS += [(family, {"target_parameters": EXPERTS}) for family in ("mixtral", "qwen3_moe")]
@@ -48,9 +48,7 @@ def test_both_strategies_find_the_same_factors(family: str, fields: dict[str, An
         model = lorasb.patch(make(family), r=4, **fields)
         report = lorasb.initialize(model, batches_for(family), lr=2e-2, strategy=strategy, progress=False)
         assert report.strategy == strategy
-        found[strategy] = {
-            n: m.get_delta_weight("default") for n, m in model.named_modules() if isinstance(m, LoRASBLinear)
-        }
+        found[strategy] = {name: layer.get_delta_weight("default") for name, layer in layers(model).items()}
         assert all(delta.abs().max() > 0 for delta in found[strategy].values())
     for name, delta in found["accumulate"].items():
         other = found.get("layerwise", found["accumulate"])[name]
@@ -70,5 +68,5 @@ def test_train_save_load_merge_and_export(family: str, fields: dict[str, Any], t
     assert type(plain.base_model).__name__ == "LoraModel"
     tolerances.check(logits(plain, family), after, tolerances.EXPORT)
     merged = model.merge_and_unload()
-    assert not any(isinstance(module, LoRASBLinear) for module in merged.modules())
+    assert not layers(merged)
     tolerances.check(logits(merged, family), after, tolerances.MERGE)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,15 +13,15 @@ import pytest
 import tolerances
 import torch
 import transformers
-from adapters import adapted, trained
+from adapters import adapted, layers, trained
 from huggingface_hub.errors import StrictDataclassError
 from models import SIZES, batches_for, logits, make, patched
+from processes import python
 from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 from lorasb.tuner.fresh_heads import save_heads
 from lorasb.tuner.model import LoRASBModel
 
@@ -153,9 +151,7 @@ def saved_elsewhere(folder: Path, kind: str) -> str:
         with torch.no_grad():
             print(model(**models.batches_for("bert", count=1)[0]).logits.flatten().tolist())
     """)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+    return python("-W", "ignore", "-c", code)
 
 
 def test_another_process_loads_an_adapter_over_a_pooler_that_is_new_at_every_load(tmp_path: Path) -> None:
@@ -197,9 +193,8 @@ def test_parts_that_the_base_model_is_given() -> None:
     config = transformers.PerceiverConfig(**sizes, **blocks, **heads)
     model = lorasb.patch(transformers.PerceiverForSequenceClassification(config), r=4)
     assert model.peft_config["default"].modules_to_save[-1] == "perceiver.decoder"
-    for layer in model.modules():
-        if isinstance(layer, LoRASBLinear):
-            layer.adapters["default"].initialized = True
+    for layer in layers(model).values():
+        layer.adapters["default"].initialized = True
     batch = batches_for("bert")[0]
     model(**{"inputs" if name == "input_ids" else name: value for name, value in batch.items()}).loss.backward()
     trained = [name for name, p in model.named_parameters() if p.grad is not None and "lorasb_R" not in name]

@@ -8,12 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import adapted, trained
+from adapters import adapted, layers, trained
 from models import FAMILIES, llama, logits, make
 from torch import nn
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
@@ -25,13 +24,11 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_arguments_all_layers_but_heads_are_adapted_at_rank_64_or_their_own(family: str) -> None:
     model = lorasb.patch(make(family))
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
-    assert layers
-    assert {m.r["default"] for m in layers.values()} == {
-        min(64, m.in_features, m.out_features) for m in layers.values()
-    }
+    found = layers(model)
+    assert found
+    assert {m.r["default"] for m in found.values()} == {min(64, m.in_features, m.out_features) for m in found.values()}
     heads = {"classifier", "score", "lm_head"}
-    assert not any(set(name.split(".")) & heads for name in layers)
+    assert not any(set(name.split(".")) & heads for name in found)
     model.print_trainable_parameters()
 
 
@@ -45,66 +42,46 @@ def test_patch_is_get_peft_model() -> None:
     assert trained(first) == trained(second) == trained(third)
 
 
-BAD_PATCHES = {
-    "r too large": (
-        {"r": 33},
-        ValueError,
-        r"rank 33 is more than layer 'model\.layers\.0\.self_attn\.k_proj' allows: .*= 32.*rank_pattern=\{'k_proj': 32\}",
-    ),
-    "rank_pattern too large": (
-        {"r": 4, "rank_pattern": {"v_proj": 40}},
-        ValueError,
-        r"rank 40 is more than layer .*v_proj",
-    ),
-    "r zero": ({"r": 0}, ValueError, "r must be a positive integer, got 0"),
-    "r negative": ({"r": -3}, ValueError, "r must be a positive integer, got -3"),
-    "r above the kernels' limit": ({"r": 257}, ValueError, "r must be at most 256, got 257"),
-    "r float": ({"r": 8.0}, ValueError, r"r must be a positive integer, got 8\.0"),
-    "rank_pattern zero": ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be a positive"),
-    "no target": ({"target_modules": ["qq_proj"]}, ValueError, r"qq_proj.* not found in the base model"),
-    "all excluded": (
-        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
-        ValueError,
-        "No modules were targeted",
-    ),
-    "unknown field": ({"rank": 8}, TypeError, "LoRASBConfig has no field 'rank': did you mean"),
-    "unrelated field": ({"zzz": 8}, TypeError, "LoRASBConfig has no field 'zzz': known fields: .*target_modules"),
-    "init": (
-        {"init": "pissa"},
-        ValueError,
-        "init must be one of update, lora-xs, lora-xs-output, kaiming, random, got 'pissa'",
-    ),
-    "dropout": ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must lie in \[0, 1\), got 1\.0"),
-    "scaling too large": ({"scaling": 1e300}, ValueError, "scaling must be finite and not zero, from"),
-    "scaling NaN": ({"scaling": float("nan")}, ValueError, "scaling must be finite and not zero, from"),
-    "alpha NaN": ({"init": "lora-xs", "lora_alpha": float("nan")}, ValueError, "lora_alpha must lie between"),
-    "alpha zero": ({"init": "lora-xs", "lora_alpha": 0}, ValueError, "lora_alpha must lie between"),
-    "alpha negative": ({"init": "lora-xs", "lora_alpha": -4.0}, ValueError, "lora_alpha must lie between"),
-    "a broken pattern": ({"target_modules": "("}, ValueError, "target_modules: expected a regular expression"),
-    "scaling": ({"scaling": 0.0}, ValueError, "scaling must be finite and not zero"),
-    "alpha": ({"lora_alpha": 16}, ValueError, "lora_alpha belongs to init='lora-xs'"),
-    "pattern alone": ({"layers_pattern": "layers"}, ValueError, "give layers_to_transform too"),
-    "layer zero with regex": (
-        {"target_modules": ".*q_proj", "layers_to_transform": 0},
-        ValueError,
-        "select the layers in the regex",
-    ),
-    "scaling text": ({"scaling": "2"}, ValueError, "scaling must be finite and not zero"),
-    "layers with regex": (
-        {"target_modules": ".*q_proj", "layers_to_transform": [1]},
-        ValueError,
-        "select the layers in the regex",
-    ),
-    "a norm": ({"target_modules": ["input_layernorm"]}, TypeError, "is a LlamaRMSNorm: expected nn.Linear"),
-    "bias": ({"bias": "some"}, ValueError, "bias must be one of none, all, lorasb_only, lora_only, got 'some'"),
-    "task type": ({"task_type": "CHESS"}, ValueError, "Invalid task type"),
+BAD_VALUES: dict[str, dict[str, object]] = {
+    r"rank 33 is more than layer 'model\.layers\.0\.self_attn\.k_proj' allows: .*= 32.*rank_pattern=\{'k_proj': 32\}": {
+        "r": 33
+    },
+    r"rank 40 is more than layer .*v_proj": {"r": 4, "rank_pattern": {"v_proj": 40}},
+    "r must be a positive integer, got 0": {"r": 0},
+    "r must be a positive integer, got -3": {"r": -3},
+    "r must be at most 256, got 257": {"r": 257},
+    r"r must be a positive integer, got 8\.0": {"r": 8.0},
+    r"rank_pattern\['q_proj'\] must be a positive": {"rank_pattern": {"q_proj": 0}},
+    r"qq_proj.* not found in the base model": {"target_modules": ["qq_proj"]},
+    "No modules were targeted": {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+    "init must be one of update, lora-xs, lora-xs-output, kaiming, random, got 'pissa'": {"init": "pissa"},
+    r"lora_dropout must lie in \[0, 1\), got 1\.0": {"lora_dropout": 1.0},
+    "target_modules: expected a regular expression": {"target_modules": "("},
+    "lora_alpha belongs to init='lora-xs'": {"lora_alpha": 16},
+    "give layers_to_transform too": {"layers_pattern": "layers"},
+    "bias must be one of none, all, lorasb_only, lora_only, got 'some'": {"bias": "some"},
+    "Invalid task type": {"task_type": "CHESS"},
 }
+SCALING, ALPHA = "scaling must be finite and not zero, from", "lora_alpha must lie between"
+BAD_PATCHES = [
+    *((fields, ValueError, message) for message, fields in BAD_VALUES.items()),
+    *(({"scaling": value}, ValueError, SCALING) for value in (1e300, float("nan"), 0.0, "2")),
+    *(({"init": "lora-xs", "lora_alpha": value}, ValueError, ALPHA) for value in (float("nan"), 0, -4.0)),
+    *(
+        ({"target_modules": ".*q_proj", "layers_to_transform": layers}, ValueError, "select the layers in the regex")
+        for layers in (0, [1])
+    ),
+    ({"rank": 8}, TypeError, "LoRASBConfig has no field 'rank': did you mean"),
+    ({"zzz": 8}, TypeError, "LoRASBConfig has no field 'zzz': known fields: .*target_modules"),
+    ({"target_modules": ["input_layernorm"]}, TypeError, "is a LlamaRMSNorm: expected nn.Linear"),
+]
 
 
-@pytest.mark.parametrize("name", BAD_PATCHES)
+@pytest.mark.parametrize(("fields", "kind", "message"), BAD_PATCHES, ids=lambda one: str(one) * isinstance(one, dict))
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_a_failed_patch_says_why_and_leaves_the_model_as_it_was(name: str) -> None:
-    fields, kind, message = BAD_PATCHES[name]
+def test_a_failed_patch_says_why_and_leaves_the_model_as_it_was(
+    fields: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     model = make("llama")
     before, answer = snapshot(model), logits(model)
     with pytest.raises(kind, match=message):
@@ -120,7 +97,7 @@ def test_one_configuration_serves_several_models() -> None:
         for seed in (0, 1):
             model = wrap(make("llama", seed=seed), config)
             assert model.peft_config["default"].base_fingerprint
-            assert {m.r["default"] for m in model.modules() if isinstance(m, LoRASBLinear)} == {32, 64}
+            assert {layer.r["default"] for layer in layers(model).values()} == {32, 64}
     again = lorasb.patch(lorasb.patch(make("llama"), config).unload(), config)
     assert adapted(again)
     assert adapted(peft.get_peft_model(make("gpt2"), config))

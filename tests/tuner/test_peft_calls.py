@@ -12,29 +12,14 @@ import peft
 import pytest
 import tolerances
 import torch
+from adapters import layers
+from model_kinds import Mlp
 from models import batches_for, llama, logits, make
 from peft.helpers import disable_input_dtype_casting
 from tolerances import EXACT, EXPORT, MERGE, check
 from torch import nn
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
-
-
-class Mlp(nn.Module):
-    """Layers of two sizes, with biases."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.head = nn.Linear(10, 20), nn.Linear(20, 6), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.second(self.first(x).tanh()).tanh())
-
-
-def layers_of(model: nn.Module) -> dict[str, LoRASBLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -107,16 +92,16 @@ def test_injection_by_a_state_dict_caps_and_takes_ranks(prefix: str) -> None:
     config = lorasb.LoRASBConfig(target_modules=["first"])
     with pytest.warns(RuntimeWarning, match=r"additional target modules: \['second'\]"):
         model = peft.inject_adapter_in_model(config, Mlp(), state_dict=state)
-    assert {name: layer.r["default"] for name, layer in layers_of(model).items()} == {"first": 3, "second": 3}
+    assert {name: layer.r["default"] for name, layer in layers(model).items()} == {"first": 3, "second": 3}
     plain = peft.inject_adapter_in_model(lorasb.LoRASBConfig(target_modules=["first", "second"]), Mlp())
-    assert {name: layer.r["default"] for name, layer in layers_of(plain).items()} == {"first": 10, "second": 6}
+    assert {name: layer.r["default"] for name, layer in layers(plain).items()} == {"first": 10, "second": 12}
 
 
 def test_a_compiled_model_gets_the_ranks_of_its_layers() -> None:
     compiled = torch.compile(Mlp(), backend="eager")
     config = lorasb.LoRASBConfig(target_modules=["first", "second"], rank_pattern={"second": 2}, init="random")
     model = peft.inject_adapter_in_model(config, compiled)
-    assert sorted(layer.r["default"] for layer in layers_of(model).values()) == [2, 10]
+    assert sorted(layer.r["default"] for layer in layers(model).values()) == [2, 10]
 
 
 def test_input_casting_can_be_switched_off() -> None:
@@ -135,7 +120,7 @@ def test_a_copy_of_a_models_config_makes_a_new_adapter(copied: Any) -> None:
     model = lorasb.patch(Mlp(), r=2, target_modules=["first", "second"], init="random")
     assert model.peft_config["default"].init_provenance is not None
     model.add_adapter("second", copied(model.peft_config["default"]))
-    assert all(layer.is_initialized("second") for layer in layers_of(model).values())
+    assert all(layer.is_initialized("second") for layer in layers(model).values())
 
 
 def test_a_second_adapter_does_not_take_an_adapted_pooler_for_a_fresh_one() -> None:
@@ -155,7 +140,7 @@ def test_autocast_adapter_dtype_says_what_r_is_in(autocast: bool, base: torch.dt
     model = peft.get_peft_model(Mlp().to(base), config, autocast_adapter_dtype=autocast)
     model.add_adapter("other", config, autocast_adapter_dtype=autocast)
     want = torch.float32 if autocast else base
-    for layer in layers_of(model).values():
+    for layer in layers(model).values():
         assert {layer.lorasb_R[name].dtype for name in ("default", "other")} == {want}
         assert {layer.lorasb_A["default"].dtype, layer.lorasb_B["default"].dtype} == {base}
     x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)).to(base)
@@ -164,7 +149,7 @@ def test_autocast_adapter_dtype_says_what_r_is_in(autocast: bool, base: torch.dt
     after = model.eval()(x)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(Mlp().to(base), tmp_path, autocast_adapter_dtype=autocast).eval()
-    assert {layer.lorasb_R["default"].dtype for layer in layers_of(again).values()} == {want}
+    assert {layer.lorasb_R["default"].dtype for layer in layers(again).values()} == {want}
     check(again(x), after, EXACT)
     check(model.merge_and_unload()(x), after, tolerances.BF16_FEW if base != torch.float32 else MERGE)
 

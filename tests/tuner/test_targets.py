@@ -9,18 +9,17 @@ import peft
 import pytest
 import torch
 import transformers
-from adapters import adapted
+from adapters import adapted, layers
 from models import SIZES, make
 from torch import nn
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
 
 
 def test_the_default_rank_is_64_and_is_capped_and_saved() -> None:
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1}
     model = lorasb.patch(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | sizes)))
-    ranks = {n.rpartition(".")[2]: m.r["default"] for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    ranks = {name.rpartition(".")[2]: layer.r["default"] for name, layer in layers(model).items()}
     assert ranks["q_proj"] == ranks["up_proj"] == 64
     assert ranks["k_proj"] == ranks["v_proj"] == 32
     saved = model.peft_config["default"]
@@ -49,18 +48,17 @@ TARGETS = {
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_names_patterns_and_layers_choose_what_is_adapted(name: str) -> None:
-    fields, kinds, layers = TARGETS[name]
+    fields, kinds, blocks = TARGETS[name]
     assert adapted(lorasb.patch(make("llama"), r=4, **fields)) == {
-        f"model.layers.{i}.{k}" for i in layers for k in kinds
+        f"model.layers.{i}.{k}" for i in blocks for k in kinds
     }
 
 
 def test_rank_pattern_sets_ranks_by_name_and_regex() -> None:
     model = lorasb.patch(make("llama"), r=4, rank_pattern={"k_proj": 2, r"layers\.1\.mlp\.up_proj": 7})
-    ranks = {n: m.r["default"] for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
-    for name, rank in ranks.items():
+    for name, layer in layers(model).items():
         expected = 2 if name.endswith("k_proj") else 7 if name.endswith("1.mlp.up_proj") else 4
-        assert rank == expected
+        assert layer.r["default"] == expected
 
 
 def test_attention_that_reads_its_own_weights_is_left_alone_or_refused() -> None:
@@ -79,50 +77,30 @@ NAMES = (
     "num_key_value_heads",
     "vocab_size",
 )
-PAPER: dict[str, tuple[str, tuple[int, ...], dict[str, int], object, dict[int, int]]] = {
-    "mistral": (
-        "MistralForCausalLM",
-        (4096, 14336, 32, 32, 8, 32_000),
-        {},
-        "all-linear",
-        {32: 229_376, 64: 917_504, 96: 2_064_384},
-    ),
-    "gemma2": (
-        "Gemma2ForCausalLM",
-        (3584, 14336, 42, 16, 8, 256_000),
-        {"head_dim": 256},
-        "all-linear",
-        {32: 301_056, 64: 1_204_224, 96: 2_709_504},
-    ),
-    "llama": (
-        "LlamaForCausalLM",
-        (3072, 8192, 28, 24, 8, 128_256),
-        {},
-        "all-linear",
-        {32: 200_704, 64: 802_816, 96: 1_806_336},
-    ),
-    "roberta": (
-        "RobertaModel",
-        (1024, 4096, 24, 16, 16, 50_265),
-        {},
-        ["query", "key", "value", "attention.output.dense"],
-        {8: 6_144, 16: 24_576, 24: 55_296},
-    ),
+ATTENTION = ["query", "key", "value", "attention.output.dense"]  # the paper's layers of RoBERTa
+LLAMA, MISTRAL = (3072, 8192, 28, 24, 8, 128_256), (4096, 14336, 32, 32, 8, 32_000)
+GEMMA, ROBERTA = (3584, 14336, 42, 16, 8, 256_000), (1024, 4096, 24, 16, 16, 50_265)
+PAPER: dict[str, tuple[tuple[int, ...], dict[str, int], object, dict[int, int]]] = {
+    "MistralForCausalLM": (MISTRAL, {}, "all-linear", {32: 229_376, 64: 917_504, 96: 2_064_384}),
+    "Gemma2ForCausalLM": (GEMMA, {"head_dim": 256}, "all-linear", {32: 301_056, 64: 1_204_224, 96: 2_709_504}),
+    "LlamaForCausalLM": (LLAMA, {}, "all-linear", {32: 200_704, 64: 802_816, 96: 1_806_336}),
+    "RobertaModel": (ROBERTA, {}, ATTENTION, {8: 6_144, 16: 24_576, 24: 55_296}),
 }
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_trained_parameters_are_the_papers(name: str) -> None:
-    kind, sizes, more, targets, counts = PAPER[name]
+@pytest.mark.parametrize("kind", PAPER)
+def test_trained_parameters_are_the_papers(kind: str) -> None:
+    sizes, more, targets, counts = PAPER[kind]
+    with torch.device("meta"):
+        config = getattr(transformers, kind).config_class(**dict(zip(NAMES, sizes, strict=True)), **more)
+        base = getattr(transformers, kind)(config)
     for r, count in counts.items():
-        with torch.device("meta"):
-            config = getattr(transformers, kind).config_class(**dict(zip(NAMES, sizes, strict=True)), **more)
-            model = getattr(transformers, kind)(config)
-        model = lorasb.patch(model, r=r, target_modules=targets)
+        model = lorasb.patch(base, r=r, target_modules=targets)
         cores = [p for n, p in model.named_parameters() if "lorasb_R" in n]
         assert sum(p.numel() for p in cores) == count
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
         assert all(p.is_meta for p in model.parameters())
+        base = model.unload()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +113,7 @@ def test_task_type_is_inferred(family: str, task: str) -> None:
 def test_get_peft_model_infers_what_patch_infers() -> None:
     model = peft.get_peft_model(make("roberta"), lorasb.LoRASBConfig(r=4, init="lora-xs"))
     assert model.peft_config["default"].task_type == "SEQ_CLS"
-    assert {m.scaling["default"] for m in model.modules() if isinstance(m, LoRASBLinear)} == {4.0}
+    assert {layer.scaling["default"] for layer in layers(model).values()} == {4.0}
 
 
 def test_models_that_read_no_text_get_no_text_task() -> None:

@@ -1,4 +1,4 @@
-"""Bytes of adapters by shapes, against those that were measured, and where a basis begins to take less."""
+"""Many people on one basis: bytes by shapes and where it begins to take less; held-out questions, and who comes later."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import lorasb
 from benchmarks.common.shapes import Group
 from benchmarks.serving import economics
 from benchmarks.serving.economics import BLOCKS, Sizes
+from benchmarks.serving.people import FACTS, rows, write
 
 MEASURED = Path(economics.__file__).parents[1] / "results" / "many-adapters-cpu.json"
 
@@ -57,3 +58,29 @@ def test_the_command_prints_and_draws(
     economics.main()
     assert "Mistral-7B, a basis of rank 16 takes less than LoRA r=1: from 17 on" in capsys.readouterr().out
     assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_held_out_questions_are_new_and_their_answers_known(tmp_path: Path) -> None:
+    write(tmp_path, 30)
+    people, held_out = read(tmp_path / "people.jsonl"), read(tmp_path / "held_out.jsonl")
+    assert len({row["user"] for row in people}) == 30
+    assert (len(people), len(held_out)) == (30 * 2 * len(FACTS), 60)
+    assert not {row["prompt"] for row in people} & {row["prompt"] for row in held_out}
+    known = {(row["user"], row["completion"]) for row in people}
+    assert all((row["user"], row["completion"]) in known for row in held_out)
+    answers = {row["prompt"]: set() for row in people}
+    for row in people:
+        answers[row["prompt"]].add(row["completion"])
+    assert all(len(found) > 5 for found in answers.values())  # no adapter for all could know them
+
+
+def test_who_comes_later_changes_nobody(tmp_path: Path) -> None:
+    write(tmp_path / "few", 10)
+    write(tmp_path / "more", 20)
+    few, more = (read(tmp_path / name / "people.jsonl") for name in ("few", "more"))
+    assert few == more[: len(few)]
+    assert read(tmp_path / "few" / "newcomer.jsonl") == rows("newcomer")[0]

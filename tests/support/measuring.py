@@ -1,0 +1,45 @@
+"""Bytes that a call allocates, tensors that its backward keeps, and the number of threads that it runs by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def kept_for_backward(own: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """What autograd saves inside the block, each storage once, without the call's own operands."""
+    known, kept = {tensor.data_ptr() for tensor in own}, []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in known:
+            known.add(tensor.data_ptr())
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+@contextmanager
+def allocations() -> Iterator[list[int]]:
+    """Bytes held after each allocation and release inside the block, in order, once it has ended."""
+    held: list[int] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield held
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held.append((held[-1] if held else 0) + event.nbytes())
