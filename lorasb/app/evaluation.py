@@ -92,7 +92,7 @@ def _by_example(
     unit: str = "batch",
     units: Callable[[list[Any]], int] = lambda rows: 1,
 ) -> list[T]:
-    """What `call` returns for each example, in order; the model is in eval mode, and in its former one afterwards."""
+    """The results of `call` for each example, in order; the model is in eval mode, and in its former one afterwards."""
     # Rank k computes batches k, k + world_size, ... The progress bar, which `call` advances, is over their units.
     mode = model.training
     model.eval()

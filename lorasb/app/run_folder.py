@@ -131,7 +131,7 @@ class State:
 
 @dataclass(frozen=True)
 class Start:
-    """What start.json says of an initialization."""
+    """The initialization that start.json describes."""
 
     seconds: float  # that it took
     lr: float  # that its R belongs to
@@ -200,7 +200,7 @@ class RunFolder:
             )
         if running is not None:
             self._check_same(running, identity)
-        return State(UNFINISHED, str(path), [f"going on from {path}, step {mark.step}"])
+        return State(UNFINISHED, str(path), [f"resuming from {path}, step {mark.step}"])
 
     def _look_at_last(self, running: Values, identity: Values) -> State:
         """Resume the run from its last complete checkpoint, or from its start."""
@@ -211,7 +211,7 @@ class RunFolder:
             faults[self.start] = wrong
         lines = [f"{path} {fault}, and is left out" for path, fault in faults.items()]
         where = f"{best}, step {step_of(best)}" if best else "before its first checkpoint"
-        lines.append(f"going on with the run in {self.folder}: {where}")
+        lines.append(f"resuming the run in {self.folder}: {where}")
         return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
 
     def _check_same(self, saved: Values, identity: Values) -> None:

@@ -1,4 +1,4 @@
-"""What commands print: a run's results, an initialization's report, a plan, an adapter, a cache of signs, a machine."""
+"""Output of the commands: results of a run, report of an initialization, a plan, an adapter, a cache, a machine."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ PACKAGES = (
 
 
 def machine() -> RenderableType:
-    """What `lorasb doctor` prints: versions, backends, GPU, threads and dtype, and what that is good for."""
+    """Output of `lorasb doctor`: versions, backends, GPU, threads and dtype, and what that is good for."""
     table = Table(title=f"lorasb {VERSION}", show_header=False)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in PACKAGES:  # from metadata: nothing is imported
