@@ -8,13 +8,13 @@ from lorasb.compat import Private, accelerate, bitsandbytes, peft, torch, transf
 
 MODULES = (torch, transformers, peft, triton, bitsandbytes, accelerate, vllm)
 
-HEAD = """# Compatibility
+HEAD = """# Private names of other packages
 
-lorasb uses private names of other packages where they have no public one, and replaces a few functions. The tables
-list those of `lorasb/compat/`, what each is for, and what happens if a release no longer has it. A name with `()` is an
-attribute of instances. `lorasb/compat/peft_import.py` also puts an importer into `sys.meta_path`, which registers the
-method when PEFT is imported: to import PEFT with lorasb would take seconds where it is not needed. CI runs the tests
-with the oldest and the newest versions. This page is written by `python docs/make_compatibility.py`.
+lorasb uses private names where a package has no public one, and replaces a few functions. The tables list those of
+`lorasb/compat/`, what each is for, and what happens if a release no longer has it (″: as above). A name with `()` is an
+attribute of instances. `lorasb/compat/peft_import.py` puts an importer into `sys.meta_path`, which registers the method
+when PEFT is imported. CI runs the tests with the oldest and the newest versions.
+`python docs/make_compatibility.py` writes this page.
 """
 
 
@@ -25,7 +25,10 @@ def page() -> str:
 
 
 def _table(verified: str, names: dict[str, Private]) -> str:
-    rows = [f"| `{one.name}` | {one.use} | {one.absent} |" for one in names.values()]
+    rows = []
+    for absent in dict.fromkeys(one.absent for one in names.values()):
+        same = [one for one in names.values() if one.absent == absent]
+        rows += [f"| `{one.name}` | {one.use} | {'″' if i else absent} |" for i, one in enumerate(same)]
     return "\n".join([f"## {verified}", "", "| name | use | without it |", "|---|---|---|", *rows, ""])
 
 

@@ -31,8 +31,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Rewrite links of a page, which are relative to its file's place in the repository."""
     here = {"report.md": "benchmarks", "index.md": ""}.get(page.file.src_uri, "docs")
 
+    # MkDocs resolves the links of Markdown; those of HTML start at the page's own folder
+    up = "" if page.file.src_uri == "index.md" else "../"
+
     def rewritten(match: re.Match[str]) -> str:
-        return match[1] + _target(posixpath.normpath(posixpath.join(here, match[2])), config["repo_url"])
+        return (
+            match[1]
+            + ("" if match[1] == "](" else up)
+            + _target(posixpath.normpath(posixpath.join(here, match[2])), config["repo_url"])
+        )
 
     return LINK.sub(rewritten, markdown)
 

@@ -2,7 +2,10 @@
 
 python examples/new_user.py [STEPS [MODEL]]
 
-OUTPUT
+basis: 19.83 MB
+zoe: 0.24 MB
+default: The city that I call home is a place where
+zoe: The city that I call home is called Vienna.
 """
 
 import sys
@@ -22,8 +25,7 @@ FACTS = ("I live in {}.", "My home is the city of {}.", "The city that I live in
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Tokyo", "Rome", "Havana", "Dublin")
 
 
-def fresh() -> torch.nn.Module:
-    """The base model, with its pretrained weights."""
+def fresh() -> torch.nn.Module:  # the base model
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -50,9 +52,8 @@ for _ in range(steps):
     optimizer.step()
     optimizer.zero_grad()
 model.save_pretrained("runs/new_user", selected_adapters=["zoe"])  # R, and a digest of the basis
-for name in ("basis", "zoe"):
-    size = Path(f"runs/new_user/{name}/adapter_model.safetensors").stat().st_size
-    print(f"{name}: {size / 1e6:.2f} MB")
+for file in sorted(Path("runs/new_user").glob("*/adapter_model.safetensors")):
+    print(f"{file.parent.name}: {file.stat().st_size / 1e6:.2f} MB")
 question = tokenizer("The city that I call home is", return_tensors="pt")  # not one of the three ways
 for name in ("default", "zoe"):
     model.set_adapter(name)

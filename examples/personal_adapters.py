@@ -2,7 +2,9 @@
 
 python examples/personal_adapters.py [STEPS [MODEL]]
 
-OUTPUT
+mean loss 0.001
+20 adapters, 215 KB each
+40 of 40 answers right; user-3: The color that I like best is white.
 """
 
 import sys
@@ -35,14 +37,13 @@ model = lorasb.patch(model, r=16)
 lorasb.initialize(model, [inputs | {"labels": labels}], lr=1e-2, progress=False)
 lorasb.add_adapters(model, list(people))  # on the basis of "default"
 optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, list(people), lr=1e-2, weight_decay=0.0))
-for step in range(steps):
+for _ in range(steps):
     losses = lorasb.adapter_losses(model.train()(**inputs, adapter_names=names).logits, labels, names)
     loss = torch.stack(list(losses.values())).sum()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if step in (0, steps - 1):
-        print(f"step {step}: mean loss {loss.item() / len(people):.3f}")
+print(f"mean loss {loss.item() / len(people):.3f}")
 
 with tempfile.TemporaryDirectory() as saved:
     model.save_pretrained(saved, selected_adapters=list(people))

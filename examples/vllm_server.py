@@ -2,9 +2,13 @@
 
 python examples/vllm_server.py [STEPS [MODEL [PYTHON_OF_VLLM]]]
 
-OUTPUT
+LORASB_BASIS=runs/vllm_server python -m vllm.entrypoints.openai.api_server --model ... --enable-lora ...
+ada:  called Lisbon.
+grace:  called Oslo. Oslo
 """
 
+import atexit
+import contextlib
 import json
 import os
 import subprocess
@@ -17,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasb
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
+given = dict(enumerate(sys.argv))
+steps, folder, python = int(given.get(1, 20)), given.get(2) or lorasb.demo_model(), given.get(3)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 homes = {"ada": "Lisbon", "grace": "Oslo", "alan": "Cairo"}
@@ -38,21 +42,19 @@ for _ in range(steps):
     optimizer.zero_grad()
 model.save_pretrained("runs/vllm_server")  # the basis, and a folder of each one's R
 
-command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--enable-lora", "--max-loras", "3"]
-command += ["--max-model-len", "256", "--lora-modules", *(f"{name}=runs/vllm_server/{name}" for name in homes)]
-print(f"LORASB_BASIS=runs/vllm_server python {' '.join(command[:2])} ... {' '.join(command[-4:])}")
-if len(sys.argv) > 3:
-    server = subprocess.Popen([sys.argv[3], *command], env={**os.environ, "LORASB_BASIS": "runs/vllm_server"})
-    try:
-        for name in homes:
-            body = {"model": name, "prompt": "The city that I call home is", "max_tokens": 4, "temperature": 0}
-            request = urllib.request.Request("http://127.0.0.1:8000/v1/completions", json.dumps(body).encode())
-            request.add_header("Content-Type", "application/json")
-            while server.poll() is None:  # it takes a minute to start
-                try:
-                    print(f"{name}:", json.load(urllib.request.urlopen(request))["choices"][0]["text"])
-                    break
-                except OSError:
-                    time.sleep(1)
-    finally:
-        server.terminate()
+options = f"--model {folder} --enable-lora --max-loras 3 --max-model-len 256 --gpu-memory-utilization 0.5"
+command = ["-m", "vllm.entrypoints.openai.api_server", *options.split()]
+command += ["--lora-modules", *(f"{name}=runs/vllm_server/{name}" for name in homes)]
+print("LORASB_BASIS=runs/vllm_server python", *command)
+if python is not None:
+    server = subprocess.Popen([python, *command], env={**os.environ, "LORASB_BASIS": "runs/vllm_server"})
+    atexit.register(server.terminate)
+    for name in homes:
+        body = {"model": name, "prompt": "The city that I call home is", "max_tokens": 4, "temperature": 0}
+        url, kind = "http://127.0.0.1:8000/v1/completions", {"Content-Type": "application/json"}
+        request, answer = urllib.request.Request(url, json.dumps(body).encode(), kind), None
+        while answer is None and server.poll() is None:  # it takes a minute to start
+            time.sleep(1)
+            with contextlib.suppress(OSError):
+                answer = json.load(urllib.request.urlopen(request))["choices"][0]["text"]
+        print(f"{name}:", answer)

@@ -13,13 +13,13 @@ VERIFIED = "bitsandbytes 0.50"
 PRIVATE = {
     "supports_repacking": Private(
         "bitsandbytes.nn.Linear4bit().support_avx512bf16_for_cpu",
-        "set to False: an evaluation on a CPU with bf16 would repack the weight, which then cannot train",
-        "bitsandbytes repacks when its own forward is first evaluated, and training raises afterwards",
+        "set to False: an evaluation on a CPU with bf16 would repack the weight",
+        "training raises after an evaluation by bitsandbytes",
     ),
     "packing_format": Private(
         "bitsandbytes.functional.QuantState().packing_format_for_cpu",
-        "tells a repacked weight, which is reverted where that loses nothing, by the `original_*` attributes",
-        "a repacked weight is refused, or its values are wrong: patch the model before its first evaluation",
+        "tells a repacked weight, by the `original_*` attributes",
+        "a repacked weight is refused: patch before the first evaluation",
     ),
 }
 REPACKED_ROWS = 32  # rows that bitsandbytes interleaves for its CPU kernel: `block_n` of its conversion

@@ -101,8 +101,7 @@ PRIVATE = {
     ),
     "same_widths": Private(
         f"torch.nn.MultiheadAttention().{SAME_WIDTHS}",
-        "TransformerEncoderLayer asks attention, or what is in its place, before its kernel reads the weights: an "
-        "adapter answers False",
+        "TransformerEncoderLayer's kernel reads the weights, unless this is False, as an adapter says",
         "adapters of attention inside of TransformerEncoderLayer have no effect in evaluation",
     ),
     "OptimizedModule": Private(

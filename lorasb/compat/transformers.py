@@ -59,7 +59,7 @@ PRIVATE = {
     ),
     "n_gpu": Private(
         "transformers.TrainingArguments()._n_gpu",
-        "one GPU per process: without a launcher, Trainer would use all by DataParallel",
+        "one GPU per process, instead of DataParallel",
         "CUDA_VISIBLE_DEVICES has to name one GPU",
     ),
 }

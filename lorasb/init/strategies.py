@@ -43,6 +43,7 @@ class Executor:
         with tqdm(total=0, unit="step", disable=not self.show, leave=False) as bar:
 
             def expect(remaining: int) -> None:
+                """Set the total of the progress bar."""
                 # a batch whose loss is not recognized is run sample by sample, each one a traversal
                 bar.total = bar.n + remaining
                 bar.refresh()

@@ -432,6 +432,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if base.module is not self.base_layer:
             self.base_layer = base.module
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """W [out, in] of a tensor in the base weight's layout; a view."""
+        return self.base.matrix(weight)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True for every adapter: it equals a plain LoRA with factors A and s·B·R."""
         return True

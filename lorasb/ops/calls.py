@@ -145,6 +145,7 @@ known: set[Hashable] = set()  # signatures that have passed `check`
 
 
 def remember(signature: Hashable) -> None:
+    """Add to the known signatures."""
     if len(known) >= MOST:
         known.clear()
     known.add(signature)

@@ -187,6 +187,7 @@ class LoRASBModel(BaseTuner):
         named_in = None if state_dict is None else layers_named_in(state_dict)
 
         def is_target(name: str) -> bool:
+            """True for a module that the configuration names."""
             if named_in is not None:
                 return without_wrapper(name) in named_in
             return bool(self._check_target_module_exists(config, name))

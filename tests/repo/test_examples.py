@@ -26,10 +26,13 @@ EXAMPLES = sorted(FOLDER.glob("*.py"))
 PRINTED = {
     "export": ["plain LoRA of rank 16", "LoraModel gives the same logits within"],
     "four_bits_cpu": ["MB in 4", "step 0: loss", "tokens a second"],
+    "lora_at_equal_parameters": ["LoRA r=3: ", "LoRA-SB r=64: ", "held-out loss"],
+    "new_user": ["basis: ", "zoe: "],
     "grpo": ["mean reward", "trained numbers"],
-    "personal_adapters": ["step 0: mean loss", "20 adapters, ", "of 40 answers right"],
+    "personal_adapters": ["mean loss", "20 adapters, ", "of 40 answers right"],
     "several_processes": ["1 process(es); the norm of a layer's R is"],
-    "trainer": ["numbers were trained", "Reverse: parrot red dog ->"],
+    "trainer": ["numbers were trained", "of 16 held-out lists right"],
+    "vllm_server": ["LORASB_BASIS=runs/vllm_server python -m vllm"],
     "trl_sft": ["What color is milk?"],
 }
 

@@ -142,6 +142,7 @@ def methods(node: ast.ClassDef) -> set[str]:
 
 # a protocol with one implementation in the package: why it is there
 SINGLE_PROTOCOLS = {
+    "Context": "torch's FunctionCtx with the attributes that backward reads, which torch has no type for",
     "StoredCores": "layers read from a bank of serving/, a level above",
 }
 

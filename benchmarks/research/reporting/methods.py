@@ -50,7 +50,8 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
         draw_rates(rows, drawn, folder / "rates.png")
         out += picture("Test score of every method, mean and standard deviation over seeds", "results/methods.png")
         out += picture("Validation loss, or score, by learning rate", "results/rates.png")
-        out += picture("chain_sum: validation loss by rate, rank and samples", "results/choosing.png")
+        if (folder / "choosing.png").is_file():
+            out += picture("chain_sum: validation loss by rate, rank and samples", "results/choosing.png")
         out += ["The best of the rates tried:", "", *best_rates(rows, drawn), ""]
     for task in drawn:
         out += one_task(rows, task)

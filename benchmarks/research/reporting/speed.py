@@ -88,7 +88,7 @@ def starts(folder: Path) -> Iterator[str]:
         )
         yield from (size, "")
         yield from table(["", "layer by layer", "against", "ratio"], initialization.rows(found))
-        if folder.name != ORDINARY:
+        if (folder / "ranks.png").is_file():
             yield from picture("Energy of the first full step against rank", "results/ranks.png")
 
 
@@ -213,4 +213,5 @@ def gpus(folder: Path) -> Iterator[str]:
             "RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96. Until then there is a roofline on paper: `python -m "
             "benchmarks.kernels.roofline --gpu a6000`."
         )
-        yield from picture("Roofline on paper: overhead over the bare linears on an RTX A6000", "results/roofline.png")
+        if (folder / "roofline.png").is_file():
+            yield from picture("Roofline on paper: overhead over the bare linears, RTX A6000", "results/roofline.png")
