@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from ..ops.adapted_linear import kernels_of
 from ..ops.calls import Member, Operands, no_autocast
+from ..ops.plain_ops import pack_words, words_of
 from ..ops.registry import Kernel, register_backend
 from ..quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
-from ..utils.bit_packing import pack_words, words_of
 
 # Bytes of x below which torch's own ops are faster than our autograd function, whose Python overhead in backward then
 # takes longer than the pass over dx that it saves. Measured with 4096 features and 512

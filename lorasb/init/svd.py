@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..ops.plain_ops import WORD, pack_words, unpack_words, words_of
 from ..utils.atomic_files import replacing
-from ..utils.bit_packing import WORD, pack_words, unpack_words, words_of
 from ..utils.reading import safetensors_header
 
 # Tensor names in files; the number of columns is not a multiple of the word size, so the words do not tell it.

@@ -25,8 +25,8 @@ from lorasb.functional import dequantize
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
 from lorasb.kernels.launcher import observed
+from lorasb.ops.plain_ops import unpack_words
 from lorasb.ops.registry import backend_op
-from lorasb.utils.bit_packing import unpack_words
 
 pytestmark = pytest.mark.skipif(not environment.PTX, reason="executes compiled kernels: pytest --ptx sm_86")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)

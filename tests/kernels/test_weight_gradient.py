@@ -12,9 +12,8 @@ from torch import Tensor
 
 import lorasb
 from lorasb import backends  # noqa: F401  registers the ops
-from lorasb.ops.plain_ops import BAD, SQUARES, ZEROS
+from lorasb.ops.plain_ops import BAD, SQUARES, ZEROS, unpack_words
 from lorasb.ops.registry import backend_op
-from lorasb.utils.bit_packing import unpack_words
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (63, 59, 123), (64, 64, 128), (70, 65, 130), (33, 128, 256), (0, 40, 40), (7, 0, 4)]
 BACKENDS = ["eager", "triton"]
