@@ -1,4 +1,4 @@
-"""Train an adapter over a base in 4 bits on a CPU: a quarter of the weights' memory, and no dense copy of a weight.
+"""Train an adapter over a base in 4 bits on a CPU: an eighth of fp32's memory, and no dense copy of a weight.
 
 python examples/four_bits_cpu.py [STEPS [MODEL]]
 

@@ -472,7 +472,8 @@ def listed(kind: type) -> Iterator[tuple[Field[Any], Any]]:
     for item in fields(kind):
         if "help" in item.metadata:
             hint = hints[item.name]
-            yield item, next((part for part in get_args(hint) if part is not type(None)), hint)
+            parts = get_args(hint)
+            yield item, next(part for part in parts if part is not type(None)) if type(None) in parts else hint
 
 
 def shown_default(item: Field[Any]) -> str:

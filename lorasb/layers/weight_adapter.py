@@ -219,7 +219,7 @@ class LoRASBWeight(AdaptedLayer):
             return self.base_layer(*args, **kwargs)
         self._refuse_offloaded(names)
         if self.unfolding.kind == CONVOLUTION and self.tap is None:
-            return self._convolved_beside(names, cast(Tensor, args[0] if args else kwargs["input"]))
+            return self._convolved_beside(names, *args, **kwargs)  # type: ignore[arg-type]
         return functional_call(self.base_layer, {self._path(): self._weight(names)}, args, kwargs)
 
     def _path(self) -> str:
@@ -250,9 +250,10 @@ class LoRASBWeight(AdaptedLayer):
                 "beside its own forward: keep it on its device, or name it in exclude_modules"
             )
 
-    def _convolved_beside(self, names: list[str], x: Tensor) -> Tensor:
+    def _convolved_beside(self, names: list[str], input: Tensor) -> Tensor:
         """base(x) + conv(dropout(x), s·B R A): in 16 bits W + s·B R A would round small updates away."""
-        base = self.get_base_layer()
+        # `input` as torch's convolutions name it; a TypeError for arguments of others, which have no place beside it
+        base, x = self.get_base_layer(), input
         y: Tensor = self.base_layer(x)
         for name in names:
             dropped = nn.functional.dropout(x, self.adapters[name].dropout, self.training)

@@ -179,6 +179,18 @@ def test_weights_computed_in_every_forward_and_of_several_widths_are_refused(nam
         lorasb.patch(net, r=2, target_modules=["one"], init="random")
 
 
+class Scaled(nn.Conv1d):
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return super().forward(x) * scale
+
+
+def test_an_argument_of_a_convolutions_own_is_refused_and_not_dropped() -> None:
+    model = nn.Sequential(Scaled(4, 4, 3))
+    adapted = lorasb.patch(model, r=2, target_modules=["0"], init="random")
+    with pytest.raises(TypeError, match="positional arguments"):
+        adapted.base_model.model[0](torch.randn(1, 4, 8), 2.0)
+
+
 def test_small_updates_of_a_convolution_survive_bf16() -> None:
     """Beside the base: W + s·B R A in bf16 would round what is 2^-9 of W away."""
     torch.manual_seed(0)

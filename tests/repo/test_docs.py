@@ -26,7 +26,7 @@ def test_every_block_runs(page: Path, tmp_path: Path) -> None:
     script.write_text(blocks(page), encoding="utf-8")
     batches = batches_for("llama")
     given = {"model": make("llama"), "fresh": lambda: make("llama"), "data": Rows(), "dataloader": batches}
-    given |= {"batch": batches[0], "folder": str(tmp_path)}
+    given |= {"batch": batches[0], "out": str(tmp_path)}
     runpy.run_path(str(script), init_globals=given)
 
 

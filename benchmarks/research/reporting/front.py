@@ -138,7 +138,7 @@ def main() -> None:
         for name, ink in INKS.items():
             figure, (axis,) = panels(1, 1, (7.6, height))
             title = draw(axis, ink)
-            axis.set_title(title, fontsize=18, color=ink)
+            figure.suptitle(title, fontsize=18, color=ink)
             axis.tick_params(labelsize=TEXT if draw is megabytes else SMALL, colors=ink, which="both")
             axis.xaxis.label.set(fontsize=SMALL, color=ink)
             axis.yaxis.label.set(fontsize=SMALL, color=ink)
