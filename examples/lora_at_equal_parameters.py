@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasb
 
-given = dict(enumerate(sys.argv))
-steps, folder = int(given.get(1, 40)), given.get(2) or lorasb.demo_model()
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 torch.manual_seed(0)

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasb
 
-given = dict(enumerate(sys.argv))
-steps, folder, python = int(given.get(1, 20)), given.get(2) or lorasb.demo_model(), given.get(3)
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 homes = {"ada": "Lisbon", "grace": "Oslo", "alan": "Cairo"}
@@ -46,8 +46,8 @@ options = f"--model {folder} --enable-lora --max-loras 3 --max-model-len 256 --g
 command = ["-m", "vllm.entrypoints.openai.api_server", *options.split()]
 command += ["--lora-modules", *(f"{name}=runs/vllm_server/{name}" for name in homes)]
 print("LORASB_BASIS=runs/vllm_server python", *command)
-if python is not None:
-    server = subprocess.Popen([python, *command], env={**os.environ, "LORASB_BASIS": "runs/vllm_server"})
+if len(sys.argv) > 3:
+    server = subprocess.Popen([sys.argv[3], *command], env={**os.environ, "LORASB_BASIS": "runs/vllm_server"})
     atexit.register(server.terminate)
     for name in homes:
         body = {"model": name, "prompt": "The city that I call home is", "max_tokens": 4, "temperature": 0}

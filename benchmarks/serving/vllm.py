@@ -117,12 +117,12 @@ def speed(engines: dict[str, Engine], seconds: float) -> dict[str, Any]:
     # apart, as a round of vLLM's own takes as long as ten of the others
     for way, least in ((PLUGIN, 7), (STOCK, 3)):
         ways: dict[str, Call] = {BARE: partial(run, BARE, 0)}
-        ways |= {_title(way, count): partial(run, way, count) for count in COUNTS}
+        ways |= {way_title(way, count): partial(run, way, count) for count in COUNTS}
         found |= {name: asdict(one) for name, one in measure(ways, "cpu", seconds, least).items() if name not in found}
     return found
 
 
-def _title(way: str, count: int) -> str:
+def way_title(way: str, count: int) -> str:
     return f"{way}, {count} adapter{'s' if count > 1 else ''}"
 
 
@@ -195,10 +195,15 @@ def _numbers(folder: Path) -> int:
     return sum(t.numel() for t in tensors.values() if t.is_floating_point()) * measured_dtype().itemsize
 
 
+def tokens_per_second(one: dict[str, Any], percentile: str = "p50") -> float:
+    """The rate of an engine's batch, by a percentile of its milliseconds."""
+    return 1e3 * ROWS * TOKENS / float(one[percentile])
+
+
 def rows(found: dict[str, Any]) -> Iterator[list[str]]:
     """Lines of the table of speeds."""
     for name, one in found["speed"].items():
-        rate = [1e3 * ROWS * TOKENS / one[p] for p in ("p50", "p80", "p20")]
+        rate = [tokens_per_second(one, p) for p in ("p50", "p80", "p20")]
         yield [name, f"{rate[0]:.0f} ({rate[1]:.0f} to {rate[2]:.0f})", f"{one['ratio']:.2f}"]
 
 

@@ -186,7 +186,7 @@ def _finetune(values: Given) -> None:
     check_names(settings)
     from . import tables
     from .finetune import run_finetune
-    from .results import how_to
+    from .results import IN_WORDS, how_to
 
     result = run_finetune(settings)
     if console.quiet:  # not rank 0, which prints the same tables
@@ -195,8 +195,8 @@ def _finetune(values: Given) -> None:
         console.print(tables.energies(result.report))
     if found := result.summary.get("basis_fit"):
         console.print(tables.basis_line(found["share"], found["random"]))
-    asked = result.summary.get("prompt_format", "")  # results of earlier versions do not say
-    console.print(tables.answers(result.examples, result.before.answers, result.after.answers, asked))
+    how = IN_WORDS.get(result.summary.get("prompt_format", ""))  # results of earlier versions do not say
+    console.print(tables.answers(result.examples, result.before.answers, result.after.answers, how))
     console.print(tables.before_and_after(result.summary))
     if result.summary.get("adapters"):
         console.print(tables.adapters(result.summary))
@@ -204,7 +204,7 @@ def _finetune(values: Given) -> None:
         console.print(line)
     console.print(tables.costs(result.summary))
     console.print(_files(settings.output))
-    if asked:
+    if how is not None:
         lines = how_to(result.summary, Path(settings.output), result.examples[0].prompt)
         typer.echo(tables.how_to_use(lines))  # not by the console, which would break long lines
 

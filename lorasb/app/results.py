@@ -215,6 +215,12 @@ def smoothed(losses: tuple[float, ...]) -> list[float]:
 
 TOKENS = 256  # of an answer, at most
 CHAT, INSTRUCTED, STEPS, PLAIN = "chat", "instruction", "instruction, step by step", "plain"
+IN_WORDS = {
+    CHAT: "in its chat template",
+    INSTRUCTED: "in Alpaca's instruction format",
+    STEPS: "in Alpaca's instruction format, to think step by step",
+    PLAIN: "as plain text",
+}
 
 
 def prompt_format(run: Run) -> str:

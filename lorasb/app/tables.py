@@ -142,28 +142,22 @@ def costs(summary: Values) -> Table:
     return table
 
 
-ASKED = {
-    "chat": "in its chat template",
-    "instruction": "in Alpaca's instruction format",
-    "instruction, step by step": "in Alpaca's instruction format, to think step by step",
-    "plain": "as plain text",
-}
+def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str | None) -> Table:
+    """The first held-out problems with the right answer, and the model's before and after training, marked.
 
-
-def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], prompt_format: str) -> Table:
-    """The first held-out problems with the right answer, and the model's before and after training, marked."""
+    `how` says how prompts were put, as in `results.IN_WORDS`.
+    """
     table = Table(title=f"{min(EXAMPLES_SHOWN, len(examples))} of the held-out problems", show_lines=True)
-    if prompt_format in ASKED:
-        table.caption = f"before: the base model, asked {ASKED[prompt_format]} as the adapter is"
+    if how is not None:
+        table.caption = f"before: the base model, asked {how} as the adapter is"
     for name in ("problem", "right answer", "before", "after"):
         table.add_column(name, overflow="fold", max_width=COLUMN_WIDTH)
     for example, *said in list(zip(examples, before, after, strict=True))[:EXAMPLES_SHOWN]:
-        rights = [is_right(answer, example.completion, example.score) for answer in said]
-        marked = (
-            Text(f"{'✓' if right else '✗'} {_short(answer) or EMPTY}", style="green" if right else "red")
-            for answer, right in zip(said, rights, strict=True)
-        )
-        table.add_row(Text(_short(example.prompt, 200)), Text(example.completion), *marked)
+        cells = [Text(_short(example.prompt, 200)), Text(example.completion)]
+        for answer in said:
+            mark, style = ("✓", "green") if is_right(answer, example.completion, example.score) else ("✗", "red")
+            cells.append(Text(f"{mark} {_short(answer) or EMPTY}", style=style))
+        table.add_row(*cells)
     return table
 
 

@@ -252,7 +252,7 @@ class LoRASBWeight(AdaptedLayer):
 
     def _convolved_beside(self, names: list[str], input: Tensor) -> Tensor:
         """base(x) + conv(dropout(x), s·B R A): in 16 bits W + s·B R A would round small updates away."""
-        # `input` as torch's convolutions name it; a TypeError for arguments of others, which have no place beside it
+        # `input` is what torch's convolutions take, by this name; any other argument is a TypeError
         base, x = self.get_base_layer(), input
         y: Tensor = self.base_layer(x)
         for name in names:

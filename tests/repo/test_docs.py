@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from models import Rows, batches_for, make
+from processes import python
 
 DOCS = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
 
@@ -34,10 +33,9 @@ def test_every_block_runs(page: Path, tmp_path: Path) -> None:
 def test_a_pasted_page_prints_what_it_says(name: str, tmp_path: Path) -> None:
     code = blocks(DOCS[0].parents[1] / name)
     said = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed = python("-W", "ignore", "-c", code, cwd=tmp_path)
     assert said
-    assert [line for line in done.stdout.splitlines() if line in said] == said
+    assert [line for line in printed.splitlines() if line in said] == said
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 

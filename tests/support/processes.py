@@ -1,4 +1,4 @@
-"""Python in a process of its own, at the root of the repository."""
+"""Python in a separate process, at the root of the repository if no other folder is named."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def attempt(*arguments: object, given: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def attempt(
+    *arguments: object, given: str | None = None, cwd: Path = ROOT, program: str = sys.executable, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run Python to its end, whatever that is; `given` is its input, `variables` are set in its environment."""
-    command, environment = [sys.executable, *map(str, arguments)], os.environ | variables
-    return subprocess.run(command, cwd=ROOT, env=environment, input=given, capture_output=True, text=True, timeout=500)
+    command, environment = [program, *map(str, arguments)], os.environ | variables
+    return subprocess.run(command, cwd=cwd, env=environment, input=given, capture_output=True, text=True, timeout=500)
 
 
-def python(*arguments: object, given: str | None = None, **variables: str) -> str:
+def python(
+    *arguments: object, given: str | None = None, cwd: Path = ROOT, program: str = sys.executable, **variables: str
+) -> str:
     """What Python prints; it has to succeed."""
-    done = attempt(*arguments, given=given, **variables)
+    done = attempt(*arguments, given=given, cwd=cwd, program=program, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

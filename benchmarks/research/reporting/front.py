@@ -15,6 +15,7 @@ from benchmarks.research.methods.pictures import plain_log
 from benchmarks.research.paired.compare import Spot, spots_of
 from benchmarks.research.paired.grid import ROWS
 from benchmarks.research.reporting.markdown import read_json
+from benchmarks.serving import vllm
 from benchmarks.serving.economics import Sizes
 from lorasb.app.results import smoothed
 from lorasb.utils.plotting import GRAD, MUTED, SIGN
@@ -72,16 +73,23 @@ def _series(spot: Spot) -> str:
 
 
 def tokens(axis: Any, ink: str) -> str:
-    """Tokens per second of 64 rows in vLLM by the number of different adapters among them."""
-    found = read_json(runner.RESULTS / "vllm-cpu.json")
-    counts = (1, 16, 64)
-    for name, text, color in (("plugin", "R on a basis", SIGN), ("vLLM's multi-LoRA", "plain LoRAs", GRAD)):
-        times = [found["speed"][f"{name}, {count} adapter{'s' * (count > 1)}"]["p50"] for count in counts]
-        speeds = [64 * 16 * 1e3 / milliseconds for milliseconds in times]
+    """Tokens per second of a batch in vLLM by the number of different adapters in it."""
+    found, counts = read_json(runner.RESULTS / vllm.FILE)["speed"], vllm.COUNTS
+    for way, text, color in ((vllm.PLUGIN, "R on a basis", SIGN), (vllm.STOCK, "plain LoRAs", GRAD)):
+        speeds = [vllm.tokens_per_second(found[vllm.way_title(way, count)]) for count in counts]
         axis.plot(counts, speeds, "o-", color=color, ms=9, lw=2.5)
         axis.annotate(text, (1, speeds[0]), xytext=(0, -24), textcoords="offset points", fontsize=SMALL, color=color)
-    axis.axhline(64 * 16 * 1e3 / found["speed"]["bare model"]["p50"], color=MUTED, lw=2, ls="--")
-    axis.annotate("no adapter", (64, 900), ha="right", fontsize=SMALL, color=MUTED)
+    bare = vllm.tokens_per_second(found[vllm.BARE])
+    axis.axhline(bare, color=MUTED, lw=2, ls="--")
+    axis.annotate(
+        "no adapter",
+        (counts[-1], bare),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="right",
+        fontsize=SMALL,
+        color=MUTED,
+    )
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_yscale("log")

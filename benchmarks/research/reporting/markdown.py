@@ -21,6 +21,11 @@ def picture(title: str, path: str) -> list[str]:
     return ["", f"![{title}]({path})", ""]
 
 
+def committed_picture(title: str, folder: Path, name: str) -> list[str]:
+    """A picture among the results that the report does not draw itself; nothing where the folder lacks it."""
+    return picture(title, f"results/{name}") if (folder / name).is_file() else []
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A file of results; empty where it is not there."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

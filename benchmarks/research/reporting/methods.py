@@ -12,7 +12,7 @@ from benchmarks.research.methods.grid import CORE, METHODS, SGD, TASKS, Task
 from benchmarks.research.methods.tables import Line, lines, plus_minus, spread
 from benchmarks.research.reporting.charts import draw_rates, draw_scores
 from benchmarks.research.reporting.labels import label, short
-from benchmarks.research.reporting.markdown import picture, table, where, where_rows
+from benchmarks.research.reporting.markdown import committed_picture, picture, table, where, where_rows
 from benchmarks.research.reporting.verdicts import Verdict, against_others, against_xs
 from benchmarks.research.reporting.why import explanation
 
@@ -50,8 +50,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
         draw_rates(rows, drawn, folder / "rates.png")
         out += picture("Test score of every method, mean and standard deviation over seeds", "results/methods.png")
         out += picture("Validation loss, or score, by learning rate", "results/rates.png")
-        if (folder / "choosing.png").is_file():
-            out += picture("chain_sum: validation loss by rate, rank and samples", "results/choosing.png")
+        out += committed_picture("chain_sum: validation loss by rate, rank and samples", folder, "choosing.png")
         out += ["The best of the rates tried:", "", *best_rates(rows, drawn), ""]
     for task in drawn:
         out += one_task(rows, task)

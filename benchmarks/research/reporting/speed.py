@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.common.csv_files import read_csv
 from benchmarks.layers import suite_report
 from benchmarks.quantized import table as four_bits_table
-from benchmarks.research.reporting.markdown import picture, read_json, table, where, where_rows
+from benchmarks.research.reporting.markdown import committed_picture, picture, read_json, table, where, where_rows
 from benchmarks.serving import decoding, joint_basis, many_adapters, vllm
 from benchmarks.training import initialization, opaque_bases, reinforcement, step
 
@@ -88,8 +88,7 @@ def starts(folder: Path) -> Iterator[str]:
         )
         yield from (size, "")
         yield from table(["", "layer by layer", "against", "ratio"], initialization.rows(found))
-        if (folder / "ranks.png").is_file():
-            yield from picture("Energy of the first full step against rank", "results/ranks.png")
+        yield from committed_picture("Energy of the first full step against rank", folder, "ranks.png")
 
 
 def training_step(folder: Path) -> Iterator[str]:
@@ -131,9 +130,8 @@ def many(folder: Path) -> Iterator[str]:
         yield from table(list(many_adapters.HEAD), many_adapters.rows(found))
         for sentence in many_adapters.sentences(found):
             yield from ("", sentence)
-        if (folder / many_adapters.PICTURE).is_file() and folder.name != ORDINARY:
-            name = f"results/{many_adapters.PICTURE}"
-            yield from picture("Memory by number of adapters, and tokens per second", name)
+        title = "Memory by number of adapters, and tokens per second"
+        yield from committed_picture(title, folder, many_adapters.PICTURE)
 
 
 def in_vllm(folder: Path) -> Iterator[str]:
@@ -213,5 +211,6 @@ def gpus(folder: Path) -> Iterator[str]:
             "RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96. Until then there is a roofline on paper: `python -m "
             "benchmarks.kernels.roofline --gpu a6000`."
         )
-        if (folder / "roofline.png").is_file():
-            yield from picture("Roofline on paper: overhead over the bare linears, RTX A6000", "results/roofline.png")
+        yield from committed_picture(
+            "Roofline on paper: overhead over the bare linears, RTX A6000", folder, "roofline.png"
+        )
