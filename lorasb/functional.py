@@ -72,21 +72,22 @@ def lora_sb_linear(
             return y
     base = quantized or ([] if weight is None else [cast(Tensor, weight)])
     biases = [] if bias is None else [bias]
-    return _call(x, base, [lora_A], [lora_R], [lora_B], biases, [float(scaling)], dropout, index)[0]
+    return _call(x, base, ([lora_A], [lora_R], [lora_B], biases), [float(scaling)], dropout, index)[0]
 
 
 def _call(
     x: Tensor,
     base: QuantizedWeight | list[Tensor],
-    a: list[Tensor],
-    cores: list[Tensor],
-    b: list[Tensor],
-    biases: list[Tensor],
+    adapters: tuple[list[Tensor], ...],
     scalings: list[float],
     dropout: float,
     index: Tensor | Sequence[int] | None,
 ) -> list[Tensor]:
-    """The y_j of all members, checked, by the cheapest of three ways: torch's own ops, the kernels, the op."""
+    """The y_j of all members, checked, by the cheapest of three ways: torch's own ops, the kernels, the op.
+
+    adapters: lists of A, R, B and biases.
+    """
+    a, cores, b, biases = adapters
     quantized, weights = (base, []) if isinstance(base, QuantizedWeight) else (None, base)
     # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
     if private.any_autocast() and calls.autocast_on(x.device.type):
@@ -199,7 +200,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     # An adapter of rank 0: its terms are empty sums in forward and in dx.
     a, b = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
     core, biases = x.new_empty((0, 0), dtype=torch.float32), [] if bias is None else [bias]
-    return _call(x, weight, [a], [core], [b], biases, [1.0], 0.0, None)[0]
+    return _call(x, weight, ([a], [core], [b], biases), [1.0], 0.0, None)[0]
 
 
 @torch.no_grad()
@@ -253,7 +254,8 @@ def lora_sb_linear_group(
     if not weights:
         raise ValueError(f"expected one of each argument for every member, got no weights for {len(lora_A)} members")
     scales = list(map(float, scalings)) or [1.0] * len(weights)
-    return _call(x, list(weights), list(lora_A), list(lora_R), list(lora_B), list(biases), scales, dropout, index)
+    adapters = list(lora_A), list(lora_R), list(lora_B), list(biases)
+    return _call(x, list(weights), adapters, scales, dropout, index)
 
 
 _RENAMED = {"quantised_linear": "quantized_linear", "dequantize_nf4": "dequantize"}

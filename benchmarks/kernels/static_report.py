@@ -31,10 +31,12 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.kernels import sass
 from benchmarks.kernels.launches import plan_for, record, record_gradient, record_quantized, record_rows
 from benchmarks.kernels.variants import BATCH, BF16_VARIANTS, DROPOUT, GRADIENTS, QUANTIZED, ROWS, VARIANTS, Variant
+from lorasb.backends.autotune import TMA_GEMMS
 from lorasb.kernels.block_sizes import cdiv
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import DTYPES, LaunchPlan
@@ -120,6 +122,8 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
                 for op in ("forward", "backward"):
                     plan = _plan(op, variant, dtype, arch)
                     yield Job(op, variant, dtype, arch, LaunchPlan("fused", plan.prep, plan.gemm))
+                    if arch == "sm_90" and dtype != torch.float32:
+                        yield Job(op, variant, dtype, arch, LaunchPlan("tma", plan.prep, TMA_GEMMS[0]))
                     if variant.dropout:  # the masked term is a kernel of its own beside cuBLAS
                         yield Job(op, variant, dtype, arch, LaunchPlan("addmm", plan.prep, plan.gemm))
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
@@ -209,8 +213,10 @@ def _masked_step(code: sass.Code) -> int:
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name, with its direction where one kernel has both."""
-    return launch.name + (" backward" if launch.arguments.get("BACKWARD") else "")
+    """The kernel's name, with its direction where one kernel has both, and with what else a launch of it does."""
+    is_backward = launch.arguments.get("BACKWARD") or not launch.arguments.get("K_MAJOR", True)
+    with_weight = launch.arguments.get("prep_programs") is not None
+    return launch.name + (" and dequantize" if with_weight else " backward" if is_backward else "")
 
 
 def config_name(launch: Launch) -> str:
@@ -220,6 +226,9 @@ def config_name(launch: Launch) -> str:
     if launch.name == "grad_sign":
         kind = ("keep " if a["KEEP"] else "") + ("signs" if a["SIGNS"] else "")
         return f"{blocks} w{o['num_warps']} p{o['num_stages']} {kind.strip()}"
+    if launch.name == "tma_gemm":
+        blocks = "x".join(map(str, (*a["ys"][0].block_shape, a["lefts"][0][0].block_shape[1])))
+        return f"{blocks} w{o['num_warps']} p{o['num_stages']}"
     if launch.name == "dequantize":
         return f"{a['BLOCK_BYTES']} w{o['num_warps']}"
     if "splits" not in a:
@@ -254,28 +263,32 @@ def specialization(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind_of(place: tuple[int, ...], value: Any, plain: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind_of((*place, i), member, plain) for i, member in enumerate(value))
+        kind = _kind(value, plain)
+        if kind == "constexpr":
+            constants[place] = value
+        elif _divisible(value, plain):
+            attributes[place] = [["tt.divisibility", 16]]
+        return kind
+
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
             constants[(index,)] = value
             signature[parameter.name] = tuple("constexpr" for _ in value) if isinstance(value, tuple) else "constexpr"
-            continue
-        places = {(index, i): v for i, v in enumerate(value)} if isinstance(value, tuple) else {(index,): value}
-        kinds = []
-        for place, item in places.items():
-            kind = _kind(item, parameter.do_not_specialize)
-            kinds.append(kind)
-            if kind == "constexpr":
-                constants[place] = item
-            elif _divisible(item, parameter.do_not_specialize):
-                attributes[place] = [["tt.divisibility", 16]]
-        signature[parameter.name] = tuple(kinds) if isinstance(value, tuple) else kinds[0]
+        else:
+            signature[parameter.name] = kind_of((index,), value, parameter.do_not_specialize)
     return signature, constants, attributes
 
 
 def _kind(item: Any, plain: bool) -> str:
     if item is None:
         return "constexpr"
+    if isinstance(item, TensorDescriptor):
+        return f"tensordesc<{POINTERS[item.base.dtype][1:]}{item.block_shape}>"
     if isinstance(item, torch.Tensor):
         return POINTERS[item.dtype]
     if isinstance(item, float):

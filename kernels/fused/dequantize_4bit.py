@@ -6,19 +6,18 @@ nested_codebook[absmax]·nested_absmax + nested_offset: a product and a sum, eac
 kernels are compiled without contraction to FMA (`exact` in the launcher). The codebook of sixteen fp32 entries is one
 cache line, in which a warp's gather is one access.
 
-Arguments, in addition to those of `prep_forward` and `prep_backward` (see low_rank):
+Arguments of kernels that take such a weight:
 
-  quantized weight   packed [ceil(ELEMENTS / 2)] uint8
-                     absmax [blocks] fp32, or uint8 if nested
-                     codebook [16] fp32
-                     nested_absmax [ceil(blocks / NESTED_BLOCK)] fp32, nested_codebook [256] fp32, nested_offset [1]
-                     fp32: None, all three, if not nested
-  output             out, or scratch: W [N, K], contiguous
-  sizes              ELEMENTS: N·K; prep_programs: programs of the thin products, the first of the grid
-  blocks             QUANT_BLOCK: elements that share a scale; NESTED_BLOCK: scales that share a nested one
-                     BLOCK_BYTES: packed bytes a program
-  flags              ROUNDING: the dtype that W had before quantization and is rounded to: 0 fp32 (no rounding), 1 bf16,
-                     2 fp16
+  weight       a tuple: packed [ceil(ELEMENTS / 2)] uint8
+               absmax [blocks] fp32, or uint8 if nested
+               codebook [16] fp32
+               nested_absmax [ceil(blocks / NESTED_BLOCK)] fp32, nested_codebook [256] fp32, nested_offset [1] fp32:
+               None, all three, if not nested
+  out          W [N, K], contiguous; ELEMENTS: N·K
+  STORAGE      a tuple: QUANT_BLOCK: elements that share a scale
+               NESTED_BLOCK: scales that share a nested one
+               ROUNDING: the dtype that W had before quantization and is rounded to: 0 fp32, 1 bf16, 2 fp16
+  BLOCK_BYTES  packed bytes a program
 """
 
 from __future__ import annotations
@@ -28,9 +27,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .low_rank import backward_rows, forward_rows
-from .projection import PrepBlocks, PrepFlags, Ranks
-
 
 class Storage(NamedTuple):
     """Storage format of a weight: elements a scale, scales a nested scale, and the dtype that W had."""
@@ -38,6 +34,12 @@ class Storage(NamedTuple):
     QUANT_BLOCK: tl.constexpr
     NESTED_BLOCK: tl.constexpr
     ROUNDING: tl.constexpr
+
+
+@triton.jit
+def storage_of(STORAGE: tl.constexpr):
+    """By name what a kernel takes as a plain tuple: Triton has named tuples as constants since 3.8."""
+    return Storage(STORAGE[0], STORAGE[1], STORAGE[2])
 
 
 @triton.jit
@@ -88,180 +90,6 @@ def dequantize_bytes(pid, weight, out, ELEMENTS, storage, BLOCK_BYTES: tl.conste
 
 
 @triton.jit
-def dequantize(
-    # quantized weight, output
-    packed,
-    absmax,
-    codebook,
-    nested_absmax,
-    nested_codebook,
-    nested_offset,
-    out,
-    # sizes
-    ELEMENTS,
-    # blocks and flags of the storage
-    QUANT_BLOCK: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+def dequantize(weight, out, ELEMENTS, STORAGE: tl.constexpr, BLOCK_BYTES: tl.constexpr):
     """out [ELEMENTS] = W. Grid: one program for BLOCK_BYTES bytes."""
-    weight = (packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset)
-    storage = Storage(QUANT_BLOCK, NESTED_BLOCK, ROUNDING)
-    dequantize_bytes(tl.program_id(0), weight, out, ELEMENTS, storage, BLOCK_BYTES)
-
-
-@triton.jit(do_not_specialize=["M", "splits", "seeds", "threshold", "prep_programs"])
-def prep_forward_quantized(
-    # inputs
-    x,
-    factors,
-    cores,
-    # outputs
-    us,
-    v,
-    # workspace
-    partial,
-    counters,
-    splits,
-    # quantized weight and its dequantized values
-    packed,
-    absmax,
-    codebook,
-    nested_absmax,
-    nested_codebook,
-    nested_offset,
-    scratch,
-    # sizes
-    M,
-    K,
-    ELEMENTS,
-    prep_programs,
-    # strides
-    stride_x,
-    stride_factor,
-    stride_v,
-    # scalars
-    scales,
-    seeds,
-    threshold,
-    # flags
-    DROPOUT: tl.constexpr,
-    EVEN_R: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CORE_PRECISION: tl.constexpr,
-    # ranks
-    R: tl.constexpr,
-    R_BLOCKS: tl.constexpr,
-    R_PADDED: tl.constexpr,
-    # blocks
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    SPLIT: tl.constexpr,
-    # blocks and flags of the storage
-    QUANT_BLOCK: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
-    """`prep_forward`, and W into `scratch` by the programs of the grid that follow.
-
-    One launch serves both because neither reads what the other writes; the GEMM that follows reads both.
-    """
-    pid = tl.program_id(0)
-    if pid < prep_programs:
-        forward_rows(
-            pid,
-            (x, factors, cores, us, v),
-            (partial, counters, splits),
-            (M, K),
-            (stride_x, stride_factor, stride_v),
-            scales,
-            (seeds, threshold),
-            PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
-            Ranks(R, R_BLOCKS, R_PADDED),
-            PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
-            DROPOUT,
-        )
-    else:
-        weight = (packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset)
-        storage = Storage(QUANT_BLOCK, NESTED_BLOCK, ROUNDING)
-        dequantize_bytes(pid - prep_programs, weight, scratch, ELEMENTS, storage, BLOCK_BYTES)
-
-
-@triton.jit(do_not_specialize=["M", "splits", "prep_programs"])
-def prep_backward_quantized(
-    # inputs
-    dys,
-    factors,
-    cores,
-    # outputs
-    t,
-    w,
-    # workspace
-    partial,
-    counters,
-    splits,
-    # quantized weight and its dequantized values
-    packed,
-    absmax,
-    codebook,
-    nested_absmax,
-    nested_codebook,
-    nested_offset,
-    scratch,
-    # sizes
-    M,
-    Ks,
-    ELEMENTS,
-    prep_programs,
-    # strides
-    stride_dy,
-    stride_factor,
-    stride_w,
-    # scalars
-    scales,
-    # flags
-    NEED_DX: tl.constexpr,
-    EVEN_R: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CORE_PRECISION: tl.constexpr,
-    # ranks
-    R: tl.constexpr,
-    R_BLOCKS: tl.constexpr,
-    R_PADDED: tl.constexpr,
-    # blocks
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    SPLIT: tl.constexpr,
-    # blocks and flags of the storage
-    QUANT_BLOCK: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
-    """`prep_backward`, and W into `scratch` by the programs of the grid that follow."""
-    pid = tl.program_id(0)
-    if pid < prep_programs:
-        backward_rows(
-            pid,
-            (dys, factors, cores, t, w),
-            (partial, counters, splits),
-            (M, Ks),
-            (stride_dy, stride_factor, stride_w),
-            scales,
-            PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
-            Ranks(R, R_BLOCKS, R_PADDED),
-            PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
-            NEED_DX,
-        )
-    else:
-        weight = (packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset)
-        storage = Storage(QUANT_BLOCK, NESTED_BLOCK, ROUNDING)
-        dequantize_bytes(pid - prep_programs, weight, scratch, ELEMENTS, storage, BLOCK_BYTES)
+    dequantize_bytes(tl.program_id(0), weight, out, ELEMENTS, storage_of(STORAGE), BLOCK_BYTES)

@@ -58,10 +58,10 @@ from .device_functions import arrives_last, block_offsets, keep_mask, ordered_su
 from .reduction import accumulate, chain
 
 
-class GemmFlags(NamedTuple):
-    """Flags of `extended_gemm`, see above."""
+class GemmConstants(NamedTuple):
+    """Flags, rank and blocks of an output tile, see above; K_MAJOR, forward: W and B have the reduction last."""
 
-    BACKWARD: tl.constexpr
+    K_MAJOR: tl.constexpr
     HAS_BIAS: tl.constexpr
     DROPOUT: tl.constexpr
     ADD: tl.constexpr
@@ -69,11 +69,8 @@ class GemmFlags(NamedTuple):
     EVEN_N: tl.constexpr
     WIDE: tl.constexpr
     PRECISION: tl.constexpr
-
-
-class GemmBlocks(NamedTuple):
-    """Blocks of an output tile, see above."""
-
+    R: tl.constexpr
+    R_PADDED: tl.constexpr
     BLOCK_M: tl.constexpr
     BLOCK_N: tl.constexpr
     BLOCK_K: tl.constexpr
@@ -82,7 +79,7 @@ class GemmBlocks(NamedTuple):
 
 
 @triton.jit
-def tile_coordinates(pid, M, Ns, blocks):
+def tile_coordinates(pid, M, Ns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Row block, column block, member and slot of a tile.
 
     Programs run down GROUP_M row blocks before they go on to the next columns, so that those in flight share rows of x
@@ -90,113 +87,99 @@ def tile_coordinates(pid, M, Ns, blocks):
     """
     columns, member, start, edge = 0, 0, 0, 0
     for i in tl.static_range(len(Ns)):
-        columns += tl.cdiv(Ns[i], blocks.BLOCK_N)
-    first = pid // (blocks.GROUP_M * columns) * blocks.GROUP_M
-    height = min(tl.cdiv(M, blocks.BLOCK_M) - first, blocks.GROUP_M)
-    row, column = first + pid % (blocks.GROUP_M * columns) % height, pid % (blocks.GROUP_M * columns) // height
+        columns += tl.cdiv(Ns[i], BLOCK_N)
+    first = pid // (GROUP_M * columns) * GROUP_M
+    height = min(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
+    row, column = first + pid % (GROUP_M * columns) % height, pid % (GROUP_M * columns) // height
     for i in tl.static_range(1, len(Ns)):
-        edge += tl.cdiv(Ns[i - 1], blocks.BLOCK_N)
+        edge += tl.cdiv(Ns[i - 1], BLOCK_N)
         member, start = tl.where(column >= edge, i, member), tl.where(column >= edge, edge, start)
     return row, column - start, member, row * columns + column
 
 
 @triton.jit
-def tile_operands(base, adapter, member, BACKWARD: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr):
+def tile_operands(base, adapter, member, constants):
     """Operands that `accumulate` reduces for a tile: the base's and the adapter's. Arguments: see `output_tile`."""
     xs, weights, Ks, stride_x, stride_w = base
     v, factors, stride_v, stride_factor = adapter
-    if BACKWARD:  # one output, the members' reductions in a row
-        base_operands = (xs, weights, stride_x, stride_w, Ks)
-        lefts, strides, ranks = (v,), (stride_v,), (R,)
-        for i in tl.static_range(1, len(factors)):
-            lefts, strides, ranks = lefts + (v + i * R_PADDED,), strides + (stride_v,), ranks + (R,)
-        adapter_operands = (lefts, factors, strides, stride_factor, ranks)
-    else:  # one reduction, the members' outputs side by side
+    if constants.K_MAJOR:  # one reduction, the members' outputs side by side
         base_operands = (xs, (pick(weights, member),), stride_x, (pick(stride_w, member),), Ks)
-        left, factor = (v + member * R_PADDED,), (pick(factors, member),)
-        adapter_operands = (left, factor, (stride_v,), (pick(stride_factor, member),), (R,))
+        left, factor = (v + member * constants.R_PADDED,), (pick(factors, member),)
+        adapter_operands = (left, factor, (stride_v,), (pick(stride_factor, member),), (constants.R,))
+    else:  # one output, the members' reductions in a row
+        base_operands = (xs, weights, stride_x, stride_w, Ks)
+        lefts, strides, ranks = (v,), (stride_v,), (constants.R,)
+        for i in tl.static_range(1, len(factors)):
+            lefts = lefts + (v + i * constants.R_PADDED,)
+            strides, ranks = strides + (stride_v,), ranks + (constants.R,)
+        adapter_operands = (lefts, factors, strides, stride_factor, ranks)
     return base_operands, adapter_operands
 
 
 @triton.jit
-def output_tile(
-    pid,
-    base,
-    adapter,
-    outputs,
-    workspace,
-    dropout,
-    M,
-    flags,
-    blocks,
-    R: tl.constexpr,
-    R_PADDED: tl.constexpr,
-):
+def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
     """One [BLOCK_M, BLOCK_N] tile of an output, or one of `splits` ranges of its reduction.
 
     base: (xs, weights, Ks, stride_x, stride_w); adapter: (v, factors, stride_v, stride_factor); outputs: (ys, biases,
-    Ns, stride_y); workspace: (partial, counters, splits); dropout: (seeds, threshold).
+    M, Ns, stride_y); workspace: (partial, counters, splits); dropout: (seeds, threshold).
     """
-    ys, biases, Ns, stride_y = outputs
+    ys, biases, M, Ns, stride_y = outputs
     partial, counters, splits = workspace
     seeds, threshold = dropout
-    tile, split = (pid // splits, pid % splits) if blocks.SPLIT else (pid, 0)
-    row, column, member, slot = tile_coordinates(tile, M, Ns, blocks)
+    tile, split = (pid // splits, pid % splits) if constants.SPLIT else (pid, 0)
+    BLOCK_M: tl.constexpr = constants.BLOCK_M
+    BLOCK_N: tl.constexpr = constants.BLOCK_N
+    row, column, member, slot = tile_coordinates(tile, M, Ns, BLOCK_M, BLOCK_N, constants.GROUP_M)
     N = pick(Ns, member)
-    rm, rn = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M), column * blocks.BLOCK_N + tl.arange(0, blocks.BLOCK_N)
+    rm, rn = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows and columns past the end are clamped to 0, not masked: that costs no registers, and they are not stored. The
     # select hides that a block is contiguous and aligned; the hints say so again, for loads as vectors. They are false
     # past the end, where it does not matter what is loaded, as long as no vector of columns straddles the end.
-    m = tl.max_contiguous(tl.multiple_of(tl.where(rm < M, rm, 0), blocks.BLOCK_M), blocks.BLOCK_M)
+    m = tl.max_contiguous(tl.multiple_of(tl.where(rm < M, rm, 0), BLOCK_M), BLOCK_M)
     n = tl.where(rn < N, rn, 0)
-    if flags.EVEN_N:
-        n = tl.max_contiguous(tl.multiple_of(n, blocks.BLOCK_N), blocks.BLOCK_N)
-    if flags.WIDE:
+    if constants.EVEN_N:
+        n = tl.max_contiguous(tl.multiple_of(n, BLOCK_N), BLOCK_N)
+    if constants.WIDE:
         m, n = m.to(tl.int64), n.to(tl.int64)
     Ks = base[2]
-    base_operands, adapter_operands = tile_operands(base, adapter, member, flags.BACKWARD, R, R_PADDED)
-    acc = tl.zeros((blocks.BLOCK_M, blocks.BLOCK_N), tl.float32)
-    base_steps, steps = 0, 0
+    base_operands, adapter_operands = tile_operands(base, adapter, member, constants)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    base_steps = 0
     for i in tl.static_range(len(Ks)):
-        base_steps += tl.cdiv(Ks[i], blocks.BLOCK_K)
-    steps = base_steps + len(adapter_operands[4]) * tl.cdiv(R, blocks.BLOCK_K)
-    K_MAJOR: tl.constexpr = not flags.BACKWARD
-    EVEN_K: tl.constexpr = flags.EVEN_K
-    PRECISION: tl.constexpr = flags.PRECISION
-    BLOCK_K: tl.constexpr = blocks.BLOCK_K
-    if flags.DROPOUT:  # the masks are on the adapters' terms alone, dx = Σ_i dy_i W_i + mask_i ∘ (w_i A_i)
+        base_steps += tl.cdiv(Ks[i], constants.BLOCK_K)
+    if constants.DROPOUT:  # the masks are on the adapters' terms alone, dx = Σ_i dy_i W_i + mask_i ∘ (w_i A_i)
         lefts, rights, left_strides, right_strides, _ = adapter_operands
-        rank_steps = tl.cdiv(R, blocks.BLOCK_K)
+        steps = (0, tl.cdiv(constants.R, constants.BLOCK_K))
         for i in tl.static_range(len(lefts)):
             term = tl.zeros_like(acc)
-            operands = ((lefts[i],), (rights[i],), (left_strides[i],), (right_strides[i],), (R,))
-            term = accumulate(term, operands, 0, rank_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
-            mask = keep_mask(seeds[i], threshold, rm, column * blocks.BLOCK_N, blocks.BLOCK_N)
+            operands = ((lefts[i],), (rights[i],), (left_strides[i],), (right_strides[i],), (constants.R,))
+            term = accumulate(term, operands, steps, m, n, constants)
+            mask = keep_mask(seeds[i], threshold, rm, column * BLOCK_N, BLOCK_N)
             acc += tl.where(mask, term, 0.0)
-        if not flags.ADD:
-            acc = accumulate(acc, base_operands, 0, base_steps, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
+        if not constants.ADD:
+            acc = accumulate(acc, base_operands, (0, base_steps), m, n, constants)
     else:
         operands = chain(base_operands, adapter_operands)
-        steps_a_split = tl.cdiv(steps, splits) if blocks.SPLIT else steps
+        steps = base_steps + len(adapter_operands[4]) * tl.cdiv(constants.R, constants.BLOCK_K)
+        steps_a_split = tl.cdiv(steps, splits) if constants.SPLIT else steps
         low = split * steps_a_split
-        high = min(low + steps_a_split, steps)
-        acc = accumulate(acc, operands, low, high, m, n, K_MAJOR, EVEN_K, PRECISION, BLOCK_K)
+        acc = accumulate(acc, operands, (low, min(low + steps_a_split, steps)), m, n, constants)
     last = True
-    if blocks.SPLIT:
-        offsets = block_offsets(blocks.BLOCK_M, blocks.BLOCK_N)
-        split_sums = partial + slot.to(tl.int64) * splits * blocks.BLOCK_M * blocks.BLOCK_N
-        tl.store(split_sums + split * blocks.BLOCK_M * blocks.BLOCK_N + offsets, acc)
+    if constants.SPLIT:
+        offsets = block_offsets(BLOCK_M, BLOCK_N)
+        split_sums = partial + slot.to(tl.int64) * splits * BLOCK_M * BLOCK_N
+        tl.store(split_sums + split * BLOCK_M * BLOCK_N + offsets, acc)
         last = arrives_last(counters, slot, splits)
         if last:
-            acc = ordered_sum(split_sums, offsets, blocks.BLOCK_M * blocks.BLOCK_N, splits, acc)
+            acc = ordered_sum(split_sums, offsets, BLOCK_M * BLOCK_N, splits, acc)
     if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
-        if flags.HAS_BIAS:
+        if constants.HAS_BIAS:
             # masked: the hints on n would let a vector of it read past the end of the bias
             acc += tl.load(pick(biases, member) + rn, mask=rn < N, other=0.0)[None, :].to(tl.float32)
-        y, row_offsets = pick(ys, member), (rm.to(tl.int64) if flags.WIDE else rm) * pick(stride_y, member)
+        y, row_offsets = pick(ys, member), (rm.to(tl.int64) if constants.WIDE else rm) * pick(stride_y, member)
         y += row_offsets[:, None] + rn[None, :]
         inside = (rm[:, None] < M) & (rn[None, :] < N)
-        if flags.ADD:
+        if constants.ADD:
             acc += tl.load(y, mask=inside, other=0.0).to(tl.float32)
         tl.store(y, acc.to(y.dtype.element_ty), mask=inside)
 
@@ -269,15 +252,11 @@ def extended_gemm(
         if not is_tile:
             core_gradient(
                 pid,
-                (t, us, dcores),
+                (t, us, dcores, scales),
                 (partial, counters, core_chunks),
                 M,
                 (stride_v, stride_u),
-                scales,
-                CoreBlocks(CORE_CHUNK_M, CORE_SPLIT, CORE_BLOCK_R, CORE_BLOCK_M),
-                R,
-                R_PADDED,
-                PRECISION,
+                CoreBlocks(CORE_CHUNK_M, CORE_SPLIT, CORE_BLOCK_R, CORE_BLOCK_M, PRECISION, R, R_PADDED),
             )
         if SPLIT:  # the core gradient's part of the workspace comes first
             counters += core_programs // core_chunks
@@ -287,12 +266,11 @@ def extended_gemm(
             pid - core_programs,
             (xs, weights, Ks, stride_x, stride_w),
             (v, factors, stride_v, stride_factor),
-            (ys, biases, Ns, stride_y),
+            (ys, biases, M, Ns, stride_y),
             (partial, counters, splits),
             (seeds, threshold),
-            M,
-            GemmFlags(BACKWARD, HAS_BIAS, DROPOUT, ADD, EVEN_K, EVEN_N, WIDE, PRECISION),
-            GemmBlocks(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT),
-            R,
-            R_PADDED,
-        )
+            GemmConstants(
+                not BACKWARD, HAS_BIAS, DROPOUT, ADD, EVEN_K, EVEN_N, WIDE, PRECISION,
+                R, R_PADDED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT,
+            ),
+        )  # fmt: skip

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, core_chunks, gemm_splits
 from .extended_gemm import extended_gemm
 from .launcher import KernelCall
-from .operands import Mask, Members, allocate_workspace, needs_int64, precision, unit_rows
+from .operands import Arguments, Mask, Members, allocate_workspace, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
 
 VECTOR = 16  # elements: the longest vector that is loaded, and more
@@ -116,7 +115,7 @@ def _tiles_of_dx(dx: Tensor | None, Ks: Sequence[int], r: int, config: GemmConfi
     return tiles, 1 if dropout or not tiles else gemm_splits(tiles, _steps((*Ks, *(r for _ in Ks)), config), M)
 
 
-def _common_arguments(arguments: dict[str, Any], members: Members, config: GemmConfig) -> dict[str, Any]:
+def _common_arguments(arguments: Arguments, members: Members, config: GemmConfig) -> Arguments:
     """Strides, flags and blocks, the same in both directions."""
     xs, ys, weights, factors, v = (arguments[name] for name in ("xs", "ys", "weights", "factors", "v"))
     return dict(

@@ -13,7 +13,7 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
                      factor: B [N, R]                   factor: A [R, K]
                      bias [N], or None                  bias: None
   output             y [M, N]                           y: dx [M, K]
-  quantized weight   packed ... nested_offset: W [N, K] with K even, see dequantize_4bit
+  quantized weight   weight: W [N, K] with K even, and STORAGE, see dequantize_4bit
   workspace          partial: fp32 tiles of each split, used if SPLIT
                      counters: int32, one a tile, zero between launches
   sizes              M rows, W's N and K
@@ -24,17 +24,25 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
   rank               R
   blocks             BLOCK_M x BLOCK_N of y a program, BLOCK_K of the reduction a step
                      SPLIT: `splits` programs share a tile
-  storage            QUANT_BLOCK, NESTED_BLOCK, ROUNDING: see dequantize_4bit
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .dequantize_4bit import Storage, block_scales, rounded, unpack
+from .dequantize_4bit import block_scales, rounded, storage_of, unpack
 from .device_functions import arrives_last, block_offsets, ordered_sum
-from .reduction import accumulate
+from .reduction import Reduction, accumulate
+
+
+class TileFlags(NamedTuple):
+    """Flags of a tile of W, see above."""
+
+    WIDE: tl.constexpr
+    ONE_SCALE: tl.constexpr
 
 
 @triton.jit
@@ -45,17 +53,18 @@ def low_nibbles(word):
 
 
 @triton.jit
-def weight_tile(rows, first, weight, N, K, storage, WIDE: tl.constexpr, ONE_SCALE: tl.constexpr, COLUMNS: tl.constexpr):
+def weight_tile(rows, first, weight, sizes, storage, flags, COLUMNS: tl.constexpr):
     """W [rows, first + COLUMNS] in fp32, of W [N, K] with K even; columns from K on are 0, rows from N on finite.
 
     A pair is a packed byte: with K even, none straddles two rows. weight: as in `dequantize_bytes`.
     """
+    N, K = sizes
     packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset = weight
     nested = (nested_absmax, nested_codebook, nested_offset)
     row = tl.where(rows < N, rows, 0)
-    if WIDE:
+    if flags.WIDE:
         row = row.to(tl.int64)
-    if ONE_SCALE:
+    if flags.ONE_SCALE:
         blocks = row * (K // storage.QUANT_BLOCK) + first // storage.QUANT_BLOCK
         scale = block_scales(blocks, rows < N, absmax, nested, storage.NESTED_BLOCK)[:, None]
         if nested_absmax is not None:
@@ -83,19 +92,13 @@ def weight_tile(rows, first, weight, N, K, storage, WIDE: tl.constexpr, ONE_SCAL
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def quantized_gemm(
-    # operands, output
+    # operands, output, quantized weight
     x,
     v,
     factor,
     bias,
     y,
-    # quantized weight
-    packed,
-    absmax,
-    codebook,
-    nested_absmax,
-    nested_codebook,
-    nested_offset,
+    weight,
     # workspace
     partial,
     counters,
@@ -120,18 +123,13 @@ def quantized_gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
-    # blocks and flags of the storage
-    QUANT_BLOCK: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    STORAGE: tl.constexpr,
 ):
     """y [M, N] = x Wᵀ + v Bᵀ + bias forward, dx [M, K] = dy W + w A backward, over W [N, K] in 4 bits.
 
     Grid: `splits` programs for each tile. The adapter's steps come first, in the first split.
     """
     pid = tl.program_id(0)
-    weight = (packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset)
-    storage = Storage(QUANT_BLOCK, NESTED_BLOCK, ROUNDING)
     length, columns = (N, K) if BACKWARD else (K, N)
     tile = pid // splits
     split = pid - tile * splits
@@ -143,7 +141,7 @@ def quantized_gemm(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if split == 0:
         adapter, steps = ((v,), (factor,), (stride_v,), (stride_factor,), (R,)), tl.cdiv(R, BLOCK_K)
-        acc = accumulate(acc, adapter, 0, steps, m, n, not BACKWARD, False, PRECISION, BLOCK_K)
+        acc = accumulate(acc, adapter, (0, steps), m, n, Reduction(not BACKWARD, False, PRECISION, BLOCK_K))
     steps_a_split = tl.cdiv(tl.cdiv(length, BLOCK_K), splits)
     for step in range(split * steps_a_split, min(split * steps_a_split + steps_a_split, tl.cdiv(length, BLOCK_K))):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -151,10 +149,11 @@ def quantized_gemm(
         # a tile of W has the packed dimension K last: across the output backward, along the reduction forward
         if BACKWARD:
             first = tile % across * BLOCK_N
-            rhs = weight_tile(k, first, weight, N, K, storage, WIDE, ONE_SCALE, BLOCK_N)
+            rhs = weight_tile(k, first, weight, (N, K), storage_of(STORAGE), TileFlags(WIDE, ONE_SCALE), BLOCK_N)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty), acc, input_precision=PRECISION)
         else:
-            rhs = weight_tile(rn, step * BLOCK_K, weight, N, K, storage, WIDE, ONE_SCALE, BLOCK_K)
+            first = step * BLOCK_K
+            rhs = weight_tile(rn, first, weight, (N, K), storage_of(STORAGE), TileFlags(WIDE, ONE_SCALE), BLOCK_K)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty).T, acc, input_precision=PRECISION)
     last = True
     if SPLIT:

@@ -27,24 +27,25 @@ import triton.language as tl
 
 
 @triton.jit
-def pack_bits(flags, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def pack_bits(flags):
     """Flags [BLOCK_N, BLOCK_K] as words [BLOCK_N, BLOCK_K / 32]: bit j of a word is its column j.
 
     The bits of a word are disjoint, so that their sum is their exclusive or; numpy does it in one call in Triton's
     interpreter, where a generic reduction walks the elements in Python.
     """
-    bits = tl.reshape(flags.to(tl.int32), (BLOCK_N, BLOCK_K // 32, 32)) << tl.arange(0, 32)[None, None, :]
+    bits = tl.reshape(flags.to(tl.int32), (flags.shape[0], flags.shape[1] // 32, 32)) << tl.arange(0, 32)[None, None, :]
     return tl.sum(bits, axis=2)
 
 
 @triton.jit
-def store_signs(acc, inside, n, w, tile, outputs, N, K, stride_words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def store_signs(acc, inside, n, w, tile, outputs, sizes):
     """Store the words at rows n and words w, and the counts, of a tile; outputs: (words, nonzero, counts)."""
     words, nonzero, counts = outputs
+    N, K, stride_words = sizes
     offsets = n[:, None] * stride_words + w[None, :]
     words_inside = (n < N)[:, None] & (w < tl.cdiv(K, 32))[None, :]
-    tl.store(words + offsets, pack_bits((acc > 0) & inside, BLOCK_N, BLOCK_K), mask=words_inside)
-    tl.store(nonzero + offsets, pack_bits((acc != 0) & inside, BLOCK_N, BLOCK_K), mask=words_inside)
+    tl.store(words + offsets, pack_bits((acc > 0) & inside), mask=words_inside)
+    tl.store(nonzero + offsets, pack_bits((acc != 0) & inside), mask=words_inside)
     size = tl.abs(acc)
     tl.store(counts + tile * 3, tl.sum(tl.where(inside, acc * acc, 0.0)))
     tl.store(counts + tile * 3 + 1, tl.sum(tl.where(inside & (acc == 0), 1.0, 0.0)))
@@ -122,4 +123,4 @@ def grad_sign(
             tl.store(total + n[:, None] * stride_total + k[None, :], acc, mask=inside)
     if SIGNS:  # of the fp32 sum itself, as KEEP would store it
         w = tile % band // height * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
-        store_signs(acc, inside, n, w, tile, (words, nonzero, counts), N, K, stride_words, BLOCK_N, BLOCK_K)
+        store_signs(acc, inside, n, w, tile, (words, nonzero, counts), (N, K, stride_words))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..compat import triton as private
 from .block_sizes import GemmConfig, PrepConfig
+from .operands import Arguments
 
 _observers: list[Callable[[Launch], None]] = []
 _dry = 0  # how many dry `observed` blocks are open; above zero nothing is launched
@@ -22,7 +23,7 @@ class KernelCall(NamedTuple):
 
     kernel: Any
     grid: int
-    arguments: dict[str, Any]
+    arguments: Arguments
     config: PrepConfig | GemmConfig
     exact: bool = False
 
@@ -44,7 +45,7 @@ class Launch:
 
     kernel: Any
     grid: int
-    arguments: dict[str, Any]
+    arguments: Arguments
     options: dict[str, Any]
 
     @property
@@ -81,6 +82,6 @@ def launch(call: KernelCall) -> None:
         run(kernel, grid, arguments, options)
 
 
-def run(kernel: Any, grid: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+def run(kernel: Any, grid: int, arguments: Arguments, options: dict[str, Any]) -> None:
     """Run a kernel; a module global, so that tests can execute compiled kernels elsewhere than on a card."""
     kernel[(grid,)](**arguments, **options)

@@ -1,6 +1,7 @@
 """The adapted linear, forward and backward, of a layer or a group: two launches a direction, whatever the members.
 
 `fused`: the thin products (prep), then the extended GEMM. `addmm`: prep, then cuBLAS twice, the second onto the first.
+`tma`: prep, then the same sums in one launch by TMA, where every operand can have a descriptor, else as `addmm`.
 `prepared_linear` makes the same calls from launches that it has prepared.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import extended_gemm_launch, low_rank_launch
+from . import extended_gemm_launch, low_rank_launch, tma_gemm
 from .block_sizes import prep_members
 from .launcher import KernelCall, launch
 from .operands import Mask, Members, on_device, unit_rows
@@ -64,12 +65,19 @@ def after_prep(
         ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
         launch(extended_gemm_launch.forward_call(x, members, biases, v, ys, plan))
         return ys
-    return addmm(x, members, biases, v)
+    return unfused(x, members, biases, v, plan)
 
 
-def addmm(x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor) -> list[Tensor]:
-    """y_i by cuBLAS: the adapter's product first; the base GEMM accumulates onto it."""
+def unfused(x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: LaunchPlan) -> list[Tensor]:
+    """y_i by TMA, or by cuBLAS: the adapter's product first; the base GEMM accumulates onto it."""
     vs = [v[:, i * members.width : i * members.width + members.r] for i in range(len(members.a))]
+    if plan.path == "tma" and tma_gemm.has_descriptors((x, *members.weights, *vs, *members.b)):
+        ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
+        if tma_gemm.has_descriptors(ys):
+            operands = zip(members.weights, vs, members.b, strict=True)
+            pairs = [[(x, weight), (one, b)] for weight, one, b in operands if weight is not None]
+            launch(tma_gemm.call_of(pairs, ys, biases, plan.gemm, k_major=True))
+            return ys
     return [_addmm(x, *operands) for operands in zip(vs, members.weights, members.b, biases, strict=True)]
 
 
@@ -113,28 +121,27 @@ def after_prep_backward(
     dx, fused = empty_dx(dys, members), is_fused(plan, members, mask)
     adds = mask.dropout > 0.0 and not fused
     if not fused:
-        addmm_backward(dys, members, None if adds else w, dx)
+        unfused_backward(dys, members, None if adds else w, dx, plan)
     if fused or adds or dcores:
         written = dx if fused or adds else None
         launch(extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, plan, mask, adds))
     return dx
 
 
-def addmm_backward(dys: Sequence[Tensor], members: Members, w: Tensor | None, dx: Tensor) -> None:
-    """dx = Σ_i w_i A_i + dy_i W_i by cuBLAS, in place; without w, the base's part alone."""
-    terms = [] if w is None else _adapter_terms(w, members)
-    terms += [(dy, weight) for dy, weight in zip(dys, members.weights, strict=True) if weight is not None]
+def unfused_backward(dys: Sequence[Tensor], members: Members, w: Tensor | None, dx: Tensor, plan: LaunchPlan) -> None:
+    """dx = Σ_i w_i A_i + dy_i W_i by TMA, or by cuBLAS, in place; without w, the base's part alone."""
+    r, width = members.r, members.width
+    base = [(dy, weight) for dy, weight in zip(dys, members.weights, strict=True) if weight is not None]
+    adapter = [] if w is None else [(w[:, i * width : i * width + r], a) for i, a in enumerate(members.a)]
+    terms = [*adapter, *base]
+    if plan.path == "tma" and tma_gemm.has_descriptors((dx, *(one for pair in terms for one in pair))):
+        launch(tma_gemm.call_of([[*base, *adapter]], [dx], [None], plan.gemm, k_major=False))
+        return
+    if w is not None and r == width and len(adapter) > 1:  # dx is written once for all: a copy of A is far smaller
+        terms = [(w, torch.cat(list(members.a))), *base]
     torch.mm(*terms[0], out=dx)
     for left, right in terms[1:]:
         dx.addmm_(left, right)
-
-
-def _adapter_terms(w: Tensor, members: Members) -> list[tuple[Tensor, Tensor]]:
-    """w_i and A_i; of a group all in one product, so that dx is written once for them: a copy of A is far smaller."""
-    r, width = members.r, members.width
-    if r == width and len(members.a) > 1:
-        return [(w, torch.cat(list(members.a)))]
-    return [(w[:, i * width : i * width + r], a) for i, a in enumerate(members.a)]
 
 
 def empty_dx(dys: Sequence[Tensor], members: Members) -> Tensor:

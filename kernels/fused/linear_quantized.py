@@ -8,7 +8,6 @@ of rows. `scratch`: W is dequantized in the launch of the thin products, then th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,10 @@ from torch import Tensor
 from . import extended_gemm_launch, low_rank_launch
 from . import linear as dense
 from .block_sizes import DEQUANTIZE_BYTES, cdiv, dequantize_config, gemm_splits, quantized_config
-from .dequantize_4bit import dequantize, prep_backward_quantized, prep_forward_quantized
+from .dequantize_4bit import dequantize
 from .gemm_4bit import quantized_gemm
 from .launcher import KernelCall, launch
-from .low_rank import prep_forward
-from .operands import Mask, Members, allocate_workspace, needs_int64, on_device, precision, unit_rows
+from .operands import Arguments, Mask, Members, allocate_workspace, needs_int64, on_device, precision, unit_rows
 from .plan import LaunchPlan
 
 INLINE = "inline"
@@ -52,18 +50,12 @@ class Quantized:
     m: int
     n: int
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Arguments:
         """Return the arguments that every kernel takes of it."""
+        nested = self.nested_absmax, self.nested_codebook, self.nested_offset
         return dict(
-            packed=self.packed,
-            absmax=self.absmax,
-            codebook=self.codebook,
-            nested_absmax=self.nested_absmax,
-            nested_codebook=self.nested_codebook,
-            nested_offset=self.nested_offset,
-            QUANT_BLOCK=self.block,
-            NESTED_BLOCK=self.nested_block,
-            ROUNDING=self.rounding,
+            weight=(self.packed, self.absmax, self.codebook, *nested),
+            STORAGE=(self.block, self.nested_block, self.rounding),
         )
 
     def is_inline(self, plan: LaunchPlan, mask: Mask) -> bool:
@@ -135,11 +127,9 @@ def backward(
 
 def _launch_prep_and_dequantize(prep: KernelCall, weight: Quantized, scratch: Tensor) -> None:
     """The thin products of a call, and W into the scratch, in one launch."""
-    kernel = prep_forward_quantized if prep.kernel is prep_forward else prep_backward_quantized
-    storage = dict(scratch=scratch, ELEMENTS=scratch.numel(), prep_programs=prep.grid, BLOCK_BYTES=DEQUANTIZE_BYTES)
-    arguments = prep.arguments | weight.arguments() | storage
+    storage = dict(out=scratch, ELEMENTS=scratch.numel(), prep_programs=prep.grid, BLOCK_BYTES=DEQUANTIZE_BYTES)
     grid = prep.grid + cdiv(scratch.numel(), 2 * DEQUANTIZE_BYTES)
-    launch(KernelCall(kernel, grid, arguments, prep.config, exact=True))
+    launch(KernelCall(prep.kernel, grid, prep.arguments | weight.arguments() | storage, prep.config, exact=True))
 
 
 def _gemm(

@@ -23,6 +23,8 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
              EVEN_R: R = R_PADDED; EVEN_K: every K is a multiple of BLOCK_K; together: no load of a factor is masked
              WIDE: offsets need 64 bits
              PRECISION: of products with x (dy), CORE_PRECISION: of those with R_i, "tf32" or "ieee"
+  4 bits     weight, out, ELEMENTS, STORAGE, BLOCK_BYTES: a weight that programs from prep_programs on dequantize, see
+             dequantize_4bit; all None without one. One launch serves both: neither reads what the other writes.
   ranks      R; R_BLOCKS: the powers of two that cover it; R_PADDED: their sum
   blocks     BLOCK_M x BLOCK_K of x a step; BLOCK_J: columns of v (w) a step of the product with R_i
              SPLIT: `splits` programs share a row block's reduction
@@ -33,56 +35,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dequantize_4bit import dequantize_bytes, storage_of
 from .device_functions import pick
-from .projection import PrepBlocks, PrepFlags, Ranks, block_ranks, project, store_sums, times_core
+from .projection import PrepConstants, block_ranks, project, store_sums, times_core
 
 
 @triton.jit
-def forward_rows(
-    pid,
-    operands,
-    workspace,
-    sizes,
-    strides,
-    scales,
-    dropout,
-    flags,
-    ranks,
-    blocks,
-    DROPOUT: tl.constexpr,
-):
+def forward_rows(pid, operands, workspace, sizes, strides, scalars, constants):
     """One program of `prep_forward`; arguments: the kernel's, a tuple a group, in the kernel's order."""
     x, factors, cores, us, v = operands
     partial, counters, splits = workspace
     M, K = sizes
     stride_x, stride_factor, stride_v = strides
+    scales, seeds, threshold = scalars
     row = pid // splits
     split = pid - row * splits
-    rm = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M)
+    rm = row * constants.BLOCK_M + tl.arange(0, constants.BLOCK_M)
     row_mask = rm < M
     # clamped, as in extended_gemm
-    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), blocks.BLOCK_M), blocks.BLOCK_M)
-    if flags.WIDE:
+    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), constants.BLOCK_M), constants.BLOCK_M)
+    if constants.WIDE:
         m, rm = m.to(tl.int64), rm.to(tl.int64)
     columns, outputs = (), ()
     for i in tl.static_range(len(us)):
-        for j in tl.static_range(len(ranks.R_BLOCKS)):
-            columns = columns + (factors[i] + block_ranks(ranks.R_BLOCKS, j) * stride_factor[i],)
-            outputs = outputs + (us[i] + block_ranks(ranks.R_BLOCKS, j),)
-    k_a_split = tl.cdiv(tl.cdiv(K, blocks.BLOCK_K), splits) * blocks.BLOCK_K
-    row_offsets = m * stride_x
+        for j in tl.static_range(len(constants.R_BLOCKS)):
+            ranks = block_ranks(constants.R_BLOCKS, j)
+            columns, outputs = columns + (factors[i] + ranks * stride_factor[i],), outputs + (us[i] + ranks,)
+    k_a_split = tl.cdiv(tl.cdiv(K, constants.BLOCK_K), splits) * constants.BLOCK_K
     reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
-    sums = project(x, row_offsets, columns, 1, reduction, rm, dropout, flags, ranks, blocks, DROPOUT)
-    SIZE: tl.constexpr = blocks.BLOCK_M * ranks.R_PADDED * len(us)
-    slot_workspace = (partial + (row * splits).to(tl.int64) * SIZE, counters, splits)
-    if store_sums(sums, outputs, rm * ranks.R, row_mask, slot_workspace, row, split, ranks, blocks, SIZE):
+    sums = project(x, m * stride_x, columns, 1, reduction, (seeds, threshold, rm), constants)
+    if store_sums(sums, outputs, rm * constants.R, row_mask, (partial, counters, splits, row, split), constants):
         for member in range(len(us)):
-            source, target = pick(us, member) + rm * ranks.R, v + rm * stride_v + member * ranks.R_PADDED
-            core, scale = pick(cores, member), pick(scales, member)
-            times_core(source, target, core, scale, row_mask, ranks, blocks, True, flags.CORE_PRECISION)
+            source, target = pick(us, member) + rm * constants.R, v + rm * stride_v + member * constants.R_PADDED
+            times_core(source, target, pick(cores, member), pick(scales, member), row_mask, constants, True)
 
 
-@triton.jit(do_not_specialize=["M", "splits", "seeds", "threshold"])
+@triton.jit(do_not_specialize=["M", "splits", "seeds", "threshold", "prep_programs"])
 def prep_forward(
     # inputs
     x,
@@ -95,6 +83,11 @@ def prep_forward(
     partial,
     counters,
     splits,
+    # dequantization
+    weight,
+    out,
+    ELEMENTS,
+    prep_programs,
     # sizes
     M,
     K,
@@ -122,36 +115,33 @@ def prep_forward(
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     SPLIT: tl.constexpr,
+    STORAGE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
 ):
     """u_i = x A_iᵀ and v_i = s_i·u_i R_iᵀ of all members. Grid: `splits` programs a row block."""
-    forward_rows(
-        tl.program_id(0),
-        (x, factors, cores, us, v),
-        (partial, counters, splits),
-        (M, K),
-        (stride_x, stride_factor, stride_v),
-        scales,
-        (seeds, threshold),
-        PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
-        Ranks(R, R_BLOCKS, R_PADDED),
-        PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
-        DROPOUT,
-    )
+    pid = tl.program_id(0)
+    is_prep = True
+    if prep_programs is not None:
+        is_prep = pid < prep_programs
+        if not is_prep:
+            dequantize_bytes(pid - prep_programs, weight, out, ELEMENTS, storage_of(STORAGE), BLOCK_BYTES)
+    if is_prep:
+        forward_rows(
+            pid,
+            (x, factors, cores, us, v),
+            (partial, counters, splits),
+            (M, K),
+            (stride_x, stride_factor, stride_v),
+            (scales, seeds, threshold),
+            PrepConstants(
+                DROPOUT, False, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION,
+                R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT,
+            ),
+        )  # fmt: skip
 
 
 @triton.jit
-def backward_rows(
-    pid,
-    operands,
-    workspace,
-    sizes,
-    strides,
-    scales,
-    flags,
-    ranks,
-    blocks,
-    NEED_DX: tl.constexpr,
-):
+def backward_rows(pid, operands, workspace, sizes, strides, scales, constants):
     """One program of `prep_backward`; arguments: the kernel's, a tuple a group, in the kernel's order."""
     dys, factors, cores, t, w = operands
     partial, counters, splits = workspace
@@ -160,35 +150,30 @@ def backward_rows(
     slot = pid // splits
     split = pid - slot * splits
     row, member = slot // len(factors), slot % len(factors)
-    rm = row * blocks.BLOCK_M + tl.arange(0, blocks.BLOCK_M)
+    rm = row * constants.BLOCK_M + tl.arange(0, constants.BLOCK_M)
     row_mask = rm < M
     # clamped, as in extended_gemm
-    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), blocks.BLOCK_M), blocks.BLOCK_M)
+    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), constants.BLOCK_M), constants.BLOCK_M)
     K, stride_k, factor = pick(Ks, member), pick(stride_factor, member), pick(factors, member)
-    if flags.WIDE:
+    if constants.WIDE:
         m, rm, stride_k = m.to(tl.int64), rm.to(tl.int64), stride_k.to(tl.int64)
-    offsets = rm * stride_w + member * ranks.R_PADDED
+    offsets = rm * stride_w + member * constants.R_PADDED
     columns, outputs = (), ()
-    for j in tl.static_range(len(ranks.R_BLOCKS)):
-        columns, outputs = (
-            columns + (factor + block_ranks(ranks.R_BLOCKS, j),),
-            outputs + (t + block_ranks(ranks.R_BLOCKS, j),),
-        )
-    k_a_split = tl.cdiv(tl.cdiv(K, blocks.BLOCK_K), splits) * blocks.BLOCK_K
-    dy, row_offsets = pick(dys, member), m * pick(stride_dy, member)
+    for j in tl.static_range(len(constants.R_BLOCKS)):
+        ranks = block_ranks(constants.R_BLOCKS, j)
+        columns, outputs = columns + (factor + ranks,), outputs + (t + ranks,)
+    k_a_split = tl.cdiv(tl.cdiv(K, constants.BLOCK_K), splits) * constants.BLOCK_K
     reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
+    dy, row_offsets = pick(dys, member), m * pick(stride_dy, member)
     # the mask is on x, not on dy: the extended GEMM applies it to dx
-    sums = project(dy, row_offsets, columns, stride_k, reduction, rm, ((0,), 0), flags, ranks, blocks, False)
-    SIZE: tl.constexpr = blocks.BLOCK_M * ranks.R_PADDED
-    slot_workspace = (partial + slot.to(tl.int64) * splits * SIZE, counters, splits)
-    if store_sums(sums, outputs, offsets, row_mask, slot_workspace, slot, split, ranks, blocks, SIZE):
-        if NEED_DX:
-            source, target = t + offsets, w + offsets
+    sums = project(dy, row_offsets, columns, stride_k, reduction, ((0,), 0, rm), constants)
+    if store_sums(sums, outputs, offsets, row_mask, (partial, counters, splits, slot, split), constants):
+        if constants.NEED_DX:
             core, scale = pick(cores, member), pick(scales, member)
-            times_core(source, target, core, scale, row_mask, ranks, blocks, False, flags.CORE_PRECISION)
+            times_core(t + offsets, w + offsets, core, scale, row_mask, constants, False)
 
 
-@triton.jit(do_not_specialize=["M", "splits"])
+@triton.jit(do_not_specialize=["M", "splits", "prep_programs"])
 def prep_backward(
     # inputs
     dys,
@@ -201,6 +186,11 @@ def prep_backward(
     partial,
     counters,
     splits,
+    # dequantization
+    weight,
+    out,
+    ELEMENTS,
+    prep_programs,
     # sizes
     M,
     Ks,
@@ -226,17 +216,26 @@ def prep_backward(
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     SPLIT: tl.constexpr,
+    STORAGE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
 ):
     """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program. Grid: `splits` programs a row block and member."""
-    backward_rows(
-        tl.program_id(0),
-        (dys, factors, cores, t, w),
-        (partial, counters, splits),
-        (M, Ks),
-        (stride_dy, stride_factor, stride_w),
-        scales,
-        PrepFlags(EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION),
-        Ranks(R, R_BLOCKS, R_PADDED),
-        PrepBlocks(BLOCK_M, BLOCK_K, BLOCK_J, SPLIT),
-        NEED_DX,
-    )
+    pid = tl.program_id(0)
+    is_prep = True
+    if prep_programs is not None:
+        is_prep = pid < prep_programs
+        if not is_prep:
+            dequantize_bytes(pid - prep_programs, weight, out, ELEMENTS, storage_of(STORAGE), BLOCK_BYTES)
+    if is_prep:
+        backward_rows(
+            pid,
+            (dys, factors, cores, t, w),
+            (partial, counters, splits),
+            (M, Ks),
+            (stride_dy, stride_factor, stride_w),
+            scales,
+            PrepConstants(
+                False, NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION,
+                R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT,
+            ),
+        )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +10,10 @@ from torch import Tensor
 from .block_sizes import cdiv, prep_splits, rank_blocks
 from .launcher import KernelCall
 from .low_rank import prep_backward, prep_forward
-from .operands import Mask, Members, allocate_workspace, core_precision, needs_int64, precision, unit_rows
+from .operands import Arguments, Mask, Members, allocate_workspace, core_precision, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
+
+WITHOUT_WEIGHT = dict.fromkeys(("weight", "out", "ELEMENTS", "prep_programs", "STORAGE", "BLOCK_BYTES"))
 
 
 def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask) -> KernelCall:
@@ -76,7 +77,7 @@ def backward_call(
     return KernelCall(prep_backward, slots * splits, arguments, config)
 
 
-def _common_arguments(members: Members, plan: LaunchPlan, dtype: torch.dtype) -> dict[str, Any]:
+def _common_arguments(members: Members, plan: LaunchPlan, dtype: torch.dtype) -> Arguments:
     """Cores, flags, ranks and blocks, the same in both directions."""
     width, config = members.width, plan.prep
     return dict(
@@ -91,4 +92,5 @@ def _common_arguments(members: Members, plan: LaunchPlan, dtype: torch.dtype) ->
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_J=32 if width % 32 == 0 else 16,  # has to divide R_PADDED, a multiple of 16
+        **WITHOUT_WEIGHT,
     )

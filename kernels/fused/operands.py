@@ -13,6 +13,7 @@ from .block_sizes import padded_rank
 from .workspace import counters
 
 INT32_LIMIT = 2**31
+Arguments = dict[str, Any]  # of a kernel, by name
 
 
 class Members(NamedTuple):
@@ -67,7 +68,7 @@ class Mask(NamedTuple):
         return bits - 2**32 if bits >= 2**31 else bits
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Arguments:
         """Return the arguments of a kernel that masks x."""
         return dict(seeds=self.seeds, threshold=self.threshold, DROPOUT=self.dropout > 0.0)
 

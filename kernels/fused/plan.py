@@ -26,7 +26,7 @@ from ..compat.triton import installed
 from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 
 TABLES = Path(__file__).parent / "tables"
-PATHS = ("fused", "addmm")
+PATHS = ("fused", "addmm", "tma")
 WEIGHTS = ("inline", "scratch")
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
 OF_THE_MACHINE = ("sms", "triton", "card", "driver")  # conditions besides a shape's fields
@@ -55,7 +55,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """`fused`: prep and the extended GEMM; `addmm`: prep, then cuBLAS twice, the second onto the first.
+    """`fused`: prep and the extended GEMM; `addmm`: prep, then cuBLAS twice, the second onto the first; `tma`: prep and
+    `tma_gemm`.
 
     `weights`, where they have 4 bits: dequantized `inline` by a separate GEMM, or into a `scratch` by prep.
     """

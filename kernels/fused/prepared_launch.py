@@ -23,6 +23,7 @@ from . import workspace
 from .allocation import allocate
 from .block_sizes import cdiv
 from .launcher import KernelCall
+from .operands import Arguments
 
 ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are less aligned
 SCRATCH_ALIGNMENT = 256  # bytes between tensors of the scratch, as torch's allocator has
@@ -72,7 +73,7 @@ class PreparedLaunch:
     constants: tuple[Any, ...]
     take: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
-    def arguments(self, tensors: Sequence[Tensor], seeds: tuple[int, ...]) -> dict[str, Any]:
+    def arguments(self, tensors: Sequence[Tensor], seeds: tuple[int, ...]) -> Arguments:
         """The arguments by name, as an ordinary launch has them."""
         found = dict(self.call.arguments)
         for name, place in self.places.items():

@@ -103,7 +103,7 @@ class Forward:
         vs = [] if self.is_fused else [x.new_empty(self.v_shape)]
         if not self.prepared.repeat([*self._tensors(x, members, biases, us, ys), *vs], mask.seeds):
             return None
-        return ys or linear.addmm(_rows(x), members, biases, vs[0]), us
+        return ys or linear.unfused(_rows(x), members, biases, vs[0], self.plan), us
 
     def _allocate(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """u_i, and y_i unless cuBLAS allocates them."""
@@ -173,7 +173,8 @@ class Backward:
         if not self.before.repeat([*tensors], mask.seeds):
             return None
         if dx is not None and self.has_addmm:
-            linear.addmm_backward([_rows(dy) for dy in dys], members, None if self.adds_masked else tw[0], dx)
+            w = None if self.adds_masked else tw[0]
+            linear.unfused_backward([_rows(dy) for dy in dys], members, w, dx, self.plan)
         if self.after is not None:  # of the same tensors, whose alignment is known
             self.after.repeat(tensors, mask.seeds)
         return dx, dcores

@@ -18,31 +18,34 @@ from .device_functions import arrives_last, block_offsets, keep_mask, ordered_su
 MAX_HELD_RANKS = tl.constexpr(128)
 
 
-class PrepFlags(NamedTuple):
-    """Flags of the thin products, see low_rank."""
+class PrepConstants(NamedTuple):
+    """Flags, ranks and blocks of the thin products, see low_rank."""
 
+    DROPOUT: tl.constexpr
+    NEED_DX: tl.constexpr
     EVEN_R: tl.constexpr
     EVEN_K: tl.constexpr
     WIDE: tl.constexpr
     PRECISION: tl.constexpr
     CORE_PRECISION: tl.constexpr
-
-
-class Ranks(NamedTuple):
-    """The rank, the powers of two that cover it, and their sum."""
-
     R: tl.constexpr
     R_BLOCKS: tl.constexpr
     R_PADDED: tl.constexpr
-
-
-class PrepBlocks(NamedTuple):
-    """Blocks of the thin products, see low_rank."""
-
     BLOCK_M: tl.constexpr
     BLOCK_K: tl.constexpr
     BLOCK_J: tl.constexpr
     SPLIT: tl.constexpr
+
+
+class CoreConstants(NamedTuple):
+    """What `times_core` reads of a kernel's constants."""
+
+    CORE_PRECISION: tl.constexpr
+    R: tl.constexpr
+    R_BLOCKS: tl.constexpr
+    R_PADDED: tl.constexpr
+    BLOCK_M: tl.constexpr
+    BLOCK_J: tl.constexpr
 
 
 @triton.jit
@@ -58,34 +61,22 @@ def zero_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def project(
-    x,
-    row_offsets,
-    factors,
-    stride_k,
-    reduction,
-    rows,
-    dropout,
-    flags,
-    ranks,
-    blocks,
-    DROPOUT: tl.constexpr,
-):
+def project(x, row_offsets, factors, stride_k, reduction, dropout, constants):
     """Σ_k x[m, k]·factor[k, rank] over a range of k: a tuple of fp32 sums [BLOCK_M, ranks of the block].
 
     row_offsets: of x's rows [BLOCK_M]; factors: pointers to k = 0 [ranks of the block], for each member and rank block;
-    stride_k: from k to k + 1; reduction: (low, high, K); rows: row numbers, for the masks; dropout: (seeds, threshold),
-    a mask for each member.
+    stride_k: from k to k + 1; reduction: (low, high, K); dropout: (seeds, threshold, row numbers), a mask for each
+    member.
     """
     low, high, K = reduction
-    seeds, threshold = dropout
-    rk = tl.arange(0, blocks.BLOCK_K)
+    seeds, threshold, rows = dropout
+    rk = tl.arange(0, constants.BLOCK_K)
     sums = ()
     for i in tl.static_range(len(factors)):
-        sums = sums + (zero_sums(blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]),)
-    for start in range(low, high, blocks.BLOCK_K):
+        sums = sums + (zero_sums(constants.BLOCK_M, constants.R_BLOCKS[i % len(constants.R_BLOCKS)]),)
+    for start in range(low, high, constants.BLOCK_K):
         k = start + rk
-        if flags.EVEN_K:
+        if constants.EVEN_K:
             x_block = tl.load(x + row_offsets[:, None] + k[None, :])
         else:
             x_block = tl.load(x + row_offsets[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
@@ -93,76 +84,77 @@ def project(
         updated = ()
         kept = x_block
         for i in tl.static_range(len(factors)):
-            if DROPOUT and i % len(ranks.R_BLOCKS) == 0:
-                mask = keep_mask(seeds[i // len(ranks.R_BLOCKS)], threshold, rows, start, blocks.BLOCK_K)
+            if constants.DROPOUT and i % len(constants.R_BLOCKS) == 0:
+                mask = keep_mask(seeds[i // len(constants.R_BLOCKS)], threshold, rows, start, constants.BLOCK_K)
                 kept = tl.where(mask, x_block, 0.0)
             factor = factors[i][None, :] + (k * stride_k)[:, None]
-            if flags.EVEN_R and flags.EVEN_K:
+            if constants.EVEN_R and constants.EVEN_K:
                 factor = tl.load(factor)
             else:
-                inside = (block_ranks(ranks.R_BLOCKS, i % len(ranks.R_BLOCKS)) < ranks.R)[None, :] & (k < K)[:, None]
+                inside = (block_ranks(constants.R_BLOCKS, i % len(constants.R_BLOCKS)) < constants.R)[None, :] & (
+                    k < K
+                )[:, None]
                 factor = tl.load(factor, mask=inside, other=0.0)
-            updated = updated + (tl.dot(kept, factor, sums[i], input_precision=flags.PRECISION),)
+            updated = updated + (tl.dot(kept, factor, sums[i], input_precision=constants.PRECISION),)
         sums = updated
     return sums
 
 
 @triton.jit
-def store_sums(
-    sums,
-    outputs,
-    m,
-    row_mask,
-    workspace,
-    slot,
-    split,
-    ranks,
-    blocks,
-    SIZE: tl.constexpr,
-):
+def store_sums(sums, outputs, m, row_mask, workspace, constants):
     """Add the sums of all splits and store them at `outputs` (columns) + m (rows); True in the program that did.
 
-    workspace: (partial of this slot, counters, splits); SIZE: elements of one split's sums.
+    workspace: (partial, counters, splits, slot, split).
     """
-    partial, counters, splits = workspace
+    partial, counters, splits, slot, split = workspace
+    SIZE: tl.constexpr = constants.BLOCK_M * constants.R_PADDED * (len(sums) // len(constants.R_BLOCKS))
+    partial += slot.to(tl.int64) * splits * SIZE
     last = True
-    if blocks.SPLIT:
+    if constants.SPLIT:
         offset = 0
         for i in tl.static_range(len(sums)):
             split_sums = partial + split * SIZE + offset
-            tl.store(split_sums + block_offsets(blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]), sums[i])
-            offset += blocks.BLOCK_M * ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]
+            tl.store(
+                split_sums + block_offsets(constants.BLOCK_M, constants.R_BLOCKS[i % len(constants.R_BLOCKS)]), sums[i]
+            )
+            offset += constants.BLOCK_M * constants.R_BLOCKS[i % len(constants.R_BLOCKS)]
         last = arrives_last(counters, slot, splits)
     if last:
         offset = 0
         for i in tl.static_range(len(sums)):
             total = sums[i]
-            if blocks.SPLIT:
+            if constants.SPLIT:
                 first_sums = partial + offset
-                block = block_offsets(blocks.BLOCK_M, ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)])
+                block = block_offsets(constants.BLOCK_M, constants.R_BLOCKS[i % len(constants.R_BLOCKS)])
                 total = ordered_sum(first_sums, block, SIZE, splits, total)
             output = outputs[i][None, :] + m[:, None]
-            inside = row_mask[:, None] & (block_ranks(ranks.R_BLOCKS, i % len(ranks.R_BLOCKS)) < ranks.R)[None, :]
+            inside = (
+                row_mask[:, None]
+                & (block_ranks(constants.R_BLOCKS, i % len(constants.R_BLOCKS)) < constants.R)[None, :]
+            )
             tl.store(output, total.to(output.dtype.element_ty), mask=inside)
-            offset += blocks.BLOCK_M * ranks.R_BLOCKS[i % len(ranks.R_BLOCKS)]
+            offset += constants.BLOCK_M * constants.R_BLOCKS[i % len(constants.R_BLOCKS)]
         tl.debug_barrier()  # `times_core` reads in one thread what another one stored
     return last
 
 
 @triton.jit
-def source_columns(source, i, row_mask, ranks):
+def source_columns(source, i, row_mask, R: tl.constexpr):
     """Ranks i of the source's rows in fp32, [BLOCK_M, len(i)]."""
-    block = tl.load(source[:, None] + i[None, :], mask=row_mask[:, None] & (i < ranks.R)[None, :], other=0.0)
+    block = tl.load(source[:, None] + i[None, :], mask=row_mask[:, None] & (i < R)[None, :], other=0.0)
     return block.to(tl.float32)
 
 
 @triton.jit
-def add_core_block(
-    left, core, i, j, acc, NARROW: tl.constexpr, ranks, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """acc + left · core[i, j] (or core[j, i]); NARROW: left has 16 bits, see `times_core`."""
-    block = core + (i[:, None] + (j * ranks.R)[None, :] if TRANSPOSED else (i * ranks.R)[:, None] + j[None, :])
-    block = tl.load(block, mask=(i < ranks.R)[:, None] & (j < ranks.R)[None, :], other=0.0).to(tl.float32)
+def core_block(core, i, j, R: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """core[i, j], or core[j, i], in fp32."""
+    block = core + (i[:, None] + (j * R)[None, :] if TRANSPOSED else (i * R)[:, None] + j[None, :])
+    return tl.load(block, mask=(i < R)[:, None] & (j < R)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_core_product(left, block, acc, NARROW: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + left · block of the core; NARROW: left has 16 bits, see `times_core`."""
     if PRECISION == "tf32" and NARROW:
         high = (block.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         acc = tl.dot(left, block - high, acc, input_precision=PRECISION)
@@ -173,17 +165,7 @@ def add_core_block(
 
 
 @triton.jit
-def times_core(
-    source,
-    target,
-    core,
-    scale,
-    row_mask,
-    ranks,
-    blocks,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def times_core(source, target, core, scale, row_mask, constants, TRANSPOSED: tl.constexpr):
     """target rows [R_PADDED] = scale · source rows [R] · core (or its transpose).
 
     The source is the sum as it was stored, rounded to x's dtype. The core stays fp32 whatever x's dtype. For a 16-bit
@@ -192,22 +174,24 @@ def times_core(
     of what they read and of what is left. The source has no more bits than they read.
     """
     NARROW: tl.constexpr = source.dtype.element_ty.primitive_bitwidth < 32
-    HELD: tl.constexpr = ranks.R_PADDED <= MAX_HELD_RANKS
+    HELD: tl.constexpr = constants.R_PADDED <= MAX_HELD_RANKS
     lefts = ()
     if HELD:
-        for p in tl.static_range(len(ranks.R_BLOCKS)):
-            lefts = lefts + (source_columns(source, block_ranks(ranks.R_BLOCKS, p), row_mask, ranks),)
-    for column in tl.range(0, ranks.R_PADDED, blocks.BLOCK_J, num_stages=2):
-        j = column + tl.arange(0, blocks.BLOCK_J)
-        acc = tl.zeros((blocks.BLOCK_M, blocks.BLOCK_J), tl.float32)
+        for p in tl.static_range(len(constants.R_BLOCKS)):
+            lefts = lefts + (source_columns(source, block_ranks(constants.R_BLOCKS, p), row_mask, constants.R),)
+    for column in tl.range(0, constants.R_PADDED, constants.BLOCK_J, num_stages=2):
+        j = column + tl.arange(0, constants.BLOCK_J)
+        acc = tl.zeros((constants.BLOCK_M, constants.BLOCK_J), tl.float32)
         if HELD:
-            for p in tl.static_range(len(ranks.R_BLOCKS)):
-                i = block_ranks(ranks.R_BLOCKS, p)
-                acc = add_core_block(lefts[p], core, i, j, acc, NARROW, ranks, TRANSPOSED, PRECISION)
+            for p in tl.static_range(len(constants.R_BLOCKS)):
+                i = block_ranks(constants.R_BLOCKS, p)
+                block = core_block(core, i, j, constants.R, TRANSPOSED)
+                acc = add_core_product(lefts[p], block, acc, NARROW, constants.CORE_PRECISION)
         else:
-            for start in range(0, ranks.R_PADDED, 64):
+            for start in range(0, constants.R_PADDED, 64):
                 i = start + tl.arange(0, 64)
-                left = source_columns(source, i, row_mask, ranks)
-                acc = add_core_block(left, core, i, j, acc, NARROW, ranks, TRANSPOSED, PRECISION)
+                left = source_columns(source, i, row_mask, constants.R)
+                block = core_block(core, i, j, constants.R, TRANSPOSED)
+                acc = add_core_product(left, block, acc, NARROW, constants.CORE_PRECISION)
         # the masks make columns [R, R_PADDED) zero: nothing uninitialized is left in v or w
         tl.store(target[:, None] + j[None, :], (acc * scale).to(target.dtype.element_ty), mask=row_mask[:, None])

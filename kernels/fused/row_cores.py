@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .projection import PrepBlocks, Ranks, times_core
+from .projection import CoreConstants, times_core
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -77,10 +77,8 @@ def times_row_cores(
             cores + place.to(tl.int64) * stride_core,
             scale,
             inside,
-            Ranks(R, R_BLOCKS, R_PADDED),
-            PrepBlocks(BLOCK_M, 0, BLOCK_J, False),
+            CoreConstants(CORE_PRECISION, R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_J),
             TRANSPOSED,
-            CORE_PRECISION,
         )
 
 

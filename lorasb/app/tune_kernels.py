@@ -155,7 +155,7 @@ def _summary(tuned: Sequence[Tuned], title: str) -> Table:
         table.add_column(name, justify="right")
     for result in tuned:
         s, g = result.shape, result.best.gemm
-        blocks = f"{g.block_m}x{g.block_n}x{g.block_k}" if result.best.path == "fused" else "cuBLAS"
+        blocks = f"{g.block_m}x{g.block_n}x{g.block_k}" if result.best.path != "addmm" else "cuBLAS"
         numbers = (f"{result.before:.3f}", f"{result.after:.3f}")
         kind = "4 bits" if s.quant != "none" else "dropout" if s.dropout else ""
         path = result.best.weights if s.quant != "none" else result.best.path

@@ -53,6 +53,8 @@ GEMMS = (
 )
 # Tiles of a first call, each compiled while the user waits: for mma.sync, and for wgmma.
 FIRST_GEMMS, FIRST_WIDE_GEMMS = GEMMS[:2], GEMMS[2:3]
+# Tiles by TMA, on sm_90; the first one at a first call.
+TMA_GEMMS = (GemmConfig(128, 256, 64, 8, 8, 3), GemmConfig(128, 128, 64, 8, 8, 4))
 # For up to DECODE_ROWS tokens: the smallest block of rows that a tensor-core product has.
 DECODE_GEMMS = (GemmConfig(16, 64, 64, 1, 4, 3), GemmConfig(16, 32, 128, 1, 4, 4), GemmConfig(16, 128, 64, 1, 4, 4))
 # Largest difference from torch's result, over its magnitude: TF32 and the rounding of v and y, many times over.
@@ -149,6 +151,9 @@ def candidates(
     code, all_tiles = plan.family(arch), DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
     tiles = [gemm for gemm in (all_tiles if gemms is None else gemms) if is_executed(gemm.block_m, code)]
     yield from (replace(chosen, path="fused", gemm=gemm) for gemm in tiles if gemm != chosen.gemm)
+    if code == "sm_90" and shape.M > DECODE_ROWS and shape.dtype != "fp32" and shape.quant == "none":
+        by_tma = TMA_GEMMS if gemms is None else TMA_GEMMS[:1]
+        yield from (replace(chosen, path="tma", gemm=gemm) for gemm in by_tma)
     if gemms is None and shape.M > DECODE_ROWS:
         preps = [prep for prep in PREPS if is_executed(prep.block_m, code)]
         yield from (replace(chosen, prep=prep) for prep in preps if prep != chosen.prep)

@@ -28,8 +28,8 @@ SHARED_LIMIT = {
 }
 Row = dict[str, Any]
 QUANTIZED = (
-    "prep_forward_quantized",
-    "prep_backward_quantized",
+    "prep_forward and dequantize",
+    "prep_backward and dequantize",
     "quantized_gemm",
     "quantized_gemm backward",
     "dequantize",

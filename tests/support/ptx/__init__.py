@@ -3,12 +3,12 @@
 The threads of a program run in lockstep as numpy vectors; programs run one after another, in any order. What is checked
 of a kernel is what its PTX does: the values (bf16, fp16, tf32 and fp32 as the instructions round them), the bounds and
 alignment of every access, that no byte is read which nobody wrote, that threads of a block and blocks of a launch are
-ordered where they share memory, that asynchronous copies and wgmma are waited for. What is not: ptxas (SASS), time, and
+ordered where they share memory, that asynchronous copies, TMA and wgmma are waited for. What is not: ptxas (SASS), time, and
 the order in which a tensor core adds up inside one instruction.
 
 - `program` parses PTX. `formats` has its types and roundings, `arithmetic` what each instruction computes.
 - `global_memory` and `shared_memory` hold bytes and check accesses.
-- `tensor_cores` has mma, ldmatrix, stmatrix and wgmma.
+- `tensor_cores` has mma, ldmatrix, stmatrix and wgmma; `tensor_copies` has TMA and mbarriers.
 - `thread_block` runs one program, `launch` a grid of them over tensors.
 - `work` counts what a program asks of a card, `metered` that of a launch of any size from a few of its programs.
 - `plugin` lets the kernel tests run on it: `pytest --ptx sm_86`.

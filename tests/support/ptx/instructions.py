@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import arithmetic, formats, tensor_cores
+from . import arithmetic, formats, tensor_copies, tensor_cores
 from .faults import KernelError
 from .formats import BITS, Array
 from .program import Address, Instruction
@@ -163,6 +163,9 @@ def _barrier(block: ThreadBlock, instruction: Instruction, active: Array | None)
 def _copy(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
     """cp.async: global to shared, and its groups. A source size of 0 writes zeros."""
     kind = instruction.parts[2]
+    if kind == "bulk":
+        tensor_copies.copy(block, instruction, active)
+        return
     if kind == "commit_group":
         block.shared.copies.commit()
         return
@@ -186,7 +189,7 @@ def _copy(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
 
 
 def _fence(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
-    """fence.proxy.async makes writes visible to wgmma; other fences order what is in order here."""
+    """fence.proxy.async makes writes visible to wgmma and copies; other fences order what is in order here."""
     if instruction.parts[1:3] == ("proxy", "async"):
         block.shared.fences += 1
 
@@ -321,6 +324,8 @@ HANDLERS: dict[str, Handler] = {
     "bar": _barrier,
     "barrier": _barrier,
     "cp": _copy,
+    "elect": tensor_copies.elect,
+    "mbarrier": tensor_copies.barrier,
     "fence": _fence,
     "membar": _fence,
     "shfl": _shuffle,

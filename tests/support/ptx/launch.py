@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from .faults import KernelError
 from .formats import Array
 from .global_memory import ALIGNMENT, RED_ZONE, GlobalMemory
 from .program import Program
+from .tensor_copies import TensorMap
 from .thread_block import Place, ThreadBlock
 
 MOST_PROGRAMS = 4096  # at about a millisecond to a second each
@@ -59,6 +60,7 @@ class Compiled:
     ptx: str
     shared: int
     signature: dict[str, Any]
+    descriptors: list[dict[str, Any]] = field(default_factory=list)  # the boxes of tensor copies, by argument
 
 
 def compile_launch(launch: Any, driver: FakeDriver) -> Compiled:
@@ -67,7 +69,8 @@ def compile_launch(launch: Any, driver: FakeDriver) -> Compiled:
 
     active.set_active(driver)  # and stays so: without a card there is no other to go back to
     kernel = launch.kernel.run(grid=(launch.grid,), warmup=True, **launch.arguments, **launch.options)
-    return Compiled(kernel.asm["ptx"], kernel.metadata.shared, dict(kernel.src.signature))
+    descriptors = list(getattr(kernel.metadata, "tensordesc_meta", None) or ())
+    return Compiled(kernel.asm["ptx"], kernel.metadata.shared, dict(kernel.src.signature), descriptors)
 
 
 @cache
@@ -95,7 +98,10 @@ def execute(launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tr
             "run it on a smaller shape"
         )
     arguments = flattened(launch, compiled.signature)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in arguments if isinstance(t, torch.Tensor)}
+    tensors = [
+        t for t in (getattr(argument, "base", argument) for argument in arguments) if isinstance(t, torch.Tensor)
+    ]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     storages = {pointer: storage for pointer, storage in storages.items() if storage.nbytes()}
     size = sum(storage.nbytes() + RED_ZONE + 2 * ALIGNMENT for storage in storages.values()) + 4 * RED_ZONE
     if size > MOST_BYTES:
@@ -105,7 +111,7 @@ def execute(launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tr
     final: dict[int, Array] | None = None
     for order in orders:
         memory, places = _arena(storages, size, tracker)
-        values = _values(program, arguments, places)
+        values = parameter_values(program, arguments, compiled.descriptors, partial(_address, places))
         report.counts = Counter()
         for i in order:
             block = ThreadBlock(program, memory, compiled.shared, values, Place(i, launch.grid))
@@ -127,14 +133,14 @@ def execute(launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tr
 
 def flattened(launch: Any, signature: dict[str, Any]) -> list[Any]:
     """The run-time arguments in the order of the PTX's parameters: tuples member by member, nothing compiled in."""
-    values: list[Any] = []
-    for parameter in launch.kernel.params:
-        kind, value = signature[parameter.name], launch.arguments[parameter.name]
+
+    def members(kind: Any, value: Any) -> list[Any]:
         if isinstance(kind, tuple):
-            values += [member for one, member in zip(kind, value, strict=True) if one != "constexpr"]
-        elif kind != "constexpr":
-            values.append(value)
-    return values
+            return [one for pair in zip(kind, value, strict=True) for one in members(*pair)]
+        return [] if kind == "constexpr" else [value]
+
+    names = [parameter.name for parameter in launch.kernel.params]
+    return [one for name in names for one in members(signature[name], launch.arguments[name])]
 
 
 def _arena(storages: dict[int, Any], size: int, tracker: Tracker | None) -> tuple[GlobalMemory, dict[int, int]]:
@@ -146,15 +152,39 @@ def _arena(storages: dict[int, Any], size: int, tracker: Tracker | None) -> tupl
     return memory, places
 
 
-def _values(program: Program, arguments: list[Any], places: dict[int, int]) -> dict[str, int | float]:
+def parameter_values(
+    program: Program,
+    arguments: list[Any],
+    descriptors: list[dict[str, Any]],
+    address_of: Callable[[torch.Tensor], int],
+) -> dict[str, int | float | TensorMap]:
     """A value for each parameter; Triton adds two pointers to scratch memory, which these kernels do not use."""
-    values: dict[str, int | float] = {}
-    for parameter, value in zip(program.parameters, [*arguments, 0, 0], strict=True):
-        if isinstance(value, torch.Tensor):
-            place = places.get(value.untyped_storage().data_ptr(), 0)
-            value = place + value.storage_offset() * value.element_size()
-        values[parameter.name] = float(value) if parameter.kind == "f32" else int(value)
+    given: list[Any] = []
+    boxes = iter(descriptors)
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            given.append(address_of(argument))
+        elif hasattr(argument, "block_shape"):  # a descriptor, then its shape and strides as numbers
+            given.append(tensor_map(argument, address_of(argument.base), next(boxes)))
+            given += [*argument.shape, *argument.strides]
+        else:
+            given.append(argument)
+    values: dict[str, int | float | TensorMap] = {}
+    for parameter, value in zip(program.parameters, [*given, 0, 0], strict=True):
+        number = value if isinstance(value, TensorMap) else float(value) if parameter.kind == "f32" else int(value)
+        values[parameter.name] = number
     return values
+
+
+def tensor_map(descriptor: Any, start: int, box: dict[str, Any]) -> TensorMap:
+    """What Triton's launcher would encode for a descriptor and the kernel's box."""
+    rows, columns = descriptor.shape
+    width = {0: 0, 1: 32, 2: 64, 3: 128}[box["swizzle"]]
+    return TensorMap(start, (rows, columns), descriptor.strides[0], tuple(box["block_size"]), box["elem_size"], width)
+
+
+def _address(places: dict[int, int], tensor: torch.Tensor) -> int:
+    return places.get(tensor.untyped_storage().data_ptr(), 0) + tensor.storage_offset() * tensor.element_size()
 
 
 def _written(memory: GlobalMemory, places: dict[int, int]) -> list[int]:

@@ -7,7 +7,7 @@ be counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from .formats import BITS, Array
 from .global_memory import ALIGNMENT, Clocks
-from .launch import Compiled, flattened, parsed
+from .launch import Compiled, flattened, parameter_values, parsed
 from .program import Instruction, Program
 from .shared_memory import SharedMemory
 from .thread_block import Place, ThreadBlock
@@ -69,7 +69,7 @@ class MeteredBlock(ThreadBlock):
     """A thread block that counts."""
 
     def __init__(
-        self, program: Program, memory: Any, shared: int, values: dict[str, int | float], place: Place, work: Work
+        self, program: Program, memory: Any, shared: int, values: dict[str, Any], place: Place, work: Work
     ) -> None:
         super().__init__(program, memory, shared, values, place)
         self.work, self.shared = work, MeteredShared(shared, work)
@@ -81,19 +81,23 @@ class MeteredBlock(ThreadBlock):
 def work_of(launch: Any, compiled: Compiled, programs: Sequence[int]) -> Work:
     """What these programs of a launch ask for, executed in this order. Its tensors may lie on `meta`."""
     program, work = parsed(compiled.ptx), Work()
-    memory, values = AddressSpace(work), _values(launch, compiled, program)
+    arguments = flattened(launch, compiled.signature)
+    memory, values = AddressSpace(work), parameter_values(program, arguments, compiled.descriptors, _laid_out())
     for i in programs:
         MeteredBlock(program, memory, compiled.shared, values, Place(i, launch.grid), work).run()
     return work
 
 
-def _values(launch: Any, compiled: Compiled, program: Program) -> dict[str, int | float]:
-    """A value for each parameter: tensors lie one after another."""
-    values: dict[str, int | float] = {}
-    top = ALIGNMENT
-    for parameter, value in zip(program.parameters, [*flattened(launch, compiled.signature), 0, 0], strict=True):
-        if isinstance(value, torch.Tensor):
-            size, value = value.numel() * value.element_size(), top
-            top += (-(-size // ALIGNMENT) + 1) * ALIGNMENT
-        values[parameter.name] = float(value) if parameter.kind == "f32" else int(value)
-    return values
+def _laid_out() -> Callable[[torch.Tensor], int]:
+    """Addresses of tensors that lie one after another."""
+    places: dict[int, int] = {}
+    ends = [ALIGNMENT]
+
+    def address_of(tensor: torch.Tensor) -> int:
+        if id(tensor) not in places:
+            places[id(tensor)] = ends[-1]
+            size = tensor.numel() * tensor.element_size()
+            ends.append(ends[-1] + (-(-size // ALIGNMENT) + 1) * ALIGNMENT)
+        return places[id(tensor)]
+
+    return address_of

@@ -22,7 +22,14 @@ class Address(NamedTuple):
     offset: int
 
 
-Operand = str | Address | tuple[str, ...]
+class Block(NamedTuple):
+    """A tensor copy's operand `[descriptor, {column, row}]`."""
+
+    base: str
+    coordinates: tuple[str, ...]
+
+
+Operand = str | Address | Block | tuple[str, ...]
 
 
 class Guard(NamedTuple):
@@ -72,7 +79,7 @@ class Program:
     def targets(self) -> frozenset[str]:
         """Registers that some instruction writes, or may: first operands, a vector's members, both of `%r1|%p1`."""
         firsts = (i.operands[0] for i in self.instructions if i.operands)
-        names = (name for first in firsts if not isinstance(first, Address) for name in _members(first))
+        names = (name for first in firsts if not isinstance(first, Address | Block) for name in _members(first))
         return frozenset(part for name in names for part in name.split("|"))
 
     @classmethod
@@ -96,11 +103,13 @@ def _members(operand: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _parameters(signature: str) -> list[Parameter]:
-    """Naturally aligned, one after another."""
+    """Naturally aligned, or as they say, one after another."""
     parameters, end = [], 0
-    for kind, name in re.findall(r"\.param \.(\w+)[^,\n]*?\s(\w+_param_\d+)", signature):
-        size = np.dtype(TYPES[kind]).itemsize
-        place = -(-end // size) * size
+    pattern = r"\.param (?:\.align (\d+) )?\.(\w+)[^,\n]*?\s(\w+_param_\d+)(?:\[(\d+)\])?"
+    for alignment, kind, name, count in re.findall(pattern, signature):
+        one = np.dtype(TYPES[kind]).itemsize
+        size, aligned = one * int(count or 1), int(alignment or one)
+        place = -(-end // aligned) * aligned
         parameters.append(Parameter(name, kind, place))
         end = place + size
     return parameters
@@ -121,6 +130,11 @@ def _instructions(body: str) -> tuple[list[Instruction], dict[str, int]]:
         while label := re.match(r"(\$?[\w$]+):\s*", text):
             labels[label[1]] = len(instructions)
             text = text[label.end() :].lstrip("{} ")
+        if (branch := re.search(r"\bbra(\.uni)? ([a-z]\w*)$", text)) and branch[2] in labels:
+            # inline assembly has labels of its own, the same in every copy: the last one before a branch is meant
+            place = labels[branch[2]]
+            text = f"{text}_{place}"
+            labels[f"{branch[2]}_{place}"] = place
         if text and text not in ("{", "}"):
             instructions.append(parse_instruction(text))
     return instructions, labels
@@ -136,7 +150,7 @@ def _closed(lines: list[str]) -> bool:
 def parse_instruction(text: str) -> Instruction:
     """`@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+16]`."""
     guard, rest = None, text
-    if match := re.match(r"@(!?)(%\w+)\s+", text):
+    if match := re.match(r"@(!?)(%?\w+)\s+", text):
         guard, rest = Guard(match[2], bool(match[1])), text[match.end() :]
     opcode, _, operands = rest.partition(" ")
     return Instruction(text, opcode, tuple(opcode.split(".")), tuple(map(_operand, _split(operands))), guard)
@@ -158,6 +172,8 @@ def _split(operands: str) -> list[str]:
 def _operand(text: str) -> Operand:
     if text.startswith("{"):
         return tuple(name.strip() for name in text[1:-1].split(","))
+    if match := re.fullmatch(r"\[\s*(%\w+)\s*,\s*\{(.*)\}\s*\]", text):
+        return Block(match[1], tuple(name.strip() for name in match[2].split(",")))
     if match := re.fullmatch(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+)\s*)?\]", text):
         return Address(match[1], int(match[2], 0) if match[2] else 0)
     return text

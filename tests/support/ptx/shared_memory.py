@@ -3,7 +3,8 @@
 Warps of a block are ordered by barriers alone: two accesses of different warps between the same two barriers, of which
 one writes, are a race. A cp.async writes when it is waited for: until then nobody may touch its bytes, and other warps
 need a barrier after the wait. wgmma reads through the asynchronous proxy: writes before it need a barrier and
-`fence.proxy.async`, and until its wait nobody may write what it reads.
+`fence.proxy.async`, and until its wait nobody may write what it reads. Likewise copies by descriptor, see
+`tensor_copies`.
 
 Inside a warp, lanes are in lockstep here: a missing `bar.warp.sync` is not found.
 """
@@ -11,12 +12,15 @@ Inside a warp, lanes are in lockstep here: a missing `bar.warp.sync` is not foun
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .faults import KernelError
 from .formats import BITS, Array
+
+if TYPE_CHECKING:
+    from .tensor_copies import Barrier, Landing
 
 GRANULE = 2  # bytes that share a record of their accesses
 UNDEFINED = 0xFF  # what is there before anybody wrote
@@ -73,10 +77,11 @@ class SharedMemory:
         self.initialized = np.zeros(count, bool)
         self.write_warp, self.write_clock = np.full(count, NEVER, np.int32), np.full(count, NEVER, np.int32)
         self.read_warp, self.read_clock = np.full(count, NEVER, np.int32), np.full(count, NEVER, np.int32)
-        self.in_flight = np.zeros(count, np.int32)  # cp.async that will write
-        self.in_use = np.zeros(count, np.int32)  # wgmma that read
+        self.in_flight = np.zeros(count, np.int32)  # copies that will write
+        self.in_use = np.zeros(count, np.int32)  # wgmma, and copies out, that read
         self.write_fence = np.full(count, NEVER, np.int32)
-        self.copies, self.products = Pipeline(), Pipeline()
+        self.copies, self.products, self.stores = Pipeline(), Pipeline(), Pipeline()
+        self.barriers: dict[int, Barrier] = {}
         self.clock = self.fences = 0
 
     def read(self, addresses: Array, size: int, warps: Array, dtype: Any, where: str) -> Array:
@@ -112,26 +117,77 @@ class SharedMemory:
 
     def use(self, addresses: Array, size: int, where: str) -> None:
         """A wgmma begins to read the bytes at these addresses."""
+        self.products.open.append(self._used("wgmma", addresses, size, where))
+
+    def start_store(self, addresses: Array, size: int, where: str) -> Array:
+        """A copy out begins to read elements at these addresses; their values."""
+        self.stores.open.append(self._used("a copy", addresses, size, where))
+        values: Array = self.bytes.view(BITS[size])[addresses // size]
+        return values
+
+    def _used(self, reader: str, addresses: Array, size: int, where: str) -> Array:
+        """Granules that something asynchronous begins to read."""
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
-            raise KernelError(f"wgmma descriptor out of shared memory at {where}")
+            raise KernelError(f"{reader} descriptor out of shared memory at {where}")
         granules = np.unique((addresses.reshape(-1, 1) // GRANULE) + np.arange(max(1, size // GRANULE)))
         if (self.in_flight[granules] > 0).any():
-            raise KernelError(f"wgmma reads bytes that a cp.async is still writing, at {where}")
+            raise KernelError(f"{reader} reads bytes that a cp.async is still writing, at {where}")
         if not self.initialized[granules].all():
-            raise KernelError(f"wgmma reads shared memory that nobody wrote, at {where}")
+            raise KernelError(f"{reader} reads shared memory that nobody wrote, at {where}")
         if (self.write_clock[granules] == self.clock).any():
-            raise KernelError(f"wgmma reads shared memory without a barrier after the write, at {where}")
+            raise KernelError(f"{reader} reads shared memory without a barrier after the write, at {where}")
         if (self.write_fence[granules] >= self.fences).any():
-            raise KernelError(f"wgmma reads shared memory without fence.proxy.async after the write, at {where}")
+            raise KernelError(f"{reader} reads shared memory without fence.proxy.async after the write, at {where}")
         np.add.at(self.in_use, granules, 1)
         self._read_by_all(granules)
-        self.products.open.append(granules)
+        return granules
 
     def wait_for_products(self, pending: int) -> None:
         """wgmma.wait_group: what finished has read its operands."""
         for granules in self.products.wait(pending):
             np.subtract.at(self.in_use, granules, 1)
             self._read_by_all(granules)
+
+    def wait_for_stores(self, pending: int) -> None:
+        """cp.async.bulk.wait_group: what finished has read its bytes."""
+        for granules in self.stores.wait(pending):
+            np.subtract.at(self.in_use, granules, 1)
+            self._read_by_all(granules)
+
+    def start_barrier(self, address: int, barrier: Barrier, where: str) -> None:
+        """mbarrier.init."""
+        if address % 8 or not 0 <= address <= len(self.bytes) - 8:
+            raise KernelError(f"an mbarrier at {address} of {len(self.bytes)} bytes, at {where}")
+        if address in self.barriers:
+            raise KernelError(f"an mbarrier is initialized twice at {where}")
+        self.barriers[address] = barrier
+
+    def barrier_at(self, address: int, warp: int, where: str) -> Barrier:
+        """The mbarrier at an address, for a thread of a warp."""
+        found = self.barriers.get(address)
+        if found is None:
+            raise KernelError(f"there is no mbarrier at {address}, at {where}")
+        if found.born == self.clock and found.warp != warp:
+            raise KernelError(f"use of an mbarrier without a barrier after its initialization, at {where}")
+        return found
+
+    def start_landing(self, barrier: Barrier, landing: Landing, warp: Array, where: str) -> None:
+        """A copy by descriptor begins: it will write, and complete bytes of an mbarrier."""
+        places, size = landing.places.reshape(-1), landing.values.itemsize
+        granules = self._check_write(places, size, np.broadcast_to(warp, len(places)), where)
+        if (self.write_fence[granules] >= self.fences).any():
+            raise KernelError(f"a copy overwrites what was written without fence.proxy.async, at {where}")
+        self.in_flight[granules] += 1
+        barrier.copies.append(landing)
+
+    def land(self, barrier: Barrier) -> None:
+        """An mbarrier's copies arrive, for all threads."""
+        for landing in barrier.land():
+            size = landing.values.itemsize
+            self.bytes.view(landing.values.dtype)[landing.places // size] = landing.values
+            granules = (landing.places.reshape(-1, 1) // GRANULE) + np.arange(max(1, size // GRANULE))
+            self.in_flight[granules] -= 1
+            self.initialized[granules], self.write_fence[granules], self.write_clock[granules] = True, NEVER, NEVER
 
     def barrier(self) -> None:
         self.clock += 1
@@ -141,6 +197,8 @@ class SharedMemory:
             raise KernelError(f"a cp.async is still in flight at the end of the kernel, {where}")
         if not self.products.idle:
             raise KernelError(f"a wgmma is still in flight at the end of the kernel, {where}")
+        if not self.stores.idle or any(barrier.copies for barrier in self.barriers.values()):
+            raise KernelError(f"a copy by descriptor is still in flight at the end of the kernel, {where}")
 
     def _read_by_all(self, granules: Array) -> None:
         self.read_warp[granules], self.read_clock[granules] = MANY, self.clock

@@ -23,6 +23,8 @@ GROUP, IN_GROUP = LANES // 4, LANES % 4  # PTX's groupID and threadID_in_group
 CORNERS_16 = ((0, 0), (8, 0), (0, 8), (8, 8))  # (row, column) of a's registers, m16n8k16
 CORNERS_TF32 = ((0, 0), (8, 0), (0, 4), (8, 4))  # of m16n8k8
 RESULT = ((0, 0), (0, 1), (8, 0), (8, 1))  # (row, column) of an accumulator's four registers
+# Swizzled bytes a row -> the bits by which a row's number permutes its lines of 16 bytes
+SWIZZLES = {128: 7, 64: 3, 32: 1}
 
 
 def halves_of(kind: str) -> Callable[[Array], Array] | None:
@@ -120,8 +122,7 @@ class Descriptor(NamedTuple):
             address = address + (k % 8) * self.width + (row % per_row) * size
         else:
             address = self.start + (row // 8) * self.stride + (row % 8) * self.width + k * size
-        bits = {128: 7, 64: 3, 32: 1}[self.width]  # the swizzle: rows permute the 16-byte columns
-        return address ^ (((address >> 7) & bits) << 4)
+        return address ^ (((address >> 7) & SWIZZLES[self.width]) << 4)
 
 
 def load_operand(shared: SharedMemory, bits: int, rows: int, columns: int, kind: str, major: bool, where: str) -> Array:

@@ -69,7 +69,7 @@ class ThreadBlock:
     """A thread block that is executed once."""
 
     def __init__(
-        self, program: Program, memory: GlobalMemory, shared: int, values: dict[str, int | float], place: Place
+        self, program: Program, memory: GlobalMemory, shared: int, values: dict[str, Any], place: Place
     ) -> None:
         self.program, self.memory, self.values, self.place = program, memory, values, place
         self.threads = program.threads

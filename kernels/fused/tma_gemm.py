@@ -1,0 +1,105 @@
+"""The GEMM by TMA, for Hopper: y_i = [x|v_i] [W_i|B_i]ᵀ + bias_i forward, dx = Σ_i [dy_i|w_i] [W_i;A_i] backward.
+
+A thread copies a whole block by a descriptor, which pads it with zeros past the end of a tensor: addresses and masks
+take no registers, and tiles of 128 x 256 fit. Base and adapter have a loop each. Programs are persistent: program p of
+P takes the tiles p, p + P, ... of all outputs in a row. No sum is split, so that results do not depend on P. dR is
+computed by a launch of the extended GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .block_sizes import GemmConfig, cdiv
+from .extended_gemm import tile_coordinates
+from .launcher import KernelCall
+
+ALIGNMENT = 16  # bytes, of pointers and strides
+MULTIPROCESSORS = 132  # of an H100, for tensors that are not on a card
+
+
+@triton.jit
+def tma_gemm(lefts, rights, ys, biases, K_MAJOR: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr):
+    """y_i = Σ_j left_ij right_ij + bias_i, with the transpose of right_ij if K_MAJOR.
+
+    lefts, rights: a tuple of descriptors for each output, left_ij [M, K_ij] and right_ij [N_i, K_ij] if K_MAJOR, else
+    [K_ij, N_i]; ys: descriptors [M, N_i]; biases: [N_i] if HAS_BIAS, else dummies. Blocks are the descriptors'.
+    """
+    BLOCK_M: tl.constexpr = ys[0].block_shape[0]
+    BLOCK_N: tl.constexpr = ys[0].block_shape[1]
+    BLOCK_K: tl.constexpr = lefts[0][0].block_shape[1]
+    programs, M, before = tl.num_programs(0), ys[0].shape[0], 0
+    for i in tl.static_range(len(ys)):
+        N = ys[i].shape[1]
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in tl.range((tl.program_id(0) + programs - before % programs) % programs, tiles, programs):
+            row, column, _, _ = tile_coordinates(tile, M, (N,), BLOCK_M, BLOCK_N, GROUP_M)
+            m, n = row * BLOCK_M, column * BLOCK_N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for j in tl.static_range(len(lefts[i])):
+                for k in tl.range(0, lefts[i][j].shape[1], BLOCK_K):
+                    right = rights[i][j].load([n, k]).T if K_MAJOR else rights[i][j].load([k, n])
+                    acc = tl.dot(lefts[i][j].load([m, k]), right, acc)
+            if HAS_BIAS:
+                rn = n + tl.arange(0, BLOCK_N)
+                acc += tl.load(biases[i] + rn, mask=rn < N, other=0.0)[None, :].to(tl.float32)
+            ys[i].store([m, n], acc.to(ys[i].dtype))
+        before += tiles
+
+
+def call_of(
+    pairs: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    ys: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    config: GemmConfig,
+    k_major: bool,
+) -> KernelCall:
+    """ys[i] = Σ_j left_ij right_ij (its transpose if k_major) + bias_i, for the pairs [i][j] of left and right."""
+    m, n, k = config.block_m, config.block_n, config.block_k
+    tiles = sum(cdiv(y.shape[0], m) * cdiv(y.shape[1], n) for y in ys)
+    has_bias = any(bias is not None for bias in biases)
+    filled = [
+        y.new_zeros(y.shape[1]) if bias is None else bias.contiguous() for bias, y in zip(biases, ys, strict=True)
+    ]
+    arguments = dict(
+        lefts=tuple(tuple(_descriptor(left, m, k) for left, _ in some) for some in pairs),
+        rights=tuple(
+            tuple(_descriptor(right, *((n, k) if k_major else (k, n))) for _, right in some) for some in pairs
+        ),
+        ys=tuple(_descriptor(y, m, n) for y in ys),
+        biases=tuple(filled if has_bias else ys),
+        K_MAJOR=k_major,
+        HAS_BIAS=has_bias,
+        GROUP_M=config.group,
+    )
+    return KernelCall(tma_gemm, min(tiles, _multiprocessors(ys[0].device)), arguments, config)
+
+
+def has_descriptors(operands: Sequence[Tensor | None]) -> bool:
+    """True if every operand can have a descriptor: 16 bits, contiguous rows, and 16 bytes of alignment."""
+    return all(
+        matrix is not None
+        and matrix.element_size() == 2
+        and matrix.stride(-1) == 1
+        and matrix.stride(0) % (ALIGNMENT // 2) == matrix.data_ptr() % ALIGNMENT == 0
+        and matrix.numel() > 0
+        for matrix in operands
+    )
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,142 @@
+"""The path by TMA, in 16 bits: values of layers and groups, what it is chosen for, and what falls back to cuBLAS."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import environment
+import pytest
+import reference
+import torch
+from calls import check
+from calls import run_kernels as run
+from kernel_cases import DTYPES, group_cases
+from ptx import KernelError, execute
+from ptx.launch import compile_launch
+
+from lorasb.backends import autotune
+from lorasb.compat.triton import installed
+from lorasb.kernels import plan, tma_gemm
+from lorasb.kernels.block_sizes import GemmConfig
+from lorasb.kernels.launcher import Launch, observed
+
+pytestmark = [
+    pytest.mark.skipif(environment.PTX not in ("", "sm_90"), reason="chosen on sm_90 alone"),
+    pytest.mark.skipif(
+        not environment.PTX and installed() < (3, 7),
+        reason="Triton's interpreter has no working descriptors before 3.7",
+    ),
+]
+HALVES = DTYPES[1:]
+
+
+@pytest.fixture(autouse=True, params=autotune.TMA_GEMMS, ids=lambda gemm: f"{gemm.block_m}x{gemm.block_n}")
+def by_tma(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GemmConfig:
+    """The tiles, and the path for every call; three programs, so that each computes several tiles."""
+
+    def choice(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
+        return replace(plan.choose(shape, arch, sms), path="tma", gemm=request.param)
+
+    monkeypatch.setattr(plan, "choice", choice)
+    monkeypatch.setattr(tma_gemm, "MULTIPROCESSORS", 3)
+    config: GemmConfig = request.param
+    return config
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("M", "n", "ms", "r"), [(300, 136, (328,), 24), (130, 512, (264, 120), 96), (16, 64, (48,), 8)]
+)
+def test_matches_reference(M: int, n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype) -> None:
+    """Lengths that blocks do not divide; a bias where there is one layer."""
+    cases = group_cases(M, n, ms, r, dtype, bias=len(ms) == 1)
+    with observed() as launches:
+        results = run(*cases)
+    check(results, *cases)
+    names = [one.name for one in launches]
+    assert names == ["prep_forward", "tma_gemm", "prep_backward", "tma_gemm", "extended_gemm"]
+
+
+@pytest.mark.parametrize(("n", "m", "r"), [(123, 48, 8), (64, 59, 8), (64, 48, 3)])
+def test_rows_that_are_not_aligned_go_to_cublas(n: int, m: int, r: int) -> None:
+    case = reference.make_case((20,), n, m, r, torch.float16)
+    with observed() as launches:
+        check(run(case), case)
+    assert "tma_gemm" not in [one.name for one in launches][:2]
+
+
+def test_fp32_goes_to_cublas_and_masked_gradients_are_added() -> None:
+    case = reference.make_case((20,), 64, 48, 8, torch.float32)
+    with observed() as launches:
+        check(run(case), case)
+    assert "tma_gemm" not in [one.name for one in launches]
+    with observed() as launches:
+        run(reference.make_case((20,), 64, 48, 8, torch.float16), dropout=0.25)
+    forward, backward = launches[:2], launches[2:]  # the masked term is added to the base's, which has no adapter
+    assert [one.name for one in forward] == ["prep_forward", "tma_gemm"]
+    assert [one.name for one in backward] == ["prep_backward", "tma_gemm", "extended_gemm"]
+    assert len(backward[1].arguments["lefts"][0]) == 1
+
+
+# Each ordering and each number that a copy depends on, taken away or changed in turn.
+MUTATIONS = {
+    "a wait for a copy": (r"@!complete bra\.uni\s+waitLoop;", ""),
+    "a wait of one phase for another": (r"(mbarrier\.try_wait\.parity\S* complete, \[%r\d+\]), %r\d+;", r"\1, 0;"),
+    "bytes of a copy": (r"(mbarrier\.arrive\.expect_tx\S* _, \[%r\d+\]), \d+;", r"\1, 4096;"),
+    "an arrival": (r"@%p\d+ mbarrier\.arrive\.expect_tx\S* _, \[%r\d+\], \d+;", ""),
+    "a count": (r"(mbarrier\.init\S* \[%r\d+\]), 1;", r"\1, 2;"),
+    "an initialization": (r"@%p\d+ mbarrier\.init\S* \[%r\d+\], 1;", ""),
+    "an end of a barrier": (r"@%p\d+ mbarrier\.inval\S* \[%r\d+\];", ""),
+    "a copy": (r"@%p\d+ cp\.async\.bulk\.tensor[^;]*;", ""),
+    "coordinates": (r"(cp\.async\.bulk\.tensor[^;]*)\{(%r\d+), (%r\d+)\}", r"\1{\3, \2}"),
+    "a wait for products": (r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;"),
+    "the last wait for products": (r"wgmma\.wait_group\.sync\.aligned 0;", "wgmma.wait_group.sync.aligned 1;"),
+    "a fence": (r"fence\.proxy\.async\S*;", ""),
+    "a wait for what was stored": (r"cp\.async\.bulk\.wait_group\S*\s+0;", "cp.async.bulk.wait_group 1;"),
+}
+
+
+def launched(k_major: bool, config: GemmConfig) -> tuple[Launch, torch.Tensor, torch.Tensor]:
+    """A launch of two reductions, its result, and what that has to be."""
+    generator = torch.Generator().manual_seed(0)
+    M, N, lengths = 130, 264, (320, 320)  # more steps than stages, twice
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+
+    pairs = [(draw(M, k), draw(N, k) if k_major else draw(k, N)) for k in lengths]
+    y = torch.full((M, N), torch.nan, dtype=torch.bfloat16)
+    call = tma_gemm.call_of([pairs], [y], [None], config, k_major)
+    want = torch.zeros(M, N)
+    for left, right in pairs:
+        want += left.float() @ (right.float().mT if k_major else right.float())
+    return Launch(call.kernel, call.grid, call.arguments, call.options), y, want
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not environment.PTX, reason="mutates a compiled kernel: pytest --ptx sm_90")
+@pytest.mark.parametrize("k_major", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_every_mutant_is_caught(what: str, k_major: bool, request: pytest.FixtureRequest) -> None:
+    launch, y, want = launched(k_major, request.getfixturevalue("by_tma"))
+    compiled = compile_launch(launch, request.config.ptx_executor.driver)  # type: ignore[attr-defined]
+    pattern, replacement = MUTATIONS[what]
+
+    def is_right(text: str) -> bool:
+        y.fill_(torch.nan)
+        try:
+            execute(launch, replace(compiled, ptx=text), [list(range(launch.grid))])
+        except KernelError:
+            return False
+        return torch.allclose(y.float(), want, rtol=0.02, atol=0.5)
+
+    assert is_right(compiled.ptx)
+    places = list(re.finditer(pattern, compiled.ptx))
+    missed = [
+        one
+        for one in places
+        if is_right(compiled.ptx[: one.start()] + one.expand(replacement) + compiled.ptx[one.end() :])
+    ]
+    assert places
+    assert not missed
