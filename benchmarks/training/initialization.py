@@ -3,7 +3,7 @@
     python -m benchmarks.training.initialization [--rounds 5] [--output benchmarks/results]
 
 Memory is what a process needs on top of the loaded model. Times and memory are measured in turns, each in a process of
-its own, as an initialization is. Samples are 192 tokens of generated problems, one a batch, in fp32, as far as a row
+its own, as an initialization is. Samples are 192 tokens of generated problems, one per batch, in fp32, as far as a row
 says nothing else.
 """
 

@@ -37,7 +37,7 @@ GROUP = 64  # weights that share a scale, in formats that have groups
 
 
 def torchao_int8(model: Any) -> Any:
-    """torchao, one scale a row."""
+    """torchao, one scale per row."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model.model, Int8WeightOnlyConfig())

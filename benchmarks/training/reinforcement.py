@@ -45,7 +45,7 @@ COLUMNS = (
     "entry", "lr", "seed", "chance_before", "chance", "greedy_before", "greedy", "trained", "bytes_a_step",
     "step_seconds", "version", "machine", "date",
 )  # fmt: skip
-HEAD = ("entry", "trained", "bytes a step", "rate", "seeds", "chance", "gained", "greedy", "gained", "seconds a step")
+HEAD = "entry", "trained", "bytes per step", "rate", "seeds", "chance", "gained", "greedy", "gained", "seconds per step"
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from functools import lru_cache
 
 DECODE_ROWS = 16  # one block of rows for tl.dot, whose sides are 16 at least: reading the weight is all that counts
 MAX_GROUP_RANKS = 384  # padded ranks of a group in one prep program: their fp32 sums are all in registers
-# of dR: side of a tile, rows a step, rows a program. 8192 rows at rank 96 are 144 programs of eight steps; in chunks of
-# 2048 rows they would be 36 programs of 32, on the 84 multiprocessors of an A6000.
+# of dR: side of a tile, rows per step, rows per program. 8192 rows at rank 96 are 144 programs of eight steps; in
+# chunks of 2048 rows they would be 36 programs of 32, on the 84 multiprocessors of an A6000.
 CORE_BLOCK, CORE_STEP, CORE_CHUNK = 32, 64, 512
-DEQUANTIZE_BYTES = 1024  # packed bytes of a 4-bit weight a program: 2048 elements
+DEQUANTIZE_BYTES = 1024  # packed bytes of a 4-bit weight per program: 2048 elements
 
 
 @dataclass(frozen=True)
 class PrepConfig:
-    """Blocks of the thin products: [block_m, block_k] of x a step."""
+    """Blocks of the thin products: [block_m, block_k] of x per step."""
 
     block_m: int
     block_k: int
@@ -29,7 +29,7 @@ class PrepConfig:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Blocks of the extended GEMM: [block_m, block_n] of y a program, block_k of the reduction a step.
+    """Blocks of the extended GEMM: [block_m, block_n] of y per program, block_k of the reduction per step.
 
     Attributes:
         group: row blocks that share a sweep over the columns, for L2.
@@ -61,7 +61,7 @@ class GemmConfig:
         return replace(config, **sides, stages=min(3, self.stages))
 
 
-# Of the gradient accumulator: here block_m x block_n is a tile of G [N, K], and block_k is tokens a step. Masks, and
+# Of the gradient accumulator: here block_m x block_n is a tile of G [N, K], and block_k is tokens per step. Masks, and
 # products in fp32, take registers: the last two have smaller tiles over more warps, which compile without a spill.
 GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)
 NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=4, stages=3)

@@ -17,7 +17,7 @@ Arguments of kernels that take such a weight:
   STORAGE      a tuple: QUANT_BLOCK: elements that share a scale
                NESTED_BLOCK: scales that share a nested one
                ROUNDING: the dtype that W had before quantization and is rounded to: 0 fp32, 1 bf16, 2 fp16
-  BLOCK_BYTES  packed bytes a program
+  BLOCK_BYTES  packed bytes per program
 """
 
 from __future__ import annotations

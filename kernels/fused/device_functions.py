@@ -88,7 +88,7 @@ def keep_mask(seed, threshold, rows, first, COLUMNS: tl.constexpr):
 
     Written as if every element computed all four words: a thread loads eight columns of x at once, and the compiler
     computes once what is the same for them. Joining the words of a block to the mask of a wider one instead takes x
-    off ldmatrix (sm_86: 839 instructions a step of 64 x 64 for 436).
+    off ldmatrix (sm_86: 839 instructions per step of 64 x 64 for 436).
     """
     column = tl.arange(0, COLUMNS)[None, :]
     c0, c1 = tl.broadcast((first // 8 + (column >> 3)).to(tl.uint32), rows.to(tl.uint32)[:, None])

@@ -5,7 +5,7 @@ added in the fp32 accumulators and no output is read again. A group's members li
 y_i = [x|v_i] [W_i|B_i]ᵀ), or one after another in the reduction (backward: dx = Σ_i [dy_i|w_i] [W_i;A_i], written
 once). Backward, the first programs of the grid compute dR_i = s_i·t_iᵀ u_i, independently of the others.
 
-Arguments of `extended_gemm`. A plural name is a tuple, and so is a stride marked *: one entry a member, but for xs
+Arguments of `extended_gemm`. A plural name is a tuple, and so is a stride marked *: one entry per member, but for xs
 (forward) and ys (backward), which are shared by all members and have one. Strides are of rows, in elements; the last
 dimension is contiguous.
 
@@ -24,7 +24,7 @@ dimension is contiguous.
     us               unused                             u_i [M, R], contiguous
     dcores           unused                             dR_i [R, R], contiguous
   workspace          partial: fp32 blocks of the core gradient (if CORE_SPLIT), then of the tiles (if SPLIT)
-                     counters: int32, one a tile of either kind, zero between launches
+                     counters: int32, one per tile of either kind, zero between launches
   sizes              M rows; Ns: N_i, or (N,); Ks: (K,), or K_i; no weight is a K of 0
                      core_programs: programs of the core gradient, 0 if there is none
   strides            stride_x*, stride_w*, stride_v (of t, too), stride_factor*, stride_y*, stride_u
@@ -36,10 +36,10 @@ dimension is contiguous.
                      WIDE: offsets need 64 bits
                      PRECISION: of tl.dot, "tf32" or "ieee"
   rank               R; R_PADDED: columns of a member in v, w and t
-  blocks             BLOCK_M x BLOCK_N of an output a program, BLOCK_K of the reduction a step
+  blocks             BLOCK_M x BLOCK_N of an output per program, BLOCK_K of the reduction per step
                      GROUP_M: row blocks that share a sweep over the columns; SPLIT: `splits` programs share a tile
-  blocks of dR       CORE_CHUNK_M rows a program; CORE_SPLIT: `core_chunks` programs share a tile
-                     CORE_BLOCK_R x CORE_BLOCK_R of dR a tile, CORE_BLOCK_M rows a step
+  blocks of dR       CORE_CHUNK_M rows per program; CORE_SPLIT: `core_chunks` programs share a tile
+                     CORE_BLOCK_R x CORE_BLOCK_R of dR per tile, CORE_BLOCK_M rows per step
 
 One kernel serves both directions, as both are the same loop; BACKWARD is a constant, so that neither contains the code
 of the other. An argument that a direction does not use is a dummy: any tensor at hand, which no program dereferences.

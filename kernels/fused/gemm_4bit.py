@@ -3,7 +3,7 @@
 Decoding is integer work that the tensor cores wait for, so it is kept short: where blocks of scales allow, a row of a
 tile has one scale, and the sixteen values of the codebook are looked up in shared memory. On sm_86 a weight takes 7 to
 10 instructions in bf16 (`benchmarks.kernels.static_report` compiles the kernels), 9 to 11 if nibbles are taken out of
-bytes instead of words, and 23 to 32 with a scale a byte and the codebook in global memory.
+bytes instead of words, and 23 to 32 with a scale per byte and the codebook in global memory.
 
 Arguments of `quantized_gemm`; strides are of rows, in elements, and the last dimension is contiguous.
 
@@ -15,14 +15,14 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
   output             y [M, N]                           y: dx [M, K]
   quantized weight   weight: W [N, K] with K even, and STORAGE, see dequantize_4bit
   workspace          partial: fp32 tiles of each split, used if SPLIT
-                     counters: int32, one a tile, zero between launches
+                     counters: int32, one per tile, zero between launches
   sizes              M rows, W's N and K
   strides            stride_x, stride_v, stride_factor, stride_y
   flags              BACKWARD; WIDE: offsets need 64 bits; PRECISION: of tl.dot, "tf32" or "ieee"
                      ONE_SCALE: the columns of a tile of W share a block of scales, row by row, none is past K, and W is
                      aligned to words of four bytes
   rank               R
-  blocks             BLOCK_M x BLOCK_N of y a program, BLOCK_K of the reduction a step
+  blocks             BLOCK_M x BLOCK_N of y per program, BLOCK_K of the reduction per step
                      SPLIT: `splits` programs share a tile
 """
 

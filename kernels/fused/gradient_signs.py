@@ -17,7 +17,8 @@ Arguments of `grad_sign`; strides are of rows, in elements, and the last dimensi
             EVEN: N and K are multiples of their blocks; EVEN_M: M is; together: no load is masked
             WIDE: offsets need 64 bits
             PRECISION: of tl.dot, "tf32" or "ieee"
-  blocks    BLOCK_M tokens a step, BLOCK_N x BLOCK_K of G a program, GROUP_N: row blocks that share a sweep of columns
+  blocks    BLOCK_M tokens per step, BLOCK_N x BLOCK_K of G per program
+            GROUP_N: row blocks that share a sweep of columns
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def grad_sign(
     BLOCK_K: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    """One [BLOCK_N, BLOCK_K] tile of G. Grid: one program a tile, in bands of GROUP_N row blocks for L2."""
+    """One [BLOCK_N, BLOCK_K] tile of G. Grid: one program per tile, in bands of GROUP_N row blocks for L2."""
     tile = tl.program_id(0)
     across, down = tl.cdiv(K, BLOCK_K), tl.cdiv(N, BLOCK_N)
     band = GROUP_N * across

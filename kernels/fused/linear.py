@@ -1,4 +1,4 @@
-"""The adapted linear, forward and backward, of a layer or a group: two launches a direction, whatever the members.
+"""The adapted linear, forward and backward, of a layer or a group: two launches per direction, whatever the members.
 
 `fused`: the thin products (prep), then the extended GEMM. `addmm`: prep, then cuBLAS twice, the second onto the first.
 `tma`: prep, then the same sums in one launch by TMA, where every operand can have a descriptor, else as `addmm`.

@@ -29,7 +29,7 @@ class Quantized:
     """W [m, n] in 4 bits.
 
     Attributes:
-        packed: two elements a byte [ceil(m·n / 2)], uint8.
+        packed: two elements per byte [ceil(m·n / 2)], uint8.
         absmax: scale of each block, fp32; uint8 if the scales are quantized themselves (nested).
         codebook: value of each nibble [16], fp32.
         nested_absmax, nested_codebook, nested_offset: of nested scales, fp32; otherwise None.

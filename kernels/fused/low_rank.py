@@ -4,7 +4,7 @@ x (dy) is read once, for all members of a group. A rank is covered by one or two
 little of the work is padding. The reduction is split by the shape alone; the last program of a row block to finish adds
 the fp32 sums of all splits in order, rounds them to x's dtype and multiplies by R.
 
-Arguments of `prep_forward` and `prep_backward`. A plural name is a tuple with one entry a member, and so is a stride
+Arguments of `prep_forward` and `prep_backward`. A plural name is a tuple with one entry per member, and so is a stride
 marked *; strides are of rows, in elements, and the last dimension is contiguous.
 
              forward                                   backward
@@ -14,7 +14,7 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
   outputs    us: u_i [M, R], contiguous                t: t_i [M, R_PADDED], side by side
              v: v_i [M, R_PADDED], side by side        w: w_i likewise, with t's strides, if NEED_DX
   workspace  partial: fp32 sums of each split, used if SPLIT
-             counters: int32, one a row block (backward: and member), zero between launches; splits: how many
+             counters: int32, one per row block (backward: and member), zero between launches; splits: how many
   sizes      M, K                                      M, Ks: K_i
   strides    stride_x, stride_factor*, stride_v        stride_dy*, stride_factor*, stride_w (of t, too)
   scalars    scales: s_i; of dropout: seeds, one a     scales
@@ -26,7 +26,7 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
   4 bits     weight, out, ELEMENTS, STORAGE, BLOCK_BYTES: a weight that programs from prep_programs on dequantize, see
              dequantize_4bit; all None without one. One launch serves both: neither reads what the other writes.
   ranks      R; R_BLOCKS: the powers of two that cover it; R_PADDED: their sum
-  blocks     BLOCK_M x BLOCK_K of x a step; BLOCK_J: columns of v (w) a step of the product with R_i
+  blocks     BLOCK_M x BLOCK_K of x per step; BLOCK_J: columns of v (w) per step of the product with R_i
              SPLIT: `splits` programs share a row block's reduction
 """
 
@@ -118,7 +118,7 @@ def prep_forward(
     STORAGE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
-    """u_i = x A_iᵀ and v_i = s_i·u_i R_iᵀ of all members. Grid: `splits` programs a row block."""
+    """u_i = x A_iᵀ and v_i = s_i·u_i R_iᵀ of all members. Grid: `splits` programs per row block."""
     pid = tl.program_id(0)
     is_prep = True
     if prep_programs is not None:
@@ -219,7 +219,7 @@ def prep_backward(
     STORAGE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
-    """t_i = dy_i B_i and w_i = s_i·t_i R_i, one member a program. Grid: `splits` programs a row block and member."""
+    """t_i = dy_i B_i and w_i = s_i·t_i R_i, a member per program. Grid: `splits` programs per row block and member."""
     pid = tl.program_id(0)
     is_prep = True
     if prep_programs is not None:

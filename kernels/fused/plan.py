@@ -204,7 +204,7 @@ def default_prep(shape: Shape) -> PrepConfig:
     """Blocks that compile without spilling on sm_80 to sm_90, for what has no table.
 
     What takes registers are fp32 sums, block_m x (padded ranks of all members), and in fp32 the operands: more ranks or
-    members take fewer columns of x a step, or fewer rows.
+    members take fewer columns of x per step, or fewer rows.
     """
     if shape.M <= DECODE_ROWS:
         return PrepConfig(16, 32 if shape.members > 2 else 64, 4, 3)
@@ -215,7 +215,7 @@ def default_prep(shape: Shape) -> PrepConfig:
 
 
 def default_gemm(shape: Shape) -> GemmConfig:
-    """Blocks that compile without spilling on sm_80 to sm_90; two programs a multiprocessor in 16 bits."""
+    """Blocks that compile without spilling on sm_80 to sm_90; two programs per multiprocessor in 16 bits."""
     if shape.M <= DECODE_ROWS:
         return GemmConfig(16, 64, 64, 1, 4, 3)
     if shape.dtype == "fp32":

@@ -18,7 +18,7 @@ contiguous.
              low_rank
   ranks      R; R_BLOCKS: the powers of two that cover it; R_PADDED: their sum
   blocks     BLOCK_M tokens of a row; BLOCK_J: columns BLOCK_R: side of a tile of dR; BLOCK_M: tokens of a step
-             of v a step
+             of v per step
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ..utils.precision import FLOATS
 
 DENSE = (0, 0, 0)  # `layout` of W's that are not quantized; not (), which torch takes for a list of tensors
 PLAIN = (Tensor, torch.nn.Parameter)
-MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of tokens makes one a layer shape
+MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of tokens makes one per layer shape
 
 
 class Member(NamedTuple):

@@ -50,7 +50,7 @@ class TensorMap:
         """Shared byte addresses of the box's elements, row by row."""
         line = self.box[1] * self.size
         if self.width and line > self.width:
-            raise KernelError(f"a box of {line} bytes a row with a swizzle of {self.width}, at {where}")
+            raise KernelError(f"a box of {line} bytes per row with a swizzle of {self.width}, at {where}")
         if base % max(128, 8 * self.width):
             raise KernelError(f"a box at {base}, which its swizzle does not divide, at {where}")
         linear = base + np.arange(self.box[0])[:, None] * line + np.arange(self.box[1])[None, :] * self.size

@@ -23,7 +23,7 @@ GROUP, IN_GROUP = LANES // 4, LANES % 4  # PTX's groupID and threadID_in_group
 CORNERS_16 = ((0, 0), (8, 0), (0, 8), (8, 8))  # (row, column) of a's registers, m16n8k16
 CORNERS_TF32 = ((0, 0), (8, 0), (0, 4), (8, 4))  # of m16n8k8
 RESULT = ((0, 0), (0, 1), (8, 0), (8, 1))  # (row, column) of an accumulator's four registers
-# Swizzled bytes a row -> the bits by which a row's number permutes its lines of 16 bytes
+# Swizzled bytes per row -> the bits by which a row's number permutes its lines of 16 bytes
 SWIZZLES = {128: 7, 64: 3, 32: 1}
 
 
