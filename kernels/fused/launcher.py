@@ -18,7 +18,8 @@ _dry = 0  # how many dry `observed` blocks are open; above zero nothing is launc
 class KernelCall(NamedTuple):
     """Arguments of `launch`: a kernel, its number of programs, its arguments by name and the blocks' config.
 
-    `exact` keeps products and sums apart, each rounded: no FMA.
+    `exact` keeps products and sums apart, each rounded: no FMA. `overlaps`: it may begin before the launch before has
+    ended, for whose results it waits.
     """
 
     kernel: Any
@@ -26,6 +27,7 @@ class KernelCall(NamedTuple):
     arguments: Arguments
     config: PrepConfig | GemmConfig
     exact: bool = False
+    overlaps: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -36,6 +38,8 @@ class KernelCall(NamedTuple):
                 options["maxnreg"] = self.config.registers
             # said either way: Triton's own default differs between versions, and it warns where it is taken
             options["enable_fp_fusion"] = not self.exact
+            if self.overlaps:
+                options["launch_pdl"] = True
         return options
 
 

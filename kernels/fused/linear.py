@@ -76,7 +76,7 @@ def unfused(x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Ten
         if tma_gemm.has_descriptors(ys):
             operands = zip(members.weights, vs, members.b, strict=True)
             pairs = [[(x, weight), (one, b)] for weight, one, b in operands if weight is not None]
-            launch(tma_gemm.call_of(pairs, ys, biases, plan.gemm, k_major=True))
+            launch(tma_gemm.call_of(pairs, ys, biases, plan.gemm, True, 1))
             return ys
     return [_addmm(x, *operands) for operands in zip(vs, members.weights, members.b, biases, strict=True)]
 
@@ -135,7 +135,7 @@ def unfused_backward(dys: Sequence[Tensor], members: Members, w: Tensor | None, 
     adapter = [] if w is None else [(w[:, i * width : i * width + r], a) for i, a in enumerate(members.a)]
     terms = [*adapter, *base]
     if plan.path == "tma" and tma_gemm.has_descriptors((dx, *(one for pair in terms for one in pair))):
-        launch(tma_gemm.call_of([[*base, *adapter]], [dx], [None], plan.gemm, k_major=False))
+        launch(tma_gemm.call_of([[*base, *adapter]], [dx], [None], plan.gemm, False, len(base)))
         return
     if w is not None and r == width and len(adapter) > 1:  # dx is written once for all: a copy of A is far smaller
         terms = [(w, torch.cat(list(members.a))), *base]

@@ -28,12 +28,14 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
   ranks      R; R_BLOCKS: the powers of two that cover it; R_PADDED: their sum
   blocks     BLOCK_M x BLOCK_K of x per step; BLOCK_J: columns of v (w) per step of the product with R_i
              SPLIT: `splits` programs share a row block's reduction
+             OVERLAPPED: the next launch may begin before this one has ended, see tma_gemm
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .dequantize_4bit import dequantize_bytes, storage_of
 from .device_functions import pick
@@ -48,6 +50,8 @@ def forward_rows(pid, operands, workspace, sizes, strides, scalars, constants):
     M, K = sizes
     stride_x, stride_factor, stride_v = strides
     scales, seeds, threshold = scalars
+    if constants.OVERLAPPED:
+        gdc_launch_dependents()
     row = pid // splits
     split = pid - row * splits
     rm = row * constants.BLOCK_M + tl.arange(0, constants.BLOCK_M)
@@ -115,6 +119,7 @@ def prep_forward(
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
     STORAGE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
@@ -135,7 +140,7 @@ def prep_forward(
             (scales, seeds, threshold),
             PrepConstants(
                 DROPOUT, False, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION,
-                R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT,
+                R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT, OVERLAPPED,
             ),
         )  # fmt: skip
 
@@ -147,6 +152,8 @@ def backward_rows(pid, operands, workspace, sizes, strides, scales, constants):
     partial, counters, splits = workspace
     M, Ks = sizes
     stride_dy, stride_factor, stride_w = strides
+    if constants.OVERLAPPED:
+        gdc_launch_dependents()
     slot = pid // splits
     split = pid - slot * splits
     row, member = slot // len(factors), slot % len(factors)
@@ -216,6 +223,7 @@ def prep_backward(
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
     STORAGE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
@@ -236,6 +244,6 @@ def prep_backward(
             scales,
             PrepConstants(
                 False, NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION,
-                R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT,
+                R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT, OVERLAPPED,
             ),
         )  # fmt: skip

@@ -35,6 +35,7 @@ class PrepConstants(NamedTuple):
     BLOCK_K: tl.constexpr
     BLOCK_J: tl.constexpr
     SPLIT: tl.constexpr
+    OVERLAPPED: tl.constexpr
 
 
 class CoreConstants(NamedTuple):

@@ -2,7 +2,8 @@
 
 A thread copies a whole block by a descriptor, which pads it with zeros past the end of a tensor: addresses and masks
 take no registers, and tiles of 128 x 256 fit. Base and adapter have a loop each. Programs are persistent: program p of
-P takes the tiles p, p + P, ... of all outputs in a row. No sum is split, so that results do not depend on P. dR is
+P takes the tiles p, p + P, ... of all outputs in a row. No sum is split, so that results do not depend on P. The launch
+begins while the thin products still run (programmatic dependent launch), and waits for them before it reads v. dR is
 computed by a launch of the extended GEMM.
 """
 
@@ -15,8 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..compat.triton import is_compiled
 from .block_sizes import GemmConfig, cdiv
 from .extended_gemm import tile_coordinates
 from .launcher import KernelCall
@@ -26,11 +29,21 @@ MULTIPROCESSORS = 132  # of an H100, for tensors that are not on a card
 
 
 @triton.jit
-def tma_gemm(lefts, rights, ys, biases, K_MAJOR: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr):
+def tma_gemm(
+    lefts,
+    rights,
+    ys,
+    biases,
+    K_MAJOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WAIT_AT: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
     """y_i = Σ_j left_ij right_ij + bias_i, with the transpose of right_ij if K_MAJOR.
 
     lefts, rights: a tuple of descriptors for each output, left_ij [M, K_ij] and right_ij [N_i, K_ij] if K_MAJOR, else
-    [K_ij, N_i]; ys: descriptors [M, N_i]; biases: [N_i] if HAS_BIAS, else dummies. Blocks are the descriptors'.
+    [K_ij, N_i]; ys: descriptors [M, N_i]; biases: [N_i] if HAS_BIAS, else dummies. Blocks are the descriptors'. From
+    j = WAIT_AT on, left_ij is written by the launch before; None: that one has ended when this one begins.
     """
     BLOCK_M: tl.constexpr = ys[0].block_shape[0]
     BLOCK_N: tl.constexpr = ys[0].block_shape[1]
@@ -44,6 +57,9 @@ def tma_gemm(lefts, rights, ys, biases, K_MAJOR: tl.constexpr, HAS_BIAS: tl.cons
             m, n = row * BLOCK_M, column * BLOCK_N
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for j in tl.static_range(len(lefts[i])):
+                if WAIT_AT is not None:
+                    if j == WAIT_AT:
+                        gdc_wait()
                 for k in tl.range(0, lefts[i][j].shape[1], BLOCK_K):
                     right = rights[i][j].load([n, k]).T if K_MAJOR else rights[i][j].load([k, n])
                     acc = tl.dot(lefts[i][j].load([m, k]), right, acc)
@@ -60,8 +76,12 @@ def call_of(
     biases: Sequence[Tensor | None],
     config: GemmConfig,
     k_major: bool,
+    base: int,
 ) -> KernelCall:
-    """ys[i] = Σ_j left_ij right_ij (its transpose if k_major) + bias_i, for the pairs [i][j] of left and right."""
+    """ys[i] = Σ_j left_ij right_ij (its transpose if k_major) + bias_i, for the pairs [i][j] of left and right.
+
+    The first `base` pairs of an output do not depend on the launch before.
+    """
     m, n, k = config.block_m, config.block_n, config.block_k
     tiles = sum(cdiv(y.shape[0], m) * cdiv(y.shape[1], n) for y in ys)
     has_bias = any(bias is not None for bias in biases)
@@ -77,9 +97,11 @@ def call_of(
         biases=tuple(filled if has_bias else ys),
         K_MAJOR=k_major,
         HAS_BIAS=has_bias,
+        WAIT_AT=base if is_compiled(tma_gemm) else None,
         GROUP_M=config.group,
     )
-    return KernelCall(tma_gemm, min(tiles, _multiprocessors(ys[0].device)), arguments, config)
+    programs = min(tiles, _multiprocessors(ys[0].device))
+    return KernelCall(tma_gemm, programs, arguments, config, overlaps=is_compiled(tma_gemm))
 
 
 def has_descriptors(operands: Sequence[Tensor | None]) -> bool:

@@ -13,7 +13,7 @@ from calls import check
 from calls import run_kernels as run
 from kernel_cases import DTYPES, group_cases
 from ptx import KernelError, execute
-from ptx.launch import compile_launch
+from ptx.launch import Report, compile_launch
 
 from lorasb.backends import autotune
 from lorasb.compat.triton import installed
@@ -107,7 +107,7 @@ def launched(k_major: bool, config: GemmConfig) -> tuple[Launch, torch.Tensor, t
 
     pairs = [(draw(M, k), draw(N, k) if k_major else draw(k, N)) for k in lengths]
     y = torch.full((M, N), torch.nan, dtype=torch.bfloat16)
-    call = tma_gemm.call_of([pairs], [y], [None], config, k_major)
+    call = tma_gemm.call_of([pairs], [y], [None], config, k_major, base=1)
     want = torch.zeros(M, N)
     for left, right in pairs:
         want += left.float() @ (right.float().mT if k_major else right.float())
@@ -140,3 +140,17 @@ def test_every_mutant_is_caught(what: str, k_major: bool, request: pytest.Fixtur
     ]
     assert places
     assert not missed
+
+
+@pytest.mark.skipif(not environment.PTX, reason="executes a compiled kernel: pytest --ptx sm_90")
+@pytest.mark.parametrize("k_major", [True, False], ids=["forward", "backward"])
+def test_it_waits_for_the_launch_that_it_overlaps(k_major: bool, request: pytest.FixtureRequest) -> None:
+    launch, _, _ = launched(k_major, request.getfixturevalue("by_tma"))
+    compiled = compile_launch(launch, request.config.ptx_executor.driver)  # type: ignore[attr-defined]
+    late = launch.arguments["lefts"][0][1].base
+    before = Report("prep", written={late.untyped_storage().data_ptr()})
+    execute(launch, compiled, [list(range(launch.grid))], before=before)
+    without = replace(compiled, ptx=re.sub(r"griddepcontrol\.wait\s*;", "", compiled.ptx))
+    assert without.ptx != compiled.ptx
+    with pytest.raises(KernelError, match="what the launch before may still write"):
+        execute(launch, without, [list(range(launch.grid))], before=before)

@@ -67,6 +67,8 @@ class GlobalMemory:
         self.allocations: list[Allocation] = []
         self.clocks = Clocks()
         self.counters: set[int] = set()  # addresses that atomics went to
+        self.pending: set[int] = set()  # starts of allocations that the launch before may still write
+        self.waited: set[int] = set()  # programs that have waited for it
         self._starts: list[int] = []
         self._top = RED_ZONE
 
@@ -90,6 +92,7 @@ class GlobalMemory:
     def read(self, addresses: Array, size: int, warps: Array, program: int, clock: int, where: str) -> Array:
         """`size` bytes at each address, as words [n, k] of 4 bytes, or of `size` where that is less."""
         touched = self._find(addresses, size, "read", where)
+        self._check_pending(touched, program, "read", where)
         if any(allocation.written for allocation in touched):
             self._check_order(addresses, size, warps, program, clock, "read", where)
         if not all(allocation.whole for allocation in touched) and not _gather(self.initialized, addresses, size).all():
@@ -101,6 +104,7 @@ class GlobalMemory:
     ) -> None:
         """Store words [n, k] as `read` gives them."""
         touched = self._find(addresses, size, "write", where)
+        self._check_pending(touched, program, "write", where)
         if len(np.unique(addresses)) != len(addresses):
             raise KernelError(f"two threads store to one address at {where}")
         self._check_order(addresses, size, warps, program, clock, "write", where)
@@ -128,6 +132,12 @@ class GlobalMemory:
                 self.clocks.pass_through(address, program, clock)
             self.writer[address // GRANULE : (address + 4) // GRANULE] = NOBODY  # atomics are ordered by themselves
         return former
+
+    def _check_pending(self, touched: list[Allocation], program: int, doing: str, where: str) -> None:
+        if program not in self.waited and any(allocation.start in self.pending for allocation in touched):
+            raise KernelError(
+                f"{doing} of what the launch before may still write, without griddepcontrol.wait, at {where}"
+            )
 
     def _find(self, addresses: Array, size: int, doing: str, where: str) -> list[Allocation]:
         """The allocations that are touched, after a check of alignment and bounds."""

@@ -194,6 +194,13 @@ def _fence(block: ThreadBlock, instruction: Instruction, active: Array | None) -
         block.shared.fences += 1
 
 
+def _grid_dependency(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
+    """griddepcontrol.wait for the launch before; launch_dependents changes nothing here, where launches take turns."""
+    block.all_threads(active)
+    if instruction.parts[1] == "wait":
+        block.memory.waited.add(block.place.program)
+
+
 def _shuffle(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
     """shfl.sync over whole warps."""
     block.whole_warps(active)
@@ -327,6 +334,7 @@ HANDLERS: dict[str, Handler] = {
     "elect": tensor_copies.elect,
     "mbarrier": tensor_copies.barrier,
     "fence": _fence,
+    "griddepcontrol": _grid_dependency,
     "membar": _fence,
     "shfl": _shuffle,
     "ldmatrix": _load_matrices,

@@ -33,6 +33,7 @@ class Report:
     programs: int = 0
     orders: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    written: set[int] = field(default_factory=set)  # pointers of storages
 
 
 class FakeDriver:
@@ -89,8 +90,14 @@ def orders_of(grid: int, seed: int, every_last: bool = False) -> list[list[int]]
     return [shuffled, *others]
 
 
-def execute(launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tracker: Tracker | None = None) -> Report:
-    """Run a launch on its CPU tensors, in place."""
+def execute(
+    launch: Any,
+    compiled: Compiled,
+    orders: Iterable[Sequence[int]],
+    tracker: Tracker | None = None,
+    before: Report | None = None,
+) -> Report:
+    """Run a launch on its CPU tensors, in place; `before`: the launch that it may overlap."""
     program, report = parsed(compiled.ptx), Report(str(launch.kernel.__name__))
     if launch.grid > MOST_PROGRAMS:
         raise KernelError(
@@ -111,6 +118,7 @@ def execute(launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tr
     final: dict[int, Array] | None = None
     for order in orders:
         memory, places = _arena(storages, size, tracker)
+        memory.pending = {places[pointer] for pointer in (before.written if before else ()) if pointer in places}
         values = parameter_values(program, arguments, compiled.descriptors, partial(_address, places))
         report.counts = Counter()
         for i in order:
@@ -118,6 +126,7 @@ def execute(launch: Any, compiled: Compiled, orders: Iterable[Sequence[int]], tr
             block.run()
             report.counts.update(block.counts)
         _check_counters(memory, report.name)
+        report.written.update(_written(memory, places))
         results = {p: memory.content(places[p], s.nbytes()).copy() for p, s in storages.items()}
         if final is not None and any(not np.array_equal(results[p], final[p]) for p in _written(memory, places)):
             raise KernelError(f"{report.name}: {RESULTS_DIFFER}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from .allocations import Tracker
 from .faults import KernelError
-from .launch import Compiled, FakeDriver, compile_launch, execute, orders_of
+from .launch import Compiled, FakeDriver, Report, compile_launch, execute, orders_of
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 ARCHITECTURES = tuple(MULTIPROCESSORS)
@@ -26,6 +26,7 @@ class Executor:
         self.kernels: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.every_last = False  # run every launch in as many orders as it has programs
+        self.last: Report | None = None  # launch
         self._seeds = itertools.count()
 
     def run(self, kernel: Any, grid: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
@@ -34,7 +35,9 @@ class Executor:
 
         launch = Launch(kernel, grid, arguments, options)
         compiled = self.compile(launch)
-        report = execute(launch, compiled, orders_of(grid, next(self._seeds), self.every_last), self.tracker)
+        before = self.last if options.get("launch_pdl") else None
+        report = execute(launch, compiled, orders_of(grid, next(self._seeds), self.every_last), self.tracker, before)
+        self.last = report
         self.launches += 1
         self.programs += report.programs
         self.counts.update(report.counts)
