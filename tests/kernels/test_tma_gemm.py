@@ -77,6 +77,13 @@ def test_fp32_goes_to_cublas_and_masked_gradients_are_added() -> None:
     assert [one.name for one in forward] == ["prep_forward", "tma_gemm"]
     assert [one.name for one in backward] == ["prep_backward", "tma_gemm", "extended_gemm"]
     assert len(backward[1].arguments["lefts"][0]) == 1
+    assert [bool(one.options.get("launch_pdl")) for one in launches] == [
+        False,
+        bool(environment.PTX),
+        False,
+        False,
+        False,
+    ]
 
 
 # Each ordering and each number that a copy depends on, taken away or changed in turn.
