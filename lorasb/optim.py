@@ -31,15 +31,11 @@ def parameter_groups(
     Raises:
         ValueError: nothing requires a gradient, or a rate is not in [0, 1e4].
     """
-    for rate in (lr, lr if other_lr is None else other_lr):
+    lr_of_others = lr if other_lr is None else other_lr
+    for rate in (lr, lr_of_others):
         check_lr(rate, zero=True)
-    # by id: parameters compare elementwise
-    core_ids = {
-        id(core)
-        for module in model.modules()
-        if isinstance(module, AdaptedLayer)
-        for core in module.lorasb_R.parameters()
-    }
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    core_ids = {id(core) for layer in layers for core in layer.lorasb_R.parameters()}  # parameters compare elementwise
     trained = [p for p in model.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in core_ids]
     if not trained:
@@ -47,14 +43,10 @@ def parameter_groups(
             "no parameter requires a gradient: patch the model (lorasb.patch), or make an adapter active for training "
             "(model.set_adapter(name), PeftModel.from_pretrained(..., is_trainable=True))"
         )
-    lr_of_others = lr if other_lr is None else other_lr
     groups = (
         ("lorasb_R", [p for p in trained if id(p) in core_ids], lr, 0.0),
         ("other", [p for p in others if p.dim() >= 2], lr_of_others, weight_decay),
         ("other, not decayed", [p for p in others if p.dim() < 2], lr_of_others, 0.0),
     )
-    return [
-        {"name": name, "params": params, "lr": rate, "weight_decay": decay}
-        for name, params, rate, decay in groups
-        if params
-    ]
+    names = ("name", "params", "lr", "weight_decay")
+    return [dict(zip(names, group, strict=True)) for group in groups if group[1]]

@@ -27,7 +27,7 @@ from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, layers_with, refuse_uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
-from . import basis as bases
+from .basis import frozen_factors
 
 
 @dataclass
@@ -71,16 +71,11 @@ class LayerCores:
     def __deepcopy__(self, memo: dict[int, object]) -> LayerCores | None:
         """Copy for the copied model's bank; None for a layer that is copied without its model."""
         bank = copy.deepcopy(self.bank, memo)
-        if bank is None:
-            return None
-        return LayerCores(bank, self.columns)
+        return None if bank is None else LayerCores(bank, self.columns)
 
 
 # All R's of an adapter are a row of one tensor [capacity, Σ r²]; a layer's stack [capacity, r, r] is a view of its
 # columns. So an adapter is added by one copy, removed by none, and takes Σ r² numbers.
-BLOCK = 64  # adapters that capacity grows by
-
-
 class AdapterBank:
     """R's of many adapters on the A and B of one, resident on the model's device or waiting in host memory.
 
@@ -107,7 +102,7 @@ class AdapterBank:
         basis: str = "default",
         *,
         dtype: torch.dtype = torch.float32,
-        block: int = BLOCK,
+        block: int = 64,
         resident: int | None = None,
     ) -> None:
         model = uncompiled(model)
@@ -123,7 +118,7 @@ class AdapterBank:
         device = next(iter(layers.values())).base.device
         with torch.inference_mode(False):
             self.storage = torch.zeros((0, size), dtype=dtype, device=device)
-        self.digest = shared_factors.digest(bases.frozen_factors(layers, basis))
+        self.digest = shared_factors.digest(frozen_factors(layers, basis))
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._free: list[int] = []
         self._waiting: dict[str, Tensor] = {}
@@ -226,14 +221,17 @@ class AdapterBank:
             ValueError: more adapters at a time than may be resident.
         """
         distinct = list(dict.fromkeys(name for name in names if name != BASE_ROW))
-        with self._lock:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             unknown = [name for name in distinct if name not in self]
             if unknown:
                 raise KeyError(self._unknown(unknown))
             self._in_use.update(distinct)
             try:
                 for name in distinct:
-                    self._make_resident(name)
+                    if name not in self._slots:
+                        self._make_room()
+                        self._fill(name, self._waiting[name])
+                    self._slots.move_to_end(name)
             except BaseException:
                 self._in_use.subtract(distinct)
                 raise
@@ -266,24 +264,18 @@ class AdapterBank:
             self._refuse_in_use(name)
             if name in self._slots:
                 self.storage[self._slots[name]] = row.to(self.storage.device)
-            elif self.resident is not None and len(self._slots) >= self.resident:
+            elif self._is_full():
                 self._waiting[name] = row
             else:
-                self._waiting.pop(name, None)
                 self._fill(name, row)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _make_resident(self, name: str) -> None:
-        if name not in self._slots:
-            if self.resident is not None and len(self._slots) >= self.resident:
-                self._evict()
-            self._fill(name, self._waiting[name])
-            del self._waiting[name]
-        self._slots.move_to_end(name)
+    def _is_full(self) -> bool:
+        return self.resident is not None and len(self._slots) >= self.resident
 
-    def _evict(self) -> None:
-        """Move the least recently used adapter that no batch needs to host memory."""
+    def _make_room(self) -> None:
+        """If the device holds all it may, move the least recently used adapter that no batch needs to host memory."""
+        if not self._is_full():
+            return
         name = next((name for name in self._slots if not self._in_use[name]), None)
         if name is None:
             raise ValueError(
@@ -300,6 +292,7 @@ class AdapterBank:
         slot = self._free.pop()
         self.storage[slot] = row.to(self.storage.device)
         self._slots[name] = slot
+        self._waiting.pop(name, None)
 
     @torch.inference_mode(False)
     @torch.no_grad()

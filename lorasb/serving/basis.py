@@ -73,8 +73,7 @@ def without_factors(
     if not any(adapter_name in layer.bases for layer in layers.values()):
         return tensors
     # of the tensors that were gathered to be saved, as those of the layers may be shards
-    given = _factors_in(tensors)
-    digest = shared_factors.digest(given if given else frozen_factors(layers, adapter_name))
+    digest = shared_factors.digest(_factors_in(tensors) or frozen_factors(layers, adapter_name))
     own = {key: value for key, value in tensors.items() if not shared_factors.is_factor(key)}
     return own | {shared_factors.DIGEST: torch.tensor(list(digest), dtype=torch.uint8)}
 
@@ -122,8 +121,7 @@ def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[
     shared = adapter_name in {name for layer in layers.values() for pair in layer.bases.items() for name in pair}
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
         return False
-    new = _factors_in(tensors)
-    if shared_factors.digest(new) == shared_factors.digest(frozen_factors(layers, adapter_name)):
+    if shared_factors.digest(_factors_in(tensors)) == shared_factors.digest(frozen_factors(layers, adapter_name)):
         return False
     leaves = any(adapter_name in layer.bases for layer in layers.values())
     for layer in layers.values():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as functional  # registers the backends
-from ..backends import cpp, eager
+from ..backends import cpp
 from ..kernels.block_sizes import padded_rank
 from ..ops.registry import unavailable
 
@@ -66,12 +66,9 @@ class CoreSlots:
         """Write the R [r, r] of each part of the layer; None is 0, and a smaller one is padded."""
         for place, j in zip(self.cores[slot], self.parts, strict=True):
             core = cores[j]
-            if core is not None and core.shape[0] == self.r:
-                place.copy_(core)
-                continue
             place.zero_()
             if core is not None:
-                place[: core.shape[0], : core.shape[0]].copy_(core)
+                place[: len(core), : len(core)].copy_(core)
 
     def add_to(self, y: Tensor, x: Tensor, index: Tensor) -> None:
         """y_i += B R_k A x_i in place, k = index[i]; rows of -1 are left as they are.
@@ -95,20 +92,14 @@ class CoreSlots:
 
 def times_cores(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:
     """R_k u_i [T, r] of u [T, r] and cores [K, r, r], k = index[i]; zero where that is -1. Without gradients."""
-    if u.is_cpu:
-        product = eager.times_cores if cpp.missing() else cpp.times_cores
-        return product(u, cores, index, 1.0, True)
     if u.is_cuda and unavailable("triton") is None:
         from ..kernels import row_cores_launch
 
         width = padded_rank(cores.shape[1])
         out = row_cores_launch.times_cores(u, cores, index, 1.0, True, u.new_empty((len(u), width)))
         return out[:, : u.shape[1]]
-    parts = zip(u.split(GATHERED), index.split(GATHERED), strict=True)
-    return torch.cat([_gathered(rows, cores, places) for rows, places in parts])
-
-
-def _gathered(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:
-    """The product by torch's own operations, none of which waits for a device, so that a CUDA graph can hold them."""
-    chosen = cores.index_select(0, index.clamp(min=0))
-    return torch.bmm(chosen, u.unsqueeze(2)).squeeze(2).masked_fill_((index < 0).unsqueeze(1), 0.0)
+    products = []
+    for rows, places in zip(u.split(GATHERED), index.split(GATHERED), strict=True):
+        chosen = cores.index_select(0, places.clamp(min=0))  # nothing here waits for a device: a CUDA graph can hold it
+        products.append(torch.bmm(chosen, rows.unsqueeze(2)).squeeze(2).masked_fill_((places < 0).unsqueeze(1), 0.0))
+    return torch.cat(products)
