@@ -50,9 +50,8 @@ EXTENSION_OPS = (
 # Ops whose kernels the extension registers itself.
 OPS = ("dequantize", "gradient_add", "gradient_signs", "serve_quantized")
 _reason: str | None = "not loaded yet"
-extension: ModuleType | None = (
-    None  # the module, once loaded; besides its kernels it has functions that Python calls directly
-)
+# The module, once loaded; besides its kernels it has functions that Python calls directly.
+extension: ModuleType | None = None
 # The extension's ops, filled when it is loaded: to choose an overload in every call takes as long as a small product.
 _csrc = SimpleNamespace()
 
@@ -71,13 +70,11 @@ def missing() -> str | None:
 
 def instruction_set() -> str:
     """The instruction set whose kernels run: "AMX", "AVX-512 with bf16", "AVX-512", "AVX2" or "portable"."""
-    name: str = _csrc.instruction_set()
-    return name
+    return _csrc.instruction_set()
 
 
 def instruction_sets() -> list[str]:
-    names: list[str] = _csrc.instruction_sets()
-    return names
+    return _csrc.instruction_sets()
 
 
 def use_instruction_set(name: str) -> None:
@@ -88,9 +85,7 @@ def use_instruction_set(name: str) -> None:
 
 def serves(dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> bool:
     """True if the extension computes dense layers of this dtype and these weights on a CPU."""
-    if not _multiplies(dtype) or dtype != torch.float32:
-        return _multiplies(dtype)
-    return any(weight.numel() >= LARGE_WEIGHT for weight in weights)
+    return _multiplies(dtype) and (dtype != torch.float32 or any(one.numel() >= LARGE_WEIGHT for one in weights))
 
 
 def serves_few(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -164,9 +159,9 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
         _csrc.dense_linear_backward(dy, one.base, one.a, one.core, one.b, u, one.scaling, dropout, one.seed, *need)
         for dy, u, one in zip(dys, us, operands.members(), strict=True)
     ]
-    dx, *others = (dx for dx, _ in results)
-    for other in others:  # each with a mask
-        dx = dx.add_(other) if need_dx else dx
+    dx = results[0][0]
+    for other, _ in results[1:] if need_dx else ():  # each with a mask
+        dx.add_(other)
     return [dx, *(dcore for _, dcore in results)]
 
 
@@ -176,9 +171,8 @@ def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
     by_torch = bool(operands.base) and not operands.is_quantized and not serves(x.dtype, operands.base)
     results = []
     for one in operands.members():
-        base = (None, *one.base) if isinstance(one.base, tuple) else (one.base, [], list(DENSE))
         given = one.a, _dense(one.core), one.b, one.bias, operands.row_index, one.scaling, by_torch
-        results.append(_csrc.linear_rows(x, *base, *given))
+        results.append(_csrc.linear_rows(x, *_storage(one.base), *given))
     return _flat(results)
 
 
@@ -186,8 +180,7 @@ def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transp
     """s·left_i R_kᵀ of every row, or s·left_i R_k, each R read in place; zero where k = -1."""
     if torch.float64 in (left.dtype, cores.dtype):
         return eager.times_cores(left, cores, index, scale, transposed)
-    product: Tensor = _csrc.times_cores(left, _dense(cores), index, scale, not transposed)
-    return product
+    return _csrc.times_cores(left, _dense(cores), index, scale, not transposed)
 
 
 def add_rows(y: Tensor, x: Tensor, a: Tensor, cores: Tensor, b: list[Tensor], first: list[int], index: Tensor) -> None:
@@ -201,8 +194,7 @@ def _dense(cores: Tensor) -> Tensor:
 
 
 def _thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
-    product: Tensor = _csrc.thin_product(rows, factor, not transposed)
-    return product
+    return _csrc.thin_product(rows, factor, not transposed)
 
 
 def _by_torch(rows: Tensor, base: eager.Base) -> bool:
@@ -215,8 +207,7 @@ def _extended(rows: Tensor, base: eager.Base, v: Tensor, b: Tensor, bias: Tensor
         return y if bias is None else y.add_(bias)
     if _by_torch(rows, base):
         return eager.extended(rows, base, v, b, bias)
-    product: Tensor = _csrc.extended_product(rows, *_storage(base), b.shape[0], rows.shape[1], v, b, bias, False)
-    return product
+    return _csrc.extended_product(rows, *_storage(base), b.shape[0], rows.shape[1], v, b, bias, False)
 
 
 def _extended_transposed(rows: Tensor, base: eager.Base, w: Tensor, a: Tensor, onto: Tensor | None) -> Tensor:
@@ -229,7 +220,7 @@ def _extended_transposed(rows: Tensor, base: eager.Base, w: Tensor, a: Tensor, o
     return dx if onto is None else onto.add_(dx)
 
 
-def _storage(base: Tensor | tuple[list[Tensor], list[int]]) -> tuple[object, ...]:
+def _storage(base: eager.Base) -> tuple[object, ...]:
     return (None, *base) if isinstance(base, tuple) else (base, [], list(DENSE))
 
 
@@ -247,10 +238,10 @@ def register() -> None:
     global _reason
     _reason = _load()
     _forget()  # a call before this may have cached False
-    if _reason is not None:
-        logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
     if _reason is None:
         register_backend("cpp", kernels_of(forward, backward), ("CPU",))
+    else:
+        logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
     # The registry has defined these ops, with or without an extension; `missing` decides whether they are recorded.
     register_loaded("cpp", {op: backend_op(op, "cpp") for op in OPS}, missing)
 

@@ -309,7 +309,8 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
         for rows in _row_blocks((dy.shape[1], x.shape[1])):
             block = _sum_rows(left, right, total, rows, fresh)
             words[rows], nonzero[rows] = pack_words(block > 0), pack_words(block != 0)
-            counts += torch.stack((_squares(block), (block == 0).sum(), (~block.isfinite()).sum())).double()
+            squares = torch.linalg.vector_norm(block, dtype=torch.float64).square()  # without an fp64 copy of it
+            counts += torch.stack((squares, (block == 0).sum(), (~block.isfinite()).sum())).double()
     return words, nonzero, counts
 
 
@@ -327,11 +328,6 @@ def _sum_rows(left: Tensor, right: Tensor, total: Tensor | None, rows: slice, fr
     if fresh:
         return block.zero_() if product is None else block.copy_(product)
     return block if product is None else block.add_(product)
-
-
-def _squares(block: Tensor) -> Tensor:
-    """Σ G² of a block, summed in fp64 without an fp64 copy of it."""
-    return torch.linalg.vector_norm(block, dtype=torch.float64).square()
 
 
 def composed(

@@ -27,8 +27,10 @@ def _quiet_bitsandbytes() -> None:
     logger.addFilter(lambda record: "kernels-community" not in record.getMessage())
 
 
-class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find peft and wraps its loader."""
+class _PeftFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Lets the other finders find peft, and is its loader in the place of theirs."""
+
+    loader: importlib.abc.Loader  # theirs
 
     def __init__(self, register: Callable[[], None]) -> None:
         self.register = register
@@ -46,14 +48,8 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
             self.searching = False
         if spec is not None and spec.loader is not None:
             # not here: `importlib.util.find_spec("peft")` only asks whether peft is installed
-            spec.loader = _RegisteringLoader(spec.loader, self)
+            self.loader, spec.loader = spec.loader, self
         return spec
-
-
-class _RegisteringLoader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, finder: _PeftFinder) -> None:
-        self.loader = loader
-        self.finder = finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -63,6 +59,6 @@ class _RegisteringLoader(importlib.abc.Loader):
         # importlib.reload and resource readers take the loader from the spec
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
-        self.finder.register()  # peft is complete now: `register_peft_method` can be called
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        self.register()  # peft is complete now: `register_peft_method` can be called

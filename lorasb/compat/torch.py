@@ -129,8 +129,7 @@ def storage_key(storage: UntypedStorage) -> int:
 
 
 def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    found: Tensor = module._conv_forward(x, weight, None)
-    return found
+    return module._conv_forward(x, weight, None)
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., object]]:
@@ -155,8 +154,7 @@ def uncompiled(model: Any) -> Any:
 
 def forward_level() -> int:
     """The level of forward-mode differentiation in progress; -1 outside of it."""
-    level: int = getattr(forward_ad, "_current_level", -1)  # at every call of an op: not by `find`
-    return level
+    return getattr(forward_ad, "_current_level", -1)  # at every call of an op: not by `find`
 
 
 def fake_tensor_mode() -> AbstractContextManager[object]:
@@ -164,5 +162,4 @@ def fake_tensor_mode() -> AbstractContextManager[object]:
     mode = find(PRIVATE["FakeTensorMode"])  # at the call: its modules take long to import
     if mode is None:
         raise ImportError(f"expected {PRIVATE['FakeTensorMode'].name}, which this torch lacks: install {VERIFIED}")
-    found: AbstractContextManager[object] = mode()
-    return found
+    return mode()

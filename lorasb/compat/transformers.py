@@ -81,8 +81,7 @@ def computes_like_mixtral(experts: nn.Module) -> bool:
 
 
 def from_config(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    model: nn.Module = kind._from_config(config, dtype=dtype)
-    return model
+    return kind._from_config(config, dtype=dtype)
 
 
 def name_or_path(model: nn.Module) -> str | None:

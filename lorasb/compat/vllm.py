@@ -70,13 +70,7 @@ SIGNATURES = {
     f"{_LRU}._apply_adapters": ("self", "lora_requests"),
     "vllm.lora.lora_model.LoRAModel.__init__": ("self", "lora_model_id", "rank", "loras"),
     "vllm.lora.lora_weights.LoRALayerWeights.__init__": (
-        "self",
-        "module_name",
-        "rank",
-        "lora_alpha",
-        "lora_a",
-        "lora_b",
-        "scaling",
+        *("self", "module_name", "rank", "lora_alpha", "lora_a", "lora_b", "scaling"),
     ),
     **{f"{_LAYERS}.{name}.slice_lora_{part}": ("self", f"lora_{part}") for name in LAYERS for part in "ab"},
 }
@@ -93,22 +87,19 @@ class Parts(NamedTuple):
 
 def missing() -> list[str]:
     """Names of vLLM that this module needs and the installed version does not have, or has with other parameters."""
-    gone = [one.name for one in PRIVATE.values() if not _is_there(one.name)]
+    gone = []
+    for name in (one.name for one in PRIVATE.values()):
+        owner, _, attribute = name.partition("().")
+        found = find(Private(owner, "", ""))
+        # instances alone have an attribute: the class's own code, or a parent's, has to say so
+        parents = getattr(found, "__mro__", ())[:-1] if attribute else ()
+        if found is None or (attribute and not any(f"self.{attribute}" in inspect.getsource(one) for one in parents)):
+            gone.append(name)
     for name, parameters in SIGNATURES.items():
         found = find(Private(name, "", ""))
         if found is None or tuple(inspect.signature(found).parameters)[: len(parameters)] != parameters:
             gone.append(f"{name}({', '.join(parameters)})")
     return gone
-
-
-def _is_there(name: str) -> bool:
-    owner, _, attribute = name.rpartition("().")
-    if not owner:
-        return find(Private(name, "", "")) is not None
-    found = find(Private(owner, "", ""))
-    # instances alone have it: the class's own code, or a parent's, has to say so
-    sources = [inspect.getsource(one) for one in found.__mro__ if one is not object] if found is not None else []
-    return any(f"self.{attribute}" in source for source in sources)
 
 
 def install(parts: Parts) -> None:
@@ -129,10 +120,7 @@ def install(parts: Parts) -> None:
 
 def _define_op() -> None:
     """`vllm::lorasb_add`: the product as one node of vLLM's compiled graph, which finds the layer by its name."""
-    register, context = (
-        _vllm("utils.torch_utils").direct_register_custom_op,
-        _vllm("forward_context").get_forward_context,
-    )
+    context = _vllm("forward_context").get_forward_context
 
     def lorasb_add(y: Tensor, x: Tensor, name: str) -> None:
         context().no_compile_layers[name].add(y, x)
@@ -143,6 +131,7 @@ def _define_op() -> None:
     # annotations as text are what `from __future__ import annotations` leaves, and the op's schema is read from them
     for function in (lorasb_add, fake):
         function.__annotations__ = {"y": Tensor, "x": Tensor, "name": str, "return": None}
+    register = _vllm("utils.torch_utils").direct_register_custom_op
     register(op_name="lorasb_add", op_func=lorasb_add, mutates_args=["y"], fake_impl=fake)
 
 
@@ -317,7 +306,7 @@ def complete(
     llm: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], request: Any
 ) -> list[tuple[list[int], list[float]]]:
     """Tokens and their log-probabilities of a completion of each prompt."""
-    parameters = _vllm("").SamplingParams(**sampling, logprobs=0)
+    parameters = importlib.import_module("vllm").SamplingParams(**sampling, logprobs=0)
     tokens = [{"prompt_token_ids": list(one)} for one in prompts]
     found = llm.generate(tokens, parameters, lora_request=request, use_tqdm=False)
     outputs = [one.outputs[0] for one in found]
@@ -337,4 +326,4 @@ def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def _vllm(module: str) -> Any:
-    return importlib.import_module(f"vllm.{module}" if module else "vllm")
+    return importlib.import_module(f"vllm.{module}")

@@ -222,8 +222,7 @@ def kernels_of(forward: registry.Forward, backward: registry.Backward) -> dict[s
     ) -> Tensor:
         """y [..., m] of `serve_dense`."""
         base, biases = [] if weight is None else [weight], [] if bias is None else [bias]
-        y: Tensor = forward(x, Operands(base, DENSE, [a], [core], [b], biases, [scaling]))[0]
-        return y
+        return forward(x, Operands(base, DENSE, [a], [core], [b], biases, [scaling]))[0]
 
     return {
         OP: registry.Kernel(op, forward),

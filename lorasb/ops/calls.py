@@ -151,13 +151,9 @@ def remember(signature: Hashable) -> None:
     known.add(signature)
 
 
-# weights, A, R, B and biases of each member; the first (checked elsewhere if quantized) and the last may be empty
-Lists = tuple[Sequence[Tensor], ...]
-
-
-def check(x: Tensor, lists: Lists, scalings: Sequence[float], index: Tensor | None) -> None:
+def check(x: Tensor, lists: tuple[Sequence[Tensor], ...], scalings: Sequence[float], index: Tensor | None) -> None:
     """Raise where the operands of a call do not match."""
-    weights, a, cores, b, biases = lists
+    weights, a, cores, b, biases = lists  # weights (checked elsewhere if quantized) and biases may be empty
     lengths = [len(entries) for entries in (weights or a, a, cores, b, scalings, biases or a)]
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"expected one of each argument for every member, got {lengths} of them")

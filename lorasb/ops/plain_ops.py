@@ -17,17 +17,6 @@ from .registry import define
 WORD = 32  # columns
 
 SQUARES, ZEROS, BAD = 0, 1, 2  # indices into the third result of `gradient_signs`: Σ G², zeros, NaN or Inf entries
-# G [m, n] += dyᵀ x in fp32, with dy [M, m] and x [M, n]
-ADD = "(Tensor dy, Tensor x, Tensor(a!) total, bool fresh) -> ()"
-# The signs of G + dyᵀ x, packed 32 per word, and statistics
-SIGNS = "(Tensor dy, Tensor x, Tensor(a!)? total, bool fresh) -> (Tensor, Tensor, Tensor)"
-DEQUANTIZE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
-# y alone, for calls that record no gradient; takes `QuantizedWeight.storage_layout`, casts as autocast does and checks
-# its arguments itself. Not all backends have it.
-SERVE = (
-    "(Tensor x, Tensor[] quant, int[] layout, int rows, int columns, Tensor? a, Tensor? core, Tensor? b, "
-    "Tensor? bias, float scaling) -> Tensor"
-)
 
 
 def words_of(columns: int) -> int:
@@ -60,10 +49,6 @@ def _octet_table(zero: float, one: float, dtype: torch.dtype, device: torch.devi
     return torch.where(bits == 1, one, zero).to(device, dtype)
 
 
-def _add_fake(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
-    return None
-
-
 def _signs_fake(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
     words = x.new_empty((dy.shape[1], words_of(x.shape[1])), dtype=torch.int32)
     return words, torch.empty_like(words), x.new_empty((3,), dtype=torch.float64)
@@ -78,10 +63,17 @@ def _serve_fake(x: Tensor, quant: list[Tensor], layout: list[int], rows: int, *_
     return x.new_empty((*x.shape[:-1], rows), dtype=torch.get_autocast_dtype("cpu") if cast else x.dtype)
 
 
-for _name, _schema, _fake in (
-    ("gradient_add", ADD, _add_fake),
-    ("gradient_signs", SIGNS, _signs_fake),
-    ("dequantize", DEQUANTIZE, _dequantize_fake),
-    ("serve_quantized", SERVE, _serve_fake),
-):
-    define(_name, _schema, _fake)
+# G [m, n] += dyᵀ x in fp32, with dy [M, m] and x [M, n]
+define("gradient_add", "(Tensor dy, Tensor x, Tensor(a!) total, bool fresh) -> ()", lambda *_: None)
+# The signs of G + dyᵀ x, packed 32 per word, and statistics
+SIGNS = "(Tensor dy, Tensor x, Tensor(a!)? total, bool fresh) -> (Tensor, Tensor, Tensor)"
+define("gradient_signs", SIGNS, _signs_fake)
+DEQUANTIZE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
+define("dequantize", DEQUANTIZE, _dequantize_fake)
+# y alone, for calls that record no gradient; takes `QuantizedWeight.storage_layout`, casts as autocast does and checks
+# its arguments itself. Not all backends have it.
+SERVE = (
+    "(Tensor x, Tensor[] quant, int[] layout, int rows, int columns, Tensor? a, Tensor? core, Tensor? b, "
+    "Tensor? bias, float scaling) -> Tensor"
+)
+define("serve_quantized", SERVE, _serve_fake)
