@@ -395,21 +395,6 @@ def test_a_text_and_names_of_the_bank_are_refused() -> None:
         lorasb.add_adapters(model, NAMES)
 
 
-def test_one_that_fails_takes_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_basis()
-    before, whole = state(model), LoRASBLinear.copy_adapter
-
-    def fails(layer: LoRASBLinear, like: str, name: str) -> None:
-        if name == "grace":
-            raise KeyboardInterrupt
-        whole(layer, like, name)
-
-    monkeypatch.setattr(LoRASBLinear, "copy_adapter", fails)
-    with pytest.raises(KeyboardInterrupt):
-        lorasb.add_adapters(model, NAMES)
-    assert state(model) == before
-
-
 def test_of_none_nothing_and_of_hundreds_one_is_added_by_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_basis()
     before, add, calls = state(model), type(model).add_adapter, []

@@ -15,60 +15,6 @@ import lorasb
 from lorasb.serving import rows as mixed_batch
 
 
-def by_row(model: nn.Module, names: list[str], family: str = "llama") -> Tensor:
-    batch = batches_for(family, count=1, rows=len(names))[0]
-    with torch.no_grad():
-        return model(**batch, adapter_names=names).logits
-
-
-def alone(model: nn.Module, name: str, rows: int, family: str = "llama") -> Tensor:
-    batch = batches_for(family, count=1, rows=rows)[0]
-    with torch.no_grad():
-        if name == "__base__":
-            with model.disable_adapter():
-                return model(**batch).logits
-        model.set_adapter(name)
-        return model(**batch).logits
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
-def test_each_row_gets_its_adapter(family: str) -> None:
-    model, names = two(family), ["second", "__base__", "default", "second"]
-    mixed = by_row(model, names, family)
-    for i, name in enumerate(names):
-        tolerances.check(mixed[i], alone(model, name, len(names), family)[i], tolerances.MERGE)
-    assert (mixed[0] - alone(model, "__base__", len(names), family)[0]).abs().max() > 1e-3
-    assert not any(layer._forward_pre_hooks for layer in layers(model).values())
-
-
-def test_a_batch_without_a_common_basis_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    mixed_batch._say_one_by_one.cache_clear()
-    model = two("llama")
-    for _ in range(2):
-        by_row(model, ["second", "default"])
-    assert [record.message for record in caplog.records if "one adapter after the other" in record.message] == [
-        caplog.records[-1].message
-    ]
-    mixed_batch._say_one_by_one.cache_clear()
-    caplog.clear()
-    by_row(model, ["second", "__base__"])
-    model.add_adapter("on it", lorasb.LoRASBConfig(basis="default"))
-    by_row(model, ["default", "on it"])
-    assert not caplog.records
-
-
-def with_two(base: nn.Module, **fields: object) -> nn.Module:
-    """A model with two adapters of random factors, whose effects are plain to see."""
-    model = lorasb.patch(base, r=4, **fields)
-    model.add_adapter("second", lorasb.LoRASBConfig(r=3, **fields))
-    g = torch.Generator().manual_seed(5)
-    for layer in layers(model).values():
-        for name, r in layer.r.items():
-            b, a = torch.randn(layer.out_features, r, generator=g), torch.randn(r, layer.in_features, generator=g)
-            layer.set_factors(name, b * 0.3, torch.randn(r, r, generator=g) * 0.3, a * 0.3)
-    return model.eval()
-
-
 def check_rows(model: nn.Module, batch: dict[str, Tensor], names: list[str]) -> None:
     """Each row against a run of the whole batch with that row's adapter alone."""
     with torch.no_grad():
@@ -83,6 +29,51 @@ def check_rows(model: nn.Module, batch: dict[str, Tensor], names: list[str]) -> 
             tolerances.check(mixed[i], want[i], tolerances.MERGE)
         with model.disable_adapter():
             assert (mixed[0] - model(**batch).logits[0]).abs().max() > 1e-3
+
+
+def check_generation(model: nn.Module, ids: Tensor, beams: int) -> None:
+    """Each of two rows against the generation of both with that row's adapter alone."""
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    options |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mixed = model.generate(adapter_names=["second", "default"], **options)
+    for i, name in enumerate(("second", "default")):
+        model.set_adapter(name)
+        assert torch.equal(mixed[i], model.generate(**options)[i])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_each_row_gets_its_adapter(family: str) -> None:
+    model = two(family)
+    check_rows(model, batches_for(family, count=1, rows=4)[0], ["second", "__base__", "default", "second"])
+    assert not any(layer._forward_pre_hooks for layer in layers(model).values())
+
+
+def test_a_batch_without_a_common_basis_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    mixed_batch._say_one_by_one.cache_clear()
+    model, batch = two("llama"), batches_for("llama")[0]
+    for _ in range(2):
+        model(**batch, adapter_names=["second", "default"])
+    assert [record.message for record in caplog.records if "one adapter after the other" in record.message] == [
+        caplog.records[-1].message
+    ]
+    mixed_batch._say_one_by_one.cache_clear()
+    caplog.clear()
+    model(**batch, adapter_names=["second", "__base__"])
+    model.add_adapter("on it", lorasb.LoRASBConfig(basis="default"))
+    model(**batch, adapter_names=["default", "on it"])
+    assert not caplog.records
+
+
+def with_two(base: nn.Module, **fields: object) -> nn.Module:
+    """A model with two adapters of random factors, whose effects are plain to see."""
+    model = lorasb.patch(base, r=4, **fields)
+    model.add_adapter("second", lorasb.LoRASBConfig(r=3, **fields))
+    g = torch.Generator().manual_seed(5)
+    for layer in layers(model).values():
+        for name, r in layer.r.items():
+            b, a = torch.randn(layer.out_features, r, generator=g), torch.randn(r, layer.in_features, generator=g)
+            layer.set_factors(name, b * 0.3, torch.randn(r, r, generator=g) * 0.3, a * 0.3)
+    return model.eval()
 
 
 MODELS = {
@@ -117,12 +108,7 @@ def test_generation_over_experts_with_an_adapter_for_each_row() -> None:
     torch.manual_seed(0)
     model = with_two(MODELS["mixtral"](), target_parameters=EXPERTS)
     ids = torch.randint(3, 99, (2, 4), generator=torch.Generator().manual_seed(1))
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
-    options["attention_mask"] = torch.ones_like(ids)
-    mixed = model.generate(input_ids=ids, adapter_names=["second", "default"], **options)
-    for i, name in enumerate(("second", "default")):
-        model.set_adapter(name)
-        assert torch.equal(mixed[i], model.generate(input_ids=ids, **options)[i])
+    check_generation(model, ids, 2)
 
 
 class Routed(nn.Module):
@@ -190,21 +176,13 @@ def test_families_whose_layers_get_tokens_first_are_refused(kind: str) -> None:
 def test_rows_over_four_bits_get_their_adapters_too() -> None:
     model = lorasb.patch(lorasb.quantize(make("llama")), r=4)
     lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    mixed = by_row(model.eval(), ["default", "__base__"])
-    for i, name in enumerate(("default", "__base__")):
-        tolerances.check(mixed[i], alone(model, name, 2)[i], tolerances.MERGE)
+    check_rows(model.eval(), batches_for("llama")[0], ["default", "__base__"])
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_generation_with_an_adapter_for_each_row_is_that_of_each_alone(family: str, beams: int) -> None:
-    model, ids = two(family), batches_for(family, count=1)[0]["input_ids"]
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
-    mask = torch.ones_like(ids)
-    mixed = model.generate(input_ids=ids, attention_mask=mask, adapter_names=["second", "default"], **options)
-    for i, name in enumerate(("second", "default")):
-        model.set_adapter(name)
-        assert torch.equal(mixed[i], model.generate(input_ids=ids, attention_mask=mask, **options)[i])
+    check_generation(two(family), batches_for(family, count=1)[0]["input_ids"], beams)
 
 
 def test_what_rows_cannot_ask_for_is_refused() -> None:

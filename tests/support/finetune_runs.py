@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import attempt
 from transformers import TrainerCallback
 
 from lorasb.app import train
@@ -98,11 +98,9 @@ def killed(settings: Settings, arrange: Any) -> None:
 
 def on_two_processes(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """`lorasb finetune` under torchrun with these options, and the settings of the tests' runs."""
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
+    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
     usual = {"--rank": 8, "--epochs": 2, "--batch-size": 4, "--samples": 8, "--dtype": "float32", "--lr": 5e-3}
     options = (str(part) for pair in (usual | given).items() for part in pair)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "finetune", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = attempt(*launcher, "finetune", *options, cwd=Path.cwd(), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
     return done

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import environment  # noqa: F401  before anything reads it
 import torch
 import transformers
@@ -57,38 +55,12 @@ def batches_for(family: str, count: int = 3, rows: int = 2, tokens: int = 12) ->
     return [BATCHES.get(family, text)(rows, tokens, seed) for seed in range(count)]
 
 
-def loss_and_gradients(model: nn.Module, batch: Batch) -> list[Tensor | None]:
-    """The loss of a training step, and the gradient of each trainable parameter."""
-    loss = model.train()(**batch).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
-
-
-def four_steps(folder: Path) -> transformers.TrainingArguments:
-    """Arguments of a trainer of four steps on a CPU, with a checkpoint after two."""
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        save_steps=2,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        learning_rate=1e-2,
-    )
-
-
-class Rows(torch.utils.data.Dataset):
-    """Eight rows of a Llama's batch, one by one."""
+class Rows(list[Batch]):
+    """Eight rows of a Llama's batch."""
 
     def __init__(self) -> None:
-        self.batch = batches_for("llama", count=1, rows=8)[0]
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, i: int) -> Batch:
-        return {key: value[i] for key, value in self.batch.items()}
+        batch = batches_for("llama", count=1, rows=8)[0]
+        super().__init__({key: value[i] for key, value in batch.items()} for i in range(8))
 
 
 def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:

@@ -8,11 +8,11 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from adapters import layers
-from models import Batch, Rows, batches_for, four_steps, loss_and_gradients
+from models import Batch, batches_for
 from tolerances import EXACT, EXPORT, MERGE, PROCESS_SUMS, check
 from torch import Tensor, nn
+from trainer_runs import train
 
 import lorasb
 
@@ -36,7 +36,11 @@ def check_gradients(model: nn.Module, dense: nn.Module) -> None:
     lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
     for layer, other in zip(layers(model).values(), layers(twin).values(), strict=True):
         layer.set_factors("default", other.lorasb_B["default"], other.lorasb_R["default"], other.lorasb_A["default"])
-    results = [loss_and_gradients(each, batches()[0]) for each in (model, twin)]
+    results = []
+    for each in (model, twin):
+        loss = each.train()(**batches()[0]).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
     assert len(results[0]) == 15  # the loss and seven layers of two blocks
     for one, other in zip(*results, strict=True):
         check(one, other, PROCESS_SUMS)
@@ -65,10 +69,7 @@ def check_resuming(make: Callable[[], Any], folder: Path, **init: Any) -> None:
     done = []
     for resume in (None, str(folder / "checkpoint-2")):
         callbacks = [lorasb.InitCallback(**init)] if init else []
-        options = {"args": four_steps(folder), "train_dataset": Rows(), "callbacks": callbacks}
-        trainer = transformers.Trainer(model=make(), **options)
-        trainer.train(resume_from_checkpoint=resume)
-        done.append(factors(trainer.model))
+        done.append(factors(train(make(), folder, callbacks, resume=resume).model))
     check_equal(*done)
 
 

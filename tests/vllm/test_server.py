@@ -25,9 +25,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from processes import attempt, python
 from safetensors.torch import load_file, save_file
 from tolerances import ENGINE, check
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_people import NEW, PROMPTS, Answer, answers, make_people, plain_model, prompts
 
@@ -110,7 +110,10 @@ class Server:
                 time.sleep(0.5)
         raise AssertionError(f"the server did not start: {self.log.read_text()[-3000:]}")
 
-    def stop(self) -> None:
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the server and its processes."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
@@ -149,16 +152,19 @@ class Server:
         """Remove an adapter's name."""
         return self.post("/v1/unload_lora_adapter", lora_name=name)
 
-    def tokens(self, name: str, prompt: int = 0, client: Any = None) -> list[int]:
+    def complete(self, name: str, prompt: int = 0, client: Any = None, **options: Any) -> Any:
         """The greedy answer of an adapter, or of the base."""
-        reply = (client or self.client).completions.create(
+        return (client or self.client).completions.create(
             model="base" if name == "__base__" else name,
             prompt=self.people.prompts[prompt],
             max_tokens=NEW,
             temperature=0,
             extra_body={"ignore_eos": True, "return_token_ids": True},
+            **options,
         )
-        return list(reply.choices[0].token_ids)
+
+    def tokens(self, name: str, prompt: int = 0, client: Any = None) -> list[int]:
+        return list(self.complete(name, prompt, client).choices[0].token_ids)
 
     def agrees(self, rows: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
         """Rows (adapter, prompt) of requests at the same time whose answers are not transformers'."""
@@ -172,16 +178,9 @@ class Server:
 def server(people: People, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with a slot for each of a thousand adapters; two are named at its start."""
     options = ["--max-loras", str(ALL), "--max-cpu-loras", str(ALL), "--max-num-seqs", "64", "--lora-modules"]
-    started = Server(
-        people,
-        tmp_path_factory.mktemp("log") / "server.log",
-        *options,
-        *(f"{name}={people.of(name)}" for name in PEOPLE[:2]),
-    )
-    try:
+    options += [f"{name}={people.of(name)}" for name in PEOPLE[:2]]
+    with Server(people, tmp_path_factory.mktemp("log") / "server.log", *options) as started:
         yield started.wait()
-    finally:
-        started.stop()
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +205,7 @@ def test_mixed_batches_give_transformers_tokens(loaded: Server) -> None:
 
 def test_a_stream_has_the_same_tokens(loaded: Server) -> None:
     name, tokens = PEOPLE[3], []
-    for part in loaded.client.completions.create(
-        model=name,
-        prompt=loaded.people.prompts[0],
-        max_tokens=NEW,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True, "return_token_ids": True},
-    ):
+    for part in loaded.complete(name, stream=True):
         tokens += part.choices[0].token_ids or []
     assert loaded.people.answer(name).agrees(tokens)
 
@@ -288,28 +280,14 @@ def test_a_thousand_are_resident(loaded: Server) -> None:
 
 
 def test_more_adapters_than_slots_take_turns(people: People, tmp_path: Path) -> None:
-    started = Server(people, tmp_path / "log", "--max-loras", "3", "--max-cpu-loras", "6", "--max-num-seqs", "16")
-    try:
+    with Server(
+        people, tmp_path / "log", "--max-loras", "3", "--max-cpu-loras", "6", "--max-num-seqs", "16"
+    ) as started:
         started.wait()
         for i in range(10):  # four are evicted, and read again
             assert started.load(f"user{i}")[0] == 200
         assert started.agrees([(f"user{i}", 0) for i in range(10)] + [("__base__", 0)] * 2) == []
         assert started.agrees([(f"user{i % 5}", i % 2) for i in range(10)]) == []
-    finally:
-        started.stop()
-
-
-def _trained(people: People) -> Any:
-    """A model on the basis that the servers have, whose R is trained."""
-    plain = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.float32)
-    return peft.PeftModel.from_pretrained(plain, str(people.folder), is_trainable=True)
-
-
-def _log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
-    """Of an answer's tokens, by the trainer's model."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
 
 
 class CheckedSampler(lorasb.VLLMSampler):
@@ -321,9 +299,11 @@ class CheckedSampler(lorasb.VLLMSampler):
         found = super().__call__(prompts, trainer)
         assert self.synced is not None
         assert self.synced.bytes < 4 * 860_160 + 40_000
-        for parts in zip(found["prompt_ids"], found["completion_ids"], found["logprobs"], strict=True):
-            want = _log_probabilities(trainer.model, *parts[:2])
-            check(torch.tensor(parts[2]), want, ENGINE)
+        for prompt, answer, got in zip(found["prompt_ids"], found["completion_ids"], found["logprobs"], strict=True):
+            with torch.no_grad():
+                logits = trainer.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            want = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            check(torch.tensor(got), want, ENGINE)
         self.steps += 1
         return found
 
@@ -332,10 +312,11 @@ def test_after_every_step_of_grpo_the_sampler_has_the_trainers_policy(people: Pe
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    started = Server(people, tmp_path / "log", "--max-loras", "2", "--max-num-seqs", "16")
-    try:
+    with Server(people, tmp_path / "log", "--max-loras", "2", "--max-num-seqs", "16") as started:
         started.wait()
-        sampler, model = CheckedSampler(f"http://127.0.0.1:{started.port}"), _trained(people)
+        sampler = CheckedSampler(f"http://127.0.0.1:{started.port}")
+        plain = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(plain, str(people.folder), is_trainable=True)
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TRL: rollout_func is experimental
@@ -362,8 +343,6 @@ def test_after_every_step_of_grpo_the_sampler_has_the_trainers_policy(people: Pe
             trainer.train()
         assert sampler.steps == 3
         assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
-    finally:
-        started.stop()
 
 
 def test_an_engine_in_the_same_process_has_the_trainers_policy(people: People) -> None:
@@ -425,10 +404,8 @@ if __name__ == "__main__":
     file = people.folder / "colocated.py"
     file.write_text(script)
     extra = Path(PYTHON).parents[1] / "colocated"  # PEFT and TRL, which the servers above do without
-    found = _run(str(file), LORASB_BASIS=str(people.folder), PYTHONPATH=str(extra), VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    line = next((line for line in found.stdout.splitlines() if line.startswith("WORST ")), None)
-    assert line is not None, found.stderr[-3000:]
-    worst, different, checked = line.split()[1:]
+    variables = {"PYTHONPATH": str(extra), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    worst, different, checked = _printed("WORST ", file, LORASB_BASIS=str(people.folder), **variables).split()
     check(torch.tensor(float(worst)), torch.zeros(()), ENGINE)
     assert int(different) > 1
     assert int(checked) == 3 + 2 * 4
@@ -437,20 +414,10 @@ if __name__ == "__main__":
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 
-def _shell(command: str, folder: Path, **environment: str) -> str:
+def _shell(command: str, folder: Path) -> str:
     """Output of a command of the documentation, with the suite's programs."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-ec", command],
-        cwd=folder,
-        env={**os.environ, "PATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return python("-ec", command, cwd=folder, program="bash", PATH=path)
 
 
 @pytest.fixture
@@ -475,8 +442,7 @@ def test_the_commands_of_the_page_serve_a_trained_run(people: People, examples: 
     assert _shell(f"{model}\necho $MODEL", examples).strip() == lorasb.demo_model()
     assert serve.startswith("LORASB_BASIS=people/adapter VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve $MODEL --enable")
     options = serve.partition("--enable-lora ")[2].replace("people/", f"{examples}/people/").split()
-    started = Server(people, examples / "log", *options, basis=examples / "people" / "adapter")
-    try:
+    with Server(people, examples / "log", *options, basis=examples / "people" / "adapter") as started:
         started.wait()
         there = f"127.0.0.1:{started.port}"
         answer = json.loads(_shell(ask.replace("127.0.0.1:8000", there), examples))
@@ -484,8 +450,6 @@ def test_the_commands_of_the_page_serve_a_trained_run(people: People, examples: 
         assert "Success" in _shell(load.replace("127.0.0.1:8000", there), examples)
         answer = json.loads(_shell(ask.replace("127.0.0.1:8000", there).replace("ada", "grace"), examples))
         assert "Oslo" in answer["choices"][0]["message"]["content"]
-    finally:
-        started.stop()
 
 
 def test_a_run_by_reinforcement_samples_from_the_server(people: People, examples: Path) -> None:
@@ -493,8 +457,7 @@ def test_a_run_by_reinforcement_samples_from_the_server(people: People, examples
     model = ("MODEL", "smollm2-135m")
     _shell(f"lorasb{make} --samples 4".replace(*model).replace("examples", "people"), examples)
     assert "LORASB_BASIS=basis" in serve
-    started = Server(people, examples / "log", "--max-num-seqs", "16", basis=examples / "basis")
-    try:
+    with Server(people, examples / "log", "--max-num-seqs", "16", basis=examples / "basis") as started:
         started.wait()
         command = train.strip().replace(*model).replace("examples.jsonl", "people.jsonl --eval-data others.jsonl")
         command = command.replace("127.0.0.1:8000", f"127.0.0.1:{started.port}")
@@ -502,8 +465,6 @@ def test_a_run_by_reinforcement_samples_from_the_server(people: People, examples
         posts = started.log.read_text()
         assert posts.count('POST /v1/load_lora_adapter HTTP/1.1" 200') >= 4  # eight prompts, two a step
         assert posts.count('POST /v1/completions HTTP/1.1" 200') >= 4
-    finally:
-        started.stop()
 
 
 def test_tensor_parallel_ranks_have_their_shares(people: People) -> None:
@@ -524,23 +485,16 @@ if __name__ == "__main__":
 """
     file = people.folder / "ranks.py"
     file.write_text(script)
-    found = _run(str(file), LORASB_BASIS=str(people.folder), OMP_NUM_THREADS="1")
-    line = next((line for line in found.stdout.splitlines() if line.startswith("TOKENS ")), None)
-    assert line is not None, found.stderr[-3000:]
-    got = json.loads(line.removeprefix("TOKENS "))
+    got = json.loads(_printed("TOKENS ", file, LORASB_BASIS=str(people.folder), OMP_NUM_THREADS="1"))
     assert [row for row, one in zip(rows, got, strict=True) if not people.answer(*row).agrees(one)] == []
 
 
-def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script in vLLM's environment."""
-    return subprocess.run(
-        [PYTHON, *arguments],
-        env={**os.environ, **ENVIRONMENT, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+def _printed(word: str, *arguments: object, **environment: str) -> str:
+    """The rest of the line that begins with a word, which a script in vLLM's environment prints."""
+    done = attempt(*arguments, program=PYTHON, **ENVIRONMENT | environment)
+    line = next((line for line in done.stdout.splitlines() if line.startswith(word)), None)
+    assert line is not None, done.stderr[-3000:]
+    return line.removeprefix(word)
 
 
 def test_the_installed_vllm_has_every_name_and_a_lost_one_is_named(people: People) -> None:
@@ -572,18 +526,14 @@ for one in private.PRIVATE.values():
         setattr(one, name, value)
 print("every name")
 """
-    found = _run("-c", script, LORASB_BASIS=str(people.folder))
-    assert found.stdout.strip().endswith("every name"), found.stderr[-3000:]
+    _printed("every name", "-c", script, LORASB_BASIS=str(people.folder))
 
 
 def test_a_server_with_another_basis_does_not_start(people: People, tmp_path: Path) -> None:
     shutil.copytree(people.of(PEOPLE[0]), tmp_path / "alone")
-    started = Server(people, tmp_path / "log", basis=tmp_path / "alone")
-    try:
+    with Server(people, tmp_path / "log", basis=tmp_path / "alone") as started:
         assert started.process.wait(120) != 0
         assert "holds R alone" in started.log.read_text()
-    finally:
-        started.stop()
 
 
 def test_the_product_is_one_node_of_a_compiled_graph() -> None:
@@ -609,5 +559,4 @@ with override_forward_context(context):
     torch.testing.assert_close(call(x, y), want)
 print("one node")
 """
-    found = _run("-c", script)
-    assert found.stdout.strip().endswith("one node"), found.stderr[-3000:]
+    _printed("one node", "-c", script)
