@@ -164,14 +164,20 @@ class AdapterRowsCallback(TrainerCallback):
         self._batch: tuple[Sequence[str], Tensor, Tensor | int | None] | None = None  # of the forward that runs
 
     def on_train_begin(
-        self, args: TrainingArguments, *_: object, model: Any = None, optimizer: Optimizer | None = None, **rest: object
+        self,
+        args: TrainingArguments,
+        state: object,
+        control: object,
+        model: Any = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
     ) -> None:
         """Replace the loss; the trainer has loaded a checkpoint by now, which leaves one adapter to train."""
         _check(args)
         for parameter in (one for group in _groups(optimizer) for one in group["params"]):
             parameter.requires_grad_(True)
         # A run that an error ended has given nothing back: what it took is kept with the arguments and the model.
-        self.on_train_end(args, model=model)
+        self.on_train_end(args, state, control, model)
         self.max_norm = vars(args)[NORM] = args.max_grad_norm
         args.max_grad_norm = 0.0  # or the trainer would clip all of them as one
         self._labeled.clear()
@@ -180,7 +186,9 @@ class AdapterRowsCallback(TrainerCallback):
             model.register_forward_hook(self._put_loss),
         )
 
-    def on_pre_optimizer_step(self, *_: object, optimizer: Optimizer | None = None, **rest: object) -> None:
+    def on_pre_optimizer_step(
+        self, args: object, state: object, control: object, optimizer: Optimizer | None = None, **kwargs: object
+    ) -> None:
         """Make each adapter's gradient that of the mean over its tokens, and clip it."""
         groups, processes, tokens = _groups(optimizer), Processes(), Counter[str]()
         for names, labeled in self._labeled:
@@ -197,7 +205,9 @@ class AdapterRowsCallback(TrainerCallback):
         if self.max_norm:
             clip_by_adapter(groups, self.max_norm)
 
-    def on_train_end(self, args: TrainingArguments, *_: object, model: Any = None, **rest: object) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: object, control: object, model: Any = None, **kwargs: object
+    ) -> None:
         """Restore the model's loss and the trainer's clipping."""
         args.max_grad_norm = vars(args).pop(NORM, args.max_grad_norm)
         for hook in vars(model).pop(HOOKS, ()):

@@ -23,6 +23,8 @@ from lorasb.kernels import plan
 from lorasb.ops.calls import Operands
 from lorasb.utils.atomic_files import CACHE_VARIABLE
 
+auto = fused.or_eager(fused.forward, eager.eager_forward)
+
 
 def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Operands]:
     c = reference.make_case((20,), 24, 16, 4, dtype)
@@ -45,7 +47,6 @@ def break_kernels(monkeypatch: pytest.MonkeyPatch, error: Exception | None = Non
 
 
 def test_auto_computes_in_eager_and_says_why_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = fused.or_eager(fused.forward, eager.eager_forward)
     break_kernels(monkeypatch)
     with pytest.warns(RuntimeWarning, match=r"RuntimeError: ptxas: no such instruction.*eager torch computes instead"):
         y, u = auto(*arguments())
@@ -58,7 +59,6 @@ def test_auto_computes_in_eager_and_says_why_once(monkeypatch: pytest.MonkeyPatc
 
 def test_a_failure_stays_with_its_kernel_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another shape, and another kernel, are tried all the same: they may well run."""
-    auto = fused.or_eager(fused.forward, eager.eager_forward)
     with monkeypatch.context() as patch:
         break_kernels(patch)
         with pytest.warns(RuntimeWarning, match=r"for calls like this one \(forward, 24 features, torch\.float32\)"):
@@ -77,7 +77,6 @@ def test_a_failure_stays_with_its_kernel_and_shape(monkeypatch: pytest.MonkeyPat
 
 
 def test_auto_takes_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = fused.or_eager(fused.forward, eager.eager_forward)
     assert torch.equal(auto(*arguments())[0], fused.forward(*arguments())[0])
     monkeypatch.setattr(fused, "forward", None)
     assert torch.equal(auto(*arguments(torch.float64))[0], eager.eager_forward(*arguments(torch.float64))[0])
@@ -94,7 +93,7 @@ def test_an_explicit_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     break_kernels(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
-        fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
+        auto(*arguments())
     assert not fused._broken
 
 
@@ -110,7 +109,7 @@ def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPat
 def test_a_fault_of_the_device_is_no_reason_to_go_on(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     break_kernels(monkeypatch, RuntimeError(message))
     with pytest.raises(RuntimeError, match=r"fault of an earlier kernel.*CUDA_LAUNCH_BLOCKING=1"):
-        fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
+        auto(*arguments())
     assert not fused._broken
 
 
@@ -118,7 +117,7 @@ def test_a_first_call_that_is_captured_says_what_to_do(monkeypatch: pytest.Monke
     break_kernels(monkeypatch, RuntimeError("operation not permitted when stream is capturing"))
     monkeypatch.setattr(fused, "is_capturing", lambda: True)
     with pytest.raises(fused.CaptureError, match="call the model once with the same shapes before capturing"):
-        fused.or_eager(fused.forward, eager.eager_forward)(*arguments())
+        auto(*arguments())
     assert not fused._broken
 
 
@@ -129,11 +128,11 @@ def test_a_backward_by_eager_keeps_the_mask_of_a_forward_by_kernels(monkeypatch:
     y, u = fused.forward(x, operands)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     break_kernels(monkeypatch)
-    auto = fused.or_eager(fused.backward, eager.eager_backward)
+    backward = fused.or_eager(fused.backward, eager.eager_backward)
     for _ in range(2):  # the call that fails, and those that come after
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            dx, dcore = auto([dy], [u], operands, True, True)
+            dx, dcore = backward([dy], [u], operands, True, True)
         tolerances.check((dx * x).sum(), (dy * y).sum(), tolerances.fp32(2000))
         tolerances.check((dcore * core).sum(), (dy * y).sum(), tolerances.fp32(2000))
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from calls import check, dense, exact, plain, run
+from calls import check, check_halves, dense, exact, run
 from measuring import allocations, threads
 from reference import Case, make_case
 from storages import octets, storage, unrounded
-from tolerances import EXACT, HALF_FEW, POOL, check_half, fp32
+from tolerances import EXACT, HALF_FEW, POOL, fp32
 from tolerances import check as close
-from torch import Tensor
 
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear, quantized_linear
@@ -55,14 +54,9 @@ def test_fp32_is_exact_to_rounding(kernel: str, shape: tuple[int, int, int, bool
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 40, 90])
 def test_halves_are_as_near_as_the_chain(kernel: str, rows: int, dtype: torch.dtype) -> None:
-    parts: list[list[list[Tensor]]] = [[], [], []]
-    for seed in range(max(3, POOL // (rows * 64))):
-        case = make(storage(128, 192, "nf4", 64, seed % 2 == 1, dtype, seed), rows, 16, dtype, seed=seed)
-        for part, found in zip(parts, (run(case), plain(case), exact(case)), strict=True):
-            part.append(found)
-    ours, chain, truth = ([torch.cat([f[i].flatten().double() for f in part]) for i in range(3)] for part in parts)
-    for got, near, want in zip(ours, chain, truth, strict=True):
-        check_half(got, near, want)
+    seeds = range(max(3, POOL // (rows * 64)))
+    weights = [storage(128, 192, "nf4", 64, seed % 2 == 1, dtype, seed) for seed in seeds]
+    check_halves([make(weight, rows, 16, dtype, seed=seed) for seed, weight in enumerate(weights)])
 
 
 @pytest.mark.parametrize(
@@ -80,9 +74,7 @@ def test_halves_are_as_near_as_the_chain(kernel: str, rows: int, dtype: torch.dt
     ],
 )
 def test_halves_in_any_shape(kernel: str, rows: int, m: int, n: int, block: int, nested: bool, r: int) -> None:
-    case = make(storage(m, n, "nf4", block, nested), rows, r, torch.bfloat16)
-    for got, near, want in list(zip(run(case), plain(case), exact(case), strict=True))[: 3 if r * r >= POOL else 2]:
-        check_half(got, near, want)
+    check_halves([make(storage(m, n, "nf4", block, nested), rows, r, torch.bfloat16)])
 
 
 @pytest.mark.parametrize("block", [32, 128, 256, 512, 1024, 2048, 4096])

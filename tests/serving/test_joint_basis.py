@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_models import a_layer, base, fill, with_basis
-from models import batches_for, logits, make
+from basis_models import a_layer, answer, base, fill, with_basis
+from models import logits, make
 from peft import LoraConfig, PeftModel, get_peft_model
 from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
 from torch import Tensor
@@ -30,20 +30,14 @@ def deltas(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {layer: module.get_delta_weight(name).double() for layer, module in layers_with(model, name).items()}
 
 
-def outputs(model: PeftModel, name: str) -> Tensor:
-    model.set_adapter(name)
-    with torch.no_grad():
-        return logits(model.eval())
-
-
 def test_a_basis_of_twice_the_rank_keeps_everything() -> None:
     model = two()
-    wanted = {name: outputs(model, name) for name in ("ada", "grace")}
+    wanted = {name: answer(model, name) for name in ("ada", "grace")}
     shares = lorasb.share_basis(model, ["ada", "grace"], "both", r=8)
     for share in shares.overall.values():
         check(torch.tensor(share), torch.tensor(1.0), RANKS)
     for name, want in wanted.items():
-        check(outputs(model, name), want, MERGE)
+        check(answer(model, name), want, MERGE)
         assert a_layer(model, "both").lorasb_A[name] is a_layer(model, "both").lorasb_A["both"]
     assert not a_layer(model, "both").lorasb_R["both"].any()
 
@@ -119,7 +113,7 @@ def test_a_lora_in_the_basis_is_projected_without_a_loss(tmp_path: Path, options
         layers_with(model, "default")[layer].set_factors("default", update.left, torch.zeros(4, 4), update.right)
     lost = lorasb.project(model, tmp_path / "lora", "mine")
     assert lost < 1e-6
-    check(outputs(model, "mine"), want, MERGE)
+    check(answer(model, "mine"), want, MERGE)
 
 
 def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_path: Path) -> None:
@@ -130,15 +124,15 @@ def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_pat
     assert list(model.peft_config) == ["default"]
     lost = lorasb.project(model, tmp_path / "lora", "mine", most_lost=1.0)
     assert 0.9 < lost < 1.0
-    assert torch.isfinite(outputs(model, "mine")).all()
+    assert torch.isfinite(answer(model, "mine")).all()
 
 
 def test_an_exported_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
     model = two()
-    want = outputs(model, "ada")
+    want = answer(model, "ada")
     lorasb.export_lora(model, tmp_path / "lora", adapter_name="ada")
     assert lorasb.project(model, tmp_path / "lora", "again", basis="ada") < 1e-6
-    check(outputs(model, "again"), want, MERGE)
+    check(answer(model, "again"), want, MERGE)
 
 
 def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
@@ -160,7 +154,6 @@ def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'ada' is the basis of user: delete those first"):
         lorasb.share_basis(model, ["ada", "grace"], "both")
     assert set(model.peft_config) == {"ada", "grace", "user"}
-    assert batches_for("llama")
 
 
 def test_all_else_of_the_adapters_stays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -175,14 +176,14 @@ def trainer_for(model: PeftModel, folder: Path, **options: object) -> transforme
     return trainer
 
 
-class Evaluating(transformers.TrainerCallback):
-    """Evaluates after each step, while the callback has the training loss."""
+class AfterStep(transformers.TrainerCallback):
+    """Does something after each step."""
 
-    def __init__(self, trainer: transformers.Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action = action
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:
-        self.trainer.evaluate(examples()[:4])
+        self.action()
 
 
 def train_alone(model: PeftModel, name: str, steps: list[list[dict[str, object]]]) -> None:
@@ -275,17 +276,10 @@ def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
     assert all(torch.equal(cores(model, name)[0], before[name]) for name in NAMES)
 
 
-class Failing(transformers.TrainerCallback):
-    """Ends training by an error."""
-
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
-        raise KeyError("boom")
-
-
 def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     failed = trainer_for(model, tmp_path)
-    failed.add_callback(Failing())
+    failed.add_callback(AfterStep(lambda: {}["boom"]))
     with pytest.raises(KeyError, match="boom"):
         failed.train()
     again = trainer_for(model, tmp_path)
@@ -300,7 +294,7 @@ def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None
 def test_evaluation_has_the_models_own_loss(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     trainer = trainer_for(model, tmp_path, max_steps=1)
-    trainer.add_callback(Evaluating(trainer))
+    trainer.add_callback(AfterStep(lambda: trainer.evaluate(examples()[:4])))  # while it has the training loss
     trainer.train()
     batch = batch_of(4)
     with torch.no_grad():

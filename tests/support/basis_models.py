@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import llama
-from torch import nn
+from models import llama, logits
+from torch import Tensor, nn
 
 import lorasb
 from lorasb.layers.linear import LoRASBLinear
@@ -46,6 +46,12 @@ def saved(folder: Path, *names: str) -> Any:
     model = with_users(*names)
     model.save_pretrained(folder)
     return model
+
+
+def answer(model: Any, name: str) -> Tensor:
+    """The logits of a fixed batch by one adapter."""
+    model.set_adapter(name)
+    return logits(model.eval())
 
 
 def a_layer(model: nn.Module, name: str = "default") -> LoRASBLinear:

@@ -139,12 +139,16 @@ def few_of(dtype: torch.dtype) -> tolerances.Tolerance:
 def check_pooled(rows: int, n: int, m: int, r: int, dtype: torch.dtype, cores: bool = True, **options: Any) -> None:
     """y, dx and dR in 16 bits over as many seeds as a comparison needs; without `cores`, dR where these are enough."""
     seeds = -(-POOL // min(rows * n, rows * m, r * r if cores else POOL))
+    check_halves([reference.make_case((rows,), n, m, r, dtype, seed=seed, **options) for seed in range(seeds)])
+
+
+def check_halves(cases: Sequence[Case]) -> None:
+    """y, dx and, where these are enough to tell, dR of all cases together, in 16 bits."""
     pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
-    for seed in range(seeds):
-        case = reference.make_case((rows,), n, m, r, dtype, seed=seed, **options)
+    for case in cases:
         for pool, *values in zip(pools, run(case), plain(case), exact(case), strict=True):
             pool.append(tuple(value.reshape(-1) for value in values))
-    for pool in pools[: 3 if r * r * seeds >= POOL else 2]:
+    for pool in pools[: 3 if sum(case.core.numel() for case in cases) >= POOL else 2]:
         tolerances.check_half(*(torch.cat(part) for part in zip(*pool, strict=True)))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trainer_runs
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -86,23 +87,9 @@ def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
     model: Any = lorasb.patch(lorasb.quantize(base, storage=dtype) if options.bits == 4 else base, r=4)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     momentum = "momentum=0.9"  # plain SGD keeps no state, and torch loads none back under FSDP2, on whatever device
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4 // size,
-        max_steps=STEPS,
-        learning_rate=0.05,
-        optim="sgd",
-        optim_args=momentum,
-        lr_scheduler_type="constant",
-        save_steps=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-        dataloader_pin_memory=False,
-        max_grad_norm=0.0,
-    )
+    given = {"optim": "sgd", "optim_args": momentum, "lr_scheduler_type": "constant", "learning_rate": 0.05}
+    given |= {"max_steps": STEPS, "per_device_train_batch_size": 4 // size, "max_grad_norm": 0.0}
+    arguments = trainer_runs.arguments(folder, **given)
     init = lorasb.InitCallback(num_samples=8, lr=1e-2)
     if options.first:
         share = range(arguments.process_index, 8, arguments.world_size)  # asking for it starts the processes' group
