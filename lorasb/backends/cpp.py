@@ -176,11 +176,11 @@ def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
     return _flat(results)
 
 
-def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
+def times_core(left: Tensor, core: Tensor, index: Tensor | None, scale: float, transposed: bool) -> Tensor:
     """s·left_i R_kᵀ of every row, or s·left_i R_k, each R read in place; zero where k = -1."""
-    if torch.float64 in (left.dtype, cores.dtype):
-        return eager.times_cores(left, cores, index, scale, transposed)
-    return _csrc.times_cores(left, _dense(cores), index, scale, not transposed)
+    if index is None or torch.float64 in (left.dtype, core.dtype):
+        return eager.times_core(left, core, index, scale, transposed)
+    return _csrc.times_cores(left, _dense(core), index, scale, not transposed)
 
 
 def add_rows(y: Tensor, x: Tensor, a: Tensor, cores: Tensor, b: list[Tensor], first: list[int], index: Tensor) -> None:
@@ -228,9 +228,7 @@ def _storage(base: eager.Base) -> tuple[object, ...]:
 def _products(dtype: torch.dtype) -> eager.Products:
     """Products with an R for each row; the thin ones are torch's, except in 16 bits that it multiplies slowly."""
     widened = dtype != torch.float32 and serves(dtype)
-    return eager.Products(
-        _thin if widened else eager.thin, eager.times_core, times_cores, _extended, _extended_transposed
-    )
+    return eager.Products(_thin if widened else eager.thin, times_core, _extended, _extended_transposed)
 
 
 def register() -> None:

@@ -30,10 +30,9 @@ class Products(NamedTuple):
 
     # (rows [M, k], factor, transposed) -> rows factorᵀ, or rows factor, in rows' dtype or wider
     thin: Callable[[Tensor, Tensor, bool], Tensor]
-    # (left [M, r], R [r, r], scale, transposed) -> s·left Rᵀ, or s·left R
-    core: Callable[[Tensor, Tensor, float, bool], Tensor]
-    # (left [M, r], stack [K, r, r], index [k], scale, transposed) -> s·left_i R_kᵀ, or s·left_i R_k
-    cores: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor]
+    # (left [M, r], R [r, r], None, scale, transposed) -> s·left Rᵀ, or s·left R;
+    # (left, stack [K, r, r], index [k] of each row's R, scale, transposed) -> s·left_i R_kᵀ, or s·left_i R_k
+    core: Callable[[Tensor, Tensor, Tensor | None, float, bool], Tensor]
     # (rows [M, n], base, v [M, r], B [m, r], bias) -> x Wᵀ + v Bᵀ + bias
     extended: Callable[[Tensor, Base, Tensor, Tensor, Tensor | None], Tensor]
     # (rows [M, m], base, w [M, r], A [r, n], onto) -> dy W + w A, in place onto `onto` if given
@@ -50,7 +49,7 @@ def forward(products: Products, x: Tensor, operands: Operands) -> list[Tensor]:
             if one.seed is not None:
                 source = rows * keep_mask(rows.shape, operands.dropout, one.seed, x.device)
             u = products.thin(source, one.a, True)
-            v = _times_core(products, u, one, operands, True)
+            v = products.core(u, one.core, operands.row_index, _scale(one, operands), True)
             ys.append(shaped(products.extended(rows, one.base, v, one.b, one.bias), x))
             us.append(u if u.dtype == x.dtype else u.to(x.dtype))
     return ys + us
@@ -66,10 +65,11 @@ def backward(
         for dy, u, one in zip(dys, us, operands.members(), strict=True):
             rows = dy.reshape(-1, dy.shape[-1])
             t = products.thin(rows, one.b, False)
-            dcores.append(_core_gradient(t, u, one, operands) if need_dcores else one.core.new_empty((0,)))
+            given = one.core, operands.row_index, _scale(one, operands)
+            dcores.append(core_gradient(t, u, *given) if need_dcores else one.core.new_empty((0,)))
             if not need_dx:
                 continue
-            w = _times_core(products, t, one, operands, False)
+            w = products.core(t, *given, False)
             if one.seed is None:
                 dx = products.extended_transposed(rows, one.base, w, one.a, dx)
             else:
@@ -83,13 +83,6 @@ def _scale(one: Member, operands: Operands) -> float:
     return one.scaling if one.seed is None else one.scaling / kept(operands.dropout)
 
 
-def _times_core(products: Products, left: Tensor, one: Member, operands: Operands, transposed: bool) -> Tensor:
-    scale = _scale(one, operands)
-    if operands.row_index is None:
-        return products.core(left, one.core, scale, transposed)
-    return products.cores(left, one.core, operands.row_index, scale, transposed)
-
-
 def _masked_dx(products: Products, rows: Tensor, w: Tensor, one: Member, dropout: float) -> Tensor:
     """dy W + mask ∘ (w A): the mask applies to the adapter's part alone, so that is computed first."""
     part, seed = products.thin(w, one.a, False), cast(Tensor, one.seed)
@@ -97,13 +90,6 @@ def _masked_dx(products: Products, rows: Tensor, w: Tensor, one: Member, dropout
     part.mul_(keep_mask(part.shape, dropout, seed, rows.device))
     weight = dense(one.base, rows.shape[1], one.a.shape[1], rows.dtype)
     return part if weight is None else part.addmm_(rows, weight)
-
-
-def _core_gradient(t: Tensor, u: Tensor, one: Member, operands: Operands) -> Tensor:
-    scale = _scale(one, operands)
-    if operands.row_index is None:
-        return core_gradient(t, u, one.core, scale)
-    return core_gradients(t, u, one.core, operands.row_index, scale)
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
@@ -121,21 +107,19 @@ def thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
     return rows @ (factor.t() if transposed else factor)
 
 
-def times_core(left: Tensor, core: Tensor, scale: float, transposed: bool) -> Tensor:
-    """s·left Rᵀ, or s·left R, in left's dtype."""
+def times_core(left: Tensor, core: Tensor, index: Tensor | None, scale: float, transposed: bool) -> Tensor:
+    """s·left Rᵀ, or s·left R, in left's dtype; with an index each row's R is gathered, and zero where k = -1."""
+    if index is not None:
+        check_index(index, len(core))
+        if len(index) == 0 or len(left) == 0 or len(core) == 0:
+            return torch.zeros_like(left)
+        core = core.index_select(0, index.clamp(min=0).to(core.device))
     # the scaled R is rounded first, as the GEMM takes one dtype
     chosen = (core if scale == 1.0 else core * scale).to(left.dtype)
-    return left @ (chosen.t() if transposed else chosen)
-
-
-def times_cores(left: Tensor, cores: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
-    """s·left_i R_kᵀ of every row, or s·left_i R_k, each R gathered; zero where k = -1."""
-    check_index(index, len(cores))
-    if len(index) == 0 or len(left) == 0 or len(cores) == 0:
-        return torch.zeros_like(left)
-    chosen = cores.index_select(0, index.clamp(min=0).to(cores.device))
-    chosen = (chosen if scale == 1.0 else chosen * scale).to(left.dtype)
-    product = torch.bmm(left.view(len(index), -1, left.shape[1]), chosen.mT if transposed else chosen)
+    chosen = chosen.mT if transposed else chosen
+    if index is None:
+        return left @ chosen
+    product = torch.bmm(left.view(len(index), -1, left.shape[1]), chosen)
     if bool((index < 0).any()):
         product[(index < 0).to(left.device)] = 0.0
     return product.view_as(left)
@@ -169,17 +153,11 @@ def extended_transposed(rows: Tensor, base: Base, w: Tensor, a: Tensor, onto: Te
     return (rows @ weight if onto is None else onto.addmm_(rows, weight)).addmm_(w, a)
 
 
-def core_gradient(t: Tensor, u: Tensor, core: Tensor, scale: float) -> Tensor:
-    """dR = s·tᵀ u [r, r] in R's dtype, or of several R's at once, t and u [K, M, r]."""
-    # In bf16 the GEMM sums in fp32 and rounds once, as autograd would. In fp16 the sum over all tokens could overflow.
-    in_bf16 = t.dtype == torch.bfloat16
-    dcore = (t.mT @ u).to(core.dtype) if in_bf16 else t.to(core.dtype).mT @ u.to(core.dtype)
-    return dcore if scale == 1.0 else dcore.mul_(scale)
-
-
-def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: float) -> Tensor:
-    """dR_k = s·t_kᵀ u_k [K, r, r] in R's dtype, over the rows of k in their order, as if k were the only one."""
-    gradients = torch.zeros_like(cores)
+def core_gradient(t: Tensor, u: Tensor, core: Tensor, index: Tensor | None, scale: float) -> Tensor:
+    """dR = s·tᵀ u [r, r] in R's dtype; with an index dR_k [K, r, r] over its own rows, as if k were the only one."""
+    if index is None:
+        return _core_gradient(t, u, core, scale)
+    gradients = torch.zeros_like(core)
     order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows by adapter, those of none left out
     if len(order) == 0:
         return gradients
@@ -188,11 +166,19 @@ def core_gradients(t: Tensor, u: Tensor, cores: Tensor, index: Tensor, scale: fl
     t_rows, u_rows = (one.view(len(index), -1, one.shape[1]).index_select(0, rows) for one in (t, u))
     if bool((counts == counts[0]).all()):  # one batched product, where each adapter has as many rows
         t_rows, u_rows = (one.reshape(len(present), -1, one.shape[2]) for one in (t_rows, u_rows))
-        gradients[present.to(t.device)] = core_gradient(t_rows, u_rows, cores, scale)
+        gradients[present.to(t.device)] = _core_gradient(t_rows, u_rows, core, scale)
         return gradients
     for k, t_k, u_k in zip(present.tolist(), t_rows.split(counts.tolist()), u_rows.split(counts.tolist()), strict=True):
-        gradients[k] = core_gradient(t_k.flatten(0, 1), u_k.flatten(0, 1), cores, scale)
+        gradients[k] = _core_gradient(t_k.flatten(0, 1), u_k.flatten(0, 1), core, scale)
     return gradients
+
+
+def _core_gradient(t: Tensor, u: Tensor, core: Tensor, scale: float) -> Tensor:
+    """s·tᵀ u of one R, or of several at once, t and u [K, M, r]."""
+    # In bf16 the GEMM sums in fp32 and rounds once, as autograd would. In fp16 the sum over all tokens could overflow.
+    in_bf16 = t.dtype == torch.bfloat16
+    dcore = (t.mT @ u).to(core.dtype) if in_bf16 else t.to(core.dtype).mT @ u.to(core.dtype)
+    return dcore if scale == 1.0 else dcore.mul_(scale)
 
 
 _masks = threading.local()  # `philox` is set while eager computes in place of a Triton kernel
@@ -392,7 +378,7 @@ def transformed(
         return y if weight is None else y + functional.linear(x, weight)
 
 
-EAGER = Products(thin, times_core, times_cores, extended, extended_transposed)
+EAGER = Products(thin, times_core, extended, extended_transposed)
 eager_forward, eager_backward = partial(forward, EAGER), partial(backward, EAGER)
 KERNELS = kernels_of(eager_forward, eager_backward) | {
     "dequantize": Kernel(dequantize),

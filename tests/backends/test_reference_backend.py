@@ -22,16 +22,14 @@ def thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
     return torch.einsum("ik,jk->ij" if transposed else "ik,kj->ij", rows.double(), factor.double()).to(rows)
 
 
-def core(left: Tensor, r: Tensor, scale: float, transposed: bool) -> Tensor:
-    return thin(left, (r.double() * scale), transposed).to(left)
-
-
-def cores(left: Tensor, stack: Tensor, index: Tensor, scale: float, transposed: bool) -> Tensor:
-    eager.check_index(index, len(stack))
-    parts = left.view(len(index), -1, left.shape[1])
-    none = torch.zeros(stack.shape[1:], dtype=stack.dtype)
-    chosen = [stack[k] if k >= 0 else none for k in index.tolist()]
-    return torch.cat([core(part, r, scale, transposed) for part, r in zip(parts, chosen, strict=True)])
+def core(left: Tensor, r: Tensor, index: Tensor | None, scale: float, transposed: bool) -> Tensor:
+    if index is None:
+        return thin(left, r.double() * scale, transposed).to(left)
+    eager.check_index(index, len(r))
+    parts = zip(index.tolist(), left.view(len(index), -1, left.shape[1]), strict=True)
+    return torch.cat(
+        [core(part, r[k] if k >= 0 else torch.zeros_like(r[0]), None, scale, transposed) for k, part in parts]
+    )
 
 
 def extended(rows: Tensor, base: Base, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,7 +42,7 @@ def extended_transposed(rows: Tensor, base: Base, w: Tensor, a: Tensor, onto: Te
     return (dx if onto is None else onto.double() + dx).to(rows)
 
 
-NAIVE = Products(thin, core, cores, extended, extended_transposed)
+NAIVE = Products(thin, core, extended, extended_transposed)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "dropout", "group with dropout"])
