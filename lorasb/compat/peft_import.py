@@ -13,18 +13,14 @@ from types import ModuleType
 
 def after_peft(register: Callable[[], None]) -> None:
     """Call `register` now if peft is imported already, else right after the first `import peft`."""
-    _quiet_bitsandbytes()
+    # at its import by PEFT bitsandbytes warns of a kernel from the hub that lorasb does not use
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(lambda record: "kernels-community" not in record.getMessage())
     if "peft" in sys.modules:
         register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         # first in line, or the regular finder would answer for peft
         sys.meta_path.insert(0, _PeftFinder(register))
-
-
-def _quiet_bitsandbytes() -> None:
-    """Drop bitsandbytes' warning, at its import by PEFT, of a kernel from the hub that lorasb does not use."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.addFilter(lambda record: "kernels-community" not in record.getMessage())
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

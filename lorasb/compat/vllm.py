@@ -22,9 +22,8 @@ from . import Private, find
 VERIFIED = "vLLM 0.31 and 0.32"
 VERSIONS = ">=0.31,<0.33"
 _AS_LORA = "export the adapters (lorasb.export_lora) and serve them as plain LoRAs"
-_EXPORT = "the server does not start, and names what to install or how to export"
 _LAYERS, _WORKER, _MANAGER = "vllm.lora.layers", "vllm.lora.worker_manager", "vllm.lora.model_manager"
-_LINEAR = f"{_LAYERS}.base_linear.BaseLinearLayerWithLoRA"
+_PUNICA, _LINEAR = "vllm.lora.punica_wrapper.punica_base", f"{_LAYERS}.base_linear.BaseLinearLayerWithLoRA"
 _LRU = f"{_WORKER}.LRUCacheWorkerLoRAManager"
 # each holds a linear of vLLM; the other classes are of embeddings, heads, experts and sharded A's
 LAYERS = (
@@ -36,28 +35,23 @@ LAYERS = (
     "ReplicatedLinearWithLoRA",
 )
 PRIVATE = {
-    "classes": Private("vllm.lora.utils._all_lora_classes", "classes that vLLM puts in the place of linears", _EXPORT),
-    "create": Private(f"{_LINEAR}.create_lora_weights", "overridden: slots of R, without A and B", _EXPORT),
-    "set": Private(f"{_LINEAR}.set_lora", "overridden: writes R into a slot", _EXPORT),
-    "reset": Private(f"{_LINEAR}.reset_lora", "overridden: R = 0", _EXPORT),
-    "apply": Private(f"{_LINEAR}._apply_lora_to_output", "overridden: adds B R A x", _EXPORT),
-    "runner": Private(
-        "vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager", "replaced by a subclass", _EXPORT
-    ),
-    "load": Private(f"{_LRU}._load_adapter", "overridden: reads R from a folder", _EXPORT),
-    "activate": Private(
-        f"{_LRU}._apply_adapters", "overridden: does not copy the registry for every adapter of a step", _EXPORT
-    ),
-    "manager": Private(f"{_LRU}()._adapter_manager", "its `modules`, `packed_modules` and caches", _EXPORT),
-    "active": Private(f"{_MANAGER}.LoRAModelManager()._active_adapters", "which adapters are in slots", _EXPORT),
-    "registered": Private(f"{_MANAGER}.LoRAModelManager()._registered_adapters", "which adapters are loaded", _EXPORT),
-    "indices": Private(
-        "vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase()._token_lora_indices", "slot of every token", _EXPORT
-    ),
-    "stream": Private(f"{_LINEAR}()._enable_aux_cuda_stream", "set to False: the adapter follows the base", _EXPORT),
-    "map": Private(
-        "vllm.model_executor.models.utils.WeightsMapper._map_name", "names of layers that vLLM renames", _EXPORT
-    ),
+    key: Private(name, use, "the server does not start, and names what to install or how to export")
+    for key, name, use in (
+        ("classes", "vllm.lora.utils._all_lora_classes", "classes that vLLM puts in the place of linears"),
+        ("create", f"{_LINEAR}.create_lora_weights", "overridden: slots of R, without A and B"),
+        ("set", f"{_LINEAR}.set_lora", "overridden: writes R into a slot"),
+        ("reset", f"{_LINEAR}.reset_lora", "overridden: R = 0"),
+        ("apply", f"{_LINEAR}._apply_lora_to_output", "overridden: adds B R A x"),
+        ("runner", "vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager", "replaced by a subclass"),
+        ("load", f"{_LRU}._load_adapter", "overridden: reads R from a folder"),
+        ("activate", f"{_LRU}._apply_adapters", "overridden: does not copy the registry for every adapter of a step"),
+        ("manager", f"{_LRU}()._adapter_manager", "its `modules`, `packed_modules` and caches"),
+        ("active", f"{_MANAGER}.LoRAModelManager()._active_adapters", "which adapters are in slots"),
+        ("registered", f"{_MANAGER}.LoRAModelManager()._registered_adapters", "which adapters are loaded"),
+        ("indices", f"{_PUNICA}.PunicaWrapperBase()._token_lora_indices", "slot of every token"),
+        ("stream", f"{_LINEAR}()._enable_aux_cuda_stream", "set to False: the adapter follows the base"),
+        ("map", "vllm.model_executor.models.utils.WeightsMapper._map_name", "names of layers that vLLM renames"),
+    )
 }
 # parameters of what is called or overridden, as far as they are used
 SIGNATURES = {

@@ -138,15 +138,18 @@ def _setup(ctx: Context, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _save(ctx, x, operands, us)
 
 
-def _derivative(owner: str) -> Callable[..., tuple[object, ...]]:
+def _derivative(owner: str, serves: bool = False) -> Callable[..., tuple[object, ...]]:
+    """The formula of an owner's op, or with `serves` of the one whose result is y alone."""
     op = registry.backward_op(owner)
 
-    def backward(ctx: Context, grads: Sequence[Tensor | None]) -> tuple[object, ...]:
+    def backward(ctx: Context, grads: Any) -> tuple[object, ...]:
         if torch.is_grad_enabled():  # x is not saved, and no graph could lead from dR to it
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         base, biases, *_, need_dcores = ctx.rest
         count = len(need_dcores)
-        dx, dcores = _gradients(op, ctx, grads[:count])
+        dx, dcores = _gradients(op, ctx, [grads] if serves else grads[:count])
+        if serves:
+            return dx, None, None, dcores[0], None, None, None
         none = [None] * count
         return dx, [None] * base, None, none, dcores, none, [None] * biases, *(None,) * 4
 
@@ -162,18 +165,6 @@ def _serve_setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, a, core, b, _, scaling = inputs
     base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()
     _save(ctx, x, Operands(base, DENSE, [a], [core], [b], [], [scaling]), [u])
-
-
-def _serve_derivative(owner: str) -> Callable[..., tuple[object, ...]]:
-    op = registry.backward_op(owner)
-
-    def backward(ctx: Context, dy: Tensor | None) -> tuple[object, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
-        dx, (dcore,) = _gradients(op, ctx, [dy])
-        return dx, None, None, dcore, None, None, None
-
-    return backward
 
 
 def _forward_fake(x: Tensor, *given: Any) -> list[Tensor]:
@@ -202,7 +193,7 @@ def _define() -> None:
         forward, backward, serve = (f"lorasb::{registry.op_name(op, owner)}" for op in (OP, BACKWARD_OP, SERVE_OP))
         library = registry.library
         torch.library.register_autograd(forward, _derivative(owner), setup_context=_setup, lib=library)
-        torch.library.register_autograd(serve, _serve_derivative(owner), setup_context=_serve_setup, lib=library)
+        torch.library.register_autograd(serve, _derivative(owner, True), setup_context=_serve_setup, lib=library)
         # a formula that raises gives double backward a clear error
         torch.library.register_autograd(backward, _raise_second_derivative, lib=library)
 

@@ -30,9 +30,7 @@ _current: ContextVar[str] = ContextVar("lorasb_backend", default="")  # set by `
 _latest = ""
 _from_environment = ""  # value of LORASB_BACKEND, once read
 # By backend: returns the reason why it cannot run here, or None. Registration replaces Triton's entry.
-_missing: dict[str, Callable[[], str | None]] = {
-    "triton": lambda: "this build of lorasb has no Triton kernels",
-}
+_missing: dict[str, Callable[[], str | None]] = {"triton": lambda: "this build of lorasb has no Triton kernels"}
 
 
 def op_name(op: str, backend: str) -> str:
@@ -68,10 +66,8 @@ def register_backend(
     missing: Callable[[], str | None] | None = None,  # the reason why the backend cannot run here, or None if it can
 ) -> None:
     """Register a backend's kernels by op and dispatch key, under its own ops and those of `auto`."""
-    for owner, table, dispatch_keys in (
-        (name, kernels, keys),
-        ("auto", auto or kernels, keys if auto_keys is None else auto_keys),
-    ):
+    of_auto = "auto", auto or kernels, keys if auto_keys is None else auto_keys
+    for owner, table, dispatch_keys in ((name, kernels, keys), of_auto):
         for op, kernel in table.items():
             for key in dispatch_keys:
                 library.impl(op_name(op, owner), kernel.op, key)
@@ -92,13 +88,13 @@ def register_loaded(name: str, kernels: dict[str, Function], missing: Callable[[
     _missing[name] = missing
     if missing() is None:
         for op, kernel in kernels.items():
-            _kernels["CPU"][op_name(op, name)] = _kernels["CPU"][op_name(op, "auto")] = kernel
-        direct_kernels.cache_clear()
+            for owner in (name, "auto"):
+                _record(op_name(op, owner), kernel, ("CPU",))
 
 
-def direct_kernel(op: str, backend: str, key: str = "CPU") -> Function | None:
-    """The kernel that the dispatcher chooses for plain tensors of a device in `DIRECT`; None if there is none."""
-    return _kernels[key].get(op_name(op, backend))
+def direct_kernel(op: str, backend: str) -> Function | None:
+    """The kernel that the dispatcher chooses for plain tensors on a CPU; None if there is none."""
+    return _kernels["CPU"].get(op_name(op, backend))
 
 
 class Kernels(NamedTuple):

@@ -221,22 +221,19 @@ class AdapterBank:
             ValueError: more adapters at a time than may be resident.
         """
         distinct = list(dict.fromkeys(name for name in names if name != BASE_ROW))
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock:
             unknown = [name for name in distinct if name not in self]
             if unknown:
                 raise KeyError(self._unknown(unknown))
             self._in_use.update(distinct)
-            try:
+        try:
+            with self._lock, torch.inference_mode(False), torch.no_grad():
                 for name in distinct:
                     if name not in self._slots:
                         self._make_room()
                         self._fill(name, self._waiting[name])
                     self._slots.move_to_end(name)
-            except BaseException:
-                self._in_use.subtract(distinct)
-                raise
-            slots = [-1 if name == BASE_ROW else self._slots[name] for name in names]
-        try:
+                slots = [-1 if name == BASE_ROW else self._slots[name] for name in names]
             yield slots
         finally:
             with self._lock:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..checkpoints import shared_factors
-from ..checkpoints.adapter_file import check_factors, read_cores
+from ..checkpoints.adapter_file import Shapes, check_factors, read_cores
 from ..checkpoints.shared_factors import DIGEST
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, PEFT_PREFIX, WEIGHTS_NAME
@@ -128,8 +128,7 @@ def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis
     digest = shared_factors.digest(frozen_factors(layers, basis))
     scalings = {layer: module.adapters[basis].scaling for layer, module in layers.items()}
     cores = {name: read_cores(folder / name, digest, scalings) for name in names}  # all, before the model changes
-    ranks = {layer: module.adapters[basis].r for layer, module in layers.items()}
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {layer: {CORE: (r, r)} for layer, r in ranks.items()}
+    shapes: dict[str, Shapes] = {layer: {CORE: (m.adapters[basis].r,) * 2} for layer, m in layers.items()}
     for found in cores.values():
         check_factors({layer: {CORE: core} for layer, core in found.items()}, shapes)
     add_adapters(model, [name for name in names if name not in model.peft_config], basis=basis)

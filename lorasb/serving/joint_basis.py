@@ -108,24 +108,21 @@ def _joined(layers: Mapping[str, AdaptedLayer], adapters: Sequence[str], ranks: 
 
 def _move_onto(model: Any, adapters: Sequence[str], name: str, joint: Joint) -> KeptShares:
     """Give an adapter B, A and R = 0, and others the same B and A, and R by projection."""
-    energies: dict[str, list[Energies]] = {adapter: [] for adapter in adapters}
-    shares = KeptShares({adapter: {} for adapter in adapters})
+    kept: dict[str, dict[str, Energies]] = {adapter: {} for adapter in adapters}
     for layer, module in layers_with(model, name).items():
         updates, b, a = joint[layer]
         r, scaling = module.adapters[name].r, module.adapters[name].scaling
         module.set_factors(name, b, torch.zeros(r, r), a)
         for adapter, update in zip(adapters, updates, strict=True):
-            core, kept = _projected(update, module, name)
-            energies[adapter].append(kept)
-            shares.by_layer[adapter][layer] = share_of([kept])
+            core, kept[adapter][layer] = _projected(update, module, name)
             module.move_to_basis(adapter, name, core / scaling)
-    shares.overall = {adapter: share_of(kept) for adapter, kept in energies.items()}
     for adapter in adapters:
         config, of_basis = model.peft_config[adapter], model.peft_config[name]
         for name_of_field in ("init", "lora_alpha", "scaling", "wide_factors", "r", "rank_pattern"):
             setattr(config, name_of_field, copy.deepcopy(getattr(of_basis, name_of_field)))
         config.basis = name
-    return shares
+    by_layer = {adapter: {layer: share_of([pair]) for layer, pair in found.items()} for adapter, found in kept.items()}
+    return KeptShares(by_layer, {adapter: share_of(found.values()) for adapter, found in kept.items()})
 
 
 def joint_factors(updates: Sequence[Update], r: int) -> tuple[Tensor, Tensor]:
