@@ -143,45 +143,30 @@ def test_what_transformers_loads_is_marked(tmp_path: Path) -> None:
 def test_launches_are_prepared_with_tested_versions_of_triton_alone(
     version: str, verified: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached = private_triton.installed, private_triton.is_verified
-    for one in cached:
-        one.cache_clear()
     monkeypatch.setattr(private_triton, "version", lambda package: version)
-    assert private_triton.is_verified() is verified
-    for one in cached:
-        one.cache_clear()
+    monkeypatch.setattr(private_triton, "installed", private_triton.installed.__wrapped__)
+    assert private_triton.is_verified.__wrapped__() is verified
 
 
 def test_experts_of_another_kind_are_told_apart() -> None:
     """By transformers' own flags: other layouts, biases and gates keep their forward."""
     experts: Any = make("mixtral").get_submodule("model.layers.0.mlp.experts")
     assert private_transformers.computes_like_mixtral(experts)
-    for flag, value in private_transformers.LIKE_MIXTRAL.items():
-        setattr(experts, flag, not value)
-        assert not private_transformers.computes_like_mixtral(experts), flag
-        setattr(experts, flag, value)
-    type(experts)._apply_gate, gate = lambda self, x: x, type(experts)._apply_gate
-    try:
-        assert not private_transformers.computes_like_mixtral(experts)
-    finally:
-        type(experts)._apply_gate = gate
+    changes = [(experts, flag, not value) for flag, value in private_transformers.LIKE_MIXTRAL.items()]
+    for holder, name, value in (*changes, (type(experts), "_apply_gate", lambda self, x: x)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(holder, name, value, raising=False)
+            assert not private_transformers.computes_like_mixtral(experts), name
 
 
-def test_an_unknown_version_of_triton_is_asked_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private_triton, "is_verified", lambda: False)
-    monkeypatch.setattr(private_triton, "_runtime", lambda: pytest.fail("its hooks may be of another kind"))
-    assert not private_triton.may_repeat(SimpleNamespace(device_caches={}))
-
-
-@pytest.mark.parametrize(
-    ("hook", "observed"), [(None, False), ("chain", False), ("profiler", True), ("function", True)]
-)
+@pytest.mark.parametrize("version_is_known", [True, False])
+@pytest.mark.parametrize("hook", [None, SimpleNamespace(calls=[]), SimpleNamespace(calls=[print]), print])
 def test_launches_that_something_observes_are_ordinary(
-    hook: str | None, observed: bool, monkeypatch: pytest.MonkeyPatch
+    hook: Any, version_is_known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hooks are added to a chain; some tools assign a function in its place."""
-    chains = {"chain": SimpleNamespace(calls=[]), "profiler": SimpleNamespace(calls=[print]), "function": print}
-    hooks = SimpleNamespace(launch_enter_hook=chains.get(hook or ""), launch_exit_hook=SimpleNamespace(calls=[]))
-    monkeypatch.setattr(private_triton, "is_verified", lambda: True)
-    monkeypatch.setattr(private_triton, "_runtime", lambda: hooks)
-    assert private_triton.may_repeat(SimpleNamespace(device_caches={})) is not observed
+    """Hooks are added to a chain; some tools assign a function in its place. An unknown version may have others."""
+    hooks = SimpleNamespace(launch_enter_hook=hook, launch_exit_hook=SimpleNamespace(calls=[]))
+    monkeypatch.setattr(private_triton, "is_verified", lambda: version_is_known)
+    monkeypatch.setattr(private_triton, "_runtime", lambda: hooks if version_is_known else pytest.fail("asked"))
+    observed = hook is print or (hook is not None and bool(hook.calls))
+    assert private_triton.may_repeat(SimpleNamespace(device_caches={})) is (version_is_known and not observed)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from basis_models import with_users
+from basis_models import inputs, with_users
 from linear_groups import groups
 from models import batches_for
 from peft import PeftModel
@@ -25,9 +25,8 @@ CALLS: tuple[list[str] | None, ...] = (["ada", "grace"], ["__base__", "emmy"], N
 
 
 def call(model: PeftModel, names: list[str] | None) -> Tensor:
-    batch = {key: value for key, value in batches_for("llama")[0].items() if key != "labels"}
     with torch.no_grad():
-        return model(**batch) if names is None else model(**batch, adapter_names=names)
+        return model(**inputs(), **({} if names is None else {"adapter_names": names})).logits
 
 
 @pytest.mark.parametrize(("in_bank", "interval"), [(False, 0.005), (True, 0.005), (False, 1e-5)])
@@ -40,12 +39,12 @@ def test_each_thread_has_its_own_rows(in_bank: bool, interval: float) -> None:
         for name in NAMES:
             model.delete_adapter(name)
             bank.add(name, cores[name])
-    wanted = [call(model, names).logits for names in CALLS]
+    wanted = [call(model, names) for names in CALLS]
     barrier = threading.Barrier(len(CALLS))
 
     def serve(i: int) -> bool:
         barrier.wait()
-        return all(torch.equal(call(model, CALLS[i]).logits, wanted[i]) for _ in range(20))
+        return all(torch.equal(call(model, CALLS[i]), wanted[i]) for _ in range(20))
 
     before = sys.getswitchinterval()
     try:
@@ -63,12 +62,12 @@ def test_generation_in_a_thread_of_its_own() -> None:
     model = with_users(*NAMES)
     prompts = torch.randint(3, 99, (2, 4), generator=torch.Generator().manual_seed(0))
     options: dict[str, object] = {"input_ids": prompts, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    want, plain = model.generate(**options, adapter_names=["ada", "emmy"]), call(model, None).logits
+    want, plain = model.generate(**options, adapter_names=["ada", "emmy"]), call(model, None)
     found: list[Tensor] = []
     thread = threading.Thread(target=lambda: found.append(model.generate(**options, adapter_names=["ada", "emmy"])))
     thread.start()
     while thread.is_alive():
-        assert torch.equal(call(model, None).logits, plain)
+        assert torch.equal(call(model, None), plain)
     thread.join()
     assert torch.equal(found[0], want)
 

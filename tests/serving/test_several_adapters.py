@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from models import batches_for, text
 from peft import PeftModel
 from tolerances import FP32_NORMS, FP64, check
 from torch import Tensor
-from trainer_runs import arguments
+from trainer_runs import At, arguments
 
 import lorasb
 from lorasb.layers.lookup import layers_with
@@ -176,16 +175,6 @@ def trainer_for(model: PeftModel, folder: Path, **options: object) -> transforme
     return trainer
 
 
-class AfterStep(transformers.TrainerCallback):
-    """Does something after each step."""
-
-    def __init__(self, action: Callable[[], object]) -> None:
-        self.action = action
-
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
-        self.action()
-
-
 def train_alone(model: PeftModel, name: str, steps: list[list[dict[str, object]]]) -> None:
     """One adapter over its own rows of each step, by a loop that knows nothing of the others."""
     model.set_adapter(name)
@@ -279,7 +268,7 @@ def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
 def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     failed = trainer_for(model, tmp_path)
-    failed.add_callback(AfterStep(lambda: {}["boom"]))
+    failed.add_callback(At(1, lambda: {}["boom"]))
     with pytest.raises(KeyError, match="boom"):
         failed.train()
     again = trainer_for(model, tmp_path)
@@ -294,7 +283,7 @@ def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None
 def test_evaluation_has_the_models_own_loss(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     trainer = trainer_for(model, tmp_path, max_steps=1)
-    trainer.add_callback(AfterStep(lambda: trainer.evaluate(examples()[:4])))  # while it has the training loss
+    trainer.add_callback(At(1, lambda: trainer.evaluate(examples()[:4])))  # while it has the training loss
     trainer.train()
     batch = batch_of(4)
     with torch.no_grad():

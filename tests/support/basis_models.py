@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from models import llama, logits
+from models import Batch, batches_for, llama, logits
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorasb
+from lorasb.constants import WEIGHTS_NAME
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
 
@@ -48,10 +51,24 @@ def saved(folder: Path, *names: str) -> Any:
     return model
 
 
+def inputs() -> Batch:
+    """A batch of two rows without labels."""
+    return {name: value for name, value in batches_for("llama", 1)[0].items() if name != "labels"}
+
+
 def answer(model: Any, name: str) -> Tensor:
     """The logits of a fixed batch by one adapter."""
     model.set_adapter(name)
     return logits(model.eval())
+
+
+def rewrite(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor | None]]) -> None:
+    """Change tensors of an adapter's file, given the key and value of its first R; None removes one."""
+    file = folder / WEIGHTS_NAME
+    tensors = load_file(file)
+    changed = tensors | change(*next(item for item in tensors.items() if item[0].endswith("lorasb_R")))
+    kept = {key: value.contiguous() for key, value in changed.items() if value is not None}
+    save_file(kept, file, metadata={"format": "pt"})
 
 
 def a_layer(model: nn.Module, name: str = "default") -> LoRASBLinear:

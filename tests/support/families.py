@@ -13,17 +13,18 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 
 def causal(family: str, **more: object) -> nn.Module:
     """A language model of a family whose configuration has Llama's names."""
-    config = getattr(transformers, f"{family}Config")(num_key_value_heads=2, pad_token_id=0, **SIZES, **more)
+    config = getattr(transformers, f"{family}Config")(**SIZES | {"num_key_value_heads": 2, "pad_token_id": 0} | more)
     return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def encoder(family: str, task: str = "ForSequenceClassification", **more: object) -> nn.Module:
+    """A model of a family whose configuration has BERT's names."""
+    config = getattr(transformers, f"{family}Config")(**SIZES | {"num_labels": 3, "max_position_embeddings": 64} | more)
+    return getattr(transformers, f"{family}{task}")(config)
 
 
 def llama(**more: object) -> nn.Module:
     return causal("Llama", tie_word_embeddings=True, **more)
-
-
-def roberta() -> nn.Module:
-    config = transformers.RobertaConfig(max_position_embeddings=64, num_labels=3, pad_token_id=1, **SIZES)
-    return transformers.RobertaForSequenceClassification(config)
 
 
 def gpt2() -> nn.Module:
@@ -45,11 +46,6 @@ def gemma3() -> nn.Module:
     return transformers.Gemma3ForCausalLM(config)
 
 
-def bert() -> nn.Module:
-    config = transformers.BertConfig(max_position_embeddings=64, num_labels=3, **SIZES)
-    return transformers.BertForSequenceClassification(config)
-
-
 def opt(**more: object) -> nn.Module:
     config = transformers.OPTConfig(
         hidden_size=32,
@@ -64,13 +60,6 @@ def opt(**more: object) -> nn.Module:
     return transformers.OPTForCausalLM(config)
 
 
-def deberta() -> nn.Module:
-    config = transformers.DebertaV2Config(
-        max_position_embeddings=64, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"], **SIZES
-    )
-    return transformers.DebertaV2ForSequenceClassification(config)
-
-
 def vit() -> nn.Module:
     sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
     config = transformers.ViTConfig(image_size=16, patch_size=4, num_labels=3, **sizes)
@@ -81,7 +70,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "gemma2": partial(causal, "Gemma2", head_dim=16, sliding_window=8),
-    "roberta": roberta,
+    "roberta": partial(encoder, "Roberta", pad_token_id=1),
     "gpt2": gpt2,
     "mistral": partial(causal, "Mistral", sliding_window=8),
     "qwen3": partial(causal, "Qwen3", head_dim=16),
@@ -89,8 +78,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "t5": t5,
     "qwen2": partial(causal, "Qwen2", tie_word_embeddings=True),
     "gemma3": gemma3,
-    "bert": bert,
-    "deberta": deberta,
+    "bert": partial(encoder, "Bert"),
+    "deberta": partial(encoder, "DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
     "vit": vit,
     "mixtral": partial(causal, "Mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": partial(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from processes import attempt
+from trainer_runs import At
 from transformers import TrainerCallback
 
 from lorasb.app import train
@@ -43,17 +44,6 @@ def assert_same(folder: Path, other: Path) -> None:
     assert summary(folder) == summary(other)
     assert (folder / "answers.json").read_bytes() == (other / "answers.json").read_bytes()
     assert not (folder / "checkpoints").exists()
-
-
-class At(TrainerCallback):
-    """Does something after a step."""
-
-    def __init__(self, step: int, action: Any) -> None:
-        self.step, self.action = step, action
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            self.action()
 
 
 def add(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:

@@ -105,9 +105,8 @@ def call_of(case: Case, library: ctypes.CDLL) -> Callable[[], list[Recorded]]:
 
     n, r = case.x[-1], case.r
     x = tensor(*case.x).requires_grad_()
-    weights, a, b = (
-        [tensor(*s) for s in shapes] for shapes in zip(*(((m, n), (r, n), (m, r)) for m in case.out), strict=True)
-    )
+    weights = [tensor(m, n) for m in case.out]
+    a, b = [tensor(r, n) for _ in case.out], [tensor(m, r) for m in case.out]
     cores = [torch.randn(r, r, generator=generator).requires_grad_() for _ in case.out]
     biases = [tensor(m) for m in case.out] if case.bias else []
     grads = [tensor(*case.x[:-1], m) for m in case.out]
@@ -177,7 +176,6 @@ def faulty(bind: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main() -> None:
-    """Compare all cases, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path)
     parser.add_argument("--arch", default="sm_86")

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
-from families import SIZES
+from families import encoder
 from models import make, text
 from torch import Tensor, nn
 from unfolded_models import TARGETS, Net
 from unfolded_models import batch as net_batch
 
 
-def bert(task: str, labels: int = 3) -> nn.Module:
+def bert(task: str, **more: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.BertConfig(**SIZES, max_position_embeddings=64, num_labels=labels)
-    return getattr(transformers, f"Bert{task}")(config).eval()
+    return encoder("Bert", task, **more).eval()
 
 
 class Mlp(nn.Module):
@@ -35,24 +33,13 @@ class Mlp(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of model.
-
-    Attributes:
-        make: the base, in evaluation mode, the same at every call.
-        inputs: keyword arguments of a forward.
-        read: the tensor of its result.
-        targets: modules that are adapted.
-        task: PEFT's task type.
-    """
-
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], dict[str, Any]]
-    read: Callable[[Any], Tensor]
-    targets: list[str]
-    task: str | None = None
+    make: Callable[[], nn.Module]  # the base, in evaluation mode, the same at every call
+    inputs: Callable[[], dict[str, Any]]  # keyword arguments of a forward
+    read: Callable[[Any], Tensor]  # the tensor of its result
+    targets: list[str]  # modules that are adapted
+    task: str | None = None  # PEFT's task type
 
     def out(self, model: nn.Module) -> Tensor:
-        """What the model makes of the inputs."""
         return self.read(model(**self.inputs()))
 
 
@@ -78,7 +65,7 @@ KINDS = {
         lambda: bert("ForTokenClassification"), ids, lambda y: y.logits, ATTENTION, "TOKEN_CLS"
     ),
     "question answering": Kind(
-        lambda: bert("ForQuestionAnswering", 2), ids, lambda y: y.start_logits, ATTENTION, "QUESTION_ANS"
+        lambda: bert("ForQuestionAnswering", num_labels=2), ids, lambda y: y.start_logits, ATTENTION, "QUESTION_ANS"
     ),
     "feature extraction": Kind(
         lambda: bert("Model"), ids, lambda y: y.last_hidden_state, ATTENTION, "FEATURE_EXTRACTION"

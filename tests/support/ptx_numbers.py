@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from fractions import Fraction
 from typing import Any
@@ -43,17 +42,9 @@ def nearest(exact: Fraction) -> int:
     if exact == 0:
         return 0
     sign, size = (0x80000000, -exact) if exact < 0 else (0, exact)
-    exponent = max(-126, math.floor(math.log2(size)) if size < 2**1000 else 200)
-    while size >= Fraction(2) ** (exponent + 1):
+    exponent = max(-126, size.numerator.bit_length() - size.denominator.bit_length() - 1)
+    if size >= Fraction(2) ** (exponent + 1):
         exponent += 1
-    while exponent > -126 and size < Fraction(2) ** exponent:
-        exponent -= 1
-    units = size / Fraction(2) ** (exponent - 23)
-    whole = math.floor(units)
-    rest = units - whole
-    whole += rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1)
-    if whole == 1 << 24:
-        whole, exponent = 1 << 23, exponent + 1
-    if exponent > 127:
-        return sign | 0x7F800000
-    return sign | (whole if whole < 1 << 23 else (exponent + 127 << 23) + (whole - (1 << 23)))
+    # a subnormal number lacks the leading 1 that the sum takes for a part of the exponent, and a carry adds one to it
+    bits = (exponent + 126 << 23) + round(size / Fraction(2) ** (exponent - 23))
+    return sign | min(bits, 0x7F800000)

@@ -8,6 +8,7 @@ from pathlib import Path
 import environment  # noqa: F401  before anything reads it
 import torch
 import transformers
+from families import llama
 
 WORDS = ["one", "two", "three", "four", "red", "blue", "green", "cat", "dog", "tree"]
 
@@ -26,19 +27,7 @@ def make_tiny(folder: Path) -> Path:
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(vocabulary),
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    llama(vocab_size=len(vocabulary), eos_token_id=1, bos_token_id=None).save_pretrained(folder)
     return folder
 
 

@@ -35,13 +35,11 @@ def model_for(way: str) -> nn.Module:
 
 def shard(model: Any, way: str) -> nn.Module:
     """As `way` says, over the processes there are."""
-    if not dist.is_initialized():
-        return model
-    if way.startswith("ddp"):
-        return model  # wrapped after the initialization, as Trainer does
-    for block in model.get_base_model().model.layers:
-        fully_shard(block)
-    fully_shard(model)
+    if dist.is_initialized() and not way.startswith(
+        "ddp"
+    ):  # which is wrapped after the initialization, as Trainer does
+        for block in (*model.get_base_model().model.layers, model):
+            fully_shard(block)
     return model
 
 

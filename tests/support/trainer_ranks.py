@@ -28,18 +28,6 @@ STEPS = 6
 ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(24)]
 
 
-class Kill(transformers.TrainerCallback):
-    """The last rank's process ends without a word once a step is done."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        if state.global_step == self.step and args.process_index == args.world_size - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def shard_on_cpus() -> None:
     """accelerate takes FSDP for GPUs only: let it go the same way on CPUs."""
     before = AcceleratorState.__init__
@@ -60,9 +48,7 @@ def parse(given: Sequence[object] | None = None) -> argparse.Namespace:
     parser.add_argument("--kill", type=int, default=0)
     parser.add_argument("--cut", type=Path, help="train here too, after the whole run, and be killed")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument(
-        "--first", action="store_true", help="initialize before the Trainer is made, as DeepSpeed wants"
-    )
+    parser.add_argument("--first", action="store_true", help="initialize before the Trainer, as DeepSpeed wants")
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     return parser.parse_args(None if given is None else [str(one) for one in given])
@@ -73,10 +59,8 @@ def main() -> None:
     options = parse()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpus()
-    if options.cut is None:
-        run(options.folder, options, options.kill)
-    else:
-        run(options.folder, options)
+    run(options.folder, options, 0 if options.cut else options.kill)
+    if options.cut:
         run(options.cut, options, options.kill)
 
 
@@ -94,7 +78,9 @@ def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
     if options.first:
         share = range(arguments.process_index, 8, arguments.world_size)  # asking for it starts the processes' group
         lorasb.initialize(model, [text(1, 12, seed) for seed in share], lr=1e-2, progress=False)
-    callbacks = [init, *([Kill(kill)] if kill else [])]
+    callbacks = [init]
+    if kill and arguments.process_index == arguments.world_size - 1:  # ends without a word
+        callbacks.append(trainer_runs.At(kill, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=options.resume or None)

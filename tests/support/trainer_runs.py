@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,17 @@ import transformers
 from models import text
 
 ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(12)]
+
+
+class At(transformers.TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.action()
 
 
 def usual(folder: Path) -> dict[str, Any]:

@@ -39,9 +39,8 @@ def run(batches: list[Batch], shard: bool = False, **options: Any) -> dict[str, 
     """Initialize; what every rank found, and the energies."""
     model = lorasb.patch(make("llama"), r=4)
     if shard:
-        for block in model.get_base_model().model.layers:
+        for block in (*model.get_base_model().model.layers, model):
             fully_shard(block)
-        fully_shard(model)
     report = lorasb.initialize(model, batches, lr=1e-3, **{"progress": False} | options)
     layers = [module for module in model.modules() if isinstance(module, LoRASBLinear)]
     if shard:
@@ -50,16 +49,9 @@ def run(batches: list[Batch], shard: bool = False, **options: Any) -> dict[str, 
     dist.all_gather_object(every, digest(model))
     model.train()
     model(**SAMPLES[0]).loss.backward()
-    return {
-        "digests": every,
-        "strategy": report.strategy,
-        "num_samples": report.num_samples,
-        "loss": report.loss,
-        "energy_sign": [layer.energy_sign for layer in report.layers],
-        "energy_grad": [layer.energy_grad for layer in report.layers],
-        "zeros": [layer.zeros for layer in report.layers],
-        "stability": report.stability,
-    }
+    found = {name: getattr(report, name) for name in ("strategy", "num_samples", "loss", "stability")}
+    of_layers = ("energy_sign", "energy_grad", "zeros")
+    return found | {"digests": every} | {name: [getattr(one, name) for one in report.layers] for name in of_layers}
 
 
 def error_of(call: Callable[[], Any]) -> dict[str, Any]:
@@ -79,11 +71,6 @@ def broken(rank: int) -> list[Batch]:
     return SAMPLES[:2] if rank == 0 else [{"input_ids": torch.zeros(1, 3), "labels": torch.zeros(2, 3)}]
 
 
-def unlabeled(batches: list[Batch]) -> list[Batch]:
-    """Batches without labels."""
-    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-
-
 def failing(rank: int) -> Callable[[nn.Module, Batch], torch.Tensor]:
     """A loss after which rank 1's first block cannot be computed again."""
 
@@ -97,12 +84,13 @@ def failing(rank: int) -> Callable[[nn.Module, Batch], torch.Tensor]:
 
 
 def main() -> None:
-    """Run every case."""
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     even, uneven = SAMPLES[rank::2], SAMPLES[:4] if rank == 0 else SAMPLES[4:]
     cache = folder / "signs.safetensors"
+
+    unlabeled = [{key: value for key, value in batch.items() if key != "labels"} for batch in even]
 
     def share() -> Any:
         """A stream of everything on one rank and of nothing on the other."""
@@ -129,7 +117,7 @@ def main() -> None:
         "sharded accumulate": lambda: run(uneven, shard=True, strategy="accumulate"),
         "too many": lambda: error_of(lambda: run(even, num_samples=9)),
         "broken": lambda: error_of(lambda: run(broken(rank))),
-        "no labels": lambda: error_of(lambda: run(unlabeled(even) if rank else even, strategy="accumulate")),
+        "no labels": lambda: error_of(lambda: run(unlabeled if rank else even, strategy="accumulate")),
         "no memory": lambda: error_of(lambda: run(even, memory_budget=1e3 if rank else 1e9, strategy="layerwise")),
         "in a block": lambda: error_of(lambda: run(even, loss_fn=failing(rank))),
         "not finite": lambda: error_of(lambda: run(even, loss_fn=lambda m, b: m(**b).loss * float(1 + 9e38 * rank))),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasb
@@ -77,14 +76,9 @@ def answers(model: Any, prompt: list[int], rows: Sequence[str] | None) -> list[A
             return_dict_in_generate=True,
             **options,
         )
-    leads = torch.stack([_lead(scores) for scores in out.scores], dim=1)
-    tokens = out.sequences[:, len(prompt) :]
+    best = torch.stack([scores.topk(2).values for scores in out.scores], dim=1)
+    tokens, leads = out.sequences[:, len(prompt) :], best[..., 0] - best[..., 1]
     return [Answer(row.tolist(), lead.tolist()) for row, lead in zip(tokens, leads, strict=True)]
-
-
-def _lead(scores: Tensor) -> Tensor:
-    best = scores.topk(2).values
-    return best[:, 0] - best[:, 1]
 
 
 def plain_model(model: Any, name: str) -> Any:

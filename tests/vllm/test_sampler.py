@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from basis_models import fill, with_basis
+from basis_models import a_layer, fill, with_basis
 from safetensors.torch import load_file
 from tolerances import EXACT, check
 
@@ -30,16 +30,15 @@ class Server:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[dict[str, str]] = []
         self.status, self.answer = 200, {"choices": []}  # type: ignore[var-annotated]
-        asked, headers, server = self.asked, self.headers, self
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                asked.append((self.path, body))
-                headers.append(dict(self.headers))
-                text = (
-                    "Success" if self.path.endswith("adapter") and server.status == 200 else json.dumps(server.answer)
-                )
+                server.asked.append((self.path, body))
+                server.headers.append(dict(self.headers))
+                loaded = self.path.endswith("adapter") and server.status == 200
+                text = "Success" if loaded else json.dumps(server.answer)
                 self.send_response(server.status)
                 self.end_headers()
                 self.wfile.write(text.encode())
@@ -179,9 +178,7 @@ def test_what_cannot_be_sent_is_refused(server: Server) -> None:
     with pytest.raises(ValueError, match=r"expected the address of a vLLM server or a vllm.LLM, got a int"):
         lorasb.VLLMSampler(8000)
     sharded = model()
-    next(iter(layers_with(sharded, "default").values())).lorasb_R["default"].data = torch.empty(
-        0
-    )  # as ZeRO-3 leaves it
+    a_layer(sharded).lorasb_R["default"].data = torch.empty(0)  # as ZeRO-3 leaves it
     with pytest.raises(ValueError, match="got shards of it"):
         lorasb.sync_to_vllm(sharded, server.address)
     fresh = lorasb.patch(with_basis().unload(), r=4)
