@@ -30,22 +30,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # to 5 times as long as in fp32 forward and about 100 times backward; the extension widens W to fp32 panel by panel.
 LARGE_WEIGHT = 1 << 21  # elements of W; from here on the extension is faster in fp32 (measured on two Zen 3 cores)
 EXTENSION_OPS = (
-    "instruction_set",
-    "instruction_sets",
-    "use_instruction_set",
-    "serves",
-    "max_unpacked_tokens",
-    "dense_linear",
-    "dense_linear_backward",
-    "dense_group",
-    "dense_group_backward",
-    "quantized_linear",
-    "quantized_linear_backward",
-    "linear_rows",
-    "thin_product",
-    "times_cores",
-    "add_rows",
-    "extended_product",
+    *("instruction_set", "instruction_sets", "use_instruction_set", "serves", "max_unpacked_tokens"),
+    *("dense_linear", "dense_linear_backward", "dense_group", "dense_group_backward"),
+    *("quantized_linear", "quantized_linear_backward", "linear_rows"),
+    *("thin_product", "times_cores", "add_rows", "extended_product"),
 )
 # Ops whose kernels the extension registers itself.
 OPS = ("dequantize", "gradient_add", "gradient_signs", "serve_quantized")
@@ -58,8 +46,7 @@ _csrc = SimpleNamespace()
 
 def library() -> Path | None:
     """Path of the extension built for this Python; None if there is none."""
-    folder = Path(__file__).parents[1]
-    candidates = (folder / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    candidates = (Path(__file__).parents[1] / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -171,8 +158,9 @@ def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
     by_torch = bool(operands.base) and not operands.is_quantized and not serves(x.dtype, operands.base)
     results = []
     for one in operands.members():
+        base = (None, *one.base) if isinstance(one.base, tuple) else (one.base, [], list(DENSE))
         given = one.a, _dense(one.core), one.b, one.bias, operands.row_index, one.scaling, by_torch
-        results.append(_csrc.linear_rows(x, *_storage(one.base), *given))
+        results.append(_csrc.linear_rows(x, *base, *given))
     return _flat(results)
 
 
@@ -220,7 +208,7 @@ def _extended_transposed(rows: Tensor, base: eager.Base, w: Tensor, a: Tensor, o
     return dx if onto is None else onto.add_(dx)
 
 
-def _storage(base: eager.Base) -> tuple[object, ...]:
+def _storage(base: Tensor | tuple[list[Tensor], list[int]]) -> tuple[object, ...]:
     return (None, *base) if isinstance(base, tuple) else (base, [], list(DENSE))
 
 

@@ -28,10 +28,7 @@ BACKWARD_PRE_HOOKS, BACKWARD_HOOKS = "_backward_pre_hooks", "_backward_hooks"
 DISPATCHED = "every call goes through PyTorch's dispatcher"
 PRIVATE = {
     "any_autocast": Private(
-        "torch._C._is_any_autocast_enabled",
-        "skips the query per device",
-        "autocast is queried per device",
-        _always,
+        "torch._C._is_any_autocast_enabled", "skips the query per device", "autocast is queried per device", _always
     ),
     "dispatch_modes": Private(
         "torch._C._len_torch_dispatch_stack",

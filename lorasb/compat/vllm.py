@@ -27,12 +27,8 @@ _PUNICA, _LINEAR = "vllm.lora.punica_wrapper.punica_base", f"{_LAYERS}.base_line
 _LRU = f"{_WORKER}.LRUCacheWorkerLoRAManager"
 # each holds a linear of vLLM; the other classes are of embeddings, heads, experts and sharded A's
 LAYERS = (
-    "ColumnParallelLinearWithLoRA",
-    "MergedColumnParallelLinearWithLoRA",
-    "QKVParallelLinearWithLoRA",
-    "MergedQKVParallelLinearWithLoRA",
-    "RowParallelLinearWithLoRA",
-    "ReplicatedLinearWithLoRA",
+    *("ColumnParallelLinearWithLoRA", "MergedColumnParallelLinearWithLoRA", "RowParallelLinearWithLoRA"),
+    *("QKVParallelLinearWithLoRA", "MergedQKVParallelLinearWithLoRA", "ReplicatedLinearWithLoRA"),
 )
 PRIVATE = {
     key: Private(name, use, "the server does not start, and names what to install or how to export")
@@ -129,20 +125,12 @@ def _define_op() -> None:
     register(op_name="lorasb_add", op_func=lorasb_add, mutates_args=["y"], fake_impl=fake)
 
 
-class _SlotsOfCores:
+_OfVLLM: Any = object  # for vLLM's class, which comes after this one among the parents and has the other attributes
+
+
+class _SlotsOfCores(_OfVLLM):
     """A parent of vLLM's linears with LoRA, before them: slots of R."""
 
-    base_layer: Any
-    punica_wrapper: Any
-    input_size: int
-    output_size: int
-    output_slices: tuple[int, ...]
-    n_slices: int
-    tp_size: int
-    device: torch.device
-    register_buffer: Callable[..., None]
-    slice_lora_a: Callable[[Any], Any]
-    slice_lora_b: Callable[[Any], Any]
     slots: Any  # `lorasb.vllm.slots.CoreSlots`; None in a layer that the basis does not have
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
@@ -208,12 +196,10 @@ _IN_SLOT = object()  # in the place of an adapter's R that a slot has, and nothi
 _LEFT = SimpleNamespace(lora_a=_IN_SLOT, lora_b=_IN_SLOT)
 
 
-class _Manager:
+class _Manager(_OfVLLM):
     """A parent of vLLM's manager of a worker's adapters, before it."""
 
     lorasb_parts: Parts
-    lora_config: Any
-    _adapter_manager: Any
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
         """Wrap the layers that the basis has, and give each its A and B."""
@@ -226,7 +212,7 @@ class _Manager:
         factors = {self.places[name]: pair for name, pair in basis.factors.items()}
         if config.target_modules is None:  # no slots for embeddings and the head
             config.target_modules = sorted({name.rpartition(".")[2] for name in factors})
-        adapted = super().create_lora_manager(model, vllm_config)  # type: ignore[misc]
+        adapted = super().create_lora_manager(model, vllm_config)
         manager, covered = self._adapter_manager, set()
         for name, module in manager.modules.items():
             parts = manager.packed_modules.get(name, [name])
@@ -261,13 +247,14 @@ class _Manager:
         for name, core in self.lorasb_parts.read_cores(folder, self.basis, dtype).items():
             place, r = self.places[name], core.shape[0]
             loras[place] = weights(place, r, r, core, nothing, scaling=1)
-        loaded = _vllm("lora.lora_model").LoRAModel(lora_request.lora_int_id, self.basis.r, loras)
+        rank = max(len(a) for a, _ in self.basis.factors.values())
+        loaded = _vllm("lora.lora_model").LoRAModel(lora_request.lora_int_id, rank, loras)
         loaded.has_cores = True  # unlike those of the warm-up, which share their weights
         return loaded
 
     def add_adapter(self, lora_request: Any) -> bool:
         """Load an adapter if it is not there. Where every loaded adapter has a slot, no second copy is kept."""
-        loaded: bool = super().add_adapter(lora_request)  # type: ignore[misc]
+        loaded: bool = super().add_adapter(lora_request)
         manager = self._adapter_manager
         adapter = manager.get_adapter(lora_request.lora_int_id)
         if manager.capacity == manager.lora_slots and hasattr(adapter, "has_cores"):

@@ -21,11 +21,6 @@ class Basis(NamedTuple):
     factors: dict[str, tuple[Tensor, Tensor]]  # layer -> A [r, in], B [out, r]
     fingerprint: dict[str, str]  # sampled weights of the base model, by layer; empty if the adapter has none
 
-    @property
-    def r(self) -> int:
-        """The largest rank of a layer."""
-        return max(len(a) for a, _ in self.factors.values())
-
 
 def read_basis(folder: Path) -> Basis:
     """Read A and B from a basis (`lorasb basis make`) or from any adapter that has its own.
