@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 from calls import KINDS, make_call, run
+from tolerances import check_equal
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,8 +39,7 @@ def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, m
         torch.manual_seed(1)
         results.append(run(*cases, **options, dropout=0.5 if kind == "dropout" else 0.0))
         by_the_op(monkeypatch)
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
+    check_equal(*results)
 
 
 @pytest.mark.parametrize("constant", [False, True])

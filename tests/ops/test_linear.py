@@ -6,23 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import calls
 import pytest
 import reference
 import tolerances
 import torch
-from calls import (
-    FEW,
-    INDEX,
-    KINDS,
-    check,
-    check_dropout_follows_the_global_seed,
-    check_pooled,
-    exact,
-    make_call,
-    opcheck,
-    outputs,
-    run,
-)
+from calls import FEW, INDEX, KINDS, check, check_pooled, exact, make_call, outputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measuring import kept_for_backward
@@ -107,8 +96,7 @@ def test_any_number_of_dimensions(composed: bool, shape: tuple[int, ...]) -> Non
 )
 def test_any_shape(shape: tuple[int, ...], n: int, m: int, rank: int, bias: bool, scaling: float, seed: int) -> None:
     case = reference.make_case(shape, n, m, min(rank, n, m), torch.float64, bias, scaling, seed)
-    for result, want in zip(run(case), exact(case), strict=True):
-        tolerances.check(result, want, tolerances.FP64)
+    tolerances.check(run(case), exact(case), tolerances.FP64)
 
 
 def test_non_contiguous_x_and_dy(composed: bool) -> None:
@@ -119,8 +107,7 @@ def test_non_contiguous_x_and_dy(composed: bool) -> None:
     x = wide[..., ::2].transpose(0, 1).detach()
     assert not x.is_contiguous()
     case.dy = case.dy.transpose(0, 1).contiguous().transpose(0, 1)
-    for got, expected in zip(run(case, x=x), want, strict=True):
-        tolerances.check(got, expected, tolerances.fp32(24))
+    tolerances.check(run(case, x=x), want, tolerances.fp32(24))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +148,7 @@ def test_opcheck(kind: str, backend: str) -> None:
     cases, options = make_call(of, torch.bfloat16 if kind == "nf4" else torch.float32, (), 16, 8, 3)
     if "dropout" in kind:
         options = {"dropout": 0.5, "seeds": torch.arange(7, 7 + len(cases))}
-    opcheck(backend, *cases, frozen=kind.removeprefix("frozen ") if "frozen" in kind else "", **options)
+    calls.opcheck(backend, *cases, frozen=kind.removeprefix("frozen ") if "frozen" in kind else "", **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -185,8 +172,7 @@ def test_bitwise_repeatable(composed: bool, dtype: torch.dtype) -> None:
     case = reference.make_case((33,), 96, 80, 16, dtype)
     first = run(case)
     for _ in range(249):
-        for got, want in zip(run(case), first, strict=True):
-            assert torch.equal(got, want)
+        tolerances.check_equal(run(case), first)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -247,8 +233,7 @@ def test_compiles_without_a_graph_break_and_checks_an_index_there_too(
             results.append([y.detach(), *torch.autograd.grad(y.sum(), (x, *cores))])
             with torch.no_grad():
                 results[-1] += [call(*given_)] if kind in ("dense", "nf4") and not dynamic else []
-        for plain, traced in zip(*results, strict=True):
-            assert torch.equal(plain, traced)
+        tolerances.check_equal(*results)
     if index is not None:
         with pytest.raises(IndexError, match=r"expected index in \[-1, 3\).*got 3"):
             compiled(x, cores, index[:rows] + 1)
@@ -275,12 +260,11 @@ def test_a_groups_masks_are_those_of_separate_calls(backend: str, dtype: torch.d
     together = run(*cases, backend=backend, dropout=0.4)
     torch.manual_seed(5)
     ys, dxs, dcores = zip(*(run(case, backend=backend, dropout=0.4) for case in cases), strict=True)
-    for one, other in zip(together, (*ys, dxs[0] + dxs[1] + dxs[2], *dcores), strict=True):
-        assert torch.equal(one, other)
+    tolerances.check_equal(together, (*ys, dxs[0] + dxs[1] + dxs[2], *dcores))
 
 
 def test_dropout_follows_the_global_seed() -> None:
-    check_dropout_follows_the_global_seed(reference.make_case((8,), 16, 8, 4, torch.float32))
+    calls.check_dropout_follows_the_global_seed(reference.make_case((8,), 16, 8, 4, torch.float32))
 
 
 Change = Callable[[reference.Case], dict[str, Any]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from quantized_models import quantized
 from safetensors.torch import load_file, save_file
-from tolerances import BF16_FEW, EXACT, MERGE, Tolerance, check
+from tolerances import BF16_FEW, EXACT, MERGE, Tolerance, check, check_equal
 from torch import Tensor
 
 import lorasb
@@ -322,9 +323,7 @@ def test_every_layer_has_its_own_entries_whatever_their_ranks(pattern: dict[str,
     assert len({c.r for c in bank.columns.values()}) == (3 if pattern else 1)
     given = cores_of(bank)
     bank.add("ada", {name: core.T for name, core in given.items()})
-    found = bank.cores("ada")
-    assert found.keys() == given.keys()
-    assert all(torch.equal(found[name], core.T) for name, core in given.items())
+    check_equal(bank.cores("ada"), {name: core.T for name, core in given.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -351,15 +350,11 @@ CPU = torch.device("cpu")
 
 def mapping_of(address: int) -> tuple[str, str]:
     """Permissions of the mapping that holds an address, and its flags."""
-    permissions, inside = "", False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if not first.endswith(":"):
-            start, end = (int(part, 16) for part in first.split("-"))
-            inside = start <= address < end
-            permissions = rest[0] if inside else permissions
-        elif inside and first == "VmFlags:":
-            return permissions, " ".join(rest)
+    for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
+        places, permissions, *_ = mapping.split()
+        start, end = (int(place, 16) for place in places.split("-"))
+        if start <= address < end:
+            return permissions, mapping.partition("VmFlags:")[2]
     raise LookupError(hex(address))
 
 

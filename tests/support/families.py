@@ -47,16 +47,14 @@ def gemma3() -> nn.Module:
 
 
 def opt(**more: object) -> nn.Module:
-    config = transformers.OPTConfig(
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=99,
-        word_embed_proj_dim=32,
-        max_position_embeddings=64,
-        **more,
-    )
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = transformers.OPTConfig(vocab_size=99, max_position_embeddings=64, **sizes, **more)
     return transformers.OPTForCausalLM(config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,15 +50,24 @@ def fp32(contraction: int) -> Tolerance:
     return Tolerance(1.3e-6, 5e-6 * math.sqrt(contraction), f"{contraction} fp32 products summed")
 
 
-def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
-    """Assert a row of the table, comparing in fp64."""
+Tensors = torch.Tensor | Sequence[torch.Tensor]
+
+
+def check(actual: Tensors, expected: Tensors, tolerance: Tolerance) -> None:
+    """Assert a row of the table, comparing in fp64: of two tensors, or of each pair of two sequences."""
+    if not isinstance(actual, torch.Tensor):
+        for one, other in zip(actual, expected, strict=True):
+            check(one, other, tolerance)
+        return
+    one, other = actual.double(), expected.double()
     torch.testing.assert_close(
-        actual.double(),
-        expected.double(),
-        rtol=tolerance.rtol,
-        atol=tolerance.atol,
-        msg=lambda m: f"{tolerance.why}: {m}",
+        one, other, rtol=tolerance.rtol, atol=tolerance.atol, msg=lambda m: f"{tolerance.why}: {m}"
     )
+
+
+def check_equal(actual: Tensors | dict[str, torch.Tensor], expected: Tensors | dict[str, torch.Tensor]) -> None:
+    """Assert the same values and dtypes."""
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:

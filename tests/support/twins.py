@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import peft
 import torch
 from adapters import layers
 from models import Batch, batches_for
-from tolerances import EXACT, EXPORT, MERGE, PROCESS_SUMS, check
+from tolerances import EXACT, EXPORT, MERGE, PROCESS_SUMS, check, check_equal
 from torch import Tensor, nn
 from trainer_runs import train
 
@@ -25,11 +25,6 @@ def factors(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name]
 
 
-def check_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    for one, other in zip(first, second, strict=True):
-        check(one, other, EXACT)
-
-
 def check_gradients(model: nn.Module, dense: nn.Module) -> None:
     """Loss and gradients are those of the dense base under the same factors."""
     twin = lorasb.patch(dense, r=4)
@@ -42,8 +37,7 @@ def check_gradients(model: nn.Module, dense: nn.Module) -> None:
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
     assert len(results[0]) == 15  # the loss and seven layers of two blocks
-    for one, other in zip(*results, strict=True):
-        check(one, other, PROCESS_SUMS)
+    check(*results, PROCESS_SUMS)
 
 
 def check_training(model: nn.Module) -> None:

@@ -64,18 +64,10 @@ def answers(model: Any, prompt: list[int], rows: Sequence[str] | None) -> list[A
     """Greedy answers to a prompt, one with the adapter of each row, by transformers; a plain model has no rows."""
     ids = torch.tensor([prompt] * (1 if rows is None else len(rows)))
     options: dict[str, Any] = {} if rows is None else {"adapter_names": list(rows)}
+    options |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_scores": True, "return_dict_in_generate": True}
     with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
-            do_sample=False,
-            pad_token_id=0,
-            output_scores=True,
-            return_dict_in_generate=True,
-            **options,
-        )
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     best = torch.stack([scores.topk(2).values for scores in out.scores], dim=1)
     tokens, leads = out.sequences[:, len(prompt) :], best[..., 0] - best[..., 1]
     return [Answer(row.tolist(), lead.tolist()) for row, lead in zip(tokens, leads, strict=True)]

@@ -315,24 +315,20 @@ def test_after_every_step_of_grpo_the_sampler_has_the_trainers_policy(people: Pe
         plain = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.float32)
         model = peft.PeftModel.from_pretrained(plain, str(people.folder), is_trainable=True)
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        sizes = {"max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12}
+        quiet = {
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TRL: rollout_func is experimental
             trainer = GRPOTrainer(
                 model=model,
                 reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-                args=GRPOConfig(
-                    output_dir=str(tmp_path / "run"),
-                    max_steps=3,
-                    per_device_train_batch_size=8,
-                    num_generations=4,
-                    max_completion_length=12,
-                    learning_rate=1e-2,
-                    report_to=[],
-                    use_cpu=True,
-                    bf16=False,
-                    save_strategy="no",
-                    gradient_checkpointing=False,
-                ),
+                args=GRPOConfig(output_dir=str(tmp_path / "run"), learning_rate=1e-2, **sizes, **quiet),
                 train_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS]),
                 processing_class=AutoTokenizer.from_pretrained(lorasb.demo_model(), padding_side="left"),
                 rollout_func=sampler,
