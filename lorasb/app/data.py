@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..utils.reading import parse_json, read_text
 from .settings import Settings
-from .tasks import HELD_OUT_SEED, BadAdapterError, Example, Row, generate, labeled, read_jsonl, text_of, with_adapter
+from .tasks import HELD_OUT_SEED, Example, Row, generate, labeled, read_jsonl, text_of, with_adapter
 
 
 def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
@@ -154,12 +154,11 @@ NAMED = {
 
 def read_data(name: str, score: str, held_out: bool = False, adapter_column: str | None = None) -> list[Example]:
     """The examples of a JSONL file, of a JSON list in Alpaca's form, or of a named data set."""
-    found = _file_or_source(name)
-    if isinstance(found, Path):
-        examples = _records(found, adapter_column) if found.suffix == ".json" else read_jsonl(found, adapter_column)
+    source = _file_or_source(name)
+    if isinstance(source, Path):
+        examples = _records(source, adapter_column) if source.suffix == ".json" else read_jsonl(source, adapter_column)
         score = _score_of_labels(examples) if score == "exact" else score
         return [replace(example, source=name, score=score) for example in examples]
-    source = found
     split = source.held_out if held_out else source.train
     if split is None:
         raise ValueError(f"{name} has no held-out split: name another set, or leave --eval-data out")
@@ -177,11 +176,10 @@ def check_names(settings: Settings) -> None:
 
 
 def _file_or_source(name: str) -> Path | Source:
-    path = Path(name)
-    if path.is_file():
-        return path
+    if Path(name).is_file():
+        return Path(name)
     if name not in NAMED:
-        raise ValueError(f"expected a JSONL file, found none at {path}; data sets by name are {', '.join(NAMED)}")
+        raise ValueError(f"expected a JSONL file, found none at {name}; data sets by name are {', '.join(NAMED)}")
     return NAMED[name]
 
 
@@ -205,8 +203,6 @@ def _records(path: Path, adapter_column: str | None) -> list[Example]:
         if not isinstance(rows, list) or not rows:
             raise TypeError(f"got {type(rows).__name__}" if rows else "it is empty")
         return [with_adapter(instructed(row), row, adapter_column, str(path)) for row in rows]
-    except BadAdapterError:
-        raise
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected a JSON list of objects with instruction and output ({error}), or a .jsonl file of "

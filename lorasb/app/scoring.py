@@ -18,13 +18,12 @@ ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last o
 NEXT_PROMPT = "### Instruction"  # a base model that does not stop continues with another prompt
 NUMBER = re.compile(r"[-+]?\s?\$?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)")
 CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\s?[1-5])\b")
-SYMBOLIC, LONGEST = "symbolic", 200  # characters of an expression that is parsed
+LONGEST = 200  # characters of an expression that is parsed
 STARTING, DEADLINE = 60.0, 3.0  # seconds for a process to import sympy, and for it to compare two expressions
 POINTS = (0.7, -1.3, 2.1)
 # A word is no product of its letters, and 3\\frac{1}{2} no product of 3 and a half.
 NOT_ONE_EXPRESSION = re.compile(r"^[A-Za-z]{2,}$|\d\\frac")
 _comparing: subprocess.Popen[str] | None = None
-BOXED = "\\boxed{"
 # Forms of one expression, in this order: units and sizes say nothing of its value.
 SAME_FORM = tuple(
     (re.compile(pattern), form)
@@ -48,27 +47,22 @@ def is_right(answer: str, completion: str, score: str) -> bool:
     """Return True if an answer matches the right completion."""
     find = SCORES[score]
     expected, found = find(completion), find(answer.split(NEXT_PROMPT)[0])
-    if score == SYMBOLIC and isinstance(expected, str) and isinstance(found, str):
-        return found == expected or equal_expressions(found, expected)
-    return expected is not None and found == expected
+    if expected is None or found is None:
+        return False
+    return found == expected or (score == "symbolic" and equal_expressions(str(found), str(expected)))
 
 
 def final_number(text: str) -> Fraction | None:
     """The first number after the last mark ("The answer is:", "####"); None without a mark or a number."""
-    marked = _after_mark(text)
-    found = NUMBER.search(marked) if marked is not None else None
-    if found is None:
-        return None
-    return _fraction(re.sub(r"[,$\s]", "", found.group()))
+    found = NUMBER.search(_after_mark(text))
+    return _fraction(re.sub(r"[,$\s]", "", found.group())) if found else None
 
 
 def expression(text: str) -> str | None:
     r"""The last \boxed{...}, or what follows the last mark up to a full stop, in one form; None without either."""
-    boxed = _last_boxed(text)
-    marked = _after_mark(text)
-    if boxed is None and marked is None:
-        return None
-    found = boxed if boxed is not None else str(marked).split(".\n")[0].strip().removesuffix(".")
+    found = _last_boxed(text)
+    if found is None:
+        found = _after_mark(text).split(".\n")[0].strip().removesuffix(".")
     for pattern, form in SAME_FORM:
         found = pattern.sub(form, found)
     number = _fraction(found)
@@ -147,21 +141,20 @@ def choice(text: str) -> str | None:
     return found.group().replace(" ", "") if found else None
 
 
-def _after_mark(text: str) -> str | None:
+def _after_mark(text: str) -> str:
+    """What follows the last mark; "" without one."""
     ends = [at + len(mark) for mark in ANSWER_MARKS if (at := text.rfind(mark)) >= 0]
-    return text[max(ends) :] if ends else None
+    return text[max(ends, default=len(text)) :]
 
 
 def _last_boxed(text: str) -> str | None:
     """Return the content of the last box, which may have nested braces."""
-    start = text.rfind(BOXED)
-    if start < 0:
-        return None
+    _, box, rest = text.rpartition("\\boxed{")
     depth = 1
-    for i in range(start + len(BOXED), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
+    for i, letter in enumerate(rest if box else ""):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
         if depth == 0:
-            return text[start + len(BOXED) : i]
+            return rest[:i]
     return None
 
 

@@ -13,7 +13,7 @@ from ..utils.reading import parse_json, read_text
 
 # reasoning-gym draws item i of a data set from seed + i, so the held-out set needs a seed far from the training set's.
 HELD_OUT_SEED = 10_000_000
-MAX_LABEL = 3e38  # of fp32
+MAX_LABEL = 3e38  # about the largest number that an fp32 tensor takes
 # A name is a folder, and a part of parameters' names, which have no dots.
 ADAPTER_NAME, TAKEN_NAMES = r"[\w@+-]+", ("default", BASE_ROW)
 MAX_ROUNDS = 20  # draws of `count` items before a task is taken to be too small
@@ -96,29 +96,24 @@ def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
 
 def read_jsonl(path: str | Path, adapter_column: str | None = None) -> list[Example]:
     """Read examples: one JSON object per line, with `prompt` and `completion`, `messages`, or `text` and `label`."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"expected a JSONL file, found none at {file}")
-    examples = []
     # Not splitlines(): it also splits at U+2028 and others, which may be unescaped in JSON strings.
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if line.strip():
-            examples.append(_read_line(line, f"{file}, line {number}", adapter_column))
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    examples = [_read_line(line, f"{path}, line {number}", adapter_column) for number, line in lines if line.strip()]
     if not examples:
-        raise ValueError(f"{file} holds no examples")
+        raise ValueError(f"{path} holds no examples")
     return examples
 
 
 def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
     try:
         values = parse_json(line, "")
-        return with_adapter(_example(values), values, adapter_column, where)
-    except BadAdapterError:
-        raise
+        example = _example(values)
     except KeyError as error:
         why = f"{error} is missing, got {', '.join(values)}"
     except (ValueError, TypeError) as error:
         why = str(error).removeprefix(": ")
+    else:
+        return with_adapter(example, values, adapter_column, where)
     raise ValueError(
         f"{where}: expected an object with prompt and completion, messages ending with the assistant's, or text and "
         f"label; {why}"
@@ -143,18 +138,9 @@ def text_of(values: Row, name: str) -> str:
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError(f"{name} has to be a text, got {str(value)[:60]!r} ({type(value).__name__})")
-    _check_number(value, name)
+    if not isinstance(value, str) and not -MAX_LABEL <= value <= MAX_LABEL:  # NaN, Infinity, 1e400
+        raise TypeError(f"{name} is a finite number, at most {MAX_LABEL:g}, got {value!r}")
     return str(value)
-
-
-def _check_number(value: Label, what: str) -> None:
-    """Raise a TypeError for a value that no loss or fp32 tensor can take: NaN, Infinity, 1e400."""
-    if not isinstance(value, str) and not -MAX_LABEL <= value <= MAX_LABEL:
-        raise TypeError(f"{what} is a finite number, at most {MAX_LABEL:g}, got {value!r}")
-
-
-class BadAdapterError(ValueError):
-    """An example's entry for its adapter is missing, or cannot name one."""
 
 
 def with_adapter(example: Example, values: Row, column: str | None, where: str) -> Example:
@@ -162,19 +148,16 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
     if column is None:
         return example
     if column not in values:
-        raise BadAdapterError(f"{where}: --adapter-column {column} is not there, got {', '.join(values)}")
+        raise ValueError(f"{where}: --adapter-column {column} is not there, got {', '.join(values)}")
     name = str(values[column])
     if name in TAKEN_NAMES or not re.fullmatch(ADAPTER_NAME, name):
-        raise BadAdapterError(
+        raise ValueError(
             f"{where}: expected an adapter's name in {column}, of letters, digits, - and _ and other than "
             f"{' and '.join(TAKEN_NAMES)}, got {name!r}"
         )
     return replace(example, adapter=name)
 
 
-def labeled(text: str, label: object, pair: str = "") -> Example:
+def labeled(text: str, label: Label, pair: str = "") -> Example:
     """A text, or a pair of texts, with its label."""
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise TypeError(f"a label is a text or a number, got {label!r}")
-    _check_number(label, "a label")
-    return Example(text, str(label), pair=pair, label=label, score="label")
+    return Example(text, text_of({"label": label}, "label"), pair=pair, label=label, score="label")
