@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ class Request:
 
 def patched(request: Request) -> PeftModel:
     """The patched model on the meta device."""
-    model = _on_meta(request.model, dtype_of(request))
+    model = on_meta(request.model, dtype_of(request))
     try:
         return lorasb.patch(model, r=request.r)
     except (ValueError, TypeError) as error:
@@ -120,7 +120,7 @@ def dtype_of(request: Request) -> torch.dtype:
     return native("cpu").dtype
 
 
-def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
+def on_meta(name: str, dtype: torch.dtype) -> nn.Module:
     """A model without memory, of the class that its checkpoint names."""
     try:
         config = transformers.AutoConfig.from_pretrained(resolve_model(name))
@@ -157,9 +157,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -183,8 +181,13 @@ class StepBytes:
     factors: int  # A and B
     cores: int  # R
     optimizer: int  # R's gradients and AdamW's moments
-    saved: int  # what the forward leaves for backward, with the logits
-    peak: int  # all of these that are alive at the worst moment, and temporaries
+    saved: int  # activations that the forward leaves for backward, with the logits
+    temporary: int  # what else is alive at the first step's worst moment
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the first step's worst moment, before AdamW has a state."""
+        return self.base + self.factors + self.cores + self.saved + self.temporary
 
 
 def count_step(model: PeftModel, batch: int, seq: int, checkpointing: bool = False) -> StepBytes:
@@ -207,15 +210,14 @@ def count_step(model: PeftModel, batch: int, seq: int, checkpointing: bool = Fal
         loss.backward()
         optimizer.step()
         del loss
-        return StepBytes(base, factors, cores, live.now - static, saved, live.peak)
+        temporary = live.peak - base - factors - cores - saved
+        return StepBytes(base, factors, cores, live.now - static, saved, temporary)
 
 
 class _GroupedProducts(TorchDispatchMode):
     """Experts' grouped products in any dtype, as a CPU computes them: torch's fake ones take bf16 alone."""
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         packet = getattr(func, "overloadpacket", None)
         if packet is None or packet is not getattr(torch.ops.aten, "_grouped_mm", None):
             return func(*args, **(kwargs or {}))
@@ -260,16 +262,10 @@ SAMPLES = 32  # of the initialization, unless there are more than 32,000 example
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes that a run needs, by what holds them, and seconds."""
+class MemoryPlan(StepBytes):
+    """Bytes that a run needs, by what holds them, with a base that is quantized if asked for; and seconds."""
 
     request: Request
-    base: int  # the base model, quantized if asked for
-    factors: int  # A and B
-    cores: int  # R
-    optimizer: int  # R's gradients and AdamW's moments
-    saved: int  # activations that the forward leaves for backward, logits included
-    temporary: int  # what else is alive at a step's worst moment
     scratch: int  # on a card, one dequantized weight, where the base has 4 bits
     context: int  # what CUDA takes on a card, or kernels keep on a CPU
     reserve: int  # what allocators hold beyond live tensors: a tenth of what a step adds to the model
@@ -284,8 +280,7 @@ class MemoryPlan:
     @property
     def step(self) -> int:
         """Peak bytes of a training step, with what allocators hold."""
-        live = self.base + self.factors + self.cores + self.optimizer + self.saved + self.temporary + self.scratch
-        return live + self.reserve + self.context
+        return self.peak + self.optimizer + self.scratch + self.reserve + self.context
 
     @property
     def needed(self) -> int:
@@ -323,9 +318,6 @@ def plan_memory(request: Request) -> MemoryPlan:
     dense = [weight.numel() * weight.element_size() for weight in quantized]
     packed = sum(round(weight.numel() * NF4_NESTED) + CODEBOOKS for weight in quantized)
     base = counted.base - sum(dense) + packed
-    static = counted.base + counted.factors + counted.cores
-    # AdamW's state is there from the second step on, at that one's worst moment
-    temporary = counted.peak - static - counted.saved
     available, context = psutil.virtual_memory().total, round(KERNELS)
     if request.card is not None:
         available, context = request.card.memory, round(CONTEXT)
@@ -339,16 +331,11 @@ def plan_memory(request: Request) -> MemoryPlan:
         shape = tokens, layer.out_features, layer.in_features
         speed = product_speed(*shape, dtype_of(request), torch.device("cpu")) * EFFICIENCY
     return MemoryPlan(
+        **asdict(counted) | {"base": base},
         request=request,
-        base=base,
-        factors=counted.factors,
-        cores=counted.cores,
-        optimizer=counted.optimizer,
-        saved=counted.saved,
-        temporary=temporary,
         scratch=max(dense, default=0) if request.card else 0,
         context=context,
-        reserve=round(RESERVE * (counted.saved + temporary + counted.optimizer)),
+        reserve=round(RESERVE * (counted.saved + counted.temporary + counted.optimizer)),
         initialization=initialization,
         available=available,
         trained=trained,
@@ -371,53 +358,41 @@ def smaller_plans(refused: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
         tried.append(smaller)
     for other in dict.fromkeys(tried):
         if other != request and (found := plan_memory(other)).fits:
-            yield _difference(request, other), found
+            options = {
+                f"--bits {other.bits}": other.bits != request.bits,
+                "--gradient-checkpointing": other.checkpointing != request.checkpointing,
+                f"--batch {other.batch}": other.batch != request.batch,
+                f"--seq {other.seq}": other.seq != request.seq,
+            }
+            yield " ".join(option for option, differs in options.items() if differs), found
             return
-
-
-def _difference(request: Request, other: Request) -> str:
-    """The options that differ, as they are typed."""
-    parts = []
-    if other.bits != request.bits:
-        parts.append(f"--bits {other.bits}")
-    if other.checkpointing and not request.checkpointing:
-        parts.append("--gradient-checkpointing")
-    for name in ("batch", "seq"):
-        if getattr(other, name) != getattr(request, name):
-            parts.append(f"--{name} {getattr(other, name)}")
-    return " ".join(parts)
 
 
 def _quantizable(model: Any) -> list[torch.Tensor]:
     """The weights that `lorasb.quantize` would put into 4 bits."""
     head = model.get_base_model().get_output_embeddings()
-    layers = {id(m.get_base_layer()): m.get_base_layer() for _, m in model.named_modules() if hasattr(m, "lorasb_R")}
-    names = {id(m): n for n, m in model.named_modules()}
+    layers = {name: m.get_base_layer() for name, m in model.named_modules() if hasattr(m, "lorasb_R")}
     return [
         layer.weight
-        for key, layer in layers.items()
-        if type(layer) is nn.Linear and layer is not head and names[key].split(".")[-2] not in LEFT_OUT
+        for name, layer in layers.items()
+        if type(layer) is nn.Linear and layer is not head and name.rpartition(".")[2] not in LEFT_OUT
     ]
 
 
 def _flops(work: Work, request: Request) -> float:
     """Operations of a step: 2 a weight and token in forward, 2 in backward for dx, none for dW, and attention's."""
     tokens = request.batch * request.seq
-    config = getattr(work.model, "config", None)
-    text = config.get_text_config() if config is not None else None
+    text = work.model.config.get_text_config()  # type: ignore[union-attr, operator]
     width, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
     weights = float(sum(layer.in_features * layer.out_features for layer in work.layers.values()))
-    weights += getattr(text, "vocab_size", 0) * width + _expert_weights(work.model, text)
+    weights += getattr(text, "vocab_size", 0) * width
+    # Experts' parameters are 3-D; a token goes through some of them.
+    stacked = sum(p.numel() for name, p in work.model.named_parameters() if p.dim() == 3 and "lorasb_" not in name)
+    if experts := next((n for field in EXPERTS if (n := getattr(text, field, None))), 0):
+        weights += stacked * getattr(text, "num_experts_per_tok", 1) / experts
     passes = 4 + (2 if request.checkpointing else 0)
     attention = (passes // 2 + 1) * 2 * tokens * request.seq * width * layers
     return float(passes * weights * tokens + attention)
-
-
-def _expert_weights(model: nn.Module, config: object) -> float:
-    """Weights of experts whose parameters are 3-D, those that a token goes through."""
-    stacked = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "lorasb_" not in name)
-    experts = next((n for field in EXPERTS if (n := getattr(config, field, None))), 0)
-    return stacked * getattr(config, "num_experts_per_tok", 1) / experts if experts else 0.0
 
 
 def _check_positions(model: PeftModel, request: Request) -> None:

@@ -16,7 +16,9 @@ from ..kernels import linear as launch
 from ..kernels import linear_quantized, plan
 from ..kernels.operands import Mask
 from ..kernels.plan import Shape
+from ..layers.linear_group import NAMES
 from ..utils.precision import native
+from .plan import on_meta
 
 OPS = ("forward", "backward")
 DROPOUT, SEED = 0.05, 1 << 40
@@ -49,8 +51,6 @@ def cases_of(
 
 def layers_of(model: nn.Module) -> list[tuple[int, tuple[int, ...]]]:
     """(in, outs) of every linear, and of every group of linears that reads the same x (q/k/v, gate/up)."""
-    from ..layers.linear_group import NAMES
-
     sizes: dict[tuple[int, tuple[int, ...]], None] = {}
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
@@ -131,22 +131,11 @@ def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
         raise ValueError(f"unknown dtype {dtype!r}: expected one of auto, {', '.join(plan.DTYPES.values())}")
     properties = torch.cuda.get_device_properties(0)
     arch, sms = f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
-    cases = list(cases_of(layers_of(_without_weights(model)), r, tokens, dtype))
+    cases = list(cases_of(layers_of(on_meta(model, torch.float32)), r, tokens, dtype))
     tuned = tune(cases, arch, sms, "cuda", CudaClock(torch.device("cuda")))
     path = autotune.write(tuned, arch, sms)
     plan.forget()  # and let the next call read it
     return _summary(tuned, f"{properties.name}: {len(tuned)} shapes in {path}")
-
-
-def _without_weights(model: str) -> nn.Module:
-    """The model on the meta device: the sizes of its layers are known, and no weights are allocated or downloaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from .prepare import resolve_model
-
-    config = AutoConfig.from_pretrained(resolve_model(model))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _summary(tuned: Sequence[Tuned], title: str) -> Table:
