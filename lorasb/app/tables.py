@@ -9,13 +9,14 @@ import platform
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Group, JustifyMethod, RenderableType
+from rich.table import Column, Table
 from rich.text import Text
 
 from .. import backends  # noqa: F401  registers the backends
@@ -29,7 +30,7 @@ from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
 from ..utils.atomic_files import cache_dir
 from ..utils.precision import CAPS, native
 from .plan import SAMPLES, MemoryPlan
-from .prepare import EMBEDDED, embedded_folder
+from .prepare import EMBEDDED, device, embedded_folder
 from .run_folder import Values
 from .scoring import LABEL_SCORES, is_right
 from .settings import ENOUGH_STEPS
@@ -39,8 +40,6 @@ T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
 FEW_STEPS, GOOD = 20, 0.9  # below which a small set of examples is not learned; a good score
-EMPTY = "(empty)"  # what an answer without a character is shown as
-COLUMN_WIDTH = 44  # characters
 SCORE_NAMES = {
     "exact": "exact answers",
     "label": "right labels",
@@ -59,9 +58,9 @@ def table_of(title: str, *columns: str, caption: str | None = None) -> Table:
     return table
 
 
-def properties_of(title: str, properties: Mapping[str, object]) -> Table:
+def properties_of(title: str | None, properties: Mapping[str, object], align: JustifyMethod = "left") -> Table:
     """A table of names and values, without those that are None."""
-    table = Table(show_header=False, title=title)
+    table = Table(Column(), Column(justify=align), show_header=False, title=title)
     for name, value in properties.items():
         if value is not None:
             table.add_row(name, short(value))
@@ -122,24 +121,21 @@ def adapters(summary: Values) -> Table:
 
 def costs(summary: Values) -> Table:
     """Trained parameters, file sizes, time and memory of a run."""
-    table = Table(show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    trained, size = summary["trainable_params"], summary["adapter_bytes"]
-    table.add_row("trained parameters", f"{trained:,} ({trained / summary['base_params']:.2%} of the model)")
-    table.add_row("adapter file", f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)")
-    several = len(summary.get("adapters", ()))
-    if several:
-        table.add_row("R of one adapter", f"{4e-3 * trained / several:.0f} KB in fp32")
-    elif summary["config"]["method"] != "lora":
-        # the adapter file also has A and B, which checkpoints of one run share
-        table.add_row("R alone", f"{4e-6 * trained:.1f} MB in fp32")
-    table.add_row("computed in", f"{summary['dtype']} ({summary['machine']})")
-    table.add_row("initialization", f"{summary['init_seconds']:.1f} s")
+    trained, size, several = summary["trainable_params"], summary["adapter_bytes"], len(summary.get("adapters", ()))
     speed = f"{summary['tokens_per_second']:.0f} tokens/s"
-    table.add_row("training", f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, {speed}")
-    table.add_row("peak memory", f"{summary['peak_rss_mb'] / 1000:.1f} GB")
-    return table
+    # the adapter file also has A and B, which checkpoints of one run share
+    alone = not several and summary["config"]["method"] != "lora"
+    rows = {
+        "trained parameters": f"{trained:,} ({trained / summary['base_params']:.2%} of the model)",
+        "adapter file": f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)",
+        "R of one adapter": f"{4e-3 * trained / several:.0f} KB in fp32" if several else None,
+        "R alone": f"{4e-6 * trained:.1f} MB in fp32" if alone else None,
+        "computed in": f"{summary['dtype']} ({summary['machine']})",
+        "initialization": f"{summary['init_seconds']:.1f} s",
+        "training": f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, {speed}",
+        "peak memory": f"{summary['peak_rss_mb'] / 1000:.1f} GB",
+    }
+    return properties_of(None, rows, "right")
 
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str | None) -> Table:
@@ -151,12 +147,12 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
     if how is not None:
         table.caption = f"before: the base model, asked {how} as the adapter is"
     for name in ("problem", "right answer", "before", "after"):
-        table.add_column(name, overflow="fold", max_width=COLUMN_WIDTH)
+        table.add_column(name, overflow="fold", max_width=44)
     for example, *said in list(zip(examples, before, after, strict=True))[:EXAMPLES_SHOWN]:
         cells = [Text(_short(example.prompt, 200)), Text(example.completion)]
         for answer in said:
             mark, style = ("✓", "green") if is_right(answer, example.completion, example.score) else ("✗", "red")
-            cells.append(Text(f"{mark} {_short(answer) or EMPTY}", style=style))
+            cells.append(Text(f"{mark} {_short(answer) or '(empty)'}", style=style))
         table.add_row(*cells)
     return table
 
@@ -260,9 +256,7 @@ def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Rende
     """The table, and sentences below it; `better`: changes with their plans, where the run does not fit."""
     request = found.request
     what = f"{request.batch} x {request.seq} tokens" + (", checkpointing" if request.checkpointing else "")
-    table = Table(title=f"{request.model}: a step of {what}, base in {request.bits} bits", show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
+    title = f"{request.model}: a step of {what}, base in {request.bits} bits"
     rows = {
         "base model": found.base,
         "A and B, frozen": found.factors,
@@ -274,9 +268,7 @@ def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Rende
         "held by the allocator, about": found.reserve,
         "CUDA context and kernels" if request.card else "kernels": found.context,
     }
-    for name, size in rows.items():
-        if size:
-            table.add_row(name, gb(size))
+    table = properties_of(title, {name: gb(size) for name, size in rows.items() if size}, "right")
     table.add_section()
     table.add_row("[bold]peak of a training step[/]", f"[bold]{gb(found.step)}[/]")
     table.add_row(f"peak of the initialization, {SAMPLES} samples", gb(found.initialization))
@@ -316,27 +308,26 @@ PACKAGES = (
 
 def machine() -> RenderableType:
     """Output of `lorasb doctor`: versions, backends, GPU, threads and dtype, and what that is good for."""
-    table = Table(title=f"lorasb {VERSION}", show_header=False)
-    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    rows = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
     for package in PACKAGES:  # from metadata: nothing is imported
-        try:
-            table.add_row(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(package, "not installed")
+        rows[package] = "not installed"
+        with suppress(importlib.metadata.PackageNotFoundError):
+            rows[package] = importlib.metadata.version(package)
     for name in BACKENDS[1:]:  # without eager, which is always available
         reason = unavailable(name)
-        table.add_row(f"backend {name}", f"not available: {reason}" if reason else "available")
-    table.add_row("C++ kernels", _kernels())
-    table.add_row(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "not set: auto")
-    table.add_row("GPU", _gpu())
-    instructions = torch.backends.cpu.get_cpu_capability()
-    table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, {instructions}")
-    best = native("cuda" if torch.cuda.is_available() else "cpu")
-    table.add_row("--dtype auto", f"{best.name}: {best.reason}")
-    for name in CAPS:  # environment variables that limit the instruction sets of lorasb, torch and oneDNN
-        table.add_row(name, os.environ.get(name) or "not set: no cap")
-    table.add_row(EMBEDDED, _embedded())
-    return Group(table, prospects())
+        rows[f"backend {name}"] = f"not available: {reason}" if reason else "available"
+    best = native(device())
+    rows |= {
+        "C++ kernels": _kernels(),
+        ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE) or "not set: auto",
+        "GPU": _gpu(),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "--dtype auto": f"{best.name}: {best.reason}",
+        # environment variables that limit the instruction sets of lorasb, torch and oneDNN
+        **{name: os.environ.get(name) or "not set: no cap" for name in CAPS},
+        EMBEDDED: _embedded(),
+    }
+    return Group(properties_of(f"lorasb {VERSION}", rows), prospects())
 
 
 def _kernels() -> str:
