@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,19 +31,18 @@ LORA_RANK = 32  # the rank that the paper compares with
 REPORT_NAME = "report.json"
 
 
-def adapt(run: Run) -> tuple[InitReport | None, float]:
-    """Add the adapter and initialize it; returns the report (None for plain LoRA) and the time in seconds."""
-    settings, started = run.settings, time.perf_counter()
-    if settings.method != "lora":
-        return patch_and_initialize(run), time.perf_counter() - started
-    r = settings.r or LORA_RANK
+def adapt(run: Run) -> InitReport | None:
+    """Add the adapter and initialize it; returns the report, None for plain LoRA."""
+    if run.settings.method != "lora":
+        return patch_and_initialize(run)
+    r = run.settings.r or LORA_RANK
     # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
     heads = run.problem.heads(run.model) or None  # PEFT knows those of some names only
     config = peft.LoraConfig(
         r=r, lora_alpha=r, task_type=run.problem.task_type, modules_to_save=heads, **_common_options(run)
     )
     run.model = peft.get_peft_model(run.model, config)
-    return None, 0.0
+    return None
 
 
 def _common_options(run: Run) -> dict[str, Any]:
@@ -99,24 +97,21 @@ def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
     """Completions of some prompts, sampled and scored, as many as the initialization takes samples."""
     settings, judge = run.settings, judge_of(run.settings)
     examples = {json.dumps(prompt_of(run, example)): example for example in run.train}  # each prompt once
-    chosen = list(examples)[: settings.samples or REWARD_SAMPLES]
 
     def reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """Score completions by the run's own reward."""
         return judge(completions, [examples[json.dumps(prompt)] for prompt in prompts])
 
-    return iter(
-        lorasb.reward_batches(
-            run.model,
-            run.tokenizer,
-            [prompt_of(run, examples[key]) for key in chosen],
-            reward,
-            generations=settings.generations,
-            max_new_tokens=longest_completion(run),
-            temperature=settings.temperature,
-            seed=settings.seed,
-        )
+    batches = lorasb.reward_batches(
+        run.model,
+        run.tokenizer,
+        [json.loads(prompt) for prompt in list(examples)[: settings.samples or REWARD_SAMPLES]],
+        reward,
+        generations=settings.generations,
+        max_new_tokens=longest_completion(run),
+        temperature=settings.temperature,
+        seed=settings.seed,
     )
+    return iter(batches)
 
 
 def targets(value: str | None) -> str | list[str]:
@@ -124,13 +119,6 @@ def targets(value: str | None) -> str | list[str]:
     if value is None or value == "all-linear":
         return "all-linear"
     return target_names(value) or value
-
-
-def save_start(run: Run, report: InitReport | None, folder: Path) -> None:
-    """Write the initialized adapter and its report."""
-    save_adapter(run, folder)
-    if report is not None:
-        report.save(folder / REPORT_NAME)
 
 
 def load_adapter(run: Run, folder: Path) -> None:
@@ -154,8 +142,6 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
     check_rules(settings)
     if settings.energy is not None and settings.parameters is not None:
         raise ValueError("--energy and --parameters are two ways to choose ranks: give one of them")
-    if settings.energy is not None and not 0 < settings.energy <= 1:
-        raise ValueError(f"--energy is a share in (0, 1], got {settings.energy!r}")
     folder = Path(settings.run.output)
     with locked(folder):
         # Nothing is evaluated: one held-out example is the least that `prepare` takes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,14 +121,9 @@ def card_of(settings: Settings) -> BasisCard:
     return card
 
 
-def load_basis(run: Run) -> tuple[None, float]:
-    """Load the basis of a run, measure how well its data fits, and the learning rate if none is given.
-
-    Returns:
-        None, as nothing is initialized, and the seconds that it took.
-    """
-    settings, started = run.settings, time.perf_counter()
-    card = card_of(settings)
+def load_basis(run: Run) -> None:
+    """Load the basis of a run, measure how well its data fits, and the learning rate if none is given."""
+    settings, card = run.settings, card_of(run.settings)
     load_adapter(run, Path(str(settings.basis)))
     loader = start_loader(run, run.train_ids)
     found = _fit(run, loader, card)
@@ -139,7 +133,6 @@ def load_basis(run: Run) -> tuple[None, float]:
         name, layers = adapted_layers(run.model, None)
         options = InitOptions(adapter=name, num_samples=settings.samples, seed=settings.seed)
         run.lr = rate_of_initialized(run.model, layers, loader, options)
-    return None, time.perf_counter() - started
 
 
 def _fit(run: Run, loader: Iterable[Batch], card: BasisCard) -> BasisFit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..distributed.process_group import Processes
 from ..init.sampling import Batch
-from ..init.task import to_device
+from ..init.task import modes_restored, to_device
 from ..tuner.fresh_heads import missing_from_checkpoint
 from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
 from .settings import Settings
 from .tasks import Example
-from .tokenize import Collate, Collator, Encoded, EncodedText, TextCollator, encode, positions
+from .tokenize import Collate, Collator, Encoded, EncodedText, TextCollator, encode, padded, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,14 +39,7 @@ class Evaluation:
 
     loss: float  # of a language model, nats per token
     accuracy: float  # the share of right answers, or the correlation that the examples' score names
-    answers: tuple[str, ...]
-
-    @classmethod
-    def of(cls, loss: float, accuracy: float, answers: object) -> Evaluation:
-        """From a file's values."""
-        if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
-            raise TypeError("expected answers as texts")
-        return cls(float(loss), float(accuracy), tuple(answers))
+    answers: list[str]
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class HeldOut:
     examples: Sequence[Example]
     encoded: Sequence[Any]  # Encoded of a language model, EncodedText of a classifier
     batch_size: int
-    limit: int | None = None  # on new tokens, see `evaluate`
+    limit: int | None = None  # on new tokens; None for 4 more than in the longest right answer of a batch
 
 
 def score_of(examples: Sequence[Example], answers: Sequence[str]) -> float:
@@ -94,61 +88,17 @@ def _by_example(
 ) -> list[T]:
     """The results of `call` for each example, in order; the model is in eval mode, and in its former one afterwards."""
     # Rank k computes batches k, k + world_size, ... The progress bar, which `call` advances, is over their units.
-    mode = model.training
-    model.eval()
     processes, chunks = Processes(), batches_by_length(encoded, batch_size)
     own = [[encoded[i] for i in chunk] for chunk in chunks[processes.rank :: processes.world_size]]
     hidden = processes.rank > 0 or not title
-    with tqdm(total=sum(map(units, own)), desc=title, unit=unit, leave=False, disable=hidden) as bar:
+    bar = tqdm(total=sum(map(units, own)), desc=title, unit=unit, leave=False, disable=hidden)
+    with bar, modes_restored(model):
+        model.eval()
         found = processes.gather_json([call(rows, bar) for rows in own])
-    model.train(mode)
     by_index: dict[int, T] = {}
     for k, indices in enumerate(chunks):  # batch k is the (k // world_size)-th result of rank k % world_size
         by_index |= zip(indices, found[k % processes.world_size][k // processes.world_size], strict=True)
     return [by_index[i] for i in range(len(by_index))]
-
-
-def evaluate(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    encoded: Sequence[Encoded],
-    batch_size: int,
-    title: str,
-    max_new_tokens: int | None = None,
-) -> Evaluation:
-    """Evaluate a language model on examples, split over ranks by batches; restores its train or eval mode."""
-    # Answers end after `max_new_tokens`, or, without a limit, 4 tokens after the longest right answer of their batch.
-    loss = mean_loss(model, tokenizer.pad_token_id, encoded, batch_size, f"{title}: loss")
-    longest_row = max(len(ids.prompt) + token_limit([ids], max_new_tokens) for ids in encoded)
-
-    def generate(rows: list[Encoded], bar: tqdm) -> list[str]:
-        return generate_answers(model, tokenizer, rows, max_new_tokens, bar)
-
-    def tokens(rows: list[Encoded]) -> int:
-        return token_limit(rows, max_new_tokens)
-
-    # Generation keeps no activations, so its batches may be larger than those of the loss.
-    size = max(batch_size, TOKENS_PER_BATCH // longest_row)
-    answers = _by_example(model, encoded, size, generate, f"{title}: answers", "token", tokens)
-    return Evaluation(loss, score_of(examples, answers), tuple(answers))
-
-
-def mean_loss(
-    model: nn.Module, pad_token_id: int, encoded: Sequence[Encoded], batch_size: int, title: str = ""
-) -> float:
-    """The mean loss alone, without generation; shows a progress bar if there is a title."""
-    # The signature of PeftModel.forward lacks logits_to_keep, so the collator looks at the base model's.
-    collate = Collator(pad_token_id, _base_model(model))
-
-    def batch_losses(rows: list[Encoded], bar: tqdm) -> list[float]:
-        """The losses of one batch; advances the bar."""
-        losses = example_losses(model, collate(rows) | adapters_of(model, rows))
-        bar.update(1)
-        return losses
-
-    losses = _by_example(model, encoded, batch_size, batch_losses, title)
-    return sum(losses) / len(losses)
 
 
 def _base_model(model: nn.Module) -> Any:
@@ -179,16 +129,12 @@ def token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    chunk: Sequence[Encoded],
-    limit: int | None,
-    bar: tqdm | None = None,
+    model: nn.Module, tokenizer: Tokenizer, chunk: Sequence[Encoded], limit: int | None, bar: tqdm | None = None
 ) -> list[str]:
     """Greedily decoded answers; the bar advances with every token."""
-    pad, device, width = tokenizer.pad_token_id, next(model.parameters()).device, max(len(e.prompt) for e in chunk)
-    ids = torch.tensor([[pad] * (width - len(e.prompt)) + [*e.prompt] for e in chunk], device=device)
-    mask = torch.tensor([[0] * (width - len(e.prompt)) + [1] * len(e.prompt) for e in chunk], device=device)
+    device = next(model.parameters()).device
+    ids = padded([e.prompt for e in chunk], tokenizer.pad_token_id).to(device)
+    mask = padded([[1] * len(e.prompt) for e in chunk], 0).to(device)
 
     def advance(tokens: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Advance the bar: generate() calls stopping criteria once per token. This one never stops."""
@@ -202,19 +148,15 @@ def generate_answers(
         position_ids=positions(mask),
         max_new_tokens=token_limit(chunk, limit),
         **GREEDY,
-        pad_token_id=pad,
+        pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[advance],
         **adapters_of(model, chunk),
     )
-    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+    return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
 
 
 class LanguageModeling:
-    """Completions of prompts, and the assistant's turns of chats.
-
-    Args:
-        template: put prompts into the tokenizer's chat template, where it has one.
-    """
+    """Completions of prompts, in the tokenizer's chat template if `template` is true, and turns of assistants."""
 
     task_type = "CAUSAL_LM"  # PEFT's
     takes_loss_arguments: bool | None = None  # of the model's forward, for Trainer; None if Trainer's own look is right
@@ -239,21 +181,34 @@ class LanguageModeling:
         return Collator(tokenizer.pad_token_id, model)
 
     def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
-        """Loss, score and answers, split over ranks; `title` names the progress bars."""
-        examples, encoded, batch_size, limit = held_out.examples, held_out.encoded, held_out.batch_size, held_out.limit
-        return evaluate(model, tokenizer, examples, encoded, batch_size, title, limit)
+        """Loss, score and answers, split over ranks by batches; `title` names the progress bars."""
+        loss, limit = self.mean_loss(model, tokenizer, held_out, f"{title}: loss"), held_out.limit
 
-    def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
-        """The loss alone."""
-        return mean_loss(model, tokenizer.pad_token_id, held_out.encoded, held_out.batch_size)
+        def generate(rows: list[Encoded], bar: tqdm) -> list[str]:
+            return generate_answers(model, tokenizer, rows, limit, bar)
+
+        # Generation keeps no activations, so its batches may be larger than those of the loss.
+        longest_row = max(len(ids.prompt) + token_limit([ids], limit) for ids in held_out.encoded)
+        size, title = max(held_out.batch_size, TOKENS_PER_BATCH // longest_row), f"{title}: answers"
+        tokens = partial(token_limit, limit=limit)
+        answers = _by_example(model, held_out.encoded, size, generate, title, "token", tokens)
+        return Evaluation(loss, score_of(held_out.examples, answers), answers)
+
+    def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str = "") -> float:
+        """The mean loss alone, without generation; shows a progress bar if there is a title."""
+        # The signature of PeftModel.forward lacks logits_to_keep, so the collator looks at the base model's.
+        collate = Collator(tokenizer.pad_token_id, _base_model(model))
+
+        def batch_losses(rows: list[Encoded], bar: tqdm) -> list[float]:
+            bar.update(1)
+            return example_losses(model, collate(rows) | adapters_of(model, rows))
+
+        losses = _by_example(model, held_out.encoded, held_out.batch_size, batch_losses, title)
+        return sum(losses) / len(losses)
 
 
 class Classification:
-    """One of `classes`, or a number where there are none.
-
-    Attributes:
-        classes: the labels in order; their indices are what the model learns. Empty for regression.
-    """
+    """One of `classes`, whose indices the model learns, or a number where there are none."""
 
     task_type = "SEQ_CLS"
     # Its forward takes **kwargs and passes them to no loss, which is a mean over a batch: Trainer has to divide it.
@@ -268,8 +223,16 @@ class Classification:
         """The problem that labels make: numbers of which any has a point (2.5) are values, others are classes."""
         labels = [example.label for example in train if example.label is not None]
         if all(isinstance(label, int | float) for label in labels) and any(isinstance(v, float) for v in labels):
-            return cls._of_values(held_out)
-        classes = sorted({str(label) for label in labels}, key=_numbers_first)
+            for example in held_out:
+                if _number(example.completion) is None:
+                    raise ValueError(f"the training labels are numbers, and a held-out one is {example.completion!r}")
+                if example.score not in OF_VALUES:
+                    raise ValueError(
+                        f"--score {example.score} counts equal labels, and these are values: --score pearson"
+                    )
+            return cls(())
+        texts = {str(label) for label in labels}  # numbers come first, by their value
+        classes = sorted(texts, key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
         for example in held_out:
             if example.completion not in classes:
                 raise ValueError(
@@ -278,21 +241,14 @@ class Classification:
         if len(classes) < 2:
             raise ValueError(f"every training example has the label {classes[0]}: there is nothing to tell apart")
         asked = {example.score for example in held_out}
-        if any(_number(label) is None for label in classes) and asked & set(OF_VALUES):
-            score = sorted(asked & set(OF_VALUES))[0]
-            raise ValueError(f"--score {score} takes numbers, and the labels are {_shown(classes)}: label or matthews")
-        if len(classes) > 2 and "f1" in asked:
-            raise ValueError(f"--score f1 is of two classes, and the labels are {_shown(classes)}: label or matthews")
-        return cls(classes)
-
-    @classmethod
-    def _of_values(cls, held_out: Sequence[Example]) -> Classification:
-        for example in held_out:
-            if _number(example.completion) is None:
-                raise ValueError(f"the training labels are numbers, and a held-out one is {example.completion!r}")
-            if example.score not in OF_VALUES:
-                raise ValueError(f"--score {example.score} counts equal labels, and these are values: --score pearson")
-        return cls(())
+        of_values = sorted(asked & set(OF_VALUES))
+        if of_values and any(_number(label) is None for label in classes):
+            wrong = f"--score {of_values[0]} takes numbers"
+        elif len(classes) > 2 and "f1" in asked:
+            wrong = "--score f1 is of two classes"
+        else:
+            return cls(classes)
+        raise ValueError(f"{wrong}, and the labels are {_shown(classes)}: label or matthews")
 
     def load_model(self, folder: str, dtype: torch.dtype) -> Any:
         """A model with a head of as many outputs as there are classes, or one."""
@@ -305,8 +261,12 @@ class Classification:
             label2id={name: i for i, name in names.items()},
             problem_type="single_label_classification" if self.classes else "regression",
         )
+
+        def to_fp32(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+            return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
+
         for name in self.heads(model):  # a step of training is lost on weights of 16 bits
-            model.get_submodule(name).float().register_forward_pre_hook(_to_fp32)
+            model.get_submodule(name).float().register_forward_pre_hook(to_fp32)
         return model
 
     def heads(self, model: nn.Module) -> list[str]:
@@ -327,7 +287,7 @@ class Classification:
     def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
         """Mean loss (cross-entropy in nats, or squared error), score, and predicted labels."""
         losses, answers = self._predict(model, tokenizer, held_out, title)
-        return Evaluation(sum(losses) / len(losses), score_of(held_out.examples, answers), tuple(answers))
+        return Evaluation(sum(losses) / len(losses), score_of(held_out.examples, answers), answers)
 
     def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
         """The mean loss alone."""
@@ -341,26 +301,19 @@ class Classification:
         device, collate = next(model.parameters()).device, self.collator(tokenizer, _base_model(model))
 
         def predict(rows: list[EncodedText], bar: tqdm) -> list[tuple[float, str]]:
-            """Loss and answer of each example of a batch; advances the bar."""
             batch = to_device(collate(rows), device)
             targets = batch.pop("labels")
             bar.update(1)
-            return self._judge(model(**batch).logits.float(), targets)
+            logits = model(**batch).logits.float()  # [batch, classes], or [batch, 1] of values
+            if self.classes:
+                losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+                answers = [self.classes[i] for i in logits.argmax(1).tolist()]
+            else:
+                losses, answers = (logits[:, 0] - targets).square(), [str(value) for value in logits[:, 0].tolist()]
+            return list(zip(losses.tolist(), answers, strict=True))
 
         pairs = _by_example(model, held_out.encoded, held_out.batch_size, predict, title)
         return [loss for loss, _ in pairs], [answer for _, answer in pairs]
-
-    def _judge(self, logits: torch.Tensor, targets: torch.Tensor) -> list[tuple[float, str]]:
-        """Loss and answer of each row of logits [batch, classes], or [batch, 1]."""
-        if not self.classes:
-            values = logits[:, 0]
-            return list(zip((values - targets).square().tolist(), map(str, values.tolist()), strict=True))
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
-        return list(zip(losses, (self.classes[i] for i in logits.argmax(1).tolist()), strict=True))
-
-
-def _to_fp32(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
-    return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
 
 
 def _number(label: str) -> float | None:
@@ -368,12 +321,6 @@ def _number(label: str) -> float | None:
         return float(label)
     except ValueError:
         return None
-
-
-def _numbers_first(label: str) -> tuple[bool, float, str]:
-    """The order of classes: numbers by value, then texts."""
-    value = _number(label)
-    return value is None, value or 0.0, label
 
 
 def _shown(classes: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -10,16 +11,18 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+import lorasb
+
 from ..distributed.process_group import Processes
 from ..init import InitReport
 from ..ops.registry import current_backend
 from ..utils.atomic_files import locked
 from ..utils.precision import resolve, slowdown_message
 from . import results
-from .adapter import adapt, load_adapter, load_report, save_start
+from .adapter import REPORT_NAME, adapt, load_adapter, load_report
 from .basis import card_of, load_basis
 from .data import digest, load_examples
-from .prepare import Run, add_adapters, device, load_adapters, prepare
+from .prepare import Run, device, load_adapters, prepare, save_adapter
 from .reinforce import grpo_trainer, judge_of
 from .results import Result
 from .run_folder import FINISHED, NEW, RunFolder, Start, State, Values, identity_of
@@ -98,12 +101,21 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
         load_adapter(run, folder.start)
         load_adapters(run, folder.start)
         return load_report(folder.start), earlier.seconds
-    report, seconds = adapt(run) if run.settings.basis is None else load_basis(run)
+    report, started = None, time.perf_counter()
+    if run.settings.basis is not None:
+        load_basis(run)
+    else:
+        report = adapt(run)
+    seconds = time.perf_counter() - started if run.settings.method != "lora" else 0.0
     if run.settings.find_lr or run.measured:
         run.lr = find_rate(run)
-    add_adapters(run)
+    # on the basis that was initialized with the examples of all: with its A, B and start
+    lorasb.add_adapters(run.model, run.adapters, basis_start="same")
     if is_first_rank:
-        folder.save_start(lambda target: save_start(run, report, target), Start(seconds, run.lr, run.fit))
+        with folder.saving_start(Start(seconds, run.lr, {}, run.fit)) as target:
+            save_adapter(run, target)
+            if report is not None:
+                report.save(target / REPORT_NAME)
     return report, seconds
 
 

@@ -8,16 +8,17 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Trainer, TrainingArguments, set_seed
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
 
 import lorasb
 
@@ -38,7 +39,7 @@ from .scoring import REASONED
 from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, target_names
 from .tasks import Example
 from .terminal import console
-from .tokenize import ByLength, Collate, Collator, PackCollator, check_model, pack, row_length, with_progress
+from .tokenize import ByLength, Collate, Collator, PackCollator, check_model, pack, row_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -76,8 +77,8 @@ def resolve_model(name: str) -> str:
     target = cache_dir() / EMBEDDED
     if not (target / "config.json").is_file():
         _convert_into(target)
-    if not (target / ORIGIN_NAME).is_file():  # converted by an earlier version
-        with suppress(OSError):  # a cache that may be read only
+    if not (target / ORIGIN_NAME).is_file():
+        with suppress(OSError):  # a cache of an earlier version, which may be read only
             write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
     return str(target)
 
@@ -116,7 +117,6 @@ def _convert(source: Path, target: Path) -> None:
     # from_pretrained has set this to the package's folder, which means nothing on another machine.
     set_name_or_path(model.config, HUB_ID)
     model.save_pretrained(target)
-    write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)
 
 
@@ -185,14 +185,10 @@ class Run:
         """The order of the training rows."""
         return ByLength([row_length(row) for row in self.rows], self.settings.batch_size, self.settings.seed)
 
-    def collator(self) -> Collate:
-        """From training rows to a batch; with adapters of their own, the rows' names are in it."""
-        if self.adapters:
+    def collator(self, named: bool = True) -> Collate:
+        """From training rows to a batch, which also names the rows' adapters if they have some and `named` is true."""
+        if named and self.adapters:
             return Collator(self.tokenizer.pad_token_id, self.model.get_base_model(), by_adapter=True)
-        return self.unnamed_collator()
-
-    def unnamed_collator(self) -> Collate:
-        """From training rows to a batch for one adapter."""
         if self.settings.packing:
             return PackCollator(self.tokenizer.pad_token_id)
         return self.problem.collator(self.tokenizer, self.model.get_base_model())
@@ -224,15 +220,18 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
         )
     problem = problem_of(train_examples, held_out, settings)
     tokenizer, model = load_model(settings, problem, precision.dtype)
-    encode_one: Callable[..., Any] = partial(problem.encode, tokenizer=tokenizer, max_length=settings.max_length)
-    train_ids = with_progress(encode_one, train_examples, "tokens")
-    held_out_ids = with_progress(partial(encode_one, held_out=True), held_out, "tokens")
+
+    def encoded(part: list[Example], is_held_out: bool) -> list[Any]:
+        bar = tqdm(part, desc="tokens", unit="example", delay=2, leave=False)
+        return [problem.encode(example, tokenizer, settings.max_length, is_held_out) for example in bar]
+
+    train_ids, held_out_ids = encoded(train_examples, False), encoded(held_out, True)
     rows = train_ids
     if settings.packing:
         check_model(model)  # that it keeps packed examples apart
         rows = pack(train_ids, settings.max_length)
-    encoded = train_examples, held_out, train_ids, held_out_ids, rows
-    return Run(settings, precision, problem, tokenizer, model, *encoded, settings.lr or DEFAULT_RATE)
+    data = train_examples, held_out, train_ids, held_out_ids, rows
+    return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or DEFAULT_RATE)
 
 
 def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Tokenizer, Any]:
@@ -275,23 +274,11 @@ def checkpoint_activations(base: Any) -> None:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def add_adapters(run: Run) -> None:
-    """Add an adapter for each name, on the basis that was initialized with the examples of all: its A, B and start."""
-    lorasb.add_adapters(run.model, run.adapters, basis_start="same")
-
-
 def load_adapters(run: Run, folder: Path) -> None:
     """Load each name's R from its folder next to the basis; these train, and the basis's own R does not."""
     if run.adapters:
         basis_adapters.load_adapters(run.model, folder, run.adapters)
         lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr)
-
-
-def optimizer(run: Run, arguments: TrainingArguments) -> torch.optim.Optimizer:
-    """The trainer's optimizer, with a group for each adapter."""
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    groups = lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr, weight_decay=arguments.weight_decay)
-    return kind(groups, **options)
 
 
 def by_adapter(run: Run, before: Sequence[str], after: Sequence[str]) -> Values:

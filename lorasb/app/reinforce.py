@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import queue
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -86,28 +86,23 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
     """A reward whose errors, values and time are checked."""
 
     def judge(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """Rewards of completions."""
         prompts = [example.prompt for example in examples]
-        done: queue.Queue[Sequence[float] | RewardError] = queue.Queue()
+        found: Future[list[float]] = Future()
 
         def call() -> None:
-            """Put the rewards, or the error."""
             try:
-                done.put(checked_rewards(reward, prompts, completions, examples=examples))
+                found.set_result(checked_rewards(reward, prompts, completions, examples=examples))
             except RewardError as error:
-                done.put(error)
+                found.set_exception(error)
 
         # a daemon, as a reward that never returns must not keep the process alive
         threading.Thread(target=call, daemon=True).start()
         try:
-            found = done.get(timeout=SECONDS)
-        except queue.Empty:
+            return found.result(timeout=SECONDS)
+        except TimeoutError:
             raise RewardError(
                 f"reward {reward.__name__} took longer than {SECONDS:g} s for {len(completions)} completions"
             ) from None
-        if isinstance(found, RewardError):
-            raise found
-        return list(found)
 
     return judge
 
@@ -131,7 +126,12 @@ def grpo_trainer(run: Run, folder: Path) -> Any:
             order.sampler = super()._get_train_sampler(dataset)
             return order.sampler
 
-    settings, order = run.settings, _PromptOrder(run.settings.seed)
+    def reward(completions: Sequence[Prompt], example: Sequence[int], **columns: object) -> list[float | None]:
+        # completions are texts, or chats of one message
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        return [*judge(texts, [run.train[i] for i in example])]
+
+    settings, order, judge = run.settings, _PromptOrder(run.settings.seed), judge_of(run.settings)
     values = argument_values(run, folder) | {
         "num_generations": settings.generations,
         "max_completion_length": longest_completion(run),
@@ -143,7 +143,7 @@ def grpo_trainer(run: Run, folder: Path) -> Any:
     run.tokenizer.padding_side = "left"
     made = RunGRPOTrainer(
         model=run.model,
-        reward_funcs=_reward(judge_of(settings), run.train),
+        reward_funcs=reward,
         args=on_one_device(GRPOConfig(**values)),
         train_dataset=Dataset.from_list([{"prompt": prompt_of(run, e), "example": i} for i, e in enumerate(run.train)]),
         processing_class=run.tokenizer,
@@ -154,9 +154,7 @@ def grpo_trainer(run: Run, folder: Path) -> Any:
 
 
 class _PromptOrder:
-    """The epoch's order of prompts by its number: TRL's sampler draws on from the epoch before, which a resumed run
-    has not passed through.
-    """
+    """Seeds TRL's sampler for each epoch: by itself it continues from the epoch before, which a resumed run skips."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -171,14 +169,3 @@ def prompt_of(run: Run, example: Example) -> Prompt:
     """Return the prompt of an example."""
     messages = messages_of(example, run.tokenizer, run.settings.template == "auto")
     return list(messages[:-1]) if messages else example.prompt
-
-
-def _reward(judge: Judge, examples: Sequence[Example]) -> Callable[..., list[float | None]]:
-    """The reward as TRL calls it."""
-
-    def reward(completions: Sequence[Prompt], example: Sequence[int], **columns: object) -> list[float | None]:
-        """Rewards of completions, which are texts or chats of one message."""
-        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        return [*judge(texts, [examples[i] for i in example])]
-
-    return reward

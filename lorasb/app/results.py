@@ -10,9 +10,9 @@ import resource
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -23,7 +23,7 @@ from ..checkpoints.model_card import add_usage
 from ..constants import WEIGHTS_NAME
 from ..export import lora
 from ..init import InitReport
-from ..quantization.quantized_weight import QuantizedWeight, is_quantized, of_module
+from ..quantization.quantized_weight import is_quantized, of_module
 from ..serving import basis_adapters
 from ..utils import plotting
 from ..utils.atomic_files import replacing_folder, write_json
@@ -33,25 +33,14 @@ from ..utils.reading import parse_json, read_json, read_text
 from .adapter import REPORT_NAME, load_report
 from .config_file import CONFIG_NAME, read_config
 from .data import INSTRUCTION, STEP_BY_STEP, describe_data
-from .evaluation import (
-    Classification,
-    Evaluation,
-    HeldOut,
-    LanguageModeling,
-    Problem,
-    generate_answers,
-    score_by,
-)
+from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
 from .prepare import Run, by_adapter, device, load_model, save_adapter
-from .run_folder import ANSWERS_NAME, SUMMARY_NAME, Values
+from .run_folder import ANSWERS_NAME, SUMMARY_NAME, Values, record
 from .settings import EMBEDDED, Settings, listed
 from .tasks import Example
 from .terminal import console
 from .tokenize import messages_of
 from .train import Trained
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SAVED = ("prompt", "completion", "source", "score", "adapter")  # of an example, in answers.json
 
@@ -71,10 +60,8 @@ def summarize(
     run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained, identity: Values
 ) -> Values:
     """The content of summary.json, without the adapter's size, which `save` adds."""
-    by_set = {
-        "before": score_by("source", run.held_out, before.answers),
-        "after": score_by("source", run.held_out, after.answers),
-    }
+    by_set = {at: score_by("source", run.held_out, e.answers) for at, e in (("before", before), ("after", after))}
+    base_params, base_bytes = base_size(run.model)
     # tokens: with `--rl` those that were sampled, and their prompts
     sampled = [float(entry["num_tokens"]) for entry in trained.history if "num_tokens" in entry]
     return {
@@ -87,8 +74,8 @@ def summarize(
         "eval_scores": sorted({example.score for example in run.held_out}),
         "eval_examples": len(run.held_out),
         "trainable_params": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-        "base_params": base_parameters(run.model),
-        "base_bytes": base_bytes(run.model),
+        "base_params": base_params,
+        "base_bytes": base_bytes,
         "init_seconds": init_seconds,
         "train_seconds": trained.seconds,
         "train_steps": run.steps,
@@ -113,10 +100,6 @@ def summarize(
 
 def save(run: Run, result: Result, history: list[Values]) -> None:
     """Write the run's files; the summary gets the adapter's size and is written last."""
-    # Files: adapter/, lora/ (the exact plain LoRA), report.json, loss.png, energy.png, answers.json, summary.json. With
-    # method="lora" there is no export (it is a LoRA already) and no report. With `--adapter-column`, adapter/ has the
-    # basis and a folder for each adapter, and nothing is exported: a LoRA of each would be larger by far.
-
     settings, folder, summary, report = run.settings, Path(run.settings.output), result.summary, result.report
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
@@ -125,7 +108,7 @@ def save(run: Run, result: Result, history: list[Values]) -> None:
         add_usage(target, f"```\n{usage['command']}\n```\n\n```python\n{usage['python']}\n```")
     summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
     if report is not None:
-        if not run.adapters:
+        if not run.adapters:  # a LoRA of each would be larger by far
             with replacing_folder(folder / "lora") as target:
                 lora.export_lora(run.model, target, quiet=True)
         report.save(folder / REPORT_NAME)
@@ -152,36 +135,25 @@ def load(folder: Path) -> Result:
         summary = read_json(folder / SUMMARY_NAME)
         rows = parse_json(read_text(folder / ANSWERS_NAME), ANSWERS_NAME)
         examples = [Example(**{name: row[name] for name in SAVED if name in row}) for row in rows]
-        evaluations = [
-            Evaluation.of(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], [row[at] for row in rows])
+        before, after = (
+            {name: summary[f"eval_{name}_{at}"] for name in ("loss", "accuracy")} | {"answers": [r[at] for r in rows]}
             for at in ("before", "after")
-        ]
-        return Result(summary, examples, evaluations[0], evaluations[1], load_report(folder))
+        )
+        report = load_report(folder)
+        return Result(summary, examples, record(Evaluation, before), record(Evaluation, after), report)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder} has a finished run, but its files are incomplete ({error}): --resume never runs it again"
         ) from None
 
 
-def base_parameters(model: nn.Module) -> int:
-    """Number of parameters of the base model, dense and quantized."""
-    return sum(p.numel() for p in _dense(model)) + sum(math.prod(weight.shape) for weight in _quantized(model))
-
-
-def base_bytes(model: nn.Module) -> int:
-    """Bytes of the base model's weights, with the statistics (absmax) of quantized ones."""
-    dense = sum(p.numel() * p.element_size() for p in _dense(model))
-    return dense + sum(weight.nbytes for weight in _quantized(model))
-
-
-def _dense(model: nn.Module) -> list[nn.Parameter]:
+def base_size(model: nn.Module) -> tuple[int, int]:
+    """Number of parameters of the base model, and their bytes, with the statistics (absmax) of quantized weights."""
     # "lora" is in PEFT's lora_A and in lorasb_A alike; packed 4-bit weights are integers
-    return [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
-
-
-def _quantized(model: nn.Module) -> list[QuantizedWeight]:
+    dense = [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
     found = (of_module(one) for one in model.modules() if isinstance(one, nn.Linear) and is_quantized(one))
-    return [weight for weight in found if weight is not None]
+    sizes = [(p.numel(), p.nbytes) for p in dense] + [(math.prod(w.shape), w.nbytes) for w in found if w is not None]
+    return sum(count for count, _ in sizes), sum(size for _, size in sizes)
 
 
 SMOOTHING = 0.75  # weight of the past in the moving average, about four steps
@@ -235,13 +207,9 @@ def prompt_format(run: Run) -> str:
 
 def asked(question: str, kind: str) -> Example:
     """A question in the form of a run's examples, without an answer."""
-    if kind == CHAT:
-        turns = {"role": "user", "content": question}, {"role": "assistant", "content": ""}
-        return Example(question, "", messages=turns)
-    if kind in (INSTRUCTED, STEPS):
-        prompt = INSTRUCTION.format(instruction=question) + (STEP_BY_STEP if kind == STEPS else "")
-        return Example(prompt, "", formatted=True)
-    return Example(question, "")
+    turns = {"role": "user", "content": question}, {"role": "assistant", "content": ""}
+    template = {INSTRUCTED: INSTRUCTION, STEPS: INSTRUCTION + STEP_BY_STEP}.get(kind, "{instruction}")
+    return Example(template.format(instruction=question), "", messages=turns if kind == CHAT else ())
 
 
 def answers(
@@ -254,9 +222,15 @@ def answers(
         known = f"it has {', '.join(names[:8])}" if names else "it trained one"
         raise ValueError(f"--adapter has to name one of the run's adapters, got {adapter!r}: {known}")
     problem: Problem = Classification(summary["classes"]) if summary.get("classes") is not None else LanguageModeling()
-    tokenizer, model = _load(run, settings, problem, adapter)
     if question is not None and not question.strip():
         raise ValueError("expected a question, got an empty one: leave it out to type some")
+    logging.disable_progress_bar()
+    tokenizer, base = load_model(settings, problem, resolve(settings.dtype, device()).dtype)
+    model = PeftModel.from_pretrained(base, str(run / "adapter"))
+    if adapter is not None:
+        basis_adapters.load_adapters(model, run / "adapter", [adapter])
+        model.set_adapter(adapter)
+    model.eval()
     for one in _questions() if question is None else [question]:
         if isinstance(problem, Classification):
             example = Example(one, problem.classes[0] if problem.classes else "0", label=0)
@@ -281,25 +255,13 @@ def _read(run: Path) -> tuple[Values, Settings]:
     return summary, Settings(**read_config(run / CONFIG_NAME, {one.name: kind for one, kind in listed(Settings)}))
 
 
-def _load(run: Path, settings: Settings, problem: Problem, adapter: str | None) -> tuple[Tokenizer, PeftModel]:
-    logging.disable_progress_bar()
-    tokenizer, base = load_model(settings, problem, resolve(settings.dtype, device()).dtype)
-    model = PeftModel.from_pretrained(base, str(run / "adapter"))
-    if adapter is not None:
-        basis_adapters.load_adapters(model, run / "adapter", [adapter])
-        model.set_adapter(adapter)
-    return tokenizer, model.eval()
-
-
 def _questions() -> Iterator[str]:
     """Lines of the standard input, with a prompt on a terminal."""
-    while True:
-        try:
+    with suppress(EOFError):
+        while True:
             line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if line.strip():
-            yield line
+            if line.strip():
+                yield line
 
 
 def how_to(summary: Values, folder: Path, question: str = "QUESTION") -> dict[str, str]:

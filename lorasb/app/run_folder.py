@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes
 from ..utils.atomic_files import replacing_folder, sha256, write_json
+from ..utils.checks import matches
 from ..utils.reading import read_json
 from .config_file import CONFIG_NAME, write_config
 from .evaluation import Evaluation
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerState, TrainingArguments
 
+T = TypeVar("T")
 Values = dict[str, Any]  # what a JSON file of a run holds: its identity, or its summary
 # Written last: a folder without it was interrupted while being written, and files of other contents are damaged.
 MARK = "complete.json"
-KEPT = 2  # the last one, and the one before in case the last gets damaged
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,15 @@ def step_of(folder: Path) -> int:
     return int(number) if number.isdigit() and folder.is_dir() else -1
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, complete or not, in the order of their steps."""
+    return sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
 def mark_complete(folder: Path, seconds: float, identity: Values) -> None:
     """Mark a checkpoint as complete, then remove complete checkpoints older than the last two."""
     write_json(folder / MARK, Mark(step_of(folder), seconds, identity, digests(folder)).__dict__)
-    for old in sorted(complete_checkpoints(folder.parent), key=step_of)[:-KEPT]:
+    for old in complete_checkpoints(folder.parent)[:-2]:  # the one before, in case the last gets damaged
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -64,14 +70,25 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
+def record(kind: type[T], values: Values) -> T:
+    """A dataclass from values of a file; a TypeError if they are not those of its fields."""
+    made = kind(**values)
+    for name, hint in get_type_hints(kind).items():
+        if not matches(getattr(made, name), hint):
+            raise TypeError(f"{name} has another type")
+    return made
+
+
+def read_record(kind: type[T], file: Path) -> T | None:
+    """A dataclass from a JSON file; None if the file is missing or damaged."""
+    with suppress(OSError, ValueError, TypeError):
+        return record(kind, read_json(file))
+    return None
+
+
 def read_mark(folder: Path) -> Mark | None:
     """A checkpoint's mark; None if the checkpoint is incomplete."""
-    try:
-        mark = Mark(**read_json(folder / MARK))
-    except (OSError, ValueError, TypeError):
-        return None
-    numbers = isinstance(mark.step, int) and isinstance(mark.seconds, int | float)
-    return mark if numbers and isinstance(mark.identity, dict) and isinstance(mark.files, dict) else None
+    return read_record(Mark, folder / MARK)
 
 
 def find_fault(folder: Path, files: dict[str, str]) -> str | None:
@@ -86,13 +103,13 @@ def find_fault(folder: Path, files: dict[str, str]) -> str | None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and read_mark(path) is not None]
+    return [path for path in checkpoints(folder) if read_mark(path)]
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The last checkpoint that is as it was written (None if there is none), and what is wrong with later ones."""
     faults: dict[Path, str] = {}
-    for path in sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of, reverse=True):
+    for path in reversed(checkpoints(folder)):
         mark = read_mark(path)
         wrong = find_fault(path, mark.files) if mark else "was cut off while it was written"
         if wrong is None:
@@ -103,7 +120,6 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 SUMMARY_NAME, ANSWERS_NAME = "summary.json", "answers.json"
-FORMER_NAME = "former"
 # The summary first: without it the folder has no finished run.
 RESULT_NAMES = (
     SUMMARY_NAME,
@@ -135,8 +151,8 @@ class Start:
 
     seconds: float  # that it took
     lr: float  # that its R belongs to
+    files: dict[str, str]  # name -> SHA-256
     fit: dict[str, float] | None = None  # the run's, where it has a basis
-    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
 
 
 class RunFolder:
@@ -186,18 +202,14 @@ class RunFolder:
         if not path.is_dir():
             raise ValueError(f"--resume is auto, never or the folder of a checkpoint, and there is none at {path}")
         mark = read_mark(path)
-        if mark is None:
+        wrong = find_fault(path, mark.files) if mark else "was cut off, or is something else"
+        if mark is None or wrong is not None:
             raise ValueError(
-                f"--resume {path}: this is no whole checkpoint of lorasb finetune (it was cut off, or it is something "
-                "else); --resume auto takes the last whole one of the run in --output"
+                f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: --resume auto takes the "
+                "last whole one of the run in --output"
             )
         if different := differences(mark.identity, identity):
             raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
-        if wrong := find_fault(path, mark.files):
-            raise ValueError(
-                f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: --resume auto takes the "
-                "last whole one"
-            )
         if running is not None:
             self._check_same(running, identity)
         return State(UNFINISHED, str(path), [f"resuming from {path}, step {mark.step}"])
@@ -215,8 +227,7 @@ class RunFolder:
         return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
 
     def _check_same(self, saved: Values, identity: Values) -> None:
-        different = differences(saved, identity)
-        if different:
+        if different := differences(saved, identity):
             raise ValueError(
                 f"{self.folder} has a run with other settings: {different}. Take another --output, or --resume never "
                 "to start over in this one"
@@ -234,31 +245,24 @@ class RunFolder:
         write_config(self.folder / CONFIG_NAME, settings)
 
     def before(self) -> Evaluation | None:
-        """The saved evaluation before training; None if there is none."""
-        values = _read(self.checkpoints / BEFORE_NAME)
-        try:
-            return None if values is None else Evaluation.of(values["loss"], values["accuracy"], values["answers"])
-        except (KeyError, ValueError, TypeError):  # damaged: evaluated again
-            return None
+        """The saved evaluation before training; None if it has to be computed again."""
+        return read_record(Evaluation, self.checkpoints / BEFORE_NAME)
 
     def save_before(self, before: Evaluation) -> None:
         """Save the evaluation before training, so that a resumed run skips it."""
         write_json(self.checkpoints / BEFORE_NAME, asdict(before))
 
-    def save_start(self, save: Callable[[Path], None], start: Start) -> None:
-        """Save the initialized adapter, atomically."""
+    @contextmanager
+    def saving_start(self, start: Start) -> Iterator[Path]:
+        """A folder to save the initialized adapter into, atomically."""
         with replacing_folder(self.start) as folder:
-            save(folder)
+            yield folder
             # its presence says that start/ is complete, see `load_start`
             write_json(folder / "start.json", asdict(replace(start, files=digests(folder))))
 
     def load_start(self) -> Start | None:
         """Return the initialization's results; None if it was not completed."""
-        values = _read(self.start / "start.json") or {}
-        try:
-            return Start(float(values["seconds"]), float(values["lr"]), values.get("fit"), dict(values["files"]))
-        except (KeyError, ValueError, TypeError):
-            return None
+        return read_record(Start, self.start / "start.json")
 
     def end(self) -> None:
         """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""
@@ -276,17 +280,20 @@ class RunFolder:
         former = self._free_former()
         former.mkdir()
         for path in found:
-            os.replace(path, former / path.name)
+            path.replace(former / path.name)
 
     def _free_former(self) -> Path:
-        names = (f"{FORMER_NAME}-{k}" if k > 1 else FORMER_NAME for k in itertools.count(1))
+        names = itertools.chain(["former"], (f"former-{k}" for k in itertools.count(2)))
         return next(path for name in names if not (path := self.folder / name).exists())
 
 
 def identity_of(settings: Settings, **resolved: object) -> Values:
-    """Identity of a run, which determines its result: settings and resolved dtype, device, processes and examples."""
+    """Identity of a run: the settings that determine its result, and resolved dtype, device, processes and examples."""
+    deciding = asdict(settings)
+    for name in ("output", "resume", "save_steps", "report_to"):
+        del deciding[name]
     # through JSON, so that it compares equal to what was read from a file (tuples become lists)
-    identity: Values = json.loads(json.dumps(settings.deciding() | resolved))
+    identity: Values = json.loads(json.dumps(deciding | resolved))
     return identity
 
 
@@ -309,10 +316,9 @@ def differences(saved: Values, current: Values) -> str:
 
 def _read(file: Path) -> Values | None:
     """A JSON file's object; None if the file is missing, damaged or no object."""
-    try:
+    with suppress(OSError, ValueError):
         return read_json(file)
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 class MarkedCheckpoints:

@@ -139,10 +139,7 @@ def costs(summary: Values) -> Table:
 
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str | None) -> Table:
-    """The first held-out problems with the right answer, and the model's before and after training, marked.
-
-    `how` says how prompts were put, as in `results.IN_WORDS`.
-    """
+    """The first held-out problems with their answers; `how` prompts were put, in words (`results.IN_WORDS`)."""
     table = Table(title=f"{min(EXAMPLES_SHOWN, len(examples))} of the held-out problems", show_lines=True)
     if how is not None:
         table.caption = f"before: the base model, asked {how} as the adapter is"
@@ -367,16 +364,17 @@ def prospects() -> str:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         sixteen, four = (_billions(WORKING_SHARE * memory / size) for size in BYTES)
-        return (
-            f"This machine is good for fine-tuning models of up to about {sixteen} billion parameters in 16 bits and "
-            f"{four} in 4 bits on its GPU; lorasb plan MODEL says what one of them takes."
-        )
-    dtype = native("cpu").dtype
-    in_time = EVENING * EFFICIENCY * product_speed(512, 2048, 2048, dtype, torch.device("cpu")) / (OPERATIONS * TOKENS)
-    in_memory = WORKING_SHARE * psutil.virtual_memory().total / dtype.itemsize
+        size = f"{sixteen} billion parameters in 16 bits and {four} in 4 bits on its GPU"
+    else:
+        dtype = native("cpu").dtype
+        speed = EFFICIENCY * product_speed(512, 2048, 2048, dtype, torch.device("cpu"))
+        in_time = EVENING * speed / (OPERATIONS * TOKENS)
+        in_memory = WORKING_SHARE * psutil.virtual_memory().total / dtype.itemsize
+        most = _billions(min(in_time, in_memory))
+        size = f"{most} billion parameters on a million tokens in an evening, on its CPU"
     return (
-        f"This machine is good for fine-tuning models of up to about {_billions(min(in_time, in_memory))} billion "
-        "parameters on a million tokens in an evening, on its CPU; lorasb plan MODEL says what one of them takes."
+        f"This machine is good for fine-tuning models of up to about {size}; lorasb plan MODEL says what one of them "
+        "takes."
     )
 
 

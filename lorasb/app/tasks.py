@@ -42,14 +42,10 @@ Label = str | int | float
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completion; a chat in `messages`, whose last message is the completion; or a text and its label.
+    """A prompt and its completion; a chat in `messages`, which ends with the completion; or a text and its label."""
 
-    Attributes:
-        prompt, completion: of a labeled example, the text and the label as text.
-    """
-
-    prompt: str
-    completion: str
+    prompt: str  # or the text that has a label
+    completion: str  # or the label as text
     messages: tuple[dict[str, str], ...] = ()  # role and content of each
     pair: str = ""  # a second text after the prompt, of labeled examples
     label: Label | None = None  # class, or value (a float); None for language modeling

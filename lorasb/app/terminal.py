@@ -14,35 +14,28 @@ if TYPE_CHECKING:  # imports torch and PEFT, which `lorasb --help` does without
     from ..distributed.process_group import Processes
 
 
-Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal returns it
 console = Console(soft_wrap=False)
 errors = Console(stderr=True)
 
 
 class StoppedError(BaseException):
-    """The user stopped the run. A BaseException, as KeyboardInterrupt is, so that no `except Exception` swallows it.
+    """The user stopped the run. A BaseException, as KeyboardInterrupt is, so that no `except Exception` swallows it."""
 
-    Args:
-        number: number of the signal.
-        line: message that says how to resume.
-    """
-
-    def __init__(self, number: int, line: str) -> None:
+    def __init__(self, number: int, line: str) -> None:  # the signal's number, and how to resume
         super().__init__(line)
         self.code = 128 + number  # exit code, by the shells' convention
 
 
 class Stop:
-    """A context that handles SIGINT and SIGTERM.
+    """A context in which SIGINT and SIGTERM raise StoppedError.
 
-    While `steps` is True, the first signal only sets `requested`, which the training loop checks after each step. At
-    other times, and at the second signal, the handler raises StoppedError at once.
+    While `steps` is True, the first one only sets `requested`, which the training loop checks after each step.
     """
 
     def __init__(self, line: str) -> None:
         self.line, self.steps = line, False
         self.requested = 0  # number of the signal that asked for a stop; 0 if none
-        self._before: dict[int, Handler] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # handlers
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # signal.signal raises in other threads

@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..init.sampling import Batch
+from ..init.task import modes_restored
 from .tasks import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-T = TypeVar("T")
 Collate = Callable[[list[Any]], Batch]  # from encoded examples, or packs of them
 IGNORED = -100  # ignore_index of torch's cross_entropy
 
@@ -47,23 +46,17 @@ class Encoded:
 
 
 def encode(
-    example: Example,
-    tokenizer: Tokenizer,
-    max_length: int,
-    whole_prompt: bool = False,
-    template: bool = False,
+    example: Example, tokenizer: Tokenizer, max_length: int, whole_prompt: bool = False, template: bool = False
 ) -> Encoded:
     """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template."""
-    # With `template` prompts do too, where the tokenizer has one. Without one a space joins a prompt and a completion
-    # that have no white space between them.
-    # Beyond `max_length` a prompt loses its beginning, or, with `whole_prompt`, the completion its end: a held-out
-    # question must not lose its beginning to a long right answer.
+    # With `template` prompts do too, where the tokenizer has one. Beyond `max_length` a prompt loses its beginning, or,
+    # with `whole_prompt`, the completion its end: a held-out question must not lose its beginning to a long answer.
     messages, answer = messages_of(example, tokenizer, template), example.completion
     if messages:
         pieces = _conversation(messages, tokenizer)
     else:
         pieces = [(example.prompt, False)]
-        # A space between them goes to the completion, as tokenizers merge it with the word that follows.
+        # A space that joins them goes to the completion, as tokenizers merge it with the word that follows.
         if not example.prompt[-1:].isspace() and not answer[:1].isspace():
             answer = " " + answer
     ids: list[int] = []
@@ -131,13 +124,8 @@ def _rendered(tokenizer: Tokenizer, turns: tuple[dict[str, str], ...], generatio
 class Collator:
     """Pads on the left, so that completions are aligned at the end of the rows.
 
-    If the model's forward takes `logits_to_keep`, logits are computed for the longest completion of the batch only: for
-    short answers that saves most of the head's time and memory.
-
-    Args:
-        pad_token_id: of the padding.
-        model: the base model.
-        by_adapter: name each row's adapter in the batch, too.
+    If the base model's forward takes `logits_to_keep`, logits are computed for the longest completion of a batch only:
+    for short answers that saves most of the head's time and memory. `by_adapter` adds the rows' adapters to a batch.
     """
 
     def __init__(self, pad_token_id: int, model: nn.Module, by_adapter: bool = False) -> None:
@@ -147,11 +135,12 @@ class Collator:
         self.positions = "position_ids" in names
 
     def __call__(self, examples: list[Encoded]) -> Batch:
-        width = max(len(example) for example in examples)
-        ids = [[self.pad] * (width - len(e)) + [*e.prompt, *e.completion] for e in examples]
-        labels = [[IGNORED] * (width - len(e)) + e.labels for e in examples]
-        mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in examples])
-        batch: Batch = {"input_ids": torch.tensor(ids), "attention_mask": mask, "labels": torch.tensor(labels)}
+        mask = padded([[1] * len(e) for e in examples], 0)
+        batch: Batch = {
+            "input_ids": padded([e.prompt + e.completion for e in examples], self.pad),
+            "attention_mask": mask,
+            "labels": padded([e.labels for e in examples], IGNORED),
+        }
         if self.by_adapter:
             batch["adapter_names"] = [example.adapter for example in examples]
         # Without position_ids, models count positions from the padding.
@@ -159,7 +148,7 @@ class Collator:
             batch["position_ids"] = positions(mask)
         if self.trims:
             # one more: the first label is predicted by the logit before it
-            keep = min(width, 1 + max(e.tail for e in examples))
+            keep = min(mask.shape[1], 1 + max(e.tail for e in examples))
             batch |= {"labels": batch["labels"][:, -keep:], "logits_to_keep": keep}
         return batch
 
@@ -183,12 +172,15 @@ class TextCollator:
         self.pads = {"input_ids": tokenizer.pad_token_id}
 
     def __call__(self, examples: Sequence[EncodedText]) -> Batch:
-        width = max(map(len, examples))
-        batch: Batch = {
-            name: torch.tensor([e.inputs[name] + [self.pads.get(name, 0)] * (width - len(e)) for e in examples])
-            for name in examples[0].inputs
-        }
+        names = examples[0].inputs
+        batch: Batch = {n: padded([e.inputs[n] for e in examples], self.pads.get(n, 0), "right") for n in names}
         return batch | {"labels": torch.tensor([e.target for e in examples])}
+
+
+def padded(rows: Iterable[Sequence[int]], value: int, side: str = "left") -> Tensor:
+    """Rows of numbers as one tensor [rows, length of the longest]."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -196,22 +188,11 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def with_progress(call: Callable[[Example], T], examples: Iterable[Example], title: str) -> list[T]:
-    """Encode examples, with a progress bar after two seconds."""
-    return [call(example) for example in tqdm(examples, desc=title, unit="example", delay=2, leave=False)]
-
-
 WINDOW = 50  # steps per window: rows are sorted by length within a window of shuffled rows, windows stay random
 
 
 class ByLength(torch.utils.data.Sampler[int]):
-    """A sampler of row indices. The order depends on seed and epoch alone, so that a resumed run repeats it.
-
-    Args:
-        lengths: number of tokens of each row.
-        step: rows per optimizer step.
-        seed: seed of the order.
-    """
+    """A sampler of rows of these lengths, `step` per optimizer step, whose order depends on seed and epoch alone."""
 
     def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:
         self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
@@ -268,28 +249,24 @@ def row_length(row: Encoded | EncodedText | Pack) -> int:
 
 
 class PackCollator:
-    """Collates packs, padded on the right. Positions restart at 0 in each example, and no attention mask is passed:
+    """Collates packs, padded on the right, with positions that restart at 0 in each example and no attention mask."""
 
-    transformers derives the block-diagonal mask from restarting position_ids only without an attention mask.
-    """
+    # transformers derives the block-diagonal mask from restarting position_ids only without an attention mask.
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad = pad_token_id
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
         width = max(row_length(row) for row in packs)
-        ids, labels, positions = [], [], []
-        for row in packs:
-            fill = width - row_length(row)
-            ids.append([t for e in row for t in (*e.prompt, *e.completion)] + [self.pad] * fill)
-            # the first token has no label: the logit before it belongs to the example before
-            labels.append([t for e in row for t in (IGNORED, *e.labels[1:])] + [IGNORED] * fill)
-            # padding counts from 0 again: to attention it is one more example, without labels
-            positions.append([i for e in row for i in range(len(e))] + list(range(fill)))
+        ids = [[t for e in row for t in e.prompt + e.completion] for row in packs]
+        # the first token has no label: the logit before it belongs to the example before
+        labels = [[t for e in row for t in (IGNORED, *e.labels[1:])] for row in packs]
+        # padding counts from 0 again: to attention it is one more example, without labels
+        lengths = [[*map(len, row), width - row_length(row)] for row in packs]
         return {
-            "input_ids": torch.tensor(ids),
-            "labels": torch.tensor(labels),
-            "position_ids": torch.tensor(positions),
+            "input_ids": padded(ids, self.pad, "right"),
+            "labels": padded(labels, IGNORED, "right"),
+            "position_ids": torch.tensor([[i for length in row for i in range(length)] for row in lengths]),
             "use_cache": False,  # transformers looks for packed position_ids only without a KV cache
         }
 
@@ -297,18 +274,17 @@ class PackCollator:
 @torch.no_grad()
 def check_model(model: nn.Module) -> None:
     """Compare the logits of a packed example with those of the example alone."""
-    mode, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     first, second = Encoded((5, 6, 7), (8, 9)), Encoded((9, 8), (7, 6, 5))
     batch = PackCollator(0)([(first, second)])
     ids, position_ids = batch["input_ids"].to(device), batch["position_ids"].to(device)
-    model.eval()
     try:
-        packed = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0, len(first) :].float()
-        single = model(input_ids=ids[:, len(first) :]).logits[0].float()
+        with modes_restored(model):
+            model.eval()
+            packed = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0, len(first) :].float()
+            single = model(input_ids=ids[:, len(first) :]).logits[0].float()
     except TypeError as error:
         raise ValueError(f"--packing: this model takes no position_ids ({error}): train without it") from None
-    finally:
-        model.train(mode)
     if (packed - single).abs().max() > TOLERANCE * single.abs().max():
         raise ValueError(
             f"--packing: in a {type(model).__name__} packed examples see one another, as its attention does not follow "

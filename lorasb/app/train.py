@@ -20,6 +20,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 
+import lorasb
+
 from ..compat.transformers import on_one_device
 from ..distributed.process_group import Processes
 from ..init.sampling import Batch
@@ -28,7 +30,7 @@ from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import find_lr, refine_rate
 from ..utils.precision import DTYPES, native, slowdown
 from ..utils.reading import read_json
-from .prepare import Run, checkpoint_activations, device, load_adapters, optimizer, save_adapter
+from .prepare import Run, checkpoint_activations, device, load_adapters, save_adapter
 from .run_folder import MarkedCheckpoints, Values, read_mark
 from .settings import Settings
 from .terminal import Stop, console
@@ -152,14 +154,13 @@ class Saving(TrainerCallback):
         self.last_saved = self.step_started = time.perf_counter()
         self.longest_step = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
+    def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         self.last_saved = time.perf_counter()
 
-    def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
+    def on_step_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         self.step_started = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
-        """Decide whether to save and whether to stop."""
+    def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         now = time.perf_counter()
         self.longest_step = max(self.longest_step, now - self.step_started)
         if self.save_steps is None:
@@ -186,15 +187,15 @@ class Planning(TrainerCallback):
         self.memory_before, self.peak_before, self.started = 0, 0, 0.0
         self.estimate: Estimate | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
+    def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         """Compute the steps of the first epoch, which stand for those of later epochs; note the memory in use."""
         self.steps = self.order.order(0)
         self.memory_before, self.peak_before = memory_in_use(), peak_memory()
 
-    def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
+    def on_step_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
+    def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         """Record a step's time; after the last timed step, print the estimate."""
         if self.estimate is not None:
             return
@@ -225,8 +226,7 @@ class Judging(TrainerCallback):
     def __init__(self, run: Run, trainer: Trainer, eval_steps: int) -> None:
         self.run, self.trainer, self.eval_steps = run, trainer, eval_steps
 
-    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
-        """Evaluate and log, if this step is due."""
+    def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         if state.global_step % self.eval_steps == 0:
             # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
             should_log = control.should_log
@@ -237,10 +237,7 @@ class Judging(TrainerCallback):
 class Finite(TrainerCallback):
     """Ends training at the first loss or gradient that is not finite, before a checkpoint has it."""
 
-    def on_log(
-        self, args: TrainingArguments, state: State, control: Control, logs: Logs = None, **kwargs: object
-    ) -> None:
-        """Raise a ValueError for such a value."""
+    def on_log(self, args: object, state: State, control: Control, logs: Logs = None, **kwargs: object) -> None:
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
             value = float((logs or {}).get(name, 0.0))
             if not math.isfinite(value):
@@ -256,39 +253,23 @@ class Ordering(TrainerCallback):
     def __init__(self, order: ByLength) -> None:
         self.order = order
 
-    def on_epoch_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
+    def on_epoch_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         self.order.set_epoch(int(state.epoch or 0))
 
 
-class Bar(TrainerCallback):
-    """A progress bar on rank 0, instead of the dictionaries that Trainer prints at every step."""
+class Bar(ProgressCallback):
+    """A progress bar that begins at a resumed run's step, and shows losses instead of printing dictionaries."""
 
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
-        """Open the bar at the run's current step."""
+    def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
+        self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
-    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
-        """Advance by one step."""
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(
-        self, args: TrainingArguments, state: State, control: Control, logs: Logs = None, **kwargs: object
-    ) -> None:
-        """Show the losses."""
+    def on_log(self, args: object, state: State, control: Control, logs: Logs = None, **kwargs: object) -> None:
         logs = logs or {}
         shown = {name: f"{float(logs[name]):.3f}" for name in ("loss", "eval_loss") if name in logs}
-        if self.bar is not None and shown:
-            self.bar.set_postfix(shown, refresh=False)
-
-    def on_train_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
-        """Close the bar and leave it on the screen."""
-        if self.bar is not None:
-            self.bar.close()
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown, refresh=False)
 
 
 STATE_NAME = "trainer_state.json"
@@ -329,13 +310,17 @@ def train(run: Run, make: Make, folder: Path, identity: Values, checkpoint: str 
 
 def run_trainer(run: Run, folder: Path) -> _RunTrainer:
     """A trainer of the run's rows."""
-    args = on_one_device(TrainingArguments(**argument_values(run, folder)))
+    args, optimizer = on_one_device(TrainingArguments(**argument_values(run, folder))), None
+    if run.adapters:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        groups = lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr, weight_decay=args.weight_decay)
+        optimizer = kind(groups, **options)
     trainer = _RunTrainer(
         model=run.model,
         args=args,
         train_dataset=cast(Any, run.rows),
         data_collator=run.collator(),
-        optimizers=(optimizer(run, args) if run.adapters else None, None),
+        optimizers=(optimizer, None),
         callbacks=[AdapterRowsCallback()] if run.adapters else [],
     )
     if run.problem.takes_loss_arguments is not None:
@@ -361,7 +346,6 @@ def argument_values(run: Run, folder: Path) -> Values:
         weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
         logging_steps=1,
-        logging_strategy="steps",
         logging_nan_inf_filter=False,  # it would log a NaN as 0
         save_strategy="no",  # `Saving` sets control.should_save
         report_to=settings.report_to,
@@ -371,7 +355,6 @@ def argument_values(run: Run, folder: Path) -> Values:
         dataloader_pin_memory=device() == "cuda",
         # every R takes part in every forward, and DDP need not search, but for those of adapters without rows
         ddp_find_unused_parameters=bool(run.adapters),
-        disable_tqdm=False,
     )
 
 
@@ -399,7 +382,7 @@ class _RunTrainer(MarkedCheckpoints, Trainer):
 def _put_callbacks(trainer: Any, run: Run, stop: Stop) -> None:
     """Replace the trainer's printing by a progress bar, and add the callbacks of a run."""
     settings = run.settings
-    # Trainer adds either of the two, depending on disable_tqdm.
+    # Trainer adds one of the two.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     callbacks: list[TrainerCallback] = [Ordering(trainer.order), Bar(), Finite()]
@@ -412,28 +395,21 @@ def _put_callbacks(trainer: Any, run: Run, stop: Stop) -> None:
 
 
 def find_rate(run: Run) -> float:
-    """Try rates from the run's on, or refine the one that the initialization measured; a collective.
-
-    R is left at the start that belongs to the rate. Ranks find the same.
-    """
+    """Try rates from the run's on, or refine the measured one; leaves R at the start of the rate. A collective."""
     settings = run.settings
     if settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
-    if settings.find_lr:
-        found = find_lr(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
-        line = str(found)
-    else:
-        found = refine_rate(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
-        line = f"learning rate {found.lr:.2g}, measured on the samples and by two trials of {found.steps} steps"
-    console.print(line, highlight=False, soft_wrap=True)
+    search = find_lr if settings.find_lr else refine_rate
+    found = search(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
+    refined = f"learning rate {found.lr:.2g}, measured on the samples and by two trials of {found.steps} steps"
+    console.print(str(found) if settings.find_lr else refined, highlight=False, soft_wrap=True)
     return found.lr
 
 
 def batches(run: Run) -> Iterator[Batch]:
     """The run's batches in its order, over and over, in the parts that a step is computed in."""
-    settings, collate = run.settings, run.unnamed_collator()
-    size = settings.batch_size // settings.gradient_accumulation
-    order = run.order()
+    collate, order = run.collator(named=False), run.order()
+    size = run.settings.batch_size // run.settings.gradient_accumulation
     for epoch in itertools.count():
         for step in order.order(epoch):
             for start in range(0, len(step), size):

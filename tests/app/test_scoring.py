@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb.app import scoring
-from lorasb.app.evaluation import evaluate, example_losses
+from lorasb.app.evaluation import HeldOut, LanguageModeling, example_losses
 from lorasb.app.scoring import LABEL_SCORES, SCORES, choice, equal_expressions, expression, final_number, is_right
 from lorasb.app.settings import Settings
 from lorasb.app.tasks import Example
@@ -163,7 +163,8 @@ def test_a_checkpoints_own_settings_change_no_answer(tiny: Path) -> None:
     answers = []
     for penalty, beams in ((1.0, 1), (50.0, 3)):
         model.generation_config.repetition_penalty, model.generation_config.num_beams = penalty, beams
-        answers.append(evaluate(model, tokenizer, examples, encoded, 2, "", max_new_tokens=12).answers)
+        held_out = HeldOut(examples, encoded, 2, 12)
+        answers.append(LanguageModeling().evaluate(model, tokenizer, held_out, "").answers)
     assert answers[0] == answers[1]
 
 

@@ -25,7 +25,7 @@ from benchmarks.research.methods.adapters import put_in
 from benchmarks.research.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.research.methods.problems import MAX_LENGTH, files, load
 from benchmarks.research.methods.run import drawn, train
-from lorasb.app.evaluation import evaluate, example_losses
+from lorasb.app.evaluation import HeldOut, LanguageModeling, example_losses
 from lorasb.app.prepare import demo_model
 from lorasb.app.tasks import Example, read_jsonl
 from lorasb.app.tokenize import Collator, encode
@@ -44,7 +44,7 @@ def final_number(text: str) -> str:
 def answered(model: nn.Module, examples: Sequence[Example], tokenizer: Any) -> float:
     """Share of GSM8K problems whose final number is right."""
     coded = [encode(e, tokenizer, MAX_LENGTH) for e in examples]
-    given = evaluate(model, tokenizer, examples, coded, BATCH, "answers").answers
+    given = LanguageModeling().evaluate(model, tokenizer, HeldOut(examples, coded, BATCH), "answers").answers
     pairs = [(final_number(text), final_number(e.completion)) for text, e in zip(given, examples, strict=True)]
     return sum(mine == right for mine, right in pairs) / len(pairs)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.research.methods.grid import Task
 from lorasb.app import scoring
-from lorasb.app.evaluation import evaluate, example_losses
+from lorasb.app.evaluation import HeldOut, LanguageModeling, example_losses
 from lorasb.app.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.app.tokenize import Collator, Encoded, encode
 
@@ -124,7 +124,8 @@ def _language(task: Task, folder: Path | None, dtype: torch.dtype) -> Problem:
     def judge(tuned: nn.Module, split: str) -> tuple[float, float]:
         if not task.higher_is_better:  # answers stay at the floor: the loss is the score
             return (loss(tuned, split),) * 2
-        found = evaluate(tuned, tokenizer, parts[split], coded[split], 2 * task.batch, split)
+        held_out = HeldOut(parts[split], coded[split], 2 * task.batch)
+        found = LanguageModeling().evaluate(tuned, tokenizer, held_out, split)
         return found.loss, found.accuracy
 
     return Problem(model, coded["train"], collate, judge, loss, LINEARS, [], "CAUSAL_LM")
