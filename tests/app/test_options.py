@@ -38,7 +38,7 @@ def call(*arguments: str) -> dict[str, Any]:
     """The settings that `lorasb finetune` would run with."""
     got: list[dict[str, Any]] = []
     one = typer.Typer()
-    one.command(cls=cli.Command)(cli.command(got.append, [(Settings, False)], {}))
+    one.command(cls=cli.Command)(cli.command(got.append, Settings))
     done = CliRunner().invoke(one, list(arguments))
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -184,7 +184,7 @@ def test_the_last_of_a_switchs_forms_wins(given: list[str], want: bool) -> None:
 
 
 def test_init_takes_its_share_of_the_list() -> None:
-    made = cli.command(print, [(Settings, True), (InitSettings, False)], {"output": "runs/init"})
+    made = cli.command(print, Settings, InitSettings)
     names = set(inspect.signature(made).parameters)
     own = {one.name for one, _ in listed(InitSettings)}
     assert own == {"strategy", "memory_budget", "cache", "stability", "energy", "parameters"}
