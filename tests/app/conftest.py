@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import stop_after
+from finetune_runs import assert_same, stop_after, summary
 
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
@@ -25,6 +26,20 @@ def whole(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     run_finetune(replace(base, output=str(folder)))
     return folder
+
+
+@pytest.fixture
+def goes_on(tmp_path: Path) -> Callable[[Settings, int], dict[str, Any]]:
+    """Run settings twice, interrupted after a step the second time, which ends in the same bits; the summary."""
+
+    def check(settings: Settings, step: int) -> dict[str, Any]:
+        run_finetune(replace(settings, output=str(tmp_path / "a")))
+        stop_after(step, settings, tmp_path / "b")
+        run_finetune(replace(settings, output=str(tmp_path / "b")))
+        assert_same(tmp_path / "a", tmp_path / "b")
+        return summary(tmp_path / "a")
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import pytest
 import tolerances
 import torch
 import transformers
-from finetune_runs import assert_same, stop_after
 from safetensors.torch import load_file
 
 from lorasb.app.evaluation import Classification, LanguageModeling, problem_of
@@ -59,13 +58,9 @@ def test_classes_are_learned_and_the_folder_loads_again(kinds: Settings, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora"])
-def test_a_stopped_run_goes_on_to_the_same_bits(kinds: Settings, tmp_path: Path, method: str) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(kinds: Settings, goes_on: Any, method: str) -> None:
     """The head is trained whole, and its start is random."""
-    settings = replace(kinds, method=method, epochs=1.5)
-    stop_after(4, settings, tmp_path / "stopped")
-    run_finetune(replace(settings, output=str(tmp_path / "stopped")))
-    run_finetune(replace(settings, output=str(tmp_path / "whole")))
-    assert_same(tmp_path / "stopped", tmp_path / "whole")
+    goes_on(replace(kinds, method=method, epochs=1.5), 4)
 
 
 def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Path) -> None:
@@ -156,6 +151,8 @@ ONE, TWO, PLAIN, VALUE = labeled("a", "x"), labeled("b", "y"), Example("p", "c")
         ([ONE, ONE], ONE, {"eval_data": "held_out.jsonl"}, "every training example has the label x"),
         ([ONE, TWO], labeled("c", "z"), {"eval_data": "held_out.jsonl"}, "the held-out label z is none of the training labels: x, y"),
         ([ONE, TWO], ONE, {"packing": True}, "--packing puts several examples into a row"),
+        ([ONE, TWO], ONE, {"rl": "exact"}, "--rl trains language models by what they answer"),
+        ([ONE, TWO], ONE, {"adapter_column": "user"}, "--adapter-column trains language models"),
         ([PLAIN], replace(PLAIN, score="pearson"), {}, "--score pearson does not judge texts"),
         ([ONE, TWO], replace(ONE, score="boxed"), {}, "--score boxed does not judge labels"),
         ([ONE, TWO], replace(ONE, score="pearson"), {}, "--score pearson takes numbers, and the labels are x, y"),

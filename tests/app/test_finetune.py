@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import STEPS, At, add, assert_same, die, killed, stop_after, summary
+from finetune_runs import STEPS, At, add, assert_same, die, killed, stop_after
 
 from lorasb.app import cli, finetune, run_folder
 from lorasb.app.finetune import run_finetune
@@ -41,7 +41,9 @@ def test_kill_9_at_random_moments_ends_in_the_same_bits(base: Settings, whole: P
     assert_same(tmp_path, whole)
 
 
-def test_dropout_masks_and_the_other_options_go_on_too(base: Settings, tiny: Path, tmp_path: Path) -> None:
+def test_dropout_masks_and_the_other_options_go_on_too(
+    base: Settings, tiny: Path, tmp_path: Path, goes_on: Any
+) -> None:
     """Attention dropout draws from the global random state at every step; AdamW's decay and a schedule have a state."""
     noisy = tmp_path / "model"
     shutil.copytree(tiny, noisy)
@@ -50,11 +52,7 @@ def test_dropout_masks_and_the_other_options_go_on_too(base: Settings, tiny: Pat
     layers = {"target_modules": "q_proj,down_proj", "rank_pattern": {"down_proj": 4}, "eval_steps": 4}
     steps = {"gradient_accumulation": 2, "gradient_checkpointing": True, "weight_decay": 0.1, "scheduler": "cosine"}
     settings = replace(base, model=str(noisy), **layers, **steps)
-    run_finetune(replace(settings, output=str(tmp_path / "a")))
-    stop_after(8, settings, tmp_path / "b")  # in the second epoch
-    run_finetune(replace(settings, output=str(tmp_path / "b")))
-    assert_same(tmp_path / "a", tmp_path / "b")
-    found = summary(tmp_path / "a")
+    found = goes_on(settings, 8)  # in the second epoch
     assert [step for step, _ in found["eval_losses"]] == [4, 8, 12]
     assert len(found["train_losses"]) == STEPS
     assert found["trainable_params"] == 2 * (8 * 8 + 4 * 4)
@@ -63,22 +61,14 @@ def test_dropout_masks_and_the_other_options_go_on_too(base: Settings, tiny: Pat
 
 
 @pytest.mark.parametrize(("method", "bits"), [("lora", 16), ("lora-xs", 16), ("lora-sb", 4)])
-def test_other_methods_and_bases_go_on(base: Settings, tmp_path: Path, method: str, bits: int) -> None:
-    settings = replace(base, method=method, bits=bits, epochs=1.0)
-    run_finetune(replace(settings, output=str(tmp_path / "a")))
-    stop_after(4, settings, tmp_path / "b")
-    run_finetune(replace(settings, output=str(tmp_path / "b")))
-    assert_same(tmp_path / "a", tmp_path / "b")
+def test_other_methods_and_bases_go_on(base: Settings, goes_on: Any, method: str, bits: int) -> None:
+    goes_on(replace(base, method=method, bits=bits, epochs=1.0), 4)
 
 
-def test_a_run_of_packs_lowers_the_loss_and_goes_on_too(base: Settings, whole: Path, tmp_path: Path) -> None:
-    settings = replace(base, packing=True, max_length=16, output=str(tmp_path / "a"), batch_size=2, epochs=3.0)
-    found = run_finetune(settings).summary
+def test_a_run_of_packs_lowers_the_loss_and_goes_on_too(base: Settings, goes_on: Any) -> None:
+    found = goes_on(replace(base, packing=True, max_length=16, batch_size=2, epochs=3.0), 4)
     assert found["eval_loss_after"] < found["eval_loss_before"]
     assert found["train_steps"] < 3 * 27 / 2
-    stop_after(4, settings, tmp_path / "b")
-    run_finetune(replace(settings, output=str(tmp_path / "b")))
-    assert_same(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_slow_dtype_is_said_in_one_line(

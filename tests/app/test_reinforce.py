@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import assert_same, stop_after
 from transformers import PreTrainedModel
 
 from lorasb.app import reinforce
@@ -93,12 +91,8 @@ def test_a_run_by_rewards_writes_what_any_run_does(
         assert ({layer.start for layer in result.report.layers} == {0.0}) == (start == "zero")
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(reinforced: Settings, tmp_path: Path) -> None:
-    settings = replace(reinforced, batch_size=24, epochs=1.5)
-    run_finetune(replace(settings, output=str(tmp_path / "a")))
-    stop_after(5, settings, tmp_path / "b")  # in the second epoch
-    run_finetune(replace(settings, output=str(tmp_path / "b")))
-    assert_same(tmp_path / "a", tmp_path / "b")
+def test_a_stopped_run_goes_on_to_the_same_bits(reinforced: Settings, goes_on: Any) -> None:
+    goes_on(replace(reinforced, batch_size=24, epochs=1.5), 5)  # in the second epoch
 
 
 def test_a_reward_that_fails_leaves_the_checkpoints(reinforced: Settings, tmp_path: Path) -> None:
@@ -164,10 +158,3 @@ def test_bad_functions_get_one_line(reinforced: Settings, tmp_path: Path, monkey
     file.write_text("1 +")
     with pytest.raises(ValueError, match="the file cannot be imported: SyntaxError"):
         judge("letters")
-
-
-def test_labels_are_refused(reinforced: Settings, tmp_path: Path) -> None:
-    file = tmp_path / "labels.jsonl"
-    file.write_text("\n".join(json.dumps({"text": f"one {i}", "label": i % 2}) for i in range(12)))
-    with pytest.raises(ValueError, match="--rl trains language models by what they answer"):
-        run_finetune(replace(reinforced, data=str(file), rl="exact"))

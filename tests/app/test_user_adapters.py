@@ -147,13 +147,6 @@ def test_names_that_no_folder_and_parameter_can_have(several: Settings, tmp_path
         run_finetune(replace(several, data=str(file), output=str(tmp_path / "run")))
 
 
-def test_labels_are_refused(several: Settings, tmp_path: Path) -> None:
-    rows = [{"text": f"one {i}", "label": i % 2, "user": "ada"} for i in range(12)]
-    file = write(tmp_path / "data.jsonl", rows)
-    with pytest.raises(ValueError, match="--adapter-column trains language models"):
-        run_finetune(replace(several, data=str(file), output=str(tmp_path / "run")))
-
-
 @pytest.mark.long
 def test_two_processes_train_what_one_does(several: Settings, whole: Path, tmp_path: Path) -> None:
     """Some of a step's adapters have rows in one process alone, and some in none."""
