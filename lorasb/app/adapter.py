@@ -21,8 +21,9 @@ from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from .config_file import CONFIG_NAME, write_config
 from .data import describe_data
+from .evaluation import token_limit
 from .prepare import Run, prepare, save_adapter
-from .reinforce import Prompt, judge_of, longest_completion, prompt_of
+from .reinforce import Prompt, judge_of, prompt_of
 from .settings import InitSettings, check_rules, target_names
 from .terminal import console
 
@@ -107,7 +108,7 @@ def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
         [json.loads(prompt) for prompt in list(examples)[: settings.samples or REWARD_SAMPLES]],
         reward,
         generations=settings.generations,
-        max_new_tokens=longest_completion(run),
+        max_new_tokens=token_limit(run.train_ids, settings.max_new_tokens),
         temperature=settings.temperature,
         seed=settings.seed,
     )

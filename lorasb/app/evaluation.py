@@ -301,6 +301,7 @@ class Classification:
         device, collate = next(model.parameters()).device, self.collator(tokenizer, _base_model(model))
 
         def predict(rows: list[EncodedText], bar: tqdm) -> list[tuple[float, str]]:
+            """Loss and label of each example of a batch; advances the bar."""
             batch = to_device(collate(rows), device)
             targets = batch.pop("labels")
             bar.update(1)

@@ -315,21 +315,19 @@ def plan_memory(request: Request) -> MemoryPlan:
             f"{request.model}: a step of {request.batch} x {request.seq} tokens cannot be computed from tokens and "
             f"labels alone ({_first_line(error)})"
         ) from None
-    dense = [weight.numel() * weight.element_size() for weight in quantized]
+    dense = [weight.nbytes for weight in quantized]
     packed = sum(round(weight.numel() * NF4_NESTED) + CODEBOOKS for weight in quantized)
     base = counted.base - sum(dense) + packed
-    available, context = psutil.virtual_memory().total, round(KERNELS)
     if request.card is not None:
-        available, context = request.card.memory, round(CONTEXT)
+        available, context, speed = request.card.memory, round(CONTEXT), request.card.flops
+    else:  # the speed of a product on this machine, with the tokens of a step and a layer's weight
+        layer, tokens = next(iter(work.layers.values())), max(16, min(2048, request.batch * request.seq))
+        shape = tokens, layer.out_features, layer.in_features
+        available, context = psutil.virtual_memory().total, round(KERNELS)
+        speed = product_speed(*shape, dtype_of(request), torch.device("cpu")) * EFFICIENCY
     initialization = base + counted.factors + counted.cores + round(start) + context
     if request.card is None or initialization + boundaries <= available:  # else they go to the host
         initialization += round(boundaries)
-    if request.card is not None:
-        speed = request.card.flops
-    else:  # of a product on this machine, with the tokens of a step and a layer's weight
-        layer, tokens = next(iter(work.layers.values())), max(16, min(2048, request.batch * request.seq))
-        shape = tokens, layer.out_features, layer.in_features
-        speed = product_speed(*shape, dtype_of(request), torch.device("cpu")) * EFFICIENCY
     return MemoryPlan(
         **asdict(counted) | {"base": base},
         request=request,

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, TimeoutError
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,9 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
     """A reward whose errors, values and time are checked."""
 
     def judge(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """Rewards of completions."""
         prompts = [example.prompt for example in examples]
-        found: Future[list[float]] = Future()
+        found: futures.Future[list[float]] = futures.Future()
 
         def call() -> None:
             try:
@@ -99,17 +100,12 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
         threading.Thread(target=call, daemon=True).start()
         try:
             return found.result(timeout=SECONDS)
-        except TimeoutError:
+        except futures.TimeoutError:
             raise RewardError(
                 f"reward {reward.__name__} took longer than {SECONDS:g} s for {len(completions)} completions"
             ) from None
 
     return judge
-
-
-def longest_completion(run: Run) -> int:
-    """Tokens of a sampled completion, at most."""
-    return token_limit(run.train_ids, run.settings.max_new_tokens)
 
 
 def grpo_trainer(run: Run, folder: Path) -> Any:
@@ -127,14 +123,14 @@ def grpo_trainer(run: Run, folder: Path) -> Any:
             return order.sampler
 
     def reward(completions: Sequence[Prompt], example: Sequence[int], **columns: object) -> list[float | None]:
-        # completions are texts, or chats of one message
+        """Rewards of completions, which are texts or chats of one message."""
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
         return [*judge(texts, [run.train[i] for i in example])]
 
     settings, order, judge = run.settings, _PromptOrder(run.settings.seed), judge_of(run.settings)
     values = argument_values(run, folder) | {
         "num_generations": settings.generations,
-        "max_completion_length": longest_completion(run),
+        "max_completion_length": token_limit(run.train_ids, settings.max_new_tokens),
         "temperature": settings.temperature,
         "beta": 0.0,
         "gradient_checkpointing": False,  # TRL's own is True; `train` sets this run's, by its own setting

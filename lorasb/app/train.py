@@ -161,6 +161,7 @@ class Saving(TrainerCallback):
         self.step_started = time.perf_counter()
 
     def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
+        """Decide whether to save and whether to stop."""
         now = time.perf_counter()
         self.longest_step = max(self.longest_step, now - self.step_started)
         if self.save_steps is None:
@@ -227,6 +228,7 @@ class Judging(TrainerCallback):
         self.run, self.trainer, self.eval_steps = run, trainer, eval_steps
 
     def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
+        """Evaluate and log, if this step is due."""
         if state.global_step % self.eval_steps == 0:
             # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
             should_log = control.should_log
@@ -261,6 +263,7 @@ class Bar(ProgressCallback):
     """A progress bar that begins at a resumed run's step, and shows losses instead of printing dictionaries."""
 
     def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
+        """Open the bar at the run's current step."""
         self.current_step = state.global_step
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
@@ -272,7 +275,6 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix(shown, refresh=False)
 
 
-STATE_NAME = "trainer_state.json"
 Make = Callable[[Run, Path], Any]  # makes a Trainer with MarkedCheckpoints and an `order`, see `run_trainer`
 
 
@@ -291,7 +293,7 @@ def train(run: Run, make: Make, folder: Path, identity: Values, checkpoint: str 
     if checkpoint and mark is not None and mark.step >= run.steps:
         run.model.load_adapter(checkpoint, "default", is_trainable=True)
         load_adapters(run, Path(checkpoint))
-        return Trained(read_json(Path(checkpoint, STATE_NAME))["log_history"], mark.seconds)
+        return Trained(read_json(Path(checkpoint, "trainer_state.json"))["log_history"], mark.seconds)
     if run.settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
     trainer = make(run, folder)
