@@ -30,30 +30,31 @@ class Processes:
 
     def _device(self) -> torch.device:
         """The device that the backend communicates from: NCCL takes CUDA tensors only, gloo takes them on the CPU."""
-        return (
-            torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-        )
+        nccl = dist.get_backend() == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
-    def _to_group_device(self, tensor: Tensor) -> Tensor:
+    def _buffer(self, tensor: Tensor) -> Tensor:
         device = self._device()
-        return tensor if tensor.device.type == device.type else tensor.to(device)
+        return (tensor if tensor.device.type == device.type else tensor.to(device)).contiguous()
+
+    def _gathered(self, local: Tensor) -> list[Tensor]:
+        """The tensors of all ranks on the CPU, by rank; the shape has to be the same on every rank."""
+        local = local.to(self._device())
+        gathered = [torch.zeros_like(local) for _ in range(self.world_size)]
+        dist.all_gather(gathered, local)
+        return [part.cpu() for part in gathered]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Σ over ranks, bitwise equal on every rank. May overwrite `tensor`."""
         if not self.is_distributed:
             return tensor
-        buffer = self._to_group_device(tensor).contiguous()
+        buffer = self._buffer(tensor)
         dist.all_reduce(buffer)
         return buffer.to(tensor.device)
 
     def all_gather(self, value: int) -> list[int]:
         """The value of every rank, by rank."""
-        if not self.is_distributed:
-            return [value]
-        local = torch.tensor([value], device=self._device())
-        gathered = [torch.zeros_like(local) for _ in range(self.world_size)]
-        dist.all_gather(gathered, local)
-        return [int(number) for number in gathered]
+        return [int(number) for number in self._gathered(torch.tensor([value]))] if self.is_distributed else [value]
 
     def all_reduce_max(self, values: list[float]) -> list[float]:
         """Elementwise maximum over ranks, so that decisions based on it are the same on every rank."""
@@ -64,32 +65,20 @@ class Processes:
         dist.all_reduce(reduced, dist.ReduceOp.MAX)
         return reduced.tolist()
 
-    def all_reduce_min(self, values: list[float]) -> list[float]:
-        return [-value for value in self.all_reduce_max([-value for value in values])]
-
-    def all_gather_bytes(self, data: bytes) -> bytes:
-        """The bytes of all ranks, concatenated by rank; the length has to be the same on every rank."""
-        if not self.is_distributed:
-            return data
-        local = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device())
-        gathered = [torch.zeros_like(local) for _ in range(self.world_size)]
-        dist.all_gather(gathered, local)
-        return b"".join(bytes(part.cpu().numpy()) for part in gathered)
-
     def gather_json(self, value: object) -> list[Any]:
         """The JSON values of all ranks, by rank."""
         if not self.is_distributed:
             return [value]
         text = json.dumps(value).encode()
-        width = max(self.all_gather(len(text)))  # equal lengths: padded with spaces, which JSON ignores
-        gathered = self.all_gather_bytes(text.ljust(width))
-        return [json.loads(gathered[start : start + width]) for start in range(0, len(gathered), width)]
+        text = text.ljust(max(self.all_gather(len(text))))  # equal lengths: JSON ignores spaces
+        parts = self._gathered(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        return [json.loads(bytes(part.numpy())) for part in parts]
 
     def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
         """Rank `owner`'s tensor; every rank passes one of the same shape and dtype. May overwrite `tensor`."""
         if not self.is_distributed:
             return tensor
-        buffer = self._to_group_device(tensor).contiguous()
+        buffer = self._buffer(tensor)
         dist.broadcast(buffer, owner)
         return buffer.to(tensor.device)
 
@@ -130,7 +119,7 @@ class Processes:
         """SHA-256 over the hex digests of all ranks; a single process's own digest unchanged."""
         if not self.is_distributed:
             return digest
-        return hashlib.sha256(self.all_gather_bytes(bytes.fromhex(digest))).hexdigest()
+        return hashlib.sha256(b"".join(map(bytes.fromhex, self.gather_json(digest)))).hexdigest()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -39,29 +39,23 @@ def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -
     """Add the A and B that ZeRO-3 omitted to an adapter's state dict; a ValueError without `keep_factors`."""
     complete = dict(tensors)
     for key in tensors:
-        prefix, separator, _ = key.partition(".lorasb_R")
-        layer = model.get_submodule(prefix) if separator else None
+        path, separator, _ = key.partition(".lorasb_R")
+        layer = model.get_submodule(path) if separator else None
         if not isinstance(layer, AdaptedLayer):
             continue
         for factor in FROZEN_FACTORS:
-            if is_managed(getattr(layer, factor)[name]):  # without ZeRO the state dict has A and B already
-                complete[key.replace(".lorasb_R", f".{factor}")] = _value(layer, prefix, factor, name)
+            parameter: Tensor = getattr(layer, factor)[name]
+            if not is_managed(parameter):  # without ZeRO the state dict has A and B already
+                continue
+            copies = _factor_copies.get(layer, {})
+            if is_partitioned(parameter) and name not in copies:
+                raise ValueError(
+                    f"A and B of {path} are partitioned by ZeRO-3, and saving gathers only what is "
+                    "trained: keep lorasb.InitCallback() among the Trainer's callbacks, which gathers them"
+                )
+            value = copies[name][factor] if is_partitioned(parameter) else parameter.detach()
+            complete[key.replace(".lorasb_R", f".{factor}")] = value
     return complete
-
-
-def _value(layer: AdaptedLayer, path: str, factor: str, name: str) -> Tensor:
-    parameter: Tensor = getattr(layer, factor)[name]
-    if not is_partitioned(parameter):
-        return parameter.detach()
-    if name not in _factor_copies.get(layer, {}):
-        raise ValueError(
-            f"A and B of {path} are partitioned by ZeRO-3, and saving gathers only what is "
-            "trained: keep lorasb.InitCallback() among the Trainer's callbacks, which gathers them"
-        )
-    return _factor_copies[layer][name][factor]
-
-
-Factors = dict[str, dict[str, Tensor]]  # layer name -> factor name -> value
 
 
 def restore_factors(layers: dict[str, AdaptedLayer], name: str, folders: Iterable[Path]) -> bool:
@@ -74,16 +68,19 @@ def restore_factors(layers: dict[str, AdaptedLayer], name: str, folders: Iterabl
     if not processes.all_gather(int(saved is not None))[0]:
         return False
     for layer, module in layers.items():
-        values = saved[layer] if saved else {}  # empty on every rank but the first
-        b, a = (_broadcast(processes, values.get(f), module, f, name) for f in ("lorasb_B", "lorasb_A"))
-        module.set_factors(name, b, cores[layer], a)
+        frozen = {}
+        for factor in FROZEN_FACTORS:
+            # A broadcast needs one dtype and shape on all ranks, and the file may have been saved in another dtype.
+            buffer = torch.empty(module.shapes(name)[factor], dtype=getattr(module, factor)[name].dtype)
+            frozen[factor] = processes.broadcast(saved[layer][factor].to(buffer.dtype) if saved else buffer, 0)
+        module.set_factors(name, frozen["lorasb_B"], cores[layer], frozen["lorasb_A"])
     return True
 
 
 def _read_matching(
     layers: dict[str, AdaptedLayer], name: str, cores: dict[str, Tensor], folders: Iterable[Path]
-) -> Factors | None:
-    """Factors from the first folder whose R equals `cores`, with shapes and finiteness checked."""
+) -> dict[str, dict[str, Tensor]] | None:
+    """Factors by layer from the first folder whose R equals `cores`, with shapes and finiteness checked."""
     for checkpoint in folders:
         folder = checkpoint if name == "default" else checkpoint / name  # PEFT saves other names in a subfolder
         if not (folder / WEIGHTS_NAME).is_file():
@@ -95,10 +92,3 @@ def _read_matching(
             check_tensors(tensors, {layer: module.shapes(name) for layer, module in layers.items()})
             return saved
     return None
-
-
-def _broadcast(processes: Processes, value: Tensor | None, layer: AdaptedLayer, factor: str, name: str) -> Tensor:
-    # A broadcast needs one dtype and shape on all ranks, and the file may have been saved in another dtype.
-    dtype = getattr(layer, factor)[name].dtype
-    buffer = torch.empty(layer.shapes(name)[factor], dtype=dtype) if value is None else value.to(dtype)
-    return processes.broadcast(buffer, 0)

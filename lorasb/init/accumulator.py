@@ -6,6 +6,7 @@ layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -13,23 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .. import backends  # noqa: F401  registers the ops of every backend
 from ..layers.weight_adapter import SLICE, LoRASBWeight
 from ..ops.plain_ops import BAD, SQUARES, ZEROS
 from ..ops.registry import backend_op, current_backend
 from .svd import MomentSketch, SignBits, energies
-
-
-def _add_product(dy: Tensor, x: Tensor, total: Tensor | None) -> Tensor:
-    """`total` + dyᵀ x [out, in], in place; None: dyᵀ x."""
-    fresh, total = total is None, _sum_buffer(total, dy, x)
-    _op("gradient_add")(dy, x, total, fresh)
-    return total
-
-
-def _op(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    from .. import backends  # noqa: F401  registers the ops of every backend
-
-    return backend_op(name, current_backend())
 
 
 class LayerSum:
@@ -52,15 +41,14 @@ class LayerSum:
         if self.sketch is not None:
             self.sketch.add(dy, x)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        if last and self.total is None and self._pair is None and _pair_is_smaller(dy, x):
-            self._pair, self._signs = (dy, x), _signs_of(dy, x, None, True)
+        pair_bytes = dy.numel() * dy.element_size() + x.numel() * x.element_size()
+        if last and self.total is None and self._pair is None and pair_bytes < 4 * dy.shape[1] * x.shape[1]:
+            self._pair = dy, x
+            self._take_signs(dy, x, None, True)
             return
         self._multiply_pair()
-        if last:
-            fresh, self.total = self.total is None, _sum_buffer(self.total, dy, x)
-            self._signs = _signs_of(dy, x, self.total, fresh)
-        else:
-            self._signs, self.total = None, _add_product(dy, x, self.total)
+        self._signs = None
+        self._add_product(dy, x, self._take_signs if last else _op("gradient_add"))
 
     def add_gradient(self, gradient: Tensor) -> None:
         """G += a gradient [out, in] that the layer itself has computed, fp32 or wider."""
@@ -79,7 +67,25 @@ class LayerSum:
     def _multiply_pair(self) -> None:
         """Replace a stored pair (dy, x) by its product."""
         if self._pair is not None:
-            self.total, self._pair = _add_product(*self._pair, None), None
+            self._add_product(*self._pair, _op("gradient_add"))
+            self._pair = None
+
+    def _add_product(self, dy: Tensor, x: Tensor, op: Callable[[Tensor, Tensor, Tensor, bool], object]) -> None:
+        fresh = self.total is None
+        if self.total is None:
+            # bf16 has 8 bits of mantissa: a sum over many tokens would stop growing.
+            wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+            self.total = dy.new_empty((dy.shape[1], x.shape[1]), dtype=wide)  # fresh: the op overwrites it
+        op(dy, x, self.total, fresh)
+
+    def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[SignBits, Tensor]:
+        """Add dyᵀ x and take the signs and counts of the result; without a `total` only these are written."""
+        words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
+        counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
+        # Without zeros and NaN the nonzero plane is all ones, and not worth its memory.
+        zeros = nonzero if counts[ZEROS] or counts[BAD] else None
+        self._signs = SignBits(words, (dy.shape[1], x.shape[1]), zeros), counts
+        return self._signs
 
     def value(self) -> Tensor:
         """G [out, in]."""
@@ -87,6 +93,14 @@ class LayerSum:
         if self.total is None:
             raise RuntimeError("nothing was added to this sum")
         return self.total
+
+    def _signs_and_counts(self) -> tuple[SignBits, Tensor]:
+        if self._signs is not None:
+            return self._signs
+        total = self.value()
+        # The op with no tokens (dy [0, out], x [0, in]) adds nothing and takes the signs of `total`.
+        dy, x = (total.new_empty(0, side) for side in total.shape)
+        return self._take_signs(dy, x, total, False)
 
     def signs(self) -> SignBits:
         """sign(G)."""
@@ -107,44 +121,18 @@ class LayerSum:
         """True if no entry of G is NaN or infinite."""
         return int(self._signs_and_counts()[1][BAD]) == 0
 
-    def _signs_and_counts(self) -> tuple[SignBits, Tensor]:
-        if self._signs is None:
-            total = self.value()
-            # The op with no tokens (dy [0, out], x [0, in]) adds nothing and takes the signs of `total`.
-            dy, x = (total.new_empty(0, side) for side in total.shape)
-            self._signs = _signs_of(dy, x, total, False)
-        return self._signs
-
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
         """‖U_kᵀ G V_k‖² for k = 1 ... q, with U [out, q] and Vᵀ [q, in]."""
         if self._pair is not None:
             # Uᵀ (dyᵀ x) V = (dy U)ᵀ (x V): thin products only
             dy, x = (part.to(u.dtype) for part in self._pair)
-            core = (dy @ u).t() @ (x @ vt.t())
-        else:
-            total = self.value()
-            core = u.t().to(total.dtype) @ total @ vt.t().to(total.dtype)
-        return energies(core)
+            return energies((dy @ u).t() @ (x @ vt.t()))
+        total = self.value()
+        return energies(u.t().to(total.dtype) @ total @ vt.t().to(total.dtype))
 
 
-def _signs_of(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[SignBits, Tensor]:
-    """Add dyᵀ x and take the signs and counts of the result; without a `total` only these are written."""
-    words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
-    counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
-    # Without zeros and NaN the nonzero plane is all ones, and not worth its memory.
-    return SignBits(words, (dy.shape[1], x.shape[1]), nonzero if counts[ZEROS] or counts[BAD] else None), counts
-
-
-def _sum_buffer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
-    """`total`, or an uninitialized buffer [out, in] for it: the ops overwrite it if it is passed as fresh."""
-    # bf16 has 8 bits of mantissa: a sum over many tokens would stop growing.
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return total if total is not None else dy.new_empty((dy.shape[1], x.shape[1]), dtype=wide)
-
-
-def _pair_is_smaller(dy: Tensor, x: Tensor) -> bool:
-    """True if dy and x together take less memory than their fp32 product."""
-    return dy.numel() * dy.element_size() + x.numel() * x.element_size() < 4 * dy.shape[1] * x.shape[1]
+def _op(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    return backend_op(name, current_backend())
 
 
 class GradientSums:
@@ -179,7 +167,7 @@ class GradientSums:
         self.called_inactive: set[str] = set()
         self.closing = self.muted = False
         self._active, self.sketch = active, sketch
-        self._pending: dict[str, int] = {}  # calls whose backward is still to come
+        self._pending: Counter[str] = Counter()  # calls whose backward is still to come
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> GradientSums:
@@ -201,12 +189,18 @@ class GradientSums:
         """ΣG by layer name."""
         return {name: layer_sum.value() for name, layer_sum in self.sums.items()}
 
+    def _ignores(self, name: str) -> bool:
+        """True if a forward of a layer is not summed."""
+        if not torch.is_grad_enabled():
+            return True
+        active = self._active()
+        if not active:
+            self.called_inactive.add(name)
+        return not active
+
     def _hook(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         # No tokens: an expert that nothing was routed to is often called all the same.
-        if not torch.is_grad_enabled() or inputs[0].numel() == 0:
-            return None
-        if not self._active():
-            self.called_inactive.add(name)
+        if inputs[0].numel() == 0 or self._ignores(name):
             return None
         if not output.requires_grad:
             # `clone`: a leaf that requires a gradient may not be changed in place, as models do with `+=`.
@@ -214,7 +208,7 @@ class GradientSums:
         if self.muted:  # in the graph all the same: under FSDP2 every rank has to run the same backward
             return output
         self.called.add(name)
-        self._pending[name] = self._pending.get(name, 0) + 1
+        self._pending[name] += 1
         output.register_hook(partial(self._add, name, inputs[0].detach()))
         # Tensor hooks run in the order of registration, so hooks that others register on this output later (the
         # loss rescales the gradient at the logits) would run after ours. They go onto a view, nearer to the loss.
@@ -222,18 +216,14 @@ class GradientSums:
 
     def _tap(self, name: str, layer: LoRASBWeight, weight: Tensor) -> Tensor:
         """For layers whose weight's gradient is not dyᵀ x: the weight goes through here on its way into the module."""
-        if not torch.is_grad_enabled():
-            return weight
-        if not self._active():
-            self.called_inactive.add(name)
+        if self._ignores(name):
             return weight
         tapped = weight.detach().requires_grad_(True).view_as(weight)
-        if self.muted:
-            return tapped
-        # All experts of a parameter go through, and those that no token was routed to have not run.
-        if layer.unfolding.kind != SLICE:
-            self.called.add(name)
-        tapped.register_hook(partial(self._add_own, name, layer))
+        if not self.muted:
+            # All experts of a parameter go through, and those that no token was routed to have not run.
+            if layer.unfolding.kind != SLICE:
+                self.called.add(name)
+            tapped.register_hook(partial(self._add_own, name, layer))
         return tapped
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -37,39 +38,33 @@ def _add_squares(total: Tensor, adapter: str, layer: LoRASBLinear, inputs: tuple
 
 
 @torch.no_grad()
-def leverages(work: Work) -> dict[str, float]:
-    """s·r·rms‖A x‖ / rms‖W x‖ of each linear layer that the samples reach, by one forward over them."""
+def measured_rate(work: Work) -> float:
+    """ρ over the median of s·r·rms‖A x‖ / rms‖W x‖ of the linear layers that the samples reach, by one forward.
+
+    `FALLBACK`, with a warning, where it cannot be measured.
+    """
+    if sharded(work.model):
+        return _fall_back("the model is sharded")
     adapter = work.options.adapter
-    layers = {name: layer for name, layer in work.layers.items() if isinstance(layer, LoRASBLinear)}
+    layers = [layer for layer in work.layers.values() if isinstance(layer, LoRASBLinear)]
     table = torch.zeros(len(layers), 2, dtype=torch.float64)
-    hooks = [partial(_add_squares, row, adapter) for row in table]
-    handles = [layer.register_forward_hook(hook) for layer, hook in zip(layers.values(), hooks, strict=True)]
-    try:
+    with ExitStack() as hooks:
+        for layer, row in zip(layers, table, strict=True):
+            hooks.enter_context(layer.register_forward_hook(partial(_add_squares, row, adapter)))
         for piece in work.pieces:
             batch = to_device(piece.batch, work.device)
             if work.options.loss_fn is None:
                 work.model(**batch)
             else:
                 work.options.loss_fn(work.model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {}
-    for (name, layer), (low, whole) in zip(layers.items(), work.processes.all_reduce_sum(table).tolist(), strict=True):
-        state = layer.adapters[adapter]
+    leverages = []
+    for layer, (low, whole) in zip(layers, work.processes.all_reduce_sum(table).tolist(), strict=True):
         if low > 0 and whole > 0 and math.isfinite(low / whole):
-            found[name] = state.scaling * state.r * math.sqrt(low / whole)
-    return found
-
-
-def measured_rate(work: Work) -> float:
-    """ρ over the median leverage; `FALLBACK`, with a warning, where no layer has one."""
-    if sharded(work.model):
-        return _fall_back("the model is sharded")
-    found = leverages(work)
-    if not found:
+            state = layer.adapters[adapter]
+            leverages.append(state.scaling * state.r * math.sqrt(low / whole))
+    if not leverages:
         return _fall_back("no activations of a linear layer are finite and not zero")
-    return RHO / statistics.median(found.values())
+    return RHO / statistics.median(leverages)
 
 
 def _fall_back(reason: str) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..config.adapter import LoRASBConfig
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, uninitialized
 from ..serving.joint_basis import kept_energies, share_of
@@ -51,12 +50,8 @@ def basis_fit(
 
     Args:
         model: a PeftModel with the adapter `basis`, initialized; it is left unchanged.
-        batches: of the task, as of `lorasb.initialize`.
+        batches: of the task; see `lorasb.initialize` for these and for num_samples, update, seed and progress.
         basis: name of the adapter whose A and B are the basis.
-        num_samples: as of `lorasb.initialize`.
-        update: as of `lorasb.initialize`.
-        seed: as of `lorasb.initialize`.
-        progress: show an estimate and a progress bar (on rank 0).
 
     Raises:
         ValueError: no such basis, or it is not initialized; or what `initialize` refuses.
@@ -77,15 +72,12 @@ def basis_fit(
             progress=progress,
         )
         energies = kept_energies(layers, own, basis)
-    by_chance = {
-        name: layer.adapters[basis].r ** 2 / (layer.out_features * layer.in_features) for name, layer in layers.items()
-    }
-    return BasisFit(
-        share=share_of(energies.values()),
-        random=share_of((whole * by_chance[name], whole) for name, (_, whole) in energies.items()),
-        loss=report.loss,
-        by_layer={name: share_of([pair]) for name, pair in energies.items()},
-    )
+    by_chance = []  # what a random basis keeps of each layer's step, and all of it
+    for name, (_, whole) in energies.items():
+        layer = layers[name]
+        by_chance.append((whole * (layer.adapters[basis].r ** 2 / (layer.out_features * layer.in_features)), whole))
+    by_layer = {name: share_of([pair]) for name, pair in energies.items()}
+    return BasisFit(share_of(energies.values()), share_of(by_chance), report.loss, by_layer)
 
 
 @contextmanager
@@ -94,12 +86,11 @@ def _temporary_adapter(model: Any, basis: str, layers: dict[str, AdaptedLayer]) 
     name = f"{basis}_fit"
     while name in model.peft_config:
         name += "_"
-    config: LoRASBConfig = model.peft_config[basis]
-    every = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    flags = [(core, core.requires_grad) for layer in every for core in layer.lorasb_R.values()]
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    flags = [(core, core.requires_grad) for layer in adapted for core in layer.lorasb_R.values()]
     active = list(model.active_adapters)
     try:
-        like = config_like(config, layers)
+        like = config_like(model.peft_config[basis], layers)
         like.init = "update"  # whatever the basis was made from
         model.add_adapter(name, like)
         yield name

@@ -7,13 +7,12 @@ the recomputed gradients would be wrong without notice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..constants import PEFT_PREFIX
 from ..ops.calls import autocast_on
@@ -36,11 +35,6 @@ class Stack:
     def names(self) -> set[str]:
         """Names of all targets inside the blocks."""
         return {name for block in self.targets for name in block}
-
-    def without_top(self, count: int) -> Stack:
-        """The stack without its last `count` blocks, which are then differentiated together with the head."""
-        end = len(self.blocks) - count
-        return Stack(self.name, self.blocks[:end], self.targets[:end], self.uncut + count)
 
     @property
     def course(self) -> str:
@@ -70,13 +64,13 @@ def find_stack(model: nn.Module, layers: Mapping[str, nn.Module], name: str | No
 
 def _stack(name: str, blocks: nn.ModuleList, layers: Mapping[str, nn.Module]) -> Stack:
     """The stack of a list of blocks, with the targets assigned to the blocks that contain them."""
-    block_indices: dict[int, set[int]] = {}  # by id of a module: one that several blocks share has several
+    block_indices: dict[nn.Module, list[int]] = {}  # several for a module that blocks share
     for i, block in enumerate(blocks):
         for module in block.modules():
-            block_indices.setdefault(id(module), set()).add(i)
+            block_indices.setdefault(module, []).append(i)
     targets: list[dict[str, nn.Module]] = [{} for _ in blocks]
     for layer, module in layers.items():
-        indices = block_indices.get(id(module), set())
+        indices = block_indices.get(module, [])
         # A shared layer's sum is complete only after all of its blocks.
         if len(indices) > 1:
             raise NotAStackError(f"layer {layer!r} belongs to several blocks")
@@ -91,7 +85,6 @@ def _count_weights(stack: Stack) -> int:
 
 HIDDEN = "hidden_states"
 MODIFIED_IN_PLACE = "something that passes between blocks is changed in place"
-NO_VERSION = -1
 EARLY_EXIT = "a forward leaves the stack before its last block"
 Args = tuple[object, ...]  # of a block's forward
 Kwargs = dict[str, object]
@@ -99,8 +92,9 @@ Kwargs = dict[str, object]
 
 @dataclass
 class Call:
-    """A block's arguments other than its hidden states, and the autocast state of the call."""
+    """A block's arguments, as stored, and the autocast state of the call."""
 
+    hidden: Tensor  # the hidden states
     args: Args  # positional arguments after the hidden states
     kwargs: Kwargs  # keyword arguments without the hidden states
     by_keyword: bool  # True if the hidden states were passed by keyword
@@ -108,14 +102,14 @@ class Call:
 
     def repeat(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Recompute the block's output (its hidden states) for the same call."""
-        # Backward runs after the forward's autocast context has ended, so it is entered again.
-        kind, dtype = self.autocast
 
         def back(stored: Tensor) -> Tensor:
             return stored.to(hidden.device)
 
         args = [_with_tensors(value, back) for value in self.args]
         kwargs = {name: _with_tensors(value, back) for name, value in self.kwargs.items()}
+        # Backward runs after the forward's autocast context has ended, so it is entered again.
+        kind, dtype = self.autocast
         with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             if self.by_keyword:
                 return _hidden_of(block(*args, **{HIDDEN: hidden}, **kwargs))
@@ -126,9 +120,7 @@ class Call:
 class Traversal:
     """One forward through the stack."""
 
-    # input of each block, as stored; None once the block is differentiated
-    hidden: list[Tensor | None] = field(default_factory=list)
-    calls: list[Call | None] = field(default_factory=list)  # other arguments of each block; None likewise
+    calls: dict[int, Call] = field(default_factory=dict)  # by index of the blocks that are not yet differentiated
     # tensors between blocks, from the first block's input to the last one's output. The graph is cut at each of them,
     # so that no graph is longer than a block
     leaves: list[Tensor] = field(default_factory=list)
@@ -142,19 +134,13 @@ class Traversal:
 
     def watch(self, tensor: Tensor) -> Tensor:
         """Record a tensor's version; returns the tensor."""
-        # Inference tensors have no version counter (reading it raises), and cannot change outside of inference mode.
-        self.versions.append((tensor, NO_VERSION if tensor.is_inference() else tensor._version))
+        self.versions.append((tensor, _version(tensor)))
         return tensor
 
-    @property
-    def modified_in_place(self) -> bool:
-        """True if a recorded tensor was modified in place since, so that a recomputation would see other values."""
-        # Autograd's own check covers only tensors that it saved for backward.
-        return any(version != NO_VERSION and tensor._version != version for tensor, version in self.versions)
 
-    def release(self, block: int) -> None:
-        """Free a block's input and arguments."""
-        self.hidden[block] = self.calls[block] = None
+def _version(tensor: Tensor) -> int:
+    # Inference tensors have no version counter (reading it raises), and cannot change outside of inference mode.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Recorder:
@@ -181,22 +167,18 @@ class Recorder:
         self._passive = False  # a forward under no_grad, which a loss_fn may run: not recorded
 
     @contextmanager
-    def hooks(self) -> Iterator[Recorder]:
+    def hooks(self) -> Iterator[None]:
         """Register hooks on blocks and targets, and remove them on exit."""
-        handles: list[RemovableHandle] = []
-        for i, block in enumerate(self.blocks):
-            # Before FSDP2's pre-forward hook, which replaces the inputs by cast or wrapped ones: the identity of the
-            # hidden states is checked below.
-            before = partial(self._before, i)
-            handles.append(block.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-            handles.append(block.register_forward_hook(partial(self._after, i)))
-            for name, layer in self.targets[i].items():
-                handles.append(layer.register_forward_pre_hook(partial(self._inside, i, name)))
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as handles:
+            for i, block in enumerate(self.blocks):
+                # Before FSDP2's pre-forward hook, which replaces the inputs by cast or wrapped ones: the identity of
+                # the hidden states is checked below.
+                before = partial(self._before, i)
+                handles.enter_context(block.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+                handles.enter_context(block.register_forward_hook(partial(self._after, i)))
+                for name, layer in self.targets[i].items():
+                    handles.enter_context(layer.register_forward_pre_hook(partial(self._inside, i, name)))
+            yield
 
     @property
     def unfinished(self) -> bool:
@@ -208,20 +190,21 @@ class Recorder:
         self.above, self._open = False, []
 
     def settle(self, counts: bool) -> None:
-        """After a backward: collect the traversals that got a gradient at the last block's output, and drop the
-        others."""
+        """After a backward: keep the traversals that got a gradient at the last block's output."""
         for traversal in self._open:
             complete = len(traversal.leaves) > len(self.blocks)
             if not complete and any(leaf.grad is not None for leaf in traversal.leaves):
                 raise NotAStackError(EARLY_EXIT)
-            if traversal.modified_in_place:
+            # A recomputation would see other values; autograd's own check covers only what it saved for backward.
+            if any(_version(tensor) != version for tensor, version in traversal.versions):
                 raise NotAStackError(MODIFIED_IN_PLACE)
             if any(leaf.grad is not None for leaf in traversal.leaves[:-1]):
                 raise NotAStackError("the loss depends on the hidden states between blocks too")
             traversal.gradient = traversal.leaves[-1].grad if complete else None
             traversal.counts = counts
             traversal.leaves, traversal.stored, traversal.versions = [], {}, []  # needed for the checks only
-        self.traversals += [traversal for traversal in self._open if traversal.gradient is not None]
+            if traversal.gradient is not None:
+                self.traversals.append(traversal)
         self.begin()
 
     def _before(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -234,14 +217,21 @@ class Recorder:
             raise NotAStackError(f"the first input of block {i} is no tensor of hidden states")
         self._running = i
         if i == 0:
-            return self._enter(hidden, args, kwargs)
+            # A recurrent stack: the gradient at the top of the first traversal would come from the second one.
+            if _depends_on(hidden, self._leaves()):
+                raise NotAStackError("block 0 runs more than once in a forward, on its own results")
+            # The cut: embeddings below need no gradient, and a gradient that reaches this leaf is noticed in `settle`.
+            leaf = hidden.detach().requires_grad_(True)
+            self._open.append(Traversal(leaves=[leaf]))
+            self._store_call(self._open[-1].watch(leaf), args, kwargs)
+            return ((leaf, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: leaf})
         traversal = self._open[-1] if self._open else Traversal()
         if len(traversal.calls) != i:
             raise NotAStackError(f"block {i} runs after block {len(traversal.calls) - 1}, or more than once")
         # By identity: an operation between blocks makes another tensor, and no recomputation would repeat it.
         if hidden is not traversal.leaves[-1]:
             raise NotAStackError(f"the input of block {i} is not the output of the block before")
-        self._store_call(traversal, hidden, args, kwargs)
+        self._store_call(hidden, args, kwargs)
         return None
 
     def _inside(self, i: int, name: str, module: nn.Module, args: Args) -> None:
@@ -249,37 +239,23 @@ class Recorder:
         if torch.is_grad_enabled() and self._running != i:
             raise NotAStackError(f"layer {name!r} also runs outside of its block")
 
-    def _enter(self, hidden: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Begin a traversal; returns block 0's arguments with the hidden states replaced by a leaf."""
-        # A recurrent stack: the gradient at the top of the first traversal would come from the second one.
-        if _depends_on(hidden, self._leaves()):
-            raise NotAStackError("block 0 runs more than once in a forward, on its own results")
-        # The cut: embeddings below need no gradient, and a gradient that reaches this leaf is noticed in `settle`.
-        leaf = hidden.detach().requires_grad_(True)
-        self._open.append(Traversal(leaves=[leaf]))
-        self._open[-1].watch(leaf)
-        self._store_call(self._open[-1], leaf, args, kwargs)
-        return ((leaf, *args[1:]), kwargs) if args else (args, kwargs | {HIDDEN: leaf})
-
-    def _store_call(self, traversal: Traversal, hidden: Tensor, args: Args, kwargs: Kwargs) -> None:
+    def _store_call(self, hidden: Tensor, args: Args, kwargs: Kwargs) -> None:
         """Store a block's input and other arguments, which may not depend on earlier blocks."""
-        leaves, block = self._leaves(), len(traversal.calls)
+        traversal, leaves = self._open[-1], self._leaves()
+        block = len(traversal.calls)
 
         def store_once(tensor: Tensor) -> Tensor:
-            """Store a tensor unless an earlier block of this traversal got it too."""
             if _depends_on(tensor, leaves):
                 raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
             if id(tensor) not in traversal.stored:
                 traversal.stored[id(tensor)] = self.store(traversal.watch(tensor).detach())
             return traversal.stored[id(tensor)]
 
-        others = {name: value for name, value in kwargs.items() if args or name != HIDDEN}
         positional = tuple(_with_tensors(value, store_once) for value in args[1:])
-        named = {name: _with_tensors(value, store_once) for name, value in others.items()}
+        named = {n: _with_tensors(value, store_once) for n, value in kwargs.items() if args or n != HIDDEN}
         kind = hidden.device.type
         autocast = kind, torch.get_autocast_dtype(kind) if autocast_on(kind) else None
-        traversal.hidden.append(self.store(hidden.detach()))
-        traversal.calls.append(Call(positional, named, not args, autocast))
+        traversal.calls[block] = Call(self.store(hidden.detach()), positional, named, not args, autocast)
 
     def _after(self, i: int, module: nn.Module, args: Args, output: object) -> object:
         if self._passive:
@@ -299,18 +275,14 @@ class Recorder:
 def _depends_on(tensor: Tensor, leaves: set[int]) -> bool:
     """True if a tensor was computed from one of the leaves, whose ids are given."""
     # Walks the graph without recursion. The nodes of leaves are `AccumulateGrad`, which have a `variable`.
-    if id(tensor) in leaves or not tensor.requires_grad:
-        return id(tensor) in leaves
     stack, seen = [tensor.grad_fn], set()
-    while stack:
+    while stack and id(tensor) not in leaves:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in leaves:
-            return True
-        stack += [source for source, _ in node.next_functions]
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            tensor = getattr(node, "variable", tensor)
+            stack += [source for source, _ in node.next_functions]
+    return id(tensor) in leaves
 
 
 def _hidden_of(output: object) -> Tensor:

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..utils.atomic_files import replacing, write_json
-from ..utils.reading import safetensors_header
+from ..utils.reading import Json, safetensors_header
 from .accumulator import LayerSum
 from .block_recorder import Traversal
 from .svd import NONZERO, WORDS, SignBits
@@ -29,7 +28,6 @@ from .svd import NONZERO, WORDS, SignBits
 FORMAT = "lorasb signs 1"  # in the header; to be raised if the layout changes
 CURVE = "curve"
 DATA_FIELDS = ("num_samples", "data", "loss_fn")  # of the key; not compared if no batches are given
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,16 @@ class CachedGradient:
     squares: float  # ‖G‖²
     zeros: int  # number of entries of G that are exactly zero
     energies: Tensor  # ‖U_kᵀ G V_k‖² for k = 1, 2, ..., up to the rank that the cache was made at
-    sketch: None = None  # second moments are not cached
+
+    @classmethod
+    def of(cls, gradient: LayerSum, energies: list[float]) -> CachedGradient:
+        """The cache entry of a sum: its signs in host memory, and the energies that were measured."""
+        measured = torch.tensor(energies, dtype=torch.float64)
+        return cls(gradient.signs().to("cpu"), gradient.squares, gradient.zeros, measured)
 
     def signs(self) -> SignBits:
         """sign(G)."""
         return self.bits
-
-    def value(self) -> Tensor:
-        """Not available: a cache has no values."""
-        raise ValueError("update='sgd' needs the gradient itself, and a cache keeps its signs only: leave cache out")
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
         """The stored energies; `u` and `vt` are not needed, as they span the subspaces that these were measured in."""
@@ -173,12 +172,6 @@ def write(path: Path, layers: Mapping[str, CachedGradient], key: Json, facts: Js
     texts = {"format": FORMAT} | {name: json.dumps(value) for name, value in metadata.items()}
     with replacing(path) as temporary:
         save_file({n: tensor.cpu().contiguous() for n, tensor in tensors.items()}, str(temporary), metadata=texts)
-
-
-def cached(gradient: LayerSum, energies: Tensor) -> CachedGradient:
-    """The cache entry of a sum: its signs in host memory, and the energies just measured, without NaN padding."""
-    measured = energies[~energies.isnan()].to(torch.float64)
-    return CachedGradient(gradient.signs().to("cpu"), gradient.squares, gradient.zeros, measured)
 
 
 def _short(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,49 +17,24 @@ from .svd import Triplets, energies, full_precision, leading_triplets, signed_co
 from .task import InitOptions
 
 
-class Scalars(NamedTuple):
-    """Scalar measurements of one layer, in the order of the packed tensor."""
+class Measurements(NamedTuple):
+    """Measurements of one layer at the q leading singular triplets of the matrix that was factored."""
 
+    sigma: list[float]  # singular values [q]
+    sign_energies: list[float]  # ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q
+    gradient_energies: list[float]  # ‖U_kᵀ ΣG V_k‖² for k = 1 ... q, or up to the rank that a cache was measured at
     squares: float  # ‖ΣG‖²
     sign_squares: float  # ‖sign(ΣG)‖², the number of its nonzero entries
-    zeros: float  # number of entries of ΣG that are exactly zero
+    zeros: int  # number of entries of ΣG that are exactly zero
     seconds: float  # duration of the SVD and the measurements
     start: float  # factor on η of the first step (`longest_start`)
 
-
-@dataclass(frozen=True)
-class Measurements:
-    """Measurements of one layer at the q leading singular triplets of the matrix that was factored."""
-
-    sigma: Tensor  # singular values [q]
-    sign_energies: Tensor  # ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q [q]
-    gradient_energies: Tensor  # ‖U_kᵀ ΣG V_k‖² for k = 1 ... q [q]; NaN beyond the rank that a cache was measured at
-    scalars: Scalars  # the scalar measurements
-
-    @staticmethod
-    def size(q: int) -> int:
-        """Number of entries of `to_tensor` at q triplets."""
-        return 3 * q + len(Scalars._fields)
-
-    def to_tensor(self) -> Tensor:
-        """Pack into one fp64 tensor [size(q)] on the CPU, so that a broadcast takes one call."""
-        curves = (self.sigma, self.sign_energies, self.gradient_energies)
-        return torch.cat([*(curve.double().cpu() for curve in curves), torch.tensor(self.scalars, dtype=torch.float64)])
-
-    @classmethod
-    def from_tensor(cls, packed: Tensor) -> Measurements:
-        """Unpack `to_tensor`."""
-        q = (len(packed) - len(Scalars._fields)) // 3
-        sigma, sign_energies, gradient_energies = packed[: 3 * q].view(3, q)
-        return cls(sigma, sign_energies, gradient_energies, Scalars(*packed[3 * q :].tolist()))
-
     def report(self, name: str, layer: AdaptedLayer, adapter: str) -> LayerReport:
         """The layer's report, with energies as fractions of the squared Frobenius norms."""
-        r, scalars = layer.adapters[adapter].r, self.scalars
-        sigma = tuple(map(_rounded, self.sigma.tolist()))
-        curve_sign = tuple(_rounded(value / max(scalars.sign_squares, 1.0)) for value in self.sign_energies.tolist())
-        measured = [value for value in self.gradient_energies.tolist() if not math.isnan(value)]
-        curve_grad = tuple(_rounded(value / scalars.squares) for value in measured)
+        r = layer.adapters[adapter].r
+        sigma = tuple(map(_rounded, self.sigma))
+        curve_sign = tuple(_rounded(value / max(self.sign_squares, 1.0)) for value in self.sign_energies)
+        curve_grad = tuple(_rounded(value / self.squares) for value in self.gradient_energies)
         return LayerReport(
             name=name,
             shape=(layer.out_features, layer.in_features),
@@ -69,12 +43,12 @@ class Measurements:
             # a cache made at a smaller rank has no energy at this one
             energy_grad=curve_grad[r - 1] if len(curve_grad) >= r else None,
             singular_values=sigma[:r],
-            zeros=int(scalars.zeros),
-            seconds=scalars.seconds,
+            zeros=self.zeros,
+            seconds=self.seconds,
             beyond=sigma[r:],
             curve_sign=curve_sign,
             curve_grad=curve_grad,
-            start=_rounded(scalars.start),
+            start=_rounded(self.start),
         )
 
 
@@ -104,12 +78,6 @@ def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors
     u, s, vt = triplets.first(r)
     # The minus of the descent goes into B, so that R keeps a positive diagonal.
     return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
-
-
-def projected_step(triplets: Triplets, core: Tensor, r: int, lr: float, scaling: float) -> Factors:
-    """The part of AdamW's first step within U and V: R = −η·core / s, with the core Uᵀ sign(G) V [q, q]."""
-    u, s, vt = triplets.first(r)
-    return Factors(u, core[:r, :r] * (-lr / scaling), vt, s)
 
 
 def start_share(norm: float, r: int, longest: float | None) -> float:
@@ -166,27 +134,25 @@ def factor(name: str, gradient: Gradient, layer: AdaptedLayer, options: InitOpti
     r, longest = state.r, None if options.update == "sgd" else options.longest_start
     signs = gradient.signs()
     with full_precision():
-        if options.update == "per-sample":
-            if gradient.sketch is None:
-                raise RuntimeError("update='per-sample' without second moments")
+        if isinstance(gradient, LayerSum) and gradient.sketch is not None:
+            # The part of AdamW's first step within U and V: R = −η·core / s, with the core Uᵀ sign(G) V [q, q].
             triplets = gradient.sketch.triplets()
             core = signed_core(signs, triplets)
             start = start_share(float(core[:r, :r].norm()), r, longest)
-            factors = projected_step(triplets, core, r, start * options.lr, state.scaling)
+            u, s, vt = triplets.first(r)
+            factors = Factors(u, core[:r, :r] * (-start * options.lr / state.scaling), vt, s)
             sign_energies = energies(core)
         else:
-            triplets = leading_triplets(signs if options.update == "adamw" else gradient.value(), r, seed)
+            matrix = gradient.value() if options.update == "sgd" and isinstance(gradient, LayerSum) else signs
+            triplets = leading_triplets(matrix, r, seed)
             start = start_share(float(triplets.s[:r].norm()), r, longest)
             factors = first_step(triplets, r, start * options.lr, state.scaling)
             # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
-            factored = options.update == "adamw"
-            sign_energies = triplets.s.square().cumsum(0) if factored else energies(signed_core(signs, triplets))
-        # Padded with NaN: a cache was measured up to its own rank only.
-        curve = gradient.curve(triplets.u, triplets.vt)[: len(triplets.s)].double().cpu()
-        padded = torch.full((len(triplets.s),), float("nan"), dtype=torch.float64)
-        padded[: len(curve)] = curve
-    scalars = Scalars(gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, start)
-    return factors, Measurements(triplets.s.double().cpu(), sign_energies.double().cpu(), padded, scalars)
+            sign_energies = triplets.s.square().cumsum(0) if matrix is signs else energies(signed_core(signs, triplets))
+        curve = gradient.curve(triplets.u, triplets.vt)[: len(triplets.s)]
+    sigma, of_sign, of_gradient = (values.double().tolist() for values in (triplets.s, sign_energies, curve))
+    scalars = gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, start
+    return factors, Measurements(sigma, of_sign, of_gradient, *scalars)
 
 
 def overlap(first: Triplets, second: Triplets) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import io
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -118,10 +120,9 @@ def spectrum(report: InitReport, path: Path) -> None:
     save(figure, axes, f"Singular values of {what} by kind of layer (median)", path)
 
 
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
+def _quartiles(values: list[float]) -> list[float]:
     ordered = sorted(100 * value for value in values)
-    last = len(ordered) - 1
-    return ordered[round(0.25 * last)], ordered[round(0.5 * last)], ordered[round(0.75 * last)]
+    return [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75)]
 
 
 @dataclass(frozen=True)
@@ -143,31 +144,22 @@ class RankSuggestion:
 
 def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str, int]:
     """Greedy allocation: the next rank goes to the layer that gains most energy per added parameter."""
-    # Every layer starts at rank 1, and the queue holds one candidate per layer, its next rank.
     if parameters < len(curves):
         raise ValueError(f"expected at least one parameter for each of {len(curves)} layers, got {parameters}")
-    ranks, used = dict.fromkeys(curves, 1), len(curves)
-    queue = [(-_gain(curve, 1), name) for name, curve in curves.items() if len(curve) > 1]
-    heapq.heapify(queue)
+    ranks, used = dict.fromkeys(curves, 0), 0
+    # The next rank of each layer by its gain; no layer goes without the first. A sorted list is a heap.
+    queue = sorted((-math.inf, name) for name in curves)
     while queue:
         _, name = heapq.heappop(queue)
         added = 2 * ranks[name] + 1  # (r + 1)² - r²
         if used + added > parameters:
             continue  # this layer is done, but one of a smaller rank may still fit
         used += added
-        ranks[name] += 1
-        if ranks[name] < len(curves[name]):
-            heapq.heappush(queue, (-_gain(curves[name], ranks[name]), name))
+        ranks[name] = r = ranks[name] + 1
+        curve = curves[name]
+        if r < len(curve):
+            heapq.heappush(queue, ((curve[r - 1] - curve[r]) / (2 * r + 1), name))
     return ranks
-
-
-def _gain(curve: Sequence[float], r: int) -> float:
-    """Energy gained by rank r + 1 over rank r, per added parameter."""
-    return (curve[r] - curve[r - 1]) / (2 * r + 1)
-
-
-SHOWN_VALUES = 3  # leading singular values in a row of the table, before the last one
-TUPLES = ("shape", "singular_values", "beyond", "curve_sign", "curve_grad")  # in LayerReport; JSON has lists for them
 
 
 @dataclass
@@ -220,10 +212,9 @@ class InitReport:
         """
         values = read_json(path)
         try:
-            # `if key in layer`: reports of earlier versions lack newer fields, which have defaults.
             layers = [
-                LayerReport(**layer | {key: tuple(layer[key]) for key in TUPLES if key in layer})
-                for layer in values.pop("layers")
+                LayerReport(**one | {key: tuple(value) for key, value in one.items() if isinstance(value, list)})
+                for one in values.pop("layers")
             ]
             return cls(**values, layers=layers)
         except (KeyError, TypeError, AttributeError) as error:
@@ -250,12 +241,9 @@ class InitReport:
         return table
 
     def __str__(self) -> str:
-        # A separate console: the default one would print to stdout.
-        console = Console(width=120, record=False, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        with console.capture() as capture:
-            console.print(self)
-        console.file.close()
-        return capture.get()
+        text = io.StringIO()
+        Console(width=120, file=text).print(self)
+        return text.getvalue()
 
     @property
     def start(self) -> float | None:
@@ -335,10 +323,8 @@ def _percent(value: float | None) -> str:
 
 
 def _row(layer: LayerReport) -> list[str]:
-    sigma = layer.singular_values
-    shown = " ".join(f"{value:.3g}" for value in sigma[:SHOWN_VALUES])
-    if len(sigma) > SHOWN_VALUES:
-        shown += f" … {sigma[-1]:.3g}"
+    sigma = [f"{value:.3g}" for value in layer.singular_values]
+    shown = " ".join(sigma if len(sigma) <= 3 else [*sigma[:3], "…", sigma[-1]])
     shape = f"{layer.shape[0]} x {layer.shape[1]}"
     energies = [_percent(layer.energy_sign), _percent(layer.energy_grad)]
     zeros = "not reached" if layer.fallback else str(layer.zeros)

@@ -32,10 +32,7 @@ ROUTER_SUFFIXES = ("Router", "Gate")  # of class names in transformers
 
 def skipped_modules(model: nn.Module) -> list[str]:
     """One line for each kind of skipped module, with the setting that adapts it if there is one."""
-    lines = []
-    tied = _tied_head(model)
-    if tied:
-        lines.append(f"{tied}: shares its weight with the input embedding")
+    lines = [f"{head}: shares its weight with the input embedding" for head in _tied_heads(model)]
     modules = {name.removeprefix(PEFT_PREFIX): module for name, module in model.named_modules() if name}
     routers = [name for name, module in modules.items() if type(module).__name__.endswith(ROUTER_SUFFIXES)]
     if routers:
@@ -53,16 +50,13 @@ def _has_fused_experts(module: nn.Module) -> bool:
     return not isinstance(module, OpenExperts) and any(p.dim() == 3 and n.endswith("proj") for n, p in named)
 
 
-def _tied_head(model: Any) -> str | None:
+def _tied_heads(model: Any) -> list[str]:
     """Name of the output head if it shares its weight with the input embedding: merging would change both."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(base, "get_output_embeddings"):
-        return None
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
-    if weight is None or weight is not getattr(embedding, "weight", None):
-        return None
-    return next((name for name, module in base.named_modules() if module is head), None)
+    tied = weight is not None and weight is getattr(base.get_input_embeddings(), "weight", None)
+    return [name for name, module in base.named_modules() if module is head] if tied else []
 
 
 LONGEST_START = 4.0  # default of `longest_start`, in AdamW steps of R; measured, docs/choosing.md

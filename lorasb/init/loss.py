@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None
         loss = _checked(loss_fn(model, batch), batch) * rows
         loss.backward()
         return float(loss.detach())
-    if unlabeled(batch):
-        return 0.0
+    if not labeled_rows(batch):
+        return 0.0  # a mean over nothing would be NaN
     outputs = model(**batch)
     logits = _field(outputs, "logits")
     if _first_label_only(batch, _field(outputs, "loss")):
@@ -44,8 +44,7 @@ def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None
         del outputs, logits  # the graph does not need them, and logits of a large vocabulary are most of the memory
         loss.backward()
         return float(loss.detach())
-    # A hook on logits that the loss was not computed from would never run, and leave the gradient unscaled.
-    weights = _weights(loss, logits, batch) if _feeds(logits, loss) else None
+    weights = _weights(loss, logits, batch)
     if weights is None:
         del outputs, loss, logits  # frees this graph before the samples build theirs
         return sum(backward_over_samples(model, take_rows(batch, torch.tensor([i])), None) for i in range(rows))
@@ -72,12 +71,6 @@ def labeled_rows(batch: Batch) -> int:
     return int((labels != IGNORED).flatten(1).any(1).sum()) if labels.dim() > 1 else int((labels != IGNORED).sum())
 
 
-def unlabeled(batch: Batch) -> bool:
-    """True if every label of a batch is -100: the loss would be a mean over nothing, NaN."""
-    labels = _label_ids(batch)
-    return labels is not None and bool((labels == IGNORED).all())
-
-
 def _first_label_only(batch: Batch, loss: object) -> bool:
     """True if a causal model has nothing to predict: it shifts labels by one, and only the first position has any."""
     # Its loss is then a mean over nothing, NaN, which is no error of the data.
@@ -85,14 +78,6 @@ def _first_label_only(batch: Batch, loss: object) -> bool:
     if labels is None or labels.dim() != 2 or labels.shape[1] < 2 or not isinstance(loss, Tensor):
         return False
     return bool((labels[:, 1:] == IGNORED).all()) and bool(loss.detach().isnan().all())
-
-
-def _feeds(logits: object, loss: Tensor) -> bool:
-    """True if the loss was computed from this very tensor of logits: accelerate's wrappers return converted copies."""
-    if not isinstance(logits, Tensor) or not logits.requires_grad:
-        return False
-    # The graph is retained for the backward that follows.
-    return torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0] is not None
 
 
 def _field(outputs: object, name: str) -> Any:
@@ -116,9 +101,15 @@ def _checked(loss: object, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _weights(loss: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, float] | None:
+def _weights(loss: Tensor, logits: object, batch: Batch) -> tuple[Tensor, float] | None:
     """(factor per sample from the batch's mean to its own, Σ_i L(x_i)); None if the loss cannot be reproduced."""
     labels = batch.get("labels")
+    if not isinstance(logits, Tensor) or not logits.requires_grad:
+        return None
+    # accelerate's wrappers return converted copies of the logits, on which a hook would never run. The graph is
+    # retained for the backward that follows.
+    if torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0] is None:
+        return None
     if not isinstance(labels, Tensor) or logits.shape[0] != labels.shape[0]:
         return None
     tolerance = LOSS_TOLERANCE if loss.dtype in (torch.float32, torch.float64) else LOSS_TOLERANCE_16_BITS
@@ -129,24 +120,21 @@ def _weights(loss: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, float]
     return None
 
 
-def _candidates(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(Σ of losses, number of labeled positions) per sample, for each loss that shapes and dtypes of the labels
-    allow."""
+def _candidates(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(Σ of losses, number of labeled positions) per sample, for each loss that fits the labels' shape and dtype."""
     # transformers' losses: causal, masked and sequence-to-sequence LM, classification, regression, multi-label.
-    candidates = []
     if labels.dtype == torch.long and labels.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == labels.shape:
-        candidates.append(_cross_entropy(logits[:, :-1], labels[:, 1:]))  # causal: predict the next token
-        candidates.append(_cross_entropy(logits, labels))  # masked or encoder-decoder: predict the token in place
+        yield _cross_entropy(logits[:, :-1], labels[:, 1:])  # causal: predict the next token
+        yield _cross_entropy(logits, labels)  # masked or encoder-decoder: predict the token in place
     elif labels.dtype == torch.long and labels.dim() == 1 and logits.dim() == 2:
-        candidates.append(_cross_entropy(logits[:, None], labels[:, None]))
+        yield _cross_entropy(logits[:, None], labels[:, None])
     elif labels.is_floating_point():
         values = logits.reshape(logits.shape[0], -1)
         targets = labels.reshape(labels.shape[0], -1).float()
         if values.shape == targets.shape:
             counts = torch.full((len(values),), float(values.shape[1]), device=values.device)
-            candidates.append(((values - targets).square().sum(1), counts))
-            candidates.append((F.binary_cross_entropy_with_logits(values, targets, reduction="none").sum(1), counts))
-    return candidates
+            yield (values - targets).square().sum(1), counts
+            yield F.binary_cross_entropy_with_logits(values, targets, reduction="none").sum(1), counts
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,15 +17,13 @@ from .auto_rate import measured_rate
 from .cache import Cache
 from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import LayerReport
-from .loss import labeled_rows, unlabeled
+from .loss import labeled_rows
 from .provenance import cache_key
 from .sampling import Batch, Loader, batch_size, collect, select, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
 from .task import InitOptions, Layers, Piece, Work, frozen_base
 from .write import LayerWriter, Staging
-
-PROGRESS_DELAY = 2.0  # seconds before a progress bar appears
 
 
 @dataclass
@@ -112,19 +110,16 @@ def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) ->
 
 
 def from_weights(layers: Layers, init: str, options: InitOptions) -> Outcome:
-    """Write the data-free inits, LoRA-XS, Kaiming or random; layers are written after all of them are factored."""
-    results, hidden = {}, not options.progress
-    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=hidden, leave=False, delay=PROGRESS_DELAY)
-    for name, layer in bar:
-        started, shape, r = time.perf_counter(), (layer.out_features, layer.in_features), layer.r[options.adapter]
-        factors = _factors_of_weight(name, layer, init, options)
-        sigma, seconds = tuple(map(float, factors.sigma)), time.perf_counter() - started
-        results[name] = factors, LayerReport(name, shape, r, None, None, sigma, 0, seconds)
-    # After the loop: a weight with NaN in the last layer leaves the first layer unchanged, too.
+    """Write the data-free inits, LoRA-XS, Kaiming or random."""
+    reports, hidden = [], not options.progress
     with Staging(options.adapter) as staging:
-        for name, (factors, _) in results.items():
-            staging.write(layers[name], factors)
-    return Outcome([report for _, report in results.values()])
+        for name, layer in tqdm(layers.items(), desc="factoring", unit="layer", disable=hidden, leave=False, delay=2.0):
+            started, shape, r = time.perf_counter(), (layer.out_features, layer.in_features), layer.r[options.adapter]
+            factors = _factors_of_weight(name, layer, init, options)
+            sigma, seconds = tuple(map(float, factors.sigma)), time.perf_counter() - started
+            reports.append(LayerReport(name, shape, r, None, None, sigma, 0, seconds))
+            staging.write(layer, factors)
+    return Outcome(reports)
 
 
 @torch.no_grad()
@@ -155,7 +150,7 @@ def _samples(
     batches, selected = collect(select(batches, options.num_samples, options.seed, processes), processes)
     seen = sum(processes.all_gather(selected.seen))
     # Over all ranks: one rank's share without labels is no error.
-    if options.loss_fn is None and not any(processes.all_gather(int(any(not unlabeled(batch) for batch in batches)))):
+    if options.loss_fn is None and not any(processes.all_gather(sum(map(labeled_rows, batches)))):
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
     pieces = [Piece(batch) for batch in batches]
     if processes.is_distributed and sharded(model):
@@ -169,16 +164,15 @@ def _samples(
 
 
 def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
-    """Split batches into single-sample pieces, equally many per rank: a sharded model's forward all-gathers
-    parameters."""
+    """Split batches into single-sample pieces, equally many per rank, as a sharded model's forward all-gathers."""
     # Ranks with fewer samples run pieces that do not count. Samples without a label are dropped first, because they
     # make no backward, and FSDP2 communicates in the backward too.
     rows = [take_rows(batch, torch.tensor([i])) for batch in batches for i in range(batch_size(batch))]
-    single = [Piece(row) for row in rows if not unlabeled(row)]
+    single = [Piece(row) for row in rows if labeled_rows(row)]
     # A rank with an empty share has no batch to run: it borrows one.
-    filler: Batch | None = processes.broadcast_any_batch(single[0].batch if single else None)
-    count = max(processes.all_gather(len(single)))
-    return single + [Piece(filler, counts=False) for _ in range(count - len(single))] if filler is not None else single
+    filler = processes.broadcast_any_batch(single[0].batch if single else None)
+    missing = max(processes.all_gather(len(single))) - len(single)
+    return single + [Piece(filler, counts=False)] * missing if filler is not None else single
 
 
 def _execute_plan(work: Work, writer: LayerWriter) -> Executor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import psutil
@@ -89,11 +90,10 @@ def measure(work: Work) -> Sizes:
     vocabulary = getattr(config, "vocab_size", 0) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
     head = vocabulary * (2 * itemsize + 8)  # logits and their gradient, and fp32 copies of both in the loss
     masks = sum(mask_bytes(piece.batch, itemsize) for piece in work.pieces)
-    maxima = work.processes.all_reduce_max([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
-    # Floats after the reduction, and exact below 2^53.
-    tokens, largest, samples, per_batch = map(int, maxima[:4])
+    every = work.processes.gather_json([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
+    tokens, largest, samples, per_batch, head, masks = map(max, zip(*every, strict=True))
     saved = linears * itemsize * SAVED_ACTIVATIONS / 2
-    return Sizes(tokens, largest, samples, per_batch, width, itemsize, saved, *maxima[4:])
+    return Sizes(tokens, largest, samples, per_batch, width, itemsize, saved, head, masks)
 
 
 def mask_bytes(batch: Batch, itemsize: int) -> float:
@@ -196,14 +196,11 @@ def make_plan(work: Work) -> InitPlan:
             why = str(error)
     try:
         return plan_for(work, stack, why)
-    except ValueError as caught:
-        if stack is None or strategy == "layerwise":
-            raise
-        refusal = caught
-    try:  # a small budget may hold the sums of some layers, but not all boundaries
-        return plan_for(work, None, f"boundaries of {len(stack.blocks)} blocks do not fit")
     except ValueError:
-        raise refusal from None
+        if stack is not None and strategy != "layerwise":
+            with suppress(ValueError):  # a small budget may hold the sums of some layers, but not all boundaries
+                return plan_for(work, None, f"boundaries of {len(stack.blocks)} blocks do not fit")
+        raise
 
 
 def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
@@ -211,7 +208,8 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     sizes = measure(work)
     budget = sum_budget(work, sizes)
     # The minimum over ranks: a plan has to fit on all of them.
-    free, host = work.processes.all_reduce_min([available(work.device), float(psutil.virtual_memory().available)])
+    every = work.processes.gather_json([available(work.device), float(psutil.virtual_memory().available)])
+    free, host = map(min, zip(*every, strict=True))
     if stack is None:
         count = len(passes(dict(work.layers), budget, work.sketch_rank))
         memory = accumulate_memory(work, sizes, budget)
@@ -228,7 +226,9 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
     if uncut:
         why = f"{why}, of which the last {uncut} together"
-    return InitPlan("layerwise", why, stack.without_top(uncut), on_host, budget, memory + uncut * per_block)
+    end = len(stack.blocks) - uncut
+    cut = replace(stack, blocks=stack.blocks[:end], targets=stack.targets[:end], uncut=uncut)
+    return InitPlan("layerwise", why, cut, on_host, budget, memory + uncut * per_block)
 
 
 def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float) -> int:
@@ -247,11 +247,13 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
     """Raise a ValueError that suggests smaller batches or fewer samples, if `memory` is above `limit`."""
     if memory <= limit:
         return
-    single = Sizes(**vars(sizes) | {"largest": -(-sizes.largest // sizes.rows), "rows": 1})
-    # Boundaries of all samples are stored at the same time, so they do not shrink with the batch size.
-    boundaries = boundary_bytes(stack, sizes) if stack is not None else 0.0
-    # The least memory that this strategy can do with: batches of one sample, and one layer's sum per pass.
-    alone = layerwise_memory(work, stack, single) if stack is not None else accumulate_memory(work, single, 0.0)
+    # The least memory that this strategy can do with: batches of one sample, and one layer's sum per pass. Boundaries
+    # of all samples are stored at the same time, so they do not shrink with the batch size.
+    single = replace(sizes, largest=-(-sizes.largest // sizes.rows), rows=1)
+    if stack is None:
+        alone, boundaries = accumulate_memory(work, single, 0.0), 0.0
+    else:
+        alone, boundaries = layerwise_memory(work, stack, single), boundary_bytes(stack, sizes)
     advice = []
     if sizes.rows > 1 and alone + boundaries <= limit:
         advice.append(f"batches of one sample ({gb(alone + boundaries)})")
@@ -265,9 +267,6 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
         + ("; ".join(advice) or "shorter samples, or fewer target_modules")
         + ". Nothing was changed"
     )
-
-
-RULES = ("schedule", "published")
 
 
 @overload
@@ -285,22 +284,19 @@ def first_step_lr(
 def first_step_lr(
     lr: float | Literal["auto"], warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule"
 ) -> float | AutoRate:
-    """η = peak lr / warm-up steps: the rate of the first step that moves, which the initialization simulates.
+    """η = peak lr / warm-up steps: the rate of the first step that moves (that of step 0 is 0), for `initialize`.
 
-    During a warm-up the rate of step 0 is 0, which would initialize R to zero.
-
-    The published code has the same formula with other steps: it counts the batches of the loader from which it
-    estimates gradients (3 examples each for Mistral-7B) where the optimizer's own steps are of 32, so that its η is 10
-    times smaller there. `first_step_lr(1e-4, 0.02, total_steps=len(loader) * epochs, rule="published")` repeats it.
+    The published code counts the batches of the loader from which it estimates gradients (3 examples each for
+    Mistral-7B) in place of the optimizer's steps (of 32), so that its η is 10 times smaller there:
+    `first_step_lr(1e-4, 0.02, total_steps=len(loader) * epochs, rule="published")`.
 
     Args:
         lr: the schedule's peak learning rate, or "auto": `initialize` then measures it, and its report's `rate` is the
             peak to train with.
         warmup_steps: number of warm-up steps, or, below 1, their fraction of `total_steps`.
-        total_steps: optimizer steps of the whole run; needed only for a fraction. With rule="published", batches of the
-            estimation's loader times epochs.
-        rule: "schedule", max(1, warm-up steps), a fraction rounded up; or "published", the fraction of `total_steps` as
-            it is.
+        total_steps: for a fraction: optimizer steps of the run; with rule="published", batches of the loader times
+            epochs.
+        rule: "schedule", at least one step, a fraction rounded up; or "published", the fraction as it is.
 
     Raises:
         ValueError: a rate that is not positive, negative warm-up, a fraction without total_steps, an unknown rule, or
@@ -313,20 +309,20 @@ def first_step_lr(
     check_lr(lr)
     if warmup_steps < 0:
         raise ValueError(f"expected warmup_steps >= 0, got {warmup_steps!r}")
-    if rule not in RULES:
-        raise ValueError(f"expected rule to be one of {', '.join(RULES)}, got {rule!r}")
-    if 0 < warmup_steps < 1 and total_steps is None:
+    if rule not in ("schedule", "published"):
+        raise ValueError(f"expected rule to be one of schedule, published, got {rule!r}")
+    is_share = 0 < warmup_steps < 1
+    if is_share and total_steps is None:
         raise ValueError(f"warmup_steps={warmup_steps!r} is a share of the run: give total_steps too")
+    steps = warmup_steps * (total_steps or 0) if is_share else warmup_steps
     if rule == "published":
-        if not 0 < warmup_steps < 1 or total_steps is None or not total_steps > 0:
+        if not is_share or not steps > 0:
             raise ValueError(
                 "rule='published' divides by a share of the estimation's batches: give warmup_steps between 0 and 1 "
                 f"and total_steps=len(loader) * epochs, got {warmup_steps!r} and {total_steps!r}"
             )
-        return lr / (warmup_steps * total_steps)
-    if 0 < warmup_steps < 1 and total_steps is not None:
-        return lr / max(1, math.ceil(warmup_steps * total_steps))
-    return lr / max(1.0, float(warmup_steps))
+        return lr / steps
+    return lr / max(1.0, math.ceil(steps) if is_share else steps)
 
 
 def warmup_steps(share: float, total_steps: int) -> int:

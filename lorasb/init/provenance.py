@@ -27,17 +27,8 @@ def versions() -> dict[str, str]:
 
 def provenance(report: InitReport, data_hash: str | None) -> dict[str, object]:
     """The record of an initialization that an adapter's config stores (`init_provenance`)."""
-    return {
-        "init": report.init,
-        "update": report.update,
-        "lr": report.lr,
-        "longest_start": report.longest_start,
-        "num_samples": report.num_samples,
-        "seed": report.seed,
-        "data_sha256": data_hash,
-        "loss": report.loss,
-        "versions": versions(),
-    }
+    fields = ("init", "update", "lr", "longest_start", "num_samples", "seed", "loss")
+    return {name: getattr(report, name) for name in fields} | {"data_sha256": data_hash, "versions": versions()}
 
 
 def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int, data: str | None) -> dict[str, object]:

@@ -48,20 +48,17 @@ class Samples:
             if rows == 0:
                 continue
             self.seen += rows
-            self._update_hash(batch)
+            for name in sorted(batch):  # a collator may order its keys differently from run to run
+                if isinstance(batch[name], Tensor):
+                    self._hash.update(name.encode())
+                    content = batch[name].detach().cpu().contiguous().view(-1)
+                    self._hash.update(content.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
             yield dict(batch)
             # Before the next batch is fetched: a stream may be endless, or costly.
             if self.limit is not None and self.seen >= self.limit:
                 break
         if not self.is_distributed:
             self.check_enough(self.seen)
-
-    def _update_hash(self, batch: Batch) -> None:
-        for name in sorted(batch):  # a collator may order its keys differently from run to run
-            if isinstance(batch[name], Tensor):
-                self._hash.update(name.encode())
-                # `uint8`: numpy has no bfloat16
-                self._hash.update(batch[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
     def check_enough(self, available: int) -> None:
         """Check a number of samples against `limit`."""
@@ -79,17 +76,9 @@ class Samples:
 def select(batches: Loader, num_samples: int | None, seed: int, processes: Processes | None = None) -> Samples:
     """Select samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable (in order).
 
-    Args:
-        batches: a DataLoader, a list of dicts of tensors, or an iterable of such dicts. A DataLoader with a
-            custom sampler (a subset, a rank's share) is taken in its order.
-        num_samples: number of samples; None means min(available, max(32, n/1000)), or all of an iterable without a
-            size. Both count all ranks, each of which passes the batches of its share.
-        seed: seed of the draw. The global random state is not touched.
-        processes: the process group; the default group if None.
-
-    Raises:
-        ValueError: fewer samples than asked for (both numbers are named), or none.
-        TypeError: a batch that is not a mapping.
+    A DataLoader with a custom sampler (a subset, a rank's share) is taken in its order. Without `num_samples`,
+    min(available, max(32, n/1000)) are taken, or all of an iterable without a size; both count all ranks, each of which
+    passes the batches of its share. The global random state is not touched.
     """
     processes = processes or Processes()
     # All ranks have to draw, or all take their own order: the branch is chosen by counts that every rank knows.
@@ -97,7 +86,7 @@ def select(batches: Loader, num_samples: int | None, seed: int, processes: Proce
         count = _countable(batches, num_samples)
     counts = processes.all_gather(count)
     if min(counts) >= 0:
-        chosen = _draw(counts, num_samples, seed, processes.rank)
+        chosen = draw(counts, num_samples, seed, processes.rank)
         drawn = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
         return Samples(drawn, is_distributed=processes.is_distributed)
     # In iteration order: a default count has to be known beforehand, so it needs the length of every rank's share.
@@ -200,11 +189,8 @@ def _can_draw(loader: Loader) -> bool:
 
 def _drawn_from_dataset(loader: Loader, chosen: list[int]) -> Iterator[Batch]:
     # Not through the loader: its workers and its random sampler would advance the global random state.
-    size = loader.batch_size
-    return (
-        loader.collate_fn([loader.dataset[i] for i in chosen[start : start + size]])
-        for start in range(0, len(chosen), size)
-    )
+    for start in range(0, len(chosen), loader.batch_size):
+        yield loader.collate_fn([loader.dataset[i] for i in chosen[start : start + loader.batch_size]])
 
 
 def _drawn_from_list(batches: Sequence[Batch], chosen: list[int]) -> Iterator[Batch]:
@@ -217,12 +203,7 @@ def _drawn_from_list(batches: Sequence[Batch], chosen: list[int]) -> Iterator[Ba
     return (take_rows(batches[b], torch.tensor(sorted(rows[b]))) for b in sorted(rows))
 
 
-def draw(available: int, num_samples: int | None, seed: int) -> list[int]:
-    """Indices of the samples drawn from `available` ones, the same on every rank."""
-    return _draw([available], num_samples, seed, 0)
-
-
-def _draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> list[int]:
+def draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> list[int]:
     """Draw from the samples of all ranks, which count one after another; return this rank's, by their indices."""
     available = sum(counts)
     if available == 0:

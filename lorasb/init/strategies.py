@@ -20,8 +20,6 @@ from .cache import Cache
 from .plan import make_plan, passes, plan_for, sum_bytes
 from .task import Work
 
-Store = Callable[[Tensor], Tensor]  # of a block's input: itself, or a copy on the host
-
 
 class Executor:
     """Runs a plan, and falls back to passes if the model turns out to be no stack.
@@ -41,14 +39,7 @@ class Executor:
     def sums(self, saved: Cache | None) -> Iterator[GradientSums]:
         """Yield the sums of all targets that the samples reach, some at a time: the caller frees them."""
         with tqdm(total=0, unit="step", disable=not self.show, leave=False) as bar:
-
-            def expect(remaining: int) -> None:
-                """Set the total of the progress bar."""
-                # a batch whose loss is not recognized is run sample by sample, each one a traversal
-                bar.total = bar.n + remaining
-                bar.refresh()
-
-            self.work.tick, self.work.expect = bar.update, expect
+            self.work.tick = bar.update
             if self.plan.stack is not None:
                 yield from self._synchronized(self._layerwise(self.plan.stack, bar, saved))
             # Targets outside of the stack, or all that are left after a fallback.
@@ -64,17 +55,16 @@ class Executor:
                 error = caught
             # First the fallback: it has to be taken on all ranks even if only one of them has found a reason.
             if any(self.work.processes.all_gather(int(isinstance(error, NotAStackError)))):
-                self._plan_again(error)
+                self._plan_again(str(error) if error is not None else "another process found no plain stack")
                 return
             self.work.processes.raise_on_every_rank(error)
             if sums is None:
                 return
             yield sums
 
-    def _plan_again(self, error: Exception | None) -> None:
-        """Fall back to passes over the whole model; `error` is this rank's reason, or None if it has none."""
+    def _plan_again(self, why: str) -> None:
+        """Fall back to passes over the whole model."""
         torch.set_grad_enabled(True)  # the error may have left a forward that had switched gradients off
-        why = str(error) if error is not None else "another process found no plain stack"
         if self.work.options.strategy == "layerwise":
             raise NotAStackError(f"strategy='layerwise' does not suit this model: {why}. Use 'auto'")
         self.work.loss, self.work.labeled = 0.0, 0  # the samples will be counted again
@@ -84,19 +74,34 @@ class Executor:
             tqdm.write(f"lorasb: {self.plan}")
 
     def _layerwise(self, stack: Stack, bar: tqdm, saved: Cache | None) -> Iterator[GradientSums]:
-        work = self.work
+        """Yield sums: first of targets above the stack, then block by block from the last to the first."""
+        work, steps = self.work, len(stack.blocks) - stack.lowest  # only blocks at or above the lowest target
         bar.set_description(f"{len(stack.blocks)} blocks, one at a time")
-        # One forward to record, then one recomputation per block that has targets at or below it.
-        bar.reset(total=(len(stack.blocks) - stack.lowest + 1) * len(work.pieces))
+        bar.reset(total=(1 + steps) * len(work.pieces))  # one forward to record, then one recomputation per block
         # Sums outside of the stack (the head's) are all taken in the first backward: as many as fit, from the last one
         # on, as only those above the stack are reached. The others are left to the passes.
-        above: dict[str, nn.Module] = {}
+        tail: dict[str, nn.Module] = {}
         taken = 0
         for name in reversed([name for name in work.layers if name not in stack.names]):
             size = sum_bytes(work.layers[name], work.sketch_rank)
             if taken + size <= self.plan.sum_budget:
-                above[name], taken = work.layers[name], taken + size
-        yield from layerwise(work, stack, above, Tensor.cpu if self.plan.on_host else _keep_on_device, saved)
+                tail[name], taken = work.layers[name], taken + size
+        traversals, above = record(work, stack, tail, Tensor.cpu if self.plan.on_host else _keep_on_device)
+        # A batch whose loss is not recognized is run sample by sample, each one a traversal.
+        bar.total = bar.n + len(traversals) * steps
+        bar.refresh()
+        yield above
+        resumed = saved.resume(traversals) if saved is not None else None
+        for i in range(len(stack.blocks) - 1, stack.lowest - 1, -1):
+            if resumed is not None and i > resumed:  # finished in an earlier run
+                for traversal in traversals:
+                    del traversal.calls[i]
+                    work.tick()
+                continue
+            yield block_sums(work, stack, i, traversals)
+            if saved is not None:
+                # When the generator resumes, the caller has factored the block and added it to the cache.
+                saved.finished(i, traversals)
 
     def _accumulate(self, bar: tqdm) -> Iterator[GradientSums]:
         work, known = self.work, self.done | (self.plan.stack.names if self.plan.stack is not None else set())
@@ -120,27 +125,9 @@ def _keep_on_device(boundary: Tensor) -> Tensor:
     return boundary
 
 
-def layerwise(
-    work: Work, stack: Stack, tail: dict[str, nn.Module], store: Store, saved: Cache | None
-) -> Iterator[GradientSums]:
-    """Yield sums: first of targets above the stack, then block by block from the last to the first."""
-    traversals, above = record(work, stack, tail, store)
-    work.expect(len(traversals) * (len(stack.blocks) - stack.lowest))
-    yield above
-    resumed = saved.resume(traversals) if saved is not None else None
-    for i in range(len(stack.blocks) - 1, stack.lowest - 1, -1):
-        if resumed is not None and i > resumed:  # finished in an earlier run
-            for traversal in traversals:
-                traversal.release(i)
-                work.tick()
-            continue
-        yield block_sums(work, stack, i, traversals)
-        if saved is not None:
-            # When the generator resumes, the caller has factored the block and added it to the cache.
-            saved.finished(i, traversals)
-
-
-def record(work: Work, stack: Stack, tail: dict[str, nn.Module], store: Store) -> tuple[list[Traversal], GradientSums]:
+def record(
+    work: Work, stack: Stack, tail: dict[str, nn.Module], store: Callable[[Tensor], Tensor]
+) -> tuple[list[Traversal], GradientSums]:
     """Return traversals with the gradients at the last block's output, and the sums of targets above it."""
     recorder = Recorder(stack, store)
     with recorder.hooks(), GradientSums(tail, lambda: recorder.above, work.sketch) as sums:
@@ -183,14 +170,13 @@ def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) ->
     with GradientSums(stack.targets[i], sketch=work.sketch) as sums:
         for k, traversal in enumerate(traversals):
             sums.muted, sums.closing = not traversal.counts, k == last and signs_only
-            stored, call, gradient = traversal.hidden[i], traversal.calls[i], traversal.gradient
-            if stored is None or call is None or gradient is None:
-                raise RuntimeError(f"block {i} was differentiated already")
+            call, gradient = traversal.calls.pop(i), traversal.gradient
+            if gradient is None:
+                raise RuntimeError(f"the blocks above block {i} do not depend on its output")
             # A fresh leaf, whose `.grad` is the gradient at the output of the block below.
-            hidden = stored.to(gradient.device).detach().requires_grad_(True)
+            hidden = call.hidden.to(gradient.device).detach().requires_grad_(True)
             output = call.repeat(stack.blocks[i], hidden)
             torch.autograd.backward(output, gradient.to(output.device))
             traversal.gradient = hidden.grad
-            traversal.release(i)
             work.tick()
     return sums

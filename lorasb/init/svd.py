@@ -122,7 +122,6 @@ class Triplets(NamedTuple):
 def full_precision() -> Iterator[None]:
     """Compute in fp32 as it is: without the caller's autocast, TF32 or bf16 inside fp32 products."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    backends = [one for one in backends if hasattr(one, "fp32_precision")]  # torch 2.9 on
     kept = [one.fp32_precision for one in backends]
     try:
         for one in backends:
@@ -156,9 +155,14 @@ def leading_triplets(matrix: Matrix, r: int, seed: int) -> Triplets:
         short, s, long = _randomized(matrix, q, seed)
         u, vt = (short, long) if m <= n else (long.t(), short.t())
     # Singular vectors are unique up to a common sign of u_k and v_k, which LAPACK and cuSOLVER choose differently.
-    signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
-    signs[signs == 0] = 1  # a column of zeros, of a matrix of lower rank
+    signs = _column_signs(u)
     return Triplets(u * signs, s, vt * signs.t())
+
+
+def _column_signs(columns: Tensor) -> Tensor:
+    """Signs [1, q] that make the largest entry of each column positive; 1 for a column of zeros."""
+    signs = torch.sign(columns.gather(0, columns.abs().argmax(0, keepdim=True)))
+    return torch.where(signs == 0, 1, signs)
 
 
 def signed_core(matrix: Matrix, triplets: Triplets) -> Tensor:
@@ -178,8 +182,7 @@ def energies(core: Tensor) -> Tensor:
 
 
 def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q triplets (U [s, q], S [q], Vᵀ [q, l]) of W [s, l], s <= l, which is the matrix, or its transpose if it is
-    tall."""
+    """q triplets U [s, q], S [q], Vᵀ [q, l] of W [s, l], s <= l: the matrix, or its transpose if it is tall."""
     # Subspace iteration on W Wᵀ [s, s], whose basis is on the short side: the smallest QR.
     short, length = sorted(matrix.shape)
     source = matrix.words if isinstance(matrix, SignBits) else matrix
@@ -246,12 +249,10 @@ class MomentSketch:
         self._starts = [torch.randn(side, self.q, generator=generator, dtype=torch.float32) for side in shape]
         self.sums = [torch.zeros(side, self.q, dtype=torch.float32) for side in shape]
 
-    def to(self, device: torch.device) -> MomentSketch:
+    def to(self, device: torch.device) -> None:
         """Move to a device, in place."""
-        if self.sums[0].device != device:
-            self._starts = [start.to(device) for start in self._starts]
-            self.sums = [total.to(device) for total in self.sums]
-        return self
+        self._starts = [start.to(device) for start in self._starts]
+        self.sums = [total.to(device) for total in self.sums]
 
     @torch.no_grad()
     def add(self, dy: Tensor, x: Tensor) -> None:
@@ -268,8 +269,7 @@ class MomentSketch:
                 self.sums[i].addmm_(left.flatten(0, 1).t(), thin.flatten(0, 1))
 
     def triplets(self) -> Triplets:
-        """Eigenvectors of both moments, by falling eigenvalue: U [out, q], square roots of the first's [q], Vᵀ [q,
-        in]."""
+        """Eigenvectors of both moments by falling eigenvalue, U [out, q] and Vᵀ [q, in], and U's √eigenvalues [q]."""
         # U and V are paired by order alone: U_kᵀ G V_k is no diagonal.
         (u, values), (v, _) = (leading_eigenvectors(*pair) for pair in zip(self.sums, self._starts, strict=True))
         return Triplets(u, values.clamp(min=0).sqrt(), v.t().contiguous())
@@ -289,6 +289,4 @@ def leading_eigenvectors(sketch: Tensor, start: Tensor) -> tuple[Tensor, Tensor]
     values, vectors = torch.linalg.eigh(root.t() @ root)
     values, vectors = values.flip(0), vectors.flip(1)
     basis = torch.linalg.qr(root @ (vectors / values.clamp(min=float(values[0]) * 1e-12).sqrt())).Q.float()
-    # eigenvectors are unique up to a sign
-    signs = torch.sign(basis.gather(0, basis.abs().argmax(0, keepdim=True)))
-    return basis * signs, (values - shift).float()
+    return basis * _column_signs(basis), (values - shift).float()  # eigenvectors are unique up to a sign

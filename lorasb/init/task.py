@@ -105,7 +105,6 @@ class Work:
     options: InitOptions
     processes: Processes
     tick: Callable[[], object] = lambda: None  # called after every micro-batch of every block or pass
-    expect: Callable[[int], object] = lambda remaining: None  # called with the number of remaining ticks, once known
     loss: float = 0.0  # Σ of the samples' losses
     labeled: int = 0  # number of samples that have a loss
 

@@ -15,10 +15,10 @@ from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
-from .cache import Cache, CachedGradient, cached
+from .cache import Cache, CachedGradient
 from .factorize import Factors, Gradient, Measurements, factor, subspace_of_weight
 from .init_report import LayerReport
-from .svd import OVERSAMPLE, full_precision
+from .svd import full_precision
 from .task import InitOptions, Layers
 
 
@@ -61,9 +61,6 @@ class Staging:
             layer.adapters[self.adapter].initialized = initialized
 
 
-Result = tuple[Factors, Measurements]
-
-
 @dataclass
 class LayerWriter:
     """Factors gradients and writes A, R and B into the layers, the same bits on every rank."""
@@ -88,8 +85,7 @@ class LayerWriter:
         """Write the layers of a block or a pass, and free their sums; returns the names of those reached."""
         reached = self.reached(sums)
         # `reduced` takes the references, so that a sum is freed when `_factor_and_write` deletes it.
-        gradients: dict[str, Gradient] = {n: _checked(n, self.layers[n], self.reduced(n, sums)) for n in reached}
-        self._factor_and_write(gradients)
+        self._factor_and_write({n: _checked(n, self.layers[n], self.reduced(n, sums)) for n in reached})
         return reached
 
     def write_cached(self, gradients: dict[str, CachedGradient]) -> None:
@@ -100,16 +96,20 @@ class LayerWriter:
     def reduced(self, name: str, sums: GradientSums) -> LayerSum:
         """Return ΣG of a layer over all ranks; `sums` gives up its own, if a sample of this rank reached the layer."""
         local = sums.sums.pop(name, None)
-        layer_sum = local or LayerSum(sums.sketch(name))
-        if self.processes.is_distributed:
-            # Reduced in fp32 before the sign is taken: sign(ΣG) is not the sum of the ranks' signs.
-            total = local.value() if local is not None else _zero_sum(self.layers[name])
-            layer_sum = LayerSum(layer_sum.sketch)
-            layer_sum.total = self.processes.all_reduce_sum(total)
-            if layer_sum.sketch is not None:
-                layer_sum.sketch.to(total.device)
-                layer_sum.sketch.sums = [self.processes.all_reduce_sum(part) for part in layer_sum.sketch.sums]
-        return layer_sum
+        if local is not None and not self.processes.is_distributed:
+            return local
+        if local is None:  # zeros in the dtype of the sums of the other ranks
+            layer, local = self.layers[name], LayerSum(sums.sketch(name))
+            dtype = torch.float64 if layer.base.dtype == torch.float64 else torch.float32
+            device = next(layer.lorasb_R.parameters()).device
+            local.total = torch.zeros(layer.out_features, layer.in_features, device=device, dtype=dtype)
+        # Reduced in fp32 before the sign is taken: sign(ΣG) is not the sum of the ranks' signs.
+        reduced, total = LayerSum(local.sketch), local.value()
+        reduced.total = self.processes.all_reduce_sum(total)
+        if reduced.sketch is not None:
+            reduced.sketch.to(total.device)
+            reduced.sketch.sums = [self.processes.all_reduce_sum(part) for part in reduced.sketch.sums]
+        return reduced
 
     def _factor_and_write(self, gradients: dict[str, Gradient]) -> None:
         """Factor each layer on its owner rank, and write it on every rank; empties `gradients` on the way."""
@@ -117,41 +117,39 @@ class LayerWriter:
         # because ranks then share the work.
         # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
         owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
-        results: dict[str, Result] = {}
+        results: dict[str, tuple[Factors, Measurements]] = {}
         with self.processes.together():  # before the broadcasts, in which a rank that failed would be missing
             for name, owner in owners.items():
                 if owner == self.processes.rank:
                     results[name] = factor(name, gradients[name], self.layers[name], self.options)
                 elif self.cache is None or self.processes.rank != 0:  # rank 0 needs all sums for the cache
                     gradients[name] = LayerSum()  # frees the sum of a layer that another rank owns
+        measured: dict[str, Measurements] = {}
+        for found in self.processes.gather_json({name: one for name, (_, one) in results.items()}):
+            measured |= {name: Measurements(*values) for name, values in found.items()}
         for name, owner in owners.items():
-            factors, measured = self._broadcast_factors(name, results.get(name), owner)
-            self.staging.write(self.layers[name], factors)
-            gradient = gradients[name]
+            layer, gradient = self.layers[name], gradients[name]
+            self.staging.write(layer, self._from(owner, results[name][0] if name in results else self._buffers(layer)))
             if self.cache is not None and self.processes.rank == 0 and isinstance(gradient, LayerSum):
-                self.cache.add(name, cached(gradient, measured.gradient_energies))
-            self.reports[name] = measured.report(name, self.layers[name], self.options.adapter)
+                self.cache.add(name, CachedGradient.of(gradient, measured[name].gradient_energies))
+            self.reports[name] = measured[name].report(name, layer, self.options.adapter)
             del gradients[name], gradient  # the sum is freed before the next layer's factors arrive
 
-    def _broadcast_factors(self, name: str, result: Result | None, owner: int) -> Result:
-        """A layer's factors and measurements from its owner; the other ranks pass None."""
-        if result is not None and not self.processes.is_distributed:
-            return result
-        if result is not None:
-            factors, packed = result[0], result[1].to_tensor()
-        else:  # receive buffers: all shapes are known from the layer, so nothing but values has to be sent
-            layer = self.layers[name]
-            m, n, r = layer.out_features, layer.in_features, layer.adapters[self.options.adapter].r
-            device = next(layer.lorasb_R.parameters()).device
-            factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
-            packed = torch.empty(Measurements.size(min(r + OVERSAMPLE, m, n)), dtype=torch.float64)
+    def _buffers(self, layer: AdaptedLayer) -> Factors:
+        """Empty factors to receive a broadcast: all shapes are known from the layer."""
+        m, n, r = layer.out_features, layer.in_features, layer.adapters[self.options.adapter].r
+        device = next(layer.lorasb_R.parameters()).device
+        return Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
+
+    def _from(self, owner: int, factors: Factors) -> Factors:
+        """One rank's factors on every rank."""
+        if not self.processes.is_distributed:
+            return factors
         # `float`: the factors of an fp64 model are fp64, and the buffers are fp32
-        factors = Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
-        return factors, Measurements.from_tensor(self.processes.broadcast(packed, owner))
+        return Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
 
     def write_fallbacks(self, model: nn.Module, names: list[str]) -> None:
-        """Write layers that no sample reached: the leading subspace of their weight and R = 0, as their step is
-        zero."""
+        """Write layers that no sample reached: the leading subspace of their weight and R = 0."""
         if not names:
             return
         try:
@@ -183,8 +181,7 @@ class LayerWriter:
             with weight_present(layer.get_base_layer()), full_precision():
                 weight = full_tensor(layer.base.weight()).float()
                 factors = subspace_of_weight(weight, r, self.options.seed_of(name))
-            if self.processes.is_distributed:  # one rank's, as the last bits depend on the number of threads
-                factors = Factors(*(self.processes.broadcast(tensor.float(), 0) for tensor in factors))
+            factors = self._from(0, factors)  # the last bits depend on the number of threads
             self.staging.write(layer, factors)
             shape, sigma = (layer.out_features, layer.in_features), tuple(map(float, factors.sigma))
             self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
@@ -200,10 +197,3 @@ def _checked(name: str, layer: AdaptedLayer, total: LayerSum) -> LayerSum:
     if total.zeros == layer.in_features * layer.out_features:
         raise ValueError(f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed")
     return total
-
-
-def _zero_sum(layer: AdaptedLayer) -> Tensor:
-    """ΣG [out, in] of a rank on which no sample reached the layer, in the dtype of the sums of the other ranks."""
-    dtype = torch.float64 if layer.base.dtype == torch.float64 else torch.float32
-    device = next(layer.lorasb_R.parameters()).device
-    return torch.zeros(layer.out_features, layer.in_features, device=device, dtype=dtype)

@@ -168,7 +168,7 @@ def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int
             raise ValueError(too_few(num_samples, len(head)))
         remaining = iter(head[processes.rank :: processes.world_size])
     else:
-        chosen = draw(len(dataset), num_samples, seed)
+        chosen = draw([len(dataset)], num_samples, seed, rank=0)  # the same on every process
         remaining = (dataset[i] for i in chosen[processes.rank :: processes.world_size])  # read batch by batch
     while batch := list(itertools.islice(remaining, batch_size)):
         collated = loader.collate_fn(batch)
