@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +20,16 @@ from ..layers.weight_adapter import SLICE, LoRASBWeight
 from ..ops.plain_ops import BAD, SQUARES, ZEROS
 from ..ops.registry import backend_op, current_backend
 from .svd import MomentSketch, SignBits, energies
+
+
+@dataclass(frozen=True)
+class GradientSigns:
+    """sign(G) of one layer, and what is measured of G's values with it."""
+
+    bits: SignBits
+    squares: float  # ‖G‖²
+    zeros: int  # number of entries of G that are exactly zero
+    finite: bool  # True if no entry of G is NaN or infinite
 
 
 class LayerSum:
@@ -34,7 +45,7 @@ class LayerSum:
         self.total: Tensor | None = None
         self.sketch = sketch
         self._pair: tuple[Tensor, Tensor] | None = None
-        self._signs: tuple[SignBits, Tensor] | None = None  # with [ΣG², zeros, non-finite entries] fp64
+        self._signs: GradientSigns | None = None
 
     def add(self, dy: Tensor, x: Tensor, last: bool = False) -> None:
         """G += dyᵀ x for dy [..., out] and x [..., in]; at the `last`, the kernel packs the signs in its epilogue."""
@@ -78,13 +89,13 @@ class LayerSum:
             self.total = dy.new_empty((dy.shape[1], x.shape[1]), dtype=wide)  # fresh: the op overwrites it
         op(dy, x, self.total, fresh)
 
-    def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[SignBits, Tensor]:
+    def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> GradientSigns:
         """Add dyᵀ x and take the signs and counts of the result; without a `total` only these are written."""
         words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
         counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
         # Without zeros and NaN the nonzero plane is all ones, and not worth its memory.
-        zeros = nonzero if counts[ZEROS] or counts[BAD] else None
-        self._signs = SignBits(words, (dy.shape[1], x.shape[1]), zeros), counts
+        bits = SignBits(words, (dy.shape[1], x.shape[1]), nonzero if counts[ZEROS] or counts[BAD] else None)
+        self._signs = GradientSigns(bits, float(counts[SQUARES]), int(counts[ZEROS]), not counts[BAD])
         return self._signs
 
     def value(self) -> Tensor:
@@ -94,32 +105,14 @@ class LayerSum:
             raise RuntimeError("nothing was added to this sum")
         return self.total
 
-    def _signs_and_counts(self) -> tuple[SignBits, Tensor]:
+    def signs(self) -> GradientSigns:
+        """sign(G), taken at the `last` addition or here."""
         if self._signs is not None:
             return self._signs
         total = self.value()
         # The op with no tokens (dy [0, out], x [0, in]) adds nothing and takes the signs of `total`.
         dy, x = (total.new_empty(0, side) for side in total.shape)
         return self._take_signs(dy, x, total, False)
-
-    def signs(self) -> SignBits:
-        """sign(G)."""
-        return self._signs_and_counts()[0]
-
-    @property
-    def squares(self) -> float:
-        """‖G‖²."""
-        return float(self._signs_and_counts()[1][SQUARES])
-
-    @property
-    def zeros(self) -> int:
-        """Number of entries of G that are exactly zero."""
-        return int(self._signs_and_counts()[1][ZEROS])
-
-    @property
-    def finite(self) -> bool:
-        """True if no entry of G is NaN or infinite."""
-        return int(self._signs_and_counts()[1][BAD]) == 0
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
         """‖U_kᵀ G V_k‖² for k = 1 ... q, with U [out, q] and Vᵀ [q, in]."""

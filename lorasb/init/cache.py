@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..utils.atomic_files import replacing, write_json
 from ..utils.reading import Json, safetensors_header
-from .accumulator import LayerSum
+from .accumulator import GradientSigns
 from .block_recorder import Traversal
 from .svd import NONZERO, WORDS, SignBits
 
@@ -31,23 +31,14 @@ DATA_FIELDS = ("num_samples", "data", "loss_fn")  # of the key; not compared if 
 
 
 @dataclass(frozen=True)
-class CachedGradient:
+class CachedGradient(GradientSigns):
     """A layer's signs, and the measurements of G that need its values."""
 
-    bits: SignBits  # sign(G)
-    squares: float  # ‖G‖²
-    zeros: int  # number of entries of G that are exactly zero
     energies: Tensor  # ‖U_kᵀ G V_k‖² for k = 1, 2, ..., up to the rank that the cache was made at
 
-    @classmethod
-    def of(cls, gradient: LayerSum, energies: list[float]) -> CachedGradient:
-        """The cache entry of a sum: its signs in host memory, and the energies that were measured."""
-        measured = torch.tensor(energies, dtype=torch.float64)
-        return cls(gradient.signs().to("cpu"), gradient.squares, gradient.zeros, measured)
-
-    def signs(self) -> SignBits:
+    def signs(self) -> GradientSigns:
         """sign(G)."""
-        return self.bits
+        return self
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
         """The stored energies; `u` and `vt` are not needed, as they span the subspaces that these were measured in."""
@@ -89,9 +80,10 @@ class Cache:
             )
         return {name: layers[name] for name in names if name in layers}
 
-    def add(self, name: str, gradient: CachedGradient) -> None:
-        """Add a layer, of the block that is in progress."""
-        self.layers[name] = gradient
+    def add(self, name: str, signs: GradientSigns, energies: list[float]) -> None:
+        """Add a layer, of the block that is in progress, and the energies that were measured."""
+        measured = torch.tensor(energies, dtype=torch.float64)
+        self.layers[name] = CachedGradient(signs.bits.to("cpu"), signs.squares, signs.zeros, signs.finite, measured)
         self._unsaved.append(name)
 
     def finish(self, facts: Json) -> None:
@@ -155,7 +147,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], Json,
             # Written only if G had zeros; without them all entries are nonzero.
             nonzero = file.get_tensor(f"{name}:{NONZERO}") if values["zeros"] else None
             bits = SignBits(file.get_tensor(f"{name}:{WORDS}"), tuple(values["shape"]), nonzero)
-            layers[name] = CachedGradient(bits, values["squares"], values["zeros"], file.get_tensor(f"{name}:{CURVE}"))
+            energies = file.get_tensor(f"{name}:{CURVE}")
+            layers[name] = CachedGradient(bits, values["squares"], values["zeros"], True, energies)
     return layers, json.loads(metadata["key"]), json.loads(metadata["facts"])
 
 

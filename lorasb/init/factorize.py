@@ -132,26 +132,26 @@ def factor(name: str, gradient: Gradient, layer: AdaptedLayer, options: InitOpti
     started, state, seed = time.perf_counter(), layer.adapters[options.adapter], options.seed_of(name)
     # Theorem 6: the first step of SGD has no limit.
     r, longest = state.r, None if options.update == "sgd" else options.longest_start
-    signs = gradient.signs()
+    signs, bits = gradient.signs(), gradient.signs().bits
     with full_precision():
         if isinstance(gradient, LayerSum) and gradient.sketch is not None:
             # The part of AdamW's first step within U and V: R = −η·core / s, with the core Uᵀ sign(G) V [q, q].
             triplets = gradient.sketch.triplets()
-            core = signed_core(signs, triplets)
+            core = signed_core(bits, triplets)
             start = start_share(float(core[:r, :r].norm()), r, longest)
             u, s, vt = triplets.first(r)
             factors = Factors(u, core[:r, :r] * (-start * options.lr / state.scaling), vt, s)
             sign_energies = energies(core)
         else:
-            matrix = gradient.value() if options.update == "sgd" and isinstance(gradient, LayerSum) else signs
+            matrix = gradient.value() if options.update == "sgd" and isinstance(gradient, LayerSum) else bits
             triplets = leading_triplets(matrix, r, seed)
             start = start_share(float(triplets.s[:r].norm()), r, longest)
             factors = first_step(triplets, r, start * options.lr, state.scaling)
             # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
-            sign_energies = triplets.s.square().cumsum(0) if matrix is signs else energies(signed_core(signs, triplets))
+            sign_energies = triplets.s.square().cumsum(0) if matrix is bits else energies(signed_core(bits, triplets))
         curve = gradient.curve(triplets.u, triplets.vt)[: len(triplets.s)]
     sigma, of_sign, of_gradient = (values.double().tolist() for values in (triplets.s, sign_energies, curve))
-    scalars = gradient.squares, signs.squares, gradient.zeros, time.perf_counter() - started, start
+    scalars = signs.squares, bits.squares, signs.zeros, time.perf_counter() - started, start
     return factors, Measurements(sigma, of_sign, of_gradient, *scalars)
 
 

@@ -88,7 +88,9 @@ def energy_by_rank(report: InitReport, path: Path) -> None:
             continue
         ranks = range(1, max(map(len, curves)) + 1)
         # Layers were measured up to different ranks: a shorter curve is continued at its last value.
-        low, middle, high = zip(*(_quartiles([c[min(k, len(c)) - 1] for c in curves]) for k in ranks), strict=True)
+        energies = [sorted(100 * curve[min(k, len(curve)) - 1] for curve in curves) for k in ranks]
+        quartiles = (round(share * (len(curves) - 1)) for share in (0.25, 0.5, 0.75))
+        low, middle, high = ([values[place] for values in energies] for place in quartiles)
         axes.plot(ranks, middle, color=color, linewidth=2, label=label)
         axes.fill_between(ranks, low, high, color=color, alpha=0.15, linewidth=0)
     rank = max(layer.rank for layer in report.layers)
@@ -118,11 +120,6 @@ def spectrum(report: InitReport, path: Path) -> None:
     axes.legend(frameon=False, ncols=2)
     what = {"adamw": "sign(ΣG)", "sgd": "ΣG"}.get(report.update, "the samples' gradients")
     save(figure, axes, f"Singular values of {what} by kind of layer (median)", path)
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    ordered = sorted(100 * value for value in values)
-    return [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75)]
 
 
 @dataclass(frozen=True)

@@ -231,10 +231,13 @@ def _subspaces(work: Work, writer: LayerWriter, own: set[str]) -> dict[str, Trip
         for name in writer.reached(sums):
             gradient, layer = writer.reduced(name, sums), work.layers[name]
             executor.done.add(name)
-            if name in own and gradient.finite and gradient.zeros < layer.in_features * layer.out_features:
+            if name not in own:
+                continue
+            signs = gradient.signs()
+            if signs.finite and signs.zeros < layer.in_features * layer.out_features:
                 with full_precision():
                     r, seed = layer.adapters[work.options.adapter].r, work.options.seed_of(name)
-                    found[name] = Triplets(*(part.cpu() for part in truncated_svd(gradient.signs(), r, seed)))
+                    found[name] = Triplets(*(part.cpu() for part in truncated_svd(signs.bits, r, seed)))
     return found
 
 

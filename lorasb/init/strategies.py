@@ -136,8 +136,16 @@ def record(
             recorder.begin()
             try:
                 work.backward(piece)
+            except NotAStackError:
+                raise
             except (ValueError, RuntimeError) as error:
-                raise _no_stack(error, recorder) from None
+                # Autograd's error for `hidden += ...` on the leaf that a block got as its input.
+                if "leaf Variable that requires grad" in str(error):
+                    raise NotAStackError(MODIFIED_IN_PLACE) from None
+                # A forward that left the stack early may fail in the checks of its loss, which would blame the batch.
+                if recorder.unfinished and isinstance(error, ValueError):
+                    raise NotAStackError(EARLY_EXIT) from None
+                raise
             recorder.settle(piece.counts)
             work.tick()
     # A target that also ran below or inside the stack got no gradient there: its sum is incomplete, and it is left to
@@ -146,19 +154,6 @@ def record(
         sums.called.discard(name)
         sums.sums.pop(name, None)
     return recorder.traversals, sums
-
-
-def _no_stack(error: Exception, recorder: Recorder) -> Exception:
-    """Return the error of a recorded forward, or a NotAStackError if the recording itself caused it."""
-    if isinstance(error, NotAStackError):
-        return error
-    # Autograd's error for `hidden += ...` on the leaf that a block got as its input.
-    if "leaf Variable that requires grad" in str(error):
-        return NotAStackError(MODIFIED_IN_PLACE)
-    # A forward that left the stack early may fail in the checks of its loss, which would blame the batch.
-    if recorder.unfinished and isinstance(error, ValueError):
-        return NotAStackError(EARLY_EXIT)
-    return error
 
 
 def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) -> GradientSums:

@@ -131,7 +131,7 @@ class LayerWriter:
             layer, gradient = self.layers[name], gradients[name]
             self.staging.write(layer, self._from(owner, results[name][0] if name in results else self._buffers(layer)))
             if self.cache is not None and self.processes.rank == 0 and isinstance(gradient, LayerSum):
-                self.cache.add(name, CachedGradient.of(gradient, measured[name].gradient_energies))
+                self.cache.add(name, gradient.signs(), measured[name].gradient_energies)
             self.reports[name] = measured[name].report(name, layer, self.options.adapter)
             del gradients[name], gradient  # the sum is freed before the next layer's factors arrive
 
@@ -189,11 +189,11 @@ class LayerWriter:
 
 def _checked(name: str, layer: AdaptedLayer, total: LayerSum) -> LayerSum:
     """Return a layer's sum, or raise a ValueError for NaN, Inf or only zeros."""
-    if not total.finite:
+    if not total.signs().finite:
         raise ValueError(
             f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
             "bf16. Nothing was changed"
         )
-    if total.zeros == layer.in_features * layer.out_features:
+    if total.signs().zeros == layer.in_features * layer.out_features:
         raise ValueError(f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed")
     return total

@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +20,8 @@ QUANTIZABLE = (torch.float32, *SIXTEEN_BIT)  # allowed for a weight before quant
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 # Environment variables that limit the instruction sets of oneDNN, of ATen and of our extension.
 CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "LORASB_MAX_CPU_ISA")
-# Values of the first two that leave no instructions for bf16 products.
+# Values of the first that leave no instructions for bf16 products.
 ONEDNN_BELOW = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-ATEN_BELOW = ("default", "avx2")
-# Shape [tokens, in, out] of the product that `slowdown` times: about 0.1 s without bf16 instructions.
-TIMED = (128, 512, 512)
-NOTABLE_SLOWDOWN = 1.5  # times fp32's time, from which on `slowdown_message` has something to say
 AMPERE = (8, 0)  # the first compute capability with bf16 products
 
 _warned_dtypes: set[torch.dtype] = set()
@@ -51,26 +46,19 @@ def native(device: str = "cpu") -> Precision:
         if (major, minor) >= AMPERE:
             return Precision("bfloat16", f"sm_{major}{minor} multiplies bfloat16")
         return Precision("float32", f"sm_{major}{minor} does not multiply bfloat16, which begins at sm_80")
-    capped = _cap(os.environ)
-    if capped is not None:
-        return Precision("float32", capped)
-    return _from_cpu_flags(_flags(), platform.machine())
-
-
-def _cap(environment: Mapping[str, str]) -> str | None:
-    """The environment variable that keeps torch from bf16 products, in words; None if there is none."""
     # DNNL_MAX_CPU_ISA is oneDNN's former name of the variable, which it still reads.
-    onednn = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "")).upper()
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if onednn in ONEDNN_BELOW:
-        return f"ONEDNN_MAX_CPU_ISA={onednn} leaves no bfloat16 products"
-    aten = environment.get("ATEN_CPU_CAPABILITY", "").lower()
-    if aten in ATEN_BELOW:
-        return f"ATEN_CPU_CAPABILITY={aten} leaves no bfloat16 products"
-    return None
+        return Precision("float32", f"ONEDNN_MAX_CPU_ISA={onednn} leaves no bfloat16 products")
+    aten = os.environ.get("ATEN_CPU_CAPABILITY", "").lower()
+    if aten in ("default", "avx2"):
+        return Precision("float32", f"ATEN_CPU_CAPABILITY={aten} leaves no bfloat16 products")
+    return _by_flags()
 
 
-def _from_cpu_flags(flags: frozenset[str], machine: str) -> Precision:
+def _by_flags() -> Precision:
     """The dtype by the processor's flags, as far as torch uses the instructions."""
+    flags, machine = _flags(), platform.machine()
     if machine in ("aarch64", "arm64"):
         if "bf16" in flags:
             return Precision("bfloat16", "the processor has Arm's bf16 instructions")
@@ -128,9 +116,10 @@ def _trial(dtype: torch.dtype, device: str) -> str | None:
 @functools.cache
 def slowdown(dtype: torch.dtype) -> float:
     """Time of a frozen linear's forward and backward in `dtype` on this CPU, relative to float32's; timed once."""
+    shape = (128, 512, 512)  # about 0.1 s without bf16 instructions
     _seconds(dtype, (8, 64, 64))  # warm-up: the first product of a dtype loads libraries
-    reference = min(_seconds(torch.float32, TIMED) for _ in range(3))  # its first run is a warm-up, too
-    return _seconds(dtype, TIMED) / reference
+    reference = min(_seconds(torch.float32, shape) for _ in range(3))  # its first run is a warm-up, too
+    return _seconds(dtype, shape) / reference
 
 
 def _seconds(dtype: torch.dtype, shape: tuple[int, int, int], device: str = "cpu") -> float:
@@ -150,7 +139,7 @@ def slowdown_message(name: str) -> str | None:
     if name == "float32" or (name == "bfloat16" and native().name == "bfloat16"):
         return None
     ratio = slowdown(DTYPES[name])
-    if ratio < NOTABLE_SLOWDOWN:
+    if ratio < 1.5:
         return None
     return (
         f"{name} on this CPU: torch takes {ratio:.0f}x the time of float32 for forward and backward of a linear layer "
@@ -160,11 +149,10 @@ def slowdown_message(name: str) -> str | None:
 
 def warn_if_slow(model: nn.Module) -> None:
     """Log a warning, once per process and dtype, if the first 16-bit parameter's dtype is slow on this CPU."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16):
-            if parameter.dtype not in _warned_dtypes:
-                _warned_dtypes.add(parameter.dtype)
-                message = slowdown_message(str(parameter.dtype).removeprefix("torch."))
-                if message is not None:
-                    logging.getLogger("lorasb").warning(message)
-            return
+    dtypes = (p.dtype for p in model.parameters() if p.device.type == "cpu" and p.dtype in SIXTEEN_BIT)
+    dtype = next(dtypes, None)
+    if dtype is not None and dtype not in _warned_dtypes:
+        _warned_dtypes.add(dtype)
+        message = slowdown_message(str(dtype).removeprefix("torch."))
+        if message is not None:
+            logging.getLogger("lorasb").warning(message)

@@ -133,7 +133,7 @@ def take_again(model: Any, r: int, seed: int, samples: Sequence[Batch]) -> list[
         The R's that train from here on.
     """
     layers = starts.layers(model)
-    found = {name: one.signs() for name, one in summed(model, layers, samples).sums.items()}
+    found = {name: one.signs().bits for name, one in summed(model, layers, samples).sums.items()}
     config = model.peft_config[starts.ADAPTER]
     model.add_adapter(LATER, lorasb.LoRASBConfig(r=r, target_modules=config.target_modules, init="random"))
     for name, layer in layers.items():

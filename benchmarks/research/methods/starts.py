@@ -81,7 +81,7 @@ def noised(model: Any, cache: Path, eta: float, sigma: float, seed: int) -> None
     signs, _, _ = read(cache)
     draw = torch.Generator().manual_seed(seed)
     for name, layer in layers(model).items():
-        step = signs[_key(signs, name)].signs().unpack() * -eta
+        step = signs[_key(signs, name)].bits.unpack() * -eta
         step += sigma * torch.randn(step.shape, generator=draw)
         u, s, vt = truncated_svd(step, layer.r[ADAPTER], seed)
         layer.set_factors(ADAPTER, u, torch.diag(s / layer.scaling[ADAPTER]), vt)
