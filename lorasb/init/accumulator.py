@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .. import backends  # noqa: F401  registers the ops of every backend
 from ..layers.weight_adapter import SLICE, LoRASBWeight
@@ -35,10 +35,8 @@ class GradientSigns:
 class LayerSum:
     """ΣG [out, in] of one layer, in fp32 (fp64 for fp64 models).
 
-    If a single call is all there is, dy and x are kept in place of their product if they take less memory.
-
-    Args:
-        sketch: takes the second moments of the samples' own gradients, too.
+    If a single call is all there is, dy and x are kept in place of their product if they take less memory. A `sketch`
+    takes the second moments of the samples' own gradients, too.
     """
 
     def __init__(self, sketch: MomentSketch | None = None) -> None:
@@ -139,13 +137,6 @@ class GradientSums:
         layers: the layers, by name.
         active: called at every forward of a layer; a layer is summed only if it returns True.
         sketch: makes a layer's empty `MomentSketch`, by its name; None if second moments are not wanted.
-
-    Attributes:
-        sums: sums of the layers that backward reached, by name.
-        called: names of the layers that ran, whether backward reached them or not.
-        called_inactive: names of the layers that ran while `active` was false.
-        closing: to be set before the last forward: the last addition to a layer takes the signs.
-        muted: to be set for a forward whose gradients do not count.
     """
 
     def __init__(
@@ -154,29 +145,26 @@ class GradientSums:
         active: Callable[[], bool] = lambda: True,
         sketch: Callable[[str], MomentSketch | None] = lambda name: None,
     ) -> None:
-        self.layers = layers
-        self.sums: dict[str, LayerSum] = {}
-        self.called: set[str] = set()
-        self.called_inactive: set[str] = set()
-        self.closing = self.muted = False
-        self._active, self.sketch = active, sketch
+        self.layers, self.sketch, self._active = layers, sketch, active
+        self.sums: dict[str, LayerSum] = {}  # of the layers that backward reached
+        self.called: set[str] = set()  # the layers that ran, whether backward reached them or not
+        self.called_inactive: set[str] = set()  # the layers that ran while `active` was false
+        self.closing = False  # set before the last forward: the last addition to a layer takes the signs
+        self.muted = False  # set for a forward whose gradients do not count
         self._pending: Counter[str] = Counter()  # calls whose backward is still to come
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> GradientSums:
         for name, layer in self.layers.items():
             if isinstance(layer, LoRASBWeight):
                 layer.tap = partial(self._tap, name, layer)
+                self._hooks.callback(setattr, layer, "tap", None)
             else:
-                self._handles.append(layer.register_forward_hook(partial(self._hook, name)))
+                self._hooks.enter_context(layer.register_forward_hook(partial(self._hook, name)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for layer in self.layers.values():
-            if isinstance(layer, LoRASBWeight):
-                layer.tap = None
+        self._hooks.close()
 
     def totals(self) -> dict[str, Tensor]:
         """ΣG by layer name."""

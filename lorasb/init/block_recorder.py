@@ -149,20 +149,14 @@ class Recorder:
     A gradient at any other leaf (from a loss on hidden states, a router's auxiliary loss, another traversal) shows that
     the model is no plain stack.
 
-    Args:
-        stack: the blocks and their targets.
-        store: maps a block's input or argument to what is stored: itself, or a copy on the host.
-
-    Attributes:
-        traversals: finished traversals, in order.
-        above: True while modules run that come after the last block.
+    `store` maps a block's input or argument to what is stored: itself, or a copy on the host.
     """
 
     def __init__(self, stack: Stack, store: Callable[[Tensor], Tensor]) -> None:
         self.blocks, self.targets, self.store = stack.blocks, stack.targets, store
+        self.traversals: list[Traversal] = []  # finished, in order
+        self.above = False  # True while modules run that come after the last block
         self._running: int | None = None  # index of the block that is in its forward
-        self.traversals: list[Traversal] = []
-        self.above = False
         self._open: list[Traversal] = []  # traversals since the last backward
         self._passive = False  # a forward under no_grad, which a loss_fn may run: not recorded
 
@@ -185,10 +179,6 @@ class Recorder:
         """True if the last forward did not reach the end of the last block."""
         return bool(self._open) and len(self._open[-1].leaves) <= len(self.blocks)
 
-    def begin(self) -> None:
-        """Reset before a forward."""
-        self.above, self._open = False, []
-
     def settle(self, counts: bool) -> None:
         """After a backward: keep the traversals that got a gradient at the last block's output."""
         for traversal in self._open:
@@ -205,7 +195,7 @@ class Recorder:
             traversal.leaves, traversal.stored, traversal.versions = [], {}, []  # needed for the checks only
             if traversal.gradient is not None:
                 self.traversals.append(traversal)
-        self.begin()
+        self.above, self._open = False, []
 
     def _before(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if i == 0:

@@ -48,10 +48,7 @@ class CachedGradient(GradientSigns):
 class Cache:
     """The cache of one initialization: loads a finished file, or collects layers to write one.
 
-    Args:
-        path: the safetensors file.
-        key: fields that the signs depend on; see `cache_key`.
-        data: True if the key describes batches, which are then compared.
+    A file has to have the same `key` (see `cache_key`); fields of the batches are compared only with `data`.
     """
 
     def __init__(self, path: str | os.PathLike[str], key: Json, data: bool) -> None:

@@ -20,39 +20,22 @@ from ..utils.reading import read_json
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The report of one layer. Energies are fractions of a squared Frobenius norm within span(B) x span(A).
+    """The report of one layer. Energies are fractions of a squared Frobenius norm within span(B) x span(A)."""
 
-    Attributes:
-        name: name of the layer in the base model.
-        shape: (out_features, in_features).
-        rank: r.
-        energy_sign: fraction of ‖sign(ΣG)‖²; None if no gradient was taken.
-        energy_grad: fraction of ‖ΣG‖²; None likewise, or if a cache was made at a smaller rank.
-        singular_values: the r leading ones of the matrix that was factored.
-        zeros: number of entries of ΣG that are exactly zero.
-        seconds: duration of the SVD.
-        beyond: up to 32 further singular values, from the oversampling of the SVD.
-        curve_sign: energy_sign at ranks 1, 2, ..., as far as measured.
-        curve_grad: energy_grad at ranks 1, 2, ..., as far as measured.
-        stability: overlap of the subspaces from two halves of the samples; None if not measured.
-        fallback: replacement for the gradient if no sample reached the layer ("weight"), else None.
-        start: factor on η of the first step (`longest_start`); None if no gradient was taken.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rank: int
-    energy_sign: float | None
-    energy_grad: float | None
-    singular_values: tuple[float, ...]
-    zeros: int
-    seconds: float
-    beyond: tuple[float, ...] = ()
-    curve_sign: tuple[float, ...] = ()
-    curve_grad: tuple[float, ...] = ()
-    stability: float | None = None
-    fallback: str | None = None
-    start: float | None = None
+    name: str  # name of the layer in the base model
+    shape: tuple[int, int]  # (out_features, in_features)
+    rank: int  # r
+    energy_sign: float | None  # fraction of ‖sign(ΣG)‖²; None if no gradient was taken
+    energy_grad: float | None  # fraction of ‖ΣG‖²; None likewise, or if a cache was made at a smaller rank
+    singular_values: tuple[float, ...]  # the r leading ones of the matrix that was factored
+    zeros: int  # number of entries of ΣG that are exactly zero
+    seconds: float  # duration of the SVD
+    beyond: tuple[float, ...] = ()  # up to 32 further singular values, from the oversampling of the SVD
+    curve_sign: tuple[float, ...] = ()  # energy_sign at ranks 1, 2, ..., as far as measured
+    curve_grad: tuple[float, ...] = ()  # energy_grad at ranks 1, 2, ..., as far as measured
+    stability: float | None = None  # overlap of the subspaces from two halves of the samples; None if not measured
+    fallback: str | None = None  # replacement for the gradient if no sample reached the layer ("weight"), else None
+    start: float | None = None  # factor on η of the first step (`longest_start`); None if no gradient was taken
 
 
 Path = str | os.PathLike[str]
@@ -124,19 +107,12 @@ def spectrum(report: InitReport, path: Path) -> None:
 
 @dataclass(frozen=True)
 class RankSuggestion:
-    """Ranks for `LoRASBConfig(rank_pattern=...)`.
+    """Ranks for `LoRASBConfig(rank_pattern=...)`."""
 
-    Attributes:
-        rank_pattern: rank by layer name.
-        trained_parameters: Σ r².
-        energy: mean over layers of the fraction that these ranks capture.
-        short: layers that capture less than asked for even at the largest rank that was measured.
-    """
-
-    rank_pattern: dict[str, int]
-    trained_parameters: int
-    energy: float
-    short: tuple[str, ...] = ()
+    rank_pattern: dict[str, int]  # rank by layer name
+    trained_parameters: int  # Σ r²
+    energy: float  # mean over layers of the fraction that these ranks capture
+    short: tuple[str, ...] = ()  # layers that capture less than asked for even at the largest rank that was measured
 
 
 def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str, int]:

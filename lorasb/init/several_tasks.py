@@ -19,15 +19,10 @@ from .task import InitOptions
 
 @dataclass
 class TasksReport:
-    """Result of `lorasb.initialize` for several tasks.
+    """Result of `lorasb.initialize` for several tasks."""
 
-    Attributes:
-        tasks: task -> the report of its initialization, before the basis was shared.
-        shares: what the basis keeps of each task's first step, by layer and overall, against 1 for a separate basis.
-    """
-
-    tasks: dict[str, InitReport]
-    shares: KeptShares
+    tasks: dict[str, InitReport]  # task -> the report of its initialization, before the basis was shared
+    shares: KeptShares  # what the basis keeps of each task's first step, against 1 for a separate basis
 
     def __str__(self) -> str:
         lines = (f"{task}: {share:.1%} of its first step" for task, share in self.shares.overall.items())

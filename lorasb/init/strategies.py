@@ -22,19 +22,13 @@ from .task import Work
 
 
 class Executor:
-    """Runs a plan, and falls back to passes if the model turns out to be no stack.
-
-    Attributes:
-        plan: the plan in use; replaced by the fallback.
-        show: True if progress is shown, on rank 0.
-        done: names of the targets whose factors are written; the caller adds to it.
-    """
+    """Runs a plan, and falls back to passes if the model turns out to be no stack."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.show = work, work.options.progress and work.processes.rank == 0
         with work.processes.together():
-            self.plan = make_plan(work)
-        self.done: set[str] = set()
+            self.plan = make_plan(work)  # replaced by the fallback
+        self.done: set[str] = set()  # names of the targets whose factors are written; the caller adds to it
 
     def sums(self, saved: Cache | None) -> Iterator[GradientSums]:
         """Yield the sums of all targets that the samples reach, some at a time: the caller frees them."""
@@ -133,7 +127,6 @@ def record(
     with recorder.hooks(), GradientSums(tail, lambda: recorder.above, work.sketch) as sums:
         for piece in work.pieces:
             sums.muted = not piece.counts
-            recorder.begin()
             try:
                 work.backward(piece)
             except NotAStackError:

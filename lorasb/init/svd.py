@@ -27,17 +27,11 @@ WORDS, NONZERO, COLUMNS = "words", "nonzero", "columns"
 
 @dataclass(frozen=True)
 class SignBits:
-    """sign(G) [m, n] packed into 32-bit words: 1/32 of G's size in fp32, or 1/16 if G has exact zeros.
+    """sign(G) [m, n] packed into 32-bit words: 1/32 of G's size in fp32, or 1/16 if G has exact zeros."""
 
-    Attributes:
-        words: [m, ceil(n / 32)] int32; bit j of word w of a row is 1 if column 32·w + j is positive.
-        shape: (m, n).
-        nonzero: [m, ceil(n / 32)] int32, bits of nonzero entries; None if no entry is zero.
-    """
-
-    words: Tensor
-    shape: tuple[int, int]
-    nonzero: Tensor | None = None
+    words: Tensor  # [m, ceil(n / 32)] int32; bit j of word w of a row is 1 if column 32·w + j is positive
+    shape: tuple[int, int]  # (m, n)
+    nonzero: Tensor | None = None  # [m, ceil(n / 32)] int32, bits of nonzero entries; None if no entry is zero
 
     @classmethod
     def pack(cls, matrix: Tensor) -> SignBits:

@@ -27,9 +27,6 @@ class Staging:
 
     Factors of zeros, as uninitialized layers have, are not copied: on the first initialization a rollback takes no
     memory.
-
-    Args:
-        adapter: name of the adapter whose factors are written.
     """
 
     def __init__(self, adapter: str) -> None:

@@ -96,23 +96,23 @@ class InitCallback(TrainerCallback):
             _restore(args, state, name, layers, needed=not initialized)
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
-        ready = state.global_step > 0 or initialized
-        if not ready:
-            if optimizer is not None:
-                _refuse_copies(optimizer, layers, name)
-            # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
-            warmup = args.get_warmup_steps(state.max_steps)
-            given = self.lr if self.lr != "auto" else first_step_lr("auto", warmup)
-            lr = given or first_step_lr(args.learning_rate, warmup)
-            self.report = self._initialize(lr, args, model, train_dataloader)
-            if self.report.rate is not None and optimizer is not None:
-                _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
-        elif self.lr == "auto" and state.global_step == 0:
-            warnings.warn(
-                f"adapter {name!r} is initialized already, so that no rate is measured: learning_rate="
-                f"{args.learning_rate:g} stays",
-                stacklevel=2,
-            )
+        if state.global_step > 0 or initialized:
+            if self.lr == "auto" and state.global_step == 0:
+                warnings.warn(
+                    f"adapter {name!r} is initialized already, so that no rate is measured: learning_rate="
+                    f"{args.learning_rate:g} stays",
+                    stacklevel=2,
+                )
+            return
+        if optimizer is not None:
+            _refuse_copies(optimizer, layers, name)
+        # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
+        warmup = args.get_warmup_steps(state.max_steps)
+        given = first_step_lr("auto", warmup) if self.lr == "auto" else self.lr
+        lr = given or first_step_lr(args.learning_rate, warmup)
+        self.report = self._initialize(lr, args, model, train_dataloader)
+        if self.report.rate is not None and optimizer is not None:
+            _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
 
     def _initialize(
         self, lr: float | AutoRate, args: TrainingArguments, model: nn.Module, loader: Loader

@@ -93,24 +93,17 @@ def processor_class() -> str:
 
 def resolve(name: str, device: str) -> Precision:
     """The native dtype for "auto", else the named one; a ValueError if the device cannot multiply it."""
-    best = native(device)
     if name == "auto":
-        return best
-    error = _trial(DTYPES[name], device)
-    if error is not None:
-        raise ValueError(f"--dtype {name}: this {device} cannot compute in it ({error}); take --dtype auto")
-    return Precision(name, "asked for")
-
-
-def _trial(dtype: torch.dtype, device: str) -> str | None:
-    # Older GPUs emulate bf16: the product would not fail, but be slow.
-    if device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < AMPERE:
-        return "its compute capability is below 8.0"
+        return native(device)
     try:
-        _seconds(dtype, (2, 8, 8), device)
+        # Older GPUs emulate bf16: the product would not fail, but be slow.
+        if device == "cuda" and name == "bfloat16" and torch.cuda.get_device_capability() < AMPERE:
+            raise RuntimeError("its compute capability is below 8.0")
+        _seconds(DTYPES[name], (2, 8, 8), device)
     except (RuntimeError, TypeError) as error:
-        return str(error).splitlines()[0]
-    return None
+        found = str(error).splitlines()[0]
+        raise ValueError(f"--dtype {name}: this {device} cannot compute in it ({found}); take --dtype auto") from None
+    return Precision(name, "asked for")
 
 
 @functools.cache

@@ -133,9 +133,17 @@ def test_every_field_that_differs_alone_is_named(path: Path, monkeypatch: pytest
             cache.load([])
 
 
-def test_sgd_needs_values(path: Path) -> None:
-    with pytest.raises(ValueError, match="update='sgd' needs the gradient itself, and a cache keeps its signs only"):
-        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), update="sgd", cache=path, **LR)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"update": "sgd"}, "update='sgd' needs the gradient itself, and a cache keeps its signs only"),
+        ({"stability": True}, "stability compares halves of the samples, and a cache keeps their sum"),
+        ({"cache": Path(__file__).parent}, "expected a file for cache=, got the folder"),
+    ],
+)
+def test_what_a_cache_has_not_got_is_refused(path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), **{"cache": path} | options | LR)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other", "text"])
@@ -175,15 +183,21 @@ def cut_off(model: nn.Module, path: Path, after: int) -> None:
             lorasb.initialize(model, singles(), cache=path, **LR)
 
 
-def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "signs.safetensors"
-    model = lorasb.patch(make("llama"), r=4)
+@pytest.fixture
+def cut(tmp_path: Path) -> tuple[nn.Module, Path, Path]:
+    """A model whose run was interrupted in its second block, the cache that it was to write, and what it left."""
+    path, model = tmp_path / "signs.safetensors", lorasb.patch(make("llama"), r=4)
     cut_off(model, path, after=9)
+    return model, path, tmp_path / "signs.safetensors.partial"
+
+
+def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
+    cut: tuple[nn.Module, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path, partial = cut
     assert not path.exists()
     assert not any(value.any() for value in factors(model).values())
-    left = sorted(file.name for file in (tmp_path / "signs.safetensors.partial").iterdir())
+    left = sorted(file.name for file in partial.iterdir())
     assert left == ["block-00001.safetensors", "boundary.safetensors", "key.json"]
     differentiated: list[int] = []
     plain = strategies.block_sums
@@ -199,16 +213,13 @@ def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
     assert [layer.name for layer in resumed.layers] == [layer.name for layer in want.layers]
     assert resumed.loss == want.loss
     assert path.exists()
-    assert not (tmp_path / "signs.safetensors.partial").exists()
+    assert not partial.exists()
 
 
-def test_another_run_does_not_go_on_from_it(tmp_path: Path) -> None:
-    path = tmp_path / "signs.safetensors"
-    model = lorasb.patch(make("llama"), r=4)
-    cut_off(model, path, after=9)
+def test_another_run_does_not_go_on_from_it(cut: tuple[nn.Module, Path, Path]) -> None:
+    model, path, partial = cut
     with pytest.raises(ValueError, match=r"signs\.safetensors\.partial does not fit: its num_samples is 3, expected 2"):
         lorasb.initialize(model, singles()[1:], cache=path, **LR)
-    partial = tmp_path / "signs.safetensors.partial"
     assert json.loads((partial / "key.json").read_text())["seed"] == 0
     assert not any(value.any() for value in factors(model).values())
     assert not any(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
@@ -222,15 +233,12 @@ def test_nor_does_a_run_with_other_targets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its blocks and targets is"):
         lorasb.initialize(more, singles(), cache=path, **LR)
     lorasb.initialize(few, singles(), cache=path, **LR)
-    boundary = tmp_path / "signs.safetensors.partial"
-    assert not boundary.exists()
+    assert not (tmp_path / "signs.safetensors.partial").exists()
 
 
-def test_a_truncated_boundary(tmp_path: Path) -> None:
-    path = tmp_path / "signs.safetensors"
-    model = lorasb.patch(make("llama"), r=4)
-    cut_off(model, path, after=9)
-    boundary = tmp_path / "signs.safetensors.partial" / "boundary.safetensors"
+def test_a_truncated_boundary(cut: tuple[nn.Module, Path, Path]) -> None:
+    model, path, partial = cut
+    boundary = partial / "boundary.safetensors"
     boundary.write_bytes(boundary.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is truncated or damaged"):
         lorasb.initialize(model, singles(), cache=path, **LR)
@@ -245,14 +253,6 @@ def test_experts_that_were_not_reached_are_known_to_the_cache(tmp_path: Path) ->
             report = lorasb.initialize(model, batches, cache=path, loss_fn=loss_of, **LR)
         assert report.strategy == strategy
         assert sum(layer.fallback == "weight" for layer in report.layers) == 4
-
-
-def test_a_folder_and_stability(path: Path, tmp_path: Path) -> None:
-    model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(ValueError, match="expected a file for cache=, got the folder"):
-        lorasb.initialize(model, singles(), cache=tmp_path, **LR)
-    with pytest.raises(ValueError, match="stability compares halves of the samples, and a cache keeps their sum"):
-        lorasb.initialize(model, singles(), cache=path, stability=True, **LR)
 
 
 def test_accumulate_makes_the_same_cache(path: Path, tmp_path: Path) -> None:
