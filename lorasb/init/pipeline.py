@@ -56,13 +56,13 @@ def from_gradients(
             raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
         if signs is not None:
             writer.write_cached(signs)
-            writer.write_fallbacks(model, [name for name in layers if name not in signs])
+            writer.write_fallbacks(model)
             facts, why = writer.cache.facts, f"signs from {writer.cache.path}, no backward"
             found = facts["num_samples"], facts["data"], facts["loss"], "cache", why
             return Outcome(_reports(writer), *found, _measure_rate(work))
     with frozen_base(model):
         executor = _execute_plan(work, writer)
-        writer.write_fallbacks(model, [name for name in layers if name not in writer.reports])
+        writer.write_fallbacks(model)
         # fp64, as counts of samples and sums of losses are reduced in one tensor.
         loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
         if options.stability:

@@ -62,15 +62,6 @@ def initialize_tasks(
 
 def config_like(config: LoRASBConfig, layers: Mapping[str, nn.Module]) -> LoRASBConfig:
     """The configuration of an adapter on the layers of another one, at its ranks."""
-    return LoRASBConfig(
-        r=config.r,
-        rank_pattern=dict(config.rank_pattern),
-        target_modules=set(layers),
-        init=config.init,
-        scaling=config.scaling,
-        lora_dropout=config.lora_dropout,
-        wide_factors=config.wide_factors,
-        equivalent_gradient=config.equivalent_gradient,
-        lora_alpha=config.lora_alpha,
-        init_seed=config.init_seed,
-    )
+    names = ("r", "init", "scaling", "lora_dropout", "wide_factors", "equivalent_gradient", "lora_alpha", "init_seed")
+    same = {name: getattr(config, name) for name in names}
+    return LoRASBConfig(rank_pattern=dict(config.rank_pattern), target_modules=set(layers), **same)

@@ -145,8 +145,9 @@ class LayerWriter:
         # `float`: the factors of an fp64 model are fp64, and the buffers are fp32
         return Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
 
-    def write_fallbacks(self, model: nn.Module, names: list[str]) -> None:
+    def write_fallbacks(self, model: nn.Module) -> None:
         """Write layers that no sample reached: the leading subspace of their weight and R = 0."""
+        names = [name for name in self.layers if name not in self.reports]
         if not names:
             return
         try:
