@@ -84,17 +84,16 @@ class Processes:
 
     def broadcast_any_batch(self, batch: dict[str, object] | None) -> dict[str, object] | None:
         """The tensors of a batch from the lowest rank that has one; None if no rank has."""
-        tensors = {name: t for name, t in (batch or {}).items() if isinstance(t, Tensor)}
+        tensors = {name: t.cpu() for name, t in (batch or {}).items() if isinstance(t, Tensor)}
         # Receivers have to allocate buffers first: names, shapes and dtypes go ahead.
         specs = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
         every = self.gather_json(specs if batch is not None else None)
         owner = next((rank for rank, found in enumerate(every) if found is not None), None)
         if owner is None:
             return None
-        specs = every[owner]
-        buffers = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in specs.items()}
-        source = tensors if self.rank == owner else buffers
-        return {name: self.broadcast(source[name].cpu(), owner) for name in specs}
+        if self.rank != owner:
+            tensors = {name: torch.zeros(shape, dtype=getattr(torch, t)) for name, (shape, t) in every[owner].items()}
+        return {name: self.broadcast(tensor, owner) for name, tensor in tensors.items()}
 
     @contextmanager
     def together(self, doing: str = "initialization") -> Iterator[None]:

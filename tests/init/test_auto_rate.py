@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from trainer_runs import train
 
 import lorasb
+from lorasb.distributed.process_group import Processes
 from lorasb.init import InitReport, auto_rate
-from lorasb.init.task import AutoRate
+from lorasb.init.task import AutoRate, InitOptions, Piece
 from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.lookup import adapted_layers
 from lorasb.training import init_callback
 
 
@@ -115,19 +117,11 @@ def test_without_activations_there_is_a_stated_fallback() -> None:
         for module in model.modules():
             if isinstance(module, LoRASBLinear):
                 module.get_base_layer().weight.zero_()
-    with pytest.warns(UserWarning, match=r"lr='auto' takes 0.002, as no activations of a linear layer are finite"):
-        rate = auto_rate.measured_rate(work_of(model))
-    assert rate == auto_rate.FALLBACK
-
-
-def work_of(model: nn.Module) -> auto_rate.Work:
-    from lorasb.distributed.process_group import Processes
-    from lorasb.init.task import InitOptions, Piece
-    from lorasb.layers.lookup import adapted_layers
-
-    name, layers = adapted_layers(model, None)
+    name, layers = adapted_layers(model)
     pieces = [Piece(batch) for batch in batches_for("llama")]
-    return auto_rate.Work(model, layers, pieces, InitOptions(adapter=name), Processes())
+    work = auto_rate.Work(model, layers, pieces, InitOptions(adapter=name), Processes())
+    with pytest.warns(UserWarning, match=r"lr='auto' takes 0.002, as no activations of a linear layer are finite"):
+        assert auto_rate.measured_rate(work) == auto_rate.FALLBACK
 
 
 def test_what_has_no_rate_is_refused() -> None:

@@ -22,6 +22,15 @@ def check_sums(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         tolerances.check(gradient / scale, want[name] / scale, tolerances.BATCHING)
 
 
+def sum_of(model: nn.Module, layer: nn.Module, batches: list[Batch]) -> Tensor:
+    """ΣG of a layer, all weights frozen."""
+    model.requires_grad_(False)
+    with GradientSums({"layer": layer}) as found:
+        for batch in batches:
+            backward_over_samples(model, batch, None)
+    return found.totals()["layer"]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])
 def test_a_sum_over_samples_however_they_are_batched(family: str) -> None:
     batches = batches_for(family, count=2, rows=3)
@@ -51,14 +60,9 @@ def test_the_batch_size_of_a_loader_does_not_matter() -> None:
 
 def test_the_head_itself_may_be_a_target() -> None:
     samples = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12, 8))]
-    sums = []
-    for batches in (samples, [padded(samples, 12)]):
-        model = make("llama").requires_grad_(False)
-        with GradientSums({"head": model.lm_head}) as found:
-            for batch in batches:
-                backward_over_samples(model, batch, None)
-        sums.append(found.totals())
-    check_sums(sums[1], sums[0])
+    model = make("llama")
+    alone, together = (sum_of(model, model.lm_head, batches) for batches in (samples, [padded(samples, 12)]))
+    check_sums({"head": together}, {"head": alone})
 
 
 def test_a_loss_that_is_not_recognized_is_taken_sample_by_sample() -> None:
@@ -78,12 +82,9 @@ def test_a_loss_that_is_not_recognized_is_taken_sample_by_sample() -> None:
 
     sums, batch = [], batches_for("roberta", 1, 3)[0]
     for rows in (1, 3):
-        model = Smoothed().eval().requires_grad_(False)
-        layers = {"q": model.inner.roberta.encoder.layer[0].attention.self.query}
-        with GradientSums(layers) as found:
-            for i in range(0, 3, rows):
-                backward_over_samples(model, {k: v[i : i + rows] for k, v in batch.items()}, None)
-        sums.append(found.totals()["q"])
+        model = Smoothed().eval()
+        parts = [{k: v[i : i + rows] for k, v in batch.items()} for i in range(0, 3, rows)]
+        sums.append(sum_of(model, model.inner.roberta.encoder.layer[0].attention.self.query, parts))
         assert model.calls == (3 if rows == 1 else 4)
     assert torch.equal(*sums)
 
@@ -100,14 +101,10 @@ def test_logits_that_are_a_copy_are_not_trusted() -> None:
             outputs = self.inner(**batch)
             return {"loss": outputs.loss, "logits": outputs.logits.float() * 1.0}
 
-    samples, sums = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12))], []
-    for batches in (samples, [padded(samples, 12)]):
-        model = Prepared().eval().requires_grad_(False)
-        with GradientSums({"q": model.inner.model.layers[0].self_attn.q_proj}) as found:
-            for batch in batches:
-                backward_over_samples(model, batch, None)
-        sums.append(found.totals()["q"])
-    assert (sums[1] - sums[0]).norm() < 2e-2 * sums[0].norm()  # rounding in bf16; a plain mean is off by half
+    samples, model = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12))], Prepared().eval()
+    layer = model.inner.model.layers[0].self_attn.q_proj
+    alone, together = (sum_of(model, layer, batches) for batches in (samples, [padded(samples, 12)]))
+    assert (together - alone).norm() < 2e-2 * alone.norm()  # rounding in bf16; a plain mean is off by half
 
 
 def test_samples_without_a_label_count_nothing() -> None:

@@ -97,18 +97,20 @@ def test_what_is_no_samples_is_refused(bad: object, error: type[Exception], mess
         list(select(bad, None, seed=0))
 
 
-def test_first_step_lr() -> None:
-    assert first_step_lr(2e-3) == 2e-3
-    assert first_step_lr(2e-3, 20) == pytest.approx(1e-4)
-    assert first_step_lr(2e-3, 0.1, total_steps=200) == pytest.approx(1e-4)
-
-
-def test_the_published_code_counts_batches_of_the_estimation() -> None:
-    """Mistral-7B on 50,000 examples: batches of 3 to estimate, steps of 32 to train."""
-    batches, steps = 16_667, 1_563
-    assert first_step_lr(1e-4, 0.02, total_steps=batches, rule="published") == pytest.approx(3.0e-7, rel=1e-3)
-    assert first_step_lr(1e-4, 0.02, total_steps=steps) == pytest.approx(1e-4 / 32)
-    assert first_step_lr(1e-4, 0.5, total_steps=1, rule="published") == 2e-4  # not rounded
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [
+        ((2e-3,), 2e-3),
+        ((2e-3, 20), 1e-4),
+        ((2e-3, 0.1, 200), 1e-4),
+        # Mistral-7B on 50,000 examples: the published code counts batches of 3 to estimate, not steps of 32 to train
+        ((1e-4, 0.02, 1_563), 1e-4 / 32),
+        ((1e-4, 0.02, 16_667, "published"), 2.99994e-7),
+        ((1e-4, 0.5, 1, "published"), 2e-4),  # not rounded
+    ],
+)
+def test_first_step_lr(arguments: tuple[object, ...], rate: float) -> None:
+    assert first_step_lr(*arguments) == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.parametrize(
