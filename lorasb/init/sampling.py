@@ -160,7 +160,7 @@ def without_repeats(loader: Loader) -> Iterable[Batch]:
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
         # The rank's indices are rank, rank + num_replicas, ...; the duplicates come after the last of them.
         unpadded = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-        return Samples(loader, limit=unpadded, exact=False, is_distributed=True) if unpadded else []
+        return Samples(loader, limit=unpadded, exact=False, is_distributed=True)
     evened = getattr(getattr(loader, "batch_sampler", None), "even_batches", False)
     return _without_wrapped_rows(loader) if evened and hasattr(loader, "total_dataset_length") else loader
 

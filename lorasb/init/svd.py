@@ -80,11 +80,7 @@ class SignBits:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SignBits:
-        """Load a file of `save`.
-
-        Raises:
-            ValueError: another kind of file, or a truncated one.
-        """
+        """Load a file of `save`; a ValueError for another kind of file, or a truncated one."""
         header = safetensors_header(path)
         if not {WORDS, COLUMNS} <= set(header):
             raise ValueError(f"{path} holds no signs: expected tensors {WORDS!r} and {COLUMNS!r}, got {sorted(header)}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -26,6 +27,7 @@ FARTHEST = 5  # doublings or halvings of the rate that is tried first
 PROBE_STEPS = 4  # of the two trials that refine a measured rate
 CLIP = 1.0  # norm of gradients, transformers' default
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+ADAMW: MakeOptimizer = partial(torch.optim.AdamW, weight_decay=0.0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def find_lr(
         ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
             unchanged.
     """
-    trial = _Trial(model, batches, lr, steps, judged, accumulation, optimizer or _adamw)
+    trial = _Trial(model, batches, lr, steps, judged, accumulation, optimizer or ADAMW)
     with _bar(progress) as bar:
         losses = _search(lr, lambda rate: trial.loss(rate, bar))
     best = min(losses, key=lambda rate: losses[rate])
@@ -95,32 +97,16 @@ def refine_rate(
 ) -> RateTrials:
     """Double or halve a measured rate (`initialize(lr="auto")`), by which of itself and its half is better for 4 steps.
 
-    Tasks want up to eight times different rates at one rank. Whether the larger of two rates below the best is ahead
-    after a few steps tells them apart; how far to go cannot be read from so few steps, where the best is too small.
-
-    Args:
-        model: initialized at `rate`; R is left at the start of the rate that is returned.
-        batches: training batches with labels; the first 4 measure the loss. Per rank.
-        rate: the measured rate.
-        accumulation: batches per step.
-        progress: show a progress bar (on rank 0).
-
-    Returns:
-        Twice or half the rate, and the losses of both trials.
-
-    Raises:
-        ValueError: as `find_lr`; the model is unchanged.
+    The best rates of two tasks at one rank are up to 8 times apart. Whether the larger of two rates below the best is
+    ahead after a few steps tells them apart; how far to go cannot be read from so few steps, where the best is too
+    small. R, initialized at `rate`, is left at the start of the rate that is returned. Raises the errors of `find_lr`.
     """
-    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, _adamw)
+    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, ADAMW)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
         losses = {tried: trial.loss(tried, bar) for tried in (rate / 2, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 2] else rate / 2
     trial.scale_start(best)
     return RateTrials(best, losses, PROBE_STEPS)
-
-
-def _adamw(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
 
 
 def _bar(progress: bool, total: int | None = None) -> tqdm:

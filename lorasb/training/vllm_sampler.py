@@ -175,7 +175,7 @@ class VLLMSampler:
                 text = reply.read().decode()
         except urllib.error.HTTPError as error:
             raise RuntimeError(_refusal(self.client, error, self.folder)) from None
-        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        except (http.client.HTTPException, OSError, ValueError) as error:
             raise RuntimeError(f"no vLLM answers at {self.client} ({error}): {START}") from None
         return json.loads(text) if text.startswith("{") else text
 
