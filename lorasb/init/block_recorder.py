@@ -235,6 +235,7 @@ class Recorder:
         block = len(traversal.calls)
 
         def store_once(tensor: Tensor) -> Tensor:
+            """Store a tensor unless an earlier block of this traversal got it too."""
             if _depends_on(tensor, leaves):
                 raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
             if id(tensor) not in traversal.stored:
