@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field, replace
 
@@ -200,12 +199,10 @@ def _measure_stability(work: Work, writer: LayerWriter) -> None:
         return  # a single sample
     own = {name for i, name in enumerate(work.layers) if i % processes.world_size == processes.rank}
     first, second = (_subspaces(replace(work, pieces=half), writer, own) for half in halves)
+    # Not of layers that one of the halves did not reach.
     found = {name: overlap(first[name], second[name]) for name in first.keys() & second.keys()}
-    # Summed over ranks, of which one has a layer: NaN if one of the halves did not reach it.
-    values = [found.get(name, float("nan")) if name in own else 0.0 for name in work.layers]
-    shared = processes.all_reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
-    for name, value in zip(work.layers, shared, strict=True):
-        if not math.isnan(value):
+    for values in processes.gather_json(found):
+        for name, value in values.items():
             writer.reports[name] = replace(writer.reports[name], stability=value)
 
 

@@ -72,11 +72,11 @@ class LayerWriter:
 
     def reached(self, sums: GradientSums) -> list[str]:
         """Return the layers that backward reached on any rank: experts may run on one rank only."""
-        names = list(sums.layers)
-        found = self.processes.all_reduce_sum(torch.tensor([[n in sums.sums, n in sums.called] for n in names]).int())
-        flags = list(zip(names, found.tolist(), strict=True))
-        self.called |= {name for name, (_, ran) in flags if ran}
-        return [name for name, (has_sum, _) in flags if has_sum]
+        reached: set[str] = set()
+        for summed, called in self.processes.gather_json([list(sums.sums), list(sums.called)]):
+            reached.update(summed)
+            self.called.update(called)
+        return [name for name in sums.layers if name in reached]
 
     def write_sums(self, sums: GradientSums) -> list[str]:
         """Write the layers of a block or a pass, and free their sums; returns the names of those reached."""

@@ -88,7 +88,6 @@ class VLLMSampler:
         self._step: int | None = None  # of the trainer, when R was sent
         self._counter = itertools.count()
         self._digest: tuple[Tensor, bytes] | None = None  # of A and B, with the first A
-        self._former: list[Path] = []
 
     def sync(self, model: PeftModel, adapter_name: str | None = None) -> Synced:
         """Send R of an adapter of a patched model, the active one by default.
@@ -104,14 +103,12 @@ class VLLMSampler:
         first = next(iter(layers.values())).lorasb_A[name]
         if self._digest is None or self._digest[0] is not first:  # once: it takes seconds for gigabytes
             self._digest = first, shared_factors.digest(frozen_factors(layers, name))
-        path = self.folder / f"{self.name}-{next(self._counter)}"
+        number = next(self._counter)
+        path = self.folder / f"{self.name}-{number}"
         save_cores(path, layers, name, model.peft_config[name], self._digest[1])
         request = self._load(path)
-        # Remove R's that no step can ask for: vLLM may read the last one again, after it has evicted it.
-        self._former.append(path)
-        for old in self._former[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
-        del self._former[:-2]
+        # Remove the R's that no step can ask for: vLLM may read the last one again, after it has evicted it.
+        shutil.rmtree(self.folder / f"{self.name}-{number - 2}", ignore_errors=True)
         size = sum((path / file).stat().st_size for file in (WEIGHTS_NAME, CONFIG_NAME))
         self.synced = Synced(self.name, request, size, time.perf_counter() - started)
         return self.synced
