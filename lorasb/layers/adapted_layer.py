@@ -23,9 +23,7 @@ from .adapter_state import (
     Cores,
     EquivalentGradient,
     FrozenFactors,
-    delta_weight,
     has_values,
-    merged,
     refuse_training,
     shard_like,
 )
@@ -118,14 +116,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = adapter_name
         self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors=wide_factors)
 
-    def _make_base(
-        self,
-        module: nn.Module,
-        fan_in_fan_out: bool,
-        octet_dtype: torch.dtype | None,
-        resolver_options: Mapping[str, object] | None,
-    ) -> Base:
-        return base_of(module, fan_in_fan_out, octet_dtype, resolver_options)
+    def _make_base(self, module: nn.Module, *options: Any) -> Base:
+        return base_of(module, *options)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -251,12 +243,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             for factors in (self.lorasb_A, self.lorasb_B):
                 factors[adapter_name] = nn.Parameter(factors[adapter_name].detach().clone(), requires_grad=False)
 
-    def share_again(self, adapter_name: str) -> None:
-        """Undo what a loader or a change of dtype does, which replaces shared tensors by separate ones."""
-        for name, basis in self.bases.items():
-            if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
-                self.stand_on(name, basis)
-
     @property
     def bases(self) -> dict[str, str]:
         """Adapters that have the A and B of another one, and whose."""
@@ -282,10 +268,18 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return found
         return core
 
+    @torch.no_grad()
     def preconditioner(self, name: str) -> tuple[Tensor, Tensor]:
-        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of an adapter (Theorem 3), in R's dtype."""
-        a, b = self.lorasb_A[name], self.lorasb_B[name]
-        return self.adapters[name].preconditioned_by(a, b, self.lorasb_R[name].dtype)
+        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of an adapter (Theorem 3), in R's dtype; cached until A, B or s changes."""
+        state, a, b, dtype = self.adapters[name], self.lorasb_A[name], self.lorasb_B[name], self.lorasb_R[name].dtype
+        # Pointers show that a parameter was replaced or moved, versions that it was written to in place.
+        key = (a.data_ptr(), a._version, b.data_ptr(), b._version, state.scaling)
+        if state.preconditioner is None or state.preconditioner[0] != key:
+            wide_a, wide_b = a.double(), b.double()  # a Gram matrix squares the factors' condition number
+            left = torch.linalg.inv(wide_b.t() @ wide_b) / state.scaling**2
+            right = torch.linalg.inv(wide_a @ wide_a.t())
+            state.preconditioner = key, left.to(dtype), right.to(dtype)
+        return state.preconditioner[1:]
 
     def is_initialized(self, name: str) -> bool:
         """True if an adapter was initialized, or loaded from one that was."""
@@ -315,7 +309,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 new = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
                 new.__dict__.update(old.__dict__)  # attributes set from outside, as transformers' loaded flag
                 factors[adapter_name] = new
-        self.share_again(adapter_name)
+        # A loader or a change of dtype replaces shared tensors by separate ones.
+        for name, basis in self.bases.items():
+            if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
+                self.stand_on(name, basis)
 
     settle_dtypes = renamed_method("settle_dtypes", "cast_factors")
 
@@ -386,9 +383,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """s·B R A in R's dtype, in the layout of the base's weight: [out, in], or transposed if that is."""
+        """s·B R A in R's dtype, at least fp32, in the layout of the base's weight: [out, in], or transposed."""
         a, core, b = (getattr(self, factor)[adapter] for factor in FACTORS)
-        return self.base.folded(delta_weight(a, core, b, self.adapters[adapter].scaling))
+        core = core.float() if core.dtype in SIXTEEN_BIT else core
+        # A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # a forward may unmerge
+            return self.base.folded(b.to(core.dtype) @ core @ a.to(core.dtype) * self.adapters[adapter].scaling)
 
     def merged_weight(self, adapter_names: list[str], sign: float = 1.0) -> Tensor:
         """The base weight plus sign times the adapters' deltas, summed in R's dtype.
@@ -398,7 +398,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """
         self.base.refuse_computed_weight()
         weight = self.base.merging_weight().detach()
-        return merged(weight, [self.get_delta_weight(name) for name in adapter_names], adapter_names, sign)
+        total = weight
+        for name in adapter_names:
+            total = total + sign * self.get_delta_weight(name)  # type promotion widens a 16-bit W to the delta's fp32
+        result = total.to(weight.dtype)
+        if not torch.isfinite(result).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {' and '.join(adapter_names)} seems to be broken: "
+                f"merging gives weights that are not finite in {weight.dtype}; the weights were left as they are. "
+                "Check the adapter's training, or merge into a wider dtype"
+            )
+        return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add s·B R A to the base weight.

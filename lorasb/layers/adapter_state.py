@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,20 +28,6 @@ class AdapterState:
     basis: str | None = None  # the adapter whose A and B it has; None if they belong to it
     # of Theorem 3, with the state of A, B and s that it was computed from; None before
     preconditioner: tuple[object, Tensor, Tensor] | None = field(default=None, repr=False)
-
-    @torch.no_grad()
-    def preconditioned_by(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of Theorem 3 in `dtype`, for A [r, in] and B [out, r]."""
-        # They are kept until A, B or s changes, and computed in fp64, as forming the Gram matrix squares the factors'
-        # condition number.
-        # Pointers show that a parameter was replaced or moved, versions that it was written to in place.
-        key = (a.data_ptr(), a._version, b.data_ptr(), b._version, self.scaling)
-        if self.preconditioner is None or self.preconditioner[0] != key:
-            wide_a, wide_b = a.double(), b.double()
-            left = torch.linalg.inv(wide_b.t() @ wide_b) / self.scaling**2
-            right = torch.linalg.inv(wide_a @ wide_a.t())
-            self.preconditioner = key, left.to(dtype), right.to(dtype)
-        return self.preconditioner[1:]
 
 
 class EquivalentGradient(torch.autograd.Function):
@@ -84,14 +70,6 @@ def has_values(a: Tensor) -> bool:
     return a.is_meta or a.numel() == 0 or bool(a.any())
 
 
-def delta_weight(a: Tensor, core: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """s·B R A [out, in] in R's dtype, in fp32 at least."""
-    # A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
-    core = core.float() if core.dtype in SIXTEEN_BIT else core
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # a forward under it may unmerge
-        return b.to(core.dtype) @ core @ a.to(core.dtype) * scaling
-
-
 class FrozenFactors(nn.ParameterDict):
     """A or B by adapter name, never requiring gradients."""
 
@@ -124,15 +102,15 @@ class Cores(nn.ParameterDict):
         """Move R; of a cast to 16 bits (`model.to(torch.bfloat16)`) only the change of device is applied."""
 
         # `_apply` may set `parameter.data` in place, which does not pass through `__setattr__`.
-        def move_only(tensor: torch.Tensor) -> torch.Tensor:
-            new: torch.Tensor = fn(tensor)
+        def move_only(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
             return tensor.to(new.device) if new.dtype in SIXTEEN_BIT else new
 
         super()._apply(move_only, recurse)
         return self
 
 
-def shard_like(target: Any, value: torch.Tensor) -> torch.Tensor:
+def shard_like(target: Any, value: Tensor) -> Tensor:
     """A full tensor sharded like the target, if that is a DTensor of FSDP2; else the tensor itself."""
     if not hasattr(target, "device_mesh"):
         return value
@@ -141,18 +119,3 @@ def shard_like(target: Any, value: torch.Tensor) -> torch.Tensor:
     # src_data_rank=None: every rank has the same full tensor and takes its own shard, without communication.
     value = value.to(target.device, target.dtype)
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-
-
-def merged(weight: Tensor, deltas: Sequence[Tensor], names: Sequence[str], sign: float = 1.0) -> Tensor:
-    """W + sign·Σ deltas, summed in the deltas' dtype and returned in W's."""
-    total = weight
-    for delta in deltas:
-        total = total + sign * delta  # type promotion widens a 16-bit W to the delta's fp32
-    result = total.to(weight.dtype)
-    if not torch.isfinite(result).all():
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {' and '.join(names)} seems to be broken: merging gives "
-            f"weights that are not finite in {weight.dtype}; the weights were left as they are. Check the adapter's "
-            "training, or merge into a wider dtype"
-        )
-    return result

@@ -17,8 +17,8 @@ from ..compat.bitsandbytes import keep_unpacked
 from ..compat.torch import BACKWARD_HOOKS, BACKWARD_PRE_HOOKS, HOOKS, PRE_HOOKS
 from ..functional import dequantize, quantized_linear
 from ..ops.calls import autocast_on
-from ..quantization.quantized_weight import QuantizedWeight, compute_dtype, is_quantized, of_module
-from .opaque_format import OpaqueFormat, find, first_tensor
+from ..quantization.quantized_weight import QuantizedWeight, is_quantized, of_module
+from .opaque_format import OpaqueFormat, find, first_tensor, linear_over
 
 
 class Base:
@@ -44,7 +44,7 @@ class Base:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         out_features, in_features = self.weight().shape
-        return int(out_features), int(in_features)
+        return out_features, in_features
 
     def parameter(self) -> Tensor:
         """The weight as it is stored: packed if quantized, [in, out] if transposed."""
@@ -130,8 +130,7 @@ class Base:
     def refuse_computed_weight(self) -> None:
         """Raise a ValueError if the module computes W in every forward, so that merged values would be lost."""
         base = innermost(self.module)
-        named = [name.rpartition(".")[2] for name, _ in base.named_parameters(recurse=False)]
-        if hasattr(base, "parametrizations") or {"weight_g", "weight_v", "weight_orig"} & set(named):
+        if hasattr(base, "parametrizations") or {"weight_g", "weight_v", "weight_orig"} & base._parameters.keys():
             raise ValueError(
                 f"a {type(base).__name__} computes its weight in every forward (weight_norm, spectral_norm), and "
                 "merged values would be lost: remove that first (torch.nn.utils.parametrize.remove_parametrizations), "
@@ -156,11 +155,7 @@ class _Kept(Base):
 
     def merged(self, weight: Tensor) -> Base:
         bias: Tensor | None = getattr(self.module, "bias", None)
-        # On meta nothing is allocated or drawn from the random generator: both parameters are assigned below.
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        dense = linear_over(weight, None if bias is None else bias.detach().to(weight.dtype))
         return MergedBase(dense.train(self.module.training), self)
 
 
@@ -200,11 +195,10 @@ class QuantizedBase(_Kept):
 
     @property
     def shape(self) -> tuple[int, int]:
-        found = self.quantized()
-        return found.shape if found is not None else super().shape
+        return self.quantized().shape
 
-    def quantized(self) -> QuantizedWeight | None:
-        """The storage, kept until the parameter changes; None for a module that is not filled yet."""
+    def quantized(self) -> QuantizedWeight:
+        """The storage, cached until the parameter changes."""
         module, read = self.module, self._read
         parameter = module._parameters["weight"]
         if read is not None:
@@ -213,9 +207,8 @@ class QuantizedBase(_Kept):
                 return read[0]
             if read[1] is parameter and read[2] == parameter._version and read[3] == parameter.data_ptr():
                 return read[0]
-        weight = of_module(module)
-        if weight is not None and parameter is not None:
-            self._read = weight, parameter, parameter._version, parameter.data_ptr()
+        weight = cast(QuantizedWeight, of_module(module))
+        self._read = weight, parameter, parameter._version, parameter.data_ptr()
         return weight
 
     def moved(self) -> None:
@@ -225,33 +218,31 @@ class QuantizedBase(_Kept):
             self.quantized()
 
     def weight(self) -> Tensor:
-        found = self.quantized()
-        return super().weight() if found is None else dequantize(found)
+        return dequantize(self.quantized())
 
     def merging_weight(self) -> Tensor:
-        found = self.quantized()
-        return super().merging_weight() if found is None else dequantize(found, self.dtype)
+        return dequantize(self.quantized(), self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        found = self.quantized()
-        return super().dtype if found is None else self._dtype_of(found)
+        return self._dtype_of(self.quantized())
 
     def _dtype_of(self, found: QuantizedWeight) -> torch.dtype:
-        return self.int8_dtype if found.kind == "int8" and self.int8_dtype else compute_dtype(self.module, found)
+        """The layer's `compute_dtype` if set, else the dtype of W before quantization."""
+        if found.kind == "int8" and self.int8_dtype:
+            return self.int8_dtype
+        dtype = getattr(self.module, "compute_dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else found.dtype
 
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
+    def operands(self, x: Tensor) -> tuple[Tensor, QuantizedWeight, Tensor | None]:
         found = self.quantized()
-        if found is None:
-            return super().operands(x)
         x = x if x.dtype == self._dtype_of(found) else self.cast(x)
         return x, found, self.bias(x)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if args or kwargs or self.must_run() or self.quantized() is None:
+        if args or kwargs or self.must_run():
             return super().forward(x, *args, **kwargs)
-        wide, found, bias = self.operands(x)
-        y = quantized_linear(wide, cast(QuantizedWeight, found), bias)
+        y = quantized_linear(*self.operands(x))
         return y if autocast_on(x.device.type) else y.to(x.dtype)
 
 

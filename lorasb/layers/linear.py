@@ -56,7 +56,14 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: o
     y = layer.base.forward(x, *args, **kwargs)
     for part in parts:
         y = y + _computed(layer, x, part).to(y.dtype)
-    return _add_one_by_one(layer, y, x, names, rows)
+    for name in names:  # adapters with factors of their own, each over its rows
+        indices = (rows.index == rows.names.index(name)).nonzero().flatten().to(x.device)
+        if len(indices) == len(x):
+            y = y + layer.adapter_forward(layer.base.cast(x), name).to(y.dtype)
+        elif len(indices):
+            delta = layer.adapter_forward(layer.base.cast(x[indices]), name)
+            y = y.index_add(0, indices, delta.to(y.dtype))
+    return y
 
 
 def in_one_call(layer: AdaptedLayer, rows: Rows) -> tuple[str, ...] | None:
@@ -71,14 +78,12 @@ def in_one_call(layer: AdaptedLayer, rows: Rows) -> tuple[str, ...] | None:
 
 def of_rows(layer: AdaptedLayer, rows: Rows) -> RowCores:
     """The operands of that call."""
-    bank, places = layer.stored_cores, rows.places
-    if bank is not None and places is not None:
-        return of_bank(layer, bank, places)
+    if layer.stored_cores is not None and rows.places is not None:
+        return of_bank(layer, layer.stored_cores, rows.places)
     return of_adapters(layer, _own(layer, rows), rows)
 
 
 def _own(layer: AdaptedLayer, rows: Rows) -> list[str]:
-    """The rows' adapters that the layer has itself."""
     return [name for name in rows.others if name in layer.lorasb_R]
 
 
@@ -91,18 +96,6 @@ def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = Fals
         x = x.to(part.a.dtype)  # fp32 factors with a base in 16 bits
     y = lora_sb_linear(x, weight, part.a, part.cores, part.b, bias, part.scaling, index=part.places)
     return y if autocast else y.to(dtype)
-
-
-def _add_one_by_one(layer: LoRASBLinear, y: Tensor, x: Tensor, names: list[str], rows: Rows) -> Tensor:
-    """y plus the parts of adapters with factors of their own, each over its rows."""
-    for name in names:
-        indices = (rows.index == rows.names.index(name)).nonzero().flatten().to(x.device)
-        if len(indices) == len(x):
-            y = y + layer.adapter_forward(layer.base.cast(x), name).to(y.dtype)
-        elif len(indices):
-            delta = layer.adapter_forward(layer.base.cast(x[indices]), name)
-            y = y.index_add(0, indices, delta.to(y.dtype))
-    return y
 
 
 def on_one_basis(layer: AdaptedLayer, names: list[str]) -> bool:

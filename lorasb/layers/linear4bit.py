@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,7 +16,7 @@ from ..quantization.quantizer import quantize_4bit
 from ..utils.deprecation import renamed_method
 from ..utils.precision import QUANTIZABLE
 from .adapted_layer import AdaptedLayer
-from .base import OpaqueBase, OpaqueFormat
+from .base import OpaqueBase
 
 
 class Linear4bit(nn.Linear):
@@ -83,17 +82,12 @@ class Linear4bit(nn.Linear):
             self.quantized()
         return self
 
-    def _sharded(self) -> bool:
-        """True if FSDP2 has sharded the packed weight. Statistics are no parameters: every rank has all of them."""
-        return hasattr(self.weight, "device_mesh")
-
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Sharded state dicts are made for checkpoints of adapter training, which hold nothing of the base.
-        if self._sharded():
-            return
-        for name, tensor in self.quant_state.as_tensors().items():
-            destination[f"{prefix}weight.{name}"] = tensor
+        # FSDP2's sharded state dicts are made for checkpoints of adapter training, which hold nothing of the base.
+        if not hasattr(self.weight, "device_mesh"):
+            for name, tensor in self.quant_state.as_tensors().items():
+                destination[f"{prefix}weight.{name}"] = tensor
 
     def _load_from_state_dict(
         self,
@@ -121,7 +115,7 @@ class Linear4bit(nn.Linear):
                 errors.append(f"{prefix}weight: {error}")  # load_state_dict raises for all errors together
                 return
             self.quant_state = state
-        elif strict and not self._sharded():
+        elif strict and not hasattr(self.weight, "device_mesh"):  # of FSDP2: every rank has all statistics
             missing.append(f"{start}absmax")
 
     def extra_repr(self) -> str:
@@ -197,71 +191,54 @@ def _targets(model: nn.Module, exclude: set[str]) -> Iterable[tuple[nn.Module, s
                 yield parent, child, full, layer
 
 
-@dataclass(frozen=True)
-class OpaqueLayer:
-    """Another quantizer's layer, and what is known of its format."""
-
-    layer: nn.Module
-    opaque: OpaqueFormat
-
-
-@dataclass(frozen=True)
-class Requantized:
-    """The quantized weights, or other quantizers' layers, that a model had before a merge, by layer name."""
-
-    layers: dict[str, QuantizedWeight | OpaqueLayer]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Requantized:
-        """Collect the 4-bit and opaque base layers of a patched model."""
-        layers: dict[str, QuantizedWeight | OpaqueLayer] = {}
-        for name, layer in model.named_modules():
-            if not isinstance(layer, AdaptedLayer):
-                continue
-            weight, opaque = layer.base.quantized(), layer.base.format if isinstance(layer.base, OpaqueBase) else None
-            if weight is not None and weight.kind in KINDS:
-                layers[name] = weight
-            if opaque is not None and not opaque.requantizes:
+def quantized_bases(model: nn.Module) -> dict[str, QuantizedWeight | OpaqueBase]:
+    """The 4-bit weights and other quantizers' layers that adapters of a model are merged into, by layer name."""
+    bases: dict[str, QuantizedWeight | OpaqueBase] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AdaptedLayer):
+            continue
+        base, weight = layer.base, layer.base.quantized()
+        if weight is not None and weight.kind in KINDS:
+            bases[name] = weight
+        if isinstance(base, OpaqueBase):
+            if not base.format.requantizes:
                 raise ValueError(
-                    f"requantize=True: the {opaque.name} layer {name!r} cannot be quantized again, merge without it"
+                    f"requantize=True: the {base.format.name} layer {name!r} cannot be quantized again, merge without "
+                    "it"
                 )
-            if opaque is not None:
-                layers[name] = OpaqueLayer(layer.base_layer, opaque)
-        if not layers:
-            raise ValueError("requantize=True puts back quantized layers: this model has none under an adapter")
-        return cls(layers)
-
-    @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
-        """Quantize those layers of the merged model again."""
-        # Sets `model.requantization_errors`: layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), Q being W, the merged weight,
-        # after quantization.
-        errors = {}
-        for name, old in self.layers.items():
-            layer = model.get_submodule(name)
-            if isinstance(layer, nn.Linear):
-                errors[name] = _requantize(model, name, layer, old)
-        model.requantization_errors = errors  # type: ignore[assignment]
-        worst = max(errors, key=errors.__getitem__)
-        logging.getLogger("lorasb").warning(
-            "requantized %d layers: relative error of a weight %.3f on average, %.3f at most (%s)",
-            len(errors),
-            sum(errors.values()) / len(errors),
-            errors[worst],
-            worst,
-        )
+            bases[name] = base
+    if not bases:
+        raise ValueError("requantize=True puts back quantized layers: this model has none under an adapter")
+    return bases
 
 
-def _requantize(model: nn.Module, name: str, layer: nn.Linear, old: QuantizedWeight | OpaqueLayer) -> float:
-    """Replace one layer of the model by a quantized one; returns ‖Q − W‖ / ‖W‖."""
-    weight = layer.weight.detach()
-    if isinstance(old, OpaqueLayer):
-        new = old.opaque.requantize(old.layer, weight)
-        rounded = old.opaque.dequantize(new).float()
-    else:
-        packed, state = quantize_4bit(weight, old.kind, old.block, old.nested)
-        new = Linear4bit(packed, state, None if layer.bias is None else layer.bias.detach())
-        rounded = dequantize(of_state(packed, state), torch.float32)
-    model.set_submodule(name, new.train(layer.training))
-    wide = weight.float()
-    return float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0
+@torch.no_grad()
+def requantize(model: nn.Module, bases: dict[str, QuantizedWeight | OpaqueBase]) -> None:
+    """Quantize the layers of a merged model that had `quantized_bases` again, and report the errors."""
+    errors = {}
+    for name, old in bases.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            continue
+        weight = layer.weight.detach()
+        new: nn.Module
+        if isinstance(old, OpaqueBase):
+            new = old.format.requantize(old.module, weight)
+            rounded = old.format.dequantize(new).float()
+        else:
+            packed, state = quantize_4bit(weight, old.kind, old.block, old.nested)
+            new = Linear4bit(packed, state, None if layer.bias is None else layer.bias.detach())
+            rounded = dequantize(of_state(packed, state), torch.float32)
+        model.set_submodule(name, new.train(layer.training))
+        wide = weight.float()
+        errors[name] = float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0
+    # layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), Q being W, the merged weight, after quantization
+    model.requantization_errors = errors  # type: ignore[assignment]
+    worst = max(errors, key=errors.__getitem__)
+    logging.getLogger("lorasb").warning(
+        "requantized %d layers: relative error of a weight %.3f on average, %.3f at most (%s)",
+        len(errors),
+        sum(errors.values()) / len(errors),
+        errors[worst],
+        worst,
+    )

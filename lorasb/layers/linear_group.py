@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,39 +53,24 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
     weight = layer.weight
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
         return None
-    adapters = _key_of_active(layer) if rows is None else _key_of_rows(layer, rows)
-    return None if adapters is None else (*adapters, weight.dtype, layer.bias is None, layer.training)
+    names = tuple(layer.active_adapters) if rows is None else linear.in_one_call(layer, rows)
+    if not names or layer.any_wide or not all(name in layer.lorasb_R for name in names):
+        return None
+    # For an adapter that is trained before it is initialized, the layer's own forward raises the error.
+    training = [name for name in names if torch.is_grad_enabled() and layer.lorasb_R[name].requires_grad]
+    if not all(layer.is_initialized(name) for name in training):
+        return None
+    state, core_dtype = layer.adapters[names[0]], layer.lorasb_R[names[0]].dtype
+    if rows is None and (len(names) > 1 or state.equivalent or core_dtype in SIXTEEN_BIT):
+        return None
+    dropout = state.dropout if rows is None and layer.training else 0.0
+    return names, state.r, core_dtype, dropout, weight.dtype, layer.bias is None, layer.training
 
 
 def _is_watched(layer: LoRASBLinear) -> bool:
     """True if hooks have to see their own layer run; those that only say which adapters its rows have do not."""
     pre_hooks = private.forward_pre_hooks(layer)
     return private.has_other_hooks(layer) or not all(getattr(hook, "names_rows", False) for hook in pre_hooks)
-
-
-def _key_of_active(layer: LoRASBLinear) -> tuple[object, ...] | None:
-    """Return what the members of a group have to share, for the one active adapter; None if there is no group."""
-    names = layer.active_adapters
-    if len(names) != 1 or names[0] not in layer.lorasb_R:
-        return None
-    name = names[0]
-    state, core = layer.adapters[name], layer.lorasb_R[name]
-    if state.equivalent or state.wide_factors or core.dtype in SIXTEEN_BIT or not _may_train(layer, name):
-        return None
-    return name, state.r, core.dtype, state.dropout if layer.training else 0.0
-
-
-def _key_of_rows(layer: LoRASBLinear, rows: Rows) -> tuple[object, ...] | None:
-    """Return what the members of a group have to share, for rows that one call computes; None if there is no group."""
-    names = linear.in_one_call(layer, rows)
-    if names is None or layer.any_wide or not all(_may_train(layer, name) for name in names):
-        return None
-    return names, *((layer.adapters[name].r, layer.lorasb_R[name].dtype) for name in names[:1])
-
-
-def _may_train(layer: LoRASBLinear, name: str) -> bool:
-    """False for an adapter that is trained before it is initialized: the layer's own forward raises the error."""
-    return not (torch.is_grad_enabled() and layer.lorasb_R[name].requires_grad and not layer.is_initialized(name))
 
 
 # Children of one module that read the same input, in the architectures that transformers and diffusers have.
@@ -108,9 +93,7 @@ class Pending:
 
     x: Tensor  # the input of all members
     rows: Rows | None  # the adapters of its rows, where they differ by row
-    state: tuple[
-        object, ...
-    ]  # `Siblings._state` at the time of the computation; results are valid while it is unchanged
+    state: tuple[object, ...]  # `Siblings._state` at the computation; results are valid while it is unchanged
     results: dict[int, Tensor]  # y [..., out] by the member's index in the group
 
     def is_for(self, x: Tensor, rows: Rows | None) -> bool:
@@ -123,7 +106,9 @@ class Pending:
 class Forward:
     """A forward of the parent in progress, in one thread."""
 
-    saving: object  # the innermost saved-tensor hooks when it began
+    # The innermost saved-tensor hooks when it began. Gradient checkpointing around some of the layers installs others:
+    # a result must not cross into or out of a region that recomputes its layers in backward without the others.
+    saving: object
     pending: Pending | None = None  # results that were computed in it
 
 
@@ -167,7 +152,7 @@ class Siblings:
         if torch.compiler.is_compiling() or x.is_inference():
             return None
         forward = self._forwards.get(threading.get_ident())
-        if forward is None or forward.saving != _saved_tensor_hooks():
+        if forward is None or forward.saving != private.saved_tensor_hooks(True):
             return None
         members, pending = self.members, forward.pending
         index = next((i for i, member in enumerate(members) if member is layer), None)
@@ -210,13 +195,12 @@ class Siblings:
         """State that must not change between the first member's call and another's."""
         # Versions show in-place writes to x or R (an optimizer step); results computed on another CUDA stream may not
         # be ready on this one.
-        autocast = autocast_on(x.device.type)
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         adapter_states = [
             (*m.active_adapters, m.disable_adapters, *(core._version for core in list(m.lorasb_R.values())))
             for m in members
         ]
-        return x._version, torch.is_grad_enabled(), autocast, stream, *adapter_states
+        return x._version, torch.is_grad_enabled(), autocast_on(x.device.type), stream, *adapter_states
 
     def _separate(self, untaken: Collection[int], forward: Forward, ended: bool = False) -> bool:
         """Split the group now; under gradient checkpointing, which will run this forward again, before the next one."""
@@ -240,21 +224,18 @@ class Siblings:
                     group._forwards[threading.get_ident()] = Forward(forward.saving)
 
     def _parent_begins(self, parent: nn.Module, arguments: object) -> None:
-        if not torch.compiler.is_compiling():
-            forward = self._begun()
-            # not in backward, where checkpointing repeats a forward, with the groups that it had
-            if self._apart is not None and private.graph_task() == -1:
-                self._split(self._apart, forward)
-
-    def _begun(self) -> Forward:
-        """A forward of this thread. Those that threads were interrupted in end with these: no hook has run then."""
+        if torch.compiler.is_compiling():
+            return
         thread = threading.get_ident()
         if self._forwards and thread not in self._forwards:
+            # Forwards that threads were interrupted in end with the threads: no hook has run then.
             alive = {one.ident for one in threading.enumerate()}
             for other in [one for one in list(self._forwards) if one not in alive]:  # a copy: threads add theirs
                 self._forwards.pop(other, None)
-        self._forwards[thread] = forward = Forward(_saved_tensor_hooks())
-        return forward
+        self._forwards[thread] = forward = Forward(private.saved_tensor_hooks(True))
+        # not in backward, where checkpointing repeats a forward, with the groups that it had
+        if self._apart is not None and private.graph_task() == -1:
+            self._split(self._apart, forward)
 
     def _parent_ends(self, parent: nn.Module, arguments: object, result: object) -> None:
         """Drop untaken results. `result` is None after an exception: only a complete forward shows who shares x."""
@@ -272,20 +253,12 @@ class Siblings:
         # Not by __init__: the parent's hook dictionaries are copied as well, under the same ids.
         memo[id(self)] = new = object.__new__(Siblings)
         new.names, new._hooks, new._parent = self.names, self._hooks, weakref.ref(parent)
-        new._forwards = {}
-        new._apart = self._apart
+        new._forwards, new._apart = {}, self._apart
         return new
 
     def __getstate__(self) -> dict[str, object]:
         """An empty group, as weak references do not pickle: unpickled layers are computed alone."""
         return {"names": (), "_hooks": self._hooks, "_parent": None, "_forwards": {}, "_apart": None}
-
-
-def _saved_tensor_hooks() -> object:
-    """The innermost saved-tensor hooks."""
-    # Gradient checkpointing around some of the layers installs further hooks. A result must not cross into or out of a
-    # checkpointed region, which recomputes its layers in backward without the others.
-    return private.saved_tensor_hooks(True)
 
 
 def wanted(group: bool | None) -> bool:
@@ -296,8 +269,16 @@ def wanted(group: bool | None) -> bool:
 def form(model: nn.Module) -> None:
     """Form the groups of a model, in place of any that it has."""
     dissolve(model)
-    for parent, names in list(_candidates(model)):
-        Siblings(parent, names)
+    for parent in model.modules():
+        for names in NAMES:
+            by_in_features: dict[int, list[str]] = {}  # cross-attention's k and v may read a wider input than its q
+            for name in names:
+                child = parent._modules.get(name)
+                if isinstance(child, LoRASBLinear):
+                    by_in_features.setdefault(child.in_features, []).append(name)
+            for members in by_in_features.values():
+                if len(members) > 1:
+                    Siblings(parent, members)
 
 
 def dissolve(model: nn.Module) -> None:
@@ -306,15 +287,3 @@ def dissolve(model: nn.Module) -> None:
         siblings = getattr(module, "siblings", None)
         if isinstance(siblings, Siblings):
             siblings.dissolve()
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Parents with the names of two or more adapted children of one name pattern and one `in_features`."""
-    for parent in model.modules():
-        for names in NAMES:
-            by_in_features: dict[int, list[str]] = {}  # cross-attention's k and v may read a wider input than its q
-            for name in names:
-                child = parent._modules.get(name)
-                if isinstance(child, LoRASBLinear):
-                    by_in_features.setdefault(child.in_features, []).append(name)
-            yield from ((parent, members) for members in by_in_features.values() if len(members) > 1)

@@ -26,8 +26,11 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
 
 def layer_kinds(layers: dict[str, AdaptedLayer]) -> dict[str, list[Any]] | None:
     """Kind, parameter, groups and shape of the layers that adapt no linear's weight; None without any."""
-    weights = {name: layer for name, layer in layers.items() if isinstance(layer, LoRASBWeight)}
-    found = {n: m.unfolding.described(getattr(m.get_base_layer(), "groups", 1)) for n, m in weights.items()}
+    found = {}
+    for name, layer in layers.items():
+        if isinstance(layer, LoRASBWeight):
+            one, groups = layer.unfolding, getattr(layer.get_base_layer(), "groups", 1)
+            found[name] = [one.kind, one.path, groups, *one.stored]
     return found or None
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
@@ -47,24 +47,27 @@ class Format:
         )
 
 
+def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A frozen linear over an existing weight [out, in] and bias: nothing is allocated or drawn."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
 def _requantized_quanto(layer: Any, weight: Tensor) -> nn.Module:
-    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = layer.bias
-    kind = importlib.import_module("optimum.quanto").QLinear
-    new: Any = kind.from_module(dense, weights=layer.weight_qtype, activations=layer.activation_qtype)
+    kind: Any = importlib.import_module("optimum.quanto").QLinear
+    dense = linear_over(weight, layer.bias)
+    new = kind.from_module(dense, weights=layer.weight_qtype, activations=layer.activation_qtype)
     new.freeze()  # quanto's word for quantizing W once, instead of in every call
-    result: nn.Module = new
-    return result
+    return cast(nn.Module, new)
 
 
 FORMATS = (
     Format("optimum-quanto", "optimum", "QLinear", lambda layer: layer.weight.dequantize(), _requantized_quanto),
     Format("GPTQ", "gptqmodel", "BaseQuantLinear", lambda layer: layer.dequantize_weight().t()),
 )
-
-
-CONFIGURATION = "get_apply_tensor_subclass"  # PEFT's name for how torchao quantized a model
 
 
 def _configuration_lost() -> NoReturn:
@@ -91,7 +94,13 @@ class OpaqueFormat:
     def dequantize(self, layer: nn.Module) -> Tensor:
         """W [out, in] in `dtype`."""
         try:
-            weight = self._read(layer)
+            if self.format is not None:
+                weight = self.format.dequantize(layer)
+            elif self.backend is not None:
+                weight = self.backend.get_base_weight(layer)
+            else:
+                package = PACKAGES.get(type(layer).__name__)
+                raise TypeError(f"pip install {package}, which knows how" if package else "no known format")
         except (NotImplementedError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter apart from its base "
@@ -100,14 +109,6 @@ class OpaqueFormat:
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"expected a weight {list(self.shape)} of a {self.name} layer, got {list(weight.shape)}")
         return weight.detach().to(self.dtype)
-
-    def _read(self, layer: nn.Module) -> Tensor:
-        if self.format is not None:
-            return self.format.dequantize(layer)
-        if self.backend is not None:
-            return self.backend.get_base_weight(layer)
-        package = PACKAGES.get(type(layer).__name__)
-        raise TypeError(f"pip install {package}, which knows how" if package else "no known format")
 
     @property
     def requantizes(self) -> bool:
@@ -120,25 +121,18 @@ class OpaqueFormat:
 
     @torch.no_grad()
     def requantize(self, layer: nn.Module, weight: Tensor) -> nn.Module:
-        """A layer of the same format with the values of `weight` [out, in]; `layer` is used up."""
-        if not self.requantizes:
-            raise ValueError(f"{self.name} layers cannot be quantized again: merge without requantize=True")
+        """A layer with the values of `weight` [out, in], if the format `requantizes`; `layer` is used up."""
         if self.format is not None and self.format.requantize is not None:
             new = self.format.requantize(layer, weight)
         else:
-            new = self._through_backend(layer, weight)
+            # PEFT's backends set the weight of a tuner layer's base, or replace that base
+            bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
+            holder.get_base_layer = lambda: holder.base_layer
+            cast(QuantizationBackend, self.backend).set_base_weight(holder, weight)
+            new = holder.base_layer
+            if new.bias is None:  # HQQ's new layer is made of the weight alone
+                new.bias = bias
         return new.requires_grad_(False).train(layer.training)
-
-    def _through_backend(self, layer: nn.Module, weight: Tensor) -> nn.Module:
-        """PEFT's backends set the weight of a tuner layer's base, or replace that base."""
-        bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
-        holder.get_base_layer = lambda: holder.base_layer
-        if self.backend is not None:
-            self.backend.set_base_weight(holder, weight)
-        if holder.base_layer.bias is None:  # HQQ's new layer is made of the weight alone
-            holder.base_layer.bias = bias
-        new: nn.Module = holder.base_layer
-        return new
 
 
 def find(
@@ -147,7 +141,9 @@ def find(
     """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear."""
     if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
         return None
-    backend = resolve_quantization_backend(layer, **({CONFIGURATION: _configuration_lost} | dict(options or {})))
+    # how torchao quantized the model, if the options do not have it
+    arguments = {"get_apply_tensor_subclass": _configuration_lost, **(options or {})}
+    backend = resolve_quantization_backend(layer, **arguments)
     known = next((one for one in FORMATS if one.matches(layer)), None)
     if backend is None and known is None:
         # a module with features and its own forward: not nn.Linear's over a weight that it cannot take

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import weight_adapter
+from .opaque_format import linear_over
 from .token_rows import Rows
+from .weight_adapter import OpenParameters
 
 NAMES = ("gate_up_proj", "down_proj")  # of the 3-D parameters, in the order of their registration
 
@@ -31,6 +32,9 @@ class OpenExperts(nn.Module):
         fused: transformers' experts module, which `closed` returns again.
     """
 
+    gate_up_proj: nn.ModuleList
+    down_proj: nn.ModuleList
+
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.num_experts = len(getattr(fused, NAMES[0]))
@@ -40,7 +44,7 @@ class OpenExperts(nn.Module):
         self.training = fused.training
         for name in NAMES:
             weights = getattr(fused, name).detach()
-            setattr(self, name, nn.ModuleList(_linear(weight) for weight in weights))
+            setattr(self, name, nn.ModuleList(linear_over(weight) for weight in weights))
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapter_names: Rows | None = None
@@ -74,8 +78,8 @@ class OpenExperts(nn.Module):
         return order[: sum(counts)], counts
 
     def _expert(self, e: int, x: Tensor, rows: Rows | None) -> Tensor:
-        gate, up = _call(self.gate_up_proj[e], x, rows).chunk(2, dim=-1)  # type: ignore[index,arg-type]
-        return _call(self.down_proj[e], self.act_fn(gate) * up, rows)  # type: ignore[index,arg-type]
+        gate, up = _call(self.gate_up_proj[e], x, rows).chunk(2, dim=-1)
+        return _call(self.down_proj[e], self.act_fn(gate) * up, rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenExperts:
         """Move or cast the linears, and release the 3-D parameters if the weights no longer are views of them."""
@@ -108,16 +112,8 @@ class OpenExperts(nn.Module):
 
 def _call(layer: nn.Module, x: Tensor, rows: Rows | None) -> Tensor:
     """A linear's result; a layer with adapters gets the adapter names as well."""
-    options = {} if rows is None or type(layer) is nn.Linear else {"adapter_names": rows}
-    result: Tensor = layer(x, **options)
+    result: Tensor = layer(x) if rows is None or type(layer) is nn.Linear else layer(x, adapter_names=rows)
     return result
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    """A linear layer over an existing weight [out, in], without a bias."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
 
 
 def is_target(name: str, target_parameters: list[str]) -> bool:
@@ -138,9 +134,9 @@ def parameter_of(name: str) -> str | None:
 
 
 def close(model: nn.Module) -> None:
-    """Restore transformers' own modules where no expert and no parameter has an adapter."""
-    weight_adapter.close(model)
-    for path, module in list(model.named_modules()):
+    """Put the modules back where no expert and no parameter has an adapter."""
+    for path, module in reversed(list(model.named_modules())):  # inner ones first
+        if isinstance(module, OpenParameters) and not module.adapted():
+            model.set_submodule(path, module.base_layer)
         if isinstance(module, OpenExperts) and all(type(m) is nn.Linear for n in NAMES for m in getattr(module, n)):
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.closed())
+            model.set_submodule(path, module.closed())

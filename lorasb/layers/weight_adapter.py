@@ -6,12 +6,12 @@ matrix W [out, in] is the parameter unfolded (`unfolding`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -44,8 +44,7 @@ class ParameterSlice(nn.Module):
 
 
 EMBEDDING, CONVOLUTION, ATTENTION, SLICE = "embedding", "convolution", "attention", "parameter"
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-KINDS_WITH_WEIGHT = (nn.Embedding, *CONVOLUTIONS)
+KINDS_WITH_WEIGHT = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,7 @@ class Unfolding:
         """(out, in)."""
         if self.kind == EMBEDDING:
             return self.stored[1], self.stored[0]
-        return self.stored[0], int(torch.Size(self.stored[1:]).numel())
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """W [out, in] of the stored weight, or of its gradient."""
-        return weight.t() if self.kind == EMBEDDING else weight.flatten(1)
-
-    def folded(self, matrix: Tensor) -> Tensor:
-        """The stored layout of a matrix [out, in]."""
-        return matrix.t() if self.kind == EMBEDDING else matrix.reshape(self.stored)
-
-    def described(self, groups: int) -> list[Any]:
-        """[kind, path, groups, *shape], for JSON."""
-        return [self.kind, self.path, groups, *self.stored]
+        return self.stored[0], math.prod(self.stored[1:])
 
 
 def unfoldings(module: nn.Module) -> list[Unfolding]:
@@ -85,17 +72,13 @@ def unfoldings(module: nn.Module) -> list[Unfolding]:
     weight: Any = module._parameters.get("weight")
     if isinstance(module, KINDS_WITH_WEIGHT) and (weight is None or getattr(module, "max_norm", None) is not None):
         return []
-    if isinstance(module, nn.Embedding):
-        return [Unfolding(EMBEDDING, "weight", tuple(weight.shape))]
-    if isinstance(module, CONVOLUTIONS):
-        return [Unfolding(CONVOLUTION, "weight", tuple(weight.shape))]
+    if isinstance(module, KINDS_WITH_WEIGHT):
+        kind = EMBEDDING if isinstance(module, nn.Embedding) else CONVOLUTION
+        return [Unfolding(kind, "weight", tuple(weight.shape))]
     if isinstance(module, nn.MultiheadAttention) and module._parameters.get("in_proj_weight") is not None:
         paths = {"out_proj.weight": module.out_proj.weight, "in_proj_weight": module.in_proj_weight}
         return [Unfolding(ATTENTION, path, tuple(weight.shape)) for path, weight in paths.items()]
     return []
-
-
-Tap = Callable[[Tensor], Tensor]
 
 
 class ParameterBase(Base):
@@ -119,10 +102,10 @@ class ParameterBase(Base):
         return cast(Tensor, found)
 
     def matrix(self, stored: Tensor) -> Tensor:
-        return self.unfolding.matrix(stored)
+        return stored.t() if self.unfolding.kind == EMBEDDING else stored.flatten(1)
 
     def folded(self, matrix: Tensor) -> Tensor:
-        return self.unfolding.folded(matrix)
+        return matrix.t() if self.unfolding.kind == EMBEDDING else matrix.reshape(self.unfolding.stored)
 
     def must_run(self) -> bool:
         return True
@@ -170,7 +153,8 @@ class LoRASBWeight(AdaptedLayer):
             base_layer.nested = True
 
     unfolding: Unfolding  # which parameter, and how it is a matrix
-    tap: Tap | None  # set while an initialization sums gradients: W goes through it on its way into the module
+    # set while an initialization sums gradients: W goes through it on its way into the module
+    tap: Callable[[Tensor], Tensor] | None
 
     def _make_base(self, module: nn.Module, *options: object) -> Base:
         kind = EmbeddingBase if self.unfolding.kind == EMBEDDING else ParameterBase
@@ -220,14 +204,10 @@ class LoRASBWeight(AdaptedLayer):
         self._refuse_offloaded(names)
         if self.unfolding.kind == CONVOLUTION and self.tap is None:
             return self._convolved_beside(names, *args, **kwargs)  # type: ignore[arg-type]
-        return functional_call(self.base_layer, {self._path(): self._weight(names)}, args, kwargs)
-
-    def _path(self) -> str:
-        """The parameter's name below `base_layer`, which may adapt another parameter of the module."""
-        depth, inner = 0, self.base_layer
-        while isinstance(inner, LoRASBWeight):
-            depth, inner = depth + 1, inner.base_layer
-        return "base_layer." * depth + self.unfolding.path
+        path, inner = self.unfolding.path, self.base_layer
+        while isinstance(inner, LoRASBWeight):  # of another parameter of the module
+            path, inner = f"base_layer.{path}", inner.base_layer
+        return functional_call(self.base_layer, {path: self._weight(names)}, args, kwargs)
 
     def _weight(self, names: list[str]) -> Tensor:
         weight = self.base.parameter()
@@ -241,7 +221,7 @@ class LoRASBWeight(AdaptedLayer):
         """s·B R A with R's graph, in the parameter's layout."""
         core = self.core(name)
         b, a = self.lorasb_B[name].to(core.dtype), self.lorasb_A[name].to(core.dtype)
-        return self.unfolding.folded(b @ core @ a * self.adapters[name].scaling)
+        return self.base.folded(b @ core @ a * self.adapters[name].scaling)
 
     def _refuse_offloaded(self, names: list[str]) -> None:
         if self.base.parameter().is_meta or any(self.lorasb_A[name].is_meta for name in names):
@@ -285,13 +265,9 @@ class LoRASBWeight(AdaptedLayer):
         inner = self.base_layer
         if isinstance(inner, LoRASBWeight):
             inner.merge(safe_merge, adapter_names)
-        left = [name for name in adapter_names or self.active_adapters if name not in self.merged_adapters]
-        merged_by_outer = self.nested and not left  # PEFT's loop comes here after it
-        wanted = [] if merged_by_outer else check_adapters_to_merge(self, adapter_names)
-        names = [name for name in wanted or [] if name in self.lorasb_R]
-        if names:
-            self._use(self.base.merged(self.merged_weight(names)))
-            self.merged_adapters.extend(names)
+        left = set(adapter_names or self.active_adapters).difference(self.merged_adapters)
+        if left or not self.nested:  # else the outer one has merged it, and PEFT's loop comes here next
+            super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """Subtract what was merged, here and in the module's other adapted parameters."""
@@ -317,10 +293,14 @@ class LoRASBEmbedding(LoRASBWeight):
     """An embedding with rows W[:, id] + s·B R A[:, id]: A [r, num_embeddings], B [dim, r]."""
 
     def _with(self, names: list[str], *args: object, **kwargs: object) -> object:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         plain = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
         if self.tap is not None or not plain:  # others do not look up what they are given: positions, of a mask
-            return self._looked_up(names, *args, **kwargs)
+            sparse, base.sparse = base.sparse, False  # a sparse gradient does not pass through the weight's view
+            try:
+                return super()._with(names, *args, **kwargs)
+            finally:
+                base.sparse = sparse
         self._refuse_offloaded(names)
         y: Tensor = self.base_layer(*args, **kwargs)
         ids = cast(Tensor, args[0] if args else kwargs["input"])
@@ -331,16 +311,6 @@ class LoRASBEmbedding(LoRASBWeight):
             delta = found @ core.t() @ self.lorasb_B[name].to(core.dtype).t() * self.adapters[name].scaling
             y = y + (delta * factor).to(y.dtype)
         return y
-
-    def _looked_up(self, names: list[str], *args: object, **kwargs: object) -> object:
-        """The output of the embedding's own forward with the whole weight, and with dense gradients."""
-        # A sparse gradient does not pass through the weight's view.
-        base: Any = self.get_base_layer()
-        sparse, base.sparse = base.sparse, False
-        try:
-            return super()._with(names, *args, **kwargs)
-        finally:
-            base.sparse = sparse
 
 
 def adapt_weights(module: nn.Module, adapter_name: str, **options: object) -> LoRASBWeight | None:
@@ -366,11 +336,7 @@ class OpenParameters(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training
-        for name in names:
-            parameter = base_layer.get_parameter(name)
-            indices = range(len(parameter)) if parameter.dim() == 3 else [None]
-            # not add_module, which asks `hasattr` first: attributes of the module itself answer there
-            self._modules[name] = nn.ModuleList(ParameterSlice(base_layer, name, index) for index in indices)
+        self.open(names)
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -378,47 +344,41 @@ class OpenParameters(nn.Module):
         return tuple(name for name in self._modules if name != "base_layer")
 
     def open(self, names: list[str]) -> None:
-        """Open further parameters of the module."""
+        """Open parameters of the module that are not open yet."""
         for name in [name for name in names if name not in self.opened]:
-            self._modules[name] = OpenParameters(self.base_layer, [name])._modules[name]
+            parameter = self.base_layer.get_parameter(name)
+            indices = range(len(parameter)) if parameter.dim() == 3 else [None]
+            # not add_module, which asks `hasattr` first: attributes of the module itself answer there
+            self._modules[name] = nn.ModuleList(ParameterSlice(self.base_layer, name, index) for index in indices)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The module's output with the adapters of its parameters."""
-        for layer in self._adapted():
+        for layer in self.adapted():
             layer.unmerge_if_disabled()
-        weights = {name: self._weight(name) for name in self.opened if self._in_use(name)}
+        weights: dict[str, Tensor] = {}
+        for name in self.opened:
+            slices = self.slices(name)
+            if any(isinstance(one, LoRASBWeight) and one.in_use for one in slices):
+                matrices = [one.current_weight() if isinstance(one, LoRASBWeight) else one.weight for one in slices]
+                is_whole = self.base_layer.get_parameter(name).dim() == 2
+                weights[name] = matrices[0] if is_whole else torch.stack(matrices)
         return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
 
-    def slices(self, name: str) -> list[nn.Module]:
+    def slices(self, name: str) -> list[ParameterSlice | LoRASBWeight]:
         """The matrices of a parameter, with or without adapters."""
-        return list(cast(nn.ModuleList, self._modules[name]))
+        return list(cast(Any, self._modules[name]))
 
-    def _adapted(self) -> list[LoRASBWeight]:
+    def adapted(self) -> list[LoRASBWeight]:
+        """The matrices with adapters."""
         return [one for name in self.opened for one in self.slices(name) if isinstance(one, LoRASBWeight)]
-
-    def _in_use(self, name: str) -> bool:
-        return any(isinstance(one, LoRASBWeight) and one.in_use for one in self.slices(name))
-
-    def _weight(self, name: str) -> Tensor:
-        matrices = [
-            one.current_weight() if isinstance(one, LoRASBWeight) else cast(ParameterSlice, one).weight
-            for one in self.slices(name)
-        ]
-        whole = self.base_layer.get_parameter(name).dim() == 2
-        return matrices[0] if whole else torch.stack(matrices)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module without adapters, merged first if so asked; PEFT calls it in place of `merge`."""
-        for layer in self._adapted() if merge else ():
+        for layer in self.adapted() if merge else ():
             layer.merge(safe_merge, adapter_names)
         return self.base_layer
-
-    @property
-    def is_free(self) -> bool:
-        """True if no adapter is left."""
-        return all(isinstance(one, ParameterSlice) for name in self.opened for one in self.slices(name))
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the module itself."""
@@ -428,10 +388,3 @@ class OpenParameters(nn.Module):
             if name.startswith("_") or "base_layer" not in self._modules:
                 raise
             return getattr(self._modules["base_layer"], name)
-
-
-def close(model: nn.Module) -> None:
-    """Put the modules back where no parameter has an adapter."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, OpenParameters) and module.is_free:
-            model.set_submodule(path, module.base_layer)

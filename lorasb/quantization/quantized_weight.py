@@ -171,18 +171,8 @@ def _int8_weight(module: nn.Module, weight: Tensor) -> QuantizedWeight:
             "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantize it "
             "first, with has_fp16_weights=False and model.to(device)"
         )
-    scales = _row_scales(module, weight)
-    codes = weight.detach().as_subclass(Tensor).contiguous()
-    # 8-bit storage does not record W's dtype; bitsandbytes multiplies in fp16.
-    dtype = module.bias.dtype if isinstance(module.bias, Tensor) else torch.float16
-    tensors = [codes, scales.detach().float().reshape(-1).to(codes.device)]
-    return QuantizedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
-
-
-def _row_scales(module: nn.Module, weight: Tensor) -> Tensor:
-    state = getattr(module, "state", None)
     scales = getattr(weight, "SCB", None)  # bitsandbytes moves it to the module's state in the first forward
-    scales = getattr(state, "SCB", None) if scales is None else scales
+    scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
     if scales is None or scales.numel() != weight.shape[0]:
         count = "none" if scales is None else scales.numel()
         raise ValueError(
@@ -190,7 +180,11 @@ def _row_scales(module: nn.Module, weight: Tensor) -> Tensor:
         )
     if not scales.is_meta and not torch.isfinite(scales).all():
         raise ValueError("the row scales (SCB) of an 8-bit weight hold NaN or Inf: its file is damaged")
-    return scales
+    codes = weight.detach().as_subclass(Tensor).contiguous()
+    # 8-bit storage does not record W's dtype; bitsandbytes multiplies in fp16.
+    dtype = module.bias.dtype if isinstance(module.bias, Tensor) else torch.float16
+    tensors = [codes, scales.detach().float().reshape(-1).to(codes.device)]
+    return QuantizedWeight(tensors, (codes.shape[0], codes.shape[1]), dtype, "int8")
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -198,9 +192,3 @@ def is_quantized(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     is_8bit = type(module).__name__ == "Linear8bitLt"
     return weight is not None and (hasattr(weight, "quant_state") or hasattr(module, "quant_state") or is_8bit)
-
-
-def compute_dtype(module: nn.Module, weight: QuantizedWeight) -> torch.dtype:
-    """The dtype that a quantized layer multiplies in: its `compute_dtype` if set, else W's before quantization."""
-    dtype = getattr(module, "compute_dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else weight.dtype

@@ -23,10 +23,9 @@ from ..compat.bitsandbytes import keep_unpacked
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME
 from ..distributed.sharded_factors import with_kept_factors
-from ..layers import linear_group, unfused_experts
+from ..layers import linear4bit, linear_group, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear import LoRASBLinear
-from ..layers.linear4bit import Requantized
 from ..layers.lookup import (
     Place,
     any_merged,
@@ -291,10 +290,10 @@ class LoRASBModel(BaseTuner):
                 `model.requantization_errors` has ‖W4 − W‖ / ‖W‖ by layer, and a log line names the worst.
         """
         # The formats must be noted before merging, which replaces the quantized layers.
-        quantized_layers = Requantized.of(self.model) if requantize else None
+        bases = linear4bit.quantized_bases(self.model) if requantize else None
         model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        if quantized_layers is not None:
-            quantized_layers.restore(model)
+        if bases is not None:
+            linear4bit.requantize(model, bases)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
