@@ -165,9 +165,9 @@ class LoRASBConfig(PeftConfig):
                 check_pattern(value, name, MAX_REPEATS - 1)
 
     def _check_ranks(self) -> None:
-        ranks = {"r": self.r} if self.r is not None else {}
-        ranks.update({f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()})
-        for name, rank in ranks.items():
+        ranks = [("r", self.r)] if self.r is not None else []
+        ranks += [(f"rank_pattern[{key!r}]", rank) for key, rank in self.rank_pattern.items()]
+        for name, rank in ranks:
             # bool is a subclass of int: r=True would pass as rank 1
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"{name} must be a positive integer, got {rank!r}")
@@ -220,11 +220,10 @@ class LoRASBConfig(PeftConfig):
     def start_over(self) -> None:
         """Restore the fields that patching another model has resolved, so that one config serves several models."""
         # Without this, ranks capped for a small model, or its target names, would be explicit requests for the next.
-        for name, value in getattr(self, "_asked", {}).items():
-            setattr(self, name, value)
-        if not self._weights_follow:
-            for name in ("init_provenance", "base_fingerprint"):
-                setattr(self, name, None if isinstance(getattr(self, name), WrittenHere) else getattr(self, name))
+        self.__dict__.update(getattr(self, "_asked", {}))
+        for name in ("init_provenance", "base_fingerprint"):
+            if isinstance(getattr(self, name), WrittenHere) and not self._weights_follow:
+                setattr(self, name, None)
         self._asked = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
 
     def scaling_for(self, r: int) -> float:
@@ -258,7 +257,11 @@ class LoRASBConfig(PeftConfig):
         names = tuple(safetensors_header(weights)) if weights.is_file() else None
         try:
             config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-            _check_types(config)
+            hints = get_type_hints(LoRASBConfig)
+            for one in fields(LoRASBConfig):
+                value = getattr(config, one.name)
+                if not matches(value, hints[one.name]):
+                    raise TypeError(f"{one.name}: expected {one.type}, got {value!r}")
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             where = f"{pretrained_model_name_or_path}: the adapter's {CONFIG_NAME}"
             raise ValueError(f"{where} cannot be used: {str(error) or type(error).__name__}") from error
@@ -278,18 +281,6 @@ def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:
             "trainable_token_indices",
             stacklevel=4,
         )
-
-
-def _check_types(config: LoRASBConfig) -> None:
-    hints = get_type_hints(LoRASBConfig)
-    for one in fields(LoRASBConfig):
-        value = getattr(config, one.name)
-        if not matches(value, hints[one.name]):
-            raise TypeError(f"{one.name}: expected {one.type}, got {value!r}")
-
-
-def field_names() -> set[str]:
-    return {config_field.name for config_field in fields(LoRASBConfig)}
 
 
 TASK_BY_SUFFIX = {

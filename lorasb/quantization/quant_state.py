@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.reading import Json
 
-STORAGE_DTYPES = (
-    torch.uint8,
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-)  # dtypes that packed bytes may be viewed as
+# dtypes that packed bytes may be viewed as
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 KEY = "quant_state.bitsandbytes__"  # of the JSON entry in a state dict; "nf4" or "fp4" follows
 
 
@@ -38,10 +34,8 @@ class QuantState:
 
     def to(self, device: torch.device | str) -> QuantState:
         """A copy on another device."""
-        offset = None if self.offset is None else self.offset.to(device)
-        state2 = None if self.state2 is None else self.state2.to(device)
-        absmax, code = self.absmax.to(device), self.code.to(device)
-        return QuantState(absmax, code, self.blocksize, self.quant_type, self.shape, self.dtype, offset, state2)
+        held = {name: getattr(self, name) for name in ("absmax", "code", "offset", "state2")}
+        return replace(self, **{name: value.to(device) for name, value in held.items() if value is not None})
 
     def as_tensors(self) -> dict[str, Tensor]:
         """The entries of a state dict as bitsandbytes writes them: tensors, and metadata as JSON in uint8."""
@@ -59,7 +53,10 @@ class QuantState:
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> QuantState:
         """The state from a state dict's entries without the weight's prefix; a ValueError if some are missing."""
-        metadata = _metadata(tensors)
+        keys = [key for key in tensors if key.startswith(KEY)]
+        if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
+            raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")
+        metadata = json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
         offset, state2 = None, None
         if "nested_absmax" in tensors:
             offset = torch.tensor(float(metadata["nested_offset"]))
@@ -67,13 +64,6 @@ class QuantState:
         absmax, code = tensors["absmax"], tensors["quant_map"]
         shape, dtype = torch.Size(metadata["shape"]), getattr(torch, metadata["dtype"])
         return cls(absmax, code, metadata["blocksize"], metadata["quant_type"], shape, dtype, offset, state2)
-
-
-def _metadata(tensors: dict[str, Tensor]) -> Json:
-    keys = [key for key in tensors if key.startswith(KEY)]
-    if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
-        raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")
-    return json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@ divided, and which of two equally near table entries is chosen.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -71,9 +72,8 @@ def _nest(state: QuantState) -> QuantState:
     scaled = padded * (1.0 / largest)[:, None]
     # A block of zeros, which was divided by zero above, has the code 0, as in bitsandbytes.
     octets = torch.where(largest[:, None] == 0, 0, _nearest(scaled, table)).to(torch.uint8).view(-1)[: len(relative)]
-    # `quant_type` stays None: these codes index an 8-bit table, not a 4-bit one.
-    state2 = QuantState(largest, table, NESTED_BLOCK)
-    return QuantState(octets, state.code, state.blocksize, state.quant_type, state.shape, state.dtype, offset, state2)
+    # `quant_type` of `state2` stays None: these codes index an 8-bit table, not a 4-bit one.
+    return replace(state, absmax=octets, offset=offset, state2=QuantState(largest, table, NESTED_BLOCK))
 
 
 def _nearest(values: Tensor, table: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -67,9 +68,9 @@ def patch(
 
 def check_fields(fields: Collection[str]) -> None:
     """Raise a TypeError for a name that is no field of `LoRASBConfig`; it names the nearest field."""
-    from ..config.adapter import field_names
+    from ..config.adapter import LoRASBConfig
 
-    known = field_names()
+    known = {field.name for field in dataclasses.fields(LoRASBConfig)}
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)  # similarity in [0, 1]; 0.6 by default
