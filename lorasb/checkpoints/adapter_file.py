@@ -52,20 +52,16 @@ def check_factors(factors: dict[str, dict[str, Tensor]], layers: dict[str, Shape
                     f"{factor} of layer {name!r} is {list(tensor.shape)} in the adapter file, expected {list(shape)}: "
                     "the file belongs to another base model, or its adapter_config.json was changed"
                 )
-            _check_values(name, factor, tensor)
-
-
-def _check_values(name: str, factor: str, tensor: Tensor) -> None:
-    allowed = WIDE if factor == "lorasb_R" else FLOATS  # a 16-bit R has lost the precision that training gave it
-    if tensor.dtype not in allowed:
-        expected = ", ".join(str(dtype) for dtype in allowed)
-        raise ValueError(
-            f"{factor} of layer {name!r} is {tensor.dtype} in the adapter file, expected one of {expected}"
-        )
-    if not torch.isfinite(tensor).all():
-        raise ValueError(
-            f"{factor} of layer {name!r} has NaN or Inf values in the adapter file: its training had failed"
-        )
+            allowed = WIDE if factor == "lorasb_R" else FLOATS  # a 16-bit R has lost the precision of training
+            if tensor.dtype not in allowed:
+                raise ValueError(
+                    f"{factor} of layer {name!r} is {tensor.dtype} in the adapter file, expected one of "
+                    + ", ".join(map(str, allowed))
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{factor} of layer {name!r} has NaN or Inf values in the adapter file: its training had failed"
+                )
 
 
 def group_by_layer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

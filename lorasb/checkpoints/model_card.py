@@ -33,7 +33,13 @@ def update_card(folder: Path, config: Json, scaling: float) -> None:
     local, published = config.get("base_model_name_or_path"), _origin(config).get("hub_id")
     if published:
         text = text.replace(str(local), published)
-    section = f"{START}\n{_section(config, scaling)}\n{END}"
+    rows = _rows(config, scaling).items()
+    table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows if value not in (None, ""))
+    section = (
+        f"{START}\n# A LoRA-SB adapter\n\n**`import lorasb` first**: without it PEFT ends in `KeyError: 'LORASB'`. "
+        "Then `peft.PeftModel.from_pretrained(base, folder)` loads it; `lorasb export FOLDER` turns it into a plain "
+        f"LoRA, which needs no lorasb.\n\n| | |\n|---|---|\n{table}\n\n{END}"
+    )
     if START in text:
         # A function, as backslashes in a replacement string would be escapes.
         text = re.sub(f"{START}.*?{END}", lambda _: section, text, flags=re.DOTALL)
@@ -78,16 +84,6 @@ def _origin(config: Json) -> dict[str, str]:
 
 def short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _section(config: Json, scaling: float) -> str:
-    rows = _rows(config, scaling)
-    table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows.items() if value not in (None, ""))
-    return (
-        "# A LoRA-SB adapter\n\n**`import lorasb` first**: without it PEFT ends in `KeyError: 'LORASB'`. Then "
-        "`peft.PeftModel.from_pretrained(base, folder)` loads it; `lorasb export FOLDER` turns it into a plain LoRA, "
-        f"which needs no lorasb.\n\n| | |\n|---|---|\n{table}\n"
-    )
 
 
 def _rows(config: Json, scaling: float) -> Json:

@@ -53,8 +53,15 @@ def join_factors(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
     """A and B of a digest, from the folder's factors file, or from the adapter in a folder nearby that has them."""
-    name = _basis_name(folder)
-    for place in (folder, *((folder.parent, folder.parent / name, folder / name) if name else ())):
+    config = folder / CONFIG_NAME
+    try:
+        name = read_json(config).get("basis") if config.is_file() else None
+    except ValueError:  # whoever reads the configuration itself says so
+        name = None
+    places = [folder]
+    if isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name:
+        places += [folder.parent, folder.parent / name, folder / name]
+    for place in places:
         file = place / FACTORS_NAME
         # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the
         # model may have the right factors already.
@@ -69,15 +76,6 @@ def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
             if factors and digest(factors) == expected:
                 return factors
     return None
-
-
-def _basis_name(folder: Path) -> str | None:
-    file = folder / CONFIG_NAME
-    try:
-        name = read_json(file).get("basis") if file.is_file() else None
-    except ValueError:  # whoever reads the configuration itself says so
-        return None
-    return name if isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name else None
 
 
 def missing_factors_error(folder: object = None) -> ValueError:

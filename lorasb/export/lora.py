@@ -20,7 +20,7 @@ from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.lookup import adapted_layers, uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of
-from ..layers.weight_adapter import CONVOLUTION, EMBEDDING, SLICE
+from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
 from ..serving.basis import frozen_factors
 from ..utils.atomic_files import replacing, write_json, write_text
 from ..utils.reading import Json, read_json
@@ -29,6 +29,7 @@ from .gguf import base_config, write_gguf
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FORMATS = ("peft", "vllm", "gguf")
+Pair = tuple[Tensor, Tensor]  # A and B
 BIASES = {"all": "all", "lorasb_only": "lora_only", "lora_only": "lora_only"}  # PEFT's names of our fields' values
 COPIED_FIELDS = (
     "base_model_name_or_path",
@@ -68,8 +69,7 @@ def export_lora(
         The folder, or the GGUF file.
 
     Raises:
-        ValueError: not a LoRA-SB adapter, an uninitialized or merged one, values that are not finite in `dtype`, or a
-            LoRA-SB adapter in the output folder.
+        ValueError: no initialized LoRA-SB adapter, values that are not finite in `dtype`, or one in the output folder.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -82,19 +82,25 @@ def export_lora(
     # One rank for all layers: vLLM ignores rank_pattern, and llama.cpp scales by lora_alpha / rank of each tensor.
     rank = max(factors["lorasb_R"].shape[0] for factors in layers.values())
     rank = _vllm_rank(rank) if format == "vllm" else rank
-    # Modules that were trained in full go along as they are.
-    written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
-    lora_factors = {name: _lora_factors(factors, scalings[name], rank) for name, factors in layers.items()}
+    lora_factors = {name: _lora_factors(name, factors, scalings[name], rank, dtype) for name, factors in layers.items()}
+    base = None if format == "peft" else base_config(model, config.get("base_model_name_or_path"))
     if format == "vllm":
-        base = base_config(model, config.get("base_model_name_or_path"))
         named = per_expert(lora_factors, getattr(base, "model_type", None))
-        config |= {"target_modules": target_modules(named), "target_parameters": None}
+        target_modules = sorted({name.rpartition(".")[2] for name in named})  # vLLM checks the last parts of names
+        config |= {"target_modules": target_modules, "target_parameters": None}
     else:
         named = fuse_experts(lora_factors)
-    written |= _entries(named, config.get("layer_kinds") or {}, dtype)
+    # Modules that were trained in full are copied.
+    written = {key: value for key, value in tensors.items() if not any(f".{p}" in key for p in FACTORS)}
+    written |= in_pefts_layout(named, config.get("layer_kinds") or {})
     if format == "gguf":
-        return _write_gguf(model, config, written, rank, folder, quiet)
-    return _write_peft(config, written, rank, folder, quiet)
+        found = write_gguf(written, rank, base, folder / "adapter.gguf")
+        usage = f"Run it with:\n  llama-cli -m BASE_MODEL.gguf --lora {found}"
+    else:
+        found, usage = folder, f"Serve it with:\n  {_write_peft(config, written, rank, folder)}"
+    if not quiet:
+        print(f"plain LoRA of rank {rank} in {found}. {usage}")
+    return found
 
 
 def _refuse_adapters_folder(folder: Path) -> None:
@@ -107,27 +113,21 @@ def _refuse_adapters_folder(folder: Path) -> None:
         raise ValueError(f"{folder} has a LoRA-SB adapter, which the plain LoRA would replace: name another folder")
 
 
-def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool) -> Path:
+def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Path) -> str:
+    """Write a plain LoRA and return the command that serves it."""
     with replacing(folder / WEIGHTS_NAME) as temporary:
         # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(temporary), metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, _lora_config(config, rank))
     command = serve_command(config.get("base_model_name_or_path"), folder, rank)
-    write_text(folder / "README.md", _card(config, rank, command))
-    if not quiet:
-        print(f"plain LoRA of rank {rank} in {folder}. Serve it with:\n  {command}")
-    return folder
-
-
-def _entries(
-    factors: dict[str, tuple[Tensor, Tensor]], kinds: dict[str, list[Any]], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    refuse_slices(kinds)
-    entries: dict[str, Tensor] = {}
-    for name, (a, b) in factors.items():
-        found = in_pefts_layout(name, _cast(a, dtype, name), _cast(b, dtype, name), kinds.get(name))
-        entries.update({f"{PEFT_PREFIX}{key}": tensor for key, tensor in found.items()})
-    return entries
+    base = config.get("base_model_name_or_path") or "unknown"
+    card = (
+        f"---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# A plain LoRA of rank {rank}\n\n"
+        f"Exported by lorasb from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
+        f"```\n{command}\n```\n"
+    )
+    write_text(folder / "README.md", card)
+    return command
 
 
 def _vllm_rank(rank: int) -> int:
@@ -137,22 +137,13 @@ def _vllm_rank(rank: int) -> int:
     raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead")
 
 
-def _write_gguf(model: object, config: Json, tensors: dict[str, Tensor], rank: int, folder: Path, quiet: bool) -> Path:
-    base = base_config(model, config.get("base_model_name_or_path"))
-    path = write_gguf(tensors, rank, base, folder / "adapter.gguf")
-    if not quiet:
-        print(f"plain LoRA of rank {rank} in {path}. Run it with:\n  llama-cli -m BASE_MODEL.gguf --lora {path}")
-    return path
-
-
 def serve_command(base: str | None, folder: Path, rank: int) -> str:
     """The vLLM command for an exported adapter, with the smallest `--max-lora-rank` that vLLM accepts."""
     try:
         fitting = _vllm_rank(rank)
     except ValueError as error:  # stock PEFT still reads the folder
         return f"({error})"
-    name = base or "BASE_MODEL"
-    return f"vllm serve {name} --enable-lora --max-lora-rank {fitting} --lora-modules adapter={folder}"
+    return f"vllm serve {base or 'BASE_MODEL'} --enable-lora --max-lora-rank {fitting} --lora-modules adapter={folder}"
 
 
 def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, Tensor], dict[str, float]]:
@@ -180,15 +171,18 @@ def _read_folder(path: str | os.PathLike[str]) -> tuple[Json, dict[str, Tensor],
     return values, tensors, {n: config.scaling_for(factors["lorasb_R"].shape[0]) for n, factors in layers.items()}
 
 
-def _lora_factors(factors: dict[str, Tensor], scaling: float, rank: int) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and s·B·R [out, rank], computed in fp64 (one rounding, at the end) and zero-padded."""
+def _lora_factors(name: str, factors: dict[str, Tensor], scaling: float, rank: int, dtype: torch.dtype) -> Pair:
+    """A [rank, in] and s·B·R [out, rank], zero-padded; the product is computed in fp64 and rounded once."""
     core = factors["lorasb_R"].double() * scaling
-    b = factors["lorasb_B"].double() @ core
     padding = rank - core.shape[0]
-    return nn.functional.pad(factors["lorasb_A"].double(), (0, 0, 0, padding)), nn.functional.pad(b, (0, padding))
+    a = nn.functional.pad(factors["lorasb_A"].to(dtype), (0, 0, 0, padding))
+    b = nn.functional.pad((factors["lorasb_B"].double() @ core).to(dtype), (0, padding))
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):  # fp16 overflows above 65504
+        raise ValueError(f"layer {name!r} has values that are not finite in {dtype}: nothing was written")
+    return a, b
 
 
-def fuse_experts(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+def fuse_experts(factors: dict[str, Pair]) -> dict[str, Pair]:
     """Factors of experts in PEFT's layout: A [E·r, in], expert by expert, and B [out, r·E], the expert fastest."""
     joined = {name: pair for name, pair in factors.items() if parameter_of(name) is None}
     groups: dict[str, list[str]] = {}
@@ -204,13 +198,6 @@ def fuse_experts(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[T
             joined[name_in_peft] = a, torch.stack([factors[name][1] for name in members], -1).flatten(1)
             name_in_peft += ".base_layer"
     return joined
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    converted = tensor.to(dtype)
-    if not torch.isfinite(converted).all():  # fp16 overflows above 65504
-        raise ValueError(f"layer {name!r} has values that are not finite in {dtype}: nothing was written")
-    return converted
 
 
 def _lora_config(config: Json, rank: int) -> Json:
@@ -230,52 +217,39 @@ def _lora_config(config: Json, rank: int) -> Json:
     }
 
 
-def _card(config: Json, rank: int, command: str) -> str:
-    base = config.get("base_model_name_or_path") or "unknown"
-    return (
-        f"---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# A plain LoRA of rank {rank}\n\n"
-        f"Exported by lorasb from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
-        f"```\n{command}\n```\n"
-    )
-
-
-Pair = tuple[Tensor, Tensor]
-GATE_UP, DOWN = NAMES
 # Of gate, up and down, and of the block's module, where a checkpoint has others than most: by config.model_type.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 OTHER_NAMES = {"mixtral": (("w1", "w3", "w2"), ".mlp.experts", ".block_sparse_moe.experts")}
 
 
-def refuse_slices(kinds: Mapping[str, Sequence[object]]) -> None:
-    """Raise a ValueError for adapters of a parameter's matrices, by the config's `layer_kinds`."""
-    name = next((name for name, kind in kinds.items() if kind[0] == SLICE), None)
-    if name is not None:
-        raise ValueError(
-            f"{name!r} is a matrix of a parameter whose module computes it in another layout, which a plain LoRA "
-            "does not know: merge the adapter (model.merge_and_unload())"
-        )
-
-
-def in_pefts_layout(name: str, a: Tensor, b: Tensor, kind: Sequence[Any] | None) -> dict[str, Tensor]:
-    """State dict entries of a layer's lora_A [r, in], lora_B [out, r] by its `layer_kinds` entry (None: a linear)."""
-    if kind is None:
-        return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    what, _, groups, *shape = kind  # the second is the parameter
-    if what == EMBEDDING:
-        return {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
-    if what == CONVOLUTION:
-        if groups != 1:
+def in_pefts_layout(factors: Mapping[str, Pair], kinds: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
+    """State dict entries of layers' lora_A [r, in] and lora_B [out, r], by the config's `layer_kinds`."""
+    for name, kind in kinds.items():
+        if kind[0] == SLICE:
             raise ValueError(
-                f"{name!r} is a convolution in groups, which a plain LoRA cannot hold: merge the adapter "
-                "(model.merge_and_unload()), or leave the layer out with exclude_modules"
+                f"{name!r} is a matrix of a parameter whose module computes it in another layout, which a plain LoRA "
+                "does not know: merge the adapter (model.merge_and_unload())"
             )
-        ones = [1] * len(shape[2:])
-        return {f"{name}.lora_A.weight": a.reshape(-1, *shape[1:]), f"{name}.lora_B.weight": b.reshape(*b.shape, *ones)}
-    # Measured with PEFT 0.21.2, plain LoRA of nn.MultiheadAttention: what it computes has out_proj's update doubled.
-    raise ValueError(
-        f"{name!r} is nn.MultiheadAttention, whose output projection PEFT's LoRA updates twice: merge the adapter "
-        "(model.merge_and_unload()), or leave the layer out with exclude_modules"
-    )
+    entries: dict[str, Tensor] = {}
+    for name, (a, b) in factors.items():
+        what, _, groups, *shape = kinds.get(name, (None, "weight", 1))
+        start = f"{PEFT_PREFIX}{name}"
+        if what == EMBEDDING:
+            entries |= {f"{start}.lora_embedding_A": a, f"{start}.lora_embedding_B": b}
+            continue
+        # Measured with PEFT 0.21.2, plain LoRA of nn.MultiheadAttention: it computes out_proj's update doubled.
+        if what == ATTENTION or groups != 1:
+            reason = "nn.MultiheadAttention, whose output projection PEFT's LoRA updates twice"
+            if what == CONVOLUTION:
+                reason = "a convolution in groups, which a plain LoRA cannot hold"
+            raise ValueError(
+                f"{name!r} is {reason}: merge the adapter (model.merge_and_unload()), or leave the layer out with "
+                "exclude_modules"
+            )
+        if what == CONVOLUTION:
+            a, b = a.reshape(-1, *shape[1:]), b.reshape(*b.shape, *[1] * len(shape[2:]))
+        entries |= {f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b}
+    return entries
 
 
 # vLLM expands its module `experts` to one entry per expert and projection, `experts.{e}.{name}`, with the checkpoint's
@@ -291,14 +265,9 @@ def per_expert(factors: dict[str, Pair], model_type: str | None) -> dict[str, Pa
             continue
         experts, _, projection = parameter.rpartition(".")
         expert = f"{experts.replace(mine, theirs) if mine else experts}.{name.rpartition('.')[2]}"
-        if projection == DOWN:
+        if projection == NAMES[1]:
             named[f"{expert}.{down}"] = a, b
         else:
-            # they share A, and each has its half of B
-            named[f"{expert}.{gate}"], named[f"{expert}.{up}"] = ((a, half) for half in b.chunk(2))
+            # each has a copy of A, as safetensors refuses shared memory, and its half of B
+            named[f"{expert}.{gate}"], named[f"{expert}.{up}"] = ((a.clone(), half) for half in b.chunk(2))
     return named
-
-
-def target_modules(named: dict[str, Pair]) -> list[str]:
-    """The last parts of the layers' names, which vLLM checks an adapter's config for."""
-    return sorted({name.rpartition(".")[2] for name in named})

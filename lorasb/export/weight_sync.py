@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.torch import uncompiled
-from ..constants import PEFT_PREFIX
 from ..layers.lookup import adapted_layers, layer_kinds, refuse_uninitialized
-from .lora import fuse_experts, in_pefts_layout, refuse_slices
+from .lora import fuse_experts, in_pefts_layout
 
 PARTS = ("lora", "basis", "core")
 
@@ -81,13 +80,9 @@ def lora_of(
         raise ValueError(
             f"expected R of every layer of the basis, and no other: {', '.join(odd[:3])} has one of the two"
         )
-    refuse_slices(kinds or {})
-    tensors: dict[str, Tensor] = {}
     pairs = {n: (basis[f"{n}.A"].float(), basis[f"{n}.B"].float() @ r.float()) for n, r in core.items()}
-    for name, (a, b) in fuse_experts(pairs).items():
-        found = in_pefts_layout(name, a.to(dtype), b.to(dtype), (kinds or {}).get(name))
-        tensors.update({f"{PEFT_PREFIX}{key}": value for key, value in found.items()})
-    return tensors
+    fused = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in fuse_experts(pairs).items()}
+    return in_pefts_layout(fused, kinds or {})
 
 
 def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
