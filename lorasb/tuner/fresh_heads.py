@@ -53,27 +53,16 @@ def missing_from_checkpoint(model: Any) -> list[str]:
     missing = set(_randomly_initialized(model, output))
     # A model with output embeddings is a language model, whose head comes with the checkpoint.
     if output is None:
-        missing.update(_heads(model))
-        missing.update(_poolers(model))
-    return [name for name, module in model.named_modules() if name in missing and not _has_ancestor_in(name, missing)]
-
-
-def _heads(model: Any) -> Iterator[str]:
-    if not TASKS.search(type(model).__name__):
-        return
-    for name, module in model.named_modules():
-        if name in TASK_MODULES_IN_BASE and not _all_loaded(module):
-            yield from _names_to_save(model, name, module)
-    base = getattr(model, model.base_model_prefix, None)
-    for name, child in model.named_children():
-        if child is not base and (isinstance(base, nn.Module) or name in HEADS_WITHOUT_BASE):
-            yield from _names_to_save(model, name, child)
-
-
-def _poolers(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in POOLERS and not _all_loaded(module):
-            yield from _names_to_save(model, name, module)
+        task, base = TASKS.search(type(model).__name__), getattr(model, model.base_model_prefix, None)
+        for name, module in model.named_modules():
+            inside = name.rpartition(".")[2] in POOLERS or (task and name in TASK_MODULES_IN_BASE)
+            if inside and not _all_loaded(module):
+                missing.update(_names_to_save(model, name, module))
+        for name, child in model.named_children() if task else ():
+            if child is not base and (isinstance(base, nn.Module) or name in HEADS_WITHOUT_BASE):
+                missing.update(_names_to_save(model, name, child))
+    below = tuple(f"{name}." for name in missing)
+    return [name for name, _ in model.named_modules() if name in missing and not name.startswith(below)]
 
 
 def _all_loaded(module: nn.Module) -> bool:
@@ -114,24 +103,15 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _randomly_initialized(model: nn.Module, output: nn.Module | None) -> Iterator[str]:
     """Linears that transformers initialized itself: they lack the mark that loading leaves on parameters."""
-    linears = {
-        name.removesuffix(".original_module").removesuffix(".base_layer"): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output and ".modules_to_save." not in name
-    }
-    # accelerate's offloading hooks and parametrizations replace parameters, and the new ones lack the mark.
-    plain = {
-        name: module
-        for name, module in linears.items()
-        if not is_quantized(module) and hook_of(module) is None and not hasattr(module, "parametrizations")
-    }
+    plain: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is output or ".modules_to_save." in name:
+            continue
+        # accelerate's offloading hooks and parametrizations replace parameters, and the new ones lack the mark
+        if not is_quantized(module) and hook_of(module) is None and not hasattr(module, "parametrizations"):
+            plain[name.removesuffix(".original_module").removesuffix(".base_layer")] = module
     unmarked = [n for n, m in plain.items() if not is_loaded(m.weight)]
     # If half of the linears or more lack the mark, transformers did not load the model (it was built from a config),
     # and a missing mark says nothing.
     if 0 < len(unmarked) < len(plain) / 2:
         yield from unmarked
-
-
-def _has_ancestor_in(name: str, names: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:i]) in names for i in range(1, len(parts)))

@@ -17,24 +17,17 @@ ONCE_CALLED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_p
 
 def open_all(model: nn.Module, config: LoRASBConfig, by_old_names: bool) -> None:
     """Open what `target_parameters` names, and experts that `target_modules` names as older checkpoints did."""
-    if by_old_names:
-        _target_by_old_names(model, config)
+    if by_old_names and config.target_modules and config.target_modules != ALL_LINEAR:
+        added = [
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            for name, parts in ONCE_CALLED.items()
+            if _has_experts(module, name) and any(_names_all(config, f"{path}.0", name, part) for part in parts)
+        ]
+        if added:
+            config.target_parameters = sorted({*(config.target_parameters or ()), *added})
     if config.target_parameters:
         open_targets(model, config.target_parameters)
-
-
-def _target_by_old_names(model: nn.Module, config: LoRASBConfig) -> None:
-    """Add to `target_parameters` the experts whose linears `target_modules` names as older checkpoints did."""
-    if config.target_modules == ALL_LINEAR or not config.target_modules:
-        return
-    added = [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        for name, parts in ONCE_CALLED.items()
-        if _has_experts(module, name) and any(_names_all(config, f"{path}.0", name, part) for part in parts)
-    ]
-    if added:
-        config.target_parameters = sorted({*(config.target_parameters or ()), *added})
 
 
 def _has_experts(module: nn.Module, name: str) -> bool:
@@ -57,17 +50,18 @@ def _names_all(config: LoRASBConfig, expert: str, fused: str, parts: tuple[str, 
 
 def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
     """Open the parameters of these names (matched by suffix) and return their full names; raise if one has none."""
-    matched: dict[str, bool] = dict.fromkeys(target_parameters, False)
     parameter_names: list[str] = []
     for path, module in list(model.named_modules()):  # a list, as modules are replaced in the loop
-        full_names = [f"{path}.{name}".removeprefix(".") for name in _names(module)]
-        targets = [full for full in full_names if is_target(full, target_parameters)]
-        for full in targets:
-            matched |= {target: True for target in target_parameters if is_target(full, [target])}
-        if targets:
-            _open(model, path, module, [full.removeprefix(f"{path}.") for full in targets])
-        parameter_names += targets
-    missing = [target for target, is_matched in matched.items() if not is_matched]
+        inner = module.base_layer if isinstance(module, OpenParameters) else module  # opened for an earlier adapter
+        names = (
+            NAMES if isinstance(module, OpenExperts) else [name for name, _ in inner.named_parameters(recurse=False)]
+        )
+        full_names = {name: f"{path}.{name}".removeprefix(".") for name in names}
+        targets = {name: full for name, full in full_names.items() if is_target(full, target_parameters)}
+        if targets and not isinstance(module, OpenExperts):
+            _open(model, path, module, list(targets))
+        parameter_names += targets.values()
+    missing = [target for target in target_parameters if not any(is_target(name, [target]) for name in parameter_names)]
     if missing:
         raise ValueError(
             f"target_parameters: no parameter is called {', '.join(missing)}. Experts have "
@@ -76,17 +70,7 @@ def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
     return parameter_names
 
 
-def _names(module: nn.Module) -> list[str]:
-    """Names of the parameters that may be opened, also of a module that an earlier adapter has opened."""
-    if isinstance(module, OpenExperts):
-        return list(NAMES)
-    inner = module.base_layer if isinstance(module, OpenParameters) else module
-    return [name for name, _ in inner.named_parameters(recurse=False)]
-
-
 def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> None:
-    if isinstance(module, OpenExperts):
-        return
     if not path:
         raise ValueError(
             f"Targeting an nn.Parameter on the top-level module is not supported (parameter {names[0]!r}). Put the "
@@ -94,23 +78,17 @@ def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> N
         )
     inner: nn.Module = module.base_layer if isinstance(module, OpenParameters) else module
     for name in names:
-        _check(f"{path}.{name}", inner.get_parameter(name))
+        parameter = inner.get_parameter(name)
+        if parameter.dim() not in (2, 3) or not parameter.is_floating_point() or type(parameter.data) is not Tensor:
+            raise TypeError(
+                f"target_parameters: expected a matrix [a, b] or matrices [experts, a, b] in 16 or 32 bits, "
+                f"{path}.{name} is {list(parameter.shape)} in {parameter.dtype}"
+            )
     if isinstance(module, OpenParameters):
         module.open(names)
-    else:
-        model.set_submodule(path, OpenExperts(module) if _is_mixtral_like(module) else OpenParameters(module, names))
-
-
-def _check(name: str, parameter: Tensor) -> None:
-    if parameter.dim() not in (2, 3) or not parameter.is_floating_point() or type(parameter.data) is not Tensor:
-        raise TypeError(
-            f"target_parameters: expected a matrix [a, b] or matrices [experts, a, b] in 16 or 32 bits, {name} is "
-            f"{list(parameter.shape)} in {parameter.dtype}"
-        )
-
-
-def _is_mixtral_like(module: nn.Module) -> bool:
-    """True for experts with two 3-D weights and no more that compute as Mixtral's and Qwen3-MoE's do."""
+        return
+    # experts with two 3-D weights and no more, which compute as Mixtral's and Qwen3-MoE's do
     parameters = dict(module.named_parameters(recurse=False))
-    has_two = list(parameters) == list(NAMES) and all(p.dim() == 3 for p in parameters.values())
-    return has_two and computes_like_mixtral(module)
+    has_two = tuple(parameters) == NAMES and all(p.dim() == 3 for p in parameters.values())
+    opened = OpenExperts(module) if has_two and computes_like_mixtral(module) else OpenParameters(module, names)
+    model.set_submodule(path, opened)

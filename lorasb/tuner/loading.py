@@ -112,13 +112,13 @@ def without_foreign(
         of_layers = tuple(f"{prefix}{without_wrapper(layer)}." for layer in layers)
         biases = (name for name in parameters if name.endswith(".bias"))
         expected.update(name for name in biases if config.bias == "all" or name.startswith(of_layers))
-
-    def left_out(key: str, value: Tensor) -> bool:
-        return key.startswith(tuple(wrappers)) or _equals_base(parameters.get(key), value)
-
-    kept = {k: v for k, v in tensors.items() if without_wrapper(k) in expected or not left_out(without_wrapper(k), v)}
-    adapter_file.refuse_other_keys(map(without_wrapper, kept), {*expected, DIGEST})
-    return kept
+    saved = {}
+    for key, value in tensors.items():
+        name = without_wrapper(key)
+        if name in expected or not (name.startswith(tuple(wrappers)) or _equals_base(parameters.get(name), value)):
+            saved[key] = value
+    adapter_file.refuse_other_keys(map(without_wrapper, saved), {*expected, DIGEST})
+    return saved
 
 
 def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
@@ -188,7 +188,8 @@ def swap(
     for name, factors in adapter_file.group_by_layer(tensors).items():
         a, core, b = (factors[part] for part in FACTORS)
         layers[name].set_factors(adapter_name, b, core, a)
-        layers[name].set_scale_as_made(adapter_name, config.scaling_for(len(core)))
-        layers[name].adapters[adapter_name].equivalent = config.equivalent_gradient
+        state = layers[name].adapters[adapter_name]
+        state.scaling = state.made_with = config.scaling_for(len(core))
+        state.equivalent = config.equivalent_gradient
     for field in DESCRIBING:  # what is saved from here on is the other adapter
         setattr(model.peft_config[adapter_name], field, getattr(config, field))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -23,38 +24,26 @@ from ..compat.bitsandbytes import keep_unpacked
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME
 from ..distributed.sharded_factors import with_kept_factors
-from ..layers import linear4bit, linear_group, unfused_experts
+from ..layers import linear4bit, linear_group, lookup, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear import LoRASBLinear
-from ..layers.lookup import (
-    Place,
-    any_merged,
-    discard,
-    layer_kinds,
-    layers_with,
-    places_known,
-    unchanged_on_error,
-    uninitialized,
-)
 from ..layers.weight_adapter import adapt_weights
 from ..serving import basis
 from ..serving.rows import adapters_by_row
 from ..utils.precision import SIXTEEN_BIT
 from . import fused_experts, loading
-from .base_model import can_initialize_now, check_base, check_mergeable, float_dtype, refuse_duplicates
 from .fresh_heads import save_heads
 from .targets import (
     CORE,
-    check_opaque,
-    check_supported,
+    can_initialize_now,
+    check_mergeable,
+    check_targets,
     filter_all_linear,
+    float_dtype,
     inside_tuner,
     layers_named_in,
     rank_for,
-    refuse_half_of_an_embedding,
-    refuse_tied_head,
-    refuse_unknown_names,
-    resolve_ranks,
+    refuse_duplicates,
     without_wrapper,
 )
 from .weighted_adapter import SumOptions, combine
@@ -69,19 +58,13 @@ class LoRASBModel(BaseTuner):
     tuner_layer_cls = AdaptedLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
     init_without_data: InitWithoutData  # set by `register`: `tuner` must not import `init`
-    shared: dict[nn.Module, list[Place]] = {}  # noqa: RUF012  set by `places_known` while modules are replaced
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, object]) -> Any:
-        # PEFT's own version looks None up in a table by model type, which LoRA-SB does not have
-        if peft_config.target_modules is None:
-            peft_config.target_modules = ALL_LINEAR
-        return peft_config
+    shared: dict[nn.Module, list[lookup.Place]] = {}  # noqa: RUF012  set by `places_known` while modules are replaced
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check every target, then replace them all; takes the arguments of PEFT's method."""
         config = cast(LoRASBConfig, self.peft_config[adapter_name])
         # Everything below may fail halfway through the model: the block undoes what was done.
-        with unchanged_on_error(model):
+        with lookup.unchanged_on_error(model):
             refuse_duplicates(model, adapter_name)
             config.start_over()  # before any field is resolved
             config.awaits_weights = config.from_file
@@ -94,12 +77,12 @@ class LoRASBModel(BaseTuner):
             known = config.from_file or kwargs.get("state_dict") is not None
             fused_experts.open_all(model, config, by_old_names=not known)
             self._plan(model, config, kwargs.get("state_dict"))
-            with places_known(self):
+            with lookup.places_known(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = layers_with(model, adapter_name)
-            config.layer_kinds = layer_kinds(layers)
+            layers = lookup.layers_with(model, adapter_name)
+            config.layer_kinds = lookup.layer_kinds(layers)
             # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
-            if config.check_base and config.base_fingerprint is None and not any_merged(model):
+            if config.check_base and config.base_fingerprint is None and not lookup.any_merged(model):
                 sampled = fingerprint({name: layer.base.parameter() for name, layer in layers.items()})
                 config.base_fingerprint = None if sampled is None else WrittenHere(sampled)
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
@@ -108,10 +91,11 @@ class LoRASBModel(BaseTuner):
                 reports: dict[str, object] = self.__dict__.setdefault("init_reports", {})
                 reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
             # last: a group refers to the layers that were put in
-            if any(linear_group.wanted(cast(LoRASBConfig, one).group) for one in self.peft_config.values()):
+            linear_group.dissolve(model)
+            wanted = [cast(LoRASBConfig, one).group for one in self.peft_config.values()]
+            # None: by what `benchmarks.kernels.host_time` and `.training.step` show
+            if any(wanted) or (None in wanted and torch.cuda.is_available()):
                 linear_group.form(model)
-            else:
-                linear_group.dissolve(model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool | re.Match[str] | None:
@@ -122,7 +106,8 @@ class LoRASBModel(BaseTuner):
             return peft_match
         if unfused_experts.is_target(key, targets):  # the list of a parameter's matrices, by the parameter's name
             return False
-        return peft_match or unfused_experts.is_slice_of_target(key, targets)
+        parameter, _, index = key.rpartition(".")  # a matrix of one: `...gate_up_proj.3`
+        return peft_match or (index.isdecimal() and unfused_experts.is_target(parameter, targets))
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: object, **kwargs: object) -> list[str]:
         """Replace PEFT's wrapping of 3-D parameters: `inject_adapter` has opened the experts into linears."""
@@ -177,7 +162,8 @@ class LoRASBModel(BaseTuner):
     def _plan(self, model: nn.Module, config: LoRASBConfig, state_dict: dict[str, Tensor] | None) -> None:
         """Resolve targets and ranks (those of a `state_dict` if given); raise on all that would make replacing fail."""
         basis.resolve(model, config, self.peft_config)
-        self._prepare_adapter_config(config, self.get_model_config(model))
+        if config.target_modules is None:  # PEFT looks it up in a table by model type, which LoRA-SB does not have
+            config.target_modules = ALL_LINEAR
         # PEFT replaces "all-linear" by a set of full names, so this must be checked before.
         all_linear = config.target_modules == ALL_LINEAR
         private.include_all_linear(config, model)
@@ -197,15 +183,7 @@ class LoRASBModel(BaseTuner):
             # modules inside a tuner layer (base_layer) belong to an earlier adapter; the layer itself is the target
             if name and is_target(name) and not inside_tuner(model, name)
         }
-        if not targets and state_dict is None and isinstance(config.target_modules, set):
-            refuse_unknown_names(model, config.target_modules)
-        for name, module in targets.items():
-            check_supported(name, module)
-        refuse_tied_head(model, targets)
-        refuse_half_of_an_embedding(model, targets)
-        check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
-        resolve_ranks(config, targets, state_dict or {})
-        check_base(model, config, targets)
+        check_targets(model, config, targets, state_dict)
 
     def _create_and_replace(
         self,
@@ -270,7 +248,7 @@ class LoRASBModel(BaseTuner):
         if merge:
             check_mergeable(self.model, adapter_names)
         linear_group.dissolve(self.model)  # its pre-hooks would stay on the plain model
-        with places_known(self):
+        with lookup.places_known(self):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unfused_experts.close(model)
         return model
@@ -310,8 +288,8 @@ class LoRASBModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        layers = layers_with(model, adapter_name)
-        fresh = uninitialized(layers, adapter_name)
+        layers = lookup.layers_with(model, adapter_name)
+        fresh = lookup.uninitialized(layers, adapter_name)
         if fresh:
             warnings.warn(
                 f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): its A, R and B are zeros, and it has "
@@ -328,7 +306,7 @@ class LoRASBModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        layers = layers_with(model, adapter_name)
+        layers = lookup.layers_with(model, adapter_name)
         try:
             state_dict = loading.with_factors(state_dict, adapter_name, layers, config)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
@@ -336,7 +314,7 @@ class LoRASBModel(BaseTuner):
         except ValueError:
             # PEFT injected the adapter for this file only; one that was there before stays
             if config.awaits_weights or not any(layer.is_initialized(adapter_name) for layer in layers.values()):
-                discard(model, adapter_name)
+                lookup.discard(model, adapter_name)
             raise
         config.awaits_weights = False
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

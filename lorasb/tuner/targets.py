@@ -1,4 +1,4 @@
-"""Target selection: resolves and checks a config's target modules and ranks against the model."""
+"""Target selection, and checks of a model: before any target is replaced, before an initialization, before a merge."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.adapter_file import difference
 from ..config.adapter import DEFAULT_RANK, LoRASBConfig
 from ..layers import opaque_format, unfused_experts
+from ..layers.adapted_layer import AdaptedLayer
+from ..layers.base import weight_present
+from ..layers.lookup import any_merged, layers_with
 from ..layers.opaque_format import check_linear, has_own_result, has_weight_values
-from ..layers.weight_adapter import KINDS_WITH_WEIGHT, OpenParameters, unfoldings
+from ..layers.weight_adapter import KINDS_WITH_WEIGHT, LoRASBEmbedding, OpenParameters, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..utils.precision import FLOATS
 
@@ -33,16 +38,25 @@ def layers_named_in(state_dict: dict[str, Tensor]) -> dict[str, int]:
     return {without_wrapper(name): len(value) for name, value in cores.items()}
 
 
+def check_targets(
+    model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Module], state_dict: dict[str, Tensor] | None
+) -> None:
+    """Resolve the ranks of the targets (those of a `state_dict` if given); raise if one cannot be replaced."""
+    if not targets and state_dict is None and isinstance(config.target_modules, set):
+        refuse_unknown_names(model, config.target_modules)
+    for name, module in targets.items():
+        check_supported(name, module)
+    refuse_tied_head(model, targets)
+    refuse_half_of_an_embedding(model, targets)
+    check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
+    resolve_ranks(config, targets, state_dict or {})
+    check_base(model, config, targets)
+
+
 def rank_for(config: LoRASBConfig, name: str) -> int:
     """The rank of a layer: its entry in rank_pattern (name or regex, matched as a suffix), else r."""
-    return _pattern_rank(config, name) or config.r or DEFAULT_RANK
-
-
-def _pattern_rank(config: LoRASBConfig, name: str) -> int | None:
-    # as PEFT matches patterns: the key is a whole suffix of the name, after a dot or at its start
-    name = without_wrapper(name)
-    matching = (rank for key, rank in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(matching, None)
+    key = get_pattern_key(list(config.rank_pattern), without_wrapper(name))
+    return config.rank_pattern.get(key) or config.r or DEFAULT_RANK
 
 
 def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dict: dict[str, Tensor]) -> None:
@@ -54,7 +68,7 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
         limit = min(features_of(base_of(module)))
         if rank_for(config, name) <= limit:
             continue
-        if not uses_default or _pattern_rank(config, name) is not None:
+        if not uses_default or get_pattern_key(list(config.rank_pattern), without_wrapper(name)) in config.rank_pattern:
             raise ValueError(
                 f"rank {rank_for(config, name)} is more than layer {name!r} allows: min(in_features, out_features) = "
                 f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"
@@ -78,14 +92,15 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
     """The names of "all-linear" without experts, routers, linears never called, and blocks not selected."""
     quantized = _quantizers_layers(model)  # PEFT leaves out those that do not derive from nn.Linear
     inside = tuple(f"{name}." for name in quantized)  # such as the original that HQQ may keep
+    # a linear inside the module that replaces it because its weight is a target itself
+    opened = {f"{name}.base_layer" for name, module in model.named_modules() if isinstance(module, OpenParameters)}
     names = {
         n
-        for n in {*(config.target_modules or ()), *quantized}
+        for n in {*(config.target_modules or ()), *quantized} - opened
         if not isinstance(model.get_submodule(n), LINEARS_NOT_CALLED)
         and unfused_experts.parameter_of(n) is None
         and not n.startswith(inside)
         and not has_own_result(model.get_submodule(n))  # routers of a linear's class (Llama 4's)
-        and not _is_opened(model, n)
     }
     if config.layers_to_transform is None:  # PEFT ignores it for the full names of "all-linear"
         return names
@@ -95,12 +110,6 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
     list_names = [list_names] if isinstance(list_names, str) else list_names
     index_matches = {n: re.match(rf"(?:^|.*?\.)(?:{'|'.join(list_names)})\.(\d+)\.", n) for n in names}
     return {name for name, match in index_matches.items() if match and int(match.group(1)) in block_indices}
-
-
-def _is_opened(model: nn.Module, name: str) -> bool:
-    """True for a linear inside the module that replaces it because its weight is a target itself."""
-    parent, _, child = name.rpartition(".")
-    return child == "base_layer" and isinstance(model.get_submodule(parent), OpenParameters)
 
 
 def _quantizers_layers(model: Any) -> set[str]:
@@ -118,14 +127,13 @@ def _quantizers_layers(model: Any) -> set[str]:
 def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
     """Raise a ValueError for a head tied to the input embedding: merging would change the embedding too."""
     try:
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     except NotImplementedError:  # transformers' models of sound have none
         embedding = None
-    embedding_weight = getattr(embedding, "weight", None)
-    for name, module in targets.items():
+    weight = getattr(embedding, "weight", None)
+    for name, module in targets.items() if weight is not None else ():
         base = base_of(module)
-        tied = embedding_weight is not None and getattr(base, "weight", None) is embedding_weight
-        if tied and embedding is not None and base is not base_of(embedding):
+        if getattr(base, "weight", None) is weight and base is not base_of(embedding):
             raise ValueError(
                 f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
                 "the model with tie_word_embeddings=False"
@@ -137,13 +145,12 @@ def refuse_half_of_an_embedding(model: nn.Module, targets: dict[str, nn.Module])
     bases = {name: base_of(module) for name, module in targets.items()}
     adapted = {id(base.weight): name for name, base in bases.items() if isinstance(base, nn.Embedding)}
     for name, module in model.named_modules() if adapted else ():
-        if isinstance(module, nn.Embedding) and name not in targets and not inside_tuner(model, name):
-            tied = adapted.get(id(module.weight))
-            if tied is not None:
-                raise ValueError(
-                    f"target {tied!r} shares its weight with the embedding {name!r}, which would go on without the "
-                    "adapter: name both in target_modules, or only those that are called"
-                )
+        tied = adapted.get(id(module.weight)) if isinstance(module, nn.Embedding) and name not in targets else None
+        if tied is not None and not inside_tuner(model, name):
+            raise ValueError(
+                f"target {tied!r} shares its weight with the embedding {name!r}, which would go on without the "
+                "adapter: name both in target_modules, or only those that are called"
+            )
 
 
 def base_of(module: nn.Module) -> Any:
@@ -229,3 +236,71 @@ def _check_weight(name: str, base: nn.Module, weight: Tensor) -> None:
             f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
             "fp32, bf16 or fp16, a layer that bitsandbytes or lorasb.quantize quantized, or another quantizer's"
         )
+
+
+def float_dtype(model: nn.Module) -> torch.dtype | None:
+    """The model's dtype if it is a floating-point one, else None."""
+    dtype = getattr(model, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
+    """Raise if the targets' weights are not those that the adapter was made on."""
+    if not config.base_fingerprint or any_merged(model):
+        return
+    weights = {name: getattr(base_of(module), "weight", None) for name, module in targets.items()}
+    reason = difference(weights, config.base_fingerprint)
+    if reason:
+        raise ValueError(
+            f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
+            f"is another one: {reason}. Load the adapter's own base; if you mean it: "
+            "PeftModel.from_pretrained(base, folder, check_base=False)"
+        )
+
+
+def can_initialize_now(
+    model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: dict[str, AdaptedLayer]
+) -> bool:
+    """True if the init is data-free, W has values, and neither saved weights nor another adapter's A and B follow."""
+    if config.init == "update" or config.basis or config.from_file or any_merged(model):
+        return False
+    # Meta tensors have no values: PEFT's low_cpu_mem_usage makes such adapters, to be loaded afterwards.
+    return all(
+        has_weight_values(layer.get_base_layer()) and not layer.lorasb_A[adapter_name].is_meta
+        for layer in layers.values()
+    )
+
+
+def refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
+    """Raise a ValueError if the model has an adapter of this name."""
+    for name in layers_with(model, adapter_name):
+        raise ValueError(
+            f"{name} has an adapter {adapter_name!r} already: the model is patched. Use "
+            "model.add_adapter(another_name, LoRASBConfig(...)) for one more, or model.unload() to start again"
+        )
+
+
+def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raise if a merged weight would not be finite or is also another module's; changes no layer."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():
+        if not isinstance(module, AdaptedLayer):
+            continue
+        requested = adapter_names if adapter_names is not None else module.active_adapters
+        names = [n for n in requested if n in module.lorasb_R and n not in module.merged_adapters]
+        if names:
+            shared = owners.get(id(getattr(module.get_base_layer(), "weight", None)), [])
+            if len(shared) > 1 and not isinstance(module, LoRASBEmbedding):  # which merges into a copy
+                raise ValueError(
+                    f"{name}: expected a separate weight to merge into, got one that {' and '.join(shared)} share, "
+                    "which would all get the update: keep the adapter apart, or untie the weights before patching"
+                )
+            try:
+                with weight_present(module.get_base_layer()):
+                    module.merged_weight(names)  # one layer's W at a time; dropped at once
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None

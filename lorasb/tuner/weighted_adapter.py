@@ -20,11 +20,9 @@ from ..constants import MAX_RANK
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import any_merged, layers_with, refuse_uninitialized
 
-PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+PRUNING = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
 SVD = "_svd"  # suffix of the kinds that prune updates of W [out, in], not R's
 SIGN_METHODS = ("total", "frequency")
-
-
 KINDS = ("auto", "linear", "svd", "cat", *PRUNING, *(f"{kind}{SVD}" for kind in PRUNING))
 
 
@@ -65,24 +63,11 @@ class SumOptions:
     def add(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """Σ weights · tensors of one shape, pruned if requested. DARE draws from torch's global random state."""
         given = list(tensors), torch.tensor(weights, device=tensors[0].device, dtype=tensors[0].dtype)
-        kind, density = self.pruning, cast(float, self.density)
-        if kind is None:
+        if self.pruning is None:
             return task_arithmetic(*given)
-        if kind in ("ties", "dare_ties"):
-            elect = ties if kind == "ties" else dare_ties
-            return elect(*given, density, self.majority_sign_method)  # type: ignore[arg-type]
-        prune = dare_linear if kind == "dare_linear" else magnitude_prune
-        return prune(*given, density)
-
-    def factors(self, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """U Σ [out, r] and Vᵀ [r, in] of an update [out, in], clamped if requested; r is `rank` or less."""
-        u, s, vt = torch.linalg.svd(update, full_matrices=self.svd_full_matrices, driver=self.svd_driver)
-        rank = min(rank, len(s))
-        left, right = u[:, :rank] * s[:rank], vt[:rank]
-        if self.svd_clamp is None:
-            return left, right
-        bound = float(torch.cat((left.flatten(), right.flatten())).double().quantile(self.svd_clamp))
-        return left.clamp(-bound, bound), right.clamp(-bound, bound)
+        sign_method = [self.majority_sign_method] if self.pruning.endswith("ties") else []
+        total: Tensor = PRUNING[self.pruning](*given, cast(float, self.density), *sign_method)
+        return total
 
 
 @dataclass(frozen=True)
@@ -105,36 +90,27 @@ def combine(
     if options.svd_rank is not None and options.svd_rank < 1:
         raise ValueError(f"svd_rank must be positive, got {options.svd_rank}")
     shared = _share_factors(layers, adapters)
+    kind = options.combination_type
     combined = {}
     for name, layer in layers.items():
         weighted_names = [(w, n) for w, n in zip(weights, adapters, strict=True) if n in layer.lorasb_R]
-        combined[name] = _combined(layer, weighted_names, options, shared)
+        rank = options.svd_rank or max(layer.adapters[n].r for _, n in weighted_names)
+        if shared and not kind.endswith("svd") and kind != "cat":
+            combined[name] = _sum_cores(layer, weighted_names, options)
+        elif options.pruning is not None or options.svd_clamp is not None:
+            combined[name] = _of_update(layer, weighted_names, options, rank)
+        else:
+            combined[name] = _truncated_svd(layer, weighted_names, None if kind == "cat" else rank)
         if len(combined[name].core) > MAX_RANK:
             raise ValueError(
                 f"the sum has rank {len(combined[name].core)} in layer {name!r}, more than {MAX_RANK}: use "
                 f'combination_type="svd" with svd_rank={MAX_RANK} or less'
             )
     _insert(tuner, adapters, adapter_name, layers, combined)
-    worst = max(combined.values(), key=lambda layer_result: layer_result.error)
-    logging.getLogger("lorasb").info(
-        "adapter %r: %d layers combined, largest relative error of their updates %.2e",
-        adapter_name,
-        len(combined),
-        worst.error,
-    )
-    return {name: layer_result.error for name, layer_result in combined.items()}
-
-
-def _combined(
-    layer: AdaptedLayer, weighted_names: list[tuple[float, str]], options: SumOptions, shared: bool
-) -> Combined:
-    kind = options.combination_type
-    rank = options.svd_rank or max(layer.adapters[name].r for _, name in weighted_names)
-    if shared and not kind.endswith("svd") and kind != "cat":
-        return _sum_cores(layer, weighted_names, options)
-    if options.pruning is not None or options.svd_clamp is not None:
-        return _of_update(layer, weighted_names, options, rank)
-    return _truncated_svd(layer, weighted_names, None if kind == "cat" else rank)
+    errors = {name: one.error for name, one in combined.items()}
+    message = "adapter %r: %d layers combined, largest relative error of their updates %.2e"
+    logging.getLogger("lorasb").info(message, adapter_name, len(errors), max(errors.values()))
+    return errors
 
 
 def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> dict[str, AdaptedLayer]:
@@ -191,7 +167,12 @@ def _of_update(
     weights, names = zip(*weighted_names, strict=True)
     updates = [layer.get_delta_weight(name).float() for name in names]
     update = options.add([layer.base.matrix(u) for u in updates], weights)
-    left, right = options.factors(update, rank)
+    u, s, vt = torch.linalg.svd(update, full_matrices=options.svd_full_matrices, driver=options.svd_driver)
+    rank = min(rank, len(s))
+    left, right = u[:, :rank] * s[:rank], vt[:rank]
+    if options.svd_clamp is not None:
+        bound = float(torch.cat((left.flatten(), right.flatten())).double().quantile(options.svd_clamp))
+        left, right = left.clamp(-bound, bound), right.clamp(-bound, bound)
     error = float((update - left @ right).norm() / update.norm().clamp_min(1e-30))
     b, upper = torch.linalg.qr(left.double())  # orthonormal, as LoRA-SB's own are; clamped ones were not
     a, lower = torch.linalg.qr(right.double().t())
@@ -221,8 +202,8 @@ def _insert(
     combined: dict[str, Combined],
 ) -> None:
     active = list(tuner.active_adapters)  # injection may change which adapters are active
-    with_modules = next((name for name in adapters if tuner.peft_config[name].modules_to_save), None)
-    tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[with_modules or adapters[0]], combined)
+    template = next((name for name in adapters if tuner.peft_config[name].modules_to_save), adapters[0])
+    tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[template], combined)
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
         tuner.peft_config[adapter_name].awaits_weights = False  # no file is loaded
@@ -230,8 +211,12 @@ def _insert(
             layer = layers[name]
             # the core includes every s_i; the layer multiplies by its own s again
             layer.set_factors(adapter_name, factors.b, factors.core / layer.adapters[adapter_name].scaling, factors.a)
-        if with_modules is not None:
-            _take_modules_over(tuner.model, with_modules, adapter_name)
+        for wrapper in tuner.model.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper) and template in wrapper.modules_to_save:
+                wrapper.update(adapter_name)
+                modules = wrapper.modules_to_save
+                modules[adapter_name].load_state_dict(modules[template].state_dict())
+                modules[adapter_name].requires_grad_(False)
     except Exception:
         tuner.peft_config.pop(adapter_name, None)
         for layer in layers.values():
@@ -239,14 +224,6 @@ def _insert(
                 layer.delete_adapter(adapter_name)
         raise
     tuner.set_adapter(active)
-
-
-def _take_modules_over(model: torch.nn.Module, old: str, new: str) -> None:
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and old in module.modules_to_save:
-            module.update(new)
-            module.modules_to_save[new].load_state_dict(module.modules_to_save[old].state_dict())
-            module.modules_to_save[new].requires_grad_(False)
 
 
 def _config_like(template: Any, combined: dict[str, Combined]) -> Any:
