@@ -10,13 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import dequantize, quantized_linear
-from ..quantization.quant_state import STORAGE_DTYPES, QuantState, view_as_storage
-from ..quantization.quantized_weight import BLOCKS, KINDS, QuantizedWeight, of_state
+from ..quantization.quantized_weight import BLOCKS, KINDS, QuantizedWeight, QuantState, of_state
 from ..quantization.quantizer import quantize_4bit
 from ..utils.deprecation import renamed_method
 from ..utils.precision import QUANTIZABLE
 from .adapted_layer import AdaptedLayer
 from .base import OpaqueBase
+
+# dtypes that packed bytes may be viewed as
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
+
+def view_as_storage(packed: Tensor, storage: torch.dtype) -> Tensor:
+    """Packed bytes [n, 1] viewed as another dtype, zero-padded to a multiple of its size."""
+    # bitsandbytes' `quant_storage`: FSDP groups parameters of one dtype only, so packed weights take the model's.
+    octets = packed.reshape(-1).view(torch.uint8)
+    octets = nn.functional.pad(octets, (0, -len(octets) % storage.itemsize))
+    return octets.view(storage)[:, None]
 
 
 class Linear4bit(nn.Linear):

@@ -1,10 +1,14 @@
-"""`QuantizedWeight`: the storage of a quantized layer, read from bitsandbytes' modules or our own and checked."""
+"""`QuantizedWeight`: the storage of a quantized layer, read from bitsandbytes' modules or our own and checked.
+
+`QuantState` has the statistics of a 4-bit weight, with bitsandbytes' attribute names and state-dict format.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,13 +16,66 @@ from torch import Tensor, nn
 
 from ..compat.bitsandbytes import unpack_repacked
 from ..utils.precision import QUANTIZABLE
-from .quant_state import QuantState
+from ..utils.reading import Json
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandbytes has
 KINDS = ("nf4", "fp4")
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes in the ops' `layout`
 DEVICES = ("cpu", "cuda", "meta")
 INT8, FOUR_BIT, FOUR_BIT_NESTED = "int8", "4bit", "4bit nested"  # layouts of a weight's tensors
+KEY = "quant_state.bitsandbytes__"  # of the JSON entry in a state dict; "nf4" or "fp4" follows
+
+
+@dataclass
+class QuantState:
+    """Statistics of a packed 4-bit weight; attributes are named as in bitsandbytes."""
+
+    absmax: Tensor  # scale of each block [blocks], fp32; with nested statistics uint8 codes, which `state2` decodes
+    code: Tensor  # [16], the values that the nibbles stand for
+    blocksize: int  # number of elements that share a scale
+    quant_type: str | None = None  # "nf4" or "fp4"; None for `state2`
+    shape: torch.Size | None = None  # of W, as dtype is
+    dtype: torch.dtype = torch.float32
+    offset: Tensor | None = None  # mean of the scales, subtracted before they were quantized
+    state2: QuantState | None = None  # statistics of the quantized scales
+
+    @property
+    def nested(self) -> bool:
+        return self.state2 is not None
+
+    def to(self, device: torch.device | str) -> QuantState:
+        """A copy on another device."""
+        held = {name: getattr(self, name) for name in ("absmax", "code", "offset", "state2")}
+        return replace(self, **{name: value.to(device) for name, value in held.items() if value is not None})
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """The entries of a state dict as bitsandbytes writes them: tensors, and metadata as JSON in uint8."""
+        metadata: Json = {"quant_type": self.quant_type, "blocksize": self.blocksize}
+        metadata |= {"dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape or ())}
+        tensors = {"absmax": self.absmax, "quant_map": self.code}
+        if self.state2 is not None and self.offset is not None:
+            # A copy of the table, which is cached and shared by all layers: safetensors refuses shared memory.
+            tensors |= {"nested_absmax": self.state2.absmax, "nested_quant_map": self.state2.code.clone()}
+            nested_dtype = str(self.state2.dtype).removeprefix("torch.")
+            metadata |= {"nested_blocksize": self.state2.blocksize, "nested_dtype": nested_dtype}
+            metadata["nested_offset"] = self.offset.item()
+        encoded = json.dumps(metadata).encode()
+        return tensors | {f"{KEY}{self.quant_type}": torch.tensor(list(encoded), dtype=torch.uint8)}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> QuantState:
+        """The state from a state dict's entries without the weight's prefix; a ValueError if some are missing."""
+        keys = [key for key in tensors if key.startswith(KEY)]
+        if len(keys) != 1 or not {"absmax", "quant_map"} <= set(tensors):
+            raise ValueError(f"expected absmax, quant_map and {KEY}nf4 of a 4-bit weight, got {sorted(tensors)}")
+        metadata = json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
+        offset, state2 = None, None
+        if "nested_absmax" in tensors:
+            offset = torch.tensor(float(metadata["nested_offset"]))
+            state2 = cls(tensors["nested_absmax"], tensors["nested_quant_map"], metadata["nested_blocksize"])
+        absmax, code = tensors["absmax"], tensors["quant_map"]
+        shape, dtype = torch.Size(metadata["shape"]), getattr(torch, metadata["dtype"])
+        return cls(absmax, code, metadata["blocksize"], metadata["quant_type"], shape, dtype, offset, state2)
 
 
 class QuantizedTensors(NamedTuple):
@@ -113,7 +170,11 @@ def of_state(packed: Tensor, state: QuantState) -> QuantizedWeight:
     if getattr(state, "packing_format_for_cpu", False):
         unpack_repacked(packed, state)
     shape = tuple(int(size) for size in state.shape or ())
-    octets = _octets(packed, math.prod(shape))
+    # A plain tensor instead of bitsandbytes' Params4bit: the direct calls on the CPU take no subclasses.
+    octets = packed.detach().as_subclass(Tensor).contiguous()
+    octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
+    if packed.is_floating_point():  # bytes viewed as a wider dtype are padded to a multiple of its size
+        octets = octets[: -(-math.prod(shape) // 2)]
     tensors = [octets, state.absmax.reshape(-1), state.code]
     block2 = 256
     if state.state2 is not None:
@@ -123,16 +184,6 @@ def of_state(packed: Tensor, state: QuantState) -> QuantizedWeight:
     _check(tensors, shape, state, block2)
     tensors, block = [tensor.contiguous() for tensor in tensors], int(state.blocksize)
     return QuantizedWeight(tensors, (shape[0], shape[1]), state.dtype, str(state.quant_type), block, block2)
-
-
-def _octets(packed: Tensor, count: int) -> Tensor:
-    """The bytes of a packed tensor of `count` elements, two in each."""
-    # A plain tensor instead of bitsandbytes' Params4bit: the direct calls on the CPU take no subclasses.
-    octets = packed.detach().as_subclass(Tensor).contiguous()
-    octets = (octets if octets.dtype == torch.uint8 else octets.view(torch.uint8)).reshape(-1)
-    if packed.is_floating_point():  # bytes viewed as a wider dtype are padded to a multiple of its size
-        octets = octets[: -(-count // 2)]
-    return octets
 
 
 def _check(tensors: list[Tensor], shape: tuple[int, ...], state: QuantState, block2: int) -> None:
@@ -156,11 +207,9 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: QuantState, blo
             )
         if tensor.device != tensors[0].device:
             raise ValueError(f"the weight is on {tensors[0].device}, its statistics on {tensor.device}: model.to(...)")
-    for tensor, name in zip(tensors[1:], names[1:], strict=False):
-        if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
-            continue
+        has_values = tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
         # aminmax propagates NaN, so one pass without a mask is enough
-        if not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
+        if has_values and not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
             raise ValueError(f"the quantized weight's {name} hold NaN or Inf: its file is damaged")
 
 

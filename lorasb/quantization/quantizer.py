@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .quant_state import QuantState
+from .quantized_weight import QuantState
 
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022833334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
@@ -69,19 +69,16 @@ def _nest(state: QuantState) -> QuantState:
     blocks = -(-len(relative) // NESTED_BLOCK)
     padded = torch.nn.functional.pad(relative, (0, blocks * NESTED_BLOCK - len(relative))).view(blocks, NESTED_BLOCK)
     largest = padded.abs().amax(-1)
-    scaled = padded * (1.0 / largest)[:, None]
+    scaled = (padded * (1.0 / largest)[:, None]).clamp(-1, 1)
+    if scaled.is_cuda:  # bitsandbytes finds the nearest table entry exactly on a GPU, by its grid on a CPU
+        nearest = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True)
+    else:
+        index = ((scaled + 1.0) * 0.5 * (GRID - 1) + 0.5).nan_to_num().int()
+        nearest = _grid().to(scaled.device)[index.long()]
     # A block of zeros, which was divided by zero above, has the code 0, as in bitsandbytes.
-    octets = torch.where(largest[:, None] == 0, 0, _nearest(scaled, table)).to(torch.uint8).view(-1)[: len(relative)]
+    octets = torch.where(largest[:, None] == 0, 0, nearest).to(torch.uint8).view(-1)[: len(relative)]
     # `quant_type` of `state2` stays None: these codes index an 8-bit table, not a 4-bit one.
     return replace(state, absmax=octets, offset=offset, state2=QuantState(largest, table, NESTED_BLOCK))
-
-
-def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Indices of the nearest table entries, as bitsandbytes finds them: by its grid on a CPU, exactly on a GPU."""
-    if values.is_cuda:
-        return torch.bucketize(values.clamp(-1, 1), (table[:-1] + table[1:]) / 2, out_int32=True)
-    index = ((values.clamp(-1, 1) + 1.0) * 0.5 * (GRID - 1) + 0.5).nan_to_num().int()
-    return _grid().to(values.device)[index.long()]
 
 
 @lru_cache(maxsize=1)
