@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
@@ -29,24 +29,6 @@ PACKAGES = {
 }
 
 
-@dataclass(frozen=True)
-class Format:
-    """A quantizer's linear, known by its class without an import."""
-
-    name: str  # for messages
-    package: str  # top-level
-    class_name: str  # of the layer's class, or of one that it derives from
-    dequantize: Callable[[Any], Tensor]  # from the layer to W [out, in]
-    requantize: Callable[[Any, Tensor], nn.Module] | None = None  # from the layer and W [out, in] to another such layer
-
-    def matches(self, layer: nn.Module) -> bool:
-        """True for a layer of this format."""
-        return any(
-            kind.__name__ == self.class_name and kind.__module__.partition(".")[0] == self.package
-            for kind in type(layer).__mro__
-        )
-
-
 def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A frozen linear over an existing weight [out, in] and bias: nothing is allocated or drawn."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -56,23 +38,35 @@ def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
-def _requantized_quanto(layer: Any, weight: Tensor) -> nn.Module:
-    kind: Any = importlib.import_module("optimum.quanto").QLinear
-    dense = linear_over(weight, layer.bias)
-    new = kind.from_module(dense, weights=layer.weight_qtype, activations=layer.activation_qtype)
-    new.freeze()  # quanto's word for quantizing W once, instead of in every call
-    return cast(nn.Module, new)
+class QuantoBackend(QuantizationBackend):
+    """optimum-quanto's linears, which PEFT's resolver does not know."""
+
+    backend_name, supports_merge = "optimum-quanto", True
+
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        """W [out, in]."""
+        return cast(Tensor, base_layer.weight.dequantize())
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        """Replace the layer's base by one with the values of `weight_data` [out, in]."""
+        old, kind = peft_layer.base_layer, importlib.import_module("optimum.quanto").QLinear
+        dense = linear_over(weight_data, old.bias)
+        peft_layer.base_layer = kind.from_module(dense, weights=old.weight_qtype, activations=old.activation_qtype)
+        peft_layer.base_layer.freeze()  # quanto's word for quantizing W once, instead of in every call
 
 
-FORMATS = (
-    Format("optimum-quanto", "optimum", "QLinear", lambda layer: layer.weight.dequantize(), _requantized_quanto),
-    Format("GPTQ", "gptqmodel", "BaseQuantLinear", lambda layer: layer.dequantize_weight().t()),
-)
+class GPTQBackend(QuantizationBackend):
+    """gptqmodel's linears, whose weight PEFT's backend does not read."""
+
+    backend_name = "GPTQ"
+
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        """W [out, in]."""
+        return cast(Tensor, base_layer.dequantize_weight().t())
 
 
-def _configuration_lost() -> NoReturn:
-    """In place of a configuration: PEFT's resolver takes no torchao layer without one."""
-    raise ValueError("the model does not say how torchao quantized it: load it with transformers' TorchAoConfig")
+# by the package and name of the layer's class, or of one that it derives from: known without an import
+BACKENDS = {("optimum", "QLinear"): QuantoBackend, ("gptqmodel", "BaseQuantLinear"): GPTQBackend}
 
 
 @dataclass(frozen=True)
@@ -82,25 +76,21 @@ class OpaqueFormat:
     name: str  # of the format, or of the layer's class
     shape: tuple[int, int]  # (out, in)
     dtype: torch.dtype  # that it computes in; also that of A and B
-    backend: QuantizationBackend | None = None  # PEFT's, if its resolver knows the format
-    format: Format | None = None  # ours, if `FORMATS` has it
+    backend: QuantizationBackend | None = None  # PEFT's or one of `BACKENDS`, for a quantizer's format
 
     @property
     def known(self) -> bool:
         """True for a quantizer's format; False for a module that is taken to be linear by a probe."""
-        return self.backend is not None or self.format is not None
+        return self.backend is not None
 
     @torch.no_grad()
     def dequantize(self, layer: nn.Module) -> Tensor:
         """W [out, in] in `dtype`."""
         try:
-            if self.format is not None:
-                weight = self.format.dequantize(layer)
-            elif self.backend is not None:
-                weight = self.backend.get_base_weight(layer)
-            else:
+            if self.backend is None:
                 package = PACKAGES.get(type(layer).__name__)
                 raise TypeError(f"pip install {package}, which knows how" if package else "no known format")
+            weight = self.backend.get_base_weight(layer)
         except (NotImplementedError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter apart from its base "
@@ -113,25 +103,18 @@ class OpaqueFormat:
     @property
     def requantizes(self) -> bool:
         """True if a merged W can be quantized again in the same format."""
-        if self.format is not None:
-            return self.format.requantize is not None
-        if isinstance(self.backend, TorchaoBackend) and self.backend.get_apply_tensor_subclass is _configuration_lost:
-            return False
         return self.backend is not None and self.backend.supports_merge
 
     @torch.no_grad()
     def requantize(self, layer: nn.Module, weight: Tensor) -> nn.Module:
         """A layer with the values of `weight` [out, in], if the format `requantizes`; `layer` is used up."""
-        if self.format is not None and self.format.requantize is not None:
-            new = self.format.requantize(layer, weight)
-        else:
-            # PEFT's backends set the weight of a tuner layer's base, or replace that base
-            bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
-            holder.get_base_layer = lambda: holder.base_layer
-            cast(QuantizationBackend, self.backend).set_base_weight(holder, weight)
-            new = holder.base_layer
-            if new.bias is None:  # HQQ's new layer is made of the weight alone
-                new.bias = bias
+        # Backends set the weight of a tuner layer's base, or replace that base.
+        bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
+        holder.get_base_layer = lambda: holder.base_layer
+        cast(QuantizationBackend, self.backend).set_base_weight(holder, weight)
+        new: nn.Module = holder.base_layer
+        if new.bias is None:  # HQQ's new layer is made of the weight alone
+            new.bias = bias
         return new.requires_grad_(False).train(layer.training)
 
 
@@ -141,11 +124,15 @@ def find(
     """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear."""
     if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
         return None
-    # how torchao quantized the model, if the options do not have it
-    arguments = {"get_apply_tensor_subclass": _configuration_lost, **(options or {})}
-    backend = resolve_quantization_backend(layer, **arguments)
-    known = next((one for one in FORMATS if one.matches(layer)), None)
-    if backend is None and known is None:
+    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(layer).__mro__}
+    backend = next((make() for key, make in BACKENDS.items() if key in kinds), None)
+    if backend is None:
+        # How torchao quantized the model; PEFT's resolver takes no torchao layer without it.
+        torchao = {"get_apply_tensor_subclass": NotImplemented, **(options or {})}
+        backend = resolve_quantization_backend(layer, **torchao)
+        if isinstance(backend, TorchaoBackend) and backend.get_apply_tensor_subclass is NotImplemented:
+            backend.supports_merge = False
+    if backend is None:
         # a module with features and its own forward: not nn.Linear's over a weight that it cannot take
         own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
         if not (own and hasattr(layer, "in_features") and hasattr(layer, "out_features")):
@@ -155,8 +142,8 @@ def find(
         in_features, out_features = private.in_out_features(layer)
     if not isinstance(in_features, int) or not isinstance(out_features, int):
         return None
-    name = known.name if known is not None else backend.backend_name if backend is not None else type(layer).__name__
-    return OpaqueFormat(name, (out_features, in_features), _dtype(layer, default_dtype), backend, known)
+    name = type(layer).__name__ if backend is None else backend.backend_name
+    return OpaqueFormat(name, (out_features, in_features), _dtype(layer, default_dtype), backend)
 
 
 def is_dense(layer: nn.Module) -> bool:
@@ -190,7 +177,7 @@ def first_tensor(layer: nn.Module) -> Tensor:
 TOLERANCE = 0.05
 
 
-def check_linear(name: str, layer: nn.Module, opaque: OpaqueFormat, trained: bool = True) -> None:
+def check_linear(name: str, layer: nn.Module, opaque: OpaqueFormat, trained: bool) -> None:
     """Run one probe of three rows."""
     x = _probe(opaque.shape[1], first_tensor(layer).device, opaque.dtype)
     try:
