@@ -41,10 +41,7 @@ class StoredCores(Protocol):
 
 
 class Group(Protocol):
-    """Layers that read the same x and are computed in one call.
-
-    `linear_group.Siblings` implements it; a protocol, as that module imports this one.
-    """
+    """Layers computed in one call: a protocol, as the module of `linear_group.Siblings` imports this one."""
 
     def take(self, layer: AdaptedLayer, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member; None if the layer has to be computed alone."""
@@ -74,19 +71,11 @@ def _former(name: str, field: str) -> property:
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
-    """A frozen layer with adapters by name: A and B frozen, R trained.
-
-    Args:
-        base_layer: the frozen layer.
-        adapter_name: name of the first adapter.
-        r, scaling, lora_dropout, equivalent_gradient, wide_factors: of it, as of `LoRASBLinear`.
-        fan_in_fan_out, octet_dtype, resolver_options: of the base, as of `LoRASBLinear`.
-    """
+    """A frozen layer with adapters by name: A and B frozen, R trained. Takes the arguments of `LoRASBLinear`."""
 
     # PEFT sets requires_grad on everything in `adapter_layer_names`: only R is listed, as A and B stay frozen.
     adapter_layer_names = ("lorasb_R",)
     other_param_names = ("lorasb_A", "lorasb_B", "adapters")
-    trains_rows = False  # whether rows of a batch may be those of several adapters in training, too
 
     def __init__(
         self,
@@ -361,10 +350,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Set an adapter's s to `scale` times the one that it was made with; others' names are passed over."""
         if adapter in self.adapters:
             self.adapters[adapter].scaling = scale * self.adapters[adapter].made_with
-
-    def set_scale_as_made(self, adapter: str, scaling: float) -> None:
-        """Set an adapter's s, as if it had been made with it."""
-        self.adapters[adapter].scaling = self.adapters[adapter].made_with = scaling
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the s of every active adapter."""

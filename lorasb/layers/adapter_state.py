@@ -80,15 +80,11 @@ class FrozenFactors(nn.ParameterDict):
 
 
 class Cores(nn.ParameterDict):
-    """R by adapter name, not in 16 bits, where small updates would round to nothing, unless that was asked for.
-
-    Attributes:
-        stored_16bit: names of adapters whose R may have 16 bits: PEFT's `autocast_adapter_dtype=False`.
-    """
+    """R by adapter name, not in 16 bits, where small updates would round to nothing, unless that was asked for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stored_16bit: set[str] = set()
+        self.stored_16bit: set[str] = set()  # adapters whose R may have 16 bits: PEFT's `autocast_adapter_dtype=False`
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Parameter) and value.dtype in SIXTEEN_BIT and name not in self.stored_16bit:

@@ -176,15 +176,12 @@ class MergedBase(Base):
 
 
 class QuantizedBase(_Kept):
-    """A linear in 4 or 8 bits, in storage that our kernels read: its own forward does not run.
-
-    Args:
-        int8_dtype: compute dtype of 8 bits, whose storage does not record it; that of its bias, or fp16, if None.
-    """
+    """A linear in 4 or 8 bits, in storage that our kernels read: its own forward does not run."""
 
     def __init__(self, module: nn.Module, int8_dtype: torch.dtype | None) -> None:
         super().__init__(module)
-        self.int8_dtype, self.reads_storage = int8_dtype, True
+        self.reads_storage = True
+        self.int8_dtype = int8_dtype  # compute dtype of 8 bits, whose storage has none; of the bias, or fp16, if None
         # The storage as read, and the parameter it was read from, with its version and pointer. All three are compared:
         # assigning a new parameter may reuse the address, in-place ops change the version alone, and
         # `parameter.data = ...` the pointer alone.

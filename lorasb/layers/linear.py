@@ -21,14 +21,10 @@ from .token_rows import MERGED_ROWS, Rows, other_length
 
 
 class RowCores(NamedTuple):
-    """Operands of `lora_sb_linear` for rows with adapters on one basis.
+    """Operands of `lora_sb_linear` for rows with adapters on one basis."""
 
-    Attributes:
-        a, b: A [r, in] and B [out, r].
-    """
-
-    a: Tensor
-    b: Tensor
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
     cores: Tensor  # [K, r, r]
     places: Tensor  # [n], int64 on the CPU: each row's R, or -1
     scaling: float  # s
@@ -46,9 +42,10 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: o
         if taken is None:
             return _computed(layer, x, of_rows(layer, rows), fused=True)
         return taken if autocast_on(x.device.type) else taken.to(x.dtype)
-    parts: list[RowCores] = []
-    names = [] if layer.disable_adapters else _own(layer, rows)
-    if layer.stored_cores is not None and rows.places is not None and not layer.disable_adapters:
+    if layer.disable_adapters:
+        return layer.base.forward(x, *args, **kwargs)
+    parts, names = [], _own(layer, rows)
+    if layer.stored_cores is not None and rows.places is not None:
         parts.append(of_bank(layer, layer.stored_cores, rows.places))
     if len(names) > 1 and on_one_basis(layer, names):  # one call for all rows
         parts.append(of_adapters(layer, names, rows))
@@ -115,7 +112,7 @@ def on_one_basis(layer: AdaptedLayer, names: list[str]) -> bool:
 def trains_by_row(layer: AdaptedLayer, names: list[str]) -> bool:
     """True if rows may have these adapters while they are trained: one call has their gradients apart."""
     mine = [name for name in names if name in layer.lorasb_R]
-    return not mine or (layer.trains_rows and on_one_basis(layer, mine))
+    return not mine or (isinstance(layer, LoRASBLinear) and on_one_basis(layer, mine))
 
 
 def of_adapters(layer: AdaptedLayer, names: list[str], rows: Rows) -> RowCores:
@@ -128,7 +125,7 @@ def of_adapters(layer: AdaptedLayer, names: list[str], rows: Rows) -> RowCores:
 
 
 def of_bank(layer: AdaptedLayer, bank: StoredCores, places: Tensor) -> RowCores:
-    """The R's of a bank, as they lie; `places` [n]: each row's slot, or -1."""
+    """The R's of a bank, not copied; `places` [n]: each row's slot, or -1."""
     basis, modules = bank.basis, layer._modules  # as in `adapter_forward`: the public way takes microseconds
     a, b = (cast(Any, modules[factor])._parameters[basis] for factor in FROZEN_FACTORS)
     return RowCores(a, b, bank.stack(), places, layer.adapters[basis].scaling)
@@ -145,9 +142,7 @@ class LoRASBLinear(AdaptedLayer):
             (bitsandbytes' `Linear4bit` and `Linear8bitLt`, or ours). A quantized base is computed from its storage,
             not by its own forward, which in bitsandbytes would repack the weight on a CPU. Any other linear is opaque:
             its own forward runs, and the adapter's output is added.
-        adapter_name: name of the first adapter.
-        r: rank of the adapter.
-        scaling: s.
+        adapter_name, r, scaling: name, rank and s of the first adapter.
         lora_dropout: probability of dropping an element of x on the adapter's path.
         equivalent_gradient: apply Theorem 3's closed form to R's gradient.
         wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in it.
@@ -161,8 +156,6 @@ class LoRASBLinear(AdaptedLayer):
     Raises:
         RuntimeError: on a training forward of an adapter that has not been initialized.
     """
-
-    trains_rows = True
 
     def forward(
         self, x: Tensor, *args: object, adapter_names: Rows | Sequence[str] | None = None, **kwargs: object

@@ -113,14 +113,10 @@ class Forward:
 
 
 class Siblings:
-    """Layers of one parent that are expected to read the same x.
+    """Two or more children of one parent, with the same `in_features`, that are expected to read the same x.
 
     Their results belong to one autograd node: to call backward on them one after another, keep the graph
     (`retain_graph=True`) or dissolve the groups with `dissolve(model)`.
-
-    Args:
-        parent: the module that holds the layers; results are kept only inside its forward. Referenced weakly.
-        names: two or more children with the same `in_features`.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
@@ -267,8 +263,7 @@ def wanted(group: bool | None) -> bool:
 
 
 def form(model: nn.Module) -> None:
-    """Form the groups of a model, in place of any that it has."""
-    dissolve(model)
+    """Form the groups of a model that has none."""
     for parent in model.modules():
         for names in NAMES:
             by_in_features: dict[int, list[str]] = {}  # cross-attention's k and v may read a wider input than its q

@@ -78,10 +78,6 @@ class Rows:
         """Each row's name `repeats` times in turn, as for flattened tokens or for beams."""
         return replace(self, index=self.index.repeat_interleave(repeats))
 
-    def expand(self, count: int) -> Rows:
-        """`count` rows with the name of the first, where all rows have the same."""
-        return replace(self, index=self.index[:1].expand(count))
-
 
 def chooses_tokens(name: str) -> bool:
     """True if a module's name is that of a routed expert, which gets a selection of the tokens."""
@@ -93,7 +89,7 @@ def rows_of(x: Tensor, rows: Rows, outer: torch.Size | None, tokens_first: bool)
     """The names for the rows of a layer's input x [n, ..., in]; None if the mapping is ambiguous."""
     if len(rows.names) == 1:  # any selection or order of tokens has the same name
         fits = x.dim() == 2 or tokens_first or len(x) % len(rows) == 0
-        return rows.expand(len(x)) if fits else None
+        return replace(rows, index=rows.index[:1].expand(len(x))) if fits else None
     if x.dim() > 2:
         # With B = T, [B, T, in] and [T, B, in] have the same shape; strides of a transpose give the latter away.
         unclear = x.shape[0] == x.shape[1] and (tokens_first or x.stride(0) < x.stride(1))

@@ -22,13 +22,7 @@ from .token_rows import MERGED_ROWS, Rows, other_length
 
 
 class ParameterSlice(nn.Module):
-    """A view of a parameter W [a, b], or of the e-th matrix of one [E, a, b]; it holds no tensor.
-
-    Args:
-        owner: the module that has the parameter.
-        name: of the parameter.
-        index: e, or None for the whole of a 2-D parameter.
-    """
+    """A view of a parameter W [a, b], or of the matrix `index` of one [E, a, b]; it holds no tensor."""
 
     def __init__(self, owner: nn.Module, name: str, index: int | None) -> None:
         super().__init__()
@@ -137,12 +131,9 @@ class EmbeddingBase(ParameterBase):
 
 
 class LoRASBWeight(AdaptedLayer):
-    """A module whose parameter W [out, in], unfolded, is W + s·B R A; B and A are frozen, R is trained.
+    """A module, or a `LoRASBWeight` of another of its parameters, with W [out, in] + s·B R A in place of W, unfolded.
 
-    Args:
-        base_layer: the module, or a `LoRASBWeight` of another of its parameters.
-        adapter_name: name of the first adapter.
-        options: of `LoRASBLinear`: `r`, `scaling`, `lora_dropout` (of a convolution's x), `equivalent_gradient`.
+    Takes the options of `LoRASBLinear`; `lora_dropout` is of a convolution's x.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, unfolding: Unfolding, **options: Any) -> None:
@@ -323,14 +314,7 @@ def adapt_weights(module: nn.Module, adapter_name: str, **options: object) -> Lo
 
 
 class OpenParameters(nn.Module):
-    """A module with a `ParameterSlice` for each matrix of some of its parameters, under the parameter's own name.
-
-    Forward: that of the module.
-
-    Args:
-        base_layer: the module.
-        names: of its parameters, 2-D or 3-D.
-    """
+    """A module with a `ParameterSlice` for each matrix of some 2-D or 3-D parameters, under the parameter's name."""
 
     def __init__(self, base_layer: nn.Module, names: list[str]) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
-import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -31,7 +30,7 @@ from ..layers.weight_adapter import adapt_weights
 from ..serving import basis
 from ..serving.rows import adapters_by_row
 from ..utils.precision import SIXTEEN_BIT
-from . import fused_experts, loading
+from . import loading
 from .fresh_heads import save_heads
 from .targets import (
     CORE,
@@ -75,7 +74,7 @@ class LoRASBModel(BaseTuner):
             save_heads(model, config)
             # Experts must be nn.Linear modules before `_plan` looks for targets by name.
             known = config.from_file or kwargs.get("state_dict") is not None
-            fused_experts.open_all(model, config, by_old_names=not known)
+            unfused_experts.open_all(model, config, by_old_names=not known)
             self._plan(model, config, kwargs.get("state_dict"))
             with lookup.places_known(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -92,9 +91,7 @@ class LoRASBModel(BaseTuner):
                 reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
             # last: a group refers to the layers that were put in
             linear_group.dissolve(model)
-            wanted = [cast(LoRASBConfig, one).group for one in self.peft_config.values()]
-            # None: by what `benchmarks.kernels.host_time` and `.training.step` show
-            if any(wanted) or (None in wanted and torch.cuda.is_available()):
+            if any(linear_group.wanted(cast(LoRASBConfig, one).group) for one in self.peft_config.values()):
                 linear_group.form(model)
 
     @staticmethod
@@ -111,7 +108,7 @@ class LoRASBModel(BaseTuner):
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: object, **kwargs: object) -> list[str]:
         """Replace PEFT's wrapping of 3-D parameters: `inject_adapter` has opened the experts into linears."""
-        return fused_experts.open_targets(model, peft_config.target_parameters)
+        return unfused_experts.open_targets(model, peft_config.target_parameters)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: object, **kwargs: Any) -> Iterator[None]:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import lorasb
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
-from lorasb.layers.unfused_experts import OpenExperts, close
-from lorasb.tuner.fused_experts import open_targets
+from lorasb.layers.unfused_experts import OpenExperts, close, open_targets
 
 
 def expert_layers(model: nn.Module) -> dict[str, LoRASBLinear]:
