@@ -21,9 +21,8 @@ def adapter_delta(
 ) -> dict[str, Tensor]:
     """An adapter's tensors for a process that serves the same base: no weight is merged, none of the base is sent.
 
-    A trainer sends `adapter_delta(model, "basis")` once, and "core" after every step:
-    4·r² bytes per layer, 3.7 MB for the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA of the
-    two with `lora_of`.
+    A trainer sends `adapter_delta(model, "basis")` once, and "core" after every step: 4·r² bytes per layer, 3.7 MB for
+    the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA of the two with `lora_of`.
 
     Args:
         model: a patched model.
@@ -44,11 +43,12 @@ def adapter_delta(
     name, layers = adapted_layers(model, adapter_name)
     refuse_uninitialized(layers, name)
     if part == "core":
-        return {path: _in(layer.lorasb_R[name].detach(), dtype) for path, layer in layers.items()}
+        return {path: layer.lorasb_R[name].detach().to(dtype=dtype) for path, layer in layers.items()}
     basis: dict[str, Tensor] = {}
     for path, layer in layers.items():
         a, b, s = layer.lorasb_A[name].detach(), layer.lorasb_B[name].detach(), layer.adapters[name].scaling
-        basis[f"{path}.A"], basis[f"{path}.B"] = _in(a, dtype), _in(b if s == 1.0 else b.float() * s, dtype)
+        basis[f"{path}.A"] = a.to(dtype=dtype)
+        basis[f"{path}.B"] = (b if s == 1.0 else b.float() * s).to(dtype=dtype)
     if part == "basis":
         return basis
     core = {path: layer.lorasb_R[name].detach() for path, layer in layers.items()}
@@ -83,7 +83,3 @@ def lora_of(
     pairs = {n: (basis[f"{n}.A"].float(), basis[f"{n}.B"].float() @ r.float()) for n, r in core.items()}
     fused = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in fuse_experts(pairs).items()}
     return in_pefts_layout(fused, kinds or {})
-
-
-def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
