@@ -101,7 +101,7 @@ def backward(
     with on_device(t):
         launch(low_rank_launch.backward_call(dys, members, t, w, plan, need_dx))
         if need_dx:
-            return after_prep_backward(dys, members, us, t, w, dcores, plan, mask), dcores
+            return after_prep_backward(dys, members, us, (t, w), dcores, plan, mask), dcores
         if need_dcore:
             launch(extended_gemm_launch.backward_call(dys, members, us, t, w, None, dcores, plan, mask))
     return None, dcores
@@ -111,14 +111,16 @@ def after_prep_backward(
     dys: Sequence[Tensor],
     members: Members,
     us: Sequence[Tensor],
-    t: Tensor,
-    w: Tensor,
+    thin: tuple[Tensor, Tensor],
     dcores: list[Tensor],
     plan: LaunchPlan,
     mask: Mask,
 ) -> Tensor:
-    """dx = Σ_i dy_i W_i + w_i A_i, and dR_i into `dcores`, if they are wanted: one launch, dR's programs first."""
-    dx, fused = empty_dx(dys, members), is_fused(plan, members, mask)
+    """dx = Σ_i dy_i W_i + w_i A_i, and dR_i into `dcores`, if they are wanted: one launch, dR's programs first.
+
+    thin: t and w.
+    """
+    (t, w), dx, fused = thin, empty_dx(dys, members), is_fused(plan, members, mask)
     adds = mask.dropout > 0.0 and not fused
     if not fused:
         unfused_backward(dys, members, None if adds else w, dx, plan)

@@ -121,7 +121,7 @@ def backward(
         else:
             scratch = dy.new_empty((weight.m, weight.n))
             _launch_prep_and_dequantize(prep, weight, scratch)
-            dx = dense.after_prep_backward([dy], members.with_weight(scratch), [u], t, w, dcores, plan, mask)
+            dx = dense.after_prep_backward([dy], members.with_weight(scratch), [u], (t, w), dcores, plan, mask)
     return dx, dcores[0] if dcores else None
 
 

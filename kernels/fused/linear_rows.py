@@ -74,5 +74,5 @@ def backward(
         if need_dx:
             for of_rows, t_j, out in zip(rows, ts, w.split(width, 1), strict=True):
                 of_rows.times(t_j, False, out)
-            dx = after_prep_backward(dys, members, us, t, w, [], plan, NO_DROPOUT)
+            dx = after_prep_backward(dys, members, us, (t, w), [], plan, NO_DROPOUT)
     return dx, ts

@@ -39,7 +39,7 @@ class PrepConstants(NamedTuple):
 
 
 class CoreConstants(NamedTuple):
-    """What `times_core` reads of a kernel's constants."""
+    """Constants of a kernel that `times_core` reads."""
 
     CORE_PRECISION: tl.constexpr
     R: tl.constexpr

@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 class Reduction(NamedTuple):
-    """What `accumulate` reads of a kernel's constants."""
+    """Constants of a kernel that `accumulate` reads."""
 
     K_MAJOR: tl.constexpr
     EVEN_K: tl.constexpr

@@ -142,7 +142,7 @@ def choice(text: str) -> str | None:
 
 
 def _after_mark(text: str) -> str:
-    """What follows the last mark; "" without one."""
+    """The text after the last mark; "" without one."""
     ends = [at + len(mark) for mark in ANSWER_MARKS if (at := text.rfind(mark)) >= 0]
     return text[max(ends, default=len(text)) :]
 
