@@ -306,7 +306,7 @@ def export(
 @app.command()
 def doctor() -> None:
     """Show versions, backends (and why one is missing), GPU, threads, and the dtype that auto picks."""
-    from .tables import machine
+    from .doctor import machine
 
     console.print(machine())
 
