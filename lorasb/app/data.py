@@ -63,8 +63,8 @@ def _drawn(examples: list[Example], count: int, seed: int) -> list[Example]:
 
 
 def digest(*parts: Sequence[Example]) -> str:
-    """SHA-256 over lists of examples, in order."""
-    text = json.dumps([[astuple(example) for example in part] for part in parts])
+    """SHA-256 over lists of examples, in order; the same for a file by another path."""
+    text = json.dumps([[astuple(replace(example, source="")) for example in part] for part in parts])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

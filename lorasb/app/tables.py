@@ -128,13 +128,18 @@ def costs(summary: Values) -> Table:
 
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str | None) -> Table:
-    """The first held-out problems with their answers; `how` prompts were put, in words (`results.IN_WORDS`)."""
-    table = Table(title=f"{min(EXAMPLES_SHOWN, len(examples))} of the held-out problems", show_lines=True)
+    """Some held-out problems with their answers; `how` prompts were put, in words (`results.IN_WORDS`)."""
+    every = list(zip(examples, before, after, strict=True))
+    wrong = [row for row in every if not is_right(row[2], row[0].completion, row[0].score)]
+    shown = every[:EXAMPLES_SHOWN]
+    if wrong and len(every) > EXAMPLES_SHOWN and not any(row in wrong for row in shown):
+        shown[-1] = wrong[0]  # so that the table does not look better than the score
+    table = Table(title=f"{len(shown)} of the held-out problems", show_lines=True)
     if how is not None:
-        table.caption = f"before: the base model, asked {how} as the adapter is"
+        table.caption = f"before: the base model, asked {how} as the adapter is; all answers: answers.json"
     for name in ("problem", "right answer", "before", "after"):
         table.add_column(name, overflow="fold", max_width=44)
-    for example, *said in list(zip(examples, before, after, strict=True))[:EXAMPLES_SHOWN]:
+    for example, *said in shown:
         cells = [Text(_short(example.prompt, 200)), Text(example.completion)]
         for answer in said:
             mark, style = ("✓", "green") if is_right(answer, example.completion, example.score) else ("✗", "red")

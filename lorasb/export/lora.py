@@ -124,7 +124,7 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
     card = (
         f"---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# A plain LoRA of rank {rank}\n\n"
         f"Exported by lorasb from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
-        f"```\n{command}\n```\n"
+        f"```\n{serve_command(config.get('base_model_name_or_path'), Path('THIS_FOLDER'), rank)}\n```\n"
     )
     write_text(folder / "README.md", card)
     return command

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lorasb.app import tasks
-from lorasb.app.data import MATH_SUBJECTS, NAMED, load_examples, read_data
+from lorasb.app.data import MATH_SUBJECTS, NAMED, digest, load_examples, read_data
 from lorasb.app.finetune import run_finetune
 from lorasb.app.scoring import is_right
 from lorasb.app.settings import Settings
@@ -229,3 +229,12 @@ def test_more_problems_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tasks, "_draw", lambda *given: few)
     with pytest.raises(ValueError, match="task 'gcd' gave 3 distinct prompts, 5 were asked for: ask for fewer"):
         tasks.generate("gcd", 5, 0)
+
+
+def test_a_file_has_one_digest_whatever_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = written(tmp_path / "mine.jsonl", {"prompt": "Two and two?", "completion": "4"})
+    found = digest(read_data(name, "exact"))
+    monkeypatch.chdir(tmp_path)
+    assert digest(read_data("mine.jsonl", "exact")) == found
+    written(tmp_path / "mine.jsonl", {"prompt": "Two and two?", "completion": "5"})
+    assert digest(read_data(name, "exact")) != found

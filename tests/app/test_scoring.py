@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb.app import scoring
+from lorasb.app import scoring, tables
 from lorasb.app.evaluation import HeldOut, LanguageModeling, example_losses
 from lorasb.app.scoring import LABEL_SCORES, SCORES, choice, equal_expressions, expression, final_number, is_right
 from lorasb.app.settings import Settings
@@ -182,3 +182,12 @@ def test_held_out_losses_are_taken_in_fp32(tiny: Path) -> None:
     by_token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     expected = by_token.sum(1) / (labels != -100).sum(1)
     tolerances.check(torch.tensor(found), expected, tolerances.fp32(1))
+
+
+def test_the_shown_answers_have_a_wrong_one_if_there_is_one() -> None:
+    examples = [Example(f"question {i}", f"answer {i}") for i in range(5)]
+    right = [example.completion for example in examples]
+    shown = tables.answers(examples, ["no"] * 5, [*right[:4], "wrong"], None).columns[3]._cells
+    assert [str(cell)[0] for cell in shown] == ["✓", "✓", "✗"]
+    shown = tables.answers(examples, ["no"] * 5, right, None).columns[3]._cells
+    assert [str(cell)[0] for cell in shown] == ["✓"] * 3
