@@ -118,7 +118,7 @@ def costs(summary: Values) -> Table:
         "trained parameters": f"{trained:,} ({trained / summary['base_params']:.2%} of the model)",
         "adapter file": f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)",
         "R of one adapter": f"{4e-3 * trained / several:.0f} KB in fp32" if several else None,
-        "R alone": f"{4e-6 * trained:.1f} MB in fp32" if alone else None,
+        "one more adapter": f"{4e-6 * trained:.1f} MB in fp32 (R alone)" if alone else None,
         "computed in": f"{summary['dtype']} ({summary['machine']})",
         "initialization": f"{summary['init_seconds']:.1f} s",
         "training": f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, {speed}",
