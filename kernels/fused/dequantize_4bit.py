@@ -29,7 +29,7 @@ import triton.language as tl
 
 
 class Storage(NamedTuple):
-    """Storage format of a weight: elements a scale, scales a nested scale, and the dtype that W had."""
+    """Storage format of a weight: elements per scale, scales per nested scale, and the dtype that W had."""
 
     QUANT_BLOCK: tl.constexpr
     NESTED_BLOCK: tl.constexpr
@@ -38,7 +38,7 @@ class Storage(NamedTuple):
 
 @triton.jit
 def storage_of(STORAGE: tl.constexpr):
-    """By name what a kernel takes as a plain tuple: Triton has named tuples as constants since 3.8."""
+    """A kernel's STORAGE by name: Triton takes named tuples as constants only since 3.8."""
     return Storage(STORAGE[0], STORAGE[1], STORAGE[2])
 
 

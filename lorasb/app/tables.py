@@ -130,9 +130,9 @@ def costs(summary: Values) -> Table:
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str | None) -> Table:
     """Some held-out problems with their answers; `how` prompts were put, in words (`results.IN_WORDS`)."""
     every = list(zip(examples, before, after, strict=True))
-    wrong = [row for row in every if not is_right(row[2], row[0].completion, row[0].score)]
-    shown = every[:EXAMPLES_SHOWN]
-    if wrong and len(every) > EXAMPLES_SHOWN and not any(row in wrong for row in shown):
+    shown, others = every[:EXAMPLES_SHOWN], every[EXAMPLES_SHOWN:]
+    wrong = [row for row in others if not is_right(row[2], row[0].completion, row[0].score)]
+    if wrong and all(is_right(said, example.completion, example.score) for example, _, said in shown):
         shown[-1] = wrong[0]  # so that the table does not look better than the score
     table = Table(title=f"{len(shown)} of the held-out problems", show_lines=True)
     if how is not None:

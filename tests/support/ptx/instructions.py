@@ -109,12 +109,11 @@ def _parameter(block: ThreadBlock, source: Address, dtype: Any) -> Array:
         places = np.full(block.threads, block.program.places[source.base] + source.offset)
     else:
         places = block.get(source.base, np.uint64).astype(np.int64) + source.offset
-    by_place = {parameter.place: parameter.name for parameter in block.program.parameters}
     result = np.zeros(block.threads, dtype)
     for place in np.unique(places).tolist():
-        if place not in by_place:
+        if place not in block.program.names:
             raise KernelError(f"ld.param between parameters at {block.where}")
-        value = block.values[by_place[place]]
+        value = block.values[block.program.names[place]]
         bits = np.float32(value).view(np.uint32) if isinstance(value, float) else np.uint64(value % 2**64)
         result[places == place] = np.asarray(bits).astype(BITS[np.dtype(dtype).itemsize]).view(dtype)
     return result

@@ -76,6 +76,11 @@ class Program:
     places: dict[str, int] = field(default_factory=dict)
 
     @cached_property
+    def names(self) -> dict[int, str]:
+        """Names of the parameters by their places."""
+        return {place: name for name, place in self.places.items()}
+
+    @cached_property
     def targets(self) -> frozenset[str]:
         """Registers that some instruction writes, or may: first operands, a vector's members, both of `%r1|%p1`."""
         firsts = (i.operands[0] for i in self.instructions if i.operands)

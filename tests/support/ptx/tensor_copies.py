@@ -35,11 +35,6 @@ class TensorMap:
     size: int  # bytes of an element
     width: int  # bytes that are swizzled, 0 for none
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of a copy, those past the end of the matrix included."""
-        return self.box[0] * self.box[1] * self.size
-
     def elements(self, row: int, column: int) -> tuple[Array, Array]:
         """Global byte addresses of the box at a place, row by row, and which of them are in the matrix."""
         rows, columns = row + np.arange(self.box[0])[:, None], column + np.arange(self.box[1])[None, :]
@@ -208,8 +203,7 @@ def _box(block: ThreadBlock, operand: object, thread: int) -> tuple[TensorMap, i
     if not isinstance(operand, Block):
         raise KernelError(f"a copy without coordinates at {block.where}")
     place = int(block.get(operand.base, np.uint64)[thread])
-    by_place = {parameter.place: parameter.name for parameter in block.program.parameters}
-    described = block.values.get(by_place.get(place, ""))
+    described = block.values.get(block.program.names.get(place, ""))
     if not isinstance(described, TensorMap):
         raise KernelError(f"a copy by something that is no descriptor, at {block.where}")
     column, row = (int(block.get(name, np.int32)[thread]) for name in operand.coordinates)
