@@ -3,7 +3,8 @@
     python -m benchmarks.serving.vllm --vllm .venv/vllm-0.32/bin/python [--seconds 60] [--output benchmarks/results]
 
 SmolLM2-135M, r = 64 on all linears, 64 rows of 8 tokens and 16 more, greedy. Three engines, each in a process, answer
-in turns. Then what a trainer sends after a step: R, the plain LoRA, or merged weights, written and loaded.
+in turns. Then what a trainer sends after a step (R, the plain LoRA, or merged weights, written and loaded), and how
+many adapters an engine holds in 8 GiB.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from lorasb.utils.atomic_files import write_json
 
 FILE = "vllm-cpu.json"
 RANK, ROWS, TOKENS, MANY = 64, 64, 16, 1000
+MEMORY = 8 << 30  # bytes that an engine may allocate where its adapters are counted
 COUNTS = (1, 16, 64)
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BARE, PLUGIN, STOCK = "bare model", "plugin", "vLLM's multi-LoRA"
@@ -48,8 +50,8 @@ HEAD = ("64 rows", "tokens/s (p20 to p80)", "time, over the bare model's")
 class Engine:
     """An engine of vLLM in a process."""
 
-    def __init__(self, python: str, slots: int, basis: Path | None = None) -> None:
-        options = {"model": lorasb.demo_model(), "dtype": dtype_name(), "rows": ROWS, "slots": slots}
+    def __init__(self, python: str, slots: int, basis: Path | None = None, memory: int = 0) -> None:
+        options = {"model": lorasb.demo_model(), "dtype": dtype_name(), "rows": ROWS, "slots": slots, "memory": memory}
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "LORASB_BASIS": str(basis or "")}
@@ -97,13 +99,20 @@ def people(folder: Path) -> Any:
                 layer.lorasb_R[name].copy_(torch.randn(RANK, RANK, generator=generator) * 0.01)
     model.save_pretrained(str(folder), selected_adapters=["default"])
     save_adapters(model, folder, names)
-    for i in range(ROWS, MANY):
-        (folder / f"user{i}").symlink_to(folder / f"user{i % ROWS}")
     first = folder / "plain" / "user0"
     lorasb.export_lora(model, str(first), adapter_name="user0", dtype=measured_dtype(), quiet=True)
-    for name in names[1:]:  # the same numbers under other names: what they cost does not depend on them
-        (folder / "plain" / name).symlink_to(first)
+    link(folder, MANY)
     return model
+
+
+def link(folder: Path, count: int) -> list[str]:
+    """Give so many names to the adapters: what they cost does not depend on their numbers. Returns the names."""
+    names = [f"user{i}" for i in range(count)]
+    for i, name in enumerate(names):
+        for path, target in ((folder, f"user{i % ROWS}"), (folder / "plain", "user0")):
+            if not (path / name).exists():
+                (path / name).symlink_to(path / target)
+    return names
 
 
 def speed(engines: dict[str, Engine], seconds: float) -> dict[str, Any]:
@@ -172,21 +181,52 @@ def measured(python: str, seconds: float) -> dict[str, Any]:
         model = people(folder)
         engines = {BARE: Engine(python, 0), PLUGIN: Engine(python, MANY, folder), STOCK: Engine(python, ROWS + 1)}
         try:
-            names = [f"user{i}" for i in range(MANY)]
+            names = link(folder, MANY)
             added = engines[PLUGIN]("add", names=names, folder=str(folder))
             stock = engines[STOCK]("add", names=names[:ROWS], folder=str(folder / "plain"))
             found = speed(engines, seconds)
             resident = {way: one("run", names=[None] * ROWS, tokens=1)["resident"] for way, one in engines.items()}
+            sync = syncing(model, engines, folder)
+            for engine in engines.values():
+                engine.close()
             return {
                 "speed": found,
                 "add_ms": {PLUGIN: median(added["ms"][ROWS:]), STOCK: median(stock["ms"][1:])},
                 "slot_bytes": {PLUGIN: _numbers(folder / "user0"), STOCK: _numbers(folder / "plain" / "user0")},
                 "resident": resident,
-                "sync": syncing(model, engines, folder),
+                "sync": sync,
+                "held": {way: most(python, way, folder) for way in (PLUGIN, STOCK)},
             }
         finally:
             for engine in engines.values():
                 engine.close()
+
+
+def most(python: str, way: str, folder: Path) -> int:
+    """Adapters that an engine of `MEMORY` bytes starts with and loads, to within a tenth."""
+    held, refused = ROWS // 2, 0
+    while not refused or held * 1.1 < refused:
+        count = (held + refused) // 2 if refused else 2 * held
+        if _holds(python, way, folder, count):
+            held = count
+        else:
+            refused = count
+    return held
+
+
+def _holds(python: str, way: str, folder: Path, count: int) -> bool:
+    names = link(folder, count)
+    try:
+        engine = Engine(python, count, folder if way == PLUGIN else None, MEMORY)
+    except RuntimeError:
+        return False
+    try:
+        engine("add", names=names, folder=str(folder if way == PLUGIN else folder / "plain"))
+    except RuntimeError:
+        return False
+    finally:
+        engine.close()
+    return True
 
 
 def _numbers(folder: Path) -> int:
@@ -215,6 +255,10 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
         f"adapter is added in {added[PLUGIN]:.1f} ms, {added[STOCK]:.0f} ms. {MANY} adapters are resident in "
         f"{(resident[PLUGIN] - resident[BARE]) / 1e9:.2f} GB more than the bare model; as plain LoRAs their slots "
         f"would take {MANY * slots[STOCK] / 1e9:.0f} GB, and vLLM keeps a second copy."
+    )
+    yield (
+        f"Where a process may allocate {MEMORY >> 30} GiB, the plugin holds {found['held'][PLUGIN]:,} adapters and "
+        f"vLLM {found['held'][STOCK]:,}; with a tenth more neither starts."
     )
     parts = [f"{name} {one['bytes'] / 1e6:.1f} MB and {one['ms']:.0f} ms" for name, one in found["sync"].items()]
     yield f"After a step a trainer writes, and the sampler loads: {', '.join(parts)}."

@@ -4,6 +4,7 @@ Runs in an environment of vLLM's, without lorasb's other requirements: python vl
 """
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -16,9 +17,11 @@ def resident_bytes() -> int:
 
 
 class Engine:
-    """An engine in this process, and its commands."""
+    """An engine in this process, and its commands; `memory` limits the bytes that the process may allocate."""
 
-    def __init__(self, model: str, dtype: str, rows: int, slots: int, modules: list[str]) -> None:
+    def __init__(self, model: str, dtype: str, rows: int, slots: int, modules: list[str], memory: int = 0) -> None:
+        if memory:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         from vllm import LLM
 
         lora: dict[str, Any] = {}

@@ -176,10 +176,6 @@ def _finetune(values: Given) -> None:
     result = run_finetune(settings)
     if console.quiet:  # not rank 0, which prints the same tables
         return
-    if result.report is not None:
-        console.print(tables.energies(result.report))
-    if found := result.summary.get("basis_fit"):
-        console.print(tables.basis_line(found["share"], found["random"]))
     how = IN_WORDS.get(result.summary.get("prompt_format", ""))  # results of earlier versions do not say
     console.print(tables.answers(result.examples, result.before.answers, result.after.answers, how))
     console.print(tables.before_and_after(result.summary))
@@ -187,6 +183,10 @@ def _finetune(values: Given) -> None:
         console.print(tables.adapters(result.summary))
     for line in tables.advice(result.summary):
         console.print(line)
+    if result.report is not None:
+        console.print(tables.energies(result.report))
+    if found := result.summary.get("basis_fit"):
+        console.print(tables.basis_line(found["share"], found["random"]))
     console.print(tables.costs(result.summary))
     console.print(_files(settings.output))
     if how is not None:

@@ -136,7 +136,10 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
         shown[-1] = wrong[0]  # so that the table does not look better than the score
     table = Table(title=f"{len(shown)} of the held-out problems", show_lines=True)
     if how is not None:
-        table.caption = f"before: the base model, asked {how} as the adapter is\nall answers: answers.json"
+        table.caption = (
+            f"before: the base model, asked {how} as the adapter is\n"
+            "long answers are cut (--max-new-tokens); all answers: answers.json"
+        )
     for name in ("problem", "right answer", "before", "after"):
         table.add_column(name, overflow="fold", max_width=44)
     for example, *said in shown:

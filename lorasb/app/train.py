@@ -54,12 +54,12 @@ def announcement(run: Run) -> str:
     """The line printed before training."""
     settings = run.settings
     where = torch.cuda.get_device_name() if device() == "cuda" else "CPU"
-    steps = f"on the {where} in {run.precision.name}: {run.steps:,} steps of"
+    begin, steps = f"on the {where} in {run.precision.name}:", f"{run.steps:,} steps of"
     if settings.rl is not None:
-        return f"GRPO {steps} {settings.prompts_a_step} prompts, {settings.generations} completions each"
-    rows = "rows" if settings.packing else "examples"
+        return f"GRPO {begin} {steps} {settings.prompts_a_step} prompts, {settings.generations} completions each"
+    rows = f"{len(run.rows):,} {'rows' if settings.packing else 'examples'} ({len(run.held_out):,} held out)"
     passes = "" if settings.epochs or run.epochs == 1 else f" ({run.epochs:g} passes, --epochs auto)"
-    return f"Training {steps} {settings.batch_size} {rows}{passes}, {run.tokens:,} tokens"
+    return f"Training {begin} {rows}, {steps} {settings.batch_size}{passes}, {run.tokens:,} tokens"
 
 
 def estimated(run: Run, estimate: Estimate) -> list[str]:
@@ -264,9 +264,18 @@ class Bar(ProgressCallback):
 
     def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         """Open the bar at the run's current step."""
-        self.current_step = state.global_step
+        self.current_step, self.first_step = state.global_step, state.global_step + 1
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args: Any, state: State, control: Control, **kwargs: object) -> None:
+        """Advance the bar, whose clock starts after the first step: that one also loads libraries."""
+        bar = self.training_bar
+        if bar is None or state.global_step != self.first_step:
+            super().on_step_end(args, state, control, **kwargs)
+            return
+        bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step
+        bar.unpause()
 
     def on_log(self, args: object, state: State, control: Control, logs: Logs = None, **kwargs: object) -> None:
         logs = logs or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,9 @@ def patch(
     config = copy.deepcopy(config)  # patching resolves fields (ranks, targets) for this model alone
     if config.task_type is None:  # PEFT chooses its wrapper class (PeftModelForCausalLM, ...) by it
         config.task_type = infer_task_type(model)
-    adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
     precision.warn_if_slow(adapted)
     return adapted
 

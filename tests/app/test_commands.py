@@ -236,5 +236,5 @@ def test_few_rows_are_trained_for_sixty_steps(tiny: Path, tmp_path: Path) -> Non
     where = ("--model", tiny, "--data", file, "--output", tmp_path / "run")
     done = lorasb("finetune", *where, "--r", "4", "--samples", "8")
     assert done.returncode == 0, done.stdout
-    assert "60 steps of 16 examples (15 passes, --epochs auto)" in " ".join(done.stdout.split())
+    assert "60 steps of 16 (15 passes, --epochs auto)" in " ".join(done.stdout.split())
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_steps"] == 60

@@ -243,7 +243,7 @@ def test_bad_input_gets_one_line(tmp_path: Path) -> None:
 
 def a_run(name: str = "float32", **values: Any) -> Any:
     rows = [Encoded((1,) * 20, (2,) * 5)] * 64
-    counts = {"steps": 125, "tokens": 50_000, "epochs": values.get("epochs", 1.0)}
+    counts = {"steps": 125, "tokens": 50_000, "epochs": values.get("epochs", 1.0), "held_out": [None] * 3}
     return SimpleNamespace(settings=replace(Settings(), **values), precision=Precision(name, ""), rows=rows, **counts)
 
 
@@ -261,8 +261,8 @@ def test_a_peak_before_training_says_nothing_of_a_step() -> None:
 
 def test_one_line_says_steps_tokens_time_and_memory() -> None:
     (line,) = train.estimated(a_run(), train.Estimate(260, 2_100_000_000))
-    told = "125 steps of 16 examples, 50,000 tokens: about 4 min and 2.1 GB, by the first steps"
-    assert line == f"Training on the CPU in float32: {told}"
+    length = "64 examples (3 held out), 125 steps of 16, 50,000 tokens"
+    assert line == f"Training on the CPU in float32: {length}: about 4 min and 2.1 GB, by the first steps"
 
 
 @pytest.mark.parametrize(
