@@ -4,6 +4,7 @@
 
 #include "cpu/dispatch.h"
 #include "gemm/quantized_weight.h"
+#include "gemm/unpacked_gemm.h"
 #include "ops/linear.h"
 #include "ops/linear_quantized.h"
 #include "ops/linear_rows.h"
@@ -27,7 +28,7 @@ TORCH_LIBRARY(lorasb_csrc, m) {
   m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { lorasb::use_or_raise(name); });
   m.def("instruction_set() -> str", [] { return lorasb::name_in_use(); });
   m.def("serves(ScalarType dtype) -> bool", [](at::ScalarType dtype) { return lorasb::serves(dtype); });
-  m.def("max_unpacked_tokens() -> int", [] { return lorasb::max_unpacked_tokens(); });
+  m.def("max_unpacked_tokens(int elements) -> int", &lorasb::max_unpacked_tokens);
   // The backend calls these for lorasb::adapted_linear where `serves` says so. Forward returns y and
   // u = x Aᵀ, backward dx and dR; a group returns them flat.
   m.def(

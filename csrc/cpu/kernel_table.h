@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "cpu/bf16_microkernel.h"
 #include "cpu/fp32_microkernel.h"
@@ -77,9 +78,10 @@ struct Kernels {
   // sums [rows, d_columns.size()] += c [rows, ..] D[d_rows, d_columns].
   void (*dense_add_bf16)(MatrixView c, int64_t rows, Bf16View d, Range d_rows, Range d_columns, float* sums) = nullptr;
 
-  // Up to this many tokens are faster against a dense W that is read in place than by the BLAS, which packs it; 0
-  // where bf16 is not multiplied.
-  int64_t max_unpacked_tokens = 0;
+  // Up to min_ tokens, and up to max_ where they are at most so many products, are faster against a dense W that is
+  // read in place than by the BLAS, which packs it; 0 tokens where bf16 is not multiplied.
+  int64_t min_unpacked_tokens = 0, max_unpacked_tokens = 0;
+  int64_t max_unpacked_products = std::numeric_limits<int64_t>::max();
   // One panel of up to kUnpackedTokens tokens of x [count, columns], in the order that `multiply_unpacked` reads.
   void (*arrange_tokens)(Bf16View x, int64_t count, int64_t columns, uint16_t* dst) = nullptr;
   // y [tokens, rows] in bf16 = the sum of x_t D_t[rows]ᵀ over terms + bias, rounded once; y's column r is D's row r.

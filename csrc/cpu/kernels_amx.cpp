@@ -178,6 +178,7 @@ const Kernels& amx_kernels() {
     k.bf16_gemm = &bf16_gemm;
     k.max_few_tokens = 2;         // for more, the blocked product by tiles is faster
     k.max_unpacked_tokens = 128;  // measured from 576 x 576 to 11008 x 4096
+    k.max_unpacked_products = std::numeric_limits<int64_t>::max();
     k.arrange_tokens = arrange_pairs_of_tokens;
     k.multiply_unpacked = multiply_by_tiles;
     return k;

@@ -99,7 +99,9 @@ const Kernels& avx512_bf16_kernels() {
     k.dot_bf16 = dot_bf16;
     k.dense_dot_bf16 = dense_dot_bf16;
     k.dense_add_bf16 = dense_add_bf16;
-    k.max_unpacked_tokens = 16;  // measured on two cores of an Emerald Rapids, without its tiles
+    k.min_unpacked_tokens = 16;             // measured on two cores of an Emerald Rapids, without its tiles
+    k.max_unpacked_tokens = 128;            // and on two of a Zen 5
+    k.max_unpacked_products = 100'000'000;  // from 576 x 192 to 2048 x 2048
     k.arrange_tokens = arrange_rows_of_tokens;
     k.multiply_unpacked = multiply_by_dots;
     k.outer_bf16 = outer_bf16;

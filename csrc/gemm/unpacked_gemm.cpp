@@ -19,8 +19,14 @@ std::unique_ptr<uint16_t[], void (*)(void*)> allocate_lines(int64_t elements) {
 
 }  // namespace
 
+int64_t max_unpacked_tokens(int64_t elements) {
+  const Kernels& k = kernels();
+  const int64_t by_products = k.max_unpacked_products / std::max<int64_t>(elements, 1);
+  return std::min(k.max_unpacked_tokens, std::max(k.min_unpacked_tokens, by_products));
+}
+
 bool unpacked_gemm_supported(const at::Tensor& w, const at::Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 && x.size(0) > 0 && x.size(0) <= kernels().max_unpacked_tokens &&
+  return x.scalar_type() == at::kBFloat16 && x.size(0) > 0 && x.size(0) <= max_unpacked_tokens(w.numel()) &&
          w.is_contiguous() && w.numel() > 0;
 }
 

@@ -22,6 +22,9 @@
 
 namespace lorasb {
 
+// Up to so many tokens in bf16 a contiguous W of so many elements is read in place.
+int64_t max_unpacked_tokens(int64_t elements);
+
 // True if x [M, n] and a dense W [m, n] are taken.
 bool unpacked_gemm_supported(const at::Tensor& w, const at::Tensor& x);
 

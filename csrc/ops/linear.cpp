@@ -40,8 +40,6 @@ bool serves(at::ScalarType dtype) {
 #endif
 }
 
-int64_t max_unpacked_tokens() { return kernels().max_unpacked_tokens; }
-
 std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                                 const at::Tensor& a, const at::Tensor& core, const at::Tensor& b,
                                                 const std::optional<at::Tensor>& bias, double scaling, double dropout,

@@ -15,9 +15,6 @@ namespace lorasb {
 // ops below do not ask, so that tests reach them everywhere.
 bool serves(at::ScalarType dtype);
 
-// Up to so many tokens in bf16 forward reads a contiguous W in place, where `serves` says no.
-int64_t max_unpacked_tokens();
-
 // y [..., m] and u = x Aᵀ [M, r]; of one member of lorasb::adapted_linear.
 std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                                 const at::Tensor& a, const at::Tensor& core, const at::Tensor& b,

@@ -78,9 +78,10 @@ def serves(dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> bool:
 def serves_few(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """True if the extension computes forward in bf16 for as few tokens as x [..., in] has."""
     # contiguous W's [out, in] are read in place, in one call; the BLAS packs each again every time, in four
-    if x.dtype != torch.bfloat16 or not 0 < x.numel() <= most_tokens() * x.shape[-1]:
+    if x.dtype != torch.bfloat16 or not weights:
         return False
-    return bool(weights) and all(weight.is_contiguous() for weight in weights)
+    width = x.shape[-1]
+    return all(w.is_contiguous() and 0 < x.numel() <= most_tokens(w.numel()) * width for w in weights)
 
 
 def computes(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -91,9 +92,9 @@ def computes(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 @lru_cache
-def most_tokens() -> int:
-    """Tokens up to which that is faster on the instruction set in use; 0 where there is no such product."""
-    return 0 if _reason is not None else int(_csrc.max_unpacked_tokens())
+def most_tokens(elements: int) -> int:
+    """Tokens up to which that is faster with a W of so many elements; 0 where there is no such product."""
+    return 0 if _reason is not None else int(_csrc.max_unpacked_tokens(elements))
 
 
 @lru_cache
