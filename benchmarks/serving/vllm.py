@@ -204,9 +204,9 @@ def measured(python: str, seconds: float) -> dict[str, Any]:
 
 def most(python: str, way: str, folder: Path) -> int:
     """Adapters that an engine of `MEMORY` bytes starts with and loads, to within a tenth."""
-    held, refused = ROWS // 2, 0
+    held, refused = 0, 0
     while not refused or held * 1.1 < refused:
-        count = (held + refused) // 2 if refused else 2 * held
+        count = (held + refused) // 2 if refused else 2 * held or (MANY if way == PLUGIN else ROWS)
         if _holds(python, way, folder, count):
             held = count
         else:
