@@ -123,7 +123,7 @@ def _call(
         # Small dense calls are faster composed of torch's own ops, where these would compute them in any case.
         forward = kernels.forward
         if forward is eager.eager_forward or (forward is cpp.forward and not cpp.computes(x, weights)):
-            ys = eager.composed(x, weights, a, cores, b, biases, scalings)
+            ys = eager.composed(x, lists, scalings)
             if ys is not None:
                 return ys
     # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
@@ -136,10 +136,7 @@ def _transformed(x: Tensor, operands: Operands) -> list[Tensor]:
     index, dropout = operands.row_index, operands.dropout
     if index is not None:
         eager.check_index(index, min(map(len, operands.cores)))
-    return [
-        eager.transformed(x, one.base, one.a, one.core, one.b, one.bias, one.scaling, dropout, index)  # type: ignore[arg-type]
-        for one in operands.members()
-    ]
+    return [eager.transformed(x, one, dropout, index) for one in operands.members()]
 
 
 def _row_index(index: Tensor | Sequence[int] | None, dropout: float) -> Tensor | None:

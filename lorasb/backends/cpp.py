@@ -159,9 +159,8 @@ def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
     by_torch = bool(operands.base) and not operands.is_quantized and not serves(x.dtype, operands.base)
     results = []
     for one in operands.members():
-        base = (None, *one.base) if isinstance(one.base, tuple) else (one.base, [], list(DENSE))
         given = one.a, _dense(one.core), one.b, one.bias, operands.row_index, one.scaling, by_torch
-        results.append(_csrc.linear_rows(x, *base, *given))
+        results.append(_csrc.linear_rows(x, *_storage(one.base), *given))
     return _flat(results)
 
 
@@ -209,7 +208,8 @@ def _extended_transposed(rows: Tensor, base: eager.Base, w: Tensor, a: Tensor, o
     return dx if onto is None else onto.add_(dx)
 
 
-def _storage(base: Tensor | tuple[list[Tensor], list[int]]) -> tuple[object, ...]:
+def _storage(base: eager.Base) -> tuple[object, ...]:
+    """W, or None, then the tensors and the layout of a quantized one, as the extension takes them."""
     return (None, *base) if isinstance(base, tuple) else (base, [], list(DENSE))
 
 

@@ -316,22 +316,16 @@ def _sum_rows(left: Tensor, right: Tensor, total: Tensor | None, rows: slice, fr
     return block if product is None else block.add_(product)
 
 
-def composed(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    cores: Sequence[Tensor],
-    b: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    scalings: Sequence[float],
-) -> list[Tensor] | None:
+def composed(x: Tensor, lists: Sequence[Sequence[Tensor]], scalings: Sequence[float]) -> list[Tensor] | None:
     """The y_j of a small dense call by torch's own ops; None where our autograd function is faster or has to run.
 
     y_j = x W_jᵀ + bias_j, then s_j·x A_jᵀ R_jᵀ B_jᵀ accumulated onto it; autograd saves u_j = x A_jᵀ [M, r] but not x.
+    lists: W, A, R, B and biases of the members; W and biases may be empty.
     """
     # In fp16 dR, which sums over all tokens in x's dtype, overflows; autocast would cast the product with R, too.
     if x.dtype == torch.float16 or torch.is_autocast_enabled("cpu"):
         return None
+    weights, a, cores, b, biases = lists
     if torch.is_grad_enabled():
         if x.numel() * x.element_size() >= SMALL_BYTES:
             return None
@@ -352,26 +346,17 @@ def composed(
     return ys
 
 
-def transformed(
-    x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    core: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    index: Tensor | None = None,
-) -> Tensor:
-    """y by out-of-place torch operations, which have every derivative, forward mode and `vmap`."""
+def transformed(x: Tensor, one: Member, dropout: float, index: Tensor | None) -> Tensor:
+    """y over a dense W by out-of-place torch operations, which have every derivative, forward mode and `vmap`."""
+    core, base = one.core, cast("Tensor | None", one.base)
     with torch.autocast(x.device.type, enabled=False):
-        a, b = a.detach(), b.detach()  # frozen, as for the ops
-        weight, bias = (None if t is None else t.detach() for t in (weight, bias))
+        a, b = one.a.detach(), one.b.detach()  # frozen, as for the ops
+        weight, bias = (None if t is None else t.detach() for t in (base, one.bias))
         u = functional.linear(functional.dropout(x, dropout), a).to(core.dtype)  # so that dR does not overflow in fp16
         if index is None:
-            v = functional.linear(u, core * scaling)
+            v = functional.linear(u, core * one.scaling)
         else:
-            chosen = core.index_select(0, index.clamp(min=0).to(core.device)) * scaling
+            chosen = core.index_select(0, index.clamp(min=0).to(core.device)) * one.scaling
             chosen = chosen * (index >= 0).to(core)[:, None, None]
             v = (u.reshape(len(index), -1, u.shape[-1]) @ chosen.mT).reshape(u.shape)
         y = functional.linear(v.to(x.dtype), b, bias)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -130,26 +130,26 @@ class _Function(torch.autograd.Function):
         return dx, None, None, *[None] * (base + count), *dcores, *[None] * (count + biases)
 
 
-def _setup(ctx: Context, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, *given = inputs
-    operands = Operands(*given)
+def _setup(ctx: Context, inputs: tuple[object, ...], output: list[Tensor]) -> None:
+    operands = Operands._make(inputs[1:])
     us = output[len(operands.a) :]
     ctx.mark_non_differentiable(*us)
-    _save(ctx, x, operands, us)
+    _save(ctx, cast(Tensor, inputs[0]), operands, us)
 
 
-def _derivative(owner: str, serves: bool = False) -> Callable[..., tuple[object, ...]]:
-    """The formula of an owner's op, or with `serves` of the one whose result is y alone."""
+def _derivative(owner: str) -> Callable[..., tuple[object, ...]]:
+    """The formula of an owner's op, and of the one whose result is y alone."""
     op = registry.backward_op(owner)
 
-    def backward(ctx: Context, grads: Any) -> tuple[object, ...]:
+    def backward(ctx: Context, grads: Tensor | Sequence[Tensor | None]) -> tuple[object, ...]:
         if torch.is_grad_enabled():  # x is not saved, and no graph could lead from dR to it
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         base, biases, *_, need_dcores = ctx.rest
         count = len(need_dcores)
-        dx, dcores = _gradients(op, ctx, [grads] if serves else grads[:count])
-        if serves:
+        if isinstance(grads, Tensor):
+            dx, dcores = _gradients(op, ctx, [grads])
             return dx, None, None, dcores[0], None, None, None
+        dx, dcores = _gradients(op, ctx, grads[:count])
         none = [None] * count
         return dx, [None] * base, None, none, dcores, none, [None] * biases, *(None,) * 4
 
@@ -160,22 +160,25 @@ def _serve_fake(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Te
     return x.new_empty((*x.shape[:-1], b.shape[0]))
 
 
-def _serve_setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+_ServeInputs = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, float]
+
+
+def _serve_setup(ctx: Context, inputs: _ServeInputs, output: Tensor) -> None:
     """For a graph that was captured without gradients and runs with them; u is computed again."""
     x, weight, a, core, b, _, scaling = inputs
     base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()
     _save(ctx, x, Operands(base, DENSE, [a], [core], [b], [], [scaling]), [u])
 
 
-def _forward_fake(x: Tensor, *given: Any) -> list[Tensor]:
-    operands = Operands(*given)
+def _forward_fake(x: Tensor, *given: object) -> list[Tensor]:
+    operands = Operands._make(given)
     ys = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in operands.b]
     return ys + [x.new_empty((math.prod(x.shape[:-1]), a.shape[0])) for a in operands.a]
 
 
-def _backward_fake(dys: list[Tensor], us: list[Tensor], *given: Any) -> list[Tensor]:
+def _backward_fake(dys: list[Tensor], us: list[Tensor], *given: object) -> list[Tensor]:
     *flat, need_dx, need_dcores = given
-    operands = Operands(*flat)
+    operands = Operands._make(flat)
     dx = dys[0].new_empty((*dys[0].shape[:-1], operands.a[0].shape[1]) if need_dx else (0,))
     return [dx, *(core.new_empty(core.shape if need_dcores else (0,)) for core in operands.cores)]
 
@@ -193,7 +196,7 @@ def _define() -> None:
         forward, backward, serve = (f"lorasb::{registry.op_name(op, owner)}" for op in (OP, BACKWARD_OP, SERVE_OP))
         library = registry.library
         torch.library.register_autograd(forward, _derivative(owner), setup_context=_setup, lib=library)
-        torch.library.register_autograd(serve, _derivative(owner, True), setup_context=_serve_setup, lib=library)
+        torch.library.register_autograd(serve, _derivative(owner), setup_context=_serve_setup, lib=library)
         # a formula that raises gives double backward a clear error
         torch.library.register_autograd(backward, _raise_second_derivative, lib=library)
 
@@ -201,12 +204,12 @@ def _define() -> None:
 def kernels_of(forward: registry.Forward, backward: registry.Backward) -> dict[str, registry.Kernel]:
     """A backend's kernels by op name, of forward(x, operands) and backward(dys, us, operands, need_dx, need_dcores)."""
 
-    def op(x: Tensor, *given: Any) -> list[Tensor]:
-        return list(forward(x, Operands(*given)))
+    def op(x: Tensor, *given: object) -> list[Tensor]:
+        return list(forward(x, Operands._make(given)))
 
-    def backward_op(dys: list[Tensor], us: list[Tensor], *given: Any) -> list[Tensor]:
-        *flat, need_dx, need_dcores = given
-        return list(backward(dys, us, Operands(*flat), need_dx, need_dcores))
+    def backward_op(dys: list[Tensor], us: list[Tensor], *given: object) -> list[Tensor]:
+        need = cast("tuple[bool, bool]", given[-2:])  # dx, dR
+        return list(backward(dys, us, Operands._make(given[:-2]), *need))
 
     def y_alone(
         x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, scaling: float
