@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -119,15 +120,15 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
         # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(temporary), metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, _lora_config(config, rank))
-    command = serve_command(config.get("base_model_name_or_path"), folder, rank)
-    base = config.get("base_model_name_or_path") or "unknown"
+    name = config.get("base_model_name_or_path")
+    base = name or "unknown"
     card = (
         f"---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# A plain LoRA of rank {rank}\n\n"
         f"Exported by lorasb from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
-        f"```\n{serve_command(config.get('base_model_name_or_path'), Path('THIS_FOLDER'), rank)}\n```\n"
+        f"```\n{serve_command(name, Path('THIS_FOLDER'), rank)}\n```\n"
     )
     write_text(folder / "README.md", card)
-    return command
+    return serve_command(name, folder, rank)
 
 
 def _vllm_rank(rank: int) -> int:
@@ -158,7 +159,7 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, T
     if DIGEST in tensors:  # an adapter on another one's A and B
         del tensors[DIGEST]
         tensors |= {f"{PEFT_PREFIX}{key}": value for key, value in frozen_factors(layers, name).items()}
-    config = cast(Any, model).peft_config[name].to_dict()
+    config = cast(PeftModel, model).peft_config[name].to_dict()
     config["base_model_name_or_path"] = config["base_model_name_or_path"] or name_or_path(model)
     config["fan_in_fan_out"] = any(layer.base.fan_in_fan_out for layer in layers.values())
     return config, tensors, {n: m.adapters[name].scaling for n, m in layers.items()}
@@ -202,10 +203,8 @@ def fuse_experts(factors: dict[str, Pair]) -> dict[str, Pair]:
 
 def _lora_config(config: Json, rank: int) -> Json:
     values = {key: config.get(key) for key in COPIED_FIELDS}
-    sorted_sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
     return {
-        **values,
-        **sorted_sets,
+        **{key: sorted(value) if isinstance(value, set) else value for key, value in values.items()},
         "fan_in_fan_out": config.get("fan_in_fan_out", False),
         "peft_type": "LORA",
         "r": rank,

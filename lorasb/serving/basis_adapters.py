@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -28,7 +28,7 @@ CORE = "lorasb_R"
 
 
 def add_adapters(
-    model: Any, names: Iterable[str], *, basis: str = "default", basis_start: Literal["zero", "same"] = "zero"
+    model: PeftModel, names: Iterable[str], *, basis: str = "default", basis_start: Literal["zero", "same"] = "zero"
 ) -> None:
     """Add adapters that have the A and B of another one, as `model.add_adapter` adds each.
 

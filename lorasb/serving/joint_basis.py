@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -19,7 +19,7 @@ from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_uninitialized
-from ..utils.reading import read_json, read_tensors
+from ..utils.reading import Json, read_json, read_tensors
 from .basis import refuse_deletion
 
 ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
@@ -59,7 +59,7 @@ class KeptShares:
 
 
 @torch.no_grad()
-def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = None) -> KeptShares:
+def share_basis(model: PeftModel, adapters: Sequence[str], name: str, r: int | None = None) -> KeptShares:
     """Add an adapter whose A and B serve several others, and move these onto them.
 
     With Δ_k = s·B_k R_k A_k scaled to ‖Δ_k‖ = 1, the basis maximizes Σ_k ‖Bᵀ Δ_k Aᵀ‖²; then R_k = Bᵀ Δ_k Aᵀ / s.
@@ -86,7 +86,7 @@ def share_basis(model: Any, adapters: Sequence[str], name: str, r: int | None = 
     pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
     model.add_adapter(name, config.weights_follow())
-    model.peft_config[name].awaits_weights = False  # no file is loaded
+    config.awaits_weights = False  # no file is loaded
     return _move_onto(model, adapters, name, joint)
 
 
@@ -106,7 +106,7 @@ def _joined(layers: Mapping[str, AdaptedLayer], adapters: Sequence[str], ranks: 
     return {layer: (updates, *joint_factors(updates, ranks[layer])) for layer, updates in found.items()}
 
 
-def _move_onto(model: Any, adapters: Sequence[str], name: str, joint: Joint) -> KeptShares:
+def _move_onto(model: PeftModel, adapters: Sequence[str], name: str, joint: Joint) -> KeptShares:
     """Give an adapter B, A and R = 0, and others the same B and A, and R by projection."""
     kept: dict[str, dict[str, Energies]] = {adapter: {} for adapter in adapters}
     for layer, module in layers_with(model, name).items():
@@ -116,8 +116,9 @@ def _move_onto(model: Any, adapters: Sequence[str], name: str, joint: Joint) -> 
         for adapter, update in zip(adapters, updates, strict=True):
             core, kept[adapter][layer] = _projected(update, module, name)
             module.move_to_basis(adapter, name, core / scaling)
+    configs = cast("dict[str, LoRASBConfig]", model.peft_config)
     for adapter in adapters:
-        config, of_basis = model.peft_config[adapter], model.peft_config[name]
+        config, of_basis = configs[adapter], configs[name]
         for name_of_field in ("init", "lora_alpha", "scaling", "wide_factors", "r", "rank_pattern"):
             setattr(config, name_of_field, copy.deepcopy(getattr(of_basis, name_of_field)))
         config.basis = name
@@ -155,7 +156,9 @@ def _completed(columns: Tensor, r: int) -> Tensor:
 
 
 @torch.no_grad()
-def project(model: Any, lora: str | Path, name: str, basis: str = "default", most_lost: float = MOST_LOST) -> float:
+def project(
+    model: PeftModel, lora: str | Path, name: str, basis: str = "default", most_lost: float = MOST_LOST
+) -> float:
     """Add an existing plain LoRA as an adapter on a basis, and return the share of its energy that is lost.
 
     Args:
@@ -219,7 +222,7 @@ def _lora_updates(folder: Path) -> dict[str, Update]:
     return found
 
 
-def _lora_scale(config: dict[str, Any], name: str, rank: int) -> float:
+def _lora_scale(config: Json, name: str, rank: int) -> float:
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"])
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
