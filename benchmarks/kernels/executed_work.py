@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def _shortened(launch: Launch, steps: int) -> Launch:
     else:
         short = (a["BLOCK_K"] * total,) * members
     changed = {"K": short[0]} if launch.name == "prep_forward" else {"Ks": short}
-    return replace(launch, arguments=a | changed)
+    return launch._replace(arguments=a | changed)
 
 
 def _numbers(launch: Launch) -> str:

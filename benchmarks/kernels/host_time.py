@@ -118,17 +118,16 @@ def _ordinary() -> AbstractContextManager[Any]:
 @contextmanager
 def _keys_in_python() -> Iterator[None]:
     """Calls are described and tensors allocated without the extension."""
-    from lorasb.kernels import allocation
+    from lorasb.kernels import prepared_launch
     from lorasb.ops import calls
 
-    kept = calls.signature_of, calls.metadata, allocation._allocator
+    kept = calls.signature_of, calls.metadata
     calls.use_faster(calls.signature_in_python, calls.metadata_in_python)
-    allocation.use(allocation.in_python)
     try:
-        yield
+        with mock.patch.object(prepared_launch, "allocate", prepared_launch.allocate_in_python):
+            yield
     finally:
-        calls.use_faster(*kept[:2])
-        allocation.use(kept[2])
+        calls.use_faster(*kept)
 
 
 def ways() -> dict[str, Way]:

@@ -9,10 +9,8 @@ from lorasb.kernels.linear import Mask, Members, backward, forward
 from lorasb.kernels.linear_quantized import Quantized, dequantized
 from lorasb.kernels.linear_quantized import backward as backward_quantized
 from lorasb.kernels.linear_quantized import forward as forward_quantized
-from lorasb.kernels.linear_rows import RowCores
-from lorasb.kernels.linear_rows import backward as backward_rows
-from lorasb.kernels.linear_rows import forward as forward_rows
 from lorasb.kernels.plan import DTYPES, LaunchPlan, Shape, bucket, choice
+from lorasb.kernels.row_cores_launch import RowCores
 from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
 SEED = 1 << 40  # of dropout: the library draws 63 bits, which a kernel takes as an i64
@@ -23,13 +21,14 @@ def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(size, device="meta", dtype=dtype)
 
 
-def members(n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype) -> Members:
+def members(n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype, bias: bool = False) -> Members:
     """Layers [m_i, n] of rank r, without memory."""
     return Members(
         [empty(m, n, dtype=dtype) for m in ms],
         [empty(r, n, dtype=dtype) for _ in ms],
         [empty(r, r) for _ in ms],
         [empty(m, r, dtype=dtype) for m in ms],
+        [empty(m, dtype=dtype) if bias else None for m in ms],
         [1.0] * len(ms),
     )
 
@@ -53,11 +52,10 @@ def record(
     dropout: float = 0.0,
 ) -> list[Launch]:
     """The launches of one forward, or of one backward with dx and dR."""
-    layers, mask = members(n, ms, r, dtype), Mask(dropout, (SEED,) * len(ms)) if dropout else Mask()
+    layers, mask = members(n, ms, r, dtype, bias), Mask(dropout, (SEED,) * len(ms)) if dropout else Mask()
     with observed(dry=True) as launches:
         if op == "forward":
-            biases = [empty(m, dtype=dtype) if bias else None for m in ms]
-            forward(empty(M, n, dtype=dtype), layers, biases, plan, mask)
+            forward(empty(M, n, dtype=dtype), layers, plan, mask)
         else:
             us = [empty(M, r, dtype=dtype) for _ in ms]
             backward([empty(M, m, dtype=dtype) for m in ms], layers, us, plan, True, True, mask)
@@ -83,28 +81,18 @@ def record_rows(plan: LaunchPlan, dtype: torch.dtype, n: int, m: int, r: int, ro
     layer, M = members(n, (m,), r, dtype), rows * tokens
     of_rows = RowCores(empty(rows, r, r), torch.arange(rows), 1.0)
     with observed(dry=True) as launches:
-        forward_rows(empty(M, n, dtype=dtype), layer, [None], [of_rows], plan)
-        _, (t,) = backward_rows([empty(M, m, dtype=dtype)], layer, [empty(M, r, dtype=dtype)], [of_rows], plan, True)
-        of_rows.gradients(t, empty(M, r, dtype=dtype))
+        forward(empty(M, n, dtype=dtype), layer, plan, rows=[of_rows])
+        dy, u = empty(M, m, dtype=dtype), empty(M, r, dtype=dtype)
+        backward([dy], layer, [u], plan, True, True, rows=[of_rows])
     return [one for one in launches if one.name in ("times_row_cores", "row_core_gradients")]
 
 
 def quantized_weight(m: int, n: int, nested: bool) -> Quantized:
     """W [m, n] in NF4 with blocks of 64, without memory."""
     blocks = -(-m * n // 64)
-    return Quantized(
-        packed=empty(m * n // 2, dtype=torch.uint8),
-        absmax=empty(blocks, dtype=torch.uint8 if nested else torch.float32),
-        codebook=empty(16),
-        nested_absmax=empty(-(-blocks // 256)) if nested else None,
-        nested_codebook=empty(256) if nested else None,
-        nested_offset=empty(1) if nested else None,
-        block=64,
-        nested_block=256,
-        rounding=0,
-        m=m,
-        n=n,
-    )
+    absmax = empty(blocks, dtype=torch.uint8 if nested else torch.float32)
+    statistics = (empty(-(-blocks // 256)), empty(256), empty(1)) if nested else (None, None, None)
+    return Quantized((empty(m * n // 2, dtype=torch.uint8), absmax, empty(16), *statistics), (64, 256, 0), m, n)
 
 
 def record_quantized(
@@ -112,9 +100,9 @@ def record_quantized(
 ) -> list[Launch]:
     """The launches of one forward and backward over a weight in 4 bits, and of a dequantization on its own."""
     layer, weight = members(n, (m,), r, dtype), quantized_weight(m, n, nested)
-    bare = layer.with_weight(None)
+    bare = layer._replace(weights=[None])
     with observed(dry=True) as launches:
-        forward_quantized(empty(M, n, dtype=dtype), weight, bare, None, plan, Mask())
+        forward_quantized(empty(M, n, dtype=dtype), weight, bare, plan, Mask())
         backward_quantized(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, True, True, Mask())
         dequantized(weight, dtype)
     return [one for one in launches if one.arguments.get("weight") is not None]

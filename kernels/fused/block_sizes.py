@@ -61,6 +61,7 @@ class GemmConfig:
         return replace(config, **sides, stages=min(3, self.stages))
 
 
+DEQUANTIZE = PrepConfig(0, 0, 4, 1)  # of the dequantization on its own, which has no blocks of x
 # Of the gradient accumulator: here block_m x block_n is a tile of G [N, K], and block_k is tokens per step. Masks, and
 # products in fp32, take registers: the last two have smaller tiles over more warps, which compile without a spill.
 GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)
@@ -78,11 +79,6 @@ def gradient_config(n: int, itemsize: int, arch: str) -> GemmConfig:
     narrow = FP32_GRADIENT if itemsize > 2 else NARROW_GRADIENT
     config = GRADIENT if itemsize <= 2 and n % GRADIENT.block_n == 0 else narrow
     return config if is_executed(config.block_m, arch) else replace(config, block_m=32, warps=4)
-
-
-def dequantize_config() -> PrepConfig:
-    """Warps of the dequantization on its own."""
-    return PrepConfig(0, 0, 4, 1)
 
 
 def quantized_config(rows: int, itemsize: int) -> GemmConfig:
@@ -142,8 +138,3 @@ def gemm_splits(tiles: int, steps: int, rows: int) -> int:
     if rows <= DECODE_ROWS:
         return _power_of_two_splits(tiles, steps, wanted=256, least_steps=4)
     return _power_of_two_splits(tiles, steps, wanted=64, least_steps=16)
-
-
-def core_chunks(rows: int) -> int:
-    """Number of programs that share a tile of dR: one for each CORE_CHUNK rows, whatever the GPU."""
-    return cdiv(rows, CORE_CHUNK)

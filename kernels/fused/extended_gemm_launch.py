@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, core_chunks, gemm_splits
+from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, gemm_splits
 from .extended_gemm import extended_gemm
-from .launcher import KernelCall
+from .launcher import Launch
 from .operands import Arguments, Mask, Members, allocate_workspace, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
 
 VECTOR = 16  # elements: the longest vector that is loaded, and more
 
 
-def forward_call(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, ys: list[Tensor], plan: LaunchPlan
-) -> KernelCall:
+def forward_call(x: Tensor, members: Members, v: Tensor, ys: list[Tensor], plan: LaunchPlan) -> Launch:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i of all members."""
     M, Ns = x.shape[0], tuple(y.shape[1] for y in ys)
     weights, Ks = _weights(members, x)
@@ -25,9 +23,10 @@ def forward_call(
     tiles = cdiv(M, config.block_m) * sum(cdiv(N, config.block_n) for N in Ns)
     splits = gemm_splits(tiles, _steps((*Ks, members.r), config), M)
     partial, counters = allocate_workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
-    has_bias = any(bias is not None for bias in biases)
+    has_bias = any(bias is not None for bias in members.biases)
     # HAS_BIAS holds for all members: one without a bias gets zeros
-    filled = [x.new_zeros(N) if bias is None else bias.contiguous() for bias, N in zip(biases, Ns, strict=True)]
+    pairs = zip(members.biases, Ns, strict=True)
+    filled = [x.new_zeros(N) if bias is None else bias.contiguous() for bias, N in pairs]
     arguments = dict(
         xs=(x,),
         weights=weights,
@@ -53,7 +52,7 @@ def forward_call(
         core_chunks=1,
     )
     arguments |= _common_arguments(arguments, members, config)
-    return KernelCall(extended_gemm, tiles * splits, arguments, config)
+    return Launch(extended_gemm, tiles * splits, arguments, config)
 
 
 def backward_call(
@@ -67,13 +66,13 @@ def backward_call(
     plan: LaunchPlan,
     mask: Mask,
     add: bool = False,  # with dropout: dx holds Σ_i dy_i W_i, and Σ_i mask_i ∘ (w_i A_i) is added to it
-) -> KernelCall:
+) -> Launch:
     """dx = Σ_i dy_i W_i + w_i A_i unless it is None, and dR_i = s_i·t_iᵀ u_i into `dcores` unless that is empty."""
     M, dropout = t.shape[0], mask.dropout > 0.0
     weights, Ks = _weights(members if dx is not None and not add else None, *dys)
     even, config = _fitted_config(plan, Ks, members.r, dropout)
     tiles, splits = _tiles_of_dx(dx, Ks, members.r, config, dropout)
-    chunks, core_tiles = core_chunks(M), len(dcores) * cdiv(members.width, CORE_BLOCK) ** 2
+    chunks, core_tiles = cdiv(M, CORE_CHUNK), len(dcores) * cdiv(members.width, CORE_BLOCK) ** 2
     size = core_tiles * chunks * CORE_BLOCK**2 + (tiles * splits * config.block_m * config.block_n if splits > 1 else 0)
     partial, counters = allocate_workspace(t, size, core_tiles + tiles, max(splits, chunks))
     # one workspace: dR's blocks first, then the tiles'; without dx, t stands in for an output that no program writes
@@ -103,7 +102,7 @@ def backward_call(
         core_chunks=chunks,
     )
     arguments |= _common_arguments(arguments, members, config)
-    return KernelCall(extended_gemm, core_tiles * chunks + tiles * splits, arguments, config)
+    return Launch(extended_gemm, core_tiles * chunks + tiles * splits, arguments, config)
 
 
 def _tiles_of_dx(dx: Tensor | None, Ks: Sequence[int], r: int, config: GemmConfig, dropout: bool) -> tuple[int, int]:

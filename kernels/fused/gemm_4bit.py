@@ -28,21 +28,12 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from .dequantize_4bit import block_scales, rounded, storage_of, unpack
 from .device_functions import arrives_last, block_offsets, ordered_sum
 from .reduction import Reduction, accumulate
-
-
-class TileFlags(NamedTuple):
-    """Flags of a tile of W, see above."""
-
-    WIDE: tl.constexpr
-    ONE_SCALE: tl.constexpr
 
 
 @triton.jit
@@ -53,7 +44,9 @@ def low_nibbles(word):
 
 
 @triton.jit
-def weight_tile(rows, first, weight, sizes, storage, flags, COLUMNS: tl.constexpr):
+def weight_tile(
+    rows, first, weight, sizes, storage, WIDE: tl.constexpr, ONE_SCALE: tl.constexpr, COLUMNS: tl.constexpr
+):
     """W [rows, first + COLUMNS] in fp32, of W [N, K] with K even; columns from K on are 0, rows from N on finite.
 
     A pair is a packed byte: with K even, none straddles two rows. weight: as in `dequantize_bytes`.
@@ -62,9 +55,9 @@ def weight_tile(rows, first, weight, sizes, storage, flags, COLUMNS: tl.constexp
     packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset = weight
     nested = (nested_absmax, nested_codebook, nested_offset)
     row = tl.where(rows < N, rows, 0)
-    if flags.WIDE:
+    if WIDE:
         row = row.to(tl.int64)
-    if flags.ONE_SCALE:
+    if ONE_SCALE:
         blocks = row * (K // storage.QUANT_BLOCK) + first // storage.QUANT_BLOCK
         scale = block_scales(blocks, rows < N, absmax, nested, storage.NESTED_BLOCK)[:, None]
         if nested_absmax is not None:
@@ -149,11 +142,11 @@ def quantized_gemm(
         # a tile of W has the packed dimension K last: across the output backward, along the reduction forward
         if BACKWARD:
             first = tile % across * BLOCK_N
-            rhs = weight_tile(k, first, weight, (N, K), storage_of(STORAGE), TileFlags(WIDE, ONE_SCALE), BLOCK_N)
+            rhs = weight_tile(k, first, weight, (N, K), storage_of(STORAGE), WIDE, ONE_SCALE, BLOCK_N)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty), acc, input_precision=PRECISION)
         else:
             first = step * BLOCK_K
-            rhs = weight_tile(rn, first, weight, (N, K), storage_of(STORAGE), TileFlags(WIDE, ONE_SCALE), BLOCK_K)
+            rhs = weight_tile(rn, first, weight, (N, K), storage_of(STORAGE), WIDE, ONE_SCALE, BLOCK_K)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty).T, acc, input_precision=PRECISION)
     last = True
     if SPLIT:

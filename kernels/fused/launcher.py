@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..compat import triton as private
@@ -15,8 +14,8 @@ _observers: list[Callable[[Launch], None]] = []
 _dry = 0  # how many dry `observed` blocks are open; above zero nothing is launched
 
 
-class KernelCall(NamedTuple):
-    """Arguments of `launch`: a kernel, its number of programs, its arguments by name and the blocks' config.
+class Launch(NamedTuple):
+    """A kernel, its number of programs, its arguments by name and the blocks' config.
 
     `exact` keeps products and sums apart, each rounded: no FMA. `overlaps`: it may begin before the launch before has
     ended, for whose results it waits.
@@ -30,6 +29,11 @@ class KernelCall(NamedTuple):
     overlaps: bool = False
 
     @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+    @property
     def options(self) -> dict[str, Any]:
         """The compiler's."""
         options: dict[str, Any] = {"num_warps": self.config.warps, "num_stages": self.config.stages}
@@ -41,21 +45,6 @@ class KernelCall(NamedTuple):
             if self.overlaps:
                 options["launch_pdl"] = True
         return options
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Record of a launch: a kernel, its grid, its arguments by name and the compiler's options."""
-
-    kernel: Any
-    grid: int
-    arguments: Arguments
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The kernel's name."""
-        return str(self.kernel.__name__)
 
 
 @contextmanager
@@ -77,15 +66,14 @@ def is_watched() -> bool:
     return bool(_observers)
 
 
-def launch(call: KernelCall) -> None:
+def launch(call: Launch) -> None:
     """Launch a kernel."""
-    kernel, grid, arguments, options = call.kernel, call.grid, call.arguments, call.options
     for observer in _observers:
-        observer(Launch(kernel, grid, arguments, options))
+        observer(call)
     if not _dry:
-        run(kernel, grid, arguments, options)
+        run(call)
 
 
-def run(kernel: Any, grid: int, arguments: Arguments, options: dict[str, Any]) -> None:
+def run(call: Launch) -> None:
     """Run a kernel; a module global, so that tests can execute compiled kernels elsewhere than on a card."""
-    kernel[(grid,)](**arguments, **options)
+    call.kernel[(call.grid,)](**call.arguments, **call.options)

@@ -3,6 +3,9 @@
 `fused`: the thin products (prep), then the extended GEMM. `addmm`: prep, then cuBLAS twice, the second onto the first.
 `tma`: prep, then the same sums in one launch by TMA, where every operand can have a descriptor, else as `addmm`.
 `prepared_linear` makes the same calls from launches that it has prepared.
+
+With an R for each row, another kernel computes v_i = s·u_i R_kᵀ (w_i backward) after the thin products. What follows
+reads v and does not know where it comes from; the R that the thin products' kernels are given is not used.
 """
 
 from __future__ import annotations
@@ -14,24 +17,25 @@ from torch import Tensor
 
 from . import extended_gemm_launch, low_rank_launch, tma_gemm
 from .block_sizes import prep_members
-from .launcher import KernelCall, launch
+from .launcher import Launch, launch
 from .operands import Mask, Members, on_device, unit_rows
 from .plan import LaunchPlan
+from .row_cores_launch import RowCores
 
 NO_DROPOUT = Mask()
 
 
 def forward(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], plan: LaunchPlan, mask: Mask = NO_DROPOUT
+    x: Tensor, members: Members, plan: LaunchPlan, mask: Mask = NO_DROPOUT, rows: Sequence[RowCores] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y_i = x W_iᵀ + s_i·u_i R_iᵀ B_iᵀ + bias_i [M, m_i] and u_i = x A_iᵀ [M, r].
 
     Args:
         x: [M, n] with a contiguous last dimension.
         members: the layers; with dropout, s_i is to hold the factor 1 / (1 - p).
-        biases: [m_i] or None, for each member.
         plan: path and blocks.
         mask: dropout of the adapters' x.
+        rows: R's of the rows, for each member.
     """
     M = x.shape[0]
     us = [x.new_empty((M, members.r)) for _ in members.a]
@@ -41,12 +45,12 @@ def forward(
     with on_device(x):
         for call in prep_calls(x, members, us, v, plan, mask):
             launch(call)
-        return after_prep(x, members, biases, v, plan), us
+        for i, of_rows in enumerate(rows):
+            of_rows.times(us[i], True, v[:, i * members.width : (i + 1) * members.width])
+        return after_prep(x, members, v, plan), us
 
 
-def prep_calls(
-    x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask
-) -> list[KernelCall]:
+def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask) -> list[Launch]:
     """u_i and v_i: one call, unless the group's ranks do not fit the registers."""
     step = prep_members(members.r, len(members.a))
     some = [slice(i, i + step) for i in range(0, len(us), step)]
@@ -57,18 +61,16 @@ def prep_calls(
     ]
 
 
-def after_prep(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: LaunchPlan
-) -> list[Tensor]:
+def after_prep(x: Tensor, members: Members, v: Tensor, plan: LaunchPlan) -> list[Tensor]:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i."""
     if is_fused(plan, members):
         ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
-        launch(extended_gemm_launch.forward_call(x, members, biases, v, ys, plan))
+        launch(extended_gemm_launch.forward_call(x, members, v, ys, plan))
         return ys
-    return unfused(x, members, biases, v, plan)
+    return unfused(x, members, v, plan)
 
 
-def unfused(x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Tensor, plan: LaunchPlan) -> list[Tensor]:
+def unfused(x: Tensor, members: Members, v: Tensor, plan: LaunchPlan) -> list[Tensor]:
     """y_i by TMA, or by cuBLAS: the adapter's product first; the base GEMM accumulates onto it."""
     vs = [v[:, i * members.width : i * members.width + members.r] for i in range(len(members.a))]
     if plan.path == "tma" and tma_gemm.has_descriptors((x, *members.weights, *vs, *members.b)):
@@ -76,9 +78,9 @@ def unfused(x: Tensor, members: Members, biases: Sequence[Tensor | None], v: Ten
         if tma_gemm.has_descriptors(ys):
             operands = zip(members.weights, vs, members.b, strict=True)
             pairs = [[(x, weight), (one, b)] for weight, one, b in operands if weight is not None]
-            launch(tma_gemm.call_of(pairs, ys, biases, plan.gemm, True, 1))
+            launch(tma_gemm.call_of(pairs, ys, members.biases, plan.gemm, True, 1))
             return ys
-    return [_addmm(x, *operands) for operands in zip(vs, members.weights, members.b, biases, strict=True)]
+    return [_addmm(x, *operands) for operands in zip(vs, members.weights, members.b, members.biases, strict=True)]
 
 
 def backward(
@@ -89,22 +91,34 @@ def backward(
     need_dx: bool,
     need_dcore: bool,
     mask: Mask = NO_DROPOUT,
+    rows: Sequence[RowCores] = (),
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """dx = Σ_i dy_i W_i + s_i·dy_i B_i R_i A_i [M, n] and dR_i = s_i·(dy_i B_i)ᵀ u_i [r, r], for dy_i [M, m_i]."""
+    """dx = Σ_i dy_i W_i + s_i·dy_i B_i R_i A_i [M, n] and dR_i = s_i·(dy_i B_i)ᵀ u_i [r, r], for dy_i [M, m_i].
+
+    With `rows`, dR_i is [K, r, r], each over its own rows.
+    """
     M = dys[0].shape[0]
     dys = [unit_rows(dy) for dy in dys]
-    dcores = [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     if M == 0:
-        return empty_dx(dys, members) if need_dx else None, [dcore.zero_() for dcore in dcores]
+        cores = [of_rows.cores for of_rows in rows] or members.cores
+        dcores = [core.new_zeros(core.shape) for core in cores] if need_dcore else []
+        return empty_dx(dys, members) if need_dx else None, dcores
+    dcores = [core.new_empty(core.shape) for core in members.cores] if need_dcore and not rows else []
+    dx: Tensor | None = None
     t = dys[0].new_empty((M, members.width * len(dys)))
     w = torch.empty_like(t) if need_dx else t  # a dummy: without NEED_DX nothing is stored in it
     with on_device(t):
         launch(low_rank_launch.backward_call(dys, members, t, w, plan, need_dx))
+        ts = [t[:, i * members.width : i * members.width + members.r] for i in range(len(rows))]
         if need_dx:
-            return after_prep_backward(dys, members, us, (t, w), dcores, plan, mask), dcores
-        if need_dcore:
+            for i, of_rows in enumerate(rows):
+                of_rows.times(ts[i], False, w[:, i * members.width : (i + 1) * members.width])
+            dx = after_prep_backward(dys, members, us, (t, w), dcores, plan, mask)
+        elif dcores:
             launch(extended_gemm_launch.backward_call(dys, members, us, t, w, None, dcores, plan, mask))
-    return None, dcores
+        if rows and need_dcore:
+            dcores = [of_rows.gradients(t_i, u) for of_rows, t_i, u in zip(rows, ts, us, strict=True)]
+    return dx, dcores
 
 
 def after_prep_backward(

@@ -7,78 +7,52 @@ of rows. `scratch`: W is dequantized in the launch of the thin products, then th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import extended_gemm_launch, low_rank_launch
 from . import linear as dense
-from .block_sizes import DEQUANTIZE_BYTES, cdiv, dequantize_config, gemm_splits, quantized_config
+from .block_sizes import DEQUANTIZE, DEQUANTIZE_BYTES, cdiv, gemm_splits, quantized_config
 from .dequantize_4bit import dequantize
 from .gemm_4bit import quantized_gemm
-from .launcher import KernelCall, launch
+from .launcher import Launch, launch
 from .operands import Arguments, Mask, Members, allocate_workspace, needs_int64, on_device, precision, unit_rows
 from .plan import LaunchPlan
 
-INLINE = "inline"
 
+class Quantized(NamedTuple):
+    """W [m, n] in 4 bits: the six `tensors` and the three numbers of `storage` are those of `dequantize_4bit`."""
 
-@dataclass(frozen=True)
-class Quantized:
-    """W [m, n] in 4 bits.
-
-    Attributes:
-        packed: two elements per byte [ceil(m·n / 2)], uint8.
-        absmax: scale of each block, fp32; uint8 if the scales are quantized themselves (nested).
-        codebook: value of each nibble [16], fp32.
-        nested_absmax, nested_codebook, nested_offset: of nested scales, fp32; otherwise None.
-        block: elements that share a scale.
-        nested_block: scales that share a nested one.
-        rounding: dtype that W had and is rounded to: 0 fp32, 1 bf16, 2 fp16.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    codebook: Tensor
-    nested_absmax: Tensor | None
-    nested_codebook: Tensor | None
-    nested_offset: Tensor | None
-    block: int
-    nested_block: int
-    rounding: int
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    storage: tuple[int, ...]
     m: int
     n: int
 
     def arguments(self) -> Arguments:
         """Return the arguments that every kernel takes of it."""
-        nested = self.nested_absmax, self.nested_codebook, self.nested_offset
-        return dict(
-            weight=(self.packed, self.absmax, self.codebook, *nested),
-            STORAGE=(self.block, self.nested_block, self.rounding),
-        )
+        return dict(weight=tuple(self.tensors), STORAGE=self.storage)
 
     def is_inline(self, plan: LaunchPlan, mask: Mask) -> bool:
         """True if the GEMM dequantizes as it goes: a byte must not straddle two rows, and it knows no dropout."""
-        return plan.weights == INLINE and self.n % 2 == 0 and mask.dropout == 0.0
+        return plan.weights == "inline" and self.n % 2 == 0 and mask.dropout == 0.0
 
 
 def dequantized(weight: Quantized, dtype: torch.dtype) -> Tensor:
     """W [m, n]."""
-    out = torch.empty((weight.m, weight.n), dtype=dtype, device=weight.packed.device)
+    out = torch.empty((weight.m, weight.n), dtype=dtype, device=weight.tensors[0].device)
     if out.numel():
         grid = cdiv(out.numel(), 2 * DEQUANTIZE_BYTES)
         arguments = weight.arguments() | dict(out=out, ELEMENTS=out.numel(), BLOCK_BYTES=DEQUANTIZE_BYTES)
         with on_device(out):
-            launch(KernelCall(dequantize, grid, arguments, dequantize_config(), exact=True))
+            launch(Launch(dequantize, grid, arguments, DEQUANTIZE, exact=True))
     return out
 
 
-def forward(
-    x: Tensor, weight: Quantized, members: Members, bias: Tensor | None, plan: LaunchPlan, mask: Mask
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Quantized, members: Members, plan: LaunchPlan, mask: Mask) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [M, m] and u = x Aᵀ [M, r]; `members` has the one layer's factors and no weight."""
-    M, u = x.shape[0], x.new_empty((x.shape[0], members.r))
+    M, u, (bias,) = x.shape[0], x.new_empty((x.shape[0], members.r)), members.biases
     if M == 0 or weight.n == 0:
         y = x.new_zeros((M, weight.m))
         return (y if bias is None else y + bias), u.zero_()
@@ -90,7 +64,7 @@ def forward(
         scratch = x.new_empty((weight.m, weight.n))  # W for the length of this call; backward dequantizes again
         prep = low_rank_launch.forward_call(x, members, [u], v, plan, mask)
         _launch_prep_and_dequantize(prep, weight, scratch)
-        (y,) = dense.after_prep(x, members.with_weight(scratch), [bias], v, plan)
+        (y,) = dense.after_prep(x, members._replace(weights=[scratch]), v, plan)
     return y, u
 
 
@@ -103,12 +77,12 @@ def backward(
     need_dx: bool,
     need_dcore: bool,
     mask: Mask,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W + (s·t R) A [M, n] and dR = s·tᵀ u [r, r], for dy [M, m]."""
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx = dy W + (s·t R) A [M, n] and [dR = s·tᵀ u [r, r]], if it is needed, for dy [M, m]."""
     M, dy = dy.shape[0], unit_rows(dy)
     if M == 0 or weight.m == 0 or not need_dx:  # dR takes no weight
-        _, dcores = dense.backward([dy], members.with_weight(None), [u], plan, False, need_dcore, mask)
-        return (dy.new_zeros((M, weight.n)) if need_dx else None), (dcores[0] if dcores else None)
+        _, dcores = dense.backward([dy], members._replace(weights=[None]), [u], plan, False, need_dcore, mask)
+        return dy.new_zeros((M, weight.n)) if need_dx else None, dcores
     t = dy.new_empty((M, members.width))
     w, dcores = torch.empty_like(t), [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     with on_device(dy):
@@ -121,15 +95,15 @@ def backward(
         else:
             scratch = dy.new_empty((weight.m, weight.n))
             _launch_prep_and_dequantize(prep, weight, scratch)
-            dx = dense.after_prep_backward([dy], members.with_weight(scratch), [u], (t, w), dcores, plan, mask)
-    return dx, dcores[0] if dcores else None
+            dx = dense.after_prep_backward([dy], members._replace(weights=[scratch]), [u], (t, w), dcores, plan, mask)
+    return dx, dcores
 
 
-def _launch_prep_and_dequantize(prep: KernelCall, weight: Quantized, scratch: Tensor) -> None:
+def _launch_prep_and_dequantize(prep: Launch, weight: Quantized, scratch: Tensor) -> None:
     """The thin products of a call, and W into the scratch, in one launch."""
     storage = dict(out=scratch, ELEMENTS=scratch.numel(), prep_programs=prep.grid, BLOCK_BYTES=DEQUANTIZE_BYTES)
     grid = prep.grid + cdiv(scratch.numel(), 2 * DEQUANTIZE_BYTES)
-    launch(KernelCall(prep.kernel, grid, prep.arguments | weight.arguments() | storage, prep.config, exact=True))
+    launch(Launch(prep.kernel, grid, prep.arguments | weight.arguments() | storage, prep.config, exact=True))
 
 
 def _gemm(
@@ -167,10 +141,11 @@ def _gemm(
         splits=splits,
         SPLIT=splits > 1,
     )
-    launch(KernelCall(quantized_gemm, tiles * splits, arguments, config, exact=True))
+    launch(Launch(quantized_gemm, tiles * splits, arguments, config, exact=True))
     return y
 
 
 def _has_one_scale(weight: Quantized, columns: int) -> bool:
     """Return True if `columns` of a row share a scale and can be read in words of four bytes."""
-    return weight.n % weight.block == 0 and weight.block % columns == 0 and weight.packed.data_ptr() % 4 == 0
+    block = weight.storage[0]
+    return weight.n % block == 0 and block % columns == 0 and weight.tensors[0].data_ptr() % 4 == 0

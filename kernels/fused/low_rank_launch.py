@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..compat.triton import is_compiled
 from .block_sizes import cdiv, prep_splits, rank_blocks
-from .launcher import KernelCall
+from .launcher import Launch
 from .low_rank import prep_backward, prep_forward
 from .operands import Arguments, Mask, Members, allocate_workspace, core_precision, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
@@ -17,7 +17,7 @@ from .plan import LaunchPlan
 WITHOUT_WEIGHT = dict.fromkeys(("weight", "out", "ELEMENTS", "prep_programs", "STORAGE", "BLOCK_BYTES"))
 
 
-def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask) -> KernelCall:
+def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask) -> Launch:
     """u_i and v_i of these members, which share one reading of x."""
     (M, K), config = x.shape, plan.prep
     factors, row_blocks = tuple(unit_rows(a) for a in members.a), cdiv(M, config.block_m)
@@ -44,12 +44,12 @@ def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan:
         SPLIT=splits > 1,
     )
     arguments |= _common_arguments(members, plan, x.dtype)
-    return KernelCall(prep_forward, row_blocks * splits, arguments, config)
+    return Launch(prep_forward, row_blocks * splits, arguments, config)
 
 
 def backward_call(
     dys: Sequence[Tensor], members: Members, t: Tensor, w: Tensor, plan: LaunchPlan, need_dx: bool
-) -> KernelCall:
+) -> Launch:
     """t_i of all members, and w_i if dx is needed."""
     M, config = t.shape[0], plan.prep
     factors, Ks = tuple(unit_rows(b) for b in members.b), tuple(dy.shape[1] for dy in dys)
@@ -75,7 +75,7 @@ def backward_call(
         SPLIT=splits > 1,
     )
     arguments |= _common_arguments(members, plan, t.dtype)
-    return KernelCall(prep_backward, slots * splits, arguments, config)
+    return Launch(prep_backward, slots * splits, arguments, config)
 
 
 def _common_arguments(members: Members, plan: LaunchPlan, dtype: torch.dtype) -> Arguments:

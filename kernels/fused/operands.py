@@ -17,7 +17,7 @@ Arguments = dict[str, Any]  # of a kernel, by name
 
 
 class Members(NamedTuple):
-    """Layers that read the same x [M, n]: weights W_i [m_i, n], A_i [r, n], R_i [r, r], B_i [m_i, r], scales s_i.
+    """Layers that read the same x [M, n]: W_i [m_i, n], A_i [r, n], R_i [r, r], B_i [m_i, r], bias_i [m_i], s_i.
 
     All of one rank and dtype, and all with a weight or all without.
     """
@@ -26,6 +26,7 @@ class Members(NamedTuple):
     a: Sequence[Tensor]
     cores: Sequence[Tensor]
     b: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
     scales: Sequence[float]
 
     @property
@@ -40,16 +41,13 @@ class Members(NamedTuple):
 
     def select(self, indices: slice) -> Members:
         """Some of the members."""
-        return Members(*(field[indices] for field in (self.weights, self.a, self.cores, self.b, self.scales)))
+        return self._make(field[indices] for field in self)
 
-    def map(self, function: Callable[[Any], Any]) -> Members:
-        """The members with a function of each tensor in its place; it gets None for a missing weight."""
-        lists = ([function(t) for t in field] for field in (self.weights, self.a, self.cores, self.b))
-        return Members(*lists, self.scales)
-
-    def with_weight(self, weight: Tensor | None) -> Members:
-        """Return the same adapter, of one layer, over another weight."""
-        return Members([weight], self.a, self.cores, self.b, self.scales)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Members:
+        """The members with a function of each tensor in its place."""
+        weights, biases = ([t if t is None else function(t) for t in field] for field in (self.weights, self.biases))
+        a, cores, b = (list(map(function, field)) for field in (self.a, self.cores, self.b))
+        return Members(weights, a, cores, b, biases, self.scales)
 
 
 class Mask(NamedTuple):
@@ -110,6 +108,6 @@ def core_precision(dtype: torch.dtype) -> str:
     return precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

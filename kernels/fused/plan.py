@@ -26,13 +26,12 @@ from ..compat.triton import installed
 from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 
 TABLES = Path(__file__).parent / "tables"
-PATHS = ("fused", "addmm", "tma")
-WEIGHTS = ("inline", "scratch")
+CHOICES = {"path": ("fused", "addmm", "tma"), "weights": ("inline", "scratch")}
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
 OF_THE_MACHINE = ("sms", "triton", "card", "driver")  # conditions besides a shape's fields
 BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # what reading a table that is none raises
 _user_tables: Callable[[], Path | None] | None = None
-_machine: Callable[[], dict[str, Any]] = dict  # the card and its driver
+_machine: Callable[[], dict[str, object]] = dict  # the card and its driver
 generation = 0  # how often the tables were forgotten; a plan holds as long as it has not changed
 # the names of dtypes in tables, and the dtypes that the kernels have
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -71,7 +70,7 @@ class LaunchPlan:
 class Rule:
     """Value to take where every condition holds: a value, or a range [low, high] (null: no end), by a Shape's field."""
 
-    conditions: dict[str, Any]
+    conditions: dict[str, object]
     path: str | None = None
     prep: PrepConfig | None = None
     gemm: GemmConfig | None = None
@@ -86,21 +85,19 @@ class Rule:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Rule:
         """A rule of a table; a ValueError or TypeError says what is wrong with it."""
-        prep, gemm, path, weights = (entry.get(name) for name in ("prep", "gemm", "path", "weights"))
-        if weights not in (None, *WEIGHTS):
-            raise ValueError(f"expected weights {' or '.join(WEIGHTS)}, got {weights!r}")
-        if path not in (None, *PATHS):
-            raise ValueError(f"expected path {' or '.join(PATHS)}, got {path!r}")
-        conditions = entry.get("if", {})
+        prep, gemm, conditions = entry.get("prep"), entry.get("gemm"), entry.get("if", {})
+        for name, known in CHOICES.items():
+            if entry.get(name) not in (None, *known):
+                raise ValueError(f"expected {name} {' or '.join(known)}, got {entry[name]!r}")
         unknown = set(conditions) - {*Shape.__dataclass_fields__, *OF_THE_MACHINE}
         if unknown:
             raise ValueError(f"unknown conditions {sorted(unknown)}")
         return cls(
             conditions,
-            path,
+            entry.get("path"),
             None if prep is None else PrepConfig(**prep),
             None if gemm is None else GemmConfig(**gemm),
-            weights,
+            entry.get("weights"),
         )
 
 
@@ -133,11 +130,6 @@ def choice(shape: Shape, arch: str, sms: int) -> LaunchPlan:
 def bucket(tokens: int) -> int:
     """The M that stands for `tokens`: the next power of two. Plans are looked up and measured by it."""
     return 1 << max(0, tokens - 1).bit_length()
-
-
-@lru_cache(maxsize=1)
-def shipped_archs() -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in TABLES.glob("sm_*.json")))
 
 
 def family(arch: str) -> str:
@@ -179,7 +171,7 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     return tuple(Rule.from_json(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rules"])
 
 
-def read_user_tables_from(folder: Callable[[], Path | None], machine: Callable[[], dict[str, Any]] = dict) -> None:
+def read_user_tables_from(folder: Callable[[], Path | None], machine: Callable[[], dict[str, object]]) -> None:
     """Set the functions that return the folder of a user's own tables, and the card and driver that they hold for."""
     global _user_tables, _machine
     _user_tables, _machine = folder, machine

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +19,23 @@ from triton.runtime import driver
 from ..compat import triton as private
 from ..compat.torch import storage_key
 from . import workspace
-from .allocation import allocate
 from .block_sizes import cdiv
-from .launcher import KernelCall
-from .operands import Arguments
+from .launcher import Launch
 
 ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are less aligned
 SCRATCH_ALIGNMENT = 256  # bytes between tensors of the scratch, as torch's allocator has
 PARTIAL, COUNTERS = "partial", "counters"  # names of the arguments that launchers allocate themselves
-Raw = Callable[[int, "tuple[Any, ...]", "Sequence[Tensor]"], None]  # of stream, (*addresses, seeds) and tensors
+Values = tuple[object, ...]
+Raw = Callable[[int, Values, Sequence[Tensor]], None]  # of stream, (*addresses, seeds) and tensors
+
+
+def allocate_in_python(like: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Tensors of the dtype and on the device of another, not filled."""
+    return [like.new_empty(shape) for shape in shapes]
+
+
+# or the function of lorasb's C++ extension, which takes a third of the time
+allocate: Callable[[Tensor, Sequence[tuple[int, ...]]], list[Tensor]] = allocate_in_python
 
 
 class NotPreparedError(ValueError):
@@ -49,12 +56,8 @@ class Place:
     offset: int
     like: Tensor
 
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The argument."""
-        tensor, size = tensors[self.index], self.like.element_size()
-        start = (tensor.storage_offset() * tensor.element_size() + self.offset) // size
-        found = torch.empty(0, dtype=self.like.dtype, device=tensor.device)
-        return found.set_(tensor.untyped_storage(), start, self.like.shape, self.like.stride())  # type: ignore[call-overload, no-any-return]
+
+Places = dict[str, Place | tuple[Place, ...]]  # by an argument's name
 
 
 @dataclass(frozen=True)
@@ -63,22 +66,15 @@ class PreparedLaunch:
 
     Attributes:
         call: as it was made on `meta`.
-        places: by name, of arguments that are tensors or tuples of tensors.
+        places: of arguments that are tensors or tuples of tensors.
         constants: all other arguments but the seeds of dropout.
         take: all arguments in their order, from (*addresses, seeds, *constants).
     """
 
-    call: KernelCall
-    places: dict[str, Any]
-    constants: tuple[Any, ...]
-    take: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-
-    def arguments(self, tensors: Sequence[Tensor], seeds: tuple[int, ...]) -> Arguments:
-        """The arguments by name, as an ordinary launch has them."""
-        found = dict(self.call.arguments)
-        for name, place in self.places.items():
-            found[name] = place.of(tensors) if isinstance(place, Place) else tuple(one.of(tensors) for one in place)
-        return found | ({"seeds": seeds} if _takes_seeds(self.call) else {})
+    call: Launch
+    places: Places
+    constants: Values
+    take: Callable[[Values], Values]
 
 
 class Prepared:
@@ -93,7 +89,7 @@ class Prepared:
         NotPreparedError: an argument is none of these, but a copy that a launcher made.
     """
 
-    def __init__(self, calls: Sequence[KernelCall], tensors: Sequence[Tensor], inner: Sequence[Tensor] = ()) -> None:
+    def __init__(self, calls: Sequence[Launch], tensors: Sequence[Tensor], inner: Sequence[Tensor] = ()) -> None:
         self._origins = {_storage(tensor): (i, 0) for i, tensor in enumerate(tensors)}
         self._scratch_size = self._allocate(len(tensors), tensors[0].element_size(), calls, inner)
         self._count = max((0, *(_elements(call, COUNTERS) for call in calls)))
@@ -136,7 +132,7 @@ class Prepared:
         self._raw = [bind(launch) for launch in self.launches]
         return self._raw
 
-    def _allocate(self, index: int, itemsize: int, calls: Sequence[KernelCall], inner: Sequence[Tensor]) -> int:
+    def _allocate(self, index: int, itemsize: int, calls: Sequence[Launch], inner: Sequence[Tensor]) -> int:
         """Lay out the scratch: the inner tensors, then one workspace for all launches, which run one after another.
 
         Returns its size in elements of `itemsize` bytes.
@@ -149,8 +145,8 @@ class Prepared:
             self._origins[_storage(call.arguments[PARTIAL])] = (index, size)
         return (size + 4 * max((0, *(_elements(call, PARTIAL) for call in calls)))) // itemsize
 
-    def _places(self, call: KernelCall) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _places(self, call: Launch) -> Places:
+        found: Places = {}
         for name, value in call.arguments.items():
             if isinstance(value, Tensor):
                 found[name] = self._place(call, name, value)
@@ -158,7 +154,7 @@ class Prepared:
                 found[name] = tuple(self._place(call, name, one) for one in value)
         return found
 
-    def _place(self, call: KernelCall, name: str, tensor: Tensor) -> Place:
+    def _place(self, call: Launch, name: str, tensor: Tensor) -> Place:
         if _elements(call, PARTIAL) == 0 and _storage(tensor) == _storage(call.arguments[PARTIAL]):
             return Place(0, 0, tensor)  # a dummy, neither read nor written: any address will do
         index, start = self._origins.get(_storage(tensor), (self._counters if name == COUNTERS else -1, 0))
@@ -167,9 +163,9 @@ class Prepared:
             raise NotPreparedError(f"{name} of {call.kernel.__name__} is a copy, or not aligned")
         return Place(index, offset, tensor)
 
-    def _launch(self, call: KernelCall, places: dict[str, Any]) -> PreparedLaunch:
+    def _launch(self, call: Launch, places: Places) -> PreparedLaunch:
         seeds = self._first_derived + len(self._derived)
-        constants: list[Any] = []
+        constants: list[object] = []
         indices: list[int | slice] = []
         for parameter in call.kernel.params:
             name = parameter.name
@@ -208,12 +204,12 @@ def bind(launch: PreparedLaunch) -> Raw:
     return private.launcher(compiled, call.grid, launch.take, launch.constants)
 
 
-def _takes_seeds(call: KernelCall) -> bool:
+def _takes_seeds(call: Launch) -> bool:
     """Without dropout they are a constant like others, and compiled as the 0 that it is: 32 bits wide."""
     return bool(call.arguments.get("DROPOUT"))
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Place]:
+def _flat(values: Iterable[Place | tuple[Place, ...]]) -> Iterator[Place]:
     for value in values:
         yield from (value,) if isinstance(value, Place) else value
 
@@ -222,6 +218,6 @@ def _storage(tensor: Tensor) -> int:
     return storage_key(tensor.untyped_storage())
 
 
-def _elements(call: KernelCall, name: str) -> int:
+def _elements(call: Launch, name: str) -> int:
     """Return the size of a workspace; 0 where sums are not split and a dummy stands for it."""
     return call.arguments[name].numel() if call.arguments[PARTIAL].numel() > 1 else 0

@@ -7,47 +7,45 @@ are not aligned to 16 bytes, and operands that a kernel could only take as copie
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from ..compat import triton as private
-from . import extended_gemm_launch, launcher, linear, low_rank_launch
+from . import extended_gemm_launch, launcher, linear, low_rank_launch, prepared_launch
 from . import plan as plan_tables
-from .allocation import allocate
 from .extended_gemm import extended_gemm
 from .operands import INT32_LIMIT, Mask, Members, fp32_precision, on_device
 from .plan import LaunchPlan
 from .prepared_launch import NotPreparedError, Prepared
 
 MOST_KINDS = 4096  # some KB each; every number of tokens is a kind
-Biases = Sequence[Tensor | None]
-T = TypeVar("T")
-_kinds: dict[tuple[Any, ...], Any] = {}
+Ys = tuple[list[Tensor], list[Tensor]]  # y_i and u_i
+Gradients = tuple[Tensor | None, list[Tensor]]  # dx and dR_i
+_forwards: dict[Hashable, Forward] = {}
+_backwards: dict[Hashable, Backward] = {}
 
 
-def forward(
-    x: Tensor, members: Members, biases: Biases, plan: Callable[[], LaunchPlan], mask: Mask, signature: Hashable
-) -> tuple[list[Tensor], list[Tensor]] | None:
+def forward(x: Tensor, members: Members, plan: Callable[[], LaunchPlan], mask: Mask, signature: Hashable) -> Ys | None:
     """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
 
     Args:
         x: [..., n].
-        members, biases, mask: as of `linear.forward`.
+        members, mask: as of `linear.forward`.
         plan: called for a new kind of call alone.
         signature: equal for calls whose tensors differ in their values alone; None where that is not known.
     """
     if signature is None or not _is_ready(x):
         return None
     key = (signature, *_key(x, members, mask))
-    kind = _kinds.get(key)
+    kind = _forwards.get(key)
     if kind is None:
         if not _has_rows(x):
             return None
-        kind = _remember(key, Forward(x, members, biases, plan(), mask))
-    result: tuple[list[Tensor], list[Tensor]] | None = kind(x, members, biases, mask)
-    return result
+        _make_room()
+        kind = _forwards[key] = Forward(x, members, plan(), mask)
+    return kind(x, members, mask)
 
 
 def backward(
@@ -59,72 +57,67 @@ def backward(
     need_dcore: bool,
     mask: Mask,
     signature: Hashable,
-) -> tuple[Tensor | None, list[Tensor]] | None:
+) -> Gradients | None:
     """dx [..., n], or [M, n] where cuBLAS writes it, and dR_i [r, r]; None if `linear.backward` has to be called."""
     if signature is None or not _is_ready(dys[0]):
         return None
     key = (signature, need_dx, need_dcore, *_key(dys[0], members, mask))
-    kind = _kinds.get(key)
+    kind = _backwards.get(key)
     if kind is None:
         if not all(map(_has_rows, dys)):
             return None
-        kind = _remember(key, Backward(dys, members, us, plan(), need_dx, need_dcore, mask))
-    result: tuple[Tensor | None, list[Tensor]] | None = kind(dys, members, us, mask)
-    return result
+        _make_room()
+        kind = _backwards[key] = Backward(dys, members, us, plan(), need_dx, need_dcore, mask)
+    return kind(dys, members, us, mask)
 
 
-def _remember(key: tuple[Any, ...], kind: Any) -> Any:
-    if len(_kinds) >= MOST_KINDS:
-        _kinds.clear()
-    _kinds[key] = kind
-    return kind
+def _make_room() -> None:
+    if len(_forwards) + len(_backwards) >= MOST_KINDS:
+        forget()
 
 
 class Forward:
     """One kind of forward: its plan, the shapes of what it allocates, and its launches."""
 
-    def __init__(self, x: Tensor, members: Members, biases: Biases, plan: LaunchPlan, mask: Mask) -> None:
+    def __init__(self, x: Tensor, members: Members, plan: LaunchPlan, mask: Mask) -> None:
         rows, self.count = _rows(x), len(members.a)
         self.plan, self.is_fused = plan, linear.is_fused(plan, members)
         self.v_shape = len(rows), members.width * self.count
         y_shapes = [(*x.shape[:-1], b.shape[0]) for b in members.b] if self.is_fused else []
         self.shapes = [(len(rows), members.r)] * self.count + y_shapes
-        meta = _on_meta(rows), members.map(_on_meta), [_on_meta(bias) for bias in biases]
-        with on_device(x):
-            self.prepared = _or_none(lambda: self._prepare(*meta, mask))
+        self.prepared: Prepared | None = None
+        with on_device(x), suppress(NotPreparedError):
+            self.prepared = self._prepare(_on_meta(rows), members.map(_on_meta), mask)
 
-    def __call__(
-        self, x: Tensor, members: Members, biases: Biases, mask: Mask
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """y_i and u_i."""
+    def __call__(self, x: Tensor, members: Members, mask: Mask) -> Ys | None:
         if self.prepared is None:
             return None
         us, ys = self._allocate(x)
         vs = [] if self.is_fused else [x.new_empty(self.v_shape)]
-        if not self.prepared.repeat([*self._tensors(x, members, biases, us, ys), *vs], mask.seeds):
+        if not self.prepared.repeat([*self._tensors(x, members, us, ys), *vs], mask.seeds):
             return None
-        return ys or linear.unfused(_rows(x), members, biases, vs[0], self.plan), us
+        return ys or linear.unfused(_rows(x), members, vs[0], self.plan), us
 
     def _allocate(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """u_i, and y_i unless cuBLAS allocates them."""
-        found = allocate(x, self.shapes)
+        found = prepared_launch.allocate(x, self.shapes)
         return found[: self.count], found[self.count :]
 
-    def _tensors(self, x: Tensor, members: Members, biases: Biases, us: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+    def _tensors(self, x: Tensor, members: Members, us: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
         """Buffers that the launches read and write besides v; members of one argument stand together."""
         if not self.is_fused:
             return [x, *members.a, *members.cores, *us]
-        others = [t for t in (*members.weights, *biases) if t is not None]
+        others = [t for t in (*members.weights, *members.biases) if t is not None]
         return [x, *members.a, *members.cores, *us, *members.b, *others, *ys]
 
-    def _prepare(self, x: Tensor, members: Members, biases: Biases, mask: Mask) -> Prepared:
+    def _prepare(self, x: Tensor, members: Members, mask: Mask) -> Prepared:
         (us, ys), v = self._allocate(x), x.new_empty(self.v_shape)
-        tensors = self._tensors(x, members, biases, us, ys)
+        tensors = self._tensors(x, members, us, ys)
         ys = [_rows(y) for y in ys]
         calls = linear.prep_calls(x, members, us, v, self.plan, mask)
         if not self.is_fused:  # cuBLAS reads v
             return Prepared(calls, [*tensors, v])
-        calls.append(extended_gemm_launch.forward_call(x, members, biases, v, ys, self.plan))
+        calls.append(extended_gemm_launch.forward_call(x, members, v, ys, self.plan))
         return Prepared(calls, tensors, inner=[v])
 
 
@@ -158,17 +151,14 @@ class Backward:
         meta = [_on_meta(dy) for dy in rows], members.map(_on_meta), [_on_meta(u) for u in us]
         self.before: Prepared | None = None
         self.after: Prepared | None = None
-        with on_device(dys[0]):
-            self.before, self.after = _or_none(lambda: self._prepare(*meta, mask)) or (None, None)
+        with on_device(dys[0]), suppress(NotPreparedError):
+            self.before, self.after = self._prepare(*meta, mask)
 
-    def __call__(
-        self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask
-    ) -> tuple[Tensor | None, list[Tensor]] | None:
-        """dx and dR_i."""
+    def __call__(self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask) -> Gradients | None:
         if self.before is None:
             return None
         dx, dcores = self._allocate(dys, members)
-        tw = allocate(dys[0], [self.t_shape] * (self.has_addmm + self.adds_masked))  # w, or w and t
+        tw = prepared_launch.allocate(dys[0], [self.t_shape] * (self.has_addmm + self.adds_masked))  # w, or w and t
         tensors = [*self._tensors(dys, members, us, dx, dcores), *tw]
         if not self.before.repeat([*tensors], mask.seeds):
             return None
@@ -179,10 +169,9 @@ class Backward:
             self.after.repeat(tensors, mask.seeds)
         return dx, dcores
 
-    def _allocate(self, dys: Sequence[Tensor], members: Members) -> tuple[Tensor | None, list[Tensor]]:
-        """dx and dR_i."""
-        dcores = allocate(members.cores[0], self.core_shapes) if self.need_dcore else []
-        return allocate(dys[0], self.dx_shapes)[0] if self.need_dx else None, dcores
+    def _allocate(self, dys: Sequence[Tensor], members: Members) -> Gradients:
+        dcores = prepared_launch.allocate(members.cores[0], self.core_shapes) if self.need_dcore else []
+        return prepared_launch.allocate(dys[0], self.dx_shapes)[0] if self.need_dx else None, dcores
 
     def _tensors(
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
@@ -221,7 +210,8 @@ class Backward:
 
 def forget() -> None:
     """Prepare every kind again at its next call."""
-    _kinds.clear()
+    _forwards.clear()
+    _backwards.clear()
 
 
 def _is_ready(x: Tensor) -> bool:
@@ -241,27 +231,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
-def _key(x: Tensor, members: Members, mask: Mask) -> tuple[Any, ...]:
+def _key(x: Tensor, members: Members, mask: Mask) -> tuple[Hashable, ...]:
     """Key of a call's launches, in addition to its signature."""
-    wide_seeds = (
-        tuple([not -INT32_LIMIT <= seed < INT32_LIMIT for seed in mask.seeds]) if mask.dropout else ()
-    )  # other kernels in Triton
+    # seeds of 64 bits take other kernels in Triton
+    wide_seeds = tuple([not -INT32_LIMIT <= seed < INT32_LIMIT for seed in mask.seeds]) if mask.dropout else ()
     product = fp32_precision() if x.dtype == torch.float32 else ""
     return plan_tables.generation, product, mask.dropout, wide_seeds, *members.scales
 
 
-def _on_meta(tensor: Any) -> Any:
-    """A tensor of the same kind without memory; None for None."""
-    return (
-        None
-        if tensor is None
-        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    )
-
-
-def _or_none(prepare: Callable[[], T]) -> T | None:
-    """None for calls that have to be made the ordinary way every time."""
-    try:
-        return prepare()
-    except NotPreparedError:
-        return None
+def _on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same kind without memory."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

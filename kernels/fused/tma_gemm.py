@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..compat.triton import is_compiled
 from .block_sizes import GemmConfig, cdiv
 from .extended_gemm import tile_coordinates
-from .launcher import KernelCall
+from .launcher import Launch
 
 ALIGNMENT = 16  # bytes, of pointers and strides
 MULTIPROCESSORS = 132  # of an H100, for tensors that are not on a card
@@ -77,7 +77,7 @@ def call_of(
     config: GemmConfig,
     k_major: bool,
     base: int,
-) -> KernelCall:
+) -> Launch:
     """ys[i] = Σ_j left_ij right_ij (its transpose if k_major) + bias_i, for the pairs [i][j] of left and right.
 
     The first `base` pairs of an output do not depend on the launch before.
@@ -102,7 +102,7 @@ def call_of(
         GROUP_M=config.group,
     )
     programs = min(tiles, _multiprocessors(ys[0].device))
-    return KernelCall(tma_gemm, programs, arguments, config, overlaps=waits)
+    return Launch(tma_gemm, programs, arguments, config, overlaps=waits)
 
 
 def has_descriptors(operands: Sequence[Tensor | None]) -> bool:

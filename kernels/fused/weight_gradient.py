@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .block_sizes import GemmConfig, cdiv, gradient_config
 from .gradient_signs import grad_sign
-from .launcher import KernelCall, launch
+from .launcher import Launch, launch
 from .operands import needs_int64, on_device, precision, unit_rows
 
 COUNTS = 3  # of a tile: Σ G², exact zeros, entries that are not finite
@@ -74,4 +74,4 @@ def _launch(
         GROUP_N=config.group,
     )
     with on_device(x):
-        launch(KernelCall(grad_sign, tiles, arguments, config))
+        launch(Launch(grad_sign, tiles, arguments, config))

@@ -90,35 +90,25 @@ def _run_of(case: Case, device: str) -> Run:
         [normal(shape.r, shape.n) for _ in ms],
         [normal(shape.r, shape.r, kind=torch.float32) for _ in ms],
         [normal(m, shape.r) for m in ms],
+        [None] * len(ms),
         [1.0] * len(ms),
     )
-    x, none = normal(shape.M, shape.n), [None] * len(ms)
-    dys, us = [normal(shape.M, m) for m in ms], [normal(shape.M, shape.r) for _ in ms]
+    x, dys, us = normal(shape.M, shape.n), [normal(shape.M, m) for m in ms], [normal(shape.M, shape.r) for _ in ms]
     if shape.quant != "none":
         weight = _random_4bit(ms[0], shape.n, device)
         if shape.op == "forward":
-            return lambda chosen: linear_quantized.forward(x, weight, members, None, chosen, mask)
+            return lambda chosen: linear_quantized.forward(x, weight, members, chosen, mask)
         return lambda chosen: linear_quantized.backward(dys[0], weight, members, us[0], chosen, True, True, mask)
     if shape.op == "forward":
-        return lambda chosen: launch.forward(x, members, none, chosen, mask)
+        return lambda chosen: launch.forward(x, members, chosen, mask)
     return lambda chosen: launch.backward(dys, members, us, chosen, True, True, mask)
 
 
 def _random_4bit(m: int, n: int, device: str) -> linear_quantized.Quantized:
     """W [m, n] with random codes, without nested statistics."""
-    return linear_quantized.Quantized(
-        packed=torch.randint(0, 256, (-(-m * n // 2),), dtype=torch.uint8, device=device),
-        absmax=torch.rand(-(-m * n // BLOCK), device=device),
-        codebook=torch.linspace(-1, 1, 16, device=device),
-        nested_absmax=None,
-        nested_codebook=None,
-        nested_offset=None,
-        block=BLOCK,
-        nested_block=256,
-        rounding=0,
-        m=m,
-        n=n,
-    )
+    packed = torch.randint(0, 256, (-(-m * n // 2),), dtype=torch.uint8, device=device)
+    absmax, codebook = torch.rand(-(-m * n // BLOCK), device=device), torch.linspace(-1, 1, 16, device=device)
+    return linear_quantized.Quantized((packed, absmax, codebook, None, None, None), (BLOCK, 256, 0), m, n)
 
 
 def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:

@@ -251,9 +251,7 @@ def unchecked(_: object) -> None:
     """No check, of calls whose mask torch does not know and of timings on random tensors."""
 
 
-def check_forward(
-    x: Tensor, members: Members, biases: Sequence[Tensor | None], found: tuple[list[Tensor], object]
-) -> None:
+def check_forward(x: Tensor, members: Members, found: tuple[list[Tensor], object]) -> None:
     """Compare the first rows and columns of every y_j [M, m_j] with torch's, in fp32.
 
     Raises:
@@ -261,7 +259,7 @@ def check_forward(
     """
     ys, _ = found
     rows = x[:TILE_ROWS].float()
-    for y, bias, weight, a, core, b, scale in zip(ys, biases, *members, strict=True):
+    for y, weight, a, core, b, bias, scale in zip(ys, *members, strict=True):
         v, b = scale * (rows @ a.float().mT) @ core.float().mT, b[:TILE_COLUMNS].float()
         want, size = v @ b.mT, (v.square() @ b.mT.square()).sqrt()
         if weight is not None:
@@ -283,7 +281,7 @@ def check_backward(
     dx, dcores = found
     if dx is not None:
         want = size = torch.zeros((), device=dx.device)
-        for dy, weight, a, core, b, scale in zip(dys, *members, strict=True):
+        for dy, weight, a, core, b, _, scale in zip(dys, *members, strict=True):
             rows, a = dy[:TILE_ROWS].float(), a[:, :TILE_COLUMNS].float()
             w = scale * (rows @ b.float()) @ core.float()
             want, size = want + w @ a, size + (w.square() @ a.square()).sqrt()

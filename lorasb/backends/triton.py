@@ -31,8 +31,8 @@ from .eager import dequantize as eager_dequantize
 
 if TYPE_CHECKING:
     from ..kernels.linear_quantized import Quantized
-    from ..kernels.linear_rows import RowCores
     from ..kernels.operands import Mask, Members
+    from ..kernels.row_cores_launch import RowCores
 
 INTERPRET = "TRITON_INTERPRET"
 HAVE_KERNELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: a weight in 4 bits
@@ -58,14 +58,11 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
         if _is_int8(operands):
             return forward(x, _dense_operands(operands, x.dtype))
         return _forward_quantized(x, operands)
-    members, biases, mask = members_of(operands), _biases(operands), mask_of(operands)
-    plan = partial(_forward_plan, x, members, biases, mask)
-    signature = calls.metadata(x, biases, *members[:4])
-    found = _kernels().forward(x, members, biases, plan, mask, signature)
+    members, mask = members_of(operands), mask_of(operands)
+    plan = partial(_forward_plan, x, members, mask)
+    found = _kernels().forward(x, members, plan, mask, calls.metadata(x, *members[:5]))
     if found is None:
-        from lorasb.kernels import linear as kernels
-
-        found = kernels.forward(rows_of(x), resolved(members), list(map(_resolve, biases)), plan(), mask)
+        found = _kernels().linear.forward(rows_of(x), resolved(members), plan(), mask)
     ys, us = found
     return [*(y if y.dim() == x.dim() else shaped(y, x) for y in ys), *us]
 
@@ -85,10 +82,8 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
     signature = calls.metadata(dys, us, *members[:4])
     found = _kernels().backward(dys, members, us, plan, need_dx, need_dcores, mask, signature)
     if found is None:
-        from lorasb.kernels import linear as kernels
-
         rows = [rows_of(dy) for dy in dys]
-        found = kernels.backward(rows, resolved(members), us, plan(), need_dx, need_dcores, mask)
+        found = _kernels().linear.backward(rows, resolved(members), us, plan(), need_dx, need_dcores, mask)
     dx, dcores = found
     return _gradients(dys[0], dx, dcores, operands.cores)
 
@@ -105,14 +100,8 @@ def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
     from lorasb.kernels import linear_quantized as kernels
 
     rows, members = rows_of(x), resolved(members_of(operands))
-    y, u = kernels.forward(
-        rows,
-        weight=_weight(operands),
-        members=members,
-        bias=_resolve(_biases(operands)[0]),
-        plan=plan_of("forward", rows, members.b, members.a[0], quant="4bit"),
-        mask=mask_of(operands),
-    )
+    plan = plan_of("forward", rows, members.b, members.a[0], quant="4bit")
+    y, u = kernels.forward(rows, _weight(operands), members, plan, mask_of(operands))
     return [shaped(y, x), u]
 
 
@@ -120,23 +109,14 @@ def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool
     from lorasb.kernels import linear_quantized as kernels
 
     rows, members = rows_of(dy), resolved(members_of(operands))
-    dx, dcore = kernels.backward(
-        rows,
-        weight=_weight(operands),
-        members=members,
-        u=u,
-        plan=plan_of("backward", rows, members.b, members.a[0], quant="4bit"),
-        need_dx=need_dx,
-        need_dcore=need_dcores,
-        mask=mask_of(operands),
-    )
-    dx = shaped(dx, dy) if dx is not None else None
-    return _gradients(dy, dx, [] if dcore is None else [dcore], operands.cores)
+    plan, mask = plan_of("backward", rows, members.b, members.a[0], quant="4bit"), mask_of(operands)
+    dx, dcores = kernels.backward(rows, _weight(operands), members, u, plan, need_dx, need_dcores, mask)
+    return _gradients(dy, dx, dcores, operands.cores)
 
 
 def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor]:
     """With an R for each row; over a quantized weight the adapter is added to what kernels compute with R = 0."""
-    from lorasb.kernels import linear_rows as kernels
+    from lorasb.kernels import linear as kernels
 
     check_index(index, min(map(len, operands.cores)))
     base, of_rows = _without_cores(operands), _row_cores(operands, index)
@@ -146,14 +126,14 @@ def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor
         return [y.add_(shaped(v[:, : u.shape[1]] @ operands.b[0].t(), y)), u]
     rows, members = rows_of(x), resolved(members_of(base))
     plan = plan_of("forward", rows, members.b, members.a[0])
-    ys, us = kernels.forward(rows, members, list(map(_resolve, _biases(operands))), of_rows, plan)
+    ys, us = kernels.forward(rows, members, plan, rows=of_rows)
     return [*(shaped(y, x) for y in ys), *us]
 
 
 def _backward_by_row(
     dys: list[Tensor], us: list[Tensor], operands: Operands, index: Tensor, need_dx: bool, need_dcores: bool
 ) -> list[Tensor]:
-    from lorasb.kernels import linear_rows as kernels
+    from lorasb.kernels import linear as kernels
 
     base, of_rows = _without_cores(operands), _row_cores(operands, index)
     rows, members = [rows_of(dy) for dy in dys], members_of(base)
@@ -162,12 +142,11 @@ def _backward_by_row(
         if need_dx:
             dx = backward(rows, [us[0][:0]], base, True, False)[0]
             w = of_rows[0].times(t, False, t.new_empty((len(t), members.width)))
-            dx = shaped(dx.addmm_(w[:, : t.shape[1]], operands.a[0]), dys[0])
-        ts = [t]
+            dx.addmm_(w[:, : t.shape[1]], operands.a[0])
+        dcores = [of_rows[0].gradients(t, us[0])] if need_dcores else []
     else:
         plan = plan_of("backward", rows[0], members.b, members.a[0])
-        dx, ts = kernels.backward(rows, resolved(members), us, of_rows, plan, need_dx)
-    dcores = [one.gradients(t, u) for one, t, u in zip(of_rows, ts, us, strict=True)] if need_dcores else []
+        dx, dcores = kernels.backward(rows, resolved(members), us, plan, need_dx, need_dcores, rows=of_rows)
     return _gradients(dys[0], dx, dcores, operands.cores)
 
 
@@ -178,7 +157,7 @@ def _without_cores(operands: Operands) -> Operands:
 
 
 def _row_cores(operands: Operands, index: Tensor) -> list[RowCores]:
-    from lorasb.kernels.linear_rows import RowCores
+    from lorasb.kernels.row_cores_launch import RowCores
 
     pairs = zip(operands.cores, operands.scalings, strict=True)
     return [RowCores(stack, index, float(scaling)) for stack, scaling in pairs]
@@ -189,10 +168,10 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
     tensors = QuantizedTensors.of(quant)
     if tensors.kind == INT8:
         return eager_dequantize(quant, layout, rows, columns, dtype)
-    from lorasb.kernels import linear_quantized as kernels
+    from lorasb.kernels.linear_quantized import Quantized, dequantized
 
     check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # the device; any dtype that the kernels have
-    return kernels.dequantized(_quantized(quant, layout, rows, columns), dtype)
+    return dequantized(Quantized(tensors, tuple(layout), rows, columns), dtype)
 
 
 def _is_int8(operands: Operands) -> bool:
@@ -206,27 +185,10 @@ def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
 
 
 def _weight(operands: Operands) -> Quantized:
-    shape = operands.b[0].shape[0], operands.a[0].shape[1]
-    return _quantized(operands.base, operands.layout, *shape)
-
-
-def _quantized(quant: Sequence[Tensor], layout: Sequence[int], m: int, n: int) -> Quantized:
     from lorasb.kernels.linear_quantized import Quantized
 
-    tensors, (block, nested_block, rounding) = QuantizedTensors.of(quant), layout
-    return Quantized(
-        packed=tensors.codes,
-        absmax=tensors.absmax,
-        codebook=tensors.codebook,
-        nested_absmax=tensors.nested_absmax,
-        nested_codebook=tensors.nested_codebook,
-        nested_offset=tensors.nested_offset,
-        block=block,
-        nested_block=nested_block,
-        rounding=rounding,
-        m=m,
-        n=n,
-    )
+    shape = operands.b[0].shape[0], operands.a[0].shape[1]
+    return Quantized(QuantizedTensors.of(operands.base), tuple(operands.layout), *shape)
 
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
@@ -256,43 +218,24 @@ def _check_gradient(x: Tensor, total: Tensor | None) -> str:
 def mask_of(operands: Operands) -> Mask:
     """Dropout's probability, and its seeds as numbers."""
     if operands.seeds is None or operands.dropout <= 0.0:
-        return _no_mask()
-    from lorasb.kernels.operands import Mask
-
+        return _kernels().linear.NO_DROPOUT
     if is_capturing():  # replays would repeat the mask
         raise CaptureError(
             "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
             "model.eval(), before capturing"
         )
-    return Mask(kernel_dropout(operands.dropout), tuple(operands.seeds.tolist()))
+    return _kernels().Mask(kernel_dropout(operands.dropout), tuple(operands.seeds.tolist()))
 
 
-@cache
-def _no_mask() -> Mask:
-    from lorasb.kernels.operands import Mask
-
-    return Mask()
-
-
-def _forward_plan(x: Tensor, members: Members, biases: Sequence[Tensor | None], mask: Mask) -> LaunchPlan:
-    from lorasb.kernels import linear as kernels
-
-    rows, members, biases = rows_of(x), resolved(members), list(map(_resolve, biases))
-
-    def run(plan: LaunchPlan) -> object:
-        return kernels.forward(rows, members, biases, plan, mask)
-
-    return _first_plan("forward", rows, members, mask, run, partial(autotune.check_forward, rows, members, biases))
+def _forward_plan(x: Tensor, members: Members, mask: Mask) -> LaunchPlan:
+    rows, members = rows_of(x), resolved(members)
+    run = partial(_kernels().linear.forward, rows, members, mask=mask)
+    return _first_plan("forward", rows, members, mask, run, partial(autotune.check_forward, rows, members))
 
 
 def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask) -> LaunchPlan:
-    from lorasb.kernels import linear as kernels
-
     rows, members = [rows_of(dy) for dy in dys], resolved(members)
-
-    def run(plan: LaunchPlan) -> object:
-        return kernels.backward(rows, members, us, plan, True, True, mask)
-
+    run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=True, mask=mask)
     return _first_plan("backward", rows[0], members, mask, run, partial(autotune.check_backward, rows, members, us))
 
 
@@ -359,11 +302,7 @@ def interpreting() -> bool:
 def register() -> None:
     """Register for CUDA, and on the CPU for an explicit backend under Triton's interpreter."""
     plan_tables.read_user_tables_from(autotune.tables, autotune.machine)
-    plain: dict[str, Function] = {
-        "dequantize": dequantize,
-        "gradient_add": gradient_add,
-        "gradient_signs": gradient_signs,
-    }
+    plain = {kernel.__name__: kernel for kernel in (dequantize, gradient_add, gradient_signs)}
     fallback = kernels_of(or_eager(forward, eager.eager_forward), or_eager(backward, eager.eager_backward))
     register_backend(
         "triton",
@@ -385,33 +324,25 @@ def rows_of(x: Tensor) -> Tensor:
 
 def resolved(members: Members) -> Members:
     """Members with their signs applied in memory: torch negates lazily (the imaginary part of a conjugate)."""
-    return members.map(_resolve)
-
-
-def _resolve(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.resolve_neg()
+    return members.map(Tensor.resolve_neg)
 
 
 def members_of(operands: Operands) -> Members:
     """The layers as the kernels take them; scales include dropout's factor 1 / (1 - p), so that they multiply once."""
-    base, layout, a, cores, b, _, scales, _, dropout, _ = operands
+    base, layout, a, cores, b, biases, scales, _, dropout, _ = operands
     if dropout > 0.0:
         scales = [scale / (1.0 - kernel_dropout(dropout)) for scale in scales]
     weights = base if base and not layout[1] else [None] * len(a)
-    return _kernels().Members(weights, a, cores, b, scales)
-
-
-def _biases(operands: Operands) -> Sequence[Tensor | None]:
-    return operands.biases or [None] * len(operands.a)
+    return _kernels().Members(weights, a, cores, b, biases if biases else [None] * len(a), scales)
 
 
 @cache
 def _kernels() -> ModuleType:
     """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond per call."""
-    from lorasb.kernels import allocation, prepared_linear
+    from lorasb.kernels import prepared_launch, prepared_linear
 
     if cpp.extension is not None:
-        allocation.use(cpp.extension.allocate)
+        prepared_launch.allocate = cpp.extension.allocate
     return prepared_linear
 
 

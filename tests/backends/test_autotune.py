@@ -212,18 +212,18 @@ def computed(dtype: torch.dtype, ms: int, weight: bool) -> Any:
         [c.a for c in cases],
         [c.core for c in cases],
         [c.b for c in cases],
+        [c.bias for c in cases],
         [0.5 + j for j in range(ms)],
     )
-    biases = [c.bias for c in cases]
     chosen = plan.choose(plan.Shape("forward", "fp32", 64, 96, 80, 24, ms), plan.INTERPRETER, 1)
-    ys, us = launch.forward(x, members, biases, chosen, Mask())
+    ys, us = launch.forward(x, members, chosen, Mask())
     dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for y in ys]
     gradients = launch.backward(dys, members, us, chosen, True, True, Mask())
-    return x, members, biases, (ys, us), dys, gradients
+    return x, members, (ys, us), dys, gradients
 
 
 def kernels_case(dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool = True) -> Any:
-    """x, members, biases, dy and u of a call, with the launchers' results by a safe plan, which a test may spoil."""
+    """x, members, dy and u of a call, with the launchers' results by a safe plan, which a test may spoil."""
     return copy.deepcopy(computed(dtype, ms, weight))
 
 
@@ -232,8 +232,8 @@ def kernels_case(dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool =
     [(torch.float32, 1, True), (torch.float32, 2, True), (torch.float16, 2, True), (torch.float16, 1, False)],
 )
 def test_right_results_pass(dtype: torch.dtype, ms: int, weight: bool) -> None:
-    x, members, biases, outputs, dys, gradients = kernels_case(dtype, ms, weight)
-    autotune.check_forward(x, members, biases, outputs)
+    x, members, outputs, dys, gradients = kernels_case(dtype, ms, weight)
+    autotune.check_forward(x, members, outputs)
     autotune.check_backward(dys, members, outputs[1], gradients)
 
 
@@ -249,9 +249,9 @@ def spoil(tensor: torch.Tensor, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["zero", "NaN", "scale"])
 @pytest.mark.parametrize("what", ["y", "dx", "dR"])
 def test_wrong_results_are_found(what: str, kind: str) -> None:
-    x, members, biases, outputs, dys, gradients = kernels_case(ms=2)
+    x, members, outputs, dys, gradients = kernels_case(ms=2)
     spoil({"y": outputs[0][1], "dx": gradients[0], "dR": gradients[1][1]}[what], kind)
-    check = functools.partial(autotune.check_forward, x, members, biases, outputs)
+    check = functools.partial(autotune.check_forward, x, members, outputs)
     if what != "y":
         check = functools.partial(autotune.check_backward, dys, members, outputs[1], gradients)
     with pytest.raises(autotune.WrongResultError, match=f"{what} differs from torch's by up to"):
@@ -259,12 +259,12 @@ def test_wrong_results_are_found(what: str, kind: str) -> None:
 
 
 def test_no_judgment_where_torch_has_infinities() -> None:
-    x, members, biases, (ys, us), *_ = kernels_case()
+    x, members, (ys, us), *_ = kernels_case()
     x[0, 0] = torch.inf
-    autotune.check_forward(x, members, biases, ([ys[0].clone()], us))
+    autotune.check_forward(x, members, ([ys[0].clone()], us))
     spoil(ys[0], "zero")
     with pytest.raises(autotune.WrongResultError):  # of the other rows
-        autotune.check_forward(x, members, biases, (ys, us))
+        autotune.check_forward(x, members, (ys, us))
 
 
 def test_a_wrong_kernel_is_replaced_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:

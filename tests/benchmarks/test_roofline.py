@@ -60,14 +60,14 @@ def each_launch(
     """Really launch, one launch at a time, and say what each one moved."""
     cases = [reference.make_case((M,), n, m, r, dtype, bias=bias) for m in ms]
     members = launch.Members(
-        [c.weight for c in cases], [c.a for c in cases], [c.core for c in cases], [c.b for c in cases], [1.0] * len(ms)
+        *([getattr(c, name) for c in cases] for name in ("weight", "a", "core", "b", "bias")), [1.0] * len(ms)
     )
     chosen = plan.choose(plan.Shape(op, plan.DTYPES[dtype], M, n, sum(ms), r, len(ms)), plan.INTERPRETER, 1)
     marks: list[dict[str, int]] = []
     with pytest.MonkeyPatch.context() as patch, counted(patch) as moved, observed() as found:
         patch.setattr(launch, "launch", lambda *arguments: (marks.append(dict(moved)), original(*arguments)))
         if op == "forward":
-            launch.forward(cases[0].x, members, [c.bias for c in cases], chosen)
+            launch.forward(cases[0].x, members, chosen)
         else:
             launch.backward([c.dy for c in cases], members, [c.x @ c.a.t() for c in cases], chosen, True, True)
         marks.append(dict(moved))

@@ -128,9 +128,9 @@ def test_the_core_is_not_cut_to_tf32() -> None:
     M, r = 64, 64
     case = make_case((M,), 64, 64, r, torch.float16, bias=False)
     eye = torch.eye(64, dtype=torch.float16)
-    members = launch.Members([None], [eye], [case.core], [eye], [1.0])
+    members = launch.Members([None], [eye], [case.core], [eye], [None], [1.0])
     chosen = plan.choose(plan.Shape("forward", "fp16", M, 64, 64, r), environment.PTX, 1)
-    (y,), (u,) = launch.forward(case.x, members, [None], chosen, launch.Mask())
+    (y,), (u,) = launch.forward(case.x, members, chosen, launch.Mask())
     assert torch.equal(u, case.x)
     want = case.x.double() @ case.core.double().t()
     plain = (case.x.float() @ case.core.t()).half()

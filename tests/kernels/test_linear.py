@@ -21,7 +21,7 @@ import lorasb
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import extended_gemm_launch, operands, plan
 from lorasb.kernels import linear as fused
-from lorasb.kernels.block_sizes import GemmConfig, PrepConfig, cdiv, gemm_splits, prep_members, prep_splits, rank_blocks
+from lorasb.kernels.block_sizes import GemmConfig, PrepConfig, gemm_splits, prep_members, prep_splits, rank_blocks
 from lorasb.kernels.launcher import observed
 
 FEATURES = {1: (59, 123), 3: (123, 59), 16: (59, 123), 17: (123, 59), 64: (123, 200), 96: (256, 123), 128: (160, 256)}
@@ -151,8 +151,8 @@ def blocks(config: PrepConfig | GemmConfig) -> PrepConfig | GemmConfig:
 
 SHIPPED = {
     blocks(config)
-    for arch in plan.shipped_archs()
-    for rule in plan.shipped_rules(arch)
+    for path in sorted(plan.TABLES.glob("sm_*.json"))
+    for rule in plan.read_rules(path)
     for config in (rule.prep, rule.gemm)
     if config
 }
@@ -219,7 +219,6 @@ def test_bitwise_repeatable(rows: int) -> None:
 
 
 def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extended_gemm_launch, "core_chunks", lambda rows: cdiv(rows, 64))
     monkeypatch.setattr(extended_gemm_launch, "CORE_CHUNK", 64)
     case = reference.make_case((150,), 64, 48, 40, torch.float32)
     with observed() as launches:
@@ -285,7 +284,7 @@ def test_rows_of_w_beyond_2_to_the_31_elements() -> None:
     case = reference.make_case((M,), N, K, r, torch.float16, bias=False, scaling=1.0)
     weight.copy_(case.weight)
     chosen = plan.LaunchPlan("fused", PrepConfig(32, 16, 4, 2), GemmConfig(32, 32, 16, 1, 4, 2))
-    members = fused.Members([weight], [case.a], [case.core], [case.b], [1.0])
+    members = fused.Members([weight], [case.a], [case.core], [case.b], [None], [1.0])
     u = torch.zeros(M, r, dtype=torch.float16)
     dx, _ = fused.backward([case.dy], members, [u], chosen, True, False)
     want, _ = reference.gradients(case.double())

@@ -26,7 +26,7 @@ def make(weight: QuantizedWeight, rows: int, r: int, dtype: torch.dtype) -> Case
     return replace(make_case((rows,), n, m, r, dtype), weight=weight)
 
 
-@pytest.fixture(params=plan.WEIGHTS)
+@pytest.fixture(params=plan.CHOICES["weights"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     with weights_read(request.param):
         yield request.param

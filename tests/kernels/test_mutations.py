@@ -242,20 +242,24 @@ def launches(request: pytest.FixtureRequest) -> list[Launch]:
     cases = group_cases(M, n, ms, r, torch.bfloat16)
     found: list[Launch] = []
 
-    def keep(kernel: object, grid: int, arguments: dict[str, object], options: dict[str, object]) -> None:
-        found.append(Launch(kernel, grid, {k: _copied(v) for k, v in arguments.items()}, options))
-        executor.run(kernel, grid, arguments, options)
+    def keep(call: Launch) -> None:
+        found.append(_with_copies(call))
+        executor.run(call)
 
     shapes = {op: plan.Shape(op, "bf16", M, n, sum(ms), r, len(ms)) for op in ("forward", "backward")}
     chosen = {op: plan.choose(shape, environment.PTX, 1) for op, shape in shapes.items()}
     fused = {op: LaunchPlan("fused", one.prep, one.gemm) for op, one in chosen.items()}
-    fields = zip(*((c.weight, c.a, c.core, c.b, c.scaling) for c in cases), strict=True)
+    fields = zip(*((c.weight, c.a, c.core, c.b, c.bias, c.scaling) for c in cases), strict=True)
     members, mask = linear.Members(*map(list, fields)), linear.Mask(dropout, tuple(range(len(ms))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "run", keep)
-        _, us = linear.forward(cases[0].x, members, [c.bias for c in cases], fused["forward"], mask)
+        _, us = linear.forward(cases[0].x, members, fused["forward"], mask)
         linear.backward([c.dy for c in cases], members, us, fused["backward"], True, True, mask)
     return found
+
+
+def _with_copies(launch: Launch) -> Launch:
+    return launch._replace(arguments={name: _copied(value) for name, value in launch.arguments.items()})
 
 
 def _copied(value: object) -> object:
@@ -279,7 +283,7 @@ def same_bits(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
 
 def run(launch: Launch, compiled: Compiled) -> list[Tensor]:
     """A launch's outputs on copies of its arguments."""
-    fresh = replace(launch, arguments={name: _copied(value) for name, value in launch.arguments.items()})
+    fresh = _with_copies(launch)
     orders = [list(range(fresh.grid)), list(range(fresh.grid))[::-1]]
     execute(fresh, compiled, orders)
     return outputs(fresh)

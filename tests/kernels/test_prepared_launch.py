@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from ptx.plugin import arguments_of
 from torch import Tensor
 
 from lorasb.kernels import prepared_launch
 from lorasb.kernels.block_sizes import PrepConfig
-from lorasb.kernels.launcher import KernelCall
+from lorasb.kernels.launcher import Launch
 from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedLaunch
 
 CONFIG = PrepConfig(16, 16, 4, 1)
@@ -52,7 +53,7 @@ def prepared(split: bool, dropout: bool = True) -> Prepared:
     partial = meta(100 if split else 1)
     counters = meta(3, dtype=torch.int32) if split else partial.view(torch.int32)
     values = (x, tuple(factors), v[4:], 4, partial, counters, (0,), (partial,), dropout)
-    call = KernelCall(kernel(*NAMES), 2, dict(zip(NAMES, values, strict=True)), CONFIG)
+    call = Launch(kernel(*NAMES), 2, dict(zip(NAMES, values, strict=True)), CONFIG)
     return Prepared([call], [x, *factors], inner=[v])
 
 
@@ -106,7 +107,7 @@ def test_arguments_by_name_are_views_of_the_tensors(taken: list[tuple[Any, ...]]
     known = prepared(True)
     tensors = [torch.randn(4, 8), torch.randn(8, 8), torch.randn(8, 8)]
     known.repeat(tensors, (7,))
-    found = known.launches[0].arguments(tensors, (7,))
+    found = arguments_of(known.launches[0], tensors, (7,))
     assert torch.equal(found["x"], tensors[0])
     assert torch.equal(found["factors"][1], tensors[2])
     assert found["v"].shape == (4, 16)
@@ -128,6 +129,6 @@ X, OTHER, THIRD, DUMMY = meta(4, 8), meta(4, 8), meta(4, 8), meta(1)
 )
 def test_what_is_not_prepared(arguments: dict[str, Any], tensors: list[Tensor], message: str) -> None:
     arguments |= {"partial": DUMMY, "counters": DUMMY}
-    call = KernelCall(kernel(*arguments), 1, arguments, CONFIG)
+    call = Launch(kernel(*arguments), 1, arguments, CONFIG)
     with pytest.raises(NotPreparedError, match=message):
         Prepared([call], tensors)

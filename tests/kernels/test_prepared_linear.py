@@ -35,12 +35,17 @@ def nothing_prepared() -> Iterator[None]:
     prepared_linear.forget()
 
 
+def kinds() -> int:
+    """How many kinds of calls are prepared."""
+    return len(prepared_linear._forwards) + len(prepared_linear._backwards)
+
+
 def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
     """The results of a call by prepared launches, and of one that repeats them, which are those of ordinary launches."""
     torch.manual_seed(3)
     with observed():  # who watches launches gets ordinary ones
         wanted = call()
-    assert not prepared_linear._kinds
+    assert not kinds()
     with patch.context() as inner:
         for way in (linear.forward, linear.backward):
             inner.setattr(linear, way.__name__, lambda *_: pytest.fail("an ordinary launch"))
@@ -49,7 +54,7 @@ def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
             results = call()
             for result, want in zip(results, wanted, strict=True):
                 assert torch.equal(result, want)
-    assert prepared_linear._kinds
+    assert kinds()
     return results
 
 
@@ -61,7 +66,7 @@ def test_a_layer(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     check(same_bits(lambda: run_kernels(case), monkeypatch), case)
     others = make_case((M,), n, m, r, dtype, bias=shape == "aligned", seed=9)
     check(run_kernels(others), others)  # a repetition with other tensors
-    assert len(prepared_linear._kinds) == 2  # one forward, one backward
+    assert kinds() == 2  # one forward, one backward
 
 
 def test_more_dimensions_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +149,10 @@ def test_a_gradient_that_is_one_number_is_no_matrix_of_rows() -> None:
 def test_new_tables_prepare_anew() -> None:
     case = make_case((20,), 64, 48, 8, torch.bfloat16)
     run_kernels(case)
-    before = len(prepared_linear._kinds)
+    before = kinds()
     plan.forget()
     run_kernels(case)
-    assert len(prepared_linear._kinds) == 2 * before
+    assert kinds() == 2 * before
 
 
 def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,4 +160,4 @@ def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     for M in (1, 2, 3):
         case: Case = make_case((M,), 32, 32, 8, torch.bfloat16)
         check(run_kernels(case), case)
-        assert len(prepared_linear._kinds) <= 2
+        assert kinds() <= 2

@@ -49,11 +49,11 @@ def mask_of(case: Case, seed: int, dropout: float) -> Tensor:
     """What the kernels keep of x, seen through A = all unit vectors."""
     (M, n), dtype = case.x.shape, case.x.dtype
     eye = torch.eye(n, dtype=dtype)
-    members = linear.Members([None], [eye], [eye.float()], [eye], [1.0])
+    members = linear.Members([None], [eye], [eye.float()], [eye], [None], [1.0])
     shape = plan.Shape("forward", {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], M, n, n, n)
     chosen = plan.choose(shape, environment.PTX or plan.INTERPRETER, 1)
     mask = linear.Mask(masks.kernel_dropout(dropout), (seed,))
-    _, (u,) = linear.forward(torch.ones_like(case.x), members, [None], chosen, mask)
+    _, (u,) = linear.forward(torch.ones_like(case.x), members, chosen, mask)
     return u == 1.0
 
 

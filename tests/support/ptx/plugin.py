@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .allocations import Tracker
 from .faults import KernelError
@@ -29,15 +33,11 @@ class Executor:
         self.last: Report | None = None  # launch
         self._seeds = itertools.count()
 
-    def run(self, kernel: Any, grid: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def run(self, launch: Any) -> None:
         """In place of `lorasb.kernels.launcher.run`."""
-        from lorasb.kernels.launcher import Launch
-
-        launch = Launch(kernel, grid, arguments, options)
-        compiled = self.compile(launch)
-        before = self.last if options.get("launch_pdl") else None
-        report = execute(launch, compiled, orders_of(grid, next(self._seeds), self.every_last), self.tracker, before)
-        self.last = report
+        compiled, orders = self.compile(launch), orders_of(launch.grid, next(self._seeds), self.every_last)
+        before = self.last if launch.options.get("launch_pdl") else None
+        report = self.last = execute(launch, compiled, orders, self.tracker, before)
         self.launches += 1
         self.programs += report.programs
         self.counts.update(report.counts)
@@ -48,10 +48,10 @@ class Executor:
         recorded = specialized(call.kernel, call.arguments, call.options)
 
         def raw(stream: int, values: tuple[Any, ...], tensors: Any) -> None:
-            arguments = launch.arguments(tensors, values[-1])
+            arguments = arguments_of(launch, tensors, values[-1])
             if specialized(call.kernel, arguments, call.options) != recorded:
                 raise KernelError(f"{call.kernel.__name__} is compiled for other arguments than it was prepared with")
-            self.run(call.kernel, call.grid, arguments, call.options)
+            self.run(call._replace(arguments=arguments))
 
         return raw
 
@@ -68,6 +68,22 @@ class Executor:
             f"executed as compiled for {self.arch}: {self.launches} launches of {len(self.kernels)} kernels, "
             f"{self.programs} programs, {steps:,} instructions of {len(self.counts)} kinds"
         )
+
+
+def arguments_of(launch: Any, tensors: Sequence[Tensor], seeds: object) -> dict[str, Any]:
+    """The arguments of a prepared launch by name, as an ordinary one has them."""
+    found = dict(launch.call.arguments)
+    for name, place in launch.places.items():
+        found[name] = tuple(_view(one, tensors) for one in place) if type(place) is tuple else _view(place, tensors)
+    return found | ({"seeds": seeds} if found.get("DROPOUT") else {})
+
+
+def _view(place: Any, tensors: Sequence[Tensor]) -> Tensor:
+    """The argument at a place in one of a call's tensors."""
+    tensor, like = tensors[place.index], place.like
+    start = (tensor.storage_offset() * tensor.element_size() + place.offset) // like.element_size()
+    found = torch.empty(0, dtype=like.dtype, device=tensor.device)
+    return found.set_(tensor.untyped_storage(), start, like.shape, like.stride())  # type: ignore[call-overload, no-any-return]
 
 
 def specialized(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> list[Any]:
