@@ -186,61 +186,20 @@ def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
 
 @triton.jit(do_not_specialize=["M", "splits", "core_programs", "core_chunks", "seeds", "threshold"])
 def extended_gemm(
-    # base operands, adapter operands, outputs
-    xs,
-    weights,
-    v,
-    factors,
-    biases,
-    ys,
-    # core gradient, workspace
-    t,
-    us,
-    dcores,
-    partial,
-    counters,
-    splits,
-    # sizes
-    M,
-    Ns,
-    Ks,
-    core_programs,
-    core_chunks,
-    # strides
-    stride_x,
-    stride_w,
-    stride_v,
-    stride_factor,
-    stride_y,
-    stride_u,
-    # scalars
-    scales,
-    seeds,
-    threshold,
+    xs, weights, v, factors, biases, ys,  # base operands, adapter operands, outputs
+    t, us, dcores, partial, counters, splits,  # core gradient, workspace
+    M, Ns, Ks, core_programs, core_chunks,  # sizes
+    stride_x, stride_w, stride_v, stride_factor, stride_y, stride_u,  # strides
+    scales, seeds, threshold,  # scalars
     # flags
-    BACKWARD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ADD: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    # rank
-    R: tl.constexpr,
-    R_PADDED: tl.constexpr,
+    BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, R_PADDED: tl.constexpr,  # rank
     # blocks
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
     # blocks of the core gradient
-    CORE_CHUNK_M: tl.constexpr,
-    CORE_SPLIT: tl.constexpr,
-    CORE_BLOCK_R: tl.constexpr,
-    CORE_BLOCK_M: tl.constexpr,
-):
+    CORE_CHUNK_M: tl.constexpr, CORE_SPLIT: tl.constexpr, CORE_BLOCK_R: tl.constexpr, CORE_BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """y_i = [x|v_i] [W_i|B_i]ᵀ + bias_i (forward), or dx = Σ_i [dy_i|w_i] [W_i;A_i] and dR_i = s_i·t_iᵀ u_i (backward).
 
     Grid: core_programs programs of dR, then `splits` programs for each output tile; the splits of a tile are neighbors.

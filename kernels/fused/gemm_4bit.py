@@ -85,39 +85,15 @@ def weight_tile(
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def quantized_gemm(
-    # operands, output, quantized weight
-    x,
-    v,
-    factor,
-    bias,
-    y,
-    weight,
-    # workspace
-    partial,
-    counters,
-    splits,
-    # sizes
-    M,
-    N,
-    K,
-    # strides
-    stride_x,
-    stride_v,
-    stride_factor,
-    stride_y,
-    # flags
-    BACKWARD: tl.constexpr,
-    WIDE: tl.constexpr,
-    ONE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, v, factor, bias, y, weight,  # operands, output, quantized weight
+    partial, counters, splits,  # workspace
+    M, N, K,  # sizes
+    stride_x, stride_v, stride_factor, stride_y,  # strides
+    BACKWARD: tl.constexpr, WIDE: tl.constexpr, ONE_SCALE: tl.constexpr, PRECISION: tl.constexpr,  # flags
     # rank and blocks
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     STORAGE: tl.constexpr,
-):
+):  # fmt: skip
     """y [M, N] = x Wᵀ + v Bᵀ + bias forward, dx [M, K] = dy W + w A backward, over W [N, K] in 4 bits.
 
     Grid: `splits` programs for each tile. The adapter's steps come first, in the first split.

@@ -56,37 +56,15 @@ def store_signs(acc, inside, n, w, tile, outputs, sizes):
 
 @triton.jit(do_not_specialize=["M"])
 def grad_sign(
-    # inputs
-    dy,
-    x,
-    # outputs
-    total,
-    words,
-    nonzero,
-    counts,
-    # sizes
-    M,
-    N,
-    K,
-    # strides
-    stride_dy,
-    stride_x,
-    stride_total,
-    stride_words,
+    dy, x,  # inputs
+    total, words, nonzero, counts,  # outputs
+    M, N, K,  # sizes
+    stride_dy, stride_x, stride_total, stride_words,  # strides
     # flags
-    FRESH: tl.constexpr,
-    KEEP: tl.constexpr,
-    SIGNS: tl.constexpr,
-    EVEN: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    # blocks
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_N: tl.constexpr,
-):
+    FRESH: tl.constexpr, KEEP: tl.constexpr, SIGNS: tl.constexpr, EVEN: tl.constexpr, EVEN_M: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,  # blocks
+):  # fmt: skip
     """One [BLOCK_N, BLOCK_K] tile of G. Grid: one program per tile, in bands of GROUP_N row blocks for L2."""
     tile = tl.program_id(0)
     across, down = tl.cdiv(K, BLOCK_K), tl.cdiv(N, BLOCK_N)

@@ -76,53 +76,21 @@ def forward_rows(pid, operands, workspace, sizes, strides, scalars, constants):
 
 @triton.jit(do_not_specialize=["M", "splits", "seeds", "threshold", "prep_programs"])
 def prep_forward(
-    # inputs
-    x,
-    factors,
-    cores,
-    # outputs
-    us,
-    v,
-    # workspace
-    partial,
-    counters,
-    splits,
-    # dequantization
-    weight,
-    out,
-    ELEMENTS,
-    prep_programs,
-    # sizes
-    M,
-    K,
-    # strides
-    stride_x,
-    stride_factor,
-    stride_v,
-    # scalars
-    scales,
-    seeds,
-    threshold,
+    x, factors, cores,  # inputs
+    us, v,  # outputs
+    partial, counters, splits,  # workspace
+    weight, out, ELEMENTS, prep_programs,  # dequantization
+    M, K,  # sizes
+    stride_x, stride_factor, stride_v,  # strides
+    scales, seeds, threshold,  # scalars
     # flags
-    DROPOUT: tl.constexpr,
-    EVEN_R: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     CORE_PRECISION: tl.constexpr,
-    # ranks
-    R: tl.constexpr,
-    R_BLOCKS: tl.constexpr,
-    R_PADDED: tl.constexpr,
+    R: tl.constexpr, R_BLOCKS: tl.constexpr, R_PADDED: tl.constexpr,  # ranks
     # blocks
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    SPLIT: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-    STORAGE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, SPLIT: tl.constexpr,
+    OVERLAPPED: tl.constexpr, STORAGE: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     """u_i = x A_iᵀ and v_i = s_i·u_i R_iᵀ of all members. Grid: `splits` programs per row block."""
     pid = tl.program_id(0)
     is_prep = True
@@ -182,51 +150,21 @@ def backward_rows(pid, operands, workspace, sizes, strides, scales, constants):
 
 @triton.jit(do_not_specialize=["M", "splits", "prep_programs"])
 def prep_backward(
-    # inputs
-    dys,
-    factors,
-    cores,
-    # outputs
-    t,
-    w,
-    # workspace
-    partial,
-    counters,
-    splits,
-    # dequantization
-    weight,
-    out,
-    ELEMENTS,
-    prep_programs,
-    # sizes
-    M,
-    Ks,
-    # strides
-    stride_dy,
-    stride_factor,
-    stride_w,
-    # scalars
-    scales,
+    dys, factors, cores,  # inputs
+    t, w,  # outputs
+    partial, counters, splits,  # workspace
+    weight, out, ELEMENTS, prep_programs,  # dequantization
+    M, Ks,  # sizes
+    stride_dy, stride_factor, stride_w,  # strides
+    scales,  # scalars
     # flags
-    NEED_DX: tl.constexpr,
-    EVEN_R: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NEED_DX: tl.constexpr, EVEN_R: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     CORE_PRECISION: tl.constexpr,
-    # ranks
-    R: tl.constexpr,
-    R_BLOCKS: tl.constexpr,
-    R_PADDED: tl.constexpr,
+    R: tl.constexpr, R_BLOCKS: tl.constexpr, R_PADDED: tl.constexpr,  # ranks
     # blocks
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    SPLIT: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-    STORAGE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, SPLIT: tl.constexpr,
+    OVERLAPPED: tl.constexpr, STORAGE: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     """t_i = dy_i B_i and w_i = s_i·t_i R_i, a member per program. Grid: `splits` programs per row block and member."""
     pid = tl.program_id(0)
     is_prep = True

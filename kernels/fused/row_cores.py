@@ -31,31 +31,15 @@ from .projection import CoreConstants, times_core
 
 @triton.jit(do_not_specialize=["tokens"])
 def times_row_cores(
-    # inputs
-    source,
-    cores,
-    places,
-    # outputs
-    target,
-    # sizes
-    tokens,
-    # strides
-    stride_source,
-    stride_core,
-    stride_target,
-    # scalars
-    scale,
-    # flags
-    TRANSPOSED: tl.constexpr,
-    CORE_PRECISION: tl.constexpr,
-    # ranks
-    R: tl.constexpr,
-    R_BLOCKS: tl.constexpr,
-    R_PADDED: tl.constexpr,
-    # blocks
-    BLOCK_M: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
+    source, cores, places,  # inputs
+    target,  # outputs
+    tokens,  # sizes
+    stride_source, stride_core, stride_target,  # strides
+    scale,  # scalars
+    TRANSPOSED: tl.constexpr, CORE_PRECISION: tl.constexpr,  # flags
+    R: tl.constexpr, R_BLOCKS: tl.constexpr, R_PADDED: tl.constexpr,  # ranks
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,  # blocks
+):  # fmt: skip
     """target = scale · source · R_kᵀ (R_k) of every row. Grid: the blocks of tokens of all rows."""
     pid, blocks_of_row = tl.program_id(0), tl.cdiv(tokens, BLOCK_M)
     row = pid // blocks_of_row
@@ -84,30 +68,15 @@ def times_row_cores(
 
 @triton.jit(do_not_specialize=["tokens"])
 def row_core_gradients(
-    # inputs
-    t,
-    u,
-    order,
-    starts,
-    adapters,
-    # outputs
-    dcores,
-    # sizes
-    tokens,
-    # strides
-    stride_t,
-    stride_u,
-    # scalars
-    scale,
-    # flags
-    PRECISION: tl.constexpr,
-    # ranks
-    R: tl.constexpr,
-    R_PADDED: tl.constexpr,
-    # blocks
-    BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    t, u, order, starts, adapters,  # inputs
+    dcores,  # outputs
+    tokens,  # sizes
+    stride_t, stride_u,  # strides
+    scale,  # scalars
+    PRECISION: tl.constexpr,  # flags
+    R: tl.constexpr, R_PADDED: tl.constexpr,  # ranks
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,  # blocks
+):  # fmt: skip
     """A tile of dR_k, over the tokens of k's rows in their order. Grid: the tiles of all adapters that have rows."""
     SIDE: tl.constexpr = (R_PADDED + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
