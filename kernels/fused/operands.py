@@ -41,7 +41,7 @@ class Members(NamedTuple):
 
     def select(self, indices: slice) -> Members:
         """Some of the members."""
-        return self._make(field[indices] for field in self)
+        return Members._make(field[indices] for field in self)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Members:
         """The members with a function of each tensor in its place."""
