@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -21,55 +21,44 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path, and rename it over `path` if the block succeeds; failed writes are OSErrors."""
+def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
+    """Give a temporary file, and rename it over `path` if the block succeeds; failed writes are OSErrors."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, so that the rename stays within a file system and is atomic
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
     os.close(handle)
-    temporary = Path(name)
-    try:
-        with _errors_name(target):
-            yield temporary
-            os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only their owner may read
-            _sync(temporary)
-            os.replace(temporary, target)
-            _sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return _taking_place(Path(name), target, 0o666)
 
 
-@contextmanager
-def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder, and replace `path` by it if the block succeeds; failed writes are OSErrors."""
+def replacing_folder(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
+    """Give a temporary folder, and replace `path` by it if the block succeeds; failed writes are OSErrors."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        with _errors_name(target):
-            yield temporary
-            os.chmod(temporary, 0o777 & ~umask())
-            for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
-            _take_place(temporary, target)
-            _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return _taking_place(Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")), target, 0o777)
 
 
 @contextmanager
-def _errors_name(target: Path) -> Iterator[None]:
-    """Raise errors of writing that name no file as OSErrors that name the target."""
+def _taking_place(temporary: Path, target: Path, mode: int) -> Iterator[Path]:
+    """Yield a temporary file or folder that then takes the target's place; errors that name no file name the target."""
     try:
-        yield
+        yield temporary
+        os.chmod(temporary, mode & ~umask())  # only their owner may read what tempfile makes
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        _take_place(temporary, target)
+        _sync(target.parent)
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
         raise type(error)(error.errno, f"{target} cannot be written: {error.strerror}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def umask() -> int:
@@ -98,15 +87,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _take_place(folder: Path, target: Path) -> None:
-    """Rename a folder to `target`; an existing one is moved aside first, and back if that fails."""
-    if not target.is_dir():
-        os.replace(folder, target)
+def _take_place(temporary: Path, target: Path) -> None:
+    """Rename a file or folder to `target`; an existing folder is moved aside first, and back if that fails."""
+    if temporary.is_file() or not target.is_dir():
+        os.replace(temporary, target)
         return
     former = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.former."))
     os.replace(target, former)  # os.replace takes the place of empty folders only
     try:
-        os.replace(folder, target)
+        os.replace(temporary, target)
     except BaseException:
         os.replace(former, target)
         raise
