@@ -152,7 +152,7 @@ def base_size(model: nn.Module) -> tuple[int, int]:
     # "lora" is in PEFT's lora_A and in lorasb_A alike; packed 4-bit weights are integers
     dense = [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
     found = (of_module(one) for one in model.modules() if isinstance(one, nn.Linear) and is_quantized(one))
-    sizes = [(p.numel(), p.nbytes) for p in dense] + [(math.prod(w.shape), w.nbytes) for w in found if w is not None]
+    sizes = [(p.numel(), p.nbytes) for p in dense] + [(math.prod(w.shape), w.nbytes) for w in found]
     return sum(count for count, _ in sizes), sum(size for _, size in sizes)
 
 

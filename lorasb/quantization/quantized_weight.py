@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,20 +141,16 @@ class QuantizedWeight:
         return [self.block, self.block2, 0 if needs_no_rounding else ROUNDING[self.dtype]]
 
 
-def of_module(module: nn.Module) -> QuantizedWeight | None:
-    """The storage of a quantized linear, unpacked in place if repacked; None for a dense one."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return None
-    if hasattr(weight, "quant_state") or hasattr(module, "quant_state"):
-        # Modules hold the state as well: a parameter that FSDP or a conversion has replaced loses its attributes.
-        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-        if state is None:
-            raise ValueError("this 4-bit layer has not been quantized yet: move it to its device, model.to('cpu')")
-        return of_state(weight, state)
-    if type(module).__name__ == "Linear8bitLt" or weight.dtype == torch.int8:
+def of_module(module: nn.Module) -> QuantizedWeight:
+    """The storage of a linear that `is_quantized`, unpacked in place if repacked."""
+    weight = cast(Tensor, module._parameters["weight"])
+    if type(module).__name__ == "Linear8bitLt":
         return _int8_weight(module, weight)
-    return None
+    # Modules hold the state as well: a parameter that FSDP or a conversion has replaced loses its attributes.
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if state is None:
+        raise ValueError("this 4-bit layer has not been quantized yet: move it to its device, model.to('cpu')")
+    return of_state(weight, state)
 
 
 def of_weight(weight: Tensor | QuantizedWeight | None) -> QuantizedWeight | None:
@@ -214,7 +210,7 @@ def _check(tensors: list[Tensor], shape: tuple[int, ...], state: QuantState, blo
 
 
 def _int8_weight(module: nn.Module, weight: Tensor) -> QuantizedWeight:
-    """The storage of a `Linear8bitLt`, or of any layer with int8 codes and row scales `SCB`."""
+    """The storage of a `Linear8bitLt`: int8 codes, and row scales `SCB`."""
     if weight.dtype != torch.int8:
         raise TypeError(
             "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantize it "

@@ -13,7 +13,7 @@ from torch import nn
 from twins import batches
 
 import lorasb
-from lorasb.quantization.quantized_weight import of_module
+from lorasb.quantization.quantized_weight import is_quantized, of_module
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = ("own", "own nested", "nf4", "fp4 nested", "int8")
@@ -51,10 +51,9 @@ def dense_twin(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     for parent in list(twin.modules()):
         for child, layer in list(parent.named_children()):
-            weight = of_module(layer) if isinstance(layer, nn.Linear) else None
-            if weight is not None:
+            if isinstance(layer, nn.Linear) and is_quantized(layer):
                 dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-                dense.weight.data = exact(weight, torch.float32)
+                dense.weight.data = exact(of_module(layer), torch.float32)
                 setattr(parent, child, dense)
     return twin
 
