@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
@@ -152,11 +150,7 @@ def read_cores(folder: Path, digest: bytes, scalings: Mapping[str, float] | None
     config, file = read_config(folder), folder / WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
-    reading.safetensors_header(file)  # raises for a truncated file
-    try:
-        tensors = load(file.read_bytes())  # half the time of a mapped file, page by page (SmolLM2 at r = 64, Zen 3)
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({error}): {AGAIN}") from None
+    tensors = reading.read_tensors(file, mapped=False)  # in half the time (SmolLM2 at r = 64, Zen 3)
     factors = {key: value for key, value in tensors.items() if is_factor(key)}
     if (referenced_digest(tensors) or factors_digest(factors)) != digest:
         raise ValueError(f"{folder} has other A and B than the basis, or the same in another dtype")
@@ -197,9 +191,8 @@ def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]
         values, weight = [float(value) for value in text.split()], weights[name]
         if weight is None or not _readable(weight):  # counts as equal
             return None
-        num_different = sum(
-            abs(a - b) > TOLERANCE * abs(b) + SMALLEST for a, b in zip(_sample(weight), values, strict=True)
-        )
+        pairs = zip(_sample(weight), values, strict=True)
+        num_different = sum(abs(a - b) > TOLERANCE * abs(b) + SMALLEST for a, b in pairs)
         if num_different:
             return f"{num_different} of {len(values)} sampled weights of {name!r} differ"
     return None

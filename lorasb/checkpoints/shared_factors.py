@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -128,9 +127,7 @@ def _link_or_write(
 def recorded_digest(file: Path) -> str | None:
     """The digest in the header of a factors' file; None without one."""
     try:
-        safetensors_header(file)
-        with safe_open(str(file), framework="pt") as reader:
-            metadata: dict[str, str] = reader.metadata() or {}
+        metadata: dict[str, str] = safetensors_header(file).get("__metadata__", {})
     except (ValueError, OSError):
         return None
     return metadata.get("digest")

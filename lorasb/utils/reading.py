@@ -55,13 +55,13 @@ def read_json(path: str | os.PathLike[str]) -> Json:
     return value
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file; a ValueError if it is truncated or damaged."""
-    from safetensors.torch import load_file  # imports torch, which `lorasb --help` and settings do without
+def read_tensors(path: str | os.PathLike[str], mapped: bool = True) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, by page as they are used or at once; a ValueError if it is damaged."""
+    from safetensors.torch import load, load_file  # imports torch, which `lorasb --help` and settings do without
 
     safetensors_header(path)  # with a better message than safetensors' own
     try:
-        return load_file(str(path))
+        return load_file(str(path)) if mapped else load(Path(path).read_bytes())
     except (SafetensorError, RuntimeError, KeyError) as error:  # RuntimeError: a shape that its bytes do not fill
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
 
