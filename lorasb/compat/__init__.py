@@ -16,7 +16,7 @@ class Private(NamedTuple):
     name: str
     use: str  # purpose
     absent: str  # what lorasb does if a release of the package no longer has the name
-    fallback: Any = None  # object that then replaces it; None where the caller has to do without one
+    fallback: object = None  # object that then replaces it; None where the caller has to do without one
 
 
 def find(private: Private) -> Any:
@@ -24,7 +24,7 @@ def find(private: Private) -> Any:
     parts = private.name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:
-            found: Any = importlib.import_module(".".join(parts[:end]))
+            found: object = importlib.import_module(".".join(parts[:end]))
             for part in parts[end:]:
                 found = getattr(found, part)
         except (ImportError, AttributeError):

@@ -31,12 +31,10 @@ def unpack_repacked(weight: Any, state: Any) -> None:
     # The repacking interleaves the nibbles of 32 rows and rounds the scales to bf16: lossless only for bf16 numbers,
     # such as the largest element of a block of bf16 weights, but no scale computed from nested statistics.
     if state.original_nested or state.original_dtype != torch.bfloat16:
-        why = (
-            "its nested statistics were" if state.original_nested else f"the scales of its {state.original_dtype} were"
-        )
+        what = "its nested statistics" if state.original_nested else f"the scales of its {state.original_dtype}"
         raise ValueError(
-            f"bitsandbytes repacked this 4-bit weight for its CPU kernel, and {why} rounded to bf16, which cannot be "
-            "undone: load the model again, and patch it before the first evaluation"
+            f"bitsandbytes repacked this 4-bit weight for its CPU kernel, and {what} were rounded to bf16, which "
+            "cannot be undone: load the model again, and patch it before the first evaluation"
         )
     rows, columns = (int(size) for size in state.shape)
     # A line of 32 bytes has 64 nibbles of 32 rows and two columns, [32 rows, 2]: the first 32 are the low nibbles of

@@ -87,42 +87,40 @@ def extend_peft_types(name: str) -> None:
     kind._value2member_map_[name] = member
 
 
+def _extend(module_name: str, name: str, call: Callable[..., object]) -> None:
+    """Let `call`, which gets the original first, answer for a function of PEFT, if there is one; idempotent."""
+    module = importlib.import_module(module_name)
+    original = getattr(module, name, None)
+    if original is not None and not hasattr(original, "of_lorasb"):
+        extended: Any = functools.update_wrapper(functools.partial(call, original), original)
+        extended.of_lorasb = True
+        setattr(module, name, extended)
+
+
 def extend_loader(complete: Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]) -> None:
     """Have `PeftModel.load_adapter` pass (tensors, folder or hub name, options) to `complete`; idempotent."""
-    module: Any = importlib.import_module("peft.peft_model")
-    original = getattr(module, "load_peft_weights", None)
-    if original is None or hasattr(original, "of_lorasb"):
-        return
 
-    @functools.wraps(original)
-    def load(model_id: Any, *arguments: Any, **options: object) -> dict[str, Tensor]:
+    def call(original: Callable[..., Any], model_id: object, *arguments: object, **options: object) -> object:
         return complete(original(model_id, *arguments, **options), str(model_id), options)
 
-    load.of_lorasb = True  # type: ignore[attr-defined]
-    module.load_peft_weights = load
+    _extend("peft.peft_model", "load_peft_weights", call)
 
 
 def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
     """Have `hotswap_adapter` call `swap`, with its own arguments, for adapters of the method `name`; idempotent."""
-    module: Any = importlib.import_module("peft.utils.hotswap")
-    original = getattr(module, "hotswap_adapter", None)
-    if original is None or hasattr(original, "of_lorasb"):
-        return
 
-    @functools.wraps(original)
     def call(
-        model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **options: object
+        original: Callable[..., None], model: object, model_name_or_path: str, *arguments: object, **options: object
     ) -> None:
+        config: Any = importlib.import_module("peft.utils.hotswap").PeftConfig
         hub = {option: options.get(option) for option in HUB_OPTIONS}
-        is_ours = module.PeftConfig._get_peft_type(model_name_or_path, **hub) == name
-        chosen = swap if is_ours else original
-        chosen(model, model_name_or_path, adapter_name, torch_device, **options)
+        chosen = swap if config._get_peft_type(model_name_or_path, **hub) == name else original
+        chosen(model, model_name_or_path, *arguments, **options)
 
-    call.of_lorasb = True  # type: ignore[attr-defined]
-    module.hotswap_adapter = call
+    _extend("peft.utils.hotswap", "hotswap_adapter", call)
 
 
 # last: the first of them imports PEFT, whose registration calls the functions above
 in_out_features: Callable[[nn.Module], tuple[int | None, int | None]] = find(PRIVATE["in_out_features"])
 ExcludedModule: type = find(PRIVATE["ExcludedModule"])
-include_all_linear: Callable[[Any, nn.Module], Any] = find(PRIVATE["include_all_linear"])
+include_all_linear: Callable[[object, nn.Module], object] = find(PRIVATE["include_all_linear"])

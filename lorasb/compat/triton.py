@@ -52,7 +52,7 @@ def is_compiled(kernel: object) -> bool:
 
 def may_repeat(kernel: object) -> bool:
     """True if launches of a kernel may be prepared: Triton compiles it, is verified, and nothing observes it."""
-    if not is_verified() or not hasattr(kernel, "device_caches"):
+    if not is_verified() or not is_compiled(kernel):
         return False
     runtime = _runtime()
     return not (_is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook))
