@@ -129,15 +129,6 @@ def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     return module._conv_forward(x, weight, None)
 
 
-def forward_pre_hooks(module: nn.Module) -> list[Callable[..., object]]:
-    """A copy of a module's forward pre-hooks, which other threads may change."""
-    return list(module._forward_pre_hooks.values())
-
-
-def has_other_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def remove_forward_hooks(module: nn.Module, before: int, after: int) -> None:
     """Remove a forward pre-hook and a forward hook by the ids of their handles, if the module has them."""
     module._forward_pre_hooks.pop(before, None)

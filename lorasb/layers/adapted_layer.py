@@ -27,7 +27,8 @@ from .adapter_state import (
     refuse_training,
     shard_like,
 )
-from .base import Base, base_of
+from .base import Base
+from .opaque_base import make_base
 from .token_rows import Rows
 
 
@@ -93,7 +94,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training  # a new module would be in training mode inside a model in eval mode
-        self.base: Base = self._make_base(base_layer, fan_in_fan_out, octet_dtype, resolver_options)
+        self._base_options = fan_in_fan_out, octet_dtype, resolver_options
+        self.base = self._make_base(base_layer)
         self.out_features, self.in_features = self.base.shape
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.adapters: dict[str, AdapterState] = {}  # state by adapter name
@@ -105,13 +107,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = adapter_name
         self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors=wide_factors)
 
-    def _make_base(self, module: nn.Module, *options: Any) -> Base:
-        return base_of(module, *options)
+    def _make_base(self, module: nn.Module) -> Base:
+        return make_base(module, *self._base_options)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         super().__setattr__(name, value)
         if name == "base_layer" and "base" in self.__dict__ and value is not self.base.module:
-            self._use(self.base.over(value))
+            self._use(self._make_base(cast(nn.Module, value)))
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -146,7 +148,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         scaling: float = 1.0,
         lora_dropout: float = 0.0,
         equivalent_gradient: bool = False,
-        inference_mode: bool = False,
         wide_factors: bool = False,
         basis: str | None = None,
         start_at: str | None = None,
@@ -169,7 +170,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if start_at is not None:
             self.lorasb_R[adapter_name].data.copy_(self.lorasb_R[start_at].detach())
         # The new R requires gradients only if its adapter is active.
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, b: Tensor, core: Tensor, a: Tensor) -> None:
@@ -324,13 +325,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in self.lorasb_R:
-            pairs: list[Any] = [
-                (state_dict.get(f"{prefix}{factor}.{name}"), getattr(self, factor)[name]) for factor in FACTORS
-            ]
+            loaded = {factor: state_dict.get(f"{prefix}{factor}.{name}") for factor in FACTORS}
             # torch fills in keys that a checkpoint lacks (with FSDP: A and B) with the layer's own parameters. Only a
             # tensor that is another object came from the checkpoint.
-            if all(loaded is not None and loaded is not parameter for loaded, parameter in pairs):
-                self.adapters[name].initialized = has_values(pairs[FACTORS.index("lorasb_A")][0])
+            if not any(tensor is None or tensor is getattr(self, factor)[name] for factor, tensor in loaded.items()):
+                self.adapters[name].initialized = has_values(cast(Tensor, loaded["lorasb_A"]))
 
     @property
     def r(self) -> Mapping[str, int]:
@@ -369,11 +368,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s·B R A in R's dtype, at least fp32, in the layout of the base's weight: [out, in], or transposed."""
-        a, core, b = (getattr(self, factor)[adapter] for factor in FACTORS)
-        core = core.float() if core.dtype in SIXTEEN_BIT else core
-        # A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # a forward may unmerge
-            return self.base.folded(b.to(core.dtype) @ core @ a.to(core.dtype) * self.adapters[adapter].scaling)
+            return self._delta(adapter)
+
+    def _delta(self, name: str) -> Tensor:
+        """s·B R A with R's graph."""
+        # A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
+        core = self.core(name)
+        b, a = self.lorasb_B[name].to(core.dtype), self.lorasb_A[name].to(core.dtype)
+        return self.base.folded(b @ core @ a * self.adapters[name].scaling)
 
     def merged_weight(self, adapter_names: list[str], sign: float = 1.0) -> Tensor:
         """The base weight plus sign times the adapters' deltas, summed in R's dtype.
@@ -413,11 +416,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        former = self.base.restored()
-        if former is None:
-            self.base.merged(self.merged_weight(self.merged_adapters, sign=-1.0))
-        else:
-            self._use(former)
+        self._use(self.base.restored() or self.base.merged(self.merged_weight(self.merged_adapters, sign=-1.0)))
         self.merged_adapters.clear()
 
     def _use(self, base: Base) -> None:

@@ -45,8 +45,7 @@ class EquivalentGradient(torch.autograd.Function):
 
 
 def refuse_training(core: Tensor, name: str, training: bool) -> Tensor:
-    """Raise for an uninitialized adapter in training mode; in evaluation mode return a view of R whose gradient
-    raises."""
+    """Raise for an uninitialized adapter in training mode; else return a view of R whose gradient raises."""
     # Evaluating an uninitialized adapter is legitimate and gives the base's result, with gradients enabled or not.
     error = RuntimeError(
         f"adapter {name!r} has not been initialized: its A, B and R are zero and would learn nothing. "

@@ -5,7 +5,7 @@ It is dense, quantized (in storage that our kernels read) or opaque (another qua
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.accelerate import HOOK, PARTITIONED, hook_of
-from ..compat.bitsandbytes import keep_unpacked
 from ..compat.torch import BACKWARD_HOOKS, BACKWARD_PRE_HOOKS, HOOKS, PRE_HOOKS
 from ..functional import dequantize, quantized_linear
 from ..ops.calls import autocast_on
-from ..quantization.quantized_weight import QuantizedWeight, is_quantized, of_module
-from .opaque_format import OpaqueFormat, find, first_tensor, linear_over
+from ..quantization.quantized_weight import QuantizedWeight, of_module
 
 
 class Base:
@@ -35,10 +33,6 @@ class Base:
         self.reads_storage = fan_in_fan_out  # whether our ops compute x Wᵀ whatever forward the module's class has
         self.trains_bias = False  # our ops do not differentiate the bias: the module's own forward does
         self.casts = True  # PEFT's `disable_input_dtype_casting` switches it off
-
-    def over(self, module: nn.Module) -> Base:
-        """The base for another module in the place of this one."""
-        return base_of(module, self.fan_in_fan_out)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,7 +144,7 @@ class Base:
         """Refresh values that were read from a module that was moved or cast."""
 
 
-class _Kept(Base):
+class Kept(Base):
     """A module that a dense one replaces while adapters are merged."""
 
     def merged(self, weight: Tensor) -> Base:
@@ -175,7 +169,7 @@ class MergedBase(Base):
         return self.former
 
 
-class QuantizedBase(_Kept):
+class QuantizedBase(Kept):
     """A linear in 4 or 8 bits, in storage that our kernels read: its own forward does not run."""
 
     def __init__(self, module: nn.Module, int8_dtype: torch.dtype | None) -> None:
@@ -186,9 +180,6 @@ class QuantizedBase(_Kept):
         # assigning a new parameter may reuse the address, in-place ops change the version alone, and
         # `parameter.data = ...` the pointer alone.
         self._read: tuple[QuantizedWeight, Tensor, int, int] | None = None
-
-    def over(self, module: nn.Module) -> Base:
-        return base_of(module, int8_dtype=self.int8_dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -204,7 +195,7 @@ class QuantizedBase(_Kept):
                 return read[0]
             if read[1] is parameter and read[2] == parameter._version and read[3] == parameter.data_ptr():
                 return read[0]
-        weight = cast(QuantizedWeight, of_module(module))
+        weight = of_module(module)
         self._read = weight, parameter, parameter._version, parameter.data_ptr()
         return weight
 
@@ -243,46 +234,21 @@ class QuantizedBase(_Kept):
         return y if autocast_on(x.device.type) else y.to(x.dtype)
 
 
-class OpaqueBase(_Kept):
-    """Another quantizer's linear, or one that computes by itself: its own forward runs."""
-
-    def __init__(self, module: nn.Module, format: OpaqueFormat) -> None:
-        super().__init__(module)
-        self.format = format
-
-    def over(self, module: nn.Module) -> Base:
-        return OpaqueBase(module, self.format)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.format.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.format.dtype
-
-    def weight(self) -> Tensor:
-        return self.format.dequantize(self.module)
-
-    def merging_weight(self) -> Tensor:
-        return self.weight()
-
-    def must_run(self) -> bool:
-        return True
+def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A frozen linear over an existing weight [out, in] and bias: nothing is allocated or drawn."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
-def base_of(
-    module: nn.Module,
-    fan_in_fan_out: bool = False,
-    int8_dtype: torch.dtype | None = None,
-    resolver_options: Mapping[str, object] | None = None,
-) -> Base:
-    """The base of the kind that a module is; arguments as of `LoRASBLinear`."""
-    keep_unpacked(module)  # before any evaluation: the repacking is not always reversible
-    if is_quantized(module):
-        return QuantizedBase(module, int8_dtype)
-    format = find(module, int8_dtype, resolver_options)
-    return Base(module, fan_in_fan_out) if format is None else OpaqueBase(module, format)
+def first_tensor(layer: nn.Module) -> Tensor:
+    """A tensor of a layer's storage, which says the device."""
+    for tensors in (layer.parameters(), layer.buffers()):
+        for tensor in tensors:
+            return tensor
+    raise ValueError(f"expected a layer with parameters or buffers, got a {type(layer).__name__} without")
 
 
 def innermost(module: nn.Module) -> Any:

@@ -15,7 +15,7 @@ from ..quantization.quantizer import quantize_4bit
 from ..utils.deprecation import renamed_method
 from ..utils.precision import QUANTIZABLE
 from .adapted_layer import AdaptedLayer
-from .base import OpaqueBase
+from .opaque_base import OpaqueBase
 
 # dtypes that packed bytes may be viewed as
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -167,12 +167,10 @@ def quantize(
     Raises:
         ValueError: an unknown kind or block size, no linear to quantize, or a weight that is not finite.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if blocksize not in BLOCKS:
-        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKS))}, got {blocksize!r}")
-    if storage not in STORAGE_DTYPES:
-        raise ValueError(f"storage must be one of {', '.join(map(str, STORAGE_DTYPES))}, got {storage}")
+    choices = (("kind", kind, KINDS), ("blocksize", blocksize, BLOCKS), ("storage", storage, STORAGE_DTYPES))
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     targets = list(_targets(model, set(exclude)))
     if not targets:
         raise ValueError("found no linear layer to quantize: expected nn.Linear in fp32, bf16 or fp16")
@@ -208,15 +206,14 @@ def quantized_bases(model: nn.Module) -> dict[str, QuantizedWeight | OpaqueBase]
         if not isinstance(layer, AdaptedLayer):
             continue
         base, weight = layer.base, layer.base.quantized()
-        if weight is not None and weight.kind in KINDS:
-            bases[name] = weight
+        if isinstance(base, OpaqueBase) and not base.requantizes:
+            raise ValueError(
+                f"requantize=True: the {base.name} layer {name!r} cannot be quantized again, merge without it"
+            )
         if isinstance(base, OpaqueBase):
-            if not base.format.requantizes:
-                raise ValueError(
-                    f"requantize=True: the {base.format.name} layer {name!r} cannot be quantized again, merge without "
-                    "it"
-                )
             bases[name] = base
+        elif weight is not None and weight.kind in KINDS:
+            bases[name] = weight
     if not bases:
         raise ValueError("requantize=True puts back quantized layers: this model has none under an adapter")
     return bases
@@ -233,8 +230,8 @@ def requantize(model: nn.Module, bases: dict[str, QuantizedWeight | OpaqueBase])
         weight = layer.weight.detach()
         new: nn.Module
         if isinstance(old, OpaqueBase):
-            new = old.format.requantize(old.module, weight)
-            rounded = old.format.dequantize(new).float()
+            requantized = old.requantized(weight)
+            new, rounded = requantized.module, requantized.weight().float()
         else:
             packed, state = quantize_4bit(weight, old.kind, old.block, old.nested)
             new = Linear4bit(packed, state, None if layer.bias is None else layer.bias.detach())

@@ -69,8 +69,10 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
 
 def _is_watched(layer: LoRASBLinear) -> bool:
     """True if hooks have to see their own layer run; those that only say which adapters its rows have do not."""
-    pre_hooks = private.forward_pre_hooks(layer)
-    return private.has_other_hooks(layer) or not all(getattr(hook, "names_rows", False) for hook in pre_hooks)
+    own = vars(layer)
+    others = own[private.HOOKS] or own[private.BACKWARD_HOOKS] or own[private.BACKWARD_PRE_HOOKS]
+    pre_hooks = list(own[private.PRE_HOOKS].values())  # a copy: other threads may change them
+    return bool(others) or not all(getattr(hook, "names_rows", False) for hook in pre_hooks)
 
 
 # Children of one module that read the same input, in the architectures that transformers and diffusers have.

@@ -9,18 +9,17 @@ of the 3-D parameters, so that unfusing allocates nothing. Other parameters of `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..compat import peft as private
 from ..compat.transformers import computes_like_mixtral
 from ..config.adapter import ALL_LINEAR, LoRASBConfig
-from .opaque_format import linear_over
+from .base import linear_over
 from .token_rows import Rows
 from .weight_adapter import OpenParameters
 
@@ -41,7 +40,7 @@ class OpenExperts(nn.Module):
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.num_experts = len(getattr(fused, NAMES[0]))
-        self.act_fn: Any = fused.act_fn
+        self.act_fn = cast(Callable[[Tensor], Tensor], fused.act_fn)
         # In a list, so that it is no submodule: its parameters share memory with the linears' and would count twice.
         self._fused = [fused]
         self.training = fused.training
@@ -95,7 +94,7 @@ class OpenExperts(nn.Module):
     def _aliased(self) -> bool:
         """True if every linear's weight is still a view of its 3-D parameter."""
         for name in NAMES:
-            parameter: Any = self._fused[0]._parameters[name]
+            parameter = self._fused[0]._parameters[name]
             if parameter is None or parameter.is_meta:
                 return False
             for e, layer in enumerate(getattr(self, name)):
@@ -152,8 +151,7 @@ def _has_experts(module: nn.Module, name: str) -> bool:
 
 
 def _names_all(config: LoRASBConfig, expert: str, fused: str, parts: tuple[str, ...]) -> bool:
-    matched = {part: BaseTuner._check_target_module_exists(config, f"{expert}.{part}") for part in parts}
-    named = [part for part, match in matched.items() if match and not isinstance(match, private.ExcludedModule)]
+    named = [part for part in parts if BaseTuner._check_target_module_exists(config, f"{expert}.{part}")]
     if named and len(named) < len(parts):
         missing = ", ".join(part for part in parts if part not in named)
         raise ValueError(
@@ -168,9 +166,7 @@ def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
     parameter_names: list[str] = []
     for path, module in list(model.named_modules()):  # a list, as modules are replaced in the loop
         inner = module.base_layer if isinstance(module, OpenParameters) else module  # opened for an earlier adapter
-        names = (
-            NAMES if isinstance(module, OpenExperts) else [name for name, _ in inner.named_parameters(recurse=False)]
-        )
+        names: Iterable[str] = NAMES if isinstance(module, OpenExperts) else dict(inner.named_parameters(recurse=False))
         full_names = {name: f"{path}.{name}".removeprefix(".") for name in names}
         targets = {name: full for name, full in full_names.items() if is_target(full, target_parameters)}
         if targets and not isinstance(module, OpenExperts):

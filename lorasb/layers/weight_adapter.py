@@ -7,8 +7,9 @@ matrix W [out, in] is the parameter unfolded (`unfolding`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -63,15 +64,15 @@ def unfoldings(module: nn.Module) -> list[Unfolding]:
     # are computed in every forward (weight_norm, spectral_norm); embeddings that rescale what they look up (max_norm).
     if isinstance(module, ParameterSlice):
         return [Unfolding(SLICE, "weight", tuple(module.weight.shape))]
-    weight: Any = module._parameters.get("weight")
-    if isinstance(module, KINDS_WITH_WEIGHT) and (weight is None or getattr(module, "max_norm", None) is not None):
-        return []
     if isinstance(module, KINDS_WITH_WEIGHT):
+        weight = module._parameters.get("weight")
+        if weight is None or getattr(module, "max_norm", None) is not None:
+            return []
         kind = EMBEDDING if isinstance(module, nn.Embedding) else CONVOLUTION
         return [Unfolding(kind, "weight", tuple(weight.shape))]
     if isinstance(module, nn.MultiheadAttention) and module._parameters.get("in_proj_weight") is not None:
         paths = {"out_proj.weight": module.out_proj.weight, "in_proj_weight": module.in_proj_weight}
-        return [Unfolding(ATTENTION, path, tuple(weight.shape)) for path, weight in paths.items()]
+        return [Unfolding(ATTENTION, path, tuple(matrix.shape)) for path, matrix in paths.items()]
     return []
 
 
@@ -82,18 +83,12 @@ class ParameterBase(Base):
         super().__init__(module)
         self.unfolding = unfolding
 
-    def over(self, module: nn.Module) -> Base:
-        return type(self)(module, self.unfolding)
-
     @property
     def shape(self) -> tuple[int, int]:
         return self.unfolding.shape
 
     def parameter(self) -> Tensor:
-        found = innermost(self.module)
-        for part in self.unfolding.path.split("."):
-            found = getattr(found, part)
-        return cast(Tensor, found)
+        return cast(Tensor, attrgetter(self.unfolding.path)(innermost(self.module)))
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored.t() if self.unfolding.kind == EMBEDDING else stored.flatten(1)
@@ -130,24 +125,34 @@ class EmbeddingBase(ParameterBase):
         return self
 
 
-class LoRASBWeight(AdaptedLayer):
+class _Around(nn.Module):
+    """A module around `base_layer` that has the attributes of that one, too: neighbors of attention ask for its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self._modules:
+                raise
+            return getattr(self._modules["base_layer"], name)
+
+
+class LoRASBWeight(_Around, AdaptedLayer):
     """A module, or a `LoRASBWeight` of another of its parameters, with W [out, in] + s·B R A in place of W, unfolded.
 
     Takes the options of `LoRASBLinear`; `lora_dropout` is of a convolution's x.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, unfolding: Unfolding, **options: Any) -> None:
-        self.__dict__.update(unfolding=unfolding, tap=None)  # before the parent is made: `nn.Module` has no attributes
+        # before the parent is made: `nn.Module` has no attributes
+        self.__dict__.update({"unfolding": unfolding, "tap": None, SAME_WIDTHS: False})
         super().__init__(base_layer, adapter_name, **options)
-        self.nested = False  # whether another one, of the same module, is around this one
-        if isinstance(base_layer, LoRASBWeight):
-            base_layer.nested = True
 
     unfolding: Unfolding  # which parameter, and how it is a matrix
     # set while an initialization sums gradients: W goes through it on its way into the module
     tap: Callable[[Tensor], Tensor] | None
 
-    def _make_base(self, module: nn.Module, *options: object) -> Base:
+    def _make_base(self, module: nn.Module) -> Base:
         kind = EmbeddingBase if self.unfolding.kind == EMBEDDING else ParameterBase
         return kind(module, self.unfolding)
 
@@ -185,8 +190,7 @@ class LoRASBWeight(AdaptedLayer):
             self.unmerge()
 
     def _names(self) -> list[str]:
-        off = self.disable_adapters or self.merged
-        return [] if off else [name for name in self.active_adapters if name in self.lorasb_R]
+        return [] if self.disable_adapters or self.merged else self.active_here()
 
     def _with(self, names: list[str], *args: object, **kwargs: object) -> object:
         """The module's output with some adapters."""
@@ -207,12 +211,6 @@ class LoRASBWeight(AdaptedLayer):
         for name in names:
             weight = weight + self._delta(name).to(weight.dtype)
         return weight
-
-    def _delta(self, name: str) -> Tensor:
-        """s·B R A with R's graph, in the parameter's layout."""
-        core = self.core(name)
-        b, a = self.lorasb_B[name].to(core.dtype), self.lorasb_A[name].to(core.dtype)
-        return self.base.folded(b @ core @ a * self.adapters[name].scaling)
 
     def _refuse_offloaded(self, names: list[str]) -> None:
         if self.base.parameter().is_meta or any(self.lorasb_A[name].is_meta for name in names):
@@ -251,33 +249,16 @@ class LoRASBWeight(AdaptedLayer):
             y = y.index_copy(0, indices, part.to(y.dtype))
         return y
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add s·B R A to the parameter, and to the module's other adapted ones."""
-        inner = self.base_layer
-        if isinstance(inner, LoRASBWeight):
-            inner.merge(safe_merge, adapter_names)
-        left = set(adapter_names or self.active_adapters).difference(self.merged_adapters)
-        if left or not self.nested:  # else the outer one has merged it, and PEFT's loop comes here next
-            super().merge(safe_merge, adapter_names)
-
-    def unmerge(self) -> None:
-        """Subtract what was merged, here and in the module's other adapted parameters."""
-        inner = self.base_layer
-        if isinstance(inner, LoRASBWeight):
-            inner.unmerge()
-        if self.merged or not self.nested:
-            super().unmerge()
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the module itself: neighbors of attention ask for its own."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == SAME_WIDTHS:
-                return False
-            if name.startswith("_"):
-                raise
-            return getattr(self._modules["base_layer"], name)
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module without adapters, all of its parameters merged first if so asked; PEFT calls it."""
+        layer: nn.Module = self
+        while isinstance(layer, LoRASBWeight):
+            if merge:
+                layer.merge(safe_merge, adapter_names)
+            layer = layer.base_layer
+        return layer
 
 
 class LoRASBEmbedding(LoRASBWeight):
@@ -313,7 +294,7 @@ def adapt_weights(module: nn.Module, adapter_name: str, **options: object) -> Lo
     return layer if isinstance(layer, LoRASBWeight) else None
 
 
-class OpenParameters(nn.Module):
+class OpenParameters(_Around):
     """A module with a `ParameterSlice` for each matrix of some 2-D or 3-D parameters, under the parameter's name."""
 
     def __init__(self, base_layer: nn.Module, names: list[str]) -> None:
@@ -350,7 +331,7 @@ class OpenParameters(nn.Module):
 
     def slices(self, name: str) -> list[ParameterSlice | LoRASBWeight]:
         """The matrices of a parameter, with or without adapters."""
-        return list(cast(Any, self._modules[name]))
+        return list(cast("Iterable[ParameterSlice | LoRASBWeight]", self._modules[name]))
 
     def adapted(self) -> list[LoRASBWeight]:
         """The matrices with adapters."""
@@ -363,12 +344,3 @@ class OpenParameters(nn.Module):
         for layer in self.adapted() if merge else ():
             layer.merge(safe_merge, adapter_names)
         return self.base_layer
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the module itself."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "base_layer" not in self._modules:
-                raise
-            return getattr(self._modules["base_layer"], name)

@@ -15,14 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.adapter_file import difference
 from ..config.adapter import DEFAULT_RANK, LoRASBConfig
-from ..layers import opaque_format, unfused_experts
+from ..layers import opaque_base, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
 from ..layers.lookup import any_merged, layers_with
-from ..layers.opaque_format import check_linear, has_own_result, has_weight_values
+from ..layers.opaque_base import check_linear, has_own_result, has_weight_values, is_dense, make_base
 from ..layers.weight_adapter import KINDS_WITH_WEIGHT, LoRASBEmbedding, OpenParameters, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
-from ..utils.precision import FLOATS
 
 CORE = ".lorasb_R"  # in the keys of a state dict
 # nn.MultiheadAttention's out_proj: its weight goes to a functional call, so a layer in its place would never run.
@@ -65,7 +64,9 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
     if uses_default and state_dict and not config.rank_pattern:
         config.rank_pattern = {re.escape(name): rank for name, rank in layers_named_in(state_dict).items()}
     for name, module in targets.items():
-        limit = min(features_of(base_of(module)))
+        base = base_of(module)
+        shapes = [one.shape for one in unfoldings(base)] or [make_base(base).shape]  # several of attention
+        limit = min(map(min, shapes))
         if rank_for(config, name) <= limit:
             continue
         if not uses_default or get_pattern_key(list(config.rank_pattern), without_wrapper(name)) in config.rank_pattern:
@@ -115,12 +116,13 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
 def _quantizers_layers(model: Any) -> set[str]:
     """Names of layers in a known format that are no nn.Linear, without the output head, as in PEFT."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = set()
+    found: set[str] = set()
     for name, module in model.named_modules():
         candidate = hasattr(module, "in_features") and not isinstance(module, nn.Linear | BaseTunerLayer)
         if name and candidate and module is not head and not inside_tuner(model, name):
-            opaque = opaque_format.find(module)
-            found.update([name] if opaque is not None and opaque.known else [])
+            opaque = opaque_base.find(module)
+            if opaque is not None and opaque.backend is not None:
+                found.add(name)
     return found
 
 
@@ -157,18 +159,6 @@ def base_of(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def features_of(base: Any) -> tuple[int, int]:
-    """(out, in), or (in, out) for Conv1D; of a module with several matrices, those of the smallest."""
-    if unfolded := unfoldings(base):
-        return min((one.shape for one in unfolded), key=min)
-    opaque = opaque_format.find(base)
-    if opaque is not None:
-        return opaque.shape
-    # a packed 4-bit weight is stored as [m·n/2, 1]
-    shape = (base.out_features, base.in_features) if is_quantized(base) else base.weight.shape
-    return int(shape[0]), int(shape[1])
-
-
 def inside_tuner(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
     return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
@@ -193,7 +183,7 @@ def check_supported(name: str, module: nn.Module) -> None:
             f"target {name!r} is named by target_modules, and a parameter of it by target_parameters: name it in one "
             "of them"
         )
-    if unfoldings(base) or opaque_format.find(base) is not None:
+    if unfoldings(base) or opaque_base.find(base) is not None:
         return
     if isinstance(base, KINDS_WITH_WEIGHT):
         raise TypeError(
@@ -203,7 +193,12 @@ def check_supported(name: str, module: nn.Module) -> None:
         )
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
-        _check_weight(name, base, weight)
+        if not is_dense(base):
+            raise TypeError(
+                f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: "
+                "expected fp32, bf16 or fp16, a layer that bitsandbytes or lorasb.quantize quantized, or another "
+                "quantizer's"
+            )
         if has_own_result(base):
             raise TypeError(
                 f"target {name!r} is a {type(base).__name__}, an nn.Linear whose forward gives something else than "
@@ -222,20 +217,11 @@ def check_opaque(targets: dict[str, nn.Module], default_dtype: torch.dtype | Non
     probed = set()
     for name, module in targets.items():
         base = base_of(module)
-        opaque = opaque_format.find(base, default_dtype)
+        opaque = opaque_base.find(base, default_dtype)
         kind = type(base), type(getattr(base, "weight", None))
         if opaque is not None and kind not in probed and has_weight_values(base):
-            check_linear(name, base, opaque, trained)
+            check_linear(name, opaque, trained)
             probed.add(kind)
-
-
-def _check_weight(name: str, base: nn.Module, weight: Tensor) -> None:
-    # An exact Tensor: subclasses (DTensor, quantized tensors) have storage of their own behind this interface.
-    if weight.dim() != 2 or weight.dtype not in FLOATS or type(weight.data) is not Tensor:
-        raise TypeError(
-            f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: expected "
-            "fp32, bf16 or fp16, a layer that bitsandbytes or lorasb.quantize quantized, or another quantizer's"
-        )
 
 
 def float_dtype(model: nn.Module) -> torch.dtype | None:

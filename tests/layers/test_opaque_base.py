@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from twins import batches
 
 import lorasb
-from lorasb.layers import opaque_format
+from lorasb.layers import opaque_base
 from lorasb.layers.linear import LoRASBLinear
 
 GIVE_W = [kind for kind in KINDS if kind != "unknown"]
@@ -126,7 +126,7 @@ def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
     config = transformers.TorchAoConfig(torchao_int4_config())
     model.hf_quantizer = types.SimpleNamespace(quantization_config=config)
     adapter = lorasb.patch(model, r=4, init="random")
-    assert all(layer.base.format.requantizes for layer in layers(adapter).values())
+    assert all(layer.base.requantizes for layer in layers(adapter).values())
     plain = adapter.merge_and_unload(requantize=True)
     weight = plain.model.layers[0].mlp.up_proj.weight
     assert type(weight) is type(opaque_model("torchao int4").model.layers[0].mlp.up_proj.weight)
@@ -225,7 +225,7 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
 ) -> None:
     """A stand-in with the class's name in the package's place: all of PEFT's own code runs, but no kernel of theirs."""
     adapter = lorasb.patch(opaque_model(stand_in(monkeypatch, module, class_name, available)), r=4)  # by their format
-    assert {layer.base.format.name for layer in layers(adapter).values()} == {name}
+    assert {layer.base.name for layer in layers(adapter).values()} == {name}
     lorasb.initialize(adapter, batches(), lr=1e-2, progress=False)
     adapter.train()(**batches()[0]).loss.backward()
     with pytest.raises(ValueError, match=f"{name} layers do not give it"):
@@ -297,7 +297,7 @@ def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.Mo
 
     assert lorasb.patch(holding(Affine), r=2, target_modules=["proj"], init="random")
     asked = []
-    monkeypatch.setattr(opaque_format, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(opaque_base, "resolve_quantization_backend", lambda *_, **__: asked.append(1))
     lorasb.patch(llama(), r=4)
     assert not asked
 

@@ -1,11 +1,10 @@
-"""Linears that compute by themselves: another quantizer's, by its format, or a module that a probe finds linear."""
+"""`OpaqueBase`: a linear that computes by itself, another quantizer's, or a module that a probe finds linear."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 
 from ..compat import peft as private
 from ..compat.accelerate import hook_of
+from ..compat.bitsandbytes import keep_unpacked
 from ..quantization.quantized_weight import is_quantized
 from ..utils.precision import FLOATS
+from .base import Base, Kept, QuantizedBase, first_tensor, linear_over
 
 # Packages by the names of their layers' classes, for messages: a layer is recognized only where its package is there.
 PACKAGES = {
@@ -27,15 +28,6 @@ PACKAGES = {
     "WQLinear_GEMM": "gptqmodel",
     "PatchedLinear": "neural-compressor",
 }
-
-
-def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A frozen linear over an existing weight [out, in] and bias: nothing is allocated or drawn."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
 
 
 class QuantoBackend(QuantizationBackend):
@@ -69,28 +61,35 @@ class GPTQBackend(QuantizationBackend):
 BACKENDS = {("optimum", "QLinear"): QuantoBackend, ("gptqmodel", "BaseQuantLinear"): GPTQBackend}
 
 
-@dataclass(frozen=True)
-class OpaqueFormat:
-    """Properties of an opaque linear. Its layer is passed to each method, as moving a model replaces its tensors."""
+class OpaqueBase(Kept):
+    """Another quantizer's linear, or one that a probe finds linear: its own forward runs."""
 
-    name: str  # of the format, or of the layer's class
-    shape: tuple[int, int]  # (out, in)
-    dtype: torch.dtype  # that it computes in; also that of A and B
-    backend: QuantizationBackend | None = None  # PEFT's or one of `BACKENDS`, for a quantizer's format
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,  # of the format, or of the module's class
+        shape: tuple[int, int],
+        dtype: torch.dtype,  # that it computes in
+        backend: QuantizationBackend | None,  # PEFT's or one of `BACKENDS`, for a quantizer's format
+    ) -> None:
+        super().__init__(module)
+        self.name, self._shape, self._dtype, self.backend = name, shape, dtype, backend
 
     @property
-    def known(self) -> bool:
-        """True for a quantizer's format; False for a module that is taken to be linear by a probe."""
-        return self.backend is not None
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     @torch.no_grad()
-    def dequantize(self, layer: nn.Module) -> Tensor:
-        """W [out, in] in `dtype`."""
+    def weight(self) -> Tensor:
         try:
             if self.backend is None:
-                package = PACKAGES.get(type(layer).__name__)
+                package = PACKAGES.get(type(self.module).__name__)
                 raise TypeError(f"pip install {package}, which knows how" if package else "no known format")
-            weight = self.backend.get_base_weight(layer)
+            weight = self.backend.get_base_weight(self.module)
         except (NotImplementedError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter apart from its base "
@@ -100,28 +99,48 @@ class OpaqueFormat:
             raise ValueError(f"expected a weight {list(self.shape)} of a {self.name} layer, got {list(weight.shape)}")
         return weight.detach().to(self.dtype)
 
+    def merging_weight(self) -> Tensor:
+        return self.weight()
+
+    def must_run(self) -> bool:
+        return True
+
     @property
     def requantizes(self) -> bool:
         """True if a merged W can be quantized again in the same format."""
         return self.backend is not None and self.backend.supports_merge
 
     @torch.no_grad()
-    def requantize(self, layer: nn.Module, weight: Tensor) -> nn.Module:
-        """A layer with the values of `weight` [out, in], if the format `requantizes`; `layer` is used up."""
+    def requantized(self, weight: Tensor) -> OpaqueBase:
+        """A base with the values of `weight` [out, in], if the format `requantizes`; this one's module is used up."""
         # Backends set the weight of a tuner layer's base, or replace that base.
-        bias, holder = layer.bias, SimpleNamespace(base_layer=layer)
+        holder = SimpleNamespace(base_layer=self.module)
         holder.get_base_layer = lambda: holder.base_layer
+        bias = self.module.bias
         cast(QuantizationBackend, self.backend).set_base_weight(holder, weight)
         new: nn.Module = holder.base_layer
         if new.bias is None:  # HQQ's new layer is made of the weight alone
             new.bias = bias
-        return new.requires_grad_(False).train(layer.training)
+        return OpaqueBase(new.requires_grad_(False), self.name, self.shape, self.dtype, self.backend)
+
+
+def make_base(
+    module: nn.Module,
+    fan_in_fan_out: bool = False,
+    octet_dtype: torch.dtype | None = None,
+    resolver_options: Mapping[str, object] | None = None,
+) -> Base:
+    """The base of the kind that a module is; arguments as of `LoRASBLinear`."""
+    keep_unpacked(module)  # before any evaluation: the repacking is not always reversible
+    if is_quantized(module):
+        return QuantizedBase(module, octet_dtype)
+    return find(module, octet_dtype, resolver_options) or Base(module, fan_in_fan_out)
 
 
 def find(
     layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, object] | None = None
-) -> OpaqueFormat | None:
-    """Return the properties of an opaque linear; None for a layer that our kernels read, or that is no linear."""
+) -> OpaqueBase | None:
+    """The base of an opaque linear; None for a layer that our kernels read, or that is no linear."""
     if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
         return None
     kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(layer).__mro__}
@@ -143,7 +162,7 @@ def find(
     if not isinstance(in_features, int) or not isinstance(out_features, int):
         return None
     name = type(layer).__name__ if backend is None else backend.backend_name
-    return OpaqueFormat(name, (out_features, in_features), _dtype(layer, default_dtype), backend)
+    return OpaqueBase(layer, name, (out_features, in_features), _dtype(layer, default_dtype), backend)
 
 
 def is_dense(layer: nn.Module) -> bool:
@@ -165,27 +184,20 @@ def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:
     return next((one for one in candidates if one in FLOATS), torch.get_default_dtype())
 
 
-def first_tensor(layer: nn.Module) -> Tensor:
-    """A tensor of a layer's storage, which says the device."""
-    for tensors in (layer.parameters(), layer.buffers()):
-        for tensor in tensors:
-            return tensor
-    raise ValueError(f"expected a layer with parameters or buffers, got a {type(layer).__name__} without")
-
-
 # Of the norm. Activations rounded to 8 bits, one scale for all rows, give 1e-2; a GELU gives 0.3 and more.
 TOLERANCE = 0.05
 
 
-def check_linear(name: str, layer: nn.Module, opaque: OpaqueFormat, trained: bool) -> None:
+def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
     """Run one probe of three rows."""
+    layer: nn.Module = opaque.module
     x = _probe(opaque.shape[1], first_tensor(layer).device, opaque.dtype)
     try:
         with torch.enable_grad():
             y = layer(x.requires_grad_())
             gradient = torch.autograd.grad(y.float().sum(), x, allow_unused=True)[0] if y.requires_grad else None
     except Exception as error:
-        if opaque.known:  # its kernel may want another device, where the model is moved later
+        if opaque.backend is not None:  # its kernel may want another device, where the model is moved later
             return
         package = PACKAGES.get(type(layer).__name__)
         hint = f": pip install {package}" if package else ", or name it in exclude_modules"
@@ -215,14 +227,13 @@ def has_weight_values(base: nn.Module) -> bool:
 def has_own_result(layer: nn.Module) -> bool:
     """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores."""
     # A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear.
-    if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or not has_weight_values(layer):
+    if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear):
         return False
-    weight = layer.weight
-    if weight.dtype not in FLOATS or type(weight.data) is not Tensor:  # another quantizer's: its format is known
+    if not is_dense(layer) or not has_weight_values(layer):  # not dense: another quantizer's, whose format is known
         return False
     try:
         with torch.no_grad():
-            y = layer(_probe(layer.in_features, weight.device, weight.dtype))
+            y = layer(_probe(layer.in_features, layer.weight.device, layer.weight.dtype))
     except Exception:
         return False
     return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())
