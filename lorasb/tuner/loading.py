@@ -97,17 +97,14 @@ def without_foreign(
 ) -> dict[str, Tensor]:
     """A file's tensors without copies of trained modules and base embeddings, which PEFT adds where it saves."""
     wrappers = []
-    parameters = {
-        without_wrapper(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    parameters = {without_wrapper(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in parameters) else ""
     expected = {f"{prefix}{without_wrapper(layer)}.{factor}" for layer in layers for factor in FACTORS}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            wrappers.append(f"{without_wrapper(name)}.")
-            expected.update(
-                f"{without_wrapper(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()
-            )
+            wrapper = f"{without_wrapper(name)}."
+            wrappers.append(wrapper)
+            expected.update(wrapper + key for key in module.adapter_state_dict_load_map(adapter_name).values())
     if config.bias != "none":
         of_layers = tuple(f"{prefix}{without_wrapper(layer)}." for layer in layers)
         biases = (name for name in parameters if name.endswith(".bias"))
@@ -146,8 +143,7 @@ def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
         return False
     if parameter.is_meta:
         return True
-    own = parameter.detach()
-    return torch.allclose(value.to(own.device).float(), own.float(), rtol=TOLERANCE, atol=SMALLEST)
+    return torch.allclose(value.to(parameter.device).float(), parameter.float(), rtol=TOLERANCE, atol=SMALLEST)
 
 
 DESCRIBING = ("scaling", "lora_alpha", "init", "init_provenance", "base_fingerprint", "equivalent_gradient")
@@ -171,7 +167,6 @@ def swap(
     if reason:
         raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping replaces adapters of one base")
     tensors = peft.load_peft_weights(str(path), device=torch_device, **options)
-    tensors = with_folder(tensors, str(path), options)
     tensors = with_factors(tensors, adapter_name, layers, config, share=False)
     try:
         adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})

@@ -170,9 +170,9 @@ class LoRASBModel(BaseTuner):
 
         def is_target(name: str) -> bool:
             """True for a module that the configuration names."""
-            if named_in is not None:
-                return without_wrapper(name) in named_in
-            return bool(self._check_target_module_exists(config, name))
+            if named_in is None:
+                return bool(self._check_target_module_exists(config, name))
+            return without_wrapper(name) in named_in
 
         targets = {
             name: module
@@ -202,7 +202,7 @@ class LoRASBModel(BaseTuner):
         }
         if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
             options |= basis.options_for(target, peft_config)
-            target.add_adapter(adapter_name, **options, inference_mode=peft_config.inference_mode)
+            target.add_adapter(adapter_name, **options)
             return
         layer = adapt_weights(target, adapter_name, **options) or LoRASBLinear(
             target,
@@ -212,10 +212,6 @@ class LoRASBModel(BaseTuner):
             resolver_options=get_quantization_kwargs(self.model),
             **options,
         )
-        # PEFT: an adapter that is added but not active does not train, as in LoraModel
-        if adapter_name not in self.active_adapters:
-            for one in (m for m in layer.modules() if isinstance(m, AdaptedLayer)):
-                one.lorasb_R.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

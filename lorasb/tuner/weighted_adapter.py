@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..constants import MAX_RANK
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import any_merged, layers_with, refuse_uninitialized
+from ..layers.lookup import any_merged, discard, layers_with, refuse_uninitialized
 
 PRUNING = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
 SVD = "_svd"  # suffix of the kinds that prune updates of W [out, in], not R's
@@ -93,14 +93,14 @@ def combine(
     kind = options.combination_type
     combined = {}
     for name, layer in layers.items():
-        weighted_names = [(w, n) for w, n in zip(weights, adapters, strict=True) if n in layer.lorasb_R]
-        rank = options.svd_rank or max(layer.adapters[n].r for _, n in weighted_names)
+        weighted = [(w, n) for w, n in zip(weights, adapters, strict=True) if n in layer.lorasb_R]
+        rank = options.svd_rank or max(layer.adapters[n].r for _, n in weighted)
         if shared and not kind.endswith("svd") and kind != "cat":
-            combined[name] = _sum_cores(layer, weighted_names, options)
+            combined[name] = _sum_cores(layer, weighted, options)
         elif options.pruning is not None or options.svd_clamp is not None:
-            combined[name] = _of_update(layer, weighted_names, options, rank)
+            combined[name] = _of_update(layer, weighted, options, rank)
         else:
-            combined[name] = _truncated_svd(layer, weighted_names, None if kind == "cat" else rank)
+            combined[name] = _truncated_svd(layer, weighted, None if kind == "cat" else rank)
         if len(combined[name].core) > MAX_RANK:
             raise ValueError(
                 f"the sum has rank {len(combined[name].core)} in layer {name!r}, more than {MAX_RANK}: use "
@@ -153,18 +153,16 @@ def _share_factors(layers: dict[str, AdaptedLayer], adapters: Sequence[str]) -> 
     return True
 
 
-def _sum_cores(layer: AdaptedLayer, weighted_names: list[tuple[float, str]], options: SumOptions) -> Combined:
+def _sum_cores(layer: AdaptedLayer, weighted: list[tuple[float, str]], options: SumOptions) -> Combined:
     """Σ w s R over shared A and B, in fp64: exact up to one rounding of R to fp32, if nothing is pruned."""
-    weights, names = zip(*weighted_names, strict=True)
+    weights, names = zip(*weighted, strict=True)
     cores = [layer.adapters[name].scaling * layer.lorasb_R[name].double() for name in names]
     return Combined(layer.lorasb_B[names[0]], options.add(cores, weights), layer.lorasb_A[names[0]], 0.0)
 
 
-def _of_update(
-    layer: AdaptedLayer, weighted_names: list[tuple[float, str]], options: SumOptions, rank: int
-) -> Combined:
+def _of_update(layer: AdaptedLayer, weighted: list[tuple[float, str]], options: SumOptions, rank: int) -> Combined:
     """The best factors of a rank for the layer's update [out, in], in fp32; pruned updates have full rank."""
-    weights, names = zip(*weighted_names, strict=True)
+    weights, names = zip(*weighted, strict=True)
     updates = [layer.get_delta_weight(name).float() for name in names]
     update = options.add([layer.base.matrix(u) for u in updates], weights)
     u, s, vt = torch.linalg.svd(update, full_matrices=options.svd_full_matrices, driver=options.svd_driver)
@@ -179,11 +177,11 @@ def _of_update(
     return Combined(b, upper @ lower.t(), a.t(), error)
 
 
-def _truncated_svd(layer: AdaptedLayer, weighted_names: list[tuple[float, str]], rank: int | None) -> Combined:
+def _truncated_svd(layer: AdaptedLayer, weighted: list[tuple[float, str]], rank: int | None) -> Combined:
     """The truncated SVD of Σ w s B R A, in fp64, without a matrix of W's size."""
-    b = torch.cat([layer.lorasb_B[name].double() for _, name in weighted_names], 1)
-    a = torch.cat([layer.lorasb_A[name].double() for _, name in weighted_names], 0)
-    cores = [weight * layer.adapters[name].scaling * layer.lorasb_R[name].double() for weight, name in weighted_names]
+    b = torch.cat([layer.lorasb_B[name].double() for _, name in weighted], 1)
+    a = torch.cat([layer.lorasb_A[name].double() for _, name in weighted], 0)
+    cores = [weight * layer.adapters[name].scaling * layer.lorasb_R[name].double() for weight, name in weighted]
     # QR of B [out, Σr] and Aᵀ [in, Σr] leaves a core [Σr, Σr], whose SVD is the sum's; the new factors are orthonormal.
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.t())
@@ -218,10 +216,7 @@ def _insert(
                 modules[adapter_name].load_state_dict(modules[template].state_dict())
                 modules[adapter_name].requires_grad_(False)
     except Exception:
-        tuner.peft_config.pop(adapter_name, None)
-        for layer in layers.values():
-            if adapter_name in layer.lorasb_R:
-                layer.delete_adapter(adapter_name)
+        discard(tuner, adapter_name)
         raise
     tuner.set_adapter(active)
 
