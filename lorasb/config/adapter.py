@@ -135,11 +135,12 @@ class LoRASBConfig(PeftConfig):
         self.source: tuple[str, dict[str, Any]] | None = None  # the folder or hub name it was read from, and options
         self.awaits_weights = False  # between the injection of an adapter and the loading of its file
         self.peft_type = PeftType(PEFT_NAME)
-        # Names are sets, as in PEFT's LoraConfig; JSON has no sets, so a loaded config arrives with lists.
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            names = getattr(self, name)
+            if isinstance(names, str):
+                check_pattern(names, name)
+            elif isinstance(names, list):  # sets, as in PEFT's LoraConfig; JSON has none
+                setattr(self, name, set(names))
         if isinstance(self.target_parameters, str):
             raise ValueError(
                 f"target_parameters must be a list of names, got {self.target_parameters!r}: put it into [...]"
@@ -152,9 +153,6 @@ class LoRASBConfig(PeftConfig):
         self._check_patterns()
 
     def _check_patterns(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), str):
-                check_pattern(getattr(self, name), name)
         # matched behind a prefix that may be anything
         for name, values in (
             ("rank_pattern", self.rank_pattern),

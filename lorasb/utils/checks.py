@@ -88,11 +88,9 @@ def matches(value: Any, hint: Any) -> bool:
         return value is None
     if isinstance(hint, type) and issubclass(hint, Enum):
         return isinstance(value, str)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if isinstance(value, bool):  # a number to Python
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
 
 
 def check_lr(lr: float, what: str = "learning rate", zero: bool = False) -> None:

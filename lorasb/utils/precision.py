@@ -53,13 +53,8 @@ def native(device: str = "cpu") -> Precision:
     aten = os.environ.get("ATEN_CPU_CAPABILITY", "").lower()
     if aten in ("default", "avx2"):
         return Precision("float32", f"ATEN_CPU_CAPABILITY={aten} leaves no bfloat16 products")
-    return _by_flags()
-
-
-def _by_flags() -> Precision:
-    """The dtype by the processor's flags, as far as torch uses the instructions."""
-    flags, machine = _flags(), platform.machine()
-    if machine in ("aarch64", "arm64"):
+    flags = _flags()
+    if platform.machine() in ("aarch64", "arm64"):
         if "bf16" in flags:
             return Precision("bfloat16", "the processor has Arm's bf16 instructions")
         return Precision("float32", "the processor's flags have no bf16")
