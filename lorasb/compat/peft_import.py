@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -23,10 +24,8 @@ def after_peft(register: Callable[[], None]) -> None:
         sys.meta_path.insert(0, _PeftFinder(register))
 
 
-class _PeftFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets the other finders find peft, and is its loader in the place of theirs."""
-
-    loader: importlib.abc.Loader  # theirs
+class _PeftFinder(importlib.abc.MetaPathFinder):
+    """Has the other finders find peft, and its loader register the method."""
 
     def __init__(self, register: Callable[[], None]) -> None:
         self.register = register
@@ -44,17 +43,12 @@ class _PeftFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             self.searching = False
         if spec is not None and spec.loader is not None:
             # not here: `importlib.util.find_spec("peft")` only asks whether peft is installed
-            self.loader, spec.loader = spec.loader, self
+            execute = functools.partial(self._execute, spec.loader.exec_module)
+            spec.loader.exec_module = execute  # type: ignore[method-assign]
         return spec
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        # importlib.reload and resource readers take the loader from the spec
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
+    def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        execute(module)
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         self.register()  # peft is complete now: `register_peft_method` can be called
