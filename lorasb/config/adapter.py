@@ -154,12 +154,9 @@ class LoRASBConfig(PeftConfig):
 
     def _check_patterns(self) -> None:
         # matched behind a prefix that may be anything
-        for name, values in (
-            ("rank_pattern", self.rank_pattern),
-            ("modules_to_save", self.modules_to_save or ()),
-            ("layers_pattern", [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern),
-        ):
-            for value in values or ():
+        for name in ("rank_pattern", "modules_to_save", "layers_pattern"):
+            values = getattr(self, name) or ()
+            for value in [values] if isinstance(values, str) else values:
                 check_pattern(value, name, MAX_REPEATS - 1)
 
     def _check_ranks(self) -> None:
