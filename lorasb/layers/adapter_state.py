@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from ..compat.transformers import is_loaded, mark_loaded
 from ..utils.precision import SIXTEEN_BIT
@@ -34,7 +35,7 @@ class EquivalentGradient(torch.autograd.Function):
     """The identity on R, whose backward maps g to left·g·right (all [r, r])."""
 
     @staticmethod
-    def forward(ctx: Any, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(left, right)
         return core.view_as(core)
 

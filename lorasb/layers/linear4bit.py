@@ -188,8 +188,7 @@ def quantize(
 
 def _targets(model: nn.Module, exclude: set[str]) -> Iterable[tuple[nn.Module, str, str, nn.Linear]]:
     """(parent, child name, full name, layer) of each plain linear that is neither excluded nor the output head."""
-    get_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
-    head = get_head()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, parent in model.named_modules():
         for child, layer in parent.named_children():
             full = f"{name}.{child}" if name else child

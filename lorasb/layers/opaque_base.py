@@ -167,12 +167,17 @@ def find(
 
 def is_dense(layer: nn.Module) -> bool:
     """True for a linear whose weight is a plain matrix of floats."""
-    weight: Any = getattr(layer, "weight", None)  # a parametrized weight is no parameter of that name
     # transformers' Conv1D by its name: layers do not import transformers
-    is_linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-    if not is_linear or not isinstance(weight, Tensor):
+    return (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D") and has_dense_weight(layer)
+
+
+def has_dense_weight(layer: nn.Module) -> bool:
+    """True if a layer's weight is a plain matrix of floats."""
+    weight = getattr(layer, "weight", None)  # a parametrized weight is no parameter of that name
+    # An exact Tensor: subclasses (DTensor, quantized tensors) have storage of their own behind this interface.
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
         return False
-    return weight.dim() == 2 and weight.dtype in FLOATS and type(weight.data) is Tensor
+    return weight.dim() == 2 and weight.dtype in FLOATS
 
 
 def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -45,15 +44,16 @@ def _targeted(model: nn.Module, config: LoRASBConfig, name: str) -> bool:
     return any(check_target_module_exists(config, linear) is True for linear in linears)
 
 
-def missing_from_checkpoint(model: Any) -> list[str]:
+def missing_from_checkpoint(model: nn.Module) -> list[str]:
     """Names of modules whose weights are not in the base's checkpoint, in the model's order."""
-    if not hasattr(model, "base_model_prefix"):
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None:
         return []
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     missing = set(_randomly_initialized(model, output))
     # A model with output embeddings is a language model, whose head comes with the checkpoint.
     if output is None:
-        task, base = TASKS.search(type(model).__name__), getattr(model, model.base_model_prefix, None)
+        task, base = TASKS.search(type(model).__name__), getattr(model, prefix, None)
         for name, module in model.named_modules():
             inside = name.rpartition(".")[2] in POOLERS or (task and name in TASK_MODULES_IN_BASE)
             if inside and not _all_loaded(module):

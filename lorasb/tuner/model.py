@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -152,9 +153,9 @@ class LoRASBModel(BaseTuner):
                 bias = getattr(layer.get_base_layer(), "bias", None)
                 layer.base.trains_bias = bias is not None and bias.requires_grad
 
-    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+    def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
         """Call LoRA's: with `ensure_weight_tying` modules tied to the saved input embedding follow it."""
-        LoraModel._add_modules_to_save_to_tie(cast(Any, self), peft_config, tied_weight_keys)
+        LoraModel._add_modules_to_save_to_tie(cast(LoraModel, self), cast(LoraConfig, peft_config), tied_weight_keys)
 
     def _plan(self, model: nn.Module, config: LoRASBConfig, state_dict: dict[str, Tensor] | None) -> None:
         """Resolve targets and ranks (those of a `state_dict` if given); raise on all that would make replacing fail."""
@@ -276,7 +277,7 @@ class LoRASBModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: Any,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],

@@ -19,7 +19,7 @@ from ..layers import opaque_base, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
 from ..layers.lookup import any_merged, layers_with
-from ..layers.opaque_base import check_linear, has_own_result, has_weight_values, is_dense, make_base
+from ..layers.opaque_base import check_linear, has_dense_weight, has_own_result, has_weight_values, make_base
 from ..layers.weight_adapter import KINDS_WITH_WEIGHT, LoRASBEmbedding, OpenParameters, unfoldings
 from ..quantization.quantized_weight import is_quantized, of_module
 
@@ -113,9 +113,9 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
     return {name for name, match in index_matches.items() if match and int(match.group(1)) in block_indices}
 
 
-def _quantizers_layers(model: Any) -> set[str]:
+def _quantizers_layers(model: nn.Module) -> set[str]:
     """Names of layers in a known format that are no nn.Linear, without the output head, as in PEFT."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     found: set[str] = set()
     for name, module in model.named_modules():
         candidate = hasattr(module, "in_features") and not isinstance(module, nn.Linear | BaseTunerLayer)
@@ -126,16 +126,16 @@ def _quantizers_layers(model: Any) -> set[str]:
     return found
 
 
-def refuse_tied_head(model: Any, targets: dict[str, nn.Module]) -> None:
+def refuse_tied_head(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """Raise a ValueError for a head tied to the input embedding: merging would change the embedding too."""
     try:
-        embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding = base_of(getattr(model, "get_input_embeddings", lambda: None)())
     except NotImplementedError:  # transformers' models of sound have none
         embedding = None
     weight = getattr(embedding, "weight", None)
     for name, module in targets.items() if weight is not None else ():
         base = base_of(module)
-        if getattr(base, "weight", None) is weight and base is not base_of(embedding):
+        if getattr(base, "weight", None) is weight and base is not embedding:
             raise ValueError(
                 f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
                 "the model with tie_word_embeddings=False"
@@ -155,7 +155,7 @@ def refuse_half_of_an_embedding(model: nn.Module, targets: dict[str, nn.Module])
             )
 
 
-def base_of(module: nn.Module) -> Any:
+def base_of(module: nn.Module | None) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -193,7 +193,7 @@ def check_supported(name: str, module: nn.Module) -> None:
         )
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
-        if not is_dense(base):
+        if not has_dense_weight(base):
             raise TypeError(
                 f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: "
                 "expected fp32, bf16 or fp16, a layer that bitsandbytes or lorasb.quantize quantized, or another "
