@@ -18,7 +18,7 @@ from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import LayerReport
 from .loss import labeled_rows
 from .provenance import cache_key
-from .sampling import Batch, Loader, batch_size, collect, select, take_rows
+from .sampling import Batch, Loader, batch_size, samples_hash, select, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
 from .task import InitOptions, Layers, Piece, Work, frozen_base
@@ -146,8 +146,8 @@ def _samples(
     """Return this rank's micro-batches, the number of samples over all ranks, and the hash of all samples."""
     if batches is None:
         return [], 0, None
-    batches, selected = collect(select(batches, options.num_samples, options.seed, processes), processes)
-    seen = sum(processes.all_gather(selected.seen))
+    batches = select(batches, options.num_samples, options.seed)
+    seen = sum(processes.all_gather(sum(map(batch_size, batches))))
     # Over all ranks: one rank's share without labels is no error.
     if options.loss_fn is None and not any(processes.all_gather(sum(map(labeled_rows, batches)))):
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
@@ -159,7 +159,7 @@ def _samples(
                 "before the model is sharded"
             )
         pieces = _equally_many(batches, processes)
-    return pieces, seen, processes.common_hash(selected.data_hash)
+    return pieces, seen, processes.common_hash(samples_hash(batches))
 
 
 def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:

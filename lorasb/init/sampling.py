@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -25,75 +24,63 @@ DATA_SET_DIVISOR = 1000  # the paper takes 1/1000 of the data set (appendix I)
 MIN_SAMPLES = 32  # the default never takes fewer, unless the data set has fewer
 
 
-@dataclass
-class Samples:
-    """Batches to iterate over once, counted and hashed on the way."""
+def select(batches: Loader, num_samples: int | None, seed: int) -> list[Batch]:
+    """This rank's samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable.
 
-    batches: Iterable[Batch]  # the source
-    limit: int | None = None  # samples after which iteration stops, where they could not be drawn beforehand
-    exact: bool = True  # True if fewer samples than `limit` are an error
-    is_distributed: bool = False  # True if an empty or short share is no error: `collect` checks the sum over ranks
-    seen: int = 0  # number of samples yielded so far
-    _hash: Any = field(default_factory=hashlib.sha256)
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.limit == 0:
-            return
-        for batch in self.batches:
-            _check_batch(batch)
-            rows = batch_size(batch)
-            if self.limit is not None and self.seen + rows > self.limit:
-                rows = self.limit - self.seen
-                batch = take_rows(batch, torch.arange(rows))
-            if rows == 0:
-                continue
-            self.seen += rows
-            for name in sorted(batch):  # a collator may order its keys differently from run to run
-                if isinstance(batch[name], Tensor):
-                    self._hash.update(name.encode())
-                    content = batch[name].detach().cpu().contiguous().view(-1)
-                    self._hash.update(content.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
-            yield dict(batch)
-            # Before the next batch is fetched: a stream may be endless, or costly.
-            if self.limit is not None and self.seen >= self.limit:
-                break
-        if not self.is_distributed:
-            self.check_enough(self.seen)
-
-    def check_enough(self, available: int) -> None:
-        """Check a number of samples against `limit`."""
-        if available == 0:
-            raise ValueError("expected at least one sample to initialize from, got none: the batches are empty")
-        if self.exact and self.limit is not None and available < self.limit:
-            raise ValueError(too_few(self.limit, available))
-
-    @property
-    def data_hash(self) -> str:
-        """SHA-256 of the samples' tensors, in the order yielded."""
-        return str(self._hash.hexdigest())
-
-
-def select(batches: Loader, num_samples: int | None, seed: int, processes: Processes | None = None) -> Samples:
-    """Select samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable (in order).
-
-    A DataLoader with a custom sampler (a subset, a rank's share) is taken in its order. Without `num_samples`,
-    min(available, max(32, n/1000)) are taken, or all of an iterable without a size; both count all ranks, each of which
-    passes the batches of its share. The global random state is not touched.
+    A DataLoader with a custom sampler (a subset, a rank's share) is taken in its order, as an iterable is. Without
+    `num_samples`, min(available, max(32, n/1000)) are taken, or all of an iterable without a size; both count all
+    ranks, each of which passes the batches of its share. The global random state is not touched.
     """
-    processes = processes or Processes()
+    processes = Processes()
     # All ranks have to draw, or all take their own order: the branch is chosen by counts that every rank knows.
     with processes.together():
         count = _countable(batches, num_samples)
     counts = processes.all_gather(count)
+    limit: int | None = None  # of samples in iteration order
     if min(counts) >= 0:
         chosen = draw(counts, num_samples, seed, processes.rank)
-        drawn = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
-        return Samples(drawn, is_distributed=processes.is_distributed)
-    # In iteration order: a default count has to be known beforehand, so it needs the length of every rank's share.
-    lengths = processes.all_gather(_length(batches))
-    exact = num_samples is not None or min(lengths) < 0
-    limit = num_samples if exact else _default_count(sum(lengths))
-    return Samples(without_repeats(batches), limit=limit, exact=exact, is_distributed=processes.is_distributed)
+        source = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
+    else:  # a default count has to be known beforehand, so it needs the length of every rank's share
+        lengths, source = processes.all_gather(_length(batches)), without_repeats(batches)
+        limit = _default_count(sum(lengths)) if num_samples is None and min(lengths) >= 0 else num_samples
+    with processes.together():
+        found = list(_first(source, limit))
+    counts = processes.all_gather(sum(map(batch_size, found)))
+    if sum(counts) == 0:  # the same sum, and so the same error, on every rank
+        raise ValueError("expected at least one sample to initialize from, got none: the batches are empty")
+    if limit is not None and num_samples is not None and sum(counts) < num_samples:
+        raise ValueError(too_few(num_samples, sum(counts)))
+    if limit is None or sum(counts) <= limit:
+        return found
+    return list(_first(found, _quotas(counts, limit)[processes.rank]))
+
+
+def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
+    """Batches up to a number of samples, or all; empty ones are passed over."""
+    left = math.inf if limit is None else limit
+    for batch in batches if left else ():
+        _check_batch(batch)
+        rows = batch_size(batch)
+        if rows > left:
+            rows = int(left)
+            batch = take_rows(batch, torch.arange(rows))
+        if rows:
+            yield dict(batch)
+        left -= rows
+        if not left:  # before the next batch is fetched: a stream may be endless, or costly
+            break
+
+
+def samples_hash(batches: list[Batch]) -> str:
+    """SHA-256 of the samples' tensors, in their order."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):  # a collator may order its keys differently from run to run
+            if isinstance(batch[name], Tensor):
+                digest.update(name.encode())
+                content = batch[name].detach().cpu().contiguous().view(-1)
+                digest.update(content.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+    return digest.hexdigest()
 
 
 def _length(batches: Loader) -> int:
@@ -127,21 +114,6 @@ def _countable(batches: Loader, num_samples: int | None) -> int:
     return sum(map(batch_size, batches))
 
 
-def collect(samples: Samples, processes: Processes) -> tuple[list[Batch], Samples]:
-    """Load all batches of this rank into a list, and return them with their `Samples` (count and hash)."""
-    # Where all ranks together have more than `samples.limit`, every rank is cut to its quota.
-    with processes.together():
-        batches = list(samples)
-    counts = processes.all_gather(samples.seen)
-    samples.check_enough(sum(counts))  # the same sum, and so the same error, on every rank
-    if samples.limit is None or sum(counts) <= samples.limit:
-        return batches, samples
-    # A new pass over the batches: the hash has to cover the samples within the quota only.
-    quota = _quotas(counts, samples.limit)[processes.rank]
-    within_quota = Samples(batches, limit=quota, exact=False, is_distributed=True)
-    return list(within_quota), within_quota
-
-
 def _quotas(counts: list[int], total: int) -> list[int]:
     """Samples that each rank contributes to `total`: equal shares; ranks with more make up for those with less."""
     quotas = [0] * len(counts)
@@ -160,7 +132,7 @@ def without_repeats(loader: Loader) -> Iterable[Batch]:
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
         # The rank's indices are rank, rank + num_replicas, ...; the duplicates come after the last of them.
         unpadded = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-        return Samples(loader, limit=unpadded, exact=False, is_distributed=True)
+        return _first(loader, unpadded)
     evened = getattr(getattr(loader, "batch_sampler", None), "even_batches", False)
     return _without_wrapped_rows(loader) if evened and hasattr(loader, "total_dataset_length") else loader
 
@@ -187,13 +159,13 @@ def _can_draw(loader: Loader) -> bool:
     return batched and indexed and type(getattr(loader, "sampler", None)) in (SequentialSampler, RandomSampler)
 
 
-def _drawn_from_dataset(loader: Loader, chosen: list[int]) -> Iterator[Batch]:
+def _drawn_from_dataset(loader: Loader, chosen: list[int]) -> Iterable[Batch]:
     # Not through the loader: its workers and its random sampler would advance the global random state.
     for start in range(0, len(chosen), loader.batch_size):
         yield loader.collate_fn([loader.dataset[i] for i in chosen[start : start + loader.batch_size]])
 
 
-def _drawn_from_list(batches: Sequence[Batch], chosen: list[int]) -> Iterator[Batch]:
+def _drawn_from_list(batches: Sequence[Batch], chosen: list[int]) -> Iterable[Batch]:
     # Rows of one batch stay together, in order: padded to one length, they may not fit into a batch with others.
     positions = [(b, row) for b, batch in enumerate(batches) for row in range(batch_size(batch))]
     rows: dict[int, list[int]] = {}
