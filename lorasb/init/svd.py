@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,16 +111,11 @@ class Triplets(NamedTuple):
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute in fp32 as it is: without the caller's autocast, TF32 or bf16 inside fp32 products."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    kept = [one.fp32_precision for one in backends]
-    try:
-        for one in backends:
-            one.fp32_precision = "ieee"
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for one, precision in zip(backends, kept, strict=True):
-            one.fp32_precision = precision
+    with ExitStack() as restored, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+            restored.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = "ieee"
+        yield
 
 
 def truncated_svd(matrix: Matrix, r: int, seed: int) -> Triplets:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -149,37 +150,29 @@ EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions")
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
     """Restore the training or evaluation mode of each module: users may have put some blocks into another one."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with ExitStack() as restored:
+        for module in model.modules():
+            restored.callback(setattr, module, "training", module.training)
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
 def frozen_base(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, adapters disabled, no KV cache, no gradients; restored on exit."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    states = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, AdaptedLayer)]
     # A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states
     # and attentions only take memory. By id: submodules share config objects.
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
-    extra = [(c, name) for c in configs.values() for name in EXTRA_OUTPUTS if vars(c).get(name) is True]
-    try:
-        for parameter, _ in flags:
+    with ExitStack() as restored, modes_restored(model), torch.enable_grad():  # the caller may be under no_grad
+        for parameter in model.parameters():
+            restored.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)  # gradients come from hooks: no weight may get a `.grad`
-        for layer, _ in states:
-            layer._disable_adapters = True
-        for config, name in extra:
-            setattr(config, name, False)
-        with modes_restored(model), torch.enable_grad():  # the caller may be under no_grad
-            model.eval()
-            yield
-    finally:
-        for config, name in extra:
-            setattr(config, name, True)
-        for layer, off in states:
-            layer._disable_adapters = off
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for layer in model.modules():
+            if isinstance(layer, AdaptedLayer):
+                restored.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
+                layer._disable_adapters = True
+        for config, name in itertools.product(configs.values(), EXTRA_OUTPUTS):
+            if vars(config).get(name) is True:
+                restored.callback(setattr, config, name, True)
+                setattr(config, name, False)
+        model.eval()
+        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -206,15 +206,12 @@ class _Trial:
 
 @contextmanager
 def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    values = [parameter.detach().clone() for parameter in trained]
-    gradients = [parameter.grad for parameter in trained]
-    try:
-        with rng_untouched(), modes_restored(model):  # dropout draws
-            for parameter in trained:
-                parameter.grad = None
-            yield
-    finally:
-        with torch.no_grad():
-            for parameter, value, gradient in zip(trained, values, gradients, strict=True):
-                parameter.copy_(value)
-                parameter.grad = gradient
+    def put_back(parameter: nn.Parameter, value: Tensor, gradient: Tensor | None) -> None:
+        parameter.detach().copy_(value)
+        parameter.grad = gradient
+
+    with ExitStack() as restored, rng_untouched(), modes_restored(model):  # dropout draws
+        for parameter in trained:
+            restored.callback(put_back, parameter, parameter.detach().clone(), parameter.grad)
+            parameter.grad = None
+        yield
