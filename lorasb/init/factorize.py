@@ -4,58 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layers.adapted_layer import AdaptedLayer
+from ..layers.adapter_state import AdapterState
 from .accumulator import LayerSum
 from .cache import CachedGradient
 from .init_report import LayerReport
 from .svd import Triplets, energies, full_precision, leading_triplets, signed_core, truncated_svd
 from .task import InitOptions
-
-
-class Measurements(NamedTuple):
-    """Measurements of one layer at the q leading singular triplets of the matrix that was factored."""
-
-    sigma: list[float]  # singular values [q]
-    sign_energies: list[float]  # ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q
-    gradient_energies: list[float]  # ‖U_kᵀ ΣG V_k‖² for k = 1 ... q, or up to the rank that a cache was measured at
-    squares: float  # ‖ΣG‖²
-    sign_squares: float  # ‖sign(ΣG)‖², the number of its nonzero entries
-    zeros: int  # number of entries of ΣG that are exactly zero
-    seconds: float  # duration of the SVD and the measurements
-    start: float  # factor on η of the first step (`longest_start`)
-
-    def report(self, name: str, layer: AdaptedLayer, adapter: str) -> LayerReport:
-        """The layer's report, with energies as fractions of the squared Frobenius norms."""
-        r = layer.adapters[adapter].r
-        sigma = tuple(map(_rounded, self.sigma))
-        curve_sign = tuple(_rounded(value / max(self.sign_squares, 1.0)) for value in self.sign_energies)
-        curve_grad = tuple(_rounded(value / self.squares) for value in self.gradient_energies)
-        return LayerReport(
-            name=name,
-            shape=(layer.out_features, layer.in_features),
-            rank=r,
-            energy_sign=curve_sign[r - 1],
-            # a cache made at a smaller rank has no energy at this one
-            energy_grad=curve_grad[r - 1] if len(curve_grad) >= r else None,
-            singular_values=sigma[:r],
-            zeros=self.zeros,
-            seconds=self.seconds,
-            beyond=sigma[r:],
-            curve_sign=curve_sign,
-            curve_grad=curve_grad,
-            start=_rounded(self.start),
-        )
-
-
-def _rounded(value: float) -> float:
-    """Eight significant digits, to keep the JSON short: fp32 has fewer."""
-    return float(f"{value:.8g}")
-
 
 XS_NOISE = 1e-5  # LoRA-XS draws R from N(0, (1e-5)²)
 
@@ -87,12 +48,6 @@ def start_share(norm: float, r: int, longest: float | None) -> float:
     return 1.0 if longest is None or norm == 0.0 else min(1.0, longest * r / norm)
 
 
-def subspace_of_weight(weight: Tensor, r: int, seed: int) -> Factors:
-    """Orthonormal B = U_r, A = V_rᵀ of W and R = 0: for a layer that no sample reached, whose first step is zero."""
-    u, s, vt = truncated_svd(weight, r, seed)
-    return Factors(u, torch.zeros(r, r, dtype=u.dtype, device=u.device), vt, s)
-
-
 def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Factors:
     """LoRA-XS's recipe: from the SVD U Σ Vᵀ of W [out, in], R ~ N(0, (1e-5)²).
 
@@ -107,12 +62,12 @@ def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Facto
     return Factors(b, core.to(weight.device), a, s)
 
 
-def random_subspace(shape: tuple[int, int], r: int, seed: int, dtype: torch.dtype = torch.float32) -> Factors:
+def random_subspace(shape: tuple[int, int], r: int, seed: int) -> Factors:
     """Orthonormal B [out, r] and A [r, in] that know nothing of W or of the data, and R = 0: what chance gives."""
     # Uniform over the subspaces: Q of the QR of a Gaussian matrix, drawn on the CPU.
     generator = torch.Generator().manual_seed(seed)
-    b, a = (torch.linalg.qr(torch.randn(side, r, generator=generator, dtype=dtype)).Q for side in shape)
-    return Factors(b, torch.zeros(r, r, dtype=dtype), a.t().contiguous(), torch.zeros(r, dtype=dtype))
+    b, a = (torch.linalg.qr(torch.randn(side, r, generator=generator, dtype=torch.float32)).Q for side in shape)
+    return Factors(b, b.new_zeros(r, r), a.t().contiguous(), b.new_zeros(r))
 
 
 def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
@@ -127,32 +82,61 @@ Gradient = LayerSum | CachedGradient  # G of a layer, with all its values or its
 
 
 @torch.no_grad()
-def factor(name: str, gradient: Gradient, layer: AdaptedLayer, options: InitOptions) -> tuple[Factors, Measurements]:
-    """A layer's B, R and A from its gradient (Eq. 6-8), and the energy of it that they capture."""
-    started, state, seed = time.perf_counter(), layer.adapters[options.adapter], options.seed_of(name)
+def factor(
+    name: str, gradient: Gradient, layer: AdaptedLayer, options: InitOptions
+) -> tuple[Factors, LayerReport, list[float]]:
+    """A layer's B, R and A from its gradient (Eq. 6-8), the report of them, and ‖U_kᵀ ΣG V_k‖² for k = 1, 2, ..."""
+    started, state = time.perf_counter(), layer.adapters[options.adapter]
+    with full_precision():
+        factors, triplets, of_sign, start = _factored(gradient, state, options, options.seed_of(name))
+        of_gradient = gradient.curve(triplets.u, triplets.vt)[: len(triplets.s)].double().tolist()
+    signs, r, shape = gradient.signs(), state.r, (layer.out_features, layer.in_features)
+    sigma, nonzero = _rounded(triplets.s.double().tolist()), shape[0] * shape[1] - signs.zeros
+    curve_sign = _rounded(value / max(nonzero, 1) for value in of_sign.double().tolist())
+    curve_grad = _rounded(value / signs.squares for value in of_gradient)
+    report = LayerReport(
+        name=name,
+        shape=shape,
+        rank=r,
+        energy_sign=curve_sign[r - 1],
+        # a cache made at a smaller rank has no energy at this one
+        energy_grad=curve_grad[r - 1] if len(curve_grad) >= r else None,
+        singular_values=sigma[:r],
+        zeros=signs.zeros,
+        seconds=time.perf_counter() - started,
+        beyond=sigma[r:],
+        curve_sign=curve_sign,
+        curve_grad=curve_grad,
+        start=_rounded([start])[0],
+    )
+    return factors, report, of_gradient
+
+
+def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+    """Eight significant digits, to keep the JSON short: fp32 has fewer."""
+    return tuple(float(f"{value:.8g}") for value in values)
+
+
+def _factored(
+    gradient: Gradient, state: AdapterState, options: InitOptions, seed: int
+) -> tuple[Factors, Triplets, Tensor, float]:
+    """The factors, the triplets that they come from, ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q, and the start's share."""
     # Theorem 6: the first step of SGD has no limit.
     r, longest = state.r, None if options.update == "sgd" else options.longest_start
-    signs, bits = gradient.signs(), gradient.signs().bits
-    with full_precision():
-        if isinstance(gradient, LayerSum) and gradient.sketch is not None:
-            # The part of AdamW's first step within U and V: R = −η·core / s, with the core Uᵀ sign(G) V [q, q].
-            triplets = gradient.sketch.triplets()
-            core = signed_core(bits, triplets)
-            start = start_share(float(core[:r, :r].norm()), r, longest)
-            u, s, vt = triplets.first(r)
-            factors = Factors(u, core[:r, :r] * (-start * options.lr / state.scaling), vt, s)
-            sign_energies = energies(core)
-        else:
-            matrix = gradient.value() if options.update == "sgd" and isinstance(gradient, LayerSum) else bits
-            triplets = leading_triplets(matrix, r, seed)
-            start = start_share(float(triplets.s[:r].norm()), r, longest)
-            factors = first_step(triplets, r, start * options.lr, state.scaling)
-            # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
-            sign_energies = triplets.s.square().cumsum(0) if matrix is bits else energies(signed_core(bits, triplets))
-        curve = gradient.curve(triplets.u, triplets.vt)[: len(triplets.s)]
-    sigma, of_sign, of_gradient = (values.double().tolist() for values in (triplets.s, sign_energies, curve))
-    scalars = signs.squares, bits.squares, signs.zeros, time.perf_counter() - started, start
-    return factors, Measurements(sigma, of_sign, of_gradient, *scalars)
+    bits = gradient.signs().bits
+    if isinstance(gradient, LayerSum) and gradient.sketch is not None:
+        # The part of AdamW's first step within U and V: R = −η·core / s, with the core Uᵀ sign(G) V [q, q].
+        triplets = gradient.sketch.triplets()
+        core = signed_core(bits, triplets)
+        start = start_share(float(core[:r, :r].norm()), r, longest)
+        u, s, vt = triplets.first(r)
+        return Factors(u, core[:r, :r] * (-start * options.lr / state.scaling), vt, s), triplets, energies(core), start
+    matrix = gradient.value() if options.update == "sgd" and isinstance(gradient, LayerSum) else bits
+    triplets = leading_triplets(matrix, r, seed)
+    start = start_share(float(triplets.s[:r].norm()), r, longest)
+    # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
+    of_sign = triplets.s.square().cumsum(0) if matrix is bits else energies(signed_core(bits, triplets))
+    return first_step(triplets, r, start * options.lr, state.scaling), triplets, of_sign, start
 
 
 def overlap(first: Triplets, second: Triplets) -> float:

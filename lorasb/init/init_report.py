@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..utils.atomic_files import write_json
 from ..utils.plotting import GRAD, INK, MUTED, SIGN, canvas, save
-from ..utils.reading import read_json
+from ..utils.reading import Json, read_json
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class LayerReport:
     stability: float | None = None  # overlap of the subspaces from two halves of the samples; None if not measured
     fallback: str | None = None  # replacement for the gradient if no sample reached the layer ("weight"), else None
     start: float | None = None  # factor on η of the first step (`longest_start`); None if no gradient was taken
+
+    @classmethod
+    def of(cls, values: Json) -> LayerReport:
+        """From JSON values, which have lists in place of tuples."""
+        fields: Json = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**fields)
 
 
 Path = str | os.PathLike[str]
@@ -185,11 +191,7 @@ class InitReport:
         """
         values = read_json(path)
         try:
-            layers = [
-                LayerReport(**one | {key: tuple(value) for key, value in one.items() if isinstance(value, list)})
-                for one in values.pop("layers")
-            ]
-            return cls(**values, layers=layers)
+            return cls(layers=[LayerReport.of(one) for one in values.pop("layers")], **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected a report of an initialization, got another content ({error})") from None
 

@@ -21,11 +21,11 @@ from ..utils.checks import MAX_LR, parse_size
 from ..utils.precision import warn_if_slow
 from .init_report import InitReport
 from .loss import LossFn
-from .pipeline import Outcome, from_gradients, from_weights
+from .pipeline import from_gradients, from_weights
 from .provenance import provenance
 from .several_tasks import initialize_tasks
 from .task import NOMINAL_RATE, AutoRate, InitOptions, Layers
-from .write import Staging
+from .write import staging
 
 ROUTER_SUFFIXES = ("Router", "Gate")  # of class names in transformers
 
@@ -149,9 +149,9 @@ def _initialize(model: Any, batches: Any, options: InitOptions) -> InitReport:
         if options.auto is not None and batches is None:
             raise ValueError("lr='auto' measures on samples, and a cache has signs alone: pass batches, or a rate")
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
-        with Staging(name) as staging, torch.compiler.set_stance("force_eager"):
-            outcome = from_gradients(model, layers, batches, options, staging)
-        report = _recorded(model, config, outcome, options, started)
+        with staging(name) as write, torch.compiler.set_stance("force_eager"):
+            found, data = from_gradients(model, layers, batches, options, write)
+        report = _recorded(model, config, found, data, started)
     else:  # the data-free inits ignore batches and lr
         report = without_data(model, config, name, layers, options.seed, options.progress)
     # PEFT freezes every adapter but the active one; R of an inactive adapter is meant to be frozen.
@@ -170,27 +170,13 @@ def without_data(
 ) -> InitReport:
     """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself."""
     started, options = time.perf_counter(), InitOptions(adapter=name, seed=seed, progress=progress)
-    return _recorded(model, config, from_weights(layers, config.init, options), options, started)
+    return _recorded(model, config, from_weights(layers, config.init, options), None, started)
 
 
 def _recorded(
-    model: nn.Module, config: LoRASBConfig, outcome: Outcome, options: InitOptions, started: float
+    model: nn.Module, config: LoRASBConfig, report: InitReport, data: str | None, started: float
 ) -> InitReport:
-    """Make the report, and store its provenance in the config, which is saved with the adapter."""
-    report = InitReport(
-        init=config.init,
-        update=options.update,
-        lr=outcome.rate / options.auto.divisor if options.auto and outcome.rate else options.lr or None,
-        rate=outcome.rate,
-        num_samples=outcome.num_samples,
-        seed=options.seed,
-        loss=outcome.loss,
-        seconds=time.perf_counter() - started,
-        layers=outcome.layers,
-        strategy=outcome.strategy,
-        why=outcome.why,
-        left=skipped_modules(model),
-        longest_start=None if options.update == "sgd" else options.longest_start,
-    )
-    config.init_provenance = WrittenHere(provenance(report, outcome.data_hash))
+    """Complete the report, and store its provenance in the config, which is saved with the adapter."""
+    report.seconds, report.left = time.perf_counter() - started, skipped_modules(model)
+    config.init_provenance = WrittenHere(provenance(report, data))
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,41 +15,29 @@ from ..layers.base import weight_present
 from .auto_rate import measured_rate
 from .cache import Cache
 from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
-from .init_report import LayerReport
+from .init_report import InitReport, LayerReport
 from .loss import labeled_rows
+from .plan import InitPlan
 from .provenance import cache_key
 from .sampling import Batch, Loader, batch_size, samples_hash, select, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
 from .task import InitOptions, Layers, Piece, Work, frozen_base
-from .write import LayerWriter, Staging
-
-
-@dataclass
-class Outcome:
-    """Results of an initialization: what its report and the adapter's provenance are made from."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    num_samples: int = 0
-    data_hash: str | None = None
-    loss: float | None = None
-    strategy: str = "none"
-    why: str = ""
-    rate: float | None = None  # measured with lr="auto"
+from .write import LayerWriter, Write, staging
 
 
 def from_gradients(
-    model: nn.Module, layers: Layers, batches: Loader, options: InitOptions, staging: Staging
-) -> Outcome:
-    """Write factors from the gradients of the samples, or from a cache of their signs."""
+    model: nn.Module, layers: Layers, batches: Loader, options: InitOptions, write: Write
+) -> tuple[InitReport, str | None]:
+    """Write factors from the gradients of the samples, or from a cache of their signs; returns the data's hash, too."""
     # A collective: every rank calls it with the batches of its share.
     processes = Processes()
-    pieces, seen, data_hash = _samples(model, batches, options, processes)
-    writer = LayerWriter(layers, _per_sum(options, pieces, processes), processes, staging)
+    pieces, seen, data = _samples(model, batches, options, processes)
+    writer = LayerWriter(layers, _per_sum(options, pieces, processes), processes, write)
     work = Work(model, layers, pieces, options, processes)
     if options.cache is not None:
         # Before any forward: a cache of other data or weights is refused at once.
-        writer.cache = Cache(options.cache, cache_key(model, layers, options, seen, data_hash), batches is not None)
+        writer.cache = Cache(options.cache, cache_key(model, layers, options, seen, data), batches is not None)
         signs = writer.cache.load(list(layers))
         if signs is not None and options.stability:
             raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
@@ -57,23 +45,38 @@ def from_gradients(
             writer.write_cached(signs)
             writer.write_fallbacks(model)
             facts, why = writer.cache.facts, f"signs from {writer.cache.path}, no backward"
-            found = facts["num_samples"], facts["data"], facts["loss"], "cache", why
-            return Outcome(_reports(writer), *found, _measure_rate(work))
+            return _report(work, writer, facts["num_samples"], facts["loss"], "cache", why), facts["data"]
     with frozen_base(model):
-        executor = _execute_plan(work, writer)
+        plan = _execute_plan(work, writer)
         writer.write_fallbacks(model)
         # fp64, as counts of samples and sums of losses are reduced in one tensor.
         loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
         if options.stability:
             _measure_stability(work, writer)
-    found = seen, data_hash, loss / labeled, executor.plan.strategy, executor.plan.why
-    outcome = Outcome(_reports(writer), *found, _measure_rate(work))
+    report = _report(work, writer, seen, loss / labeled, plan.strategy, plan.why)
     if writer.cache is not None:
         with processes.together():
             if processes.rank == 0:
-                facts = {"loss": outcome.loss, "num_samples": seen, "data": data_hash, "strategy": outcome.strategy}
-                writer.cache.finish(facts | {"not_reached": [one.name for one in outcome.layers if one.fallback]})
-    return outcome
+                facts = {"loss": report.loss, "num_samples": seen, "data": data, "strategy": report.strategy}
+                writer.cache.finish(facts | {"not_reached": [one.name for one in report.layers if one.fallback]})
+    return report, data
+
+
+def _report(work: Work, writer: LayerWriter, seen: int, loss: float, strategy: str, why: str) -> InitReport:
+    """Scale the start to the learning rate of lr="auto", and return the report, with layers in the model's order."""
+    options, lr, rate = work.options, work.options.lr, None
+    if options.auto is not None:
+        with frozen_base(work.model):
+            rate = measured_rate(work)
+        lr = rate / options.auto.divisor
+        with torch.no_grad():
+            for layer in work.layers.values():
+                layer.lorasb_R[options.adapter].mul_(lr / options.lr)
+    layers = [writer.reports[name] for name in work.layers if name in writer.reports]
+    report = InitReport("update", options.update, lr, seen, options.seed, loss, 0.0, layers, strategy, why, rate=rate)
+    if options.update != "sgd":
+        report.longest_start = options.longest_start
+    return report
 
 
 def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> float:
@@ -82,20 +85,6 @@ def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, optio
     pieces, _, _ = _samples(model, batches, options, processes)
     with frozen_base(model):
         return measured_rate(Work(model, layers, pieces, options, processes))
-
-
-def _measure_rate(work: Work) -> float | None:
-    """Scale the start to the learning rate of lr="auto", and return the rate; None if a rate was given."""
-    options = work.options
-    if options.auto is None:
-        return None
-    with frozen_base(work.model):
-        rate = measured_rate(work)
-    factor = rate / options.auto.divisor / options.lr
-    with torch.no_grad():
-        for layer in work.layers.values():
-            layer.lorasb_R[options.adapter].mul_(factor)
-    return rate
 
 
 def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) -> InitOptions:
@@ -108,17 +97,17 @@ def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) ->
     return replace(options, lr=options.lr / max(1, sum(processes.all_gather(own))))
 
 
-def from_weights(layers: Layers, init: str, options: InitOptions) -> Outcome:
+def from_weights(layers: Layers, init: str, options: InitOptions) -> InitReport:
     """Write the data-free inits, LoRA-XS, Kaiming or random."""
     reports, hidden = [], not options.progress
-    with Staging(options.adapter) as staging:
+    with staging(options.adapter) as write:
         for name, layer in tqdm(layers.items(), desc="factoring", unit="layer", disable=hidden, leave=False, delay=2.0):
             started, shape, r = time.perf_counter(), (layer.out_features, layer.in_features), layer.r[options.adapter]
             factors = _factors_of_weight(name, layer, init, options)
             sigma, seconds = tuple(map(float, factors.sigma)), time.perf_counter() - started
             reports.append(LayerReport(name, shape, r, None, None, sigma, 0, seconds))
-            staging.write(layer, factors)
-    return Outcome(reports)
+            write(layer, factors)
+    return InitReport(init, options.update, None, 0, options.seed, None, 0.0, reports)
 
 
 @torch.no_grad()
@@ -174,7 +163,7 @@ def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
     return single + [Piece(filler, counts=False)] * missing if filler is not None else single
 
 
-def _execute_plan(work: Work, writer: LayerWriter) -> Executor:
+def _execute_plan(work: Work, writer: LayerWriter) -> InitPlan:
     """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
     executor = Executor(work)
     if writer.cache is not None:
@@ -189,7 +178,7 @@ def _execute_plan(work: Work, writer: LayerWriter) -> Executor:
     if writer.cache is not None:  # blocks that an interrupted run had finished took no backward in this one
         cached = writer.cache.layers.items()
         writer.write_cached({name: layer for name, layer in cached if name not in writer.reports})
-    return executor
+    return executor.plan
 
 
 def _measure_stability(work: Work, writer: LayerWriter) -> None:
@@ -236,8 +225,3 @@ def _subspaces(work: Work, writer: LayerWriter, own: set[str]) -> dict[str, Trip
                     r, seed = layer.adapters[work.options.adapter].r, work.options.seed_of(name)
                     found[name] = Triplets(*(part.cpu() for part in truncated_svd(signs.bits, r, seed)))
     return found
-
-
-def _reports(writer: LayerWriter) -> list[LayerReport]:
-    """Return reports in the model's order; layers are factored from the last to the first."""
-    return [writer.reports[name] for name in writer.layers if name in writer.reports]

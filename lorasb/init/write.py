@@ -3,59 +3,49 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..constants import FACTORS
 from ..distributed.process_group import Processes, full_tensor
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
+from ..utils.reading import Json
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
 from .cache import Cache, CachedGradient
-from .factorize import Factors, Gradient, Measurements, factor, subspace_of_weight
+from .factorize import Factors, Gradient, factor
 from .init_report import LayerReport
-from .svd import full_precision
+from .svd import full_precision, truncated_svd
 from .task import InitOptions, Layers
 
+Write = Callable[[AdaptedLayer, Factors], None]
 
-class Staging:
-    """A context manager that rolls back every `write` if it is left by an exception.
 
-    Factors of zeros, as uninitialized layers have, are not copied: on the first initialization a rollback takes no
-    memory.
-    """
+@contextmanager
+def staging(adapter: str) -> Iterator[Write]:
+    """Yield a function that writes factors into a layer; all that it wrote is rolled back if the block raises."""
+    with ExitStack() as rollback:  # in reverse, so that a layer that was written twice ends with its first values
 
-    def __init__(self, adapter: str) -> None:
-        self.adapter = adapter
-        # (layer, its `initialized` flag, A, R and B on the host; None for zeros), in the order written
-        self._previous: list[tuple[AdaptedLayer, bool, list[Tensor | None]]] = []
+        def write(layer: AdaptedLayer, factors: Factors) -> None:
+            state = layer.adapters[adapter]
+            rollback.callback(setattr, state, "initialized", state.initialized)
+            for name in FACTORS:
+                # In place: an optimizer that exists already holds these parameters. Zeros, as uninitialized layers
+                # have, are not copied: on the first initialization a rollback takes no memory.
+                parameter = getattr(layer, name)[adapter].detach()
+                if parameter.any():  # `copy=True`: on a CPU layer `to` would return the parameter itself
+                    rollback.callback(parameter.copy_, parameter.to("cpu", copy=True))
+                else:
+                    rollback.callback(parameter.zero_)
+            layer.set_factors(adapter, factors.b, factors.core, factors.a)
 
-    def write(self, layer: AdaptedLayer, factors: Factors) -> None:
-        """Write B, R and A into a layer, and remember its previous ones."""
-        parameters = [getattr(layer, factor)[self.adapter] for factor in FACTORS]
-        # `copy=True`: on a CPU layer `to` would return the parameter itself, which is overwritten below.
-        values = [p.detach().to("cpu", copy=True) if bool(p.detach().any()) else None for p in parameters]
-        self._previous.append((layer, layer.adapters[self.adapter].initialized, values))
-        layer.set_factors(self.adapter, factors.b, factors.core, factors.a)
-
-    def __enter__(self) -> Staging:
-        return self
-
-    @torch.no_grad()
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None:
-            return
-        # In reverse, so that a layer that was written twice ends with its first values.
-        for layer, initialized, values in reversed(self._previous):
-            for name, value in zip(FACTORS, values, strict=True):
-                # In place: an optimizer that exists already holds these parameters.
-                parameter = getattr(layer, name)[self.adapter]
-                parameter.zero_() if value is None else parameter.copy_(value)
-            layer.adapters[self.adapter].initialized = initialized
+        yield write
+        rollback.pop_all()
 
 
 @dataclass
@@ -65,7 +55,7 @@ class LayerWriter:
     layers: Layers  # all targets, by name
     options: InitOptions
     processes: Processes  # the process group
-    staging: Staging  # the transaction that factors are written in
+    write: Write  # of `staging`
     cache: Cache | None = None  # receives the signs of every layer on rank 0, if set
     reports: dict[str, LayerReport] = field(default_factory=dict)  # by name, of the layers that are written
     called: set[str] = field(default_factory=set)  # names of layers that ran in a forward, on any rank
@@ -114,34 +104,33 @@ class LayerWriter:
         # because ranks then share the work.
         # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
         owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
-        results: dict[str, tuple[Factors, Measurements]] = {}
+        factors: dict[str, Factors] = {}
+        measured: dict[str, tuple[Json, list[float]]] = {}  # the report, and the energies for the cache
         with self.processes.together():  # before the broadcasts, in which a rank that failed would be missing
             for name, owner in owners.items():
                 if owner == self.processes.rank:
-                    results[name] = factor(name, gradients[name], self.layers[name], self.options)
+                    factors[name], report, energies = factor(name, gradients[name], self.layers[name], self.options)
+                    measured[name] = asdict(report), energies
                 elif self.cache is None or self.processes.rank != 0:  # rank 0 needs all sums for the cache
                     gradients[name] = LayerSum()  # frees the sum of a layer that another rank owns
-        measured: dict[str, Measurements] = {}
-        for found in self.processes.gather_json({name: one for name, (_, one) in results.items()}):
-            measured |= {name: Measurements(*values) for name, values in found.items()}
+        for found in self.processes.gather_json(measured):
+            measured |= found
         for name, owner in owners.items():
-            layer, gradient = self.layers[name], gradients[name]
-            self.staging.write(layer, self._from(owner, results[name][0] if name in results else self._buffers(layer)))
+            layer, gradient, (values, energies) = self.layers[name], gradients[name], measured[name]
+            self.write(layer, self._from(owner, layer, factors.get(name)))
             if self.cache is not None and self.processes.rank == 0 and isinstance(gradient, LayerSum):
-                self.cache.add(name, gradient.signs(), measured[name].gradient_energies)
-            self.reports[name] = measured[name].report(name, layer, self.options.adapter)
+                self.cache.add(name, gradient.signs(), energies)
+            self.reports[name] = LayerReport.of(values)
             del gradients[name], gradient  # the sum is freed before the next layer's factors arrive
 
-    def _buffers(self, layer: AdaptedLayer) -> Factors:
-        """Empty factors to receive a broadcast: all shapes are known from the layer."""
-        m, n, r = layer.out_features, layer.in_features, layer.adapters[self.options.adapter].r
-        device = next(layer.lorasb_R.parameters()).device
-        return Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
-
-    def _from(self, owner: int, factors: Factors) -> Factors:
-        """One rank's factors on every rank."""
-        if not self.processes.is_distributed:
+    def _from(self, owner: int, layer: AdaptedLayer, factors: Factors | None) -> Factors:
+        """One rank's factors on every rank; None on the others."""
+        if factors is not None and not self.processes.is_distributed:
             return factors
+        if factors is None:  # buffers, as all shapes are known from the layer
+            m, n, r = layer.out_features, layer.in_features, layer.adapters[self.options.adapter].r
+            device = next(layer.lorasb_R.parameters()).device
+            factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
         # `float`: the factors of an fp64 model are fp64, and the buffers are fp32
         return Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
 
@@ -177,10 +166,10 @@ class LayerWriter:
             layer, r = self.layers[name], self.layers[name].adapters[self.options.adapter].r
             # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
             with weight_present(layer.get_base_layer()), full_precision():
-                weight = full_tensor(layer.base.weight()).float()
-                factors = subspace_of_weight(weight, r, self.options.seed_of(name))
-            factors = self._from(0, factors)  # the last bits depend on the number of threads
-            self.staging.write(layer, factors)
+                u, s, vt = truncated_svd(full_tensor(layer.base.weight()).float(), r, self.options.seed_of(name))
+            # from one rank, as the last bits depend on the number of threads
+            factors = self._from(0, layer, Factors(u, u.new_zeros(r, r), vt, s))
+            self.write(layer, factors)
             shape, sigma = (layer.out_features, layer.in_features), tuple(map(float, factors.sigma))
             self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
 
