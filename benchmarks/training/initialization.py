@@ -180,7 +180,7 @@ def bits_and_energies() -> dict[str, Any]:
         layers, size = read(path)[0], path.stat().st_size
     dense = sum(4 * layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
     words = sum(4 * layer.bits.words.numel() for layer in layers.values())
-    planes = sum(layer.bits.nbytes for layer in layers.values()) - words
+    planes = sum(4 * layer.bits.nonzero.numel() for layer in layers.values() if layer.bits.nonzero is not None)
     chosen = [name for name in layers if int(name.split(".")[2]) in (0, 15, 29)[:KEEP]]
     shares = []
     for name in chosen:

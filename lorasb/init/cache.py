@@ -23,10 +23,10 @@ from ..utils.atomic_files import replacing, write_json
 from ..utils.reading import Json, safetensors_header
 from .accumulator import GradientSigns
 from .block_recorder import Traversal
-from .svd import NONZERO, WORDS, SignBits
+from .svd import SignBits
 
 FORMAT = "lorasb signs 1"  # in the header; to be raised if the layout changes
-CURVE = "curve"
+WORDS, NONZERO, CURVE = "words", "nonzero", "curve"  # tensors of a layer
 DATA_FIELDS = ("num_samples", "data", "loss_fn")  # of the key; not compared if no batches are given
 
 

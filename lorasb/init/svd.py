@@ -7,22 +7,15 @@ vectors are not determined.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..ops.plain_ops import WORD, pack_words, unpack_words, words_of
-from ..utils.atomic_files import replacing
-from ..utils.reading import safetensors_header
-
-# Tensor names in files; the number of columns is not a multiple of the word size, so the words do not tell it.
-WORDS, NONZERO, COLUMNS = "words", "nonzero", "columns"
 
 
 @dataclass(frozen=True)
@@ -52,41 +45,9 @@ class SignBits:
             signs = signs * unpack_words(self.nonzero[rows, words], count, 0.0, 1.0, dtype)
         return signs
 
-    @property
-    def squares(self) -> float:
-        """‖sign(G)‖²: the number of nonzero entries."""
-        if self.nonzero is None:
-            return float(self.shape[0] * self.shape[1])
-        # torch has no popcount: a table of the 256 byte values
-        popcount = torch.tensor([bin(octet).count("1") for octet in range(256)], device=self.words.device)
-        return float(popcount[self.nonzero.contiguous().view(torch.uint8).int()].sum())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both bit planes."""
-        return sum(t.numel() * t.element_size() for t in (self.words, self.nonzero) if t is not None)
-
     def to(self, device: torch.device | str) -> SignBits:
         """Copy to a device."""
         return SignBits(self.words.to(device), self.shape, None if self.nonzero is None else self.nonzero.to(device))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file atomically."""
-        tensors = {WORDS: self.words.cpu(), COLUMNS: torch.tensor([self.shape[1]])}
-        if self.nonzero is not None:
-            tensors[NONZERO] = self.nonzero.cpu()
-        with replacing(path) as temporary:
-            save_file(tensors, str(temporary))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SignBits:
-        """Load a file of `save`; a ValueError for another kind of file, or a truncated one."""
-        header = safetensors_header(path)
-        if not {WORDS, COLUMNS} <= set(header):
-            raise ValueError(f"{path} holds no signs: expected tensors {WORDS!r} and {COLUMNS!r}, got {sorted(header)}")
-        tensors = load_file(str(path))
-        words = tensors[WORDS]
-        return cls(words, (words.shape[0], int(tensors[COLUMNS])), tensors.get(NONZERO))
 
 
 OVERSAMPLE = 32  # q = r + 32 captures >= 99.99% of the optimal energy on real gradients, q = r 99.7-99.9% (measured)

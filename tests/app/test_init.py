@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lorasb
@@ -83,6 +84,6 @@ def test_bad_options(tiny: Path, data: Path, tmp_path: Path, options: tuple[obje
 
 
 def test_inspecting_another_file(tmp_path: Path) -> None:
-    lorasb.init.SignBits.pack(torch.ones(3, 3)).save(tmp_path / "bits.safetensors")
+    save_file({"words": torch.ones(3, 3)}, tmp_path / "bits.safetensors")
     done = call("inspect", tmp_path / "bits.safetensors")
     assert "is no cache of lorasb's initialization" in str(done.exception)
