@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,6 @@ class Cache:
         self.facts: Json = {}
         self.course: list[object] = []  # blocks and targets of a layerwise run: resuming needs the same
         self.layers: dict[str, CachedGradient] = {}  # those added or loaded so far
-        self._unsaved: list[str] = []  # layers of the current block
 
     def load(self, names: list[str]) -> dict[str, CachedGradient] | None:
         """The layers of a finished cache, or None if there is no file."""
@@ -78,10 +77,9 @@ class Cache:
         return {name: layers[name] for name in names if name in layers}
 
     def add(self, name: str, signs: GradientSigns, energies: list[float]) -> None:
-        """Add a layer, of the block that is in progress, and the energies that were measured."""
+        """Add a layer, and the energies that were measured."""
         measured = torch.tensor(energies, dtype=torch.float64)
         self.layers[name] = CachedGradient(signs.bits.to("cpu"), signs.squares, signs.zeros, signs.finite, measured)
-        self._unsaved.append(name)
 
     def finish(self, facts: Json) -> None:
         """Write the file atomically, then remove the `.partial` folder."""
@@ -108,14 +106,13 @@ class Cache:
                 traversal.gradient = gradient.to(traversal.gradient.device)
         return block
 
-    def finished(self, block: int, traversals: list[Traversal]) -> None:
+    def finished(self, block: int, names: Iterable[str], traversals: list[Traversal]) -> None:
         """Write a block's signs, then the gradients at its input."""
         # The boundary file is the commit: it is replaced atomically and names the next block, so a run that is
         # interrupted between the two writes resumes at this block.
         write_json(self.partial / "key.json", self.key | {"blocks and targets": self.course})
-        layers = {name: self.layers[name] for name in self._unsaved}
+        layers = {name: self.layers[name] for name in names if name in self.layers}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
-        self._unsaved = []
         # `contiguous`: safetensors refuses views.
         gradients = {str(k): t.gradient.cpu().contiguous() for k, t in enumerate(traversals) if t.gradient is not None}
         with replacing(self.partial / "boundary.safetensors") as temporary:

@@ -95,7 +95,7 @@ class Executor:
             yield block_sums(work, stack, i, traversals)
             if saved is not None:
                 # When the generator resumes, the caller has factored the block and added it to the cache.
-                saved.finished(i, traversals)
+                saved.finished(i, stack.targets[i], traversals)
 
     def _accumulate(self, bar: tqdm) -> Iterator[GradientSums]:
         work, known = self.work, self.done | (self.plan.stack.names if self.plan.stack is not None else set())
