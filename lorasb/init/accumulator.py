@@ -166,10 +166,6 @@ class GradientSums:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def totals(self) -> dict[str, Tensor]:
-        """ΣG by layer name."""
-        return {name: layer_sum.value() for name, layer_sum in self.sums.items()}
-
     def _ignores(self, name: str) -> bool:
         """True if a forward of a layer is not summed."""
         if not torch.is_grad_enabled():

@@ -28,7 +28,7 @@ def sum_of(model: nn.Module, layer: nn.Module, batches: list[Batch]) -> Tensor:
     with GradientSums({"layer": layer}) as found:
         for batch in batches:
             backward_over_samples(model, batch, None)
-    return found.totals()["layer"]
+    return found.sums["layer"].value()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])
@@ -166,8 +166,8 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
             x, dy = (torch.randn(5, size, generator=g).bfloat16() for size in (8, 6))
             layer(x).backward(dy)
             want += dy.double().t() @ x.double()
-    assert found.totals()["layer"].dtype == torch.float32
-    tolerances.check(found.totals()["layer"], want, tolerances.fp32(100))
+    assert found.sums["layer"].value().dtype == torch.float32
+    tolerances.check(found.sums["layer"].value(), want, tolerances.fp32(100))
 
 
 def test_a_model_without_a_loss_is_named_whatever_its_labels() -> None:

@@ -39,7 +39,7 @@ def hooked_sums(family: str, batches: list[Batch]) -> dict[str, Tensor]:
     with GradientSums(layers) as sums:
         for batch in batches:
             backward_over_samples(model, batch, None)
-    return sums.totals()
+    return {name: one.value() for name, one in sums.sums.items()}
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:

@@ -45,7 +45,8 @@ def weigh_by_spread(model: Any, samples: Sequence[Batch], eta: float) -> None:
     totals: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
     for one in (row for batch in samples for row in rows(batch)):
-        for name, gradient in summed(model, layers, [one]).totals().items():
+        for name, layer_sum in summed(model, layers, [one]).sums.items():
+            gradient = layer_sum.value()
             totals[name] = totals[name].add_(gradient) if name in totals else gradient.clone()
             squares[name] = squares[name].addcmul_(gradient, gradient) if name in squares else gradient.square()
     for name, layer in layers.items():

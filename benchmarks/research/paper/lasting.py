@@ -89,7 +89,7 @@ def measure() -> list[dict[str, Any]]:
         if step == LATER:
             for name, one in with_moments().sums.items():
                 bases[name][AGAIN] = leading(one)
-        totals = summed(problem.model, layers, others).totals()
+        totals = {name: one.value() for name, one in summed(problem.model, layers, others).sums.items()}
         lines += [{"task": TASK.name, "step": step, "loss": loss, **line} for line in energies(totals, bases)]
         Console().print(f"step {step}: loss {loss:.3f}")
     return lines
