@@ -125,11 +125,10 @@ def initialize(
         stability=stability,
         progress=progress,
     )
-    model, several = uncompiled(model), isinstance(batches, Mapping)
-    options.check(several)
-    if several:
-        return cast(InitReport, initialize_tasks(model, batches, options, _initialize))
-    return _initialize(model, batches, options)
+    options.check()
+    if isinstance(batches, Mapping):
+        return cast(InitReport, initialize_tasks(uncompiled(model), batches, options, _initialize))
+    return _initialize(uncompiled(model), batches, options)
 
 
 def _initialize(model: Any, batches: Any, options: InitOptions) -> InitReport:

@@ -36,6 +36,10 @@ def initialize_tasks(
     initialize: Callable[[nn.Module, Loader, InitOptions], InitReport],
 ) -> TasksReport:
     """Initialize an adapter for each task, give all of them one basis, and each its R on it."""
+    if options.cache is not None:
+        raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
+    if options.auto is not None:
+        raise ValueError("lr='auto' measures the rate of one task, and several share a basis: pass a number")
     basis, layers = adapted_layers(model, options.adapter)
     refuse_shared_basis(layers, basis)  # before any task's gradients are taken
     taken = [task for task in tasks if task in model.peft_config]

@@ -63,8 +63,8 @@ class InitOptions:
         """A layer's own seed, which depends neither on the other layers nor on their order."""
         return self.seed + zlib.crc32(layer.encode())  # `hash` is salted differently in every process
 
-    def check(self, several: bool) -> None:
-        """Raise a ValueError for arguments that no model can have; `several` is True for several tasks."""
+    def check(self) -> None:
+        """Raise a ValueError for arguments that no model can have."""
         if self.update not in UPDATES:
             raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {self.update!r}")
         if self.strategy not in STRATEGIES:
@@ -82,10 +82,6 @@ class InitOptions:
             raise ValueError(
                 "stability compares subspaces of sign(G), and update='per-sample' has others: leave it out"
             )
-        if several and self.cache is not None:
-            raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
-        if several and self.auto is not None:
-            raise ValueError("lr='auto' measures the rate of one task, and several share a basis: pass a number")
 
 
 @dataclass(frozen=True)
