@@ -78,15 +78,12 @@ def lora_sb_linear(
 def _call(
     x: Tensor,
     base: QuantizedWeight | list[Tensor],
-    adapters: tuple[list[Tensor], ...],
+    adapters: tuple[list[Tensor], ...],  # A, R, B and biases
     scalings: list[float],
     dropout: float,
     index: Tensor | Sequence[int] | None,
 ) -> list[Tensor]:
-    """The y_j of all members, checked, by the cheapest of three ways: torch's own ops, the kernels, the op.
-
-    adapters: lists of A, R, B and biases.
-    """
+    """The y_j of all members, checked, by the cheapest of three ways: torch's own ops, the kernels, the op."""
     a, cores, b, biases = adapters
     quantized, weights = (base, []) if isinstance(base, QuantizedWeight) else (None, base)
     # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
@@ -175,8 +172,7 @@ def _served(
     serve = direct_kernel("serve_quantized", current_backend())
     if serve is None:
         return None
-    y: Tensor = serve(x, weight.tensors, weight.storage_layout, *weight.shape, a, core, b, bias, scaling)
-    return y
+    return serve(x, weight.tensors, weight.storage_layout, *weight.shape, a, core, b, bias, scaling)
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -217,8 +213,7 @@ def dequantize(weight: Tensor | QuantizedWeight, dtype: torch.dtype | None = Non
         raise TypeError(f"expected a 4-bit parameter with a quant_state, got a {type(weight).__name__} without one")
     dtype = dtype or quantized.dtype
     arguments = (quantized.tensors, quantized.layout(dtype), *quantized.shape, dtype)
-    dense: Tensor = backend_op("dequantize", current_backend())(*arguments)
-    return dense
+    return backend_op("dequantize", current_backend())(*arguments)
 
 
 def lora_sb_linear_group(

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, uninitialized
 from ..serving.joint_basis import kept_energies, share_of
 from .initialization import initialize
+from .sampling import Loader
 from .several_tasks import config_like
 
 
@@ -37,8 +39,8 @@ class BasisFit:
 
 @torch.no_grad()
 def basis_fit(
-    model: Any,
-    batches: Any,
+    model: PeftModel,
+    batches: Loader,
     *,
     basis: str = "default",
     num_samples: int | None = None,

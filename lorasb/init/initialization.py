@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..compat.torch import uncompiled
@@ -23,6 +24,7 @@ from .init_report import InitReport
 from .loss import LossFn
 from .pipeline import from_gradients, from_weights
 from .provenance import provenance
+from .sampling import Loader
 from .several_tasks import initialize_tasks
 from .task import NOMINAL_RATE, AutoRate, InitOptions, Layers
 from .write import staging
@@ -64,7 +66,7 @@ LONGEST_START = 4.0  # default of `longest_start`, in AdamW steps of R; measured
 
 def initialize(
     model: nn.Module,
-    batches: Any = None,
+    batches: Loader = None,
     *,
     lr: float | Literal["auto"] | AutoRate | None = None,
     num_samples: int | None = None,
@@ -131,13 +133,13 @@ def initialize(
     return _initialize(uncompiled(model), batches, options)
 
 
-def _initialize(model: Any, batches: Any, options: InitOptions) -> InitReport:
+def _initialize(model: PeftModel, batches: Loader, options: InitOptions) -> InitReport:
     name, layers = adapted_layers(model, options.adapter)
     options, started = replace(options, adapter=name), time.perf_counter()
     if any_merged(model):
         raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
     refuse_shared_basis(layers, name)
-    config: LoRASBConfig = model.peft_config[name]
+    config = cast(LoRASBConfig, model.peft_config[name])
     warn_if_slow(model)
     if config.init == "update":
         cached = options.cache is not None and os.path.exists(options.cache)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .sampling import Batch, batch_size, take_rows
 
-LossFn = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+LossFn = Callable[[nn.Module, Batch], Tensor]
 # Largest relative difference between a model's loss and the one recomputed here in fp32 from its logits: the rounding
 # of a mean over many tokens in fp32, and of a loss in 16 bits (bf16: 2^-7 = 7.8e-3).
 LOSS_TOLERANCE = 1e-5

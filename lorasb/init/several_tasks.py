@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from ..config.adapter import LoRASBConfig
@@ -33,7 +34,7 @@ def initialize_tasks(
     model: Any,
     tasks: Mapping[str, Loader],
     options: InitOptions,
-    initialize: Callable[[nn.Module, Loader, InitOptions], InitReport],
+    initialize: Callable[[PeftModel, Loader, InitOptions], InitReport],
 ) -> TasksReport:
     """Initialize an adapter for each task, give all of them one basis, and each its R on it."""
     if options.cache is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from peft import PeftModel
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -60,7 +60,7 @@ class InitCallback(TrainerCallback):
         *,
         seed: int | None = None,
         lr: float | Literal["auto"] | None = None,
-        samples: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
+        samples: Iterable[Batch] | Callable[[PeftModel], Iterable[Batch]] | None = None,
         share_factors: bool = True,
         **options: Any,
     ) -> None:
@@ -115,7 +115,7 @@ class InitCallback(TrainerCallback):
             _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
 
     def _initialize(
-        self, lr: float | AutoRate, args: TrainingArguments, model: nn.Module, loader: Loader
+        self, lr: float | AutoRate, args: TrainingArguments, model: PeftModel, loader: Loader
     ) -> InitReport:
         """Call `initialize` on this process's samples."""
         seed, count = args.seed if self.seed is None else self.seed, self.num_samples

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ class RateTrials:
 
 def find_lr(
     model: nn.Module,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     lr: float,
     *,
     steps: int = STEPS,
@@ -93,7 +92,7 @@ def find_lr(
 
 
 def refine_rate(
-    model: nn.Module, batches: Iterable[dict[str, Any]], rate: float, *, accumulation: int = 1, progress: bool = True
+    model: nn.Module, batches: Iterable[Batch], rate: float, *, accumulation: int = 1, progress: bool = True
 ) -> RateTrials:
     """Double or halve a measured rate (`initialize(lr="auto")`), by which of itself and its half is better for 4 steps.
 

@@ -135,7 +135,7 @@ def _sampled(
     return ids, ((ended == 0) | ((ended == 1) & (completion == end))).long()
 
 
-def policy_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def policy_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """−mean over completions of advantage · mean over tokens of log π: GRPO's gradient where the policy has sampled.
 
     Args:
@@ -146,7 +146,7 @@ def policy_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return -(batch["advantages"] * sums / counts).mean()
 
 
-def preference_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def preference_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """−mean of log π(chosen) − log π(rejected): DPO's gradient, times β/2, where the policy is the reference.
 
     Args:

@@ -72,7 +72,7 @@ class VLLMSampler:
         name: str | None = None,
         folder: str | os.PathLike[str] | None = None,
         api_key: str | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
         if not isinstance(client, str) and not hasattr(client, "llm_engine"):
             raise ValueError(f"expected the address of a vLLM server or a vllm.LLM, got a {type(client).__name__}")
@@ -144,7 +144,7 @@ class VLLMSampler:
         found = self.complete(ids, max_tokens=trainer.args.max_completion_length, **sampling)
         return {"prompt_ids": ids, "completion_ids": [t for t, _ in found], "logprobs": [p for _, p in found]}
 
-    def complete(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[tuple[list[int], list[float]]]:
+    def complete(self, prompts: Sequence[Sequence[int]], **sampling: object) -> list[tuple[list[int], list[float]]]:
         """Tokens and their log-probabilities of a completion of each prompt, by the R's that were sent last.
 
         Args:
@@ -177,7 +177,7 @@ class VLLMSampler:
         return json.loads(text) if text.startswith("{") else text
 
 
-def sync_to_vllm(model: Any, client: Any, *, adapter_name: str | None = None) -> Synced:
+def sync_to_vllm(model: PeftModel, client: str | VLLMSampler, *, adapter_name: str | None = None) -> Synced:
     """Send R of a patched model's adapter to vLLM; W, A and B, which it has, are not sent.
 
     Args:
@@ -197,10 +197,7 @@ def sync_to_vllm(model: Any, client: Any, *, adapter_name: str | None = None) ->
     return (_sampler(client) if isinstance(client, str) else client).sync(model, adapter_name)
 
 
-@functools.cache
-def _sampler(address: str) -> VLLMSampler:
-    """One for all calls, which hashes A and B once, and removes R's that are old."""
-    return VLLMSampler(address)
+_sampler = functools.cache(VLLMSampler)  # one for all calls, which hashes A and B once, and removes old R's
 
 
 def _check(layers: dict[str, AdaptedLayer], name: str) -> None:
@@ -214,8 +211,7 @@ def _tokens(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
     """Tokens of texts, or of chats that an answer follows, as the trainer renders them."""
     tokenizer = trainer.processing_class
     if isinstance(prompts[0], str):
-        found: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-        return found
+        return tokenizer(list(prompts))["input_ids"]
     if not all(isinstance(message["content"], str) for chat in prompts for message in chat):
         raise ValueError("expected messages of text, got other content: images are not sent to the sampler")
     chats = tokenizer.apply_chat_template(
