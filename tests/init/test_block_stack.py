@@ -9,8 +9,8 @@ import tolerances
 import torch
 from families import causal
 from gradients import autograd_sums, factors, library_sums
-from mixtures import Mixture
-from models import Batch, make, text
+from mixtures import loss_of, mixture
+from models import make, text
 from torch import Tensor, nn
 
 import lorasb
@@ -180,13 +180,9 @@ def test_a_layer_that_several_blocks_share() -> None:
         find_stack(model, {name: m for name, m in model.named_modules() if name.endswith("proj")})
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    return model(**batch)["loss"]
-
-
 @pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
 def test_experts_that_were_not_routed_to_are_named_and_start_from_their_weight(strategy: str) -> None:
-    model = lorasb.patch(Mixture(), r=3, target_modules=r"layers\.\d+\.experts\.\d+")
+    model = lorasb.patch(mixture(), r=3, target_modules=r"layers\.\d+\.experts\.\d+")
     batches = [{"x": torch.randn(2, 40), "labels": torch.randn(2)}]
     with pytest.warns(UserWarning, match=r"4 layers were not reached .* R = 0: layers\.0\.experts\.2, layers"):
         report = lorasb.initialize(model, batches, lr=1e-3, strategy=strategy, progress=False, loss_fn=loss_of)
@@ -206,7 +202,7 @@ def test_experts_that_were_not_routed_to_are_named_and_start_from_their_weight(s
 
 @pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
 def test_a_layer_whose_output_nobody_uses(strategy: str) -> None:
-    model = Mixture()
+    model = mixture()
     for layer in model.layers:
         layer.idle = nn.Linear(40, 40)
         layer.register_forward_pre_hook(_run_idle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +11,20 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from gradients import autograd_sums, factors, library_sums
+from mixtures import Stack, loss_of
 from models import Batch, batches_for, make, text
 from torch import Tensor, nn
 
 import lorasb
 from lorasb.init import plan
 
-
-def singles() -> list[Batch]:
-    return [{k: v[:1] for k, v in batch.items()} for batch in batches_for("llama")]
+SINGLES = batches_for("llama", rows=1)
 
 
 @pytest.mark.parametrize("bad", ["much", "6TB", "-3", 0, -1.0])
 def test_what_is_no_size_is_refused(bad: object) -> None:
     with pytest.raises(ValueError, match=r"expected a size like '6GB'|expected a positive number of bytes"):
-        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), lr=1e-3, memory_budget=bad, progress=False)
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, lr=1e-3, memory_budget=bad, progress=False)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
@@ -82,42 +82,31 @@ def test_fewer_samples_are_suggested_where_boundaries_are_what_is_too_much(monke
 
 
 def test_the_estimate_is_shown_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
-    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), lr=1e-3)
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, lr=1e-3)
     shown = capsys.readouterr()
     assert "lorasb: layerwise (2 blocks at model.layers): about " in shown.out
-    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), lr=1e-3, progress=False)
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, lr=1e-3, progress=False)
     shown = capsys.readouterr()
     assert shown.out == shown.err == ""
 
 
-class Wide(nn.Module):
+def wide() -> nn.Module:
     """Ten blocks of two linears, of which one block's weights are a tenth."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)) for _ in range(10))
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """A squared error."""
-        for layer in self.layers:
-            x = layer(x)
-        return {"loss": (x.mean(-1) - labels).square().mean()}
+    torch.manual_seed(0)
+    return Stack(nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)) for _ in range(10))
 
 
 def test_blocks_of_an_offloaded_model_come_and_go(tmp_path: Path) -> None:
     """No more than a block's weights are there at once, and the sums are those of the model that fits."""
     batches = [{"x": torch.randn(1, 64), "labels": torch.randn(1)} for _ in range(2)]
-    options = {"loss_fn": lambda m, b: m(**b)["loss"]}
-    want, _ = library_sums(lorasb.patch(Wide(), r=3, target_modules=r"layers\.\d+\.[02]"), batches, **options)
-    model = Wide()
+    want, _ = library_sums(lorasb.patch(wide(), r=3, target_modules=r"layers\.\d+\.[02]"), batches, loss_fn=loss_of)
+    model = wide()
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     disk_offload(model, str(tmp_path), "cpu")
     model = lorasb.patch(model, r=3, target_modules=r"layers\.\d+\.[02]")
     assert sum(p.numel() for n, p in model.named_parameters() if "lorasb" not in n and not p.is_meta) == 0
     alive = Alive(model)
-    with alive:
-        got, report = library_sums(model, batches, **options)
+    got, report = library_sums(model, batches, loss_fn=loss_of)
     assert report.strategy == "layerwise"
     assert 0 < alive.most <= whole / 10
     for name, gradient in got.items():
@@ -129,38 +118,24 @@ class Alive:
     """The most bytes of loaded weights that anything still holds, autograd's graph included."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.most, self.live = model, 0, {}
-        self.handles: list[Callable[[], None]] = []
-
-    def __enter__(self) -> Alive:
-        for module in self.model.modules():
+        self.most, self.live = 0, {}
+        for module in model.modules():
             if isinstance(module, nn.Linear):
-                old = module._old_forward
-                module._old_forward = self._watch(module, old)
-        return self
+                module._old_forward = functools.partial(self._forward, module, module._old_forward)
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle()
-
-    def _watch(self, module: nn.Module, old: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(*args: object, **kwargs: object) -> Tensor:
-            storage = module.weight.untyped_storage()
-            key = id(storage)
-            self.live[key] = storage.nbytes()
-            weakref.finalize(storage, self.live.pop, key, None)
-            self.most = max(self.most, sum(self.live.values()))
-            return old(*args, **kwargs)
-
-        self.handles.append(lambda: setattr(module, "_old_forward", old))
-        return forward
+    def _forward(self, module: nn.Linear, old: Callable[..., Tensor], *args: object, **kwargs: object) -> Tensor:
+        storage = module.weight.untyped_storage()
+        self.live[id(storage)] = storage.nbytes()
+        weakref.finalize(storage, self.live.pop, id(storage), None)
+        self.most = max(self.most, sum(self.live.values()))
+        return old(*args, **kwargs)
 
 
 def test_an_offloaded_llama_has_plain_autograds_sums() -> None:
-    want = autograd_sums("llama", singles())
+    want = autograd_sums("llama", SINGLES)
     model = make("llama")
     cpu_offload(model, "cpu")
-    got, report = library_sums(lorasb.patch(model, r=3), singles())
+    got, report = library_sums(lorasb.patch(model, r=3), SINGLES)
     assert report.strategy == "layerwise"
     for name, gradient in got.items():
         assert torch.equal(gradient, want[name]), name

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from gradients import factors
-from mixtures import Mixture
-from models import Batch, batches_for, make
+from mixtures import Stack, loss_of, mixture
+from models import batches_for, make
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,17 +22,14 @@ from lorasb.init import pipeline, strategies, write
 from lorasb.layers.linear import LoRASBLinear
 
 LR = {"lr": 1e-3, "progress": False}
-
-
-def singles() -> list[Batch]:
-    return [{k: v[:1] for k, v in batch.items()} for batch in batches_for("llama")]
+SINGLES = batches_for("llama", rows=1)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that was written at rank 4."""
     found = tmp_path_factory.mktemp("cache") / "signs.safetensors"
-    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=found, **LR)
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, cache=found, **LR)
     return found
 
 
@@ -56,10 +53,10 @@ def no_backward(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_backward")
 def test_another_rank_needs_no_backward(path: Path, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
     again = lorasb.patch(make("llama"), r=r)
-    report = lorasb.initialize(again, singles(), cache=path, **LR)
+    report = lorasb.initialize(again, SINGLES, cache=path, **LR)
     monkeypatch.undo()
     fresh = lorasb.patch(make("llama"), r=r)
-    want = lorasb.initialize(fresh, singles(), **LR)
+    want = lorasb.initialize(fresh, SINGLES, **LR)
     assert all(torch.equal(value, factors(fresh)[name]) for name, value in factors(again).items())
     assert report.strategy == "cache"
     assert (report.loss, report.num_samples) == (want.loss, want.num_samples)
@@ -72,10 +69,10 @@ def test_another_rank_needs_no_backward(path: Path, r: int, monkeypatch: pytest.
 @pytest.mark.usefixtures("no_backward")
 def test_some_of_the_layers(path: Path) -> None:
     model = lorasb.patch(make("llama"), r=6, target_modules=["q_proj", "down_proj"])
-    report = lorasb.initialize(model, singles(), cache=path, **LR)
+    report = lorasb.initialize(model, SINGLES, cache=path, **LR)
     assert len(report.layers) == 4
     full = lorasb.patch(make("llama"), r=6)
-    lorasb.initialize(full, singles(), cache=path, **LR)
+    lorasb.initialize(full, SINGLES, cache=path, **LR)
     assert all(torch.equal(value, factors(full)[name]) for name, value in factors(model).items())
 
 
@@ -90,15 +87,15 @@ def test_without_any_batches(path: Path) -> None:
 
 def test_more_layers_than_the_cache_has(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
-    lorasb.initialize(lorasb.patch(make("llama"), r=4, target_modules=["q_proj"]), singles(), cache=path, **LR)
+    lorasb.initialize(lorasb.patch(make("llama"), r=4, target_modules=["q_proj"]), SINGLES, cache=path, **LR)
     with pytest.raises(ValueError, match=r"has no layer 'model\.layers\.0\.self_attn\.k_proj' \(12 are missing\)"):
-        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), cache=path, **LR)
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, cache=path, **LR)
 
 
 MISMATCHES = {
     "base weights": (lambda: make("llama", seed=1), {}, {}),
     "dtype": (lambda: make("llama", dtype=torch.bfloat16), {}, {}),
-    "data": (lambda: make("llama"), {"batches": [*singles()[1:], singles()[1]]}, {}),
+    "data": (lambda: make("llama"), {"batches": [*SINGLES[1:], SINGLES[1]]}, {}),
     "seed": (lambda: make("llama"), {"seed": 5}, {}),
     "num_samples": (lambda: make("llama"), {"num_samples": 2}, {}),
     "loss_fn": (lambda: make("llama"), {"loss_fn": lambda model, batch: model(**batch).loss}, {}),
@@ -120,7 +117,7 @@ def test_a_mismatch_is_refused_by_name_and_changes_nothing(
     model, content = lorasb.patch(build(), r=4), path.read_bytes()
     expected = rf"the cache .*signs\.safetensors does not fit: its {field} is .*, expected .*Choose another"
     with pytest.raises(ValueError, match=expected):
-        lorasb.initialize(model, **({"batches": singles(), "cache": path} | LR | options))
+        lorasb.initialize(model, **({"batches": SINGLES, "cache": path} | LR | options))
     assert not any(value.any() for value in factors(model).values())
     assert path.read_bytes() == content
 
@@ -144,7 +141,7 @@ def test_every_field_that_differs_alone_is_named(path: Path, monkeypatch: pytest
 )
 def test_what_a_cache_has_not_got_is_refused(path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), **{"cache": path} | options | LR)
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, **{"cache": path} | options | LR)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other", "text"])
@@ -158,7 +155,7 @@ def test_damaged_and_other_files(path: Path, damage: str) -> None:
         save_file({"words": torch.zeros(4, 1)}, path)
     model = lorasb.patch(make("llama"), r=4)
     with pytest.raises(ValueError, match=r"truncated or damaged|is no cache of|is not a safetensors file"):
-        lorasb.initialize(model, singles(), cache=path, **LR)
+        lorasb.initialize(model, SINGLES, cache=path, **LR)
     assert not any(value.any() for value in factors(model).values())
 
 
@@ -181,7 +178,7 @@ def cut_off(model: nn.Module, path: Path, after: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "factor", factor)
         with pytest.raises(KeyboardInterrupt):
-            lorasb.initialize(model, singles(), cache=path, **LR)
+            lorasb.initialize(model, SINGLES, cache=path, **LR)
 
 
 @pytest.fixture
@@ -205,11 +202,11 @@ def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
     monkeypatch.setattr(
         strategies, "block_sums", lambda work, stack, i, t: (differentiated.append(i), plain(work, stack, i, t))[1]
     )
-    resumed = lorasb.initialize(model, singles(), cache=path, **LR)
+    resumed = lorasb.initialize(model, SINGLES, cache=path, **LR)
     assert differentiated == [0]
     monkeypatch.undo()
     fresh = lorasb.patch(make("llama"), r=4)
-    want = lorasb.initialize(fresh, singles(), **LR)
+    want = lorasb.initialize(fresh, SINGLES, **LR)
     assert all(torch.equal(value, factors(fresh)[name]) for name, value in factors(model).items())
     assert [layer.name for layer in resumed.layers] == [layer.name for layer in want.layers]
     assert resumed.loss == want.loss
@@ -220,7 +217,7 @@ def test_an_interrupted_run_goes_on_from_the_blocks_it_finished(
 def test_another_run_does_not_go_on_from_it(cut: tuple[nn.Module, Path, Path]) -> None:
     model, path, partial = cut
     with pytest.raises(ValueError, match=r"signs\.safetensors\.partial does not fit: its num_samples is 3, expected 2"):
-        lorasb.initialize(model, singles()[1:], cache=path, **LR)
+        lorasb.initialize(model, SINGLES[1:], cache=path, **LR)
     assert json.loads((partial / "key.json").read_text())["seed"] == 0
     assert not any(value.any() for value in factors(model).values())
     assert not any(m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear))
@@ -232,8 +229,8 @@ def test_nor_does_a_run_with_other_targets(tmp_path: Path) -> None:
     cut_off(few, path, after=1)
     more = lorasb.patch(make("llama"), r=4, target_modules=["q_proj", "v_proj"])
     with pytest.raises(ValueError, match="its blocks and targets is"):
-        lorasb.initialize(more, singles(), cache=path, **LR)
-    lorasb.initialize(few, singles(), cache=path, **LR)
+        lorasb.initialize(more, SINGLES, cache=path, **LR)
+    lorasb.initialize(few, SINGLES, cache=path, **LR)
     assert not (tmp_path / "signs.safetensors.partial").exists()
 
 
@@ -242,14 +239,14 @@ def test_a_truncated_boundary(cut: tuple[nn.Module, Path, Path]) -> None:
     boundary = partial / "boundary.safetensors"
     boundary.write_bytes(boundary.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is truncated or damaged"):
-        lorasb.initialize(model, singles(), cache=path, **LR)
+        lorasb.initialize(model, SINGLES, cache=path, **LR)
 
 
 def test_experts_that_were_not_reached_are_known_to_the_cache(tmp_path: Path) -> None:
     path = tmp_path / "signs.safetensors"
     batches = [{"x": torch.randn(2, 40), "labels": torch.randn(2)}]
     for strategy in ("layerwise", "cache"):
-        model = lorasb.patch(Mixture(), r=3, target_modules=r"layers\.\d+\.experts\.\d+")
+        model = lorasb.patch(mixture(), r=3, target_modules=r"layers\.\d+\.experts\.\d+")
         with pytest.warns(UserWarning, match="4 layers were not reached"):
             report = lorasb.initialize(model, batches, cache=path, loss_fn=loss_of, **LR)
         assert report.strategy == strategy
@@ -258,7 +255,7 @@ def test_experts_that_were_not_reached_are_known_to_the_cache(tmp_path: Path) ->
 
 def test_accumulate_makes_the_same_cache(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
-    lorasb.initialize(lorasb.patch(make("llama"), r=4), singles(), strategy="accumulate", cache=other, **LR)
+    lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, strategy="accumulate", cache=other, **LR)
     mine, theirs = caches.read(path)[0], caches.read(other)[0]
     assert set(mine) == set(theirs)
     for name, layer in mine.items():
@@ -267,30 +264,15 @@ def test_accumulate_makes_the_same_cache(path: Path, tmp_path: Path) -> None:
 
 def test_zeros_of_a_gradient_stay_zeros(tmp_path: Path) -> None:
     """A dead input feature gives a column of exact zeros: the nonzero plane is kept, cached and used."""
-
-    class Dead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.layers = nn.ModuleList([nn.Linear(40, 40)])
-
-        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-            for layer in self.layers:
-                x = layer(x)
-            return {"loss": (x.mean(-1) - labels).square().mean()}
-
     x = torch.randn(4, 40)
     x[:, 7] = 0.0
     loader = DataLoader([{"x": row, "labels": torch.ones(())} for row in x], batch_size=2)
     reports = []
     for _ in range(2):
-        model = lorasb.patch(Dead(), r=2, target_modules=["0"])
+        torch.manual_seed(0)
+        model = lorasb.patch(Stack([nn.Linear(40, 40)]), r=2, target_modules=["0"])
         options = {"cache": tmp_path / "dead.safetensors", "loss_fn": loss_of}
         reports.append(lorasb.initialize(model, loader, **options, **LR))
         assert reports[-1].layers[0].zeros == 40
         assert not model.get_submodule("base_model.model.layers.0").lorasb_A["default"][:, 7].any()
     assert reports[1].strategy == "cache"
-
-
-def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return model(**batch)["loss"]
