@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..utils.atomic_files import replacing, write_json
-from ..utils.reading import Json, safetensors_header
+from ..utils.reading import Json, read_json, read_tensors, safetensors_header
 from .accumulator import GradientSigns
 from .block_recorder import Traversal
 from .svd import SignBits
@@ -92,18 +91,16 @@ class Cache:
         if not boundary.exists():
             return None
         key = self.key | {"blocks and targets": self.course}
-        self._compare(json.loads((self.partial / "key.json").read_text(encoding="utf-8")), self.partial, key)
-        safetensors_header(boundary)  # raises if the file is truncated
-        with safe_open(str(boundary), "pt") as file:
-            block, gradients = int(file.metadata()["block"]), [file.get_tensor(str(k)) for k in range(len(traversals))]
+        self._compare(read_json(self.partial / "key.json"), self.partial, key)
+        block, gradients = int(safetensors_header(boundary)["__metadata__"]["block"]), read_tensors(boundary)
         for path in sorted(self.partial.glob("block-*.safetensors")):
             # A block whose boundary was not written in time is computed again, and its file overwritten.
             if int(path.stem.partition("-")[2]) > block:
                 self.layers |= read(path)[0]
         # Traversals were recorded again by this run; only their gradients come from the file.
-        for traversal, gradient in zip(traversals, gradients, strict=True):
+        for k, traversal in enumerate(traversals):
             if traversal.gradient is not None:
-                traversal.gradient = gradient.to(traversal.gradient.device)
+                traversal.gradient = gradients[str(k)].to(traversal.gradient.device)
         return block
 
     def finished(self, block: int, names: Iterable[str], traversals: list[Traversal]) -> None:
@@ -134,15 +131,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], Json,
     metadata = safetensors_header(path).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no cache of lorasb's initialization: expected {FORMAT!r} in its header")
-    scalars = json.loads(metadata["layers"])
-    layers = {}
-    with safe_open(str(path), "pt") as file:
-        for name, values in scalars.items():
-            # Written only if G had zeros; without them all entries are nonzero.
-            nonzero = file.get_tensor(f"{name}:{NONZERO}") if values["zeros"] else None
-            bits = SignBits(file.get_tensor(f"{name}:{WORDS}"), tuple(values["shape"]), nonzero)
-            energies = file.get_tensor(f"{name}:{CURVE}")
-            layers[name] = CachedGradient(bits, values["squares"], values["zeros"], True, energies)
+    layers, tensors = {}, read_tensors(path)
+    for name, values in json.loads(metadata["layers"]).items():
+        # The bits of nonzero entries are written only if G had zeros.
+        bits = SignBits(tensors[f"{name}:{WORDS}"], tuple(values["shape"]), tensors.get(f"{name}:{NONZERO}"))
+        layers[name] = CachedGradient(bits, values["squares"], values["zeros"], True, tensors[f"{name}:{CURVE}"])
     return layers, json.loads(metadata["key"]), json.loads(metadata["facts"])
 
 
