@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 
@@ -31,10 +32,8 @@ def from_gradients(
 ) -> tuple[InitReport, str | None]:
     """Write factors from the gradients of the samples, or from a cache of their signs; returns the data's hash, too."""
     # A collective: every rank calls it with the batches of its share.
-    processes = Processes()
-    pieces, seen, data = _samples(model, batches, options, processes)
-    writer = LayerWriter(layers, _per_sum(options, pieces, processes), processes, write)
-    work = Work(model, layers, pieces, options, processes)
+    work, seen, data = _work(model, layers, batches, options)
+    writer, processes = LayerWriter(layers, _per_sum(work), work.processes, write), work.processes
     if options.cache is not None:
         # Before any forward: a cache of other data or weights is refused at once.
         writer.cache = Cache(options.cache, cache_key(model, layers, options, seen, data), batches is not None)
@@ -81,20 +80,20 @@ def _report(work: Work, writer: LayerWriter, seen: int, loss: float, strategy: s
 
 def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> float:
     """The learning rate of lr="auto" for an adapter that has its factors, by a forward over the samples."""
-    processes = Processes()
-    pieces, _, _ = _samples(model, batches, options, processes)
+    work, _, _ = _work(model, layers, batches, options)
     with frozen_base(model):
-        return measured_rate(Work(model, layers, pieces, options, processes))
+        return measured_rate(work)
 
 
-def _per_sum(options: InitOptions, pieces: list[Piece], processes: Processes) -> InitOptions:
+def _per_sum(work: Work) -> InitOptions:
     """For SGD, options with η/n for η: a step of η along the mean of n gradients is one of η/n along their sum."""
+    options = work.options
     if options.update != "sgd":
         return options  # sign(G) is scale-invariant
     # With a loss_fn, labels have no meaning that is known here: every row counts.
     rows = labeled_rows if options.loss_fn is None else batch_size
-    own = sum(rows(piece.batch) for piece in pieces if piece.counts)
-    return replace(options, lr=options.lr / max(1, sum(processes.all_gather(own))))
+    own = sum(rows(piece.batch) for piece in work.pieces if piece.counts)
+    return replace(options, lr=options.lr / max(1, sum(work.processes.all_gather(own))))
 
 
 def from_weights(layers: Layers, init: str, options: InitOptions) -> InitReport:
@@ -129,12 +128,11 @@ def _factors_of_weight(name: str, layer: AdaptedLayer, init: str, options: InitO
         return kaiming(weight, state.r, state.scaling, seed)
 
 
-def _samples(
-    model: nn.Module, batches: Loader, options: InitOptions, processes: Processes
-) -> tuple[list[Piece], int, str | None]:
-    """Return this rank's micro-batches, the number of samples over all ranks, and the hash of all samples."""
+def _work(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> tuple[Work, int, str | None]:
+    """Return the work on this rank's micro-batches, the number of samples over all ranks, and the hash of them."""
+    processes = Processes()
     if batches is None:
-        return [], 0, None
+        return Work(model, layers, [], options, processes), 0, None
     batches = select(batches, options.num_samples, options.seed)
     seen = sum(processes.all_gather(sum(map(batch_size, batches))))
     # Over all ranks: one rank's share without labels is no error.
@@ -148,7 +146,7 @@ def _samples(
                 "before the model is sharded"
             )
         pieces = _equally_many(batches, processes)
-    return pieces, seen, processes.common_hash(samples_hash(batches))
+    return Work(model, layers, pieces, options, processes), seen, processes.common_hash(samples_hash(batches))
 
 
 def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
@@ -198,12 +196,11 @@ def _measure_stability(work: Work, writer: LayerWriter) -> None:
 def _halves(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
     """Assign the samples to two halves: every batch is split, and batches of one sample alternate."""
     halves: tuple[list[Piece], list[Piece]] = ([], [])
-    singles = 0
+    turns = itertools.cycle(halves)
     for piece in pieces:
         rows = batch_size(piece.batch)
         if rows == 1:
-            halves[singles % 2].append(piece)
-            singles += 1
+            next(turns).append(piece)
             continue
         for half, part in zip(halves, torch.arange(rows).tensor_split([rows // 2]), strict=True):
             half.append(Piece(take_rows(piece.batch, part), piece.counts))
