@@ -39,7 +39,7 @@ def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> flo
     """Median over layers of rms‖s·B ΔR A x‖ / rms‖W x‖, with ΔR = rate·1 aligned with each |u|: in float64, by itself."""
     shares: dict[str, list[float]] = {}
 
-    def hook(name: str, layer: LoRASBLinear) -> object:
+    def watch(name: str, layer: LoRASBLinear) -> None:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             u = inputs[0].double() @ layer.lorasb_A["default"].double().t()
             r, scaling = u.shape[-1], layer.adapters["default"].scaling
@@ -47,16 +47,15 @@ def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> flo
             sums[0] += float((scaling * rate * r * u).square().sum())
             sums[1] += float(output.double().square().sum())
 
-        return layer.register_forward_hook(add)
+        layer.register_forward_hook(add)
 
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRASBLinear)}
-    handles = [hook(name, layer) for name, layer in layers.items()]
+    for name, module in model.named_modules():
+        if isinstance(module, LoRASBLinear):
+            watch(name, module)
     model.eval()
     with model.disable_adapter():
         for batch in batches_for(family):
             model(**batch)
-    for handle in handles:
-        handle.remove()
     return statistics.median(math.sqrt(low / whole) for low, whole in shares.values())
 
 

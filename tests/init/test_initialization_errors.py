@@ -16,19 +16,11 @@ import lorasb
 from lorasb.layers.linear import LoRASBLinear
 
 
-def unlabeled() -> list[Batch]:
-    return [{k: v for k, v in b.items() if k != "labels"} for b in batches_for("llama")]
-
-
 def first_block(model: nn.Module, batch: Batch) -> Tensor:
     """A loss of the first block's output."""
     inner = model.get_base_model().model
     rotary = inner.rotary_emb(torch.zeros(1, 1, 64), torch.arange(12)[None])
     return inner.layers[0](inner.embed_tokens(batch["input_ids"]), position_embeddings=rotary).mean()
-
-
-def ignored() -> list[Batch]:
-    return [b | {"labels": torch.full_like(b["labels"], -100)} for b in batches_for("llama")]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +31,11 @@ def model() -> PeftModel:
 
 BAD_CALLS = {
     "no labels": (
-        lambda: {"batches": unlabeled()},
+        lambda: {"batches": [{"input_ids": batch["input_ids"]} for batch in batches_for("llama")]},
         "the model returned no loss .*: add labels to the batches, or pass loss_fn",
     ),
     "only ignored labels": (
-        lambda: {"batches": ignored()},
+        lambda: {"batches": [b | {"labels": torch.full_like(b["labels"], -100)} for b in batches_for("llama")]},
         "no sample has a labeled token: every label of these batches is -100",
     ),
     "lr infinite": (lambda: {"lr": float("inf")}, "init='update' takes batches and lr > 0"),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from gradients import factors
 from models import make, patched
 from torch import Tensor, nn
@@ -17,15 +16,12 @@ from trainer_runs import ROWS, train
 import lorasb
 
 
-class Watched(transformers.TrainerCallback):
-    """Keeps the ids of every batch that is trained on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.seen: list[Tensor] = []
-        embeddings = model.get_input_embeddings()
-        embeddings.register_forward_pre_hook(
-            lambda _, args: self.seen.append(args[0].clone()) if model.training else None
-        )
+def watched(model: nn.Module) -> list[Tensor]:
+    """The ids of every batch that is trained on, as they come."""
+    seen: list[Tensor] = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()) if model.training else None)
+    return seen
 
 
 def test_the_same_as_initializing_by_hand(tmp_path: Path) -> None:
@@ -55,9 +51,8 @@ def test_the_order_of_training_stays(tmp_path: Path) -> None:
     seen, states = [], []
     for with_callback in (False, True):
         model = patched() if not with_callback else lorasb.patch(make("llama"), r=4)
-        watched = Watched(model)
+        seen.append(watched(model))
         train(model, tmp_path, [lorasb.InitCallback()] if with_callback else [])
-        seen.append(watched.seen)
         states.append(torch.get_rng_state())
     assert len(seen[0]) == len(seen[1]) == 4
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))

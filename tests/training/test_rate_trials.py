@@ -19,9 +19,9 @@ from lorasb.training import rate_trials
 from lorasb.training.rate_trials import CLIP, FARTHEST, RAMP, _search
 
 
-def batches(count: int) -> list[dict[str, Tensor]]:
-    data = text(2 * count, 12, seed=5)
-    return [{key: value[2 * i : 2 * i + 2] for key, value in data.items()} for i in range(count)]
+def batches(count: int, rows: int = 2) -> list[dict[str, Tensor]]:
+    data = text(rows * count, 12, seed=5)
+    return [{key: value[rows * i : rows * (i + 1)] for key, value in data.items()} for i in range(count)]
 
 
 def patched(dropout: float = 0.0) -> PeftModel:
@@ -106,11 +106,9 @@ def test_the_best_rate_is_the_start_of_an_initialization_for_it() -> None:
 
 def test_accumulated_batches_are_one_step() -> None:
     """Batches of equal tokens: two of two rows give the mean gradient of one of four."""
-    data = text(4 * 6, 12, seed=5)
-    whole = [{key: value[4 * i : 4 * i + 4] for key, value in data.items()} for i in range(6)]
-    halves = [{key: value[2 * i : 2 * i + 2] for key, value in data.items()} for i in range(12)]
+    whole = batches(6, rows=4)
     one = find(patched(), whole, steps=4)
-    two = find(patched(), [*whole[:2], *halves[4:]], steps=4, accumulation=2)
+    two = find(patched(), [*whole[:2], *batches(12)[4:]], steps=4, accumulation=2)
     for rate in one.losses.keys() & two.losses.keys():
         assert two.losses[rate] == pytest.approx(one.losses[rate], rel=1e-6)
 
