@@ -65,10 +65,9 @@ class InitOptions:
 
     def check(self) -> None:
         """Raise a ValueError for arguments that no model can have."""
-        if self.update not in UPDATES:
-            raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {self.update!r}")
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        for name, allowed in (("update", UPDATES), ("strategy", STRATEGIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.longest_start is not None and not self.longest_start >= 0:
             raise ValueError(
                 f"longest_start is a number of steps of R >= 0, or None for no limit, got {self.longest_start!r}"

@@ -157,8 +157,7 @@ class VLLMSampler:
         if not isinstance(self.client, str):
             return private.complete(self.client, prompts, sampling, self.synced.request)
         body = {"model": self.name, "prompt": [list(one) for one in prompts], "logprobs": 1, "return_token_ids": True}
-        choices = self._post("/v1/completions", body | sampling)["choices"]
-        choices.sort(key=lambda choice: choice["index"])
+        choices = sorted(self._post("/v1/completions", body | sampling)["choices"], key=lambda one: one["index"])
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
     def _post(self, path: str, body: dict[str, object]) -> Any:
