@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +103,7 @@ class Call:
 
     def repeat(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Recompute the block's output (its hidden states) for the same call."""
-
-        def back(stored: Tensor) -> Tensor:
-            return stored.to(hidden.device)
-
+        back = methodcaller("to", hidden.device)
         args = [_with_tensors(value, back) for value in self.args]
         kwargs = {name: _with_tensors(value, back) for name, value in self.kwargs.items()}
         # Backward runs after the forward's autocast context has ended, so it is entered again.
