@@ -32,6 +32,7 @@ def staging(adapter: str) -> Iterator[Write]:
     with ExitStack() as rollback:  # in reverse, so that a layer that was written twice ends with its first values
 
         def write(layer: AdaptedLayer, factors: Factors) -> None:
+            """Write B, R and A into a layer, and remember how to put its own back."""
             state = layer.adapters[adapter]
             rollback.callback(setattr, state, "initialized", state.initialized)
             for name in FACTORS:
