@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..distributed.process_group import sharded
 from ..layers.linear import LoRASBLinear
-from .task import Work, to_device
+from .task import Work, frozen_base, to_device
 
 # Relative change of a layer's output by an aligned step. In the committed sweeps (SmolLM2, the sign's start at r = 4,
 # 16 and 64) the best is 0.003 to 0.008 for chain_sum and 0.024 to 0.06 for word reversal, at every rank.
@@ -37,7 +37,6 @@ def _add_squares(total: Tensor, adapter: str, layer: LoRASBLinear, inputs: tuple
         total += torch.stack(found).double().cpu()
 
 
-@torch.no_grad()
 def measured_rate(work: Work) -> float:
     """ρ over the median of s·r·rms‖A x‖ / rms‖W x‖ of the linear layers that the samples reach, by one forward.
 
@@ -48,7 +47,7 @@ def measured_rate(work: Work) -> float:
     adapter = work.options.adapter
     layers = [layer for layer in work.layers.values() if isinstance(layer, LoRASBLinear)]
     table = torch.zeros(len(layers), 2, dtype=torch.float64)
-    with ExitStack() as hooks:
+    with frozen_base(work.model), torch.no_grad(), ExitStack() as hooks:
         for layer, row in zip(layers, table, strict=True):
             hooks.enter_context(layer.register_forward_hook(partial(_add_squares, row, adapter)))
         for piece in work.pieces:

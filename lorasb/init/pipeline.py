@@ -65,8 +65,7 @@ def _report(work: Work, writer: LayerWriter, seen: int, loss: float, strategy: s
     """Scale the start to the learning rate of lr="auto", and return the report, with layers in the model's order."""
     options, lr, rate = work.options, work.options.lr, None
     if options.auto is not None:
-        with frozen_base(work.model):
-            rate = measured_rate(work)
+        rate = measured_rate(work)
         lr = rate / options.auto.divisor
         with torch.no_grad():
             for layer in work.layers.values():
@@ -80,9 +79,7 @@ def _report(work: Work, writer: LayerWriter, seen: int, loss: float, strategy: s
 
 def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> float:
     """The learning rate of lr="auto" for an adapter that has its factors, by a forward over the samples."""
-    work, _, _ = _work(model, layers, batches, options)
-    with frozen_base(model):
-        return measured_rate(work)
+    return measured_rate(_work(model, layers, batches, options)[0])
 
 
 def _per_sum(work: Work) -> InitOptions:
