@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from rich.table import Table
@@ -23,35 +23,26 @@ from .plan import on_meta
 OPS = ("forward", "backward")
 DROPOUT, SEED = 0.05, 1 << 40
 BLOCK = 64  # of NF4
+Layer = tuple[int, tuple[int, ...]]  # in, and the outs of each member
+Case = tuple[Shape, tuple[int, ...]]  # and the outs of each member
 
 
-@dataclass(frozen=True)
-class Case:
-    """A shape, and the outputs of each of its members."""
-
-    shape: Shape
-    ms: tuple[int, ...]
-
-
-def cases_of(
-    layers: Sequence[tuple[int, tuple[int, ...]]], r: int, tokens: Sequence[int], dtype: str
-) -> Iterator[Case]:
+def cases_of(layers: Sequence[Layer], r: int, tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """Per layer or group (in, outs), bucket of tokens and direction: plain, with dropout, and of a layer in 4 bits."""
-    # dict.fromkeys drops duplicates and keeps the order: a model repeats the same layer in every block
-    for n, ms in dict.fromkeys(layers):
+    for n, ms in layers:
         for M in dict.fromkeys(plan.bucket(count) for count in tokens):
             for op in OPS:
                 shape = Shape(op, dtype, M, n, sum(ms), r, len(ms))
-                yield Case(shape, ms)
+                yield shape, ms
                 if M >= autotune.LEAST_TOKENS:
-                    yield Case(replace(shape, dropout=True), ms)
+                    yield replace(shape, dropout=True), ms
                 if len(ms) == 1:
-                    yield Case(replace(shape, quant="4bit"), ms)
+                    yield replace(shape, quant="4bit"), ms
 
 
-def layers_of(model: nn.Module) -> list[tuple[int, tuple[int, ...]]]:
-    """(in, outs) of every linear, and of every group of linears that reads the same x (q/k/v, gate/up)."""
-    sizes: dict[tuple[int, tuple[int, ...]], None] = {}
+def layers_of(model: nn.Module) -> list[Layer]:
+    """(in, outs) of every linear, and of every group of linears that reads the same x (q/k/v, gate/up), each once."""
+    sizes: dict[Layer, None] = {}
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
         for child in children.values():
@@ -66,19 +57,18 @@ def layers_of(model: nn.Module) -> list[tuple[int, tuple[int, ...]]]:
 def tune(cases: Sequence[Case], arch: str, sms: int, device: str, clock: Clock) -> list[Tuned]:
     """Time every candidate of every case; candidates that do not compile or run are skipped."""
     found = []
-    for case in cases:
+    for shape, ms in cases:
         try:
-            run = _run_of(case, device)
+            run = _run_of(shape, ms, device)
         except torch.OutOfMemoryError:
             continue
-        plans = autotune.candidates(case.shape, plan.choose(case.shape, arch, sms), arch)
-        found.append(autotune.fastest(case.shape, plans, run, autotune.unchecked, clock))
+        plans = autotune.candidates(shape, plan.choose(shape, arch, sms), arch)
+        found.append(autotune.fastest(shape, plans, run, autotune.unchecked, clock))
     return [one for one in found if one is not None]
 
 
-def _run_of(case: Case, device: str) -> Run:
+def _run_of(shape: Shape, ms: Sequence[int], device: str) -> Run:
     """A function of a plan that computes one forward or backward on random tensors, made here, once."""
-    shape, ms = case.shape, case.ms
     dtype = next(kind for kind, name in plan.DTYPES.items() if name == shape.dtype)
     mask = Mask(DROPOUT, (SEED,) * len(ms)) if shape.dropout else Mask()
 

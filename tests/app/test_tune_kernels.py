@@ -32,13 +32,13 @@ def clock(calls: Sequence[autotune.Call]) -> list[float]:
 
 def test_every_kind_of_layer_is_a_case() -> None:
     cases = list(tune_kernels.cases_of([(64, (48,)), (64, (32, 16))], 8, [300, 400, 1], "fp32"))
-    kinds = {(c.shape.op, c.shape.M, c.ms, c.shape.quant, c.shape.dropout) for c in cases}
+    kinds = {(shape.op, shape.M, ms, shape.quant, shape.dropout) for shape, ms in cases}
     plain = {(op, M, ms, "none", False) for op in tune_kernels.OPS for M in (512, 1) for ms in ((48,), (32, 16))}
     masked = {(op, 512, ms, "none", True) for op in tune_kernels.OPS for ms in ((48,), (32, 16))}
     four_bits = {(op, M, (48,), "4bit", False) for op in tune_kernels.OPS for M in (512, 1)}
     assert kinds == plain | masked | four_bits
     assert len(cases) == len(kinds)
-    assert all(case.shape.m == sum(case.ms) for case in cases)
+    assert all(shape.m == sum(ms) for shape, ms in cases)
 
 
 def test_every_case_runs_with_its_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_every_case_runs_with_its_candidates(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(autotune, "PREPS", autotune.PREPS[:1])
     cases = list(tune_kernels.cases_of([(64, (48,)), (64, (32, 16))], 8, [20], "fp32"))
     found = tune_kernels.tune(cases, plan.INTERPRETER, 1, "cpu", clock)
-    assert [one.shape for one in found] == [case.shape for case in cases]
+    assert [one.shape for one in found] == [shape for shape, _ in cases]
     assert all(one.before == one.after == 10.0 for one in found)
 
 
