@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constants import BASE_ROW
-from ..utils.reading import parse_json, read_text
+from ..utils.reading import Json, parse_json, read_text
 
 # reasoning-gym draws item i of a data set from seed + i, so the held-out set needs a seed far from the training set's.
 HELD_OUT_SEED = 10_000_000
@@ -17,26 +17,15 @@ MAX_LABEL = 3e38  # about the largest number that an fp32 tensor takes
 # A name is a folder, and a part of parameters' names, which have no dots.
 ADAPTER_NAME, TAKEN_NAMES = r"[\w@+-]+", ("default", BASE_ROW)
 MAX_ROUNDS = 20  # draws of `count` items before a task is taken to be too small
-
-
-@dataclass(frozen=True)
-class Task:
-    """Options of a reasoning-gym data set; question_only drops instructions that every question repeats."""
-
-    options: dict[str, int]
-    question_only: bool = False
-
-
-TASKS = {
-    "word_sequence_reversal": Task({"min_words": 3, "max_words": 6}, question_only=True),
-    "chain_sum": Task({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
-    "leg_counting": Task({"max_animals": 3, "max_instances": 9}, question_only=True),
-    "family_relationships": Task({}),
-    "gcd": Task({"max_value": 99}),
+TASKS: dict[str, dict[str, int]] = {  # options of reasoning-gym's data sets
+    "word_sequence_reversal": {"min_words": 3, "max_words": 6},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "leg_counting": {"max_animals": 3, "max_instances": 9},
+    "family_relationships": {},
+    "gcd": {"max_value": 99},
 }
-
-
-Row = dict[str, Any]  # of a file or a data set
+QUESTION_ONLY = ("word_sequence_reversal", "leg_counting")  # without instructions, which every question repeats
+Row = Json  # of a file or a data set
 Label = str | int | float
 
 
@@ -78,14 +67,14 @@ def data_set(task: str, count: int, seed: int) -> Any:
         import reasoning_gym
     except ImportError as error:
         raise ImportError("generated tasks need reasoning-gym: pip install 'lorasb[demo]'") from error
-    return reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task].options)
+    return reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task])
 
 
 def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
     """`count` items of a data set, whose prompts may repeat."""
     for item in data_set(task, count, seed):
         prompt = item["question"].strip()
-        if TASKS[task].question_only:
+        if task in QUESTION_ONLY:
             prompt = prompt.rpartition("\n\n")[2]
         yield Example(prompt, str(item["answer"]).strip())
 
