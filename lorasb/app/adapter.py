@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import peft
-import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import lorasb
 
@@ -20,14 +18,12 @@ from ..init.sampling import Batch
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from .config_file import CONFIG_NAME, write_config
-from .data import describe_data
-from .evaluation import token_limit
 from .prepare import Run, prepare, save_adapter
-from .reinforce import Prompt, judge_of, prompt_of
-from .settings import InitSettings, check_rules, target_names
+from .reinforce import rewarded
+from .settings import InitSettings, targets
 from .terminal import console
+from .tokenize import Rows
 
-REWARD_SAMPLES = 32  # prompts of a start on rewards
 LORA_RANK = 32  # the rank that the paper compares with
 REPORT_NAME = "report.json"
 
@@ -61,7 +57,7 @@ def patch_and_initialize(run: Run, **options: Any) -> InitReport:
     run.model = lorasb.patch(run.model, r=settings.r, init=init, init_seed=settings.seed, **_common_options(run))
     # `patch` has initialized LoRA-XS: the SVD of W needs no data
     report = run.model.base_model.init_reports["default"] if init == "lora-xs" else _initialize(run, options)
-    run.model.peft_config["default"].init_provenance["data"] = describe_data(settings, len(run.train_ids))
+    run.model.peft_config["default"].init_provenance["data"] = run.data
     return report
 
 
@@ -77,49 +73,20 @@ def _initialize(run: Run, options: dict[str, Any]) -> InitReport:
     if settings.rl is not None and settings.rl_start == "zero":
         options["longest_start"] = 0.0
     if settings.rl is not None and settings.rl_start == "rewards":
-        loader, options["loss_fn"], options["num_samples"] = _rewarded(run), lorasb.policy_loss, None
+        loader, options["loss_fn"], options["num_samples"] = rewarded(run), lorasb.policy_loss, None
     report = lorasb.initialize(run.model, loader, lr=eta, **options)
     run.lr = report.rate or run.lr
     return report
 
 
-def start_loader(run: Run, encoded: list[Any]) -> Iterable[Batch]:
+def start_loader(run: Run, encoded: Rows) -> Iterable[Batch]:
     """A loader of this rank's share of examples, for the initialization."""
     # The shares are contiguous, and in rank order they are the whole list, so that the drawn samples are those of a
     # single process.
     rank, world_size = Processes().rank, Processes().world_size
     share = encoded[len(encoded) * rank // world_size : len(encoded) * (rank + 1) // world_size]
     collate = run.problem.collator(run.tokenizer, run.model.get_base_model())
-    loader: DataLoader[Any] = DataLoader(cast(Any, share), batch_size=run.settings.batch_size, collate_fn=collate)
-    return loader
-
-
-def _rewarded(run: Run) -> Iterator[dict[str, torch.Tensor]]:
-    """Completions of some prompts, sampled and scored, as many as the initialization takes samples."""
-    settings, judge = run.settings, judge_of(run.settings)
-    examples = {json.dumps(prompt_of(run, example)): example for example in run.train}  # each prompt once
-
-    def reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        return judge(completions, [examples[json.dumps(prompt)] for prompt in prompts])
-
-    batches = lorasb.reward_batches(
-        run.model,
-        run.tokenizer,
-        [json.loads(prompt) for prompt in list(examples)[: settings.samples or REWARD_SAMPLES]],
-        reward,
-        generations=settings.generations,
-        max_new_tokens=token_limit(run.train_ids, settings.max_new_tokens),
-        temperature=settings.temperature,
-        seed=settings.seed,
-    )
-    return iter(batches)
-
-
-def targets(value: str | None) -> str | list[str]:
-    """`--target-modules` as PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
-    if value is None or value == "all-linear":
-        return "all-linear"
-    return target_names(value) or value
+    return DataLoader(cast(Dataset, share), batch_size=run.settings.batch_size, collate_fn=collate)
 
 
 def load_adapter(run: Run, folder: Path) -> None:
@@ -139,14 +106,13 @@ PLOTS = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum
 
 def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
     """Initialize an adapter; write adapter/, report.json, plots, config.yaml and, with a target, ranks.json."""
-    settings.run.check()
-    check_rules(settings)
+    settings.check()
     if settings.energy is not None and settings.parameters is not None:
         raise ValueError("--energy and --parameters are two ways to choose ranks: give one of them")
-    folder = Path(settings.run.output)
+    folder = Path(settings.output)
     with locked(folder):
         # Nothing is evaluated: one held-out example is the least that `prepare` takes.
-        run = prepare(replace(settings.run, eval_examples=1))
+        run = prepare(replace(settings, eval_examples=1))
         console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)
         options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
         report = patch_and_initialize(run, **options)
@@ -162,5 +128,5 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
         (folder / RANKS_NAME).unlink(missing_ok=True)  # of an earlier call
         if suggestion is not None:
             write_json(folder / RANKS_NAME, {"rank_pattern": suggestion.rank_pattern})
-        write_config(folder / CONFIG_NAME, settings.run, settings)
+        write_config(folder / CONFIG_NAME, settings)
     return report, suggestion

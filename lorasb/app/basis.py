@@ -5,30 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
-from rich.console import Group, RenderableType
+from peft import PeftModel
 
 import lorasb
 
 from ..checkpoints import shared_factors
 from ..constants import CONFIG_NAME, FACTORS_NAME
-from ..init import BasisFit
+from ..init import BasisFit, TasksReport
 from ..init.pipeline import rate_of_initialized
 from ..init.sampling import Batch
 from ..init.task import InitOptions
 from ..layers.lookup import adapted_layers
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from ..utils.reading import read_json
-from .adapter import load_adapter, start_loader, targets
+from .adapter import load_adapter, start_loader
 from .data import load_examples
 from .evaluation import LanguageModeling
 from .prepare import Run, prepare
-from .settings import Settings
-from .tables import basis_line, by_kind, table_of
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from .settings import Settings, targets
 
 CARD_NAME = "basis.json"
 RATE = 1e-3  # η of the tasks' first steps, whose length is no part of a basis
@@ -93,7 +89,7 @@ def initialize_basis(model: PeftModel, tasks: Mapping[str, Iterable[Batch]], **o
     if len(batches) == 1:
         lorasb.initialize(model, batches["task0"], lr=RATE, longest_start=0.0, **options)
         return dict.fromkeys(tasks, 1.0)
-    report: Any = lorasb.initialize(model, batches, lr=RATE, **options)  # a TasksReport
+    report = cast(TasksReport, lorasb.initialize(model, batches, lr=RATE, **options))
     for name in batches:
         model.delete_adapter(name)
     return dict(zip(tasks, report.shares.overall.values(), strict=True))
@@ -123,20 +119,20 @@ def card_of(settings: Settings) -> BasisCard:
 
 def load_basis(run: Run) -> None:
     """Load the basis of a run, measure how well its data fits, and the learning rate if none is given."""
-    settings, card = run.settings, card_of(run.settings)
-    load_adapter(run, Path(str(settings.basis)))
-    loader = start_loader(run, run.train_ids)
-    found = _fit(run, loader, card)
+    settings = run.settings
+    found = _load_and_fit(run, card_of(settings))
     run.fit = {"share": found.share, "random": found.random}
     run.measured = settings.lr is None and settings.rl is None
     if run.measured:
         name, layers = adapted_layers(run.model, None)
         options = InitOptions(adapter=name, num_samples=settings.samples, seed=settings.seed)
-        run.lr = rate_of_initialized(run.model, layers, loader, options)
+        run.lr = rate_of_initialized(run.model, layers, start_loader(run, run.train_ids), options)
 
 
-def _fit(run: Run, loader: Iterable[Batch], card: BasisCard) -> BasisFit:
+def _load_and_fit(run: Run, card: BasisCard) -> BasisFit:
     settings = run.settings
+    load_adapter(run, Path(settings.basis or ""))
+    loader = start_loader(run, run.train_ids)
     return lorasb.basis_fit(run.model, loader, update=card.update, num_samples=settings.samples, seed=settings.seed)
 
 
@@ -145,25 +141,4 @@ def fit(settings: Settings) -> BasisFit:
     card = read_card(settings.basis or "")
     settings = replace(settings, model=card.model, eval_examples=1)
     settings.check()
-    run = prepare(settings)
-    load_adapter(run, Path(str(settings.basis)))
-    return _fit(run, start_loader(run, run.train_ids), card)
-
-
-def card_table(card: BasisCard) -> RenderableType:
-    """A table of the share that a basis keeps of each task's first step."""
-    table = table_of(f"Basis of rank {card.r} for {card.model}", "task", "examples", "kept of its first step")
-    for name, found in card.tasks.items():
-        table.add_row(name, f"{found['examples']:.0f}", f"{found['kept']:.0%}")
-    return table
-
-
-def fit_table(found: BasisFit) -> RenderableType:
-    """The share of a first step that a basis keeps, by kind of layer, and what follows."""
-    title = "Share of the data's first step that the basis keeps"
-    table = table_of(title, "layers", "number", "mean", "least")
-    for kind, shares in by_kind(found.by_layer.items()).items():
-        table.add_row(kind, str(len(shares)), f"{sum(shares) / len(shares):.1%}", f"{min(shares):.1%}")
-    table.add_section()
-    table.add_row("all", str(len(found.by_layer)), f"{found.share:.1%}", f"{min(found.by_layer.values()):.1%}")
-    return Group(table, basis_line(found.share, found.random))
+    return _load_and_fit(prepare(settings), card)

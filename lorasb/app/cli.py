@@ -23,17 +23,7 @@ from typer.core import TyperCommand
 from ..constants import VERSION, WEIGHTS_NAME
 from .config_file import Given, find_preset, preset_names, read_config, typed
 from .data import check_names
-from .settings import (
-    DEFAULT_TASK,
-    EMBEDDED,
-    INIT_OUTPUT,
-    REWARDS,
-    InitSettings,
-    Settings,
-    listed,
-    option,
-    shown_default,
-)
+from .settings import DEFAULT_TASK, EMBEDDED, REWARDS, InitSettings, Settings, listed, option, shown_default
 from .terminal import StoppedError, console, errors
 
 
@@ -72,24 +62,24 @@ class Command(TyperCommand):
 
 
 MAIN_PANEL, HELP_ALL = "Most used", "lorasb.help_all"  # a heading of the help; a key of click's context
+MOST_USED = {"model", "dtype", "bits", "task", "data", "eval_data", "method", "r"}  # settings under that heading
+MOST_USED |= {"lr", "epochs", "batch_size", "resume", "output"}
 CONFIG_HELP = "YAML file of settings; options override it, and --no-NAME turns a switch off."
 # the headings of all other settings
 FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting, _ in listed(Settings)))
 
 
-def command(run: Callable[[Given], None], *dataclasses: type) -> Callable[..., None]:
+def command(run: Callable[[Given], None], dataclass: type[Settings]) -> Callable[..., None]:
     """A typer command with an option for each setting, --config and, for a run, --preset.
 
     `run` is called with the values that were given: options go before the file of --config, and that before the preset.
     """
     parameters: list[inspect.Parameter] = []
     types: dict[str, object] = {}
-    init = InitSettings in dataclasses
-    for setting, kind in (pair for one in dataclasses for pair in listed(one)):
-        if help_text := setting.metadata["init" if init else "help"]:
-            default = INIT_OUTPUT if init and setting.name == "output" else shown_default(setting)
-            parameters.append(_parameter(setting, kind, help_text, default))
-            types[setting.name] = kind
+    init = dataclass is InitSettings
+    for setting, kind in listed(dataclass):
+        parameters.append(_parameter(setting, kind, setting.metadata["init" if init else "help"]))
+        types[setting.name] = kind
     parameters.append(_option("config", str, CONFIG_HELP, MAIN_PANEL))
     if not init:  # which has fewer settings than a preset
         presets = f"Settings of one of the paper's tables: {', '.join(preset_names())}."
@@ -118,20 +108,18 @@ def command(run: Callable[[Given], None], *dataclasses: type) -> Callable[..., N
     return call
 
 
-def _parameter(setting: Field[Any], kind: object, help_text: str, default: str) -> inspect.Parameter:
+def _parameter(setting: Field, kind: object, help_text: str) -> inspect.Parameter:
     # typer knows no dictionaries (rank_pattern), nor numbers that may be "auto": they arrive as text, for `typed`
     option_type = kind if kind in (str, int, bool) or (kind is float and setting.default is not None) else str
     name = option(setting.name)
     names = f"{name}/--no-{name[2:]}" if kind is bool else name, *setting.metadata.get("also", ())
-    panel = MAIN_PANEL if setting.metadata.get("main") else setting.metadata["group"].capitalize()
-    return _option(setting.name, option_type, help_text, panel, *names, shown=default)
+    panel = MAIN_PANEL if setting.name in MOST_USED else setting.metadata["group"].capitalize()
+    return _option(setting.name, option_type, help_text, panel, *names, shown=shown_default(setting))
 
 
-def _option(
-    name: str, kind: Any, help_text: str, panel: str, *names: str, shown: str | bool = True
-) -> inspect.Parameter:
+def _option(name: str, kind: Any, text: str, panel: str, *names: str, shown: str | bool = True) -> inspect.Parameter:
     """A keyword parameter whose default is None (option not given); the help shows the real one, `shown`."""
-    option = Option(*names, help=help_text, show_default=shown, rich_help_panel=panel)
+    option = Option(*names, help=text, show_default=shown, rich_help_panel=panel)
     annotation = Annotated[Optional[kind], option]  # noqa: UP045  typer reads it at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -199,10 +187,8 @@ def _init(values: Given) -> None:
     from . import tables
     from .adapter import run_init
 
-    # `lorasb init` has options of two dataclasses: a run's settings, and those of initialization.
-    own = {setting.name: values.pop(setting.name) for setting, _ in listed(InitSettings) if setting.name in values}
-    settings = Settings(**{"output": INIT_OUTPUT, **values})
-    report, suggestion = run_init(InitSettings(settings, **own))
+    settings = InitSettings(**values)
+    report, suggestion = run_init(settings)
     console.print(tables.energies(report))
     if suggestion is not None:
         console.print(tables.ranks(suggestion))
@@ -217,7 +203,7 @@ def _files(output: str) -> str:
 
 
 app.command("finetune", cls=Command)(command(_finetune, Settings))
-app.command("init", cls=Command)(command(_init, Settings, InitSettings))
+app.command("init", cls=Command)(command(_init, InitSettings))
 
 
 @app.command(cls=Command)
@@ -338,7 +324,8 @@ def make(
     seed: Annotated[int, Option(help="Random seed for samples and SVD.")] = 0,
 ) -> None:
     """Create a basis from the first steps of several tasks: A and B for adapters that hold only R."""
-    from .basis import card_table, make_basis
+    from .basis import make_basis
+    from .tables import card_table
 
     settings = Settings(model=model, output=output, r=r, update=update, samples=samples, seed=seed)
     console.print(card_table(make_basis(settings, data)))
@@ -354,9 +341,9 @@ def fit(
 ) -> None:
     """Show how much of your data's first step a basis keeps, before you train on it."""
     from . import basis as shared
+    from .tables import fit_table
 
-    found = shared.fit(Settings(basis=folder, data=data, samples=samples, seed=seed))
-    console.print(shared.fit_table(found))
+    console.print(fit_table(shared.fit(Settings(basis=folder, data=data, samples=samples, seed=seed))))
 
 
 @bench.command()

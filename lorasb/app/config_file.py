@@ -7,11 +7,12 @@ import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from ..utils.atomic_files import write_text
-from ..utils.reading import read_text
-from .settings import InitSettings, Settings, listed
+from ..utils.reading import Json, read_text
+from .settings import Settings, listed
 
 
 def as_name(written: object) -> str:
@@ -19,13 +20,11 @@ def as_name(written: object) -> str:
     return str(written).removeprefix("--").replace("-", "_")
 
 
-Given = dict[str, Any]  # settings by name
+Given = Json  # settings by name
 CONFIG_NAME = "config.yaml"
-ALIASES = {
-    as_name(alias): setting.name for setting, _ in listed(Settings) for alias in setting.metadata.get("also", ())
-}
+ALIASES = {as_name(alias): one.name for one, _ in listed(Settings) for alias in one.metadata.get("also", ())}
 # type of a setting -> what to call it, and the types that a value may have (YAML 1.1 reads 2e-3 as text)
-TYPES: dict[Any, tuple[str, Any]] = {
+TYPES: dict[object, tuple[str, type | UnionType]] = {
     bool: ("true or false", bool),
     int: ("a whole number", int),
     float: ("a number", int | float | str),
@@ -88,17 +87,11 @@ def _ranks(value: object, where: str) -> dict[str, int]:
     raise ValueError(f"{where} expects ranks by name, like down_proj=96,q_proj=32 or JSON, got {value!r}")
 
 
-def write_config(path: Path, *lists: Settings | InitSettings) -> None:
-    """Write settings as YAML for `--config`, atomically; with InitSettings, only settings that `lorasb init` has."""
+def write_config(path: Path, settings: Settings) -> None:
+    """Write settings as YAML for `--config`, atomically."""
     import yaml
 
-    of_init = any(isinstance(settings, InitSettings) for settings in lists)
-    values = {
-        setting.name: getattr(settings, setting.name)
-        for settings in lists
-        for setting, _ in listed(type(settings))
-        if setting.metadata["init"] or not of_init
-    }
+    values = {setting.name: getattr(settings, setting.name) for setting, _ in listed(type(settings))}
     values.pop("resume", None)  # applies to one start of a run, not to a repetition
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 

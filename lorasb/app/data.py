@@ -68,13 +68,6 @@ def digest(*parts: Sequence[Example]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def describe_data(settings: Settings, count: int) -> str:
-    """The source and number of the training examples, as text."""
-    if settings.data is not None:
-        return f"{Path(settings.data).name}, {count} examples"
-    return f"reasoning-gym {settings.generated_task}, {count} generated examples"
-
-
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
@@ -120,9 +113,7 @@ def _problem(question: str, answer: str, ending: str = "") -> Callable[[Row], Ex
     return lambda row: Example(INSTRUCTION.format(instruction=row[question]) + ending, row[answer], formatted=True)
 
 
-def _glue(
-    task: str, first: str, second: str | None = None, score: str = "label", held_out: str = "validation"
-) -> Source:
+def _glue(task: str, first: str, second: str = "", score: str = "label", held_out: str = "validation") -> Source:
     """A task of GLUE, whose held-out labels are those of its validation split."""
 
     def example(row: Row) -> Example:

@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..distributed.process_group import Processes
 from ..init.sampling import Batch
 from ..init.task import modes_restored, to_device
+from ..serving.training import token_losses
 from ..tuner.fresh_heads import missing_from_checkpoint
 from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
 from .settings import Settings
 from .tasks import Example
-from .tokenize import Collate, Collator, Encoded, EncodedText, TextCollator, encode, padded, positions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+from .tokenize import IGNORED, Collate, Collator, Encoded, EncodedText, Rows, TextCollator, encode, padded, positions
 
 T = TypeVar("T")
 ANSWER_MARGIN = 4  # tokens that a generated answer may be longer than the longest right one
@@ -47,7 +45,7 @@ class HeldOut:
     """Held-out examples."""
 
     examples: Sequence[Example]
-    encoded: Sequence[Any]  # Encoded of a language model, EncodedText of a classifier
+    encoded: Rows
     batch_size: int
     limit: int | None = None  # on new tokens; None for 4 more than in the longest right answer of a batch
 
@@ -79,12 +77,12 @@ def batches_by_length(encoded: Sequence[Sized], size: int) -> list[list[int]]:
 @torch.no_grad()
 def _by_example(
     model: nn.Module,
-    encoded: Sequence[Any],
+    encoded: Rows,
     batch_size: int,
-    call: Callable[[list[Any], tqdm], list[T]],
+    call: Callable[[Rows, tqdm], list[T]],
     title: str,
     unit: str = "batch",
-    units: Callable[[list[Any]], int] = lambda rows: 1,
+    units: Callable[[Rows], int] = lambda rows: 1,
 ) -> list[T]:
     """The results of `call` for each example, in order; the model is in eval mode, and in its former one afterwards."""
     # Rank k computes batches k, k + world_size, ... The progress bar, which `call` advances, is over their units.
@@ -115,11 +113,9 @@ def example_losses(model: nn.Module, batch: Batch) -> list[float]:
     """Each example's mean loss in nats per token; removes `labels` from the batch."""
     # Without labels the model computes no loss, whose mean would be over all tokens of the batch.
     device = next(model.parameters()).device
-    labels = batch.pop("labels")[:, 1:].to(device)
-    logits = model(**to_device(batch, device)).logits[:, :-1]
-    # fp32: bf16 logits would round each token's loss; [batch, vocabulary, tokens] is cross_entropy's layout
-    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return (losses.sum(1) / (labels != -100).sum(1)).tolist()
+    labels = batch.pop("labels").to(device)
+    losses = token_losses(model(**to_device(batch, device)).logits, labels)
+    return (losses.sum(1) / (labels[:, 1:] != IGNORED).sum(1)).tolist()
 
 
 def token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
@@ -164,7 +160,7 @@ class LanguageModeling:
     def __init__(self, template: bool = False) -> None:
         self.template = template
 
-    def load_model(self, folder: str, dtype: torch.dtype) -> Any:
+    def load_model(self, folder: str, dtype: torch.dtype) -> PreTrainedModel:
         """The model of a folder or hub id."""
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
@@ -216,28 +212,23 @@ class Classification:
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
-        self.index = {label: i for i, label in enumerate(self.classes)}
 
     @classmethod
     def of(cls, train: Sequence[Example], held_out: Sequence[Example]) -> Classification:
         """The problem that labels make: numbers of which any has a point (2.5) are values, others are classes."""
         labels = [example.label for example in train if example.label is not None]
         if all(isinstance(label, int | float) for label in labels) and any(isinstance(v, float) for v in labels):
-            for example in held_out:
-                if _number(example.completion) is None:
-                    raise ValueError(f"the training labels are numbers, and a held-out one is {example.completion!r}")
-                if example.score not in OF_VALUES:
-                    raise ValueError(
-                        f"--score {example.score} counts equal labels, and these are values: --score pearson"
-                    )
+            for one in held_out:
+                if _number(one.completion) is None:
+                    raise ValueError(f"the training labels are numbers, and a held-out one is {one.completion!r}")
+                if one.score not in OF_VALUES:
+                    raise ValueError(f"--score {one.score} counts equal labels, and these are values: --score pearson")
             return cls(())
         texts = {str(label) for label in labels}  # numbers come first, by their value
         classes = sorted(texts, key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
-        for example in held_out:
-            if example.completion not in classes:
-                raise ValueError(
-                    f"the held-out label {example.completion} is none of the training labels: {_shown(classes)}"
-                )
+        unknown = next((one.completion for one in held_out if one.completion not in classes), None)
+        if unknown is not None:
+            raise ValueError(f"the held-out label {unknown} is none of the training labels: {_shown(classes)}")
         if len(classes) < 2:
             raise ValueError(f"every training example has the label {classes[0]}: there is nothing to tell apart")
         asked = {example.score for example in held_out}
@@ -250,7 +241,7 @@ class Classification:
             return cls(classes)
         raise ValueError(f"{wrong}, and the labels are {_shown(classes)}: label or matthews")
 
-    def load_model(self, folder: str, dtype: torch.dtype) -> Any:
+    def load_model(self, folder: str, dtype: torch.dtype) -> PreTrainedModel:
         """A model with a head of as many outputs as there are classes, or one."""
         names = dict(enumerate(self.classes)) or {0: "value"}
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -277,7 +268,7 @@ class Classification:
         """A text or a pair, cut at `max_length` tokens, and its target."""
         inputs = tokenizer(example.prompt, example.pair or None, truncation=True, max_length=max_length)
         label = example.completion
-        return EncodedText(dict(inputs), self.index[label] if self.classes else float(label))
+        return EncodedText(dict(inputs), self.classes.index(label) if self.classes else float(label))
 
     def collator(self, tokenizer: Tokenizer, model: PreTrainedModel) -> Collate:
         """See `TextCollator`. Decoders read a row's last token, which they find by the padding token."""
@@ -291,8 +282,7 @@ class Classification:
 
     def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
         """The mean loss alone."""
-        losses, _ = self._predict(model, tokenizer, held_out, "")
-        return sum(losses) / len(losses)
+        return self.evaluate(model, tokenizer, held_out, "").loss
 
     def _predict(
         self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str

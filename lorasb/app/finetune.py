@@ -25,12 +25,10 @@ from .data import digest, load_examples
 from .prepare import Run, device, load_adapters, prepare, save_adapter
 from .reinforce import grpo_trainer, judge_of
 from .results import Result
-from .run_folder import FINISHED, NEW, RunFolder, Start, State, Values, identity_of
+from .run_folder import FINISHED, NEW, RunFolder, Start, State, identity_of
 from .settings import Settings
 from .terminal import Stop, console, errors
 from .train import find_rate, run_trainer, train
-
-GO_ON = "stopped: rerun the same command to resume"
 
 
 def run_finetune(settings: Settings) -> Result:
@@ -41,36 +39,34 @@ def run_finetune(settings: Settings) -> Result:
     current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
     if settings.rl is not None:
         judge_of(settings)  # raises where `--rl` names no reward
-    with joined() as processes, Stop(GO_ON) as stop, ExitStack() as held:
+    with joined() as processes, Stop() as stop, ExitStack() as held:
         settings.check_processes(processes.world_size)
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
         resolved = {"dtype": precision.name, "device": device(), "processes": processes.world_size}
-        identity = identity_of(settings, **resolved, examples=digest(*examples))
-        folder = RunFolder(settings.output)
-        state = _look_up_state(folder, settings, identity, processes, held)
+        folder = RunFolder(settings, identity_of(settings, **resolved, examples=digest(*examples)))
+        state = _look_up_state(folder, processes, held)
         if state.kind == FINISHED:
             return results.load(folder.folder)
         if settings.basis is not None and state.kind == NEW:
             card_of(settings)  # before the model is loaded and evaluated
-        if settings.dtype != "auto" and device() == "cpu" and processes.rank == 0:
-            line = slowdown_message(settings.dtype)  # if this CPU has no native products in it
-            if line is not None:
-                errors.print(f"[bold yellow]lorasb:[/] {line}", highlight=False)
-        run = prepare(settings, examples)
         is_first_rank = processes.rank == 0
+        asked = settings.dtype != "auto" and device() == "cpu" and is_first_rank
+        if asked and (line := slowdown_message(settings.dtype)):  # if this CPU has no native products in it
+            errors.print(f"[bold yellow]lorasb:[/] {line}", highlight=False)
+        run = prepare(settings, examples)
         if is_first_rank:
-            folder.begin(state, settings, identity)
+            folder.begin(state)
         processes.all_gather(0)  # barrier: no rank reads the folder before rank 0 has cleared an earlier run's files
         before = folder.before() or run.evaluate("held-out problems, before")
         if is_first_rank:
             folder.save_before(before)
         report, seconds = _start(run, folder, is_first_rank)
         make = run_trainer if settings.rl is None else grpo_trainer
-        trained = train(run, make, folder.checkpoints, identity, state.checkpoint, stop)
+        trained = train(run, make, folder, state.checkpoint, stop)
         after = run.evaluate("held-out problems, after")
-        summary = results.summarize(run, before, after, seconds, trained, identity)
-        result = Result(summary, run.held_out, before, after, report)
+        summary = results.summarize(run, before, after, seconds, trained) | {"identity": folder.identity}
+        result = Result(summary, run.held_out.examples, before, after, report)
         if is_first_rank:
             results.save(run, result, trained.history)
             folder.end()
@@ -78,15 +74,13 @@ def run_finetune(settings: Settings) -> Result:
     return result
 
 
-def _look_up_state(
-    folder: RunFolder, settings: Settings, identity: Values, processes: Processes, held: ExitStack
-) -> State:
+def _look_up_state(folder: RunFolder, processes: Processes, held: ExitStack) -> State:
     """State of the run in the folder, read and locked by rank 0; its errors are raised on every rank."""
     state = None
     with processes.together("looking for an earlier run"):
         if processes.rank == 0:  # alone: on other hosts the folder may be another one
             held.enter_context(locked(folder.folder))
-            state = folder.look(settings, identity)
+            state = folder.look()
     shared_state = State(**processes.gather_json(state.__dict__ if state else None)[0])
     for line in shared_state.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

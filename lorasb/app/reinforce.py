@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Sampler
 
+import lorasb
+
 from ..compat.transformers import on_one_device
+from ..init.sampling import Batch
 from ..training.reinforcement import RewardError, checked_rewards
 from ..training.vllm_sampler import VLLMSampler
 from .evaluation import token_limit
@@ -25,6 +29,7 @@ from .tokenize import messages_of
 from .train import argument_values
 
 SECONDS = 60.0  # that the rewards of a step may take
+REWARD_SAMPLES = 32  # prompts of a start on rewards
 Judge = Callable[[Sequence[str], Sequence[Example]], list[float]]  # completions and their examples
 Prompt = str | list[dict[str, str]]  # a text, or a chat before its last answer
 
@@ -108,7 +113,28 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
     return judge
 
 
-def grpo_trainer(run: Run, folder: Path) -> Any:
+def rewarded(run: Run) -> Iterator[Batch]:
+    """Completions of some prompts, sampled and scored, as many as the initialization takes samples."""
+    settings, judge = run.settings, judge_of(run.settings)
+    examples = {json.dumps(prompt_of(run, example)): example for example in run.train}  # each prompt once
+
+    def reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        return judge(completions, [examples[json.dumps(prompt)] for prompt in prompts])
+
+    batches = lorasb.reward_batches(
+        run.model,
+        run.tokenizer,
+        [json.loads(prompt) for prompt in list(examples)[: settings.samples or REWARD_SAMPLES]],
+        reward,
+        generations=settings.generations,
+        max_new_tokens=token_limit(run.train_ids, settings.max_new_tokens),
+        temperature=settings.temperature,
+        seed=settings.seed,
+    )
+    return iter(batches)
+
+
+def grpo_trainer(run: Run, folder: Path) -> MarkedCheckpoints:
     """A GRPO trainer of the run's prompts."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -116,18 +142,18 @@ def grpo_trainer(run: Run, folder: Path) -> Any:
     class RunGRPOTrainer(MarkedCheckpoints, GRPOTrainer):
         """GRPO with marked checkpoints, and an order of prompts that a resumed run has too."""
 
-        order: _PromptOrder
-
         def _get_train_sampler(self, dataset: object = None) -> Sampler:
-            order.sampler = super()._get_train_sampler(dataset)
-            return order.sampler
+            sampler: Any = super()._get_train_sampler(dataset)
+            # by itself it continues from the epoch before, which a resumed run skips
+            self.set_epoch = lambda epoch: sampler.generator.manual_seed(settings.seed + epoch)
+            return sampler
 
     def reward(completions: Sequence[Prompt], example: Sequence[int], **columns: object) -> list[float | None]:
         """Rewards of completions, which are texts or chats of one message."""
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
         return [*judge(texts, [run.train[i] for i in example])]
 
-    settings, order, judge = run.settings, _PromptOrder(run.settings.seed), judge_of(run.settings)
+    settings, judge = run.settings, judge_of(run.settings)
     values = argument_values(run, folder) | {
         "num_generations": settings.generations,
         "max_completion_length": token_limit(run.train_ids, settings.max_new_tokens),
@@ -137,7 +163,7 @@ def grpo_trainer(run: Run, folder: Path) -> Any:
         "bf16": False,  # weights have the run's own dtype, and autocast would round R's products again
     }
     run.tokenizer.padding_side = "left"
-    made = RunGRPOTrainer(
+    return RunGRPOTrainer(
         model=run.model,
         reward_funcs=reward,
         args=on_one_device(GRPOConfig(**values)),
@@ -145,20 +171,6 @@ def grpo_trainer(run: Run, folder: Path) -> Any:
         processing_class=run.tokenizer,
         rollout_func=VLLMSampler(settings.sampler) if settings.sampler else None,
     )
-    made.order = order
-    return made
-
-
-class _PromptOrder:
-    """Seeds TRL's sampler for each epoch: by itself it continues from the epoch before, which a resumed run skips."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.sampler: Any = None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin the order of an epoch; the first one's is TRL's own."""
-        self.sampler.generator.manual_seed(self.seed + epoch)
 
 
 def prompt_of(run: Run, example: Example) -> Prompt:

@@ -9,7 +9,8 @@ import math
 import resource
 import shlex
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,13 +30,13 @@ from ..utils import plotting
 from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.plotting import GRAD, INK, MUTED, SIGN
 from ..utils.precision import processor_class, resolve
-from ..utils.reading import parse_json, read_json, read_text
+from ..utils.reading import Json, parse_json, read_json, read_text
 from .adapter import REPORT_NAME, load_report
 from .config_file import CONFIG_NAME, read_config
-from .data import INSTRUCTION, STEP_BY_STEP, describe_data
+from .data import INSTRUCTION, STEP_BY_STEP
 from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
-from .prepare import Run, by_adapter, device, load_model, save_adapter
-from .run_folder import ANSWERS_NAME, SUMMARY_NAME, Values, record
+from .prepare import Run, device, load_model, save_adapter
+from .run_folder import ANSWERS_NAME, SUMMARY_NAME, record
 from .settings import EMBEDDED, Settings, listed
 from .tasks import Example
 from .terminal import console
@@ -49,18 +50,17 @@ SAVED = ("prompt", "completion", "source", "score", "adapter")  # of an example,
 class Result:
     """The results of a run: summary.json, held-out examples with answers before and after, and the init report."""
 
-    summary: Values
-    examples: list[Example]
+    summary: Json
+    examples: Sequence[Example]
     before: Evaluation
     after: Evaluation
     report: InitReport | None
 
 
-def summarize(
-    run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained, identity: Values
-) -> Values:
-    """The content of summary.json, without the adapter's size, which `save` adds."""
-    by_set = {at: score_by("source", run.held_out, e.answers) for at, e in (("before", before), ("after", after))}
+def summarize(run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained) -> Json:
+    """The content of summary.json, without the run's identity, and the adapter's size, which `save` adds."""
+    examples, said = run.held_out.examples, {"before": before.answers, "after": after.answers}
+    by_set = {at: score_by("source", examples, answers) for at, answers in said.items()}
     base_params, base_bytes = base_size(run.model)
     # tokens: with `--rl` those that were sampled, and their prompts
     sampled = [float(entry["num_tokens"]) for entry in trained.history if "num_tokens" in entry]
@@ -70,9 +70,9 @@ def summarize(
         "eval_accuracy_before": before.accuracy,
         "eval_accuracy_after": after.accuracy,
         "eval_accuracy_by_set": by_set if len(by_set["before"]) > 1 else {"before": {}, "after": {}},
-        "adapters": by_adapter(run, before.answers, after.answers),
-        "eval_scores": sorted({example.score for example in run.held_out}),
-        "eval_examples": len(run.held_out),
+        "adapters": _by_adapter(run, said),
+        "eval_scores": sorted({example.score for example in examples}),
+        "eval_examples": len(examples),
         "trainable_params": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "base_params": base_params,
         "base_bytes": base_bytes,
@@ -94,11 +94,23 @@ def summarize(
         "prompt_format": prompt_format(run),
         "classes": list(run.problem.classes) if isinstance(run.problem, Classification) else None,
         "config": asdict(run.settings),
-        "identity": identity,
     }
 
 
-def save(run: Run, result: Result, history: list[Values]) -> None:
+def _by_adapter(run: Run, said: dict[str, list[str]]) -> Json:
+    """Training examples of each adapter, and the scores of its held-out ones before and after."""
+    if not run.adapters:
+        return {}
+    trained, held_out = (Counter(example.adapter for example in part) for part in (run.train, run.held_out.examples))
+    scores = {at: score_by("adapter", run.held_out.examples, answers) for at, answers in said.items()}
+    return {
+        name: {"train_examples": trained[name], "eval_examples": held_out[name]}
+        | {at: found[name] for at, found in scores.items() if name in found}
+        for name in run.adapters
+    }
+
+
+def save(run: Run, result: Result, history: list[Json]) -> None:
     """Write the run's files; the summary gets the adapter's size and is written last."""
     settings, folder, summary, report = run.settings, Path(run.settings.output), result.summary, result.report
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
@@ -115,8 +127,7 @@ def save(run: Run, result: Result, history: list[Values]) -> None:
     if plotting.installed():
         if report is not None and report.energy_sign is not None:
             report.plot(folder / "energy.png")
-        data = describe_data(settings, len(run.train_ids))
-        title = f"{settings.method}, r={summary['rank']}: {data}, lr {run.lr:g}"
+        title = f"{settings.method}, r={summary['rank']}: {run.data}, lr {run.lr:g}"
         plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     else:
         console.print("no pictures, as matplotlib is not installed: pip install matplotlib", highlight=False)
@@ -159,7 +170,7 @@ def base_size(model: nn.Module) -> tuple[int, int]:
 SMOOTHING = 0.75  # weight of the past in the moving average, about four steps
 
 
-def plot_loss(history: list[Values], before: float, after: float, path: Path, title: str) -> None:
+def plot_loss(history: list[Json], before: float, after: float, path: Path, title: str) -> None:
     """Plot the training loss by step, raw and smoothed, and the held-out loss before and after, into a PNG."""
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     figure, axes = plotting.canvas()
@@ -168,8 +179,7 @@ def plot_loss(history: list[Values], before: float, after: float, path: Path, ti
     axes.plot(steps, smoothed(losses), color=SIGN, linewidth=2, label="training loss, smoothed")
     last = max(steps)
     axes.plot([0, last], [before, after], "o", color=GRAD, markersize=8, zorder=5, label="held-out loss")
-    for x, y, side in ((0, before, "left"), (last, after, "right")):
-        offset = (10, 0) if side == "left" else (-6, 12)
+    for x, y, side, offset in ((0, before, "left", (10, 0)), (last, after, "right", (-6, 12))):
         axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=offset, ha=side, color=INK)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend(frameon=False)
@@ -243,15 +253,14 @@ def answers(
             yield generate_answers(model, tokenizer, [encoded], limit)[0]
 
 
-def _read(run: Path) -> tuple[Values, Settings]:
+def _read(run: Path) -> tuple[Json, Settings]:
     """A finished run's summary and settings."""
-    if not (run / SUMMARY_NAME).is_file():
+    file = run / SUMMARY_NAME
+    if not file.is_file():
         raise ValueError(f"expected the folder of a finished run, found no {SUMMARY_NAME} in {run}")
-    summary = read_json(run / SUMMARY_NAME)
+    summary = read_json(file)
     if "prompt_format" not in summary:
-        raise ValueError(
-            f"{run / SUMMARY_NAME} does not say how questions are put: an earlier version of lorasb wrote it"
-        )
+        raise ValueError(f"{file} does not say how questions are put: an earlier version of lorasb wrote it")
     return summary, Settings(**read_config(run / CONFIG_NAME, {one.name: kind for one, kind in listed(Settings)}))
 
 
@@ -264,7 +273,7 @@ def _questions() -> Iterator[str]:
                 yield line
 
 
-def how_to(summary: Values, folder: Path, question: str = "QUESTION") -> dict[str, str]:
+def how_to(summary: Json, folder: Path, question: str = "QUESTION") -> dict[str, str]:
     """Commands that use what a run has trained, for its last lines and its model card: in a shell and in Python."""
     names = sorted(summary["adapters"] or ())
     extra = f" --adapter {names[0]}" if names else ""
@@ -274,7 +283,7 @@ def how_to(summary: Values, folder: Path, question: str = "QUESTION") -> dict[st
     return {"command": command, "python": "\n".join(_python(summary, folder))}
 
 
-def _python(summary: Values, folder: Path) -> Iterator[str]:
+def _python(summary: Json, folder: Path) -> Iterator[str]:
     base, classes, kind = summary["config"]["model"], summary["classes"], summary["prompt_format"]
     load = "AutoModelForCausalLM.from_pretrained(base)"
     if classes is not None:

@@ -11,27 +11,25 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
+
+from torch import nn
+from transformers import Trainer
 
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes
 from ..utils.atomic_files import replacing_folder, sha256, write_json
 from ..utils.checks import matches
-from ..utils.reading import read_json
+from ..utils.reading import Json, read_json
 from .config_file import CONFIG_NAME, write_config
 from .evaluation import Evaluation
 from .settings import Settings, listed, option
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import TrainerState, TrainingArguments
-
 T = TypeVar("T")
-Values = dict[str, Any]  # what a JSON file of a run holds: its identity, or its summary
 # Written last: a folder without it was interrupted while being written, and files of other contents are damaged.
 MARK = "complete.json"
 
@@ -42,7 +40,7 @@ class Mark:
 
     step: int
     seconds: float  # training time up to this step, over all starts
-    identity: Values  # of the run, see `run_folder.identity_of`
+    identity: Json  # of the run, see `run_folder.identity_of`
     files: dict[str, str]  # name -> SHA-256
 
 
@@ -57,7 +55,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
-def mark_complete(folder: Path, seconds: float, identity: Values) -> None:
+def mark_complete(folder: Path, seconds: float, identity: Json) -> None:
     """Mark a checkpoint as complete, then remove complete checkpoints older than the last two."""
     write_json(folder / MARK, Mark(step_of(folder), seconds, identity, digests(folder)).__dict__)
     for old in complete_checkpoints(folder.parent)[:-2]:  # the one before, in case the last gets damaged
@@ -70,7 +68,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
-def record(kind: type[T], values: Values) -> T:
+def record(kind: type[T], values: Json) -> T:
     """A dataclass from values of a file; a TypeError if they are not those of its fields."""
     made = kind(**values)
     for name, hint in get_type_hints(kind).items():
@@ -80,7 +78,7 @@ def record(kind: type[T], values: Values) -> T:
 
 
 def read_record(kind: type[T], file: Path) -> T | None:
-    """A dataclass from a JSON file; None if the file is missing or damaged."""
+    """A dataclass, or a dict, from a JSON file; None if the file is missing or damaged."""
     with suppress(OSError, ValueError, TypeError):
         return record(kind, read_json(file))
     return None
@@ -120,18 +118,9 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 SUMMARY_NAME, ANSWERS_NAME = "summary.json", "answers.json"
+PICTURES = ("loss.png", "energy.png")
 # The summary first: without it the folder has no finished run.
-RESULT_NAMES = (
-    SUMMARY_NAME,
-    ANSWERS_NAME,
-    CONFIG_NAME,
-    "adapter",
-    "lora",
-    "report.json",
-    "loss.png",
-    "energy.png",
-    "tensorboard",
-)
+RESULT_NAMES = (SUMMARY_NAME, ANSWERS_NAME, CONFIG_NAME, "adapter", "lora", "report.json", *PICTURES, "tensorboard")
 OWN_NAMES = RUN_NAME, BEFORE_NAME, START_NAME = "run.json", "before.json", "start"  # in checkpoints/
 
 
@@ -141,8 +130,8 @@ class State:
 
     kind: str
     checkpoint: str | None = None
-    lines: list[str] = field(default_factory=list)  # messages for the user
-    left_out: list[str] = field(default_factory=list)  # incomplete and damaged checkpoints, and a damaged start
+    lines: Sequence[str] = ()  # messages for the user
+    left_out: Sequence[str] = ()  # incomplete and damaged checkpoints, and a damaged start
 
 
 @dataclass(frozen=True)
@@ -156,34 +145,35 @@ class Start:
 
 
 class RunFolder:
-    """The files of an unfinished run."""
+    """The files of an unfinished run with these settings and this identity."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, settings: Settings, identity: Json) -> None:
+        self.settings, self.identity = settings, identity
+        self.folder = Path(settings.output)
         self.checkpoints = self.folder / "checkpoints"
         self.start = self.checkpoints / START_NAME
 
-    def look(self, settings: Settings, identity: Values) -> State:
-        """Return the state of the run with this identity, as `--resume` selects it; change nothing."""
+    def look(self) -> State:
+        """Return the state of the run, as `--resume` selects it; change nothing."""
         self._refuse_foreign()
-        if settings.resume == "never":
+        if self.settings.resume == "never":
             line = f"the results of the run in {self.folder} are moved to {self._free_former()}"
             return State(NEW, None, [line] if (self.folder / SUMMARY_NAME).exists() else [])
-        running = _read(self.checkpoints / RUN_NAME)
+        running = read_record(dict, self.checkpoints / RUN_NAME)
         if running is None and (self.checkpoints / RUN_NAME).exists():
             raise ValueError(
                 f"{self.checkpoints / RUN_NAME} cannot be read, and says whose checkpoints lie there: make it "
                 "readable, or --resume never to start over"
             )
-        if settings.resume != "auto":
-            return self._look_at_checkpoint(Path(settings.resume), running, identity)
+        if self.settings.resume != "auto":
+            return self._look_at_checkpoint(Path(self.settings.resume), running)
         # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
-        finished = (_read(self.folder / SUMMARY_NAME) or {}).get("identity")
+        finished = (read_record(dict, self.folder / SUMMARY_NAME) or {}).get("identity")
         if finished is not None and running in (None, finished):
-            self._check_same(finished, identity)
+            self._check_same(finished)
             line = f"the run in {self.folder} is finished: these are its results (--resume never runs it again)"
             return State(FINISHED, None, [line])
-        return State(NEW) if running is None else self._look_at_last(running, identity)
+        return State(NEW) if running is None else self._look_at_last(running)
 
     def _refuse_foreign(self) -> None:
         """Raise a ValueError if `checkpoints/` has files that no run of lorasb wrote: a run clears that folder."""
@@ -197,7 +187,7 @@ class RunFolder:
                     "move it away"
                 )
 
-    def _look_at_checkpoint(self, path: Path, running: Values | None, identity: Values) -> State:
+    def _look_at_checkpoint(self, path: Path, running: Json | None) -> State:
         """Resume the run from this checkpoint, which the user named."""
         if not path.is_dir():
             raise ValueError(f"--resume is auto, never or the folder of a checkpoint, and there is none at {path}")
@@ -208,15 +198,15 @@ class RunFolder:
                 f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: --resume auto takes the "
                 "last whole one of the run in --output"
             )
-        if different := differences(mark.identity, identity):
+        if different := differences(mark.identity, self.identity):
             raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
         if running is not None:
-            self._check_same(running, identity)
+            self._check_same(running)
         return State(UNFINISHED, str(path), [f"resuming from {path}, step {mark.step}"])
 
-    def _look_at_last(self, running: Values, identity: Values) -> State:
+    def _look_at_last(self, running: Json) -> State:
         """Resume the run from its last complete checkpoint, or from its start."""
-        self._check_same(running, identity)
+        self._check_same(running)
         best, faults = last_checkpoint(self.checkpoints)
         start = self.load_start()
         if start and (wrong := find_fault(self.start, start.files)):
@@ -226,14 +216,14 @@ class RunFolder:
         lines.append(f"resuming the run in {self.folder}: {where}")
         return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
 
-    def _check_same(self, saved: Values, identity: Values) -> None:
-        if different := differences(saved, identity):
+    def _check_same(self, saved: Json) -> None:
+        if different := differences(saved, self.identity):
             raise ValueError(
                 f"{self.folder} has a run with other settings: {different}. Take another --output, or --resume never "
                 "to start over in this one"
             )
 
-    def begin(self, state: State, settings: Settings, identity: Values) -> None:
+    def begin(self, state: State) -> None:
         """Prepare the folder: set an earlier run's files aside, remove broken checkpoints, write the run's identity."""
         if state.kind == NEW:
             self._set_aside()
@@ -241,8 +231,8 @@ class RunFolder:
         for broken in state.left_out:
             shutil.rmtree(broken, ignore_errors=True)
         # After the clean-up: run.json claims the folder, so nothing of another run may be left when it appears.
-        write_json(self.checkpoints / RUN_NAME, identity)
-        write_config(self.folder / CONFIG_NAME, settings)
+        write_json(self.checkpoints / RUN_NAME, self.identity)
+        write_config(self.folder / CONFIG_NAME, self.settings)
 
     def before(self) -> Evaluation | None:
         """The saved evaluation before training; None if it has to be computed again."""
@@ -287,17 +277,16 @@ class RunFolder:
         return next(path for name in names if not (path := self.folder / name).exists())
 
 
-def identity_of(settings: Settings, **resolved: object) -> Values:
+def identity_of(settings: Settings, **resolved: object) -> Json:
     """Identity of a run: the settings that determine its result, and resolved dtype, device, processes and examples."""
     deciding = asdict(settings)
     for name in ("output", "resume", "save_steps", "report_to"):
         del deciding[name]
     # through JSON, so that it compares equal to what was read from a file (tuples become lists)
-    identity: Values = json.loads(json.dumps(deciding | resolved))
-    return identity
+    return json.loads(json.dumps(deciding | resolved))
 
 
-def differences(saved: Values, current: Values) -> str:
+def differences(saved: Json, current: Json) -> str:
     """Differences between two identities, by option name, as text; "" if there are none."""
     settings = {setting.name for setting, _ in listed(Settings)}
     messages = []
@@ -314,25 +303,12 @@ def differences(saved: Values, current: Values) -> str:
     return ", ".join(messages)
 
 
-def _read(file: Path) -> Values | None:
-    """A JSON file's object; None if the file is missing, damaged or no object."""
-    with suppress(OSError, ValueError):
-        return read_json(file)
-    return None
+class MarkedCheckpoints(Trainer):
+    """Marks its checkpoints as complete, or removes what could not be written."""
 
-
-class MarkedCheckpoints:
-    """To be inherited before a Trainer: marks its checkpoints as complete, or removes what could not be written."""
-
-    identity: Values  # of the run
-    earlier_seconds: float  # seconds of training in earlier starts of the run
-    train_started: float  # `time.perf_counter()` when this start's training began
-    args: TrainingArguments
-    state: TrainerState
-
-    def elapsed(self) -> float:
-        """Seconds of training so far, over all starts."""
-        return self.earlier_seconds + time.perf_counter() - self.train_started
+    identity: Json  # of the run
+    started: float  # `time.perf_counter()` when training began, less the seconds of earlier starts
+    set_epoch: Callable[[int], object]  # begins the order of an epoch's examples
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -341,7 +317,7 @@ class MarkedCheckpoints:
             # The folder is written again after a resume from before it: it must not count as complete meanwhile.
             (folder / MARK).unlink(missing_ok=True)
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
         except Exception as caught:  # a full disk: torch and safetensors raise types of their own
             error = caught
         try:
@@ -349,7 +325,7 @@ class MarkedCheckpoints:
             Processes().raise_on_every_rank(error, "saving a checkpoint")
             if writes:
                 share(folder)  # before the mark, which lists the files and their sizes
-                mark_complete(folder, self.elapsed(), self.identity)
+                mark_complete(folder, time.perf_counter() - self.started, self.identity)
         except Exception as caught:
             if writes:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
 from ..constants import MAX_RANK
 from ..utils.checks import MAX_LR, check_pattern
@@ -23,11 +23,11 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_rules(settings: Settings | InitSettings) -> None:
-    """Check a dataclass of settings against the rules of its fields."""
+def check_rules(settings: Settings) -> None:
+    """Check settings against the rules of their fields."""
     for item in fields(settings):
         value, rules = getattr(settings, item.name), item.metadata
-        if "help" not in rules or (value is None and item.default is None):
+        if value is None and item.default is None:
             continue
         if value is None:
             raise ValueError(f"{option(item.name)} expects a value, got auto, which --lr, --epochs and --eta take")
@@ -50,22 +50,22 @@ SAVE_STEPS = (lambda value: re.fullmatch(r"auto|0*[1-9]\d*", value)), "must be a
 FOLDER = str.strip, "has to name a folder"  # "" would be the current folder, which a run clears of checkpoints
 
 
-def target_names(value: str) -> list[str] | None:
-    """The names in a comma-separated list; None for a regular expression."""
+def targets(value: str | None) -> str | list[str]:
+    """`--target-modules` as PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
+    if value is None or value == "all-linear":
+        return "all-linear"
     names = [name.strip() for name in value.split(",")]
-    return names if all(re.fullmatch(r"[\w.-]+", name) for name in names) else None
+    return names if all(re.fullmatch(r"[\w.-]+", name) for name in names) else value
 
 
 def check_layers(settings: Settings) -> None:
     """Raise a ValueError for a model, layers or ranks that no run can have."""
+    model = settings.model
     # The hub would call a path a bad id.
-    path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
-    if path and not Path(settings.model).expanduser().is_dir():
-        raise ValueError(
-            f"--model {settings.model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M"
-        )
-    if settings.target_modules is not None and target_names(settings.target_modules) is None:
-        check_pattern(settings.target_modules, "--target-modules")
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+        raise ValueError(f"--model {model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M")
+    if isinstance(pattern := targets(settings.target_modules), str):
+        check_pattern(pattern, "--target-modules")
     largest = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)
     if settings.method != "lora" and largest > MAX_RANK:  # plain LoRA has no such limit
         raise ValueError(f"--r must be at most {MAX_RANK}, got {largest}: a layer trains r x r numbers")
@@ -152,60 +152,50 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-INIT_OUTPUT = "runs/init"
 
 
 class Group:
     """A heading of the help and of the documentation; called, it makes a setting under it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, init: str = "") -> None:
+        self.name, self.init = name, init
 
     def __call__(self, default: T, text: str, *, init: str = "", shown: str | None = None, **rules: object) -> T:
         """A dataclass field that is a setting; its metadata makes the option and its documentation."""
-        init = text if init == "same" else init  # help for `lorasb init`, which lacks a setting without it
+        init = init or self.init  # help for `lorasb init`, which lacks a setting without it
+        init = text if init == "same" else init
         metadata = {"help": text, "group": self.name, "init": init, "shown": shown, **rules}
         return field(default=default, metadata=metadata)
 
 
-MODEL, DATA, REINFORCEMENT, ADAPTER = Group("model"), Group("data"), Group("reinforcement"), Group("adapter")
-TRAINING, RUN, INITIALIZATION = Group("training"), Group("run"), Group("initialization")
+MODEL, INITIALIZATION = Group("model", init="same"), Group("initialization", init="same")
+DATA, REINFORCEMENT, ADAPTER = Group("data"), Group("reinforcement"), Group("adapter")
+TRAINING, RUN = Group("training"), Group("run")
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of a run; saved in its config.yaml and its summary."""
 
-    model: str = MODEL(EMBEDDED, "Model folder or Hugging Face Hub ID.", main=True, init="same")
+    model: str = MODEL(EMBEDDED, "Model folder or Hugging Face Hub ID.")
     dtype: str = MODEL(
         "auto",
         f"{', '.join(DTYPES)}; auto picks bfloat16 where the hardware supports it, else float32.",
-        main=True,
-        init="same",
         choices=DTYPES,
     )
     bits: int = MODEL(
-        16,
-        "Bits per weight of the base model: 16 (in --dtype), or 4 (NF4, double quantization).",
-        main=True,
-        init="same",
-        check=BITS,
+        16, "Bits per weight of the base model: 16 (in --dtype), or 4 (NF4, double quantization).", check=BITS
     )
     task: str | None = DATA(
-        None,
-        f"Task to generate when --data is not given: {', '.join(TASKS)}.",
-        main=True,
-        init="same",
-        shown=DEFAULT_TASK,
+        None, f"Task to generate when --data is not given: {', '.join(TASKS)}.", init="same", shown=DEFAULT_TASK
     )
     data: str | None = DATA(
         None,
         "Training data: JSONL with prompt/completion, messages or text/label; Alpaca JSON; or a name (docs/data.md).",
-        main=True,
         init="same",
     )
     eval_data: str | None = DATA(
-        None, "Held-out data in the same formats; separate several with commas.", main=True, shown="a tenth of --data"
+        None, "Held-out data in the same formats; separate several with commas.", shown="a tenth of --data"
     )
     adapter_column: str | None = DATA(
         None, "Column of --data that names each row's adapter; the adapters share one basis and train together."
@@ -246,15 +236,11 @@ class Settings:
     )
     temperature: float = REINFORCEMENT(1.0, "Sampling temperature for --rl.", positive=True)
     method: str = ADAPTER(
-        "lora-sb",
-        "Adapter method: lora-sb, lora-xs, or PEFT's lora.",
-        main=True,
-        choices=("lora-sb", "lora-xs", "lora"),
+        "lora-sb", "Adapter method: lora-sb, lora-xs, or PEFT's lora.", choices=("lora-sb", "lora-xs", "lora")
     )
     r: int | None = ADAPTER(
         None,
         "Rank, at most 256. Use --rank under torchrun, which reserves --r.",
-        main=True,
         init="Rank, at most 256.",
         positive=True,
         also=("--rank",),
@@ -296,7 +282,6 @@ class Settings:
         None,
         f"Peak learning rate; auto measures it for LoRA-SB, and uses {DEFAULT_RATE:g} with --rl, "
         "--eta or another method.",
-        main=True,
         check=RATE,
         shown="auto",
         init="Peak learning rate of the training that follows.",
@@ -308,7 +293,6 @@ class Settings:
     epochs: float | None = TRAINING(
         None,
         f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps, in at most {MOST_EPOCHS} passes.",
-        main=True,
         positive=True,
         init="Passes of the training that follows, which set its number of warm-up steps.",
         shown="auto",
@@ -316,7 +300,6 @@ class Settings:
     batch_size: int = TRAINING(
         16,
         "Examples per step, across all processes.",
-        main=True,
         positive=True,
         init="Samples per batch, and examples per step of the training that follows.",
     )
@@ -335,12 +318,10 @@ class Settings:
         "auto", "Save a checkpoint every N steps; auto loses at most ten minutes of work.", check=SAVE_STEPS
     )
     resume: str = RUN(
-        "auto",
-        "auto resumes the run in --output, never starts over, and a checkpoint folder resumes from there.",
-        main=True,
+        "auto", "auto resumes the run in --output, never starts over, and a checkpoint folder resumes from there."
     )
     report_to: str = RUN("none", "Where to log: none, tensorboard or wandb.", choices=("none", "tensorboard", "wandb"))
-    output: str = RUN("runs/finetune", "Folder for all files of the run.", main=True, init="same", check=FOLDER)
+    output: str = RUN("runs/finetune", "Folder for all files of the run.", init="same", check=FOLDER)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))  # the class is frozen
@@ -388,34 +369,32 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class InitSettings:
-    """The settings of `lorasb init` in addition to those that it shares with `lorasb finetune`."""
+class InitSettings(Settings):
+    """The settings of `lorasb init`, which has some of `lorasb finetune` and others."""
 
-    run: Settings
-    strategy: str = INITIALIZATION("auto", "auto, layerwise or accumulate.", init="same")
+    output: str = RUN("runs/init", "Folder for all files of the run.", init="same", check=FOLDER)
+    strategy: str = INITIALIZATION("auto", "auto, layerwise or accumulate.")
     memory_budget: str | None = INITIALIZATION(
-        None, "On top of the model, such as 6GB.", init="same", shown="a training step of 32 samples"
+        None, "On top of the model, such as 6GB.", shown="a training step of 32 samples"
     )
-    cache: str | None = INITIALIZATION(None, "File for the signs: any rank from it later.", init="same")
-    stability: bool = INITIALIZATION(False, "Compare two halves of the samples too.", init="same")
-    energy: float | None = INITIALIZATION(
-        None, "Suggest ranks that keep this share of sign(G).", init="same", check=ENERGY
-    )
-    parameters: int | None = INITIALIZATION(None, "Suggest ranks for this many parameters.", init="same", positive=True)
+    cache: str | None = INITIALIZATION(None, "File for the signs: any rank from it later.")
+    stability: bool = INITIALIZATION(False, "Compare two halves of the samples too.")
+    energy: float | None = INITIALIZATION(None, "Suggest ranks that keep this share of sign(G).", check=ENERGY)
+    parameters: int | None = INITIALIZATION(None, "Suggest ranks for this many parameters.", positive=True)
 
 
-def listed(kind: type) -> Iterator[tuple[Field[Any], Any]]:
-    """The fields of a dataclass that are settings, each with its type without None."""
+def listed(kind: type[Settings]) -> Iterator[tuple[Field, object]]:
+    """The settings of a command, by its dataclass, each with its type without None."""
     # annotations are strings here (`from __future__ import annotations`); get_type_hints evaluates them
     hints = get_type_hints(kind)
     for item in fields(kind):
-        if "help" in item.metadata:
+        if item.metadata["init"] or kind is Settings:
             hint = hints[item.name]
             parts = get_args(hint)
             yield item, next(part for part in parts if part is not type(None)) if type(None) in parts else hint
 
 
-def shown_default(item: Field[Any]) -> str:
+def shown_default(item: Field) -> str:
     """A field's default as text for help and documentation."""
     if item.metadata["shown"]:
         return str(item.metadata["shown"])

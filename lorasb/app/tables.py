@@ -1,4 +1,4 @@
-"""Output of the commands: results of a run, report of an initialization, a plan, an adapter, a cache."""
+"""Output of the commands: results of a run, report of an initialization, a plan, an adapter, a cache, a basis."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from .. import backends  # noqa: F401  registers the backends
 from ..checkpoints.model_card import short
-from ..init import InitReport, RankSuggestion
+from ..init import BasisFit, InitReport, RankSuggestion
 from ..init.cache import CachedGradient
 from ..init.plan import gb
+from ..utils.reading import Json
 from .plan import SAMPLES, MemoryPlan
-from .run_folder import Values
 from .scoring import LABEL_SCORES, is_right
 from .settings import ENOUGH_STEPS
 from .tasks import Example
+
+if TYPE_CHECKING:  # `lorasb plan` and `lorasb doctor` do without
+    from .basis import BasisCard
 
 T = TypeVar("T")
 EXAMPLES_SHOWN = 3
@@ -39,12 +41,9 @@ SCORE_NAMES = {
 }
 
 
-def table_of(title: str, *columns: str, caption: str | None = None) -> Table:
+def table_of(title: str, first: str, *others: str, caption: str | None = None) -> Table:
     """An empty table, whose columns but the first are aligned on the right."""
-    table = Table(title=title, caption=caption)
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left")
-    return table
+    return Table(first, *(Column(name, justify="right") for name in others), title=title, caption=caption)
 
 
 def properties_of(title: str | None, properties: Mapping[str, object], align: JustifyMethod = "left") -> Table:
@@ -56,7 +55,7 @@ def properties_of(title: str | None, properties: Mapping[str, object], align: Ju
     return table
 
 
-def before_and_after(summary: Values) -> Table:
+def before_and_after(summary: Json) -> Table:
     """Held-out loss and accuracy before and after training."""
     title = f"{summary['config']['method']}, r={summary['rank']}: {summary['eval_examples']} held-out problems"
     table = table_of(title, "", "before", "after", "change")
@@ -76,7 +75,7 @@ def basis_line(share: float, random: float) -> str:
     return f"The basis keeps {share:.1%} of the data's first step, a random one {random:.1%}."
 
 
-def _accuracies(summary: Values) -> Iterator[tuple[str, float, float]]:
+def _accuracies(summary: Json) -> Iterator[tuple[str, float, float]]:
     """Score before and after, over all and by set."""
     scores = summary["eval_scores"]
     label = SCORE_NAMES.get(scores[0], "right answers") if len(scores) == 1 else "right answers"
@@ -87,7 +86,7 @@ def _accuracies(summary: Values) -> Iterator[tuple[str, float, float]]:
         yield f"{label}, {name}", by_set["before"][source], by_set["after"][source]
 
 
-def advice(summary: Values) -> Iterator[str]:
+def advice(summary: Json) -> Iterator[str]:
     """Suggest changes for a run that was too short to show anything."""
     steps = summary["train_steps"]
     if steps < FEW_STEPS and summary["eval_accuracy_after"] < GOOD:
@@ -95,7 +94,7 @@ def advice(summary: Values) -> Iterator[str]:
         yield f"{steps} steps are few: --epochs {more} would make about {ENOUGH_STEPS}."
 
 
-def adapters(summary: Values) -> Table:
+def adapters(summary: Json) -> Table:
     """The first adapters of a run that trained several: their examples, and their held-out scores."""
     found = summary["adapters"]
     more = f"; {len(found) - ADAPTERS_SHOWN} more in summary.json" if len(found) > ADAPTERS_SHOWN else ""
@@ -108,7 +107,7 @@ def adapters(summary: Values) -> Table:
     return table
 
 
-def costs(summary: Values) -> Table:
+def costs(summary: Json) -> Table:
     """Trained parameters, file sizes, time and memory of a run."""
     trained, size, several = summary["trainable_params"], summary["adapter_bytes"], len(summary.get("adapters", ()))
     speed = f"{summary['tokens_per_second']:.0f} tokens/s"
@@ -189,7 +188,7 @@ def ranks(suggestion: RankSuggestion) -> Table:
     return table
 
 
-def cache(layers: dict[str, CachedGradient], key: Values, facts: dict[str, object], size: int) -> RenderableType:
+def cache(layers: dict[str, CachedGradient], key: Json, facts: dict[str, object], size: int) -> RenderableType:
     """Return the lines of `lorasb inspect` for a cache of signs: its properties, and its layers by kind."""
     entries = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
     properties = {
@@ -210,7 +209,7 @@ def cache(layers: dict[str, CachedGradient], key: Values, facts: dict[str, objec
     return Group(properties_of("signs of the first full step, for any rank", properties), table)
 
 
-def adapter(config: Values, layers: dict[str, dict[str, torch.Tensor]], size: int) -> RenderableType:
+def adapter(config: Json, layers: dict[str, dict[str, torch.Tensor]], size: int) -> RenderableType:
     """Return the lines of `lorasb inspect` for a saved adapter: its properties, and R by kind of layer."""
     provenance = config.get("init_provenance") or {}
     properties = {
@@ -231,6 +230,24 @@ def adapter(config: Values, layers: dict[str, dict[str, torch.Tensor]], size: in
         shapes = [" x ".join(map(str, members[0][f"lorasb_{part}"].shape)) for part in "ARB"]
         table.add_row(kind, str(len(members)), *shapes, f"{statistics.median(norms):.3g}", f"{largest:.3g}")
     return Group(properties_of("LoRA-SB adapter", properties), table)
+
+
+def card_table(card: BasisCard) -> Table:
+    """The share that a basis keeps of each task's first step."""
+    table = table_of(f"Basis of rank {card.r} for {card.model}", "task", "examples", "kept of its first step")
+    for name, found in card.tasks.items():
+        table.add_row(name, f"{found['examples']:.0f}", f"{found['kept']:.0%}")
+    return table
+
+
+def fit_table(found: BasisFit) -> RenderableType:
+    """The share of a first step that a basis keeps, by kind of layer, and what follows."""
+    table = table_of("Share of the data's first step that the basis keeps", "layers", "number", "mean", "least")
+    for kind, shares in by_kind(found.by_layer.items()).items():
+        table.add_row(kind, str(len(shares)), f"{sum(shares) / len(shares):.1%}", f"{min(shares):.1%}")
+    table.add_section()
+    table.add_row("all", str(len(found.by_layer)), f"{found.share:.1%}", f"{min(found.by_layer.values()):.1%}")
+    return Group(table, basis_line(found.share, found.random))
 
 
 def by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:

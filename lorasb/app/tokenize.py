@@ -5,20 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..init.loss import IGNORED
 from ..init.sampling import Batch
 from ..init.task import modes_restored
 from .tasks import Example
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-
-Collate = Callable[[list[Any]], Batch]  # from encoded examples, or packs of them
-IGNORED = -100  # ignore_index of torch's cross_entropy
+Rows = list[Any]  # encoded examples (Encoded of a language model, EncodedText of a classifier), or packs of them
+Collate = Callable[[Rows], Batch]
 
 
 @dataclass(frozen=True)

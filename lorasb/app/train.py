@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import psutil
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers import TrainerControl as Control
@@ -29,9 +30,9 @@ from ..serving import basis_adapters
 from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import find_lr, refine_rate
 from ..utils.precision import DTYPES, native, slowdown
-from ..utils.reading import read_json
+from ..utils.reading import Json, read_json
 from .prepare import Run, checkpoint_activations, device, load_adapters, save_adapter
-from .run_folder import MarkedCheckpoints, Values, read_mark
+from .run_folder import MarkedCheckpoints, RunFolder, read_mark
 from .settings import Settings
 from .terminal import Stop, console
 from .tokenize import ByLength, row_length
@@ -57,17 +58,15 @@ def announcement(run: Run) -> str:
     begin, steps = f"on the {where} in {run.precision.name}:", f"{run.steps:,} steps of"
     if settings.rl is not None:
         return f"GRPO {begin} {steps} {settings.prompts_a_step} prompts, {settings.generations} completions each"
-    rows = f"{len(run.rows):,} {'rows' if settings.packing else 'examples'} ({len(run.held_out):,} held out)"
+    rows = f"{len(run.rows):,} {'rows' if settings.packing else 'examples'} ({len(run.held_out.examples):,} held out)"
     passes = "" if settings.epochs or run.epochs == 1 else f" ({run.epochs:g} passes, --epochs auto)"
     return f"Training {begin} {rows}, {steps} {settings.batch_size}{passes}, {run.tokens:,} tokens"
 
 
 def estimated(run: Run, estimate: Estimate) -> list[str]:
     """The announcement with the estimate, and for a long run the setting whose change saves most."""
-    lines = [
-        f"{announcement(run)}: about {duration(estimate.seconds)} and {estimate.memory / 1e9:.1f} GB, "
-        "by the first steps"
-    ]
+    found = f"about {duration(estimate.seconds)} and {estimate.memory / 1e9:.1f} GB, by the first steps"
+    lines = [f"{announcement(run)}: {found}"]
     if estimate.seconds > LONG_RUN:
         name, saved = costliest(run, estimate.seconds)
         lines.append(f"That is long, and {name} would save about {duration(saved)} of it")
@@ -169,28 +168,28 @@ class Saving(TrainerCallback):
             due = now - self.last_saved + self.longest_step > MAX_LOST_SECONDS
         else:
             due = state.global_step % self.save_steps == 0
-        # Clocks differ between ranks, and saving is collective: if it is due on one rank, all save.
-        due = bool(self.processes.all_reduce_max([float(due)])[0])
-        stopped = self.stop.agreed(self.processes)
-        if due or stopped or state.global_step >= state.max_steps:
+        # Saving is collective, clocks differ between ranks, and a signal may reach one only: any rank decides for all.
+        save, number = self.processes.all_reduce_max([float(due), float(self.stop.requested)])
+        self.stop.requested = max(self.stop.requested, int(number))
+        if save or number or state.global_step >= state.max_steps:
             control.should_save, self.last_saved = True, now
-        if stopped:  # after a save, so that the run resumes from this very step
+        if number:  # after a save, so that the run resumes from this very step
             control.should_training_stop = True
 
 
 class Planning(TrainerCallback):
     """Times the first steps, then prints an estimate of time and memory for the run."""
 
-    def __init__(self, run: Run, order: ByLength, parts: int) -> None:
-        self.run, self.order, self.parts = run, order, parts
-        self.steps: list[list[int]] = []
+    def __init__(self, run: Run) -> None:
+        self.run, self.order = run, run.order()
+        self.parts = run.settings.gradient_accumulation * Processes().world_size
+        # of the first epoch's steps, which later ones are taken to be like
+        self.tokens = [self._tokens(rows) for rows in self.order.order(0)]
         self.times: list[tuple[float, int]] = []
         self.memory_before, self.peak_before, self.started = 0, 0, 0.0
         self.estimate: Estimate | None = None
 
     def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
-        """Compute the steps of the first epoch, which stand for those of later epochs; note the memory in use."""
-        self.steps = self.order.order(0)
         self.memory_before, self.peak_before = memory_in_use(), peak_memory()
 
     def on_step_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
@@ -201,17 +200,16 @@ class Planning(TrainerCallback):
         if self.estimate is not None:
             return
         # global_step has been incremented by now, and counts over all epochs
-        epoch, number = divmod(state.global_step - 1, len(self.steps))
+        epoch, number = divmod(state.global_step - 1, len(self.tokens))
         rows_of_step = self.order.order(epoch)[number]
         self.times.append((time.perf_counter() - self.started, self._tokens(rows_of_step)))
         remaining_steps = state.max_steps - state.global_step
         timed = sum(seconds for seconds, _ in self.times[1:])
         if len(self.times) < TIMED_STEPS and timed < TIMED_SECONDS and remaining_steps:
             return
-        tokens_by_step = [self._tokens(rows) for rows in self.steps]
-        tokens = round(sum(tokens_by_step) / len(tokens_by_step) * remaining_steps)
+        tokens = round(sum(self.tokens) / len(self.tokens) * remaining_steps)
         memory = self.memory_before, peak_memory()
-        self.estimate = estimate(self.times, tokens, max(tokens_by_step), memory, self.peak_before)
+        self.estimate = estimate(self.times, tokens, max(self.tokens), memory, self.peak_before)
         if remaining_steps:
             for line in estimated(self.run, self.estimate):
                 if not console.quiet:
@@ -222,14 +220,15 @@ class Planning(TrainerCallback):
 
 
 class Judging(TrainerCallback):
-    """Logs the held-out loss every `eval_steps` steps."""
+    """Logs the held-out loss as `--eval-steps` asks."""
 
-    def __init__(self, run: Run, trainer: Trainer, eval_steps: int) -> None:
-        self.run, self.trainer, self.eval_steps = run, trainer, eval_steps
+    def __init__(self, run: Run, trainer: Trainer) -> None:
+        self.run, self.trainer = run, trainer
 
     def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         """Evaluate and log, if this step is due."""
-        if state.global_step % self.eval_steps == 0:
+        every = self.run.settings.eval_steps
+        if every is not None and state.global_step % every == 0:
             # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
             should_log = control.should_log
             self.trainer.log({"eval_loss": self.run.held_out_loss()})
@@ -252,11 +251,11 @@ class Finite(TrainerCallback):
 class Ordering(TrainerCallback):
     """Sets the sampler's epoch: on resume, accelerate's loader that skips batches does not pass set_epoch on to it."""
 
-    def __init__(self, order: ByLength) -> None:
-        self.order = order
+    def __init__(self, trainer: MarkedCheckpoints) -> None:
+        self.trainer = trainer
 
     def on_epoch_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
-        self.order.set_epoch(int(state.epoch or 0))
+        self.trainer.set_epoch(int(state.epoch or 0))
 
 
 class Bar(ProgressCallback):
@@ -268,7 +267,7 @@ class Bar(ProgressCallback):
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
-    def on_step_end(self, args: Any, state: State, control: Control, **kwargs: object) -> None:
+    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
         """Advance the bar, whose clock starts after the first step: that one also loads libraries."""
         bar = self.training_bar
         if bar is None or state.global_step != self.first_step:
@@ -284,18 +283,18 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix(shown, refresh=False)
 
 
-Make = Callable[[Run, Path], Any]  # makes a Trainer with MarkedCheckpoints and an `order`, see `run_trainer`
+Make = Callable[[Run, Path], MarkedCheckpoints]  # of a run and the folder of its checkpoints, see `run_trainer`
 
 
 @dataclass(frozen=True)
 class Trained:
     """The trainer's log history, and the seconds of training over all starts of the run."""
 
-    history: list[Values]
+    history: list[Json]
     seconds: float
 
 
-def train(run: Run, make: Make, folder: Path, identity: Values, checkpoint: str | None, stop: Stop) -> Trained:
+def train(run: Run, make: Make, folder: RunFolder, checkpoint: str | None, stop: Stop) -> Trained:
     """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` makes the trainer."""
     mark = read_mark(Path(checkpoint)) if checkpoint else None
     # Interrupted after the last step, before the results: only the weights and the log are needed.
@@ -305,18 +304,18 @@ def train(run: Run, make: Make, folder: Path, identity: Values, checkpoint: str 
         return Trained(read_json(Path(checkpoint, "trainer_state.json"))["log_history"], mark.seconds)
     if run.settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
-    trainer = make(run, folder)
-    trainer.identity, trainer.earlier_seconds = identity, mark.seconds if mark else 0.0
+    trainer = make(run, folder.checkpoints)
+    trainer.identity = folder.identity
     _put_callbacks(trainer, run, stop)
     console.print(announcement(run), highlight=False)
     if Processes().world_size == 1 and torch.cuda.device_count() > 1:
         line = f"one of {torch.cuda.device_count()} GPUs trains: start it by torchrun --nproc-per-node to take more"
         console.print(line, highlight=False)
     stop.steps = True
-    trainer.train_started = time.perf_counter()
+    trainer.started = time.perf_counter() - (mark.seconds if mark else 0.0)
     trainer.train(resume_from_checkpoint=checkpoint)
     stop.end()
-    return Trained(trainer.state.log_history, trainer.elapsed())
+    return Trained(trainer.state.log_history, time.perf_counter() - trainer.started)
 
 
 def run_trainer(run: Run, folder: Path) -> _RunTrainer:
@@ -329,18 +328,18 @@ def run_trainer(run: Run, folder: Path) -> _RunTrainer:
     trainer = _RunTrainer(
         model=run.model,
         args=args,
-        train_dataset=cast(Any, run.rows),
+        train_dataset=cast(Dataset, run.rows),
         data_collator=run.collator(),
         optimizers=(optimizer, None),
         callbacks=[AdapterRowsCallback()] if run.adapters else [],
     )
     if run.problem.takes_loss_arguments is not None:
         trainer.model_accepts_loss_kwargs = run.problem.takes_loss_arguments
-    trainer.run, trainer.order = run, run.order()
+    trainer.run = run
     return trainer
 
 
-def argument_values(run: Run, folder: Path) -> Values:
+def argument_values(run: Run, folder: Path) -> Json:
     """Return the trainer's arguments by name, for other trainers' arguments too."""
     settings = run.settings
     micro_batches = settings.gradient_accumulation * Processes().world_size
@@ -369,10 +368,9 @@ def argument_values(run: Run, folder: Path) -> Values:
     )
 
 
-class _RunTrainer(MarkedCheckpoints, Trainer):
+class _RunTrainer(MarkedCheckpoints):
     """A Trainer with `ByLength` order."""
 
-    order: ByLength
     run: Run
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -387,21 +385,19 @@ class _RunTrainer(MarkedCheckpoints, Trainer):
         save_adapter(self.run, Path(output_dir or str(self.args.output_dir)))
 
     def _get_train_sampler(self, train_dataset: object = None) -> ByLength:
-        return self.order
+        order = self.run.order()
+        self.set_epoch = order.set_epoch
+        return order
 
 
-def _put_callbacks(trainer: Any, run: Run, stop: Stop) -> None:
+def _put_callbacks(trainer: MarkedCheckpoints, run: Run, stop: Stop) -> None:
     """Replace the trainer's printing by a progress bar, and add the callbacks of a run."""
-    settings = run.settings
     # Trainer adds one of the two.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    callbacks: list[TrainerCallback] = [Ordering(trainer.order), Bar(), Finite()]
-    if settings.eval_steps:
-        callbacks.insert(0, Judging(run, trainer, settings.eval_steps))
-    if settings.rl is None:
-        callbacks.append(Planning(run, trainer.order, settings.gradient_accumulation * Processes().world_size))
-    for callback in (*callbacks, Saving(settings.save_steps, stop)):
+    planning = [Planning(run)] if run.settings.rl is None else []
+    saving = Saving(run.settings.save_steps, stop)
+    for callback in (Judging(run, trainer), Ordering(trainer), Bar(), Finite(), *planning, saving):
         trainer.add_callback(callback)
 
 

@@ -105,7 +105,7 @@ def test_a_half_written_checkpoint_is_left_out(base: Settings, cut: Path, damage
         flip_a_bit(last / damage)
     with pytest.raises(ValueError, match="this is no whole checkpoint of lorasb finetune"):
         run_finetune(replace(settings, resume=str(last)))
-    found = RunFolder(settings.output).look(settings, identity)
+    found = RunFolder(settings, identity).look()
     assert found.checkpoint == str(cut / "checkpoint-6")
     assert found.left_out == [str(last)]
     assert re.search(SAID[damage], found.lines[0])

@@ -123,7 +123,7 @@ def test_a_run_that_is_stopped_ends_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(*given: Any) -> None:
-        raise StoppedError(signal.SIGTERM, finetune.GO_ON)
+        raise StoppedError(signal.SIGTERM)
 
     monkeypatch.setattr(finetune, "run_finetune", stopped)
     monkeypatch.setattr(sys, "argv", ["lorasb", "finetune"])

@@ -243,7 +243,8 @@ def test_bad_input_gets_one_line(tmp_path: Path) -> None:
 
 def a_run(name: str = "float32", **values: Any) -> Any:
     rows = [Encoded((1,) * 20, (2,) * 5)] * 64
-    counts = {"steps": 125, "tokens": 50_000, "epochs": values.get("epochs", 1.0), "held_out": [None] * 3}
+    held_out = SimpleNamespace(examples=[None] * 3)
+    counts = {"steps": 125, "tokens": 50_000, "epochs": values.get("epochs", 1.0), "held_out": held_out}
     return SimpleNamespace(settings=replace(Settings(), **values), precision=Precision(name, ""), rows=rows, **counts)
 
 

@@ -254,8 +254,8 @@ def test_checkpoints(world: World, tmp_path: Path, count: int) -> None:
 def look(world: World, folder: Path, changed: Path) -> None:
     """A damaged checkpoint or start is left out, another file of the run is an error or as good as not there."""
     identity = json.loads((world.run / "checkpoints" / "run.json").read_text())
-    run = RunFolder(str(folder))
-    state = run.look(world.settings, identity)
+    run = RunFolder(replace(world.settings, output=str(folder)), identity)
+    state = run.look()
     place = folder / "checkpoints" / changed.relative_to(folder / "checkpoints").parts[0]
     if place.name.startswith("checkpoint-") and state.checkpoint == str(place):
         assert changed.name == run_folder.MARK, "a damaged checkpoint is used"
