@@ -125,7 +125,7 @@ def token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module, tokenizer: Tokenizer, chunk: Sequence[Encoded], limit: int | None, bar: tqdm | None = None
+    model: nn.Module, tokenizer: Tokenizer, chunk: Sequence[Encoded], bar: tqdm | None = None, *, limit: int | None
 ) -> list[str]:
     """Greedily decoded answers; the bar advances with every token."""
     device = next(model.parameters()).device
@@ -179,10 +179,7 @@ class LanguageModeling:
     def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
         """Loss, score and answers, split over ranks by batches; `title` names the progress bars."""
         loss, limit = self.mean_loss(model, tokenizer, held_out, f"{title}: loss"), held_out.limit
-
-        def generate(rows: list[Encoded], bar: tqdm) -> list[str]:
-            return generate_answers(model, tokenizer, rows, limit, bar)
-
+        generate = partial(generate_answers, model, tokenizer, limit=limit)
         # Generation keeps no activations, so its batches may be larger than those of the loss.
         longest_row = max(len(ids.prompt) + token_limit([ids], limit) for ids in held_out.encoded)
         size, title = max(held_out.batch_size, TOKENS_PER_BATCH // longest_row), f"{title}: answers"

@@ -228,7 +228,7 @@ def answers(
     """Answers to one question, or to each line that is typed, decoded greedily; labels for a classifier."""
     summary, settings = _read(run)
     names = sorted(summary.get("adapters") or ())
-    if (adapter is None) == bool(names) or (adapter is not None and adapter not in names):
+    if adapter not in (names or [None]):
         known = f"it has {', '.join(names[:8])}" if names else "it trained one"
         raise ValueError(f"--adapter has to name one of the run's adapters, got {adapter!r}: {known}")
     problem: Problem = Classification(summary["classes"]) if summary.get("classes") is not None else LanguageModeling()
@@ -250,7 +250,7 @@ def answers(
             example = asked(one, summary["prompt_format"])
             encoded = problem.encode(example, tokenizer, settings.max_length, held_out=True)
             limit = max_new_tokens or settings.max_new_tokens or TOKENS
-            yield generate_answers(model, tokenizer, [encoded], limit)[0]
+            yield generate_answers(model, tokenizer, [encoded], limit=limit)[0]
 
 
 def _read(run: Path) -> tuple[Json, Settings]:

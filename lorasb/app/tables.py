@@ -165,8 +165,7 @@ def energies(report: InitReport) -> Table:
     if report.stability is not None:
         caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
     title = f"{report.init} initialization, {report.num_samples} samples, {report.seconds:.1f} s"
-    columns = "layers", "number", "r", "energy of sign(G)", "energy of G", "least of G"
-    table = table_of(title, *columns, caption=caption)
+    table = table_of(title, "layers", "number", "r", "energy of sign(G)", "energy of G", "least of G", caption=caption)
     for kind, layers in by_kind((layer.name, layer) for layer in report.layers).items():
         ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
         grads = [layer.energy_grad for layer in layers if layer.energy_grad is not None]
@@ -180,9 +179,8 @@ def ranks(suggestion: RankSuggestion) -> Table:
     """Suggested ranks by kind of layer."""
     energy = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
     note = f"; {len(suggestion.short)} layers need a higher rank than was measured" if suggestion.short else ""
-    columns = "layers", "number", "least r", "median", "largest"
     caption = f"in ranks.json, for LoRASBConfig(rank_pattern=...){note}"
-    table = table_of(f"suggested ranks: {energy}", *columns, caption=caption)
+    table = table_of(f"suggested ranks: {energy}", "layers", "number", "least r", "median", "largest", caption=caption)
     for kind, values in by_kind(suggestion.rank_pattern.items()).items():
         table.add_row(kind, str(len(values)), str(min(values)), f"{statistics.median(values):g}", str(max(values)))
     return table
