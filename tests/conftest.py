@@ -11,6 +11,7 @@ import environment  # before anything reads it
 import interpreted_language
 import pytest
 import torch
+from measuring import instruction_set
 from tiny_run import make_data, make_tiny
 
 import lorasb
@@ -54,12 +55,12 @@ KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eag
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Eager, then the C++ kernels of every instruction set that this processor has."""
-    if request.param != "eager":
-        cpp.use_instruction_set(request.param)
-    with lorasb.backend("eager" if request.param == "eager" else "cpp"):
-        yield request.param
-    if request.param != "eager":
-        cpp.use_instruction_set("")
+    if request.param == "eager":
+        with lorasb.backend("eager"):
+            yield "eager"
+    else:
+        with instruction_set(request.param), lorasb.backend("cpp"):
+            yield request.param
 
 
 @pytest.fixture
@@ -89,10 +90,15 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(str(error)) from None
 
 
+@pytest.fixture
+def executor(request: pytest.FixtureRequest) -> Any:
+    """With --ptx, what compiles and executes kernels; else None."""
+    return request.config.ptx_executor  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
-def tracked_memory(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[None]:
+def tracked_memory(executor: Any, poisoned_memory: None) -> Iterator[None]:
     """With --ptx, bytes of fresh tensors count as written once somebody wrote them."""
-    executor = request.config.ptx_executor  # type: ignore[attr-defined]
     if executor is None:
         yield
         return

@@ -17,18 +17,19 @@ import numpy as np
 import ptx.launch
 import pytest
 import torch
+from calls import operands_of
 from kernel_cases import group_cases
 from ptx import KernelError
 from ptx.launch import Compiled, compile_launch, execute
 from ptx.plugin import Executor
-from ptx.program import Address, Instruction, Program
+from ptx.program import Address, Instruction, Program, members
 from ptx.shared_memory import GRANULE, MANY, NEVER, Copy, SharedMemory
 from ptx.thread_block import ThreadBlock
 from torch import Tensor
 
+from lorasb.backends.triton import members_of
 from lorasb.kernels import launcher, linear, plan
 from lorasb.kernels.launcher import Launch
-from lorasb.kernels.plan import LaunchPlan
 
 pytestmark = pytest.mark.skipif(not environment.PTX, reason="mutates compiled kernels: pytest --ptx sm_86")
 MUTATIONS = (
@@ -109,11 +110,11 @@ class Interval(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What a weaker wait would have left in flight: the wait, and the registers and shared memory of its wgmma."""
+    """What a weaker wait would have left in flight: the wait, its shared memory, and the registers of its wgmma."""
 
     key: int
-    products: list[tuple[list[str], list[str]]]
     granules: Any
+    products: Sequence[tuple[Sequence[str], Sequence[str]]] = ()
 
     def is_touched(self, instruction: Instruction) -> bool:
         """True if an instruction uses sums, or writes operands, before they are there."""
@@ -129,64 +130,64 @@ def names_of(operand: Any) -> set[str]:
     """The registers of an operand."""
     if isinstance(operand, Address):
         return {operand.base}
-    return set(map(str, operand)) if isinstance(operand, tuple) else {str(operand)}
+    return set(map(str, members(operand)))
+
+
+class Watched(SharedMemory):
+    """Shared memory that tells its block of every access."""
+
+    def __init__(self, size: int, block: Effects) -> None:
+        super().__init__(size)
+        self.block = block
+
+    def use(self, addresses: Any, size: int) -> None:
+        """A wgmma reads: was any of it written since the fence before the last one?"""
+        granules = addresses.reshape(-1) // GRANULE
+        if self.block.fence is not None and (self.write_fence[granules] == self.fences - 1).any():
+            self.block.effective.add(self.block.fence)
+        self.block.note("cp", granules)
+        super().use(addresses, size)
+
+    def _check(self, addresses: Any, size: int, warps: Any, doing: str) -> Any:
+        granules = super()._check(addresses, size, warps, doing)
+        self.block.note("cp", granules)
+        return granules
+
+    def _check_write(self, addresses: Any, size: int, warps: Any) -> Any:
+        granules = super()._check_write(addresses, size, warps)
+        self.block.note("wgmma", granules)
+        return granules
 
 
 class Effects(ThreadBlock):
     """A block that notes which orderings had something to order."""
 
     effective: ClassVar[set[int]] = set()  # of instructions, by id
+    fence: int | None = None
     _barrier: tuple[int, Interval] | None = None
-    _fence: int | None = None
-    _left: Left | None = None
-    _copies: tuple[int, Any] | None = None
     _former: Sequence[Copy] = ()
     _atomics = _accesses = False
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.shared = Watched(len(self.shared.bytes), self)
+        self._left: dict[str, Left] = {}  # by what was waited for, cp.async or wgmma
 
-        def noting(addresses: Any, size: int, where: str) -> None:
-            """A wgmma reads: was any of it written since the fence before the last one?"""
-            granules = addresses.reshape(-1) // GRANULE
-            fresh = self.shared.write_fence[granules] == self.shared.fences - 1
-            if self._fence is not None and fresh.any():
-                self.effective.add(self._fence)
-            self._note_copies(granules)
-            use(addresses, size, where)
-
-        def accessing(*arguments: Any) -> Any:
-            granules = check(*arguments)
-            self._note_copies(granules)
-            return granules
-
-        def writing(*arguments: Any) -> Any:
-            """A write: does what a weaker wait would have left read there?"""
-            granules = check_write(*arguments)
-            if self._left is not None and np.isin(granules, self._left.granules).any():
-                self.effective.add(self._left.key)
-            return granules
-
-        use, check, check_write = self.shared.use, self.shared._check, self.shared._check_write
-        self.shared.use = noting  # type: ignore[method-assign]
-        self.shared._check = accessing  # type: ignore[method-assign]
-        self.shared._check_write = writing  # type: ignore[method-assign]
-
-    def _note_copies(self, granules: Any) -> None:
-        """An access: would a weaker wait have left a copy to there in flight?"""
-        if self._copies is not None and np.isin(granules, self._copies[1]).any():
-            self.effective.add(self._copies[0])
+    def note(self, what: str, granules: Any) -> None:
+        """An access: would a weaker wait have left a copy to there in flight, or a wgmma that reads what is written?"""
+        if what in self._left and np.isin(granules, self._left[what].granules).any():
+            self.effective.add(self._left[what].key)
 
     def _execute(self, instruction: Instruction, head: str, active: Any) -> None:
         parts, key = instruction.parts, id(instruction)
         if head == "bar" and "warp" not in parts:
             self._close(key)
         elif "wait_group" in parts:
-            (self._wait_for_copies if head == "cp" else self._wait)(key, int(str(instruction.operands[0])))
-        elif self._left is not None and self._left.is_touched(instruction):
-            self.effective.add(self._left.key)
+            self._wait(head, key, instruction.number())
+        elif "wgmma" in self._left and self._left["wgmma"].is_touched(instruction):
+            self.effective.add(self._left["wgmma"].key)
         elif parts[:3] == ("fence", "proxy", "async"):
-            self._fence = key
+            self.fence = key
         elif head == "atom":
             self.effective.add(key)
             self._atomics = True
@@ -197,24 +198,19 @@ class Effects(ThreadBlock):
         """The block's end closes what is open."""
         super().run()
         self._close(None)
-        if self._left is not None:
-            self.effective.add(self._left.key)
+        if "wgmma" in self._left:
+            self.effective.add(self._left["wgmma"].key)
 
-    def _wait(self, key: int, pending: int) -> None:
-        """A wait for wgmma: remember what a weaker one would have left, and forget what this one would end anyway."""
-        if self._left is not None and len(self.shared.products.groups) >= pending + (key == self._left.key):
-            self._left = None
-        if len(self.shared.products.groups) > pending:
-            at = -pending - 1
-            self._left = Left(key, self.fragments.groups[at], np.concatenate(self.shared.products.groups[at]))
-
-    def _wait_for_copies(self, key: int, pending: int) -> None:
-        """The same for cp.async: its bytes."""
-        groups = self.shared.copies.groups
-        if self._copies is not None and len(groups) >= pending + (key == self._copies[0]):
-            self._copies = None
-        if len(groups) > pending and groups[-pending - 1]:
-            self._copies = key, np.concatenate([copy.granules.ravel() for copy in groups[-pending - 1]])
+    def _wait(self, head: str, key: int, pending: int) -> None:
+        """Remember what a weaker wait would have left, and forget what this one would end anyway."""
+        groups = (self.shared.products if head == "wgmma" else self.shared.copies).groups
+        if head in self._left and len(groups) >= pending + (key == self._left[head].key):
+            del self._left[head]
+        if len(groups) > pending and (group := groups[-pending - 1]):
+            if head == "wgmma":
+                self._left[head] = Left(key, np.concatenate(group), self.fragments.groups[-pending - 1])
+            else:
+                self._left[head] = Left(key, np.concatenate([copy.granules.ravel() for copy in group]))
 
     def _close(self, key: int | None) -> None:
         """The interval between two barriers ends."""
@@ -235,9 +231,8 @@ def has_effect(program: Program, mutant: Mutant) -> bool:
 
 
 @pytest.fixture(params=CALLS)
-def launches(request: pytest.FixtureRequest) -> list[Launch]:
+def launches(request: pytest.FixtureRequest, executor: Executor) -> list[Launch]:
     """Of a small forward and backward in bf16, most with split reductions, several blocks of rows and a bias."""
-    executor: Executor = request.config.ptx_executor  # type: ignore[attr-defined]
     M, n, ms, r, dropout = CALLS[request.param]
     cases = group_cases(M, n, ms, r, torch.bfloat16)
     found: list[Launch] = []
@@ -248,9 +243,8 @@ def launches(request: pytest.FixtureRequest) -> list[Launch]:
 
     shapes = {op: plan.Shape(op, "bf16", M, n, sum(ms), r, len(ms)) for op in ("forward", "backward")}
     chosen = {op: plan.choose(shape, environment.PTX, 1) for op, shape in shapes.items()}
-    fused = {op: LaunchPlan("fused", one.prep, one.gemm) for op, one in chosen.items()}
-    fields = zip(*((c.weight, c.a, c.core, c.b, c.bias, c.scaling) for c in cases), strict=True)
-    members, mask = linear.Members(*map(list, fields)), linear.Mask(dropout, tuple(range(len(ms))))
+    fused = {op: plan.LaunchPlan("fused", one.prep, one.gemm) for op, one in chosen.items()}
+    members, mask = members_of(operands_of(*cases)), linear.Mask(dropout, tuple(range(len(ms))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "run", keep)
         _, us = linear.forward(cases[0].x, members, fused["forward"], mask)
@@ -290,12 +284,11 @@ def run(launch: Launch, compiled: Compiled) -> list[Tensor]:
 
 
 def test_orderings_that_are_taken_away_are_missed(
-    launches: list[Launch], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    launches: list[Launch], executor: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = request.config.ptx_executor.driver  # type: ignore[attr-defined]
     killed, survivors, idle, wrong = 0, [], 0, []
     for launch in launches:
-        compiled = compile_launch(launch, driver)
+        compiled = compile_launch(launch, executor.driver)
         with monkeypatch.context() as patch:
             patch.setattr(ptx.launch, "ThreadBlock", Effects)
             want = run(launch, compiled)

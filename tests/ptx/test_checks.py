@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ptx import KernelError, thread_block
 from ptx.program import Program, parse_instruction
-from ptx_bench import assemble, run
+from ptx_bench import run
 
 WORDS = np.arange(64, dtype=np.uint32)
 OUT = np.zeros(64, np.uint32)
@@ -27,19 +27,19 @@ def fails(program: Program, arrays: list[np.ndarray], message: str, **options: o
 
 
 def test_a_register_is_read_after_it_is_written() -> None:
-    fails(assemble("add.s32 %r1, %r9, 1;\nmov.u32 %r9, 1;\n" + STORE, 1), [OUT], "read of %r9 before it was written")
+    fails("add.s32 %r1, %r9, 1;\nmov.u32 %r9, 1;\n" + STORE, [OUT], "read of %r9 before it was written")
 
 
 def test_a_half_that_is_never_written_is_undefined_and_shows() -> None:
     """LLVM packs what it needs with nothing: the other half's result is right, and the undefined one is all ones."""
     low, both = "mov.u32 %r2, 7;\nmov.b64 %rd7, {%r2, %r3};\n", "mov.b64 {%r1, %r4}, %rd7;\n"
-    assert run(assemble(low + both + STORE, 1), [OUT])[0][:32].tolist() == [7] * 32
+    assert run(low + both + STORE, [OUT])[0][:32].tolist() == [7] * 32
     high = both.replace("%r1, %r4", "%r4, %r1")
-    assert run(assemble(low + high + STORE, 1), [OUT])[0][:32].tolist() == [2**32 - 1] * 32
+    assert run(low + high + STORE, [OUT])[0][:32].tolist() == [2**32 - 1] * 32
 
 
 def test_a_kernel_without_a_fault_copies() -> None:
-    assert run(assemble(COPY, 2), [WORDS, OUT])[1][:32].tolist() == list(range(32))
+    assert run(COPY, [WORDS, OUT])[1][:32].tolist() == list(range(32))
 
 
 @pytest.mark.parametrize(
@@ -55,54 +55,45 @@ def test_a_kernel_without_a_fault_copies() -> None:
     ids=["past the end", "write past the end", "before the start", "misaligned", "two stores", "register"],
 )
 def test_global_accesses(body: str, message: str) -> None:
-    fails(assemble(body, 2), [WORDS, OUT], message)
+    fails(body, [WORDS, OUT], message)
 
 
 def test_a_read_that_lies_in_padding_is_no_read_of_the_tensor() -> None:
     """Vectors of 16 bytes over a tensor of 4 elements more than whole vectors: 8 bytes too many."""
     body = "mad.wide.u32 %rd9, %r0, 16, %rd1;\nld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd9];"
-    run(assemble(body, 1), [np.zeros(128, np.uint32)])
-    fails(assemble(body, 1), [np.zeros(126, np.uint32)], "8 bytes past the end")
+    run(body, [np.zeros(128, np.uint32)])
+    fails(body, [np.zeros(126, np.uint32)], "8 bytes past the end")
 
 
 def test_bytes_that_nobody_wrote() -> None:
     body = COPY + "\nld.global.b32 %r1, [%rd8];"
-    run(assemble(body, 2), [WORDS, OUT], fresh=[1])  # its own stores came first
-    fails(assemble(COPY, 2), [WORDS, OUT], "read of global memory that nobody wrote", fresh=[0])
-    fails(Program.parse(_text("mov.b32 %r9, 0;\nld.shared.b32 %r1, [%r9];")), [], "shared memory that nobody wrote")
-
-
-def _text(body: str) -> str:
-    return f".visible .entry kernel()\n.reqntid 64\n{{\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
+    run(body, [WORDS, OUT], fresh=[1])  # its own stores came first
+    fails(COPY, [WORDS, OUT], "read of global memory that nobody wrote", fresh=[0])
+    fails("mov.b32 %r9, 0;\nld.shared.b32 %r1, [%r9];", [], "shared memory that nobody wrote")
 
 
 def test_warps_need_a_barrier_between_them() -> None:
-    good = assemble(TO_SHARED + "bar.sync 0;\n" + FROM_OTHER + STORE, 1, threads=64)
-    assert run(good, [OUT])[0].tolist() == [(t + 32) % 64 for t in range(64)]
-    fails(
-        assemble(TO_SHARED + FROM_OTHER + STORE, 1, threads=64), [OUT], "shared race: read of what another warp wrote"
-    )
+    good = TO_SHARED + "bar.sync 0;\n" + FROM_OTHER + STORE
+    assert run(good, [OUT], threads=64)[0].tolist() == [(t + 32) % 64 for t in range(64)]
+    fails(TO_SHARED + FROM_OTHER + STORE, [OUT], "shared race: read of what another warp wrote", threads=64)
     again = TO_SHARED + "bar.sync 0;\n" + FROM_OTHER + "{barrier}st.shared.b32 [%r4], %r1;\n" + STORE
-    run(assemble(again.format(barrier="bar.sync 0;\n"), 1, threads=64), [OUT])
-    fails(assemble(again.format(barrier=""), 1, threads=64), [OUT], "write of what another warp read")
+    run(again.format(barrier="bar.sync 0;\n"), [OUT], threads=64)
+    fails(again.format(barrier=""), [OUT], "write of what another warp read", threads=64)
     both = TO_SHARED + "{barrier}" + FROM_OTHER.replace("ld.shared.b32 %r1, [%r5]", "st.shared.b32 [%r5], %r0")
-    run(assemble(both.format(barrier="bar.sync 0;\n"), 1, threads=64), [OUT])
-    fails(assemble(both.format(barrier=""), 1, threads=64), [OUT], "write of what another warp wrote")
+    run(both.format(barrier="bar.sync 0;\n"), [OUT], threads=64)
+    fails(both.format(barrier=""), [OUT], "write of what another warp wrote", threads=64)
 
 
 def test_global_stores_of_a_block_need_a_barrier_too() -> None:
     body = "mad.wide.u32 %rd8, %r0, 4, %rd1;\nst.global.b32 [%rd8], %r0;\n{barrier}xor.b32 %r1, %r0, 32;\n"
     body += "mad.wide.u32 %rd9, %r1, 4, %rd1;\nld.global.b32 %r2, [%rd9];"
-    run(assemble(body.format(barrier="bar.sync 0;\n"), 1, threads=64), [OUT])
-    fails(assemble(body.format(barrier=""), 1, threads=64), [OUT], "global race between warps")
+    run(body.format(barrier="bar.sync 0;\n"), [OUT], threads=64)
+    fails(body.format(barrier=""), [OUT], "global race between warps", threads=64)
 
 
 def test_shared_bounds_and_alignment() -> None:
-    for body, message in (
-        ("mov.b32 %r4, 64;\nst.shared.b32 [%r4+4096], %r0;", "shared write out of bounds"),
-        ("mov.b32 %r4, 2;\nst.shared.b32 [%r4], %r0;", "misaligned shared write"),
-    ):
-        fails(Program.parse(_text(body)), [], message, shared=4096)
+    fails("mov.b32 %r4, 64;\nst.shared.b32 [%r4+4096], %r0;", [], "shared write out of bounds")
+    fails("mov.b32 %r4, 2;\nst.shared.b32 [%r4], %r0;", [], "misaligned shared write")
 
 
 @pytest.mark.parametrize(
@@ -118,20 +109,19 @@ def test_shared_bounds_and_alignment() -> None:
 def test_asynchronous_copies_are_waited_for(wait: str, message: str | None) -> None:
     """Every thread reads what the other warp's thread has copied."""
     read = "xor.b32 %r5, %r2, 512;\nld.shared.b32 %r1, [%r5];\nmad.wide.u32 %rd8, %r0, 4, %rd2;\nst.global.b32 [%rd8], %r1;"
-    program = assemble(ASYNC_HEAD + ASYNC + wait + read, 2, threads=64)
-    arrays = [np.arange(256, dtype=np.uint32), OUT]
+    body, arrays = ASYNC_HEAD + ASYNC + wait + read, [np.arange(256, dtype=np.uint32), OUT]
     if message is None:
-        assert run(program, arrays)[1].tolist() == [4 * ((t + 32) % 64) for t in range(64)]
+        assert run(body, arrays, threads=64)[1].tolist() == [4 * ((t + 32) % 64) for t in range(64)]
     else:
-        fails(program, arrays, message)
+        fails(body, arrays, message, threads=64)
 
 
 def test_a_copy_may_not_be_left_in_flight_or_overtaken() -> None:
     arrays = [np.arange(256, dtype=np.uint32)]
-    fails(assemble(ASYNC_HEAD + ASYNC, 1, threads=64), arrays, "still in flight at the end")
-    fails(assemble(ASYNC_HEAD + ASYNC + ASYNC, 1, threads=64), arrays, "a cp.async is still writing")
+    fails(ASYNC_HEAD + ASYNC, arrays, "still in flight at the end", threads=64)
+    fails(ASYNC_HEAD + ASYNC + ASYNC, arrays, "a cp.async is still writing", threads=64)
     same = ASYNC_HEAD.replace("mov.b32 %r4, %r2", "mov.b32 %r4, 0")
-    fails(assemble(same + ASYNC, 1, threads=64), arrays, "two cp.async to one place")
+    fails(same + ASYNC, arrays, "two cp.async to one place", threads=64)
 
 
 ARRIVE = """
@@ -161,9 +151,9 @@ RESET = "st.global.b32 [%rd2], 0;"
 @pytest.mark.parametrize("last", range(4))
 def test_the_last_program_may_read_what_all_released(last: int) -> None:
     """Four programs write, arrive at a counter, and the last to come reads: whichever it is."""
-    program = assemble(ARRIVE.format(before="bar.sync 0;", reset=RESET), 2, threads=64)
     order = [block for block in range(4) if block != last] + [last]
-    values, counter = run(program, [np.zeros(4, np.uint32), np.zeros(1, np.uint32)], blocks=4, order=order)
+    arrays = [np.zeros(4, np.uint32), np.zeros(1, np.uint32)]
+    values, counter = run(ARRIVE.format(before="bar.sync 0;", reset=RESET), arrays, threads=64, blocks=4, order=order)
     assert values.tolist() == [0, 1, 2, 3]
     assert counter.tolist() == [0]
 
@@ -171,11 +161,11 @@ def test_the_last_program_may_read_what_all_released(last: int) -> None:
 def test_programs_need_an_atomic_between_them() -> None:
     arrays = [np.zeros(4, np.uint32), np.zeros(1, np.uint32)]
     unordered = "mad.wide.u32 %rd9, %r0, 4, %rd1;\nld.global.b32 %r1, [%rd9];\nst.global.b32 [%rd9], %r1;"
-    fails(assemble(unordered, 1), [np.zeros(64, np.uint32)], "program 0 wrote, not ordered by an atomic", blocks=2)
+    fails(unordered, [np.zeros(64, np.uint32)], "program 0 wrote, not ordered by an atomic", blocks=2)
     early = ARRIVE.format(before="", reset=RESET)  # the store is not before a barrier when the counter is raised
-    fails(assemble(early, 2, threads=64), arrays, "comes after its last barrier before the atomic", blocks=4)
+    fails(early, arrays, "comes after its last barrier before the atomic", blocks=4, threads=64)
     relaxed = ARRIVE.format(before="bar.sync 0;", reset=RESET).replace("acq_rel", "relaxed")
-    fails(assemble(relaxed, 2, threads=64), arrays, "wrote, not ordered by an atomic", blocks=4)
+    fails(relaxed, arrays, "wrote, not ordered by an atomic", blocks=4, threads=64)
 
 
 def test_threads_part_at_a_branch_and_meet_again() -> None:
@@ -196,33 +186,33 @@ add.s32 %r1, %r1, %r0;
 """
         + STORE
     )
-    found = run(assemble(body, 1), [OUT])[0][:32].tolist()
+    found = run(body, [OUT])[0][:32].tolist()
     assert found == [t + (105 if t < 10 else 7 if t < 20 else 8) for t in range(32)]
 
 
 def test_a_loop_that_threads_leave_one_after_another() -> None:
     body = "mov.b32 %r1, 0;\n$LOOP:\nadd.s32 %r1, %r1, 2;\nsetp.lt.u32 %p1, %r1, %r0;\n@%p1 bra $LOOP;\n" + STORE
-    assert run(assemble(body, 1), [OUT])[0][:32].tolist() == [max(2, t + t % 2) for t in range(32)]
+    assert run(body, [OUT])[0][:32].tolist() == [max(2, t + t % 2) for t in range(32)]
 
 
 def test_what_needs_all_threads_is_refused_where_some_are_elsewhere() -> None:
     body = "setp.lt.u32 %p1, %r0, 10;\n@%p1 bra $END;\n{}\n$END:"
-    fails(assemble(body.format("bar.sync 0;"), 0), [], "an instruction of all threads where some are elsewhere")
-    fails(assemble(body.format("shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;"), 0), [], "whole warps where some lanes")
+    fails(body.format("bar.sync 0;"), [], "an instruction of all threads where some are elsewhere")
+    fails(body.format("shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;"), [], "whole warps where some lanes")
 
 
 def test_an_unknown_instruction_fails_with_its_line() -> None:
     fails(
-        assemble("bar.sync 0;\nvote.sync.all.pred %p1, %p2, -1;", 0),
+        "bar.sync 0;\nvote.sync.all.pred %p1, %p2, -1;",
         [],
-        r"does not know vote\.sync\.all\.pred: vote\.sync\.all\.pred %p1, %p2, -1",
+        r"does not know vote\.sync\.all\.pred, at `vote\.sync\.all\.pred %p1, %p2, -1`",
     )
-    fails(assemble("cvt.rz.f32.f64 %f1, %r0;", 0), [], r"does not know cvt\.rz\.f32\.f64")
+    fails("cvt.rz.f32.f64 %f1, %r0;", [], r"does not know cvt\.rz\.f32\.f64")
 
 
 def test_an_endless_loop_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_block, "STEPS", 1000)
-    fails(assemble("$LOOP:\nbra.uni $LOOP;", 0), [], "more than 1000 steps: an endless loop")
+    fails("$LOOP:\nbra.uni $LOOP;", [], "more than 1000 steps: an endless loop")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import struct
 from collections.abc import Callable
 from fractions import Fraction
@@ -11,33 +12,78 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from ptx_bench import evaluate
 from ptx_numbers import float_bits, nearest, signed, value_of, vectors
 
-EXACT = {
-    "add.rn.f32": lambda a, b, c: a + b,
-    "mul.rn.f32": lambda a, b, c: a * b,
-    "fma.rn.f32": lambda a, b, c: a * b + c,
+
+def rounded_once(function: Callable[..., Any], *operands: int) -> float:
+    """A sum or product of fp32 numbers."""
+    values = [value_of(bits) for bits in operands]
+    if all(map(math.isfinite, values)):
+        return value_of(nearest(function(*map(Fraction, values))))
+    with np.errstate(all="ignore"):
+        return float(function(*map(np.float64, values)))
+
+
+def extreme(choose: Callable[[list[float]], float], *operands: int) -> float:
+    """The smaller or larger number; a NaN gives way to a number."""
+    return choose([value for value in map(value_of, operands) if not math.isnan(value)] or [math.nan])
+
+
+def to_f16(bits: int) -> int:
+    if math.isnan(value_of(bits)):
+        return 0x7FFF
+    try:
+        return int.from_bytes(struct.pack("<e", value_of(bits)), "little")
+    except OverflowError:
+        return bits >> 16 & 0x8000 | 0x7C00
+
+
+def to_bf16(bits: int) -> int:
+    """The upper half, rounded by the lower one."""
+    high, low = bits >> 16, bits & 0xFFFF
+    return 0x7FFF if math.isnan(value_of(bits)) else (high + (low > 0x8000 or (low == 0x8000 and high & 1))) & 0xFFFF
+
+
+def to_tf32(bits: int) -> int:
+    """Ties away from zero."""
+    if not math.isfinite(value_of(bits)):
+        return bits
+    return (bits & 0xFFFFE000) + (0x2000 if bits & 0x1000 else 0)
+
+
+# Instruction -> how many operands it has, the type of its result, and from their bits those of the result, or its value
+OPERATIONS: dict[str, tuple[int, Any, Callable[..., float]]] = {
+    "add.rn.f32": (2, np.uint32, lambda *bits: rounded_once(lambda a, b: a + b, *bits)),
+    "mul.rn.f32": (2, np.uint32, lambda *bits: rounded_once(lambda a, b: a * b, *bits)),
+    "fma.rn.f32": (3, np.uint32, lambda *bits: rounded_once(lambda a, b, c: a * b + c, *bits)),
+    "min.f32": (2, np.uint32, lambda *bits: extreme(min, *bits)),
+    "max.f32": (2, np.uint32, lambda *bits: extreme(max, *bits)),
+    "neg.f32": (1, np.uint32, lambda bits: bits ^ 0x80000000),
+    "abs.f32": (1, np.uint32, lambda bits: bits & 0x7FFFFFFF),
+    "cvt.rn.f16.f32": (1, np.uint16, to_f16),
+    "cvt.rn.bf16.f32": (1, np.uint16, to_bf16),
+    "cvt.rn.f16x2.f32": (2, np.uint32, lambda high, low: to_f16(high) << 16 | to_f16(low)),
+    "cvt.rn.bf16x2.f32": (2, np.uint32, lambda high, low: to_bf16(high) << 16 | to_bf16(low)),
+    "cvt.rna.tf32.f32": (1, np.uint32, to_tf32),
 }
 
 
-@pytest.mark.parametrize("opcode", EXACT)
+def agrees(got: int, want: float) -> bool:
+    """The same bits, or where these are not defined (of a NaN, and the sign of zero) the same value."""
+    if isinstance(want, int):
+        return got == want
+    return value_of(got) == want or (math.isnan(want) and math.isnan(value_of(got)))
+
+
+@pytest.mark.parametrize("opcode", OPERATIONS)
 @given(given_bits=vectors(float_bits, 3))
 @settings(max_examples=60, deadline=None)
-def test_floats_are_rounded_once(opcode: str, given_bits: tuple[list[int], ...]) -> None:
-    count = 3 if opcode.startswith("fma") else 2
-    found = evaluate(opcode, *(np.array(bits, np.uint32) for bits in given_bits[:count])).tolist()
-    for *operands, got in zip(*given_bits, found, strict=True):
-        values = [value_of(bits) for bits in operands[:count]] + [0.0] * (3 - count)
-        if not all(map(math.isfinite, values)):
-            with np.errstate(all="ignore"):
-                a, b, c = (np.float64(value) for value in values)
-                want = {"a": a + b, "m": a * b, "f": a * b + c}[opcode[0]]
-            assert (math.isnan(want) and math.isnan(value_of(got))) or value_of(got) == want
-            continue
-        exact = nearest(EXACT[opcode](*map(Fraction, values)))
-        assert got == exact or (exact == 0 and got in (0, 0x80000000)), [hex(bits) for bits in operands]
+def test_floats(opcode: str, given_bits: tuple[list[int], ...]) -> None:
+    count, result, definition = OPERATIONS[opcode]
+    found = evaluate(opcode, *(np.array(bits, np.uint32) for bits in given_bits[:count]), result=result).tolist()
+    for *operands, got in zip(*given_bits[:count], found, strict=True):
+        assert agrees(got, definition(*operands)), [hex(bits) for bits in operands]
 
 
 @given(given_bits=vectors(float_bits, 6))
@@ -65,17 +111,7 @@ def test_a_double_rounding_is_none() -> None:
     assert evaluate("fma.rn.f32", one, middle, one)[0] == 0x3F800000  # a tie goes to even
 
 
-COMPARED = {
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-}
-
-
-@pytest.mark.parametrize("operation", COMPARED)
+@pytest.mark.parametrize("operation", ["lt", "le", "gt", "ge", "eq", "ne"])
 @given(given_bits=vectors(float_bits, 2))
 @settings(max_examples=10, deadline=None)
 def test_comparisons_with_nan(operation: str, given_bits: tuple[list[int], list[int]]) -> None:
@@ -85,45 +121,8 @@ def test_comparisons_with_nan(operation: str, given_bits: tuple[list[int], list[
         for x, y, bits_a, bits_b, got in zip(
             *(map(value_of, column) for column in given_bits), *given_bits, found.tolist(), strict=True
         ):
-            want = on_nan if math.isnan(x) or math.isnan(y) else COMPARED[operation](x, y)
+            want = on_nan if math.isnan(x) or math.isnan(y) else getattr(operator, operation)(x, y)
             assert got == (bits_a if want else bits_b)
-
-
-@given(given_bits=st.lists(float_bits, min_size=32, max_size=32))
-@settings(max_examples=80, deadline=None)
-def test_conversions_to_16_bits_round_to_even(given_bits: list[int]) -> None:
-    bits = np.array(given_bits, np.uint32)
-    halves = evaluate("cvt.rn.f16.f32", bits, result=np.uint16)
-    brains = evaluate("cvt.rn.bf16.f32", bits, result=np.uint16)
-    pair = evaluate("cvt.rn.bf16x2.f32", bits, bits[::-1].copy(), result=np.uint32)
-    assert pair.tolist() == [int(h) << 16 | int(low) for h, low in zip(brains, brains[::-1], strict=True)]
-    for x, half, brain in zip(given_bits, halves.tolist(), brains.tolist(), strict=True):
-        value = value_of(x)
-        if math.isnan(value):
-            assert (half, brain) == (0x7FFF, 0x7FFF)
-            continue
-        low, high = x >> 16, x & 0xFFFF  # bf16: the upper half, rounded by the lower one
-        assert brain == (low + (high > 0x8000 or (high == 0x8000 and low & 1))) & 0xFFFF
-        got = struct.unpack("<e", half.to_bytes(2, "little"))[0]
-        if abs(value) < 65504:
-            step = 2.0 ** (max(-14, math.frexp(value)[1] - 1) - 10)
-            assert abs(got - value) <= step / 2
-            if abs(got - value) == step / 2 and step > 2**-24:
-                assert half % 2 == 0
-        elif abs(value) >= 65520:
-            assert math.isinf(got)
-
-
-@given(given_bits=st.lists(float_bits, min_size=32, max_size=32))
-@settings(max_examples=30, deadline=None)
-def test_tf32_is_rounded_away_from_zero_at_ties(given_bits: list[int]) -> None:
-    found = evaluate("cvt.rna.tf32.f32", np.array(given_bits, np.uint32))
-    for x, got in zip(given_bits, found.tolist(), strict=True):
-        if not math.isfinite(value_of(x)):
-            assert got == x
-            continue
-        lower = x & 0xFFFFE000
-        assert got == lower + (0x2000 if x & 0x1000 else 0)
 
 
 CONVERSIONS: dict[str, tuple[Any, Any, Callable[[Any], Any]]] = {
@@ -149,27 +148,3 @@ def test_other_conversions(opcode: str) -> None:
     else:
         a = g.integers(0, 2 ** (np.dtype(of).itemsize * 8), 32, dtype=np.uint64).astype(of)
     np.testing.assert_array_equal(evaluate(opcode, a, result=to), np.array(list(map(want, a.tolist())), to))
-
-
-@given(given_bits=vectors(float_bits, 2))
-@settings(max_examples=15, deadline=None)
-def test_the_smaller_of_a_number_and_nan_is_the_number(given_bits: tuple[list[int], list[int]]) -> None:
-    a, b = (np.array(bits, np.uint32) for bits in given_bits)
-    for opcode, choose in (("min.f32", min), ("max.f32", max)):
-        for x, y, got in zip(
-            *(map(value_of, column) for column in given_bits),
-            map(value_of, evaluate(opcode, a, b).tolist()),
-            strict=True,
-        ):
-            numbers = [value for value in (x, y) if not math.isnan(value)]
-            assert (got == choose(numbers)) if numbers else math.isnan(got)
-
-
-@given(given_bits=vectors(float_bits, 1))
-@settings(max_examples=10, deadline=None)
-def test_neg_and_abs_change_the_sign_alone(given_bits: tuple[list[int]]) -> None:
-    (bits,) = given_bits
-    a = np.array(bits, np.uint32)
-    assert evaluate("neg.f32", a).tolist() == [x ^ 0x80000000 for x in bits]
-    assert evaluate("abs.f32", a).tolist() == [x & 0x7FFFFFFF for x in bits]
-    assert evaluate("neg.s32", a).tolist() == [-x % 2**32 for x in bits]

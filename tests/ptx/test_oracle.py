@@ -20,31 +20,24 @@ BAR = re.compile(r"\n\s*bar\.sync\s+0;")
 
 # in a process of its own: kernels are compiled only where Triton does not interpret them
 COMPILE = """
-import sys, json, torch, triton
+import sys, json, torch
 from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from benchmarks.kernels.executed_work import FakeDriver, compile_launch
 from benchmarks.kernels.launches import record
-from benchmarks.kernels.static_report import specialization
 from lorasb.kernels.block_sizes import GemmConfig, PrepConfig
 from lorasb.kernels.plan import LaunchPlan
-folder, arch = Path(sys.argv[1]), int(sys.argv[2])
+from ptx.launch import flattened
+folder, driver = Path(sys.argv[1]), FakeDriver(int(sys.argv[2]))
 for stages in (1, 3):
     plan = LaunchPlan("fused", PrepConfig(16, 32, 4, stages), GemmConfig(16, 32, 32, 1, 4, stages))
     for op in ("forward", "backward"):
         *_, launch = record(op, plan, torch.bfloat16, 16, 128, (64,), 16)
-        signature, constants, attributes = specialization(launch)
-        source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-        values = []
-        for parameter in launch.kernel.params:
-            kind, value = signature[parameter.name], launch.arguments[parameter.name]
-            for one, member in zip(kind, value) if isinstance(kind, tuple) else [(kind, value)]:
-                values += [] if one == "constexpr" else [None if isinstance(member, torch.Tensor) else member]
-        name = f"{op}-{stages}"
-        (folder / f"{name}.ptx").write_text(kernel.asm["ptx"])
-        facts = {"grid": launch.grid, "shared": kernel.metadata.shared, "values": values}
-        (folder / f"{name}.json").write_text(json.dumps(facts))
+        compiled = compile_launch(launch, driver)
+        arguments = flattened(launch, compiled.signature)
+        values = [None if isinstance(one, torch.Tensor) else one for one in arguments]
+        (folder / f"{op}-{stages}.ptx").write_text(compiled.ptx)
+        facts = {"grid": launch.grid, "shared": compiled.shared, "values": values}
+        (folder / f"{op}-{stages}.json").write_text(json.dumps(facts))
 """
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 from ptx import KernelError, formats, tensor_cores
 from ptx.shared_memory import SharedMemory
-from ptx_bench import assemble, run
+from ptx_bench import run
 
 TO_BITS = {"bf16": formats.to_bf16, "f16": formats.to_f16}
 FROM_BITS = {"bf16": formats.from_bf16, "f16": formats.from_f16}
@@ -97,7 +98,7 @@ mad.wide.u32 %rd8, %r0, 16, %rd2;
 st.global.v4.b32 [%rd8], {%r4, %r5, %r6, %r7};
 """
     halves = np.arange(256, dtype=np.uint16)
-    found = run(assemble(body, 2), [halves, np.zeros(128, np.uint32)])[1].reshape(32, 4)
+    found = run(body, [halves, np.zeros(128, np.uint32)])[1].reshape(32, 4)
     matrices = halves.reshape(4, 8, 8)
     for lane, k in np.ndindex(32, 4):
         low, high = (int(matrices[k, lane // 4, 2 * (lane % 4) + half]) for half in range(2))
@@ -116,83 +117,78 @@ st.global.v4.b32 [%rd8], {%r4, %r5, %r6, %r7};
 def test_shuffles(kind: str, lane: str, source: Any) -> None:
     clamp = "0" if kind == "up" else "31"
     body = f"shl.b32 %r1, %r0, 3;\nshfl.sync.{kind}.b32 %r2, %r1, {lane}, {clamp}, -1;\nmad.wide.u32 %rd8, %r0, 4, %rd1;\nst.global.b32 [%rd8], %r2;"
-    found = run(assemble(body, 1, threads=64), [np.zeros(64, np.uint32)])[0].tolist()
+    found = run(body, [np.zeros(64, np.uint32)], threads=64)[0].tolist()
     assert found == [8 * (t // 32 * 32 + source(t % 32)) for t in range(64)]
 
 
-def descriptor(start: int, leading: int, stride: int, width: int) -> int:
-    mode = {128: 1, 64: 2, 32: 3}[width]
-    return start >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | mode << 62
+def descriptor(leading: int, stride: int, width: int) -> int:
+    return leading >> 4 << 16 | stride >> 4 << 32 | {128: 1, 64: 2, 32: 3}[width] << 62
 
 
-@pytest.mark.parametrize(
-    ("width", "major"), [(128, True), (64, True), (32, True), (128, False), (64, False), (32, False)]
-)
+@pytest.mark.parametrize("major", [True, False])
+@pytest.mark.parametrize("width", [128, 64, 32])
 def test_operands_of_wgmma_are_swizzled(width: int, major: bool) -> None:
     """An operand [rows, 16] of halves laid out by hand as the PTX ISA draws it, then read through its descriptor."""
-    elements = width // 2
-    rows, columns = (elements, 16) if major else (16, 16)
+    rows, columns = width // 2 if major else 16, 16
     matrix = TO_BITS["bf16"](random(rows, columns))
-    raw, mask = np.zeros(16384, np.uint8), {128: 7, 64: 3, 32: 1}[width]
+    shared, mask = SharedMemory(16384), {128: 7, 64: 3, 32: 1}[width]
     for row, k in np.ndindex(rows, columns):
-        if major:  # M or N runs along a line of `width` bytes; 8 lines are a core matrix, the next one follows
-            line, within, stride = k, 2 * row, 8 * width
-        else:  # K runs along a line; 8 lines are a core matrix
-            line, within, stride = row, 2 * k, 8 * width
-        address = line // 8 * stride + line % 8 * width + within
+        # M or N (K if not `major`) runs along a line of `width` bytes; 8 lines are a core matrix, and the next one follows
+        address = k * width + 2 * row if major else row * width + 2 * k
         chunk = address >> 4 & mask
         swizzled = address & ~(mask << 4) | (chunk ^ (address >> 7 & mask)) << 4
-        raw.view(np.uint16)[swizzled // 2] = matrix[row, k]
-    shared = SharedMemory(16384)
-    shared.bytes[:] = raw
+        shared.bytes.view(np.uint16)[swizzled // 2] = matrix[row, k]
     shared.initialized[:] = True
-    found = tensor_cores.load_operand(
-        shared, descriptor(0, 8 * width * 2, 8 * width, width), rows, columns, "bf16", major, "here"
-    )
+    bits = descriptor(8 * width * 2, 8 * width, width)
+    found = tensor_cores.load_operand(shared, bits, rows, columns, "bf16", major)
     assert np.array_equal(found, FROM_BITS["bf16"](matrix))
 
 
 def test_wgmma_needs_a_barrier_a_fence_and_a_wait() -> None:
     def memory() -> SharedMemory:
         shared, lanes = SharedMemory(1024), np.arange(64)
-        shared.write(16 * lanes, np.ones((64, 4), np.uint32), 16, (lanes // 32).astype(np.int32), "here")
+        shared.write(16 * lanes, np.ones((64, 4), np.uint32), 16, (lanes // 32).astype(np.int32))
         return shared
 
     addresses, warp = np.arange(0, 1024, 2), np.zeros(1, np.int32)
     good = memory()
     good.barrier()
     good.fences += 1
-    good.use(addresses, 2, "here")
+    good.use(addresses, 2)
     good.products.commit()
     good.barrier()
     with pytest.raises(KernelError, match="a wgmma still reads"):
-        good.write(np.zeros(1, np.int64), np.ones((1, 1), np.uint32), 4, warp, "here")
+        good.write(np.zeros(1, np.int64), np.ones((1, 1), np.uint32), 4, warp)
     with pytest.raises(KernelError, match="wgmma is still in flight"):
-        good.finish("here")
-    good.wait_for_products(0)
+        good.finish()
+    good.wait_for_readers(good.products, 0)
     good.barrier()
-    good.write(np.zeros(1, np.int64), np.ones((1, 1), np.uint32), 4, warp, "here")
-    good.finish("here")
+    good.write(np.zeros(1, np.int64), np.ones((1, 1), np.uint32), 4, warp)
+    good.finish()
     unfenced = memory()
     unfenced.barrier()
     with pytest.raises(KernelError, match=r"without fence\.proxy\.async"):
-        unfenced.use(addresses, 2, "here")
+        unfenced.use(addresses, 2)
     early = memory()
     early.fences += 1
     with pytest.raises(KernelError, match="without a barrier after the write"):
-        early.use(addresses, 2, "here")
+        early.use(addresses, 2)
     with pytest.raises(KernelError, match="descriptor out of shared memory"):
-        good.use(addresses + 1000, 2, "here")
+        good.use(addresses + 1000, 2)
     with pytest.raises(KernelError, match="that nobody wrote"):
-        SharedMemory(1024).use(addresses, 2, "here")
+        SharedMemory(1024).use(addresses, 2)
 
 
 def test_descriptors_that_are_not_known() -> None:
     with pytest.raises(KernelError, match="without swizzle"):
-        tensor_cores.Descriptor.decode(0, "here")
+        tensor_cores.Descriptor.decode(0)
 
 
-PRODUCT = """
+MULTIPLY = """
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, {%r2, %r3, %r4, %r5}, %rd9, 1, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+"""
+PRODUCT = f"""
     shl.b32 %r1, %r0, 3;
     st.shared.v2.b32 [%r1], {{%r0, %r0}};
     bar.sync 0;
@@ -201,11 +197,10 @@ PRODUCT = """
     mov.b32 %r3, 0;
     mov.b32 %r4, 0;
     mov.b32 %r5, 0;
-    mov.b64 %rd9, {descriptor};
+    mov.b64 %rd9, {descriptor(128, 256, 32)};
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%f1, %f2, %f3, %f4}}, {{%r2, %r3, %r4, %r5}}, %rd9, 0, 1, 1, 0;
-    wgmma.commit_group.sync.aligned;
-    {between}
+    {MULTIPLY.replace("%rd9, 1,", "%rd9, 0,")}
+    BETWEEN
     wgmma.wait_group.sync.aligned 0;
     mov.b32 %r6, %f1;
     mov.b32 %r2, 1;
@@ -216,25 +211,14 @@ PRODUCT = """
     ("between", "message"),
     [
         ("mov.b32 %r7, %r2;", ""),  # an operand may be read
+        (MULTIPLY, ""),  # and another product added
         ("mov.b32 %r6, %f1;", "read of %f1, which a wgmma in flight adds to"),
         ("mov.b32 %f4, 0;", "write of %f4, which a wgmma in flight uses"),
         ("mov.b32 %r5, 1;", "write of %r5, which a wgmma in flight uses"),
         ("wgmma.wait_group.sync.aligned 1;\nmov.b32 %r6, %f1;", "read of %f1"),
     ],
-    ids=["operand read", "sum read", "sum written", "operand written", "weak wait"],
+    ids=["operand read", "another product", "sum read", "sum written", "operand written", "weak wait"],
 )
 def test_registers_of_a_wgmma_in_flight(between: str, message: str) -> None:
-    program = assemble(PRODUCT.format(descriptor=descriptor(0, 128, 256, 32), between=between), 0, threads=128)
-    if message:
-        with pytest.raises(KernelError, match=message):
-            run(program, [])
-    else:
-        run(program, [])
-
-
-def test_a_wgmma_adds_to_sums_of_another_in_flight() -> None:
-    again = next(line for line in PRODUCT.splitlines() if "mma_async" in line).replace("%rd9, 0,", "%rd9, 1,")
-    body = PRODUCT.format(
-        descriptor=descriptor(0, 128, 256, 32), between=again.format() + "\nwgmma.commit_group.sync.aligned;"
-    )
-    run(assemble(body, 0, threads=128), [])
+    with pytest.raises(KernelError, match=message) if message else nullcontext():
+        run(PRODUCT.replace("BETWEEN", between), [], threads=128)

@@ -1,4 +1,4 @@
-"""Bytes that a call allocates, tensors that its backward keeps, and the number of threads that it runs by."""
+"""Bytes that a call allocates, tensors that its backward keeps, and the threads and instructions that it runs by."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from lorasb.backends import cpp
 
 
 @contextmanager
@@ -17,6 +19,16 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Let the C++ kernels take one of this processor's instruction sets."""
+    cpp.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        cpp.use_instruction_set("")
 
 
 @contextmanager

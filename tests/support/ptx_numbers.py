@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 WIDTH = {"s16": 16, "u16": 16, "b16": 16, "s32": 32, "u32": 32, "b32": 32, "s64": 64, "u64": 64, "b64": 64}
+WIDTH |= {"count": 32, "place": 32, "length": 32}  # of bits: ranges of a u32
 EDGES_32 = (0, 1, 2, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF, 0xFFFFFFFE)
 FLOAT_EDGES = (
     0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x3F800000, 0x3F800001, 0x7F7FFFFF, 0x7F800000, 0xFF800000,

@@ -86,18 +86,15 @@ def shift_right(parts: Parts, dtype: Any, a: Array, count: Array) -> Array:
 
 def extract_field(parts: Parts, dtype: Any, a: Array, start: Array, length: Array) -> Array:
     """bfe: `length` bits from `start` on; `.s` extends the field's highest bit, which is 31's where it ends beyond."""
-    start, length = start.astype(np.uint64) & np.uint64(0xFF), length.astype(np.uint64) & np.uint64(0xFF)
-    raw = a.astype(np.uint32).astype(np.uint64)
+    start, length = start & np.uint32(0xFF), length & np.uint32(0xFF)
+    wide = a.view(dtype).astype(np.int64)
+    field = np.where(start < 64, wide >> np.minimum(start, 63), 0)
+    keep = (np.int64(1) << np.minimum(length, 32)) - 1
+    field &= keep
     if np.issubdtype(dtype, np.signedinteger):
-        raw = a.view(np.int32).astype(np.int64).view(np.uint64)
-    field = np.where(start >= 64, np.uint64(0), raw >> np.minimum(start, np.uint64(63)))
-    mask = (np.uint64(1) << np.minimum(length, np.uint64(32))) - np.uint64(1)
-    field &= mask
-    if np.issubdtype(dtype, np.signedinteger):
-        last = np.minimum(start + np.maximum(length, np.uint64(1)) - np.uint64(1), np.uint64(31))
-        sign = (a.view(np.uint32).astype(np.uint64) >> last) & np.uint64(1)
-        field = np.where((sign == 1) & (length > 0), field | ~mask, field)
-    return (field & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(dtype)
+        last = np.minimum(start + np.maximum(length, 1) - 1, 31)
+        field = np.where((wide >> last & 1 == 1) & (length > 0), field | ~keep, field)
+    return field.astype(dtype)
 
 
 def permute_bytes(parts: Parts, dtype: Any, a: Array, b: Array, selector: Array) -> Array:
@@ -123,30 +120,33 @@ def compare(operation: str, dtype: Any, a: Array, b: Array) -> Array:
     return COMPARISONS[operation](a, b) & ~nan
 
 
+# Conversions that numpy does not know, by their types: of which bits, and how
+CONVERSIONS: dict[str, tuple[Any, Callable[[Array], Array]]] = {
+    "f32.bf16": (np.uint16, formats.from_bf16),
+    "rn.f32.bf16": (np.uint16, formats.from_bf16),
+    "f32.f16": (np.uint16, formats.from_f16),
+    "rn.bf16.f32": (np.float32, formats.to_bf16),
+    "rn.f16.f32": (np.float32, formats.to_f16),
+    "rna.tf32.f32": (np.uint32, formats.round_tf32),
+}
+TO_WHOLE = {"rzi": np.trunc, "rni": np.rint}
+
+
 def convert(parts: Parts, source: Callable[[Any], Array]) -> Array | None:
     """cvt: `source(dtype)` gives the operand; None where this conversion is not known."""
     name = ".".join(parts[1:])
-    special: dict[str, Callable[[], Array]] = {
-        "f32.bf16": lambda: formats.from_bf16(source(np.uint16)),
-        "rn.f32.bf16": lambda: formats.from_bf16(source(np.uint16)),
-        "f32.f16": lambda: formats.from_f16(source(np.uint16)),
-        "rn.bf16.f32": lambda: formats.to_bf16(source(np.float32)),
-        "rn.f16.f32": lambda: formats.to_f16(source(np.float32)),
-        "rna.tf32.f32": lambda: formats.round_tf32(source(np.uint32)),
-    }
-    if name in special:
-        return special[name]()
-    if len(parts) < 3 or parts[-1] not in formats.TYPES or parts[-2] not in formats.TYPES:
-        return None
-    to, of = formats.TYPES[parts[-2]], formats.TYPES[parts[-1]]
+    if name in CONVERSIONS:
+        dtype, function = CONVERSIONS[name]
+        return function(source(dtype))
+    to, of = (formats.TYPES.get(kind) for kind in parts[-2:])
     rounding = parts[1] if len(parts) == 4 else ""
-    integers = not is_float(to) and not is_float(of)
-    if integers or (is_float(to) and rounding == "rn"):
+    if to is None or of is None:
+        return None
+    is_plain = rounding == "rn" if is_float(to) else not is_float(of)
+    if is_plain:
         return source(of).astype(to)
-    if not is_float(to) and is_float(of) and rounding == "rzi":
-        return _saturated(np.trunc(source(of)), to)
-    if not is_float(to) and is_float(of) and rounding == "rni":
-        return _saturated(np.rint(source(of)), to)
+    if not is_float(to) and rounding in TO_WHOLE:
+        return _saturated(TO_WHOLE[rounding](source(of)), to)
     return None
 
 

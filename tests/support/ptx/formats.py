@@ -18,6 +18,11 @@ WIDER = {np.int16: np.int32, np.uint16: np.uint32, np.int32: np.int64, np.uint32
 TF32 = np.uint32(0xFFFFE000)  # sign, exponent and 10 bits of the fraction
 
 
+def pieces(addresses: Array, size: int, step: int) -> Array:
+    """Numbers of the pieces of `step` bytes that `size` bytes at each address lie in, [n, k]."""
+    return (addresses // step)[:, None] + np.arange(max(1, size // step))
+
+
 def immediate(text: str, dtype: Any) -> Any:
     """A literal operand: decimal, hexadecimal, with or without a U, or the bits of a float (0f3F800000)."""
     if text[:2] in ("0f", "0F"):

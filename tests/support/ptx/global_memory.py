@@ -8,13 +8,16 @@ that ticks at its barriers; an atomic publishes the clocks that its program know
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .faults import KernelError
-from .formats import BITS, Array
+from .formats import BITS, Array, pieces
+
+if TYPE_CHECKING:
+    from .thread_block import ThreadBlock
 
 RED_ZONE = 4096  # bytes between allocations, that belong to none
 ALIGNMENT = 256
@@ -32,30 +35,8 @@ class Allocation:
     written: bool = False
 
 
-@dataclass
-class Clocks:
-    """What a launch's programs know of each other."""
-
-    published: dict[int, dict[int, int]] = field(default_factory=dict)
-    learned: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        """Another program begins: it knows nothing yet."""
-        self.learned = {}
-
-    def pass_through(self, address: int, program: int, clock: int) -> None:
-        """An acq_rel atomic of the running program: learn what was published there, publish what is known."""
-        known = self.published.setdefault(address, {})
-        for other, released in known.items():
-            if other != program:
-                self.learned[other] = released, clock
-        known[program] = clock  # stores before the last barrier are released
-        for other, (released, _) in self.learned.items():
-            known.setdefault(other, released)
-
-
 class GlobalMemory:
-    """The arena of one launch."""
+    """The arena of one launch, whose programs run one after another."""
 
     def __init__(self, size: int) -> None:
         size = -(-size // ALIGNMENT) * ALIGNMENT
@@ -65,10 +46,11 @@ class GlobalMemory:
         self.write_clock = np.zeros(size // GRANULE, np.int32)
         self.write_warp = np.zeros(size // GRANULE, np.int32)
         self.allocations: list[Allocation] = []
-        self.clocks = Clocks()
         self.counters: set[int] = set()  # addresses that atomics went to
         self.pending: set[int] = set()  # starts of allocations that the launch before may still write
         self.waited: set[int] = set()  # programs that have waited for it
+        self._published: dict[int, dict[int, int]] = {}  # by address, the clocks of programs
+        self._learned: dict[int, tuple[int, int]] = {}  # clocks of programs, and the running one's when it learned them
         self._starts: list[int] = []
         self._top = RED_ZONE
 
@@ -89,102 +71,104 @@ class GlobalMemory:
         """Bytes, as they are now."""
         return self.bytes[start : start + size]
 
-    def read(self, addresses: Array, size: int, warps: Array, program: int, clock: int, where: str) -> Array:
-        """`size` bytes at each address, as words [n, k] of 4 bytes, or of `size` where that is less."""
-        touched = self._find(addresses, size, "read", where)
-        self._check_pending(touched, program, "read", where)
-        if any(allocation.written for allocation in touched):
-            self._check_order(addresses, size, warps, program, clock, "read", where)
-        if not all(allocation.whole for allocation in touched) and not _gather(self.initialized, addresses, size).all():
-            raise KernelError(f"read of global memory that nobody wrote, at {where}")
-        return _gather(self.bytes, addresses, size)
+    def begin(self, block: ThreadBlock) -> None:
+        """Another program runs from now on, and knows nothing of the others yet."""
+        self._block, self._learned = block, {}
 
-    def write(
-        self, addresses: Array, words: Array, size: int, warps: Array, program: int, clock: int, where: str
-    ) -> None:
-        """Store words [n, k] as `read` gives them."""
-        touched = self._find(addresses, size, "write", where)
-        self._check_pending(touched, program, "write", where)
+    @property
+    def _program(self) -> int:
+        return self._block.place.program
+
+    @property
+    def _clock(self) -> int:
+        return self._block.shared.clock
+
+    def read(self, addresses: Array, size: int, warps: Array, dtype: Any) -> Array:
+        """`size` bytes at each address as values [n, k] of a dtype."""
+        touched = self._find(addresses, size, "read")
+        self._check_pending(touched, "read")
+        if any(allocation.written for allocation in touched):
+            self._check_order(addresses, size, warps, "read")
+        step = min(4, size)
+        flags = self.initialized.view(BITS[step])
+        if not all(allocation.whole for allocation in touched) and not flags[pieces(addresses, size, step)].all():
+            raise KernelError("read of global memory that nobody wrote")
+        return self.bytes.view(dtype)[pieces(addresses, size, np.dtype(dtype).itemsize)]
+
+    def write(self, addresses: Array, values: Array, size: int, warps: Array) -> None:
+        """Store values [n, k]."""
+        touched = self._find(addresses, size, "write")
+        self._check_pending(touched, "write")
         if len(np.unique(addresses)) != len(addresses):
-            raise KernelError(f"two threads store to one address at {where}")
-        self._check_order(addresses, size, warps, program, clock, "write", where)
-        granules = _granules(addresses, size)
-        self.writer[granules], self.write_clock[granules] = program, clock
+            raise KernelError("two threads store to one address")
+        self._check_order(addresses, size, warps, "write")
+        granules = pieces(addresses, size, GRANULE)
+        self.writer[granules], self.write_clock[granules] = self._program, self._clock
         self.write_warp[granules] = warps[:, None]
         for allocation in touched:
             allocation.written = True
-        step = words.dtype.itemsize
-        places = (addresses // step)[:, None] + np.arange(words.shape[1])[None, :]
-        self.bytes.view(words.dtype)[places] = words
-        self.initialized.view(words.dtype)[places] = int.from_bytes(b"\x01" * step, "little")
+        self.bytes.view(values.dtype)[pieces(addresses, size, values.itemsize)] = values
+        self.initialized[pieces(addresses, size, 1)] = 1
 
-    def atomic_add(
-        self, addresses: Array, values: Array, program: int, clock: int, where: str, ordered: bool = True
-    ) -> Array:
+    def atomic_add(self, addresses: Array, values: Array, ordered: bool = True) -> Array:
         """`atom.global.gpu.add.u32`, thread by thread; the former values. `ordered`: acq_rel, else relaxed."""
-        self._find(addresses, 4, "atomic", where)
+        self._find(addresses, 4, "atomic")
         words, former = self.bytes.view(np.uint32), np.zeros(len(addresses), np.uint32)
         for i, address in enumerate(addresses.tolist()):
             former[i] = words[address // 4]
             words[address // 4] += values[i]
             self.counters.add(address)
             if ordered:
-                self.clocks.pass_through(address, program, clock)
+                self._pass_through(address)
             self.writer[address // GRANULE : (address + 4) // GRANULE] = NOBODY  # atomics are ordered by themselves
         return former
 
-    def _check_pending(self, touched: list[Allocation], program: int, doing: str, where: str) -> None:
-        if program not in self.waited and any(allocation.start in self.pending for allocation in touched):
-            raise KernelError(
-                f"{doing} of what the launch before may still write, without griddepcontrol.wait, at {where}"
-            )
+    def _pass_through(self, address: int) -> None:
+        """An acq_rel atomic of the running program: learn what was published there, publish what is known."""
+        known = self._published.setdefault(address, {})
+        for other, released in known.items():
+            if other != self._program:
+                self._learned[other] = released, self._clock
+        known[self._program] = self._clock  # stores before the last barrier are released
+        for other, (released, _) in self._learned.items():
+            known.setdefault(other, released)
 
-    def _find(self, addresses: Array, size: int, doing: str, where: str) -> list[Allocation]:
+    def _check_pending(self, touched: list[Allocation], doing: str) -> None:
+        if self._program not in self.waited and any(allocation.start in self.pending for allocation in touched):
+            raise KernelError(f"{doing} of what the launch before may still write, without griddepcontrol.wait")
+
+    def _find(self, addresses: Array, size: int, doing: str) -> list[Allocation]:
         """The allocations that are touched, after a check of alignment and bounds."""
         if (addresses % size).any():
-            raise KernelError(f"misaligned global {doing} of {size} bytes at {where}")
+            raise KernelError(f"misaligned global {doing} of {size} bytes")
         touched: dict[int, Allocation] = {}
         for low, high in _ranges(addresses, size):
             place = bisect_right(self._starts, low) - 1
             allocation = self.allocations[place] if place >= 0 else None
             if allocation is None or high > allocation.end:
                 past = "" if allocation is None else f", {high - allocation.end} bytes past the end of a tensor"
-                raise KernelError(f"global {doing} out of bounds{past}, at {where}")
+                raise KernelError(f"global {doing} out of bounds{past}")
             touched[place] = allocation
         return list(touched.values())
 
-    def _check_order(
-        self, addresses: Array, size: int, warps: Array, program: int, clock: int, doing: str, where: str
-    ) -> None:
-        granules = _granules(addresses, size)
+    def _check_order(self, addresses: Array, size: int, warps: Array, doing: str) -> None:
+        granules, program, clock = pieces(addresses, size, GRANULE), self._program, self._clock
         writers, clocks = self.writer[granules], self.write_clock[granules]
         for other in np.unique(writers):
             if other in (NOBODY, program):
                 continue
-            if other not in self.clocks.learned:
-                raise KernelError(
-                    f"global race: {doing} of what program {other} wrote, not ordered by an atomic, at {where}"
-                )
-            released, learned_at = self.clocks.learned[int(other)]
+            if other not in self._learned:
+                raise KernelError(f"global race: {doing} of what program {other} wrote, not ordered by an atomic")
+            released, learned_at = self._learned[int(other)]
             if (clocks[writers == other] >= released).any():
                 raise KernelError(
-                    f"global race: program {other}'s store comes after its last barrier before the atomic, {where}"
+                    f"global race: program {other}'s store comes after its last barrier before the atomic"
                 )
             if clock <= learned_at and (warps != 0).any():
-                raise KernelError(f"global race: no barrier between the atomic and this {doing}, at {where}")
+                raise KernelError(f"global race: no barrier between the atomic and this {doing}")
         own = (writers == program) & (clocks == clock) & (self.write_warp[granules] != warps[:, None])
         if own.any():
-            raise KernelError(f"global race between warps of one program: {doing} without a barrier, at {where}")
-
-
-def _granules(addresses: Array, size: int) -> Array:
-    return (addresses // GRANULE)[:, None] + np.arange(max(1, size // GRANULE))[None, :]
-
-
-def _gather(flat: Array, addresses: Array, size: int) -> Array:
-    step = min(4, size)
-    word: Any = BITS[step]
-    return flat.view(word)[(addresses // step)[:, None] + np.arange(size // step)[None, :]]
+            raise KernelError(f"global race between warps of one program: {doing} without a barrier")
 
 
 def _ranges(addresses: Array, size: int) -> list[tuple[int, int]]:

@@ -7,19 +7,20 @@ be counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .formats import BITS, Array
-from .global_memory import ALIGNMENT, Clocks
+from .formats import Array
+from .global_memory import ALIGNMENT, GlobalMemory
 from .launch import Compiled, flattened, parameter_values, parsed
-from .program import Instruction, Program
+from .program import Instruction
 from .shared_memory import SharedMemory
 from .thread_block import Place, ThreadBlock
-from .work import Work
+from .work import Work, sectors, wavefronts
 
 
 class MeteredShared(SharedMemory):
@@ -29,50 +30,46 @@ class MeteredShared(SharedMemory):
         super().__init__(size)
         self.work = work
 
-    def read(self, addresses: Array, size: int, warps: Array, dtype: Any, where: str) -> Array:
-        self.work.touch_shared(addresses, size, warps)
-        return super().read(addresses, size, warps, dtype, where)
+    def read(self, addresses: Array, size: int, warps: Array, dtype: Any) -> Array:
+        self.work.shared_wavefronts += wavefronts(addresses, size, warps)
+        return super().read(addresses, size, warps, dtype)
 
-    def write(self, addresses: Array, values: Array, size: int, warps: Array, where: str) -> None:
-        self.work.touch_shared(addresses, size, warps)
-        super().write(addresses, values, size, warps, where)
+    def write(self, addresses: Array, values: Array, size: int, warps: Array) -> None:
+        self.work.shared_wavefronts += wavefronts(addresses, size, warps)
+        super().write(addresses, values, size, warps)
 
-    def start_copy(self, addresses: Array, words: Array, size: int, warps: Array, where: str) -> None:
-        self.work.touch_shared(addresses, size, warps)
-        super().start_copy(addresses, words, size, warps, where)
+    def start_copy(self, addresses: Array, words: Array, size: int, warps: Array) -> None:
+        self.work.shared_wavefronts += wavefronts(addresses, size, warps)
+        super().start_copy(addresses, words, size, warps)
 
 
-class AddressSpace:
+class AddressSpace(GlobalMemory):
     """Global memory without bytes: reads give zeros, writes are forgotten, counters count."""
 
     def __init__(self, work: Work) -> None:
-        self.work, self.clocks = work, Clocks()
-        self.counters: dict[int, int] = {}
+        super().__init__(0)
+        self.work = work
+        self.sums: Counter[int] = Counter()
 
-    def read(self, addresses: Array, size: int, warps: Array, *_: Any) -> Array:
-        self.work.touch_global(addresses, size, warps)
-        step = min(4, size)
-        return np.zeros((len(addresses), size // step), BITS[step])
+    def read(self, addresses: Array, size: int, warps: Array, dtype: Any) -> Array:
+        self.work.global_sectors += sectors(addresses, size, warps)
+        return np.zeros((len(addresses), size // np.dtype(dtype).itemsize), dtype)
 
-    def write(self, addresses: Array, words: Array, size: int, warps: Array, *_: Any) -> None:
-        self.work.touch_global(addresses, size, warps)
+    def write(self, addresses: Array, values: Array, size: int, warps: Array) -> None:
+        self.work.global_sectors += sectors(addresses, size, warps)
 
-    def atomic_add(self, addresses: Array, values: Array, *_: Any, **__: Any) -> Array:
+    def atomic_add(self, addresses: Array, values: Array, ordered: bool = True) -> Array:
         former = np.zeros(len(addresses), np.uint32)
         for i, address in enumerate(addresses.tolist()):
-            former[i] = self.counters.get(address, 0)
-            self.counters[address] = int(former[i]) + int(values[i])
+            former[i] = self.sums[address]
+            self.sums[address] += int(values[i])
         return former
 
 
 class MeteredBlock(ThreadBlock):
     """A thread block that counts."""
 
-    def __init__(
-        self, program: Program, memory: Any, shared: int, values: dict[str, Any], place: Place, work: Work
-    ) -> None:
-        super().__init__(program, memory, shared, values, place)
-        self.work, self.shared = work, MeteredShared(shared, work)
+    work: Work
 
     def _issued(self, instruction: Instruction, here: Array | None) -> None:
         self.work.issue(instruction, here, self.threads)
@@ -84,7 +81,9 @@ def work_of(launch: Any, compiled: Compiled, programs: Sequence[int]) -> Work:
     arguments = flattened(launch, compiled.signature)
     memory, values = AddressSpace(work), parameter_values(program, arguments, compiled.descriptors, _laid_out())
     for i in programs:
-        MeteredBlock(program, memory, compiled.shared, values, Place(i, launch.grid), work).run()
+        block = MeteredBlock(program, memory, compiled.shared, values, Place(i, launch.grid))
+        block.work, block.shared = work, MeteredShared(compiled.shared, work)
+        block.run()
     return work
 
 

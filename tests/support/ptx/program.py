@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,14 @@ class Instruction:
         """The last modifier: mostly the type."""
         return self.parts[-1]
 
+    def number(self, place: int = 0) -> int:
+        """An operand that is a literal."""
+        return int(str(self.operands[place]), 0)
+
+    def unknown(self) -> KernelError:
+        """What is raised where the interpreter does not know it."""
+        return KernelError(f"the interpreter does not know {self.opcode}")
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -73,18 +81,22 @@ class Program:
     labels: dict[str, int]
     parameters: list[Parameter]
     threads: int
-    places: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Places of the parameters by their names."""
+        return {parameter.name: parameter.place for parameter in self.parameters}
 
     @cached_property
     def names(self) -> dict[int, str]:
         """Names of the parameters by their places."""
-        return {place: name for name, place in self.places.items()}
+        return {parameter.place: parameter.name for parameter in self.parameters}
 
     @cached_property
     def targets(self) -> frozenset[str]:
         """Registers that some instruction writes, or may: first operands, a vector's members, both of `%r1|%p1`."""
         firsts = (i.operands[0] for i in self.instructions if i.operands)
-        names = (name for first in firsts if not isinstance(first, Address | Block) for name in _members(first))
+        names = (name for first in firsts if not isinstance(first, Address | Block) for name in members(first))
         return frozenset(part for name in names for part in name.split("|"))
 
     @classmethod
@@ -97,13 +109,11 @@ class Program:
         threads = re.search(r"\.reqntid (\d+)", attributes)
         if threads is None:
             raise KernelError(f"{name} has no .reqntid: the number of its threads is not known")
-        parameters = _parameters(signature)
-        instructions, labels = _instructions(body)
-        places = {parameter.name: parameter.place for parameter in parameters}
-        return cls(name, instructions, labels, parameters, int(threads[1]), places)
+        return cls(name, *_instructions(body), _parameters(signature), int(threads[1]))
 
 
-def _members(operand: str | tuple[str, ...]) -> tuple[str, ...]:
+def members(operand: Any) -> tuple[str, ...]:
+    """The registers of a vector, or the one that an operand is."""
     return operand if isinstance(operand, tuple) else (operand,)
 
 
@@ -163,15 +173,7 @@ def parse_instruction(text: str) -> Instruction:
 
 def _split(operands: str) -> list[str]:
     """At commas outside of brackets."""
-    found, depth, current = [], 0, ""
-    for character in operands:
-        depth += (character in "{[") - (character in "}]")
-        if character == "," and depth == 0:
-            found.append(current.strip())
-            current = ""
-        else:
-            current += character
-    return [*found, current.strip()] if current.strip() else found
+    return [one.strip() for one in re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,])+", operands)]
 
 
 def _operand(text: str) -> Operand:

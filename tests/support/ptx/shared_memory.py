@@ -12,12 +12,12 @@ Inside a warp, lanes are in lockstep here: a missing `bar.warp.sync` is not foun
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .faults import KernelError
-from .formats import BITS, Array
+from .formats import BITS, Array, pieces
 
 if TYPE_CHECKING:
     from .tensor_copies import Barrier, Landing
@@ -28,20 +28,13 @@ MANY = -2  # several warps read
 NEVER = -1
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A cp.async under way: who issued it, where its bytes go, and what they are."""
+class Copy(NamedTuple):
+    """A cp.async under way: who issued it, all that each lane writes [lanes, granules], and its words by their places."""
 
     warps: Array
+    granules: Array
     places: Array
     words: Array
-
-    @property
-    def granules(self) -> Array:
-        """All that each lane writes, [lanes, granules]."""
-        step = self.words.dtype.itemsize // GRANULE
-        found: Array = (self.places[:, :, None] * step + np.arange(step)).reshape(len(self.places), -1)
-        return found
 
 
 @dataclass
@@ -84,99 +77,93 @@ class SharedMemory:
         self.barriers: dict[int, Barrier] = {}
         self.clock = self.fences = 0
 
-    def read(self, addresses: Array, size: int, warps: Array, dtype: Any, where: str) -> Array:
+    def read(self, addresses: Array, size: int, warps: Array, dtype: Any) -> Array:
         """`size` bytes at each address as values [n, k] of a dtype."""
-        granules = self._check(addresses, size, warps, "read", where)
+        granules = self._check(addresses, size, warps, "read")
         if not self.initialized[granules].all():
-            raise KernelError(f"read of shared memory that nobody wrote, at {where}")
+            raise KernelError("read of shared memory that nobody wrote")
         others = (self.read_clock[granules] == self.clock) & (self.read_warp[granules] != warps[:, None])
         self.read_warp[granules] = np.where(others, MANY, warps[:, None])
         self.read_clock[granules] = self.clock
-        return self.bytes.view(dtype)[_places(addresses, size, dtype)]
+        return self.bytes.view(dtype)[pieces(addresses, size, np.dtype(dtype).itemsize)]
 
-    def write(self, addresses: Array, values: Array, size: int, warps: Array, where: str) -> None:
+    def write(self, addresses: Array, values: Array, size: int, warps: Array) -> None:
         """Store values [n, k]."""
-        granules = self._check_write(addresses, size, warps, where)
+        granules = self._check_write(addresses, size, warps)
         self._written(granules, warps)
-        self.bytes.view(values.dtype)[_places(addresses, size, values.dtype)] = values
+        self.bytes.view(values.dtype)[pieces(addresses, size, values.itemsize)] = values
 
-    def start_copy(self, addresses: Array, words: Array, size: int, warps: Array, where: str) -> None:
+    def start_copy(self, addresses: Array, words: Array, size: int, warps: Array) -> None:
         """cp.async of words [n, k]."""
-        granules = self._check_write(addresses, size, warps, where)
+        granules = self._check_write(addresses, size, warps)
         if len(np.unique(granules)) != granules.size:
-            raise KernelError(f"two cp.async to one place at {where}")
-        np.add.at(self.in_flight, granules, 1)
-        self.copies.open.append(Copy(warps, _places(addresses, size, words.dtype), words))
+            raise KernelError("two cp.async to one place")
+        self.in_flight[granules] += 1
+        self.copies.open.append(Copy(warps, granules, pieces(addresses, size, words.itemsize), words))
 
     def wait_for_copies(self, pending: int) -> None:
         """cp.async.wait_group: their bytes are there, for the warps that issued them."""
         for copy in self.copies.wait(pending):
             self.bytes.view(copy.words.dtype)[copy.places] = copy.words
-            np.subtract.at(self.in_flight, copy.granules, 1)
+            self.in_flight[copy.granules] -= 1
             self._written(copy.granules, copy.warps)
 
-    def use(self, addresses: Array, size: int, where: str) -> None:
+    def use(self, addresses: Array, size: int) -> None:
         """A wgmma begins to read the bytes at these addresses."""
-        self.products.open.append(self._used("wgmma", addresses, size, where))
+        self.products.open.append(self._used("wgmma", addresses, size))
 
-    def start_store(self, addresses: Array, size: int, where: str) -> Array:
+    def start_store(self, addresses: Array, size: int) -> Array:
         """A copy out begins to read elements at these addresses; their values."""
-        self.stores.open.append(self._used("a copy", addresses, size, where))
+        self.stores.open.append(self._used("a copy", addresses, size))
         values: Array = self.bytes.view(BITS[size])[addresses // size]
         return values
 
-    def _used(self, reader: str, addresses: Array, size: int, where: str) -> Array:
+    def _used(self, reader: str, addresses: Array, size: int) -> Array:
         """Granules that something asynchronous begins to read."""
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
-            raise KernelError(f"{reader} descriptor out of shared memory at {where}")
-        granules = np.unique((addresses.reshape(-1, 1) // GRANULE) + np.arange(max(1, size // GRANULE)))
+            raise KernelError(f"{reader} descriptor out of shared memory")
+        granules = np.unique(pieces(addresses.reshape(-1), size, GRANULE))
         if (self.in_flight[granules] > 0).any():
-            raise KernelError(f"{reader} reads bytes that a cp.async is still writing, at {where}")
+            raise KernelError(f"{reader} reads bytes that a cp.async is still writing")
         if not self.initialized[granules].all():
-            raise KernelError(f"{reader} reads shared memory that nobody wrote, at {where}")
+            raise KernelError(f"{reader} reads shared memory that nobody wrote")
         if (self.write_clock[granules] == self.clock).any():
-            raise KernelError(f"{reader} reads shared memory without a barrier after the write, at {where}")
+            raise KernelError(f"{reader} reads shared memory without a barrier after the write")
         if (self.write_fence[granules] >= self.fences).any():
-            raise KernelError(f"{reader} reads shared memory without fence.proxy.async after the write, at {where}")
-        np.add.at(self.in_use, granules, 1)
+            raise KernelError(f"{reader} reads shared memory without fence.proxy.async after the write")
+        self.in_use[granules] += 1
         self._read_by_all(granules)
         return granules
 
-    def wait_for_products(self, pending: int) -> None:
-        """wgmma.wait_group: what finished has read its operands."""
-        for granules in self.products.wait(pending):
-            np.subtract.at(self.in_use, granules, 1)
+    def wait_for_readers(self, pipeline: Pipeline, pending: int) -> None:
+        """A wait_group of wgmma, or of copies out: what finished has read its bytes."""
+        for granules in pipeline.wait(pending):
+            self.in_use[granules] -= 1
             self._read_by_all(granules)
 
-    def wait_for_stores(self, pending: int) -> None:
-        """cp.async.bulk.wait_group: what finished has read its bytes."""
-        for granules in self.stores.wait(pending):
-            np.subtract.at(self.in_use, granules, 1)
-            self._read_by_all(granules)
-
-    def start_barrier(self, address: int, barrier: Barrier, where: str) -> None:
+    def start_barrier(self, address: int, barrier: Barrier) -> None:
         """mbarrier.init."""
         if address % 8 or not 0 <= address <= len(self.bytes) - 8:
-            raise KernelError(f"an mbarrier at {address} of {len(self.bytes)} bytes, at {where}")
+            raise KernelError(f"an mbarrier at {address} of {len(self.bytes)} bytes")
         if address in self.barriers:
-            raise KernelError(f"an mbarrier is initialized twice at {where}")
+            raise KernelError("an mbarrier is initialized twice")
         self.barriers[address] = barrier
 
-    def barrier_at(self, address: int, warp: int, where: str) -> Barrier:
+    def barrier_at(self, address: int, warp: int) -> Barrier:
         """The mbarrier at an address, for a thread of a warp."""
         found = self.barriers.get(address)
         if found is None:
-            raise KernelError(f"there is no mbarrier at {address}, at {where}")
+            raise KernelError(f"there is no mbarrier at {address}")
         if found.born == self.clock and found.warp != warp:
-            raise KernelError(f"use of an mbarrier without a barrier after its initialization, at {where}")
+            raise KernelError("use of an mbarrier without a barrier after its initialization")
         return found
 
-    def start_landing(self, barrier: Barrier, landing: Landing, warp: Array, where: str) -> None:
+    def start_landing(self, barrier: Barrier, landing: Landing, warp: Array) -> None:
         """A copy by descriptor begins: it will write, and complete bytes of an mbarrier."""
         places, size = landing.places.reshape(-1), landing.values.itemsize
-        granules = self._check_write(places, size, np.broadcast_to(warp, len(places)), where)
+        granules = self._check_write(places, size, np.broadcast_to(warp, len(places)))
         if (self.write_fence[granules] >= self.fences).any():
-            raise KernelError(f"a copy overwrites what was written without fence.proxy.async, at {where}")
+            raise KernelError("a copy overwrites what was written without fence.proxy.async")
         self.in_flight[granules] += 1
         barrier.copies.append(landing)
 
@@ -185,20 +172,20 @@ class SharedMemory:
         for landing in barrier.land():
             size = landing.values.itemsize
             self.bytes.view(landing.values.dtype)[landing.places // size] = landing.values
-            granules = (landing.places.reshape(-1, 1) // GRANULE) + np.arange(max(1, size // GRANULE))
+            granules = pieces(landing.places.reshape(-1), size, GRANULE)
             self.in_flight[granules] -= 1
             self.initialized[granules], self.write_fence[granules], self.write_clock[granules] = True, NEVER, NEVER
 
     def barrier(self) -> None:
         self.clock += 1
 
-    def finish(self, where: str) -> None:
+    def finish(self) -> None:
         if not self.copies.idle:
-            raise KernelError(f"a cp.async is still in flight at the end of the kernel, {where}")
+            raise KernelError("a cp.async is still in flight at the end of the kernel")
         if not self.products.idle:
-            raise KernelError(f"a wgmma is still in flight at the end of the kernel, {where}")
+            raise KernelError("a wgmma is still in flight at the end of the kernel")
         if not self.stores.idle or any(barrier.copies for barrier in self.barriers.values()):
-            raise KernelError(f"a copy by descriptor is still in flight at the end of the kernel, {where}")
+            raise KernelError("a copy by descriptor is still in flight at the end of the kernel")
 
     def _read_by_all(self, granules: Array) -> None:
         self.read_warp[granules], self.read_clock[granules] = MANY, self.clock
@@ -207,33 +194,23 @@ class SharedMemory:
         self.write_clock[granules], self.write_warp[granules] = self.clock, warps[:, None]
         self.write_fence[granules], self.initialized[granules] = self.fences, True
 
-    def _check(self, addresses: Array, size: int, warps: Array, doing: str, where: str) -> Array:
+    def _check(self, addresses: Array, size: int, warps: Array, doing: str) -> Array:
         """The granules of an access, after the checks that reads and writes share."""
         if (addresses % size).any():
-            raise KernelError(f"misaligned shared {doing} of {size} bytes at {where}")
+            raise KernelError(f"misaligned shared {doing} of {size} bytes")
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
-            raise KernelError(f"shared {doing} out of bounds at {where}")
-        granules = (addresses // GRANULE)[:, None] + np.arange(max(1, size // GRANULE))[None, :]
+            raise KernelError(f"shared {doing} out of bounds")
+        granules = pieces(addresses, size, GRANULE)
         if (self.in_flight[granules] > 0).any():
-            raise KernelError(f"shared {doing} of bytes that a cp.async is still writing, at {where}")
+            raise KernelError(f"shared {doing} of bytes that a cp.async is still writing")
         if ((self.write_clock[granules] == self.clock) & (self.write_warp[granules] != warps[:, None])).any():
-            raise KernelError(f"shared race: {doing} of what another warp wrote since the last barrier, at {where}")
+            raise KernelError(f"shared race: {doing} of what another warp wrote since the last barrier")
         return granules
 
-    def _check_write(self, addresses: Array, size: int, warps: Array, where: str) -> Array:
-        granules = self._check(addresses, size, warps, "write", where)
+    def _check_write(self, addresses: Array, size: int, warps: Array) -> Array:
+        granules = self._check(addresses, size, warps, "write")
         if ((self.read_clock[granules] == self.clock) & (self.read_warp[granules] != warps[:, None])).any():
-            raise KernelError(f"shared race: write of what another warp read since the last barrier, at {where}")
+            raise KernelError("shared race: write of what another warp read since the last barrier")
         if (self.in_use[granules] > 0).any():
-            raise KernelError(f"write to shared memory that a wgmma still reads, at {where}")
+            raise KernelError("write to shared memory that a wgmma still reads")
         return granules
-
-
-def _places(addresses: Array, size: int, dtype: Any) -> Array:
-    step = np.dtype(dtype).itemsize
-    return (addresses // step)[:, None] + np.arange(size // step)[None, :]
-
-
-def words_of(size: int) -> Any:
-    """The dtype in which so many bytes are moved."""
-    return BITS[min(4, size)]

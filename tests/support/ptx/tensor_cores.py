@@ -8,8 +8,7 @@ truncated, as the hardware reads them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,42 +17,35 @@ from .faults import KernelError
 from .formats import Array
 from .shared_memory import SharedMemory
 
-LANES = np.arange(32)
-GROUP, IN_GROUP = LANES // 4, LANES % 4  # PTX's groupID and threadID_in_group
-CORNERS_16 = ((0, 0), (8, 0), (0, 8), (8, 8))  # (row, column) of a's registers, m16n8k16
-CORNERS_TF32 = ((0, 0), (8, 0), (0, 4), (8, 4))  # of m16n8k8
-RESULT = ((0, 0), (0, 1), (8, 0), (8, 1))  # (row, column) of an accumulator's four registers
+# Type of an operand's elements -> their bits, and these as the fp32 that a tensor core reads
+READ: dict[str, tuple[Any, Callable[[Array], Array]]] = {
+    "bf16": (np.uint16, formats.from_bf16),
+    "f16": (np.uint16, formats.from_f16),
+    "tf32": (np.uint32, formats.truncate_tf32),
+}
 # Swizzled bytes per row -> the bits by which a row's number permutes its lines of 16 bytes
 SWIZZLES = {128: 7, 64: 3, 32: 1}
 
 
-def halves_of(kind: str) -> Callable[[Array], Array] | None:
-    """The conversion of 16-bit operands to fp32."""
-    return {"bf16": formats.from_bf16, "f16": formats.from_f16}.get(kind)
+def operand(registers: Array, kind: str) -> Array:
+    """A [W, 16, K] from registers [W, 32 lanes, 4], or Bᵀ [W, 8, K] from 2: K is 16, of tf32 8.
+
+    A lane's registers are those of its 8 rows and half of the columns; in 16 bits it has two neighbors of each.
+    """
+    dtype, convert = READ[kind]
+    values, eights = convert(np.ascontiguousarray(registers).view(dtype)), registers.shape[2] // 2
+    parts = values.reshape(
+        len(registers), 8, 4, 2, eights, -1
+    )  # row, column, half of the columns, eight rows, neighbor
+    return parts.transpose(0, 4, 1, 3, 2, 5).reshape(len(registers), 8 * eights, -1)
 
 
-def operand_a(registers: Array, kind: str) -> Array:
-    """A [W, 16, K] from registers [W, 32 lanes, 4]: K is 16, of tf32 8."""
-    return _operand(registers, kind, CORNERS_TF32 if halves_of(kind) is None else CORNERS_16)
-
-
-def operand_b(registers: Array, kind: str) -> Array:
-    """B [W, K, 8] from registers [W, 32 lanes, 2]."""
-    corners = ((0, 0), (0, 4 if halves_of(kind) is None else 8))
-    return _operand(registers, kind, corners).transpose(0, 2, 1)
-
-
-def _operand(registers: Array, kind: str, corners: tuple[tuple[int, int], ...]) -> Array:
-    """The matrix [W, rows, K] whose row is a lane's group: of A, or of Bᵀ."""
-    warps, convert, rows = len(registers), halves_of(kind), 8 + max(row for row, _ in corners)
-    if convert is None:
-        values, each = formats.truncate_tf32(registers)[..., None], 1
-    else:
-        values, each = convert(np.ascontiguousarray(registers).view(np.uint16)).reshape(warps, 32, -1, 2), 2
-    found = np.empty((warps, rows, 8 * each), np.float32)
-    for (i, (row, column)), half in product(enumerate(corners), range(each)):
-        found[:, GROUP + row, each * IN_GROUP + column + half] = values[:, :, i, half]
-    return found
+def add_product(left: Array, right: Array, sums: Array) -> Array:
+    """A B + sums: A [W, 16, K], B [W or 1, K, N], sums in fp32 as accumulators' registers [W, 32 lanes, N / 2]."""
+    with np.errstate(all="ignore"):
+        product = left.astype(np.float64) @ right.astype(np.float64)
+        parts = product.reshape(len(left), 2, 8, -1, 4, 2)  # eight rows, row, eight columns, column, neighbor
+        return (parts.transpose(0, 2, 4, 3, 1, 5).reshape(sums.shape) + sums).astype(np.float32)
 
 
 def mma(shape: str, kinds: tuple[str, str], a: Array, b: Array, c: Array) -> Array:
@@ -61,39 +53,19 @@ def mma(shape: str, kinds: tuple[str, str], a: Array, b: Array, c: Array) -> Arr
     known = {"m16n8k16": ("bf16", "f16"), "m16n8k8": ("tf32",)}
     if kinds[0] != kinds[1] or kinds[0] not in known.get(shape, ()):
         raise KernelError(f"mma {shape} of {kinds[0]} and {kinds[1]} is not known to the interpreter")
-    sums = np.empty((len(a), 16, 8), np.float32)
-    for i, (row, column) in enumerate(RESULT):
-        sums[:, GROUP + row, 2 * IN_GROUP + column] = c[:, :, i]
-    left, right = operand_a(a, kinds[0]).astype(np.float64), operand_b(b, kinds[1]).astype(np.float64)
-    with np.errstate(all="ignore"):
-        sums = (left @ right + sums).astype(np.float32)
-    return np.stack([sums[:, GROUP + row, 2 * IN_GROUP + column] for row, column in RESULT], 2)
+    return add_product(operand(a, kinds[0]), operand(b, kinds[1]).mT, c)
 
 
 def from_rows(rows: Array, transposed: bool) -> Array:
     """ldmatrix: registers [W, 32, n] from n matrices of 8 rows of 8 halves, [W, n, 8, 8] of uint16."""
-    first, second = 2 * IN_GROUP, 2 * IN_GROUP + 1
-    if transposed:
-        low, high = rows[:, :, first, GROUP], rows[:, :, second, GROUP]
-    else:
-        low, high = rows[:, :, GROUP, first], rows[:, :, GROUP, second]
-    words = low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
-    return np.moveaxis(words, 1, 2)
+    rows = np.ascontiguousarray(rows.mT if transposed else rows)
+    return rows.view(np.uint32).reshape(*rows.shape[:2], 32).mT
 
 
 def to_rows(registers: Array, transposed: bool) -> Array:
     """stmatrix: n matrices [W, n, 8, 8] of uint16 from registers [W, 32, n]."""
-    warps, _, count = registers.shape
-    rows = np.zeros((warps, count, 8, 8), np.uint16)
-    first, second = 2 * IN_GROUP, 2 * IN_GROUP + 1
-    for i in range(count):
-        low = (registers[:, :, i] & np.uint32(0xFFFF)).astype(np.uint16)
-        high = (registers[:, :, i] >> np.uint32(16)).astype(np.uint16)
-        if transposed:
-            rows[:, i, first, GROUP], rows[:, i, second, GROUP] = low, high
-        else:
-            rows[:, i, GROUP, first], rows[:, i, GROUP, second] = low, high
-    return rows
+    rows = np.ascontiguousarray(registers.mT).view(np.uint16).reshape(len(registers), -1, 8, 8)
+    return rows.mT if transposed else rows
 
 
 class Descriptor(NamedTuple):
@@ -105,11 +77,11 @@ class Descriptor(NamedTuple):
     width: int
 
     @classmethod
-    def decode(cls, bits: int, where: str) -> Descriptor:
+    def decode(cls, bits: int) -> Descriptor:
         """From the 64 bits of the matrix descriptor (PTX ISA, "Matrix Descriptor Format")."""
         mode = bits >> 62
         if mode == 0 or (bits >> 49) & 7:
-            raise KernelError(f"a wgmma descriptor without swizzle, or with a base offset, is not known, at {where}")
+            raise KernelError("a wgmma descriptor without swizzle, or with a base offset, is not known")
         start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         return cls(start, leading, stride, {1: 128, 2: 64, 3: 32}[mode])
 
@@ -125,25 +97,10 @@ class Descriptor(NamedTuple):
         return address ^ (((address >> 7) & SWIZZLES[self.width]) << 4)
 
 
-def load_operand(shared: SharedMemory, bits: int, rows: int, columns: int, kind: str, major: bool, where: str) -> Array:
+def load_operand(shared: SharedMemory, bits: int, rows: int, columns: int, kind: str, major: bool) -> Array:
     """A wgmma operand [rows, columns] in fp32 from shared memory."""
-    convert = halves_of(kind)
-    size = 4 if convert is None else 2
-    addresses = Descriptor.decode(bits, where).addresses(rows, columns, size, major)
-    shared.use(addresses, size, where)
-    if convert is None:
-        return formats.truncate_tf32(shared.bytes.view(np.uint32)[addresses // 4])
-    return convert(shared.bytes.view(np.uint16)[addresses // 2])
-
-
-def warpgroup_result(sums: Array, former: Array) -> Array:
-    """D = sums [64, N] + former, as registers [128 threads, N / 2] of fp32."""
-    result = np.empty_like(former)
-    for warp in range(4):
-        lanes = slice(32 * warp, 32 * warp + 32)
-        for j in range(sums.shape[1] // 8):
-            for i, (row, column) in enumerate(RESULT):
-                part = sums[16 * warp + GROUP + row, 8 * j + 2 * IN_GROUP + column]
-                with np.errstate(all="ignore"):
-                    result[lanes, 4 * j + i] = (part + former[lanes, 4 * j + i]).astype(np.float32)
-    return result
+    dtype, convert = READ[kind]
+    size = np.dtype(dtype).itemsize
+    addresses = Descriptor.decode(bits).addresses(rows, columns, size, major)
+    shared.use(addresses, size)
+    return convert(shared.bytes.view(dtype)[addresses // size])

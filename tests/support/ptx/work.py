@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from .formats import Array
+from .formats import Array, pieces
 from .instructions import WARP
 from .program import Instruction
 
@@ -58,14 +58,6 @@ class Work:
         else:
             self.tensor_flops += flops
 
-    def touch_shared(self, addresses: Array, size: int, warps: Array) -> None:
-        """Shared memory read or written: `size` bytes at each address [n] by threads of these warps [n]."""
-        self.shared_wavefronts += wavefronts(addresses, size, warps)
-
-    def touch_global(self, addresses: Array, size: int, warps: Array) -> None:
-        """Global memory read, written or copied, likewise."""
-        self.global_sectors += sectors(addresses, size, warps)
-
 
 def slots(instruction: Instruction) -> int:
     """Issue slots of an instruction: none for what ptxas does by naming, more for integers of 64 bits."""
@@ -88,8 +80,7 @@ def wavefronts(addresses: Array, size: int, warps: Array) -> int:
     lanes = PHASE_BYTES // max(size, BANK_BYTES)
     place = np.arange(len(addresses)) - np.searchsorted(warps, warps)  # among the warp's own; warps are in order
     phases = (warps.astype(np.int64) * WARP + place // lanes) << 32
-    words = (addresses // BANK_BYTES)[:, None] + np.arange(max(1, size // BANK_BYTES))
-    wanted = np.unique(phases[:, None] | words)  # each word of a phase once
+    wanted = np.unique(phases[:, None] | pieces(addresses, size, BANK_BYTES))  # each word of a phase once
     phase, bank = np.unique(wanted >> 32, return_inverse=True)[1], wanted % BANKS
     conflicts = np.bincount(phase * BANKS + bank, minlength=(int(phase.max()) + 1) * BANKS)
     return int(conflicts.reshape(-1, BANKS).max(1).sum())
@@ -97,6 +88,5 @@ def wavefronts(addresses: Array, size: int, warps: Array) -> int:
 
 def sectors(addresses: Array, size: int, warps: Array) -> int:
     """Pieces of 32 bytes that the lanes of each warp touch; lanes of one warp share them."""
-    pieces = (addresses // SECTOR)[:, None] + np.arange(max(1, size // SECTOR))[None, :]
-    keys = warps.astype(np.int64)[:, None] << np.int64(48) | pieces.astype(np.int64)
+    keys = warps.astype(np.int64)[:, None] << 48 | pieces(addresses, size, SECTOR)
     return len(np.unique(keys))
