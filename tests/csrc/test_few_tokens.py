@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from calls import check_pooled, outputs, run
-from measuring import threads
+from measuring import instruction_set, threads
 from torch import Tensor
 
 import lorasb
@@ -28,13 +28,9 @@ pytestmark = pytest.mark.skipif(not SETS, reason="no C++ extension, or a process
 
 @pytest.fixture(params=SETS)
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpp.use_instruction_set(request.param)
-    try:
+    with instruction_set(request.param), lorasb.backend("cpp"):
         assert cpp.most_tokens(64) > 0
-        with lorasb.backend("cpp"):
-            yield request.param
-    finally:
-        cpp.use_instruction_set("")
+        yield request.param
 
 
 def op(x: Tensor, case: reference.Case) -> Tensor:
