@@ -7,7 +7,6 @@ Zen 3 with AVX2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -17,34 +16,25 @@ from triton.runtime import interpreter
 
 def install() -> None:
     """Replace the interpreter's function that does it, where this Triton has that function."""
-    original: Callable[[FunctionType], Any] | None = getattr(interpreter, "_patch_lang", None)
-    if original is not None and not hasattr(original, "replaced"):
-        once = _OnceALaunch(original)
-        interpreter._patch_lang = once
+    original = getattr(interpreter, "_patch_lang", None)
+    replaced: set[str] = set()  # modules, since the launch began
 
-
-class _OnceALaunch:
-    """`_patch_lang` for a launch, whose scope is restored at its end; nothing for what it calls."""
-
-    replaced: frozenset[str] = frozenset()
-
-    def __init__(self, original: Callable[[FunctionType], Any]) -> None:
-        self.original = original
-
-    def __call__(self, function: FunctionType) -> Any:
-        """The scope of what was replaced for a function."""
-        modules = frozenset(
-            value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core
-        )
-        if self.replaced and modules <= self.replaced:
+    def once(function: FunctionType) -> Any:
+        """The scope of what was replaced for a function; a launch's is restored at its end."""
+        modules = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
+        if replaced and modules <= replaced:
             return None  # a call inside a kernel, whose caller drops the scope
-        scope = self.original(function)
-        if not self.replaced:
+        scope = original(function)
+        if not replaced:
             restore = scope.restore
-            scope.restore = lambda: self._end(restore)
-        self.replaced |= modules
+
+            def end() -> None:
+                replaced.clear()
+                restore()
+
+            scope.restore = end
+        replaced.update(modules)
         return scope
 
-    def _end(self, restore: Callable[[], None]) -> None:
-        self.replaced = frozenset()
-        restore()
+    if original is not None:
+        interpreter._patch_lang = once

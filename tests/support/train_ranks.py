@@ -35,9 +35,8 @@ def model_for(way: str) -> nn.Module:
 
 def shard(model: Any, way: str) -> nn.Module:
     """As `way` says, over the processes there are."""
-    if dist.is_initialized() and not way.startswith(
-        "ddp"
-    ):  # which is wrapped after the initialization, as Trainer does
+    is_ddp = way.startswith("ddp")  # which is wrapped after the initialization, as Trainer does
+    if dist.is_initialized() and not is_ddp:
         for block in (*model.get_base_model().model.layers, model):
             fully_shard(block)
     return model

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 from adapters import layers
+from gradients import factors
 from models import Batch, batches_for
 from tolerances import EXACT, EXPORT, MERGE, PROCESS_SUMS, check, check_equal
 from torch import Tensor, nn
@@ -19,10 +20,6 @@ import lorasb
 
 def batches(count: int = 3) -> list[Batch]:
     return batches_for("llama", count)
-
-
-def factors(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name]
 
 
 def check_gradients(model: nn.Module, dense: nn.Module) -> None:
