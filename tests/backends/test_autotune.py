@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 from calls import operands_of
+from kernel_cases import group_cases
 
 from lorasb.backends import autotune, eager
 from lorasb.backends import triton as fused
@@ -205,16 +206,11 @@ def test_a_second_shape_keeps_the_first(folder: Path) -> None:
 
 @functools.cache
 def computed(dtype: torch.dtype, ms: int, weight: bool) -> Any:
-    cases = [reference.make_case((40,), 96, 80 - 16 * j, 24, dtype) for j in range(ms)]
+    cases = group_cases(40, 96, [80 - 16 * j for j in range(ms)], 24, dtype)
+    if not weight:
+        cases = [replace(case, weight=None) for case in cases]
     x = cases[0].x
-    members = launch.Members(
-        [c.weight if weight else None for c in cases],
-        [c.a for c in cases],
-        [c.core for c in cases],
-        [c.b for c in cases],
-        [c.bias for c in cases],
-        [0.5 + j for j in range(ms)],
-    )
+    members = fused.members_of(operands_of(*cases))
     chosen = plan.choose(plan.Shape("forward", "fp32", 64, 96, 80, 24, ms), plan.INTERPRETER, 1)
     ys, us = launch.forward(x, members, chosen, Mask())
     dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for y in ys]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tolerances
 import torch
-from calls import KINDS, make_call, operands_of
+from calls import KINDS, MASKED, make_call, operands_of
 from torch import Tensor
 
 from lorasb.backends import eager
@@ -45,11 +45,11 @@ def extended_transposed(rows: Tensor, base: Base, w: Tensor, a: Tensor, onto: Te
 NAIVE = Products(thin, core, extended, extended_transposed)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "dropout", "group with dropout"])
+@pytest.mark.parametrize("kind", [*KINDS, *MASKED])
 def test_a_table_of_products_is_a_backend(kind: str) -> None:
-    cases, options = make_call(kind.replace("group with dropout", "group").replace("dropout", "dense"), torch.float32)
-    if "dropout" in kind:
-        options |= {"dropout": 0.3, "seeds": torch.arange(7, 7 + len(cases))}
+    cases, options = make_call(kind, torch.float32)
+    if kind in MASKED:
+        options["seeds"] = torch.arange(7, 7 + len(cases))
     operands, x, dys = operands_of(*cases, **options), cases[0].x, [case.dy for case in cases]
     found, want = (eager.forward(table, x, operands) for table in (NAIVE, eager.EAGER))
     us = want[len(cases) :]

@@ -5,7 +5,6 @@ Without --ptx there is nothing to run: the same calls are interpreted by the tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import environment
@@ -14,11 +13,11 @@ import reference
 import tolerances
 import torch
 from calls import check, dense, exact, run_kernels
-from kernel_cases import check_follows_mask, group_cases, weights_read
+from kernel_cases import INDEX, check_follows_mask, planned, row_cases
+from ptx.plugin import Executor
 from reference import make_case
 from storages import bits_of, storage
 from storages import exact as dequantized
-from torch import Tensor
 
 import lorasb
 from lorasb.functional import dequantize
@@ -52,35 +51,18 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
         assert max(one.arguments["splits"] for one in launches) > 1
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_a_group(dtype: torch.dtype) -> None:
-    cases = group_cases(20, 64, (48, 32, 40), 24, dtype)
-    check(run_kernels(*cases), *cases)
-
-
 @pytest.mark.parametrize(
     ("tokens", "n", "ms", "r"),
     [(1, 160, (144,), 16), (19, 160, (144,), 40), (3, 160, (144,), 144), (3, 96, (80, 48), 24)],
 )
 def test_rows_with_an_r_each(tokens: int, n: int, ms: tuple[int, ...], r: int) -> None:
-    index = [1, 0, -1, 1, 2]
-    cases = [make_case((len(index), tokens), n, m, r, torch.bfloat16, seed=m) for m in ms]
-    g = torch.Generator().manual_seed(0)
-    for case in cases:
-        case.x, case.core = cases[0].x, case.core * torch.randn(3, r, r, generator=g)
-    close(run_kernels(*cases, index=index), exact(*cases, index=index), tolerances.BF16_FEW)
+    cases = row_cases(tokens, n, ms, r, torch.bfloat16)
+    tolerances.check_scaled(run_kernels(*cases, index=INDEX), exact(*cases, index=INDEX), tolerances.BF16_FEW)
 
 
-def close(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: tolerances.Tolerance) -> None:
-    """Over the largest entries."""
-    for got, want in zip(found, wanted, strict=True):
-        scale = want.abs().max()
-        tolerances.check(got / scale, want / scale, tolerance)
-
-
-def test_the_order_of_programs_does_not_matter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_programs_does_not_matter(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Split sums, in as many orders as there are programs: each in turn comes last. The executor compares the bits."""
-    monkeypatch.setattr(request.config.ptx_executor, "every_last", True)  # type: ignore[attr-defined]
+    monkeypatch.setattr(executor, "every_last", True)
     case = make_case((5,), 512, 48, 16, torch.bfloat16)
     with observed() as launches:
         check(run_kernels(case), case)
@@ -97,11 +79,10 @@ def test_dropout_follows_its_mask() -> None:
 def test_4_bits_inline_and_by_a_scratch(rows: int, way: str, nested: bool) -> None:
     """A GEMM that dequantizes as it goes, or a scratch that is filled beside the thin products."""
     case = replace(make_case((rows,), 64, 48, 16, torch.bfloat16), weight=storage(48, 64, "nf4", 64, nested))
-    with weights_read(way), observed() as launches:
+    with planned(weights=way), observed() as launches:
         found = run_kernels(case)
     assert ("quantized_gemm" in {one.name for one in launches}) == (way == "inline")
-    wide = dense(case).double()
-    close(found, (reference.forward(wide), *reference.gradients(wide)), tolerances.HALF_FEW)
+    tolerances.check_scaled(found, reference.by_formulas(dense(case).double()), tolerances.HALF_FEW)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

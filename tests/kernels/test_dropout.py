@@ -10,7 +10,7 @@ import tolerances
 import torch
 from calls import check_dropout_follows_the_global_seed, operands_of
 from calls import run_kernels as run
-from kernel_cases import check_follows_mask, group_cases, mask_of, take_path
+from kernel_cases import check_follows_mask, group_cases, mask_of, planned
 
 from lorasb.backends import eager
 from lorasb.backends import triton as backend
@@ -24,15 +24,12 @@ def test_gradients_follow_the_mask_of_the_forward() -> None:
     check_follows_mask(reference.make_case((40,), 70, 64, 8, torch.float32, bias=False), 0.4, tolerances.fp32(80))
 
 
-def test_beside_cublas_the_masked_term_is_added_to_the_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_cublas_the_masked_term_is_added_to_the_bases() -> None:
     case = reference.make_case((40,), 70, 64, 8, torch.float32)
     results = []
     for path in ("fused", "addmm"):
-        with monkeypatch.context() as patch:
-            take_path(patch, path)
-            torch.manual_seed(5)
-            with observed() as launches:
-                results.append(run(case, dropout=0.4))
+        with planned(path=path), observed() as launches:
+            results.append(run(case, dropout=0.4, seed=5))
         assert [one.name for one in launches] == [
             "prep_forward",
             *["extended_gemm"] * (path == "fused"),  # in forward, cuBLAS has no mask to know
@@ -40,22 +37,16 @@ def test_beside_cublas_the_masked_term_is_added_to_the_bases(monkeypatch: pytest
             "extended_gemm",
         ]
         assert launches[-1].arguments["ADD"] == (path == "addmm")
-    for fused, added in zip(*results, strict=True):
-        tolerances.check(added, fused.double(), tolerances.fp32(80))
+    tolerances.check(*results, tolerances.fp32(80))
 
 
-def test_without_a_base_the_masked_term_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_base_the_masked_term_is_all_there_is() -> None:
     case = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False)
-    take_path(monkeypatch, "addmm")
-    results = []
-    for weight in (case.weight, None):
-        case.weight = weight  # type: ignore[assignment]
-        torch.manual_seed(5)
-        results.append(run(case, dropout=0.4))
-    (y, dx, dcore), (y_alone, dx_alone, dcore_alone) = results
-    weight = reference.make_case((40,), 70, 64, 8, torch.float32, bias=False).weight
-    tolerances.check(y_alone + case.x @ weight.t(), y.double(), tolerances.fp32(80))
-    tolerances.check(dx_alone + case.dy @ weight, dx.double(), tolerances.fp32(80))
+    with planned(path="addmm"):
+        y, dx, dcore = run(case, dropout=0.4, seed=5)
+        y_alone, dx_alone, dcore_alone = run(replace(case, weight=None), dropout=0.4, seed=5)
+    tolerances.check(y_alone + case.x @ case.weight.t(), y.double(), tolerances.fp32(80))
+    tolerances.check(dx_alone + case.dy @ case.weight, dx.double(), tolerances.fp32(80))
     assert torch.equal(dcore, dcore_alone)
 
 
@@ -63,17 +54,14 @@ def test_without_a_base_the_masked_term_is_all_there_is(monkeypatch: pytest.Monk
     ("path", "r"),
     [("fused", 8), ("addmm", 16), *(pytest.param(*one, marks=LONG) for one in (("fused", 16), ("addmm", 8)))],
 )
-def test_members_of_a_group_have_the_masks_of_separate_calls(
-    path: str, r: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_path(monkeypatch, path)
+def test_members_of_a_group_have_the_masks_of_separate_calls(path: str, r: int) -> None:
     cases = group_cases(40, 70, (48, 32, 64), r, torch.float32)
-    torch.manual_seed(5)
-    with observed() as launches:
-        together = run(*cases, dropout=0.4)
+    with planned(path=path):
+        with observed() as launches:
+            together = run(*cases, dropout=0.4, seed=5)
+        torch.manual_seed(5)
+        ys, dxs, dcores = zip(*(run(case, dropout=0.4) for case in cases), strict=True)
     assert len(launches) == (4 if path == "fused" else 3)
-    torch.manual_seed(5)
-    ys, dxs, dcores = zip(*(run(case, dropout=0.4) for case in cases), strict=True)
     for got, want in zip(together, (*ys, sum(dx.double() for dx in dxs), *dcores), strict=True):
         tolerances.check(got, want, tolerances.fp32(150 if want.dtype == torch.float64 else 80))
 

@@ -12,6 +12,7 @@ import environment
 import pytest
 from ptx.launch import compile_launch
 from ptx.metered import work_of
+from ptx.plugin import Executor
 
 from benchmarks.kernels import static_report
 from benchmarks.kernels.static_report import DTYPES, config_name, launch_key
@@ -37,8 +38,7 @@ def launches(dtype: str, arch: str) -> Iterator[tuple[str, Launch]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
-def test_every_kernel_executes(dtype: str, request: pytest.FixtureRequest) -> None:
-    executor = request.config.ptx_executor  # type: ignore[attr-defined]
+def test_every_kernel_executes(dtype: str, executor: Executor) -> None:
     failed, count = [], 0
     for name, launch in launches(dtype, executor.arch):
         programs = sorted({0, launch.grid - 1})

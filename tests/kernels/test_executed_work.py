@@ -9,6 +9,7 @@ import pytest
 import torch
 from ptx.launch import compile_launch
 from ptx.metered import work_of
+from ptx.plugin import Executor
 from ptx.work import Work
 
 from benchmarks.kernels.executed_work import launch_work, shares
@@ -21,21 +22,19 @@ pytestmark = pytest.mark.skipif(not environment.PTX, reason="executes compiled k
 SHAPES = {"one layer, split": (256, 512, (128,), 64), "two members": (128, 256, (256, 128), 32)}
 
 
-def recorded(shape: str, op: str, arch: str) -> list[Launch]:
-    M, n, ms, r = SHAPES[shape]
+def recorded(op: str, arch: str, M: int, n: int, ms: tuple[int, ...], r: int) -> list[Launch]:
     chosen = plan_for(op, torch.bfloat16, M, n, ms, r, arch, 84)
     return record(op, LaunchPlan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r)
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_launch_does_what_its_tiling_says(shape: str, op: str, request: pytest.FixtureRequest) -> None:
+def test_a_launch_does_what_its_tiling_says(shape: str, op: str, executor: Executor) -> None:
     """All programs, executed: 16-bit products exactly, bytes up to what warps read twice; and a few programs for all.
 
     Products with R are of two tf32 parts, of which sm_90 takes one twice; each warp reads R for itself.
     """
-    executor = request.config.ptx_executor  # type: ignore[attr-defined]
-    for launch in recorded(shape, op, executor.arch):
+    for launch in recorded(op, executor.arch, *SHAPES[shape]):
         every = work_of(launch, compile_launch(launch, executor.driver), range(launch.grid))
         told, with_core = traffic(launch), core_flops(launch)
         assert every.tensor_flops == told.flops - with_core
@@ -61,24 +60,18 @@ def close(a: Work, b: Work, bound: float) -> bool:
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
-def test_lines_are_what_executing_all_of_it_gives(op: str, request: pytest.FixtureRequest) -> None:
+def test_lines_are_what_executing_all_of_it_gives(op: str, executor: Executor) -> None:
     """Of a group on a large grid: each share executed whole, and continued from two short lengths."""
-    executor = request.config.ptx_executor  # type: ignore[attr-defined]
-    M, n, ms, r = 2048, 1024, (1024, 512), 32
-    chosen = plan_for(op, torch.bfloat16, M, n, ms, r, executor.arch, 84)
-    for launch in record(op, LaunchPlan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r):
+    for launch in recorded(op, executor.arch, 2048, 1024, (1024, 512), 32):
         compiled, whole = compile_launch(launch, executor.driver), Work()
         for share in shares(launch):
             whole += work_of(launch, compiled, share.programs) * share.times
         assert close(launch_work(launch, executor.arch), whole, 1e-6)
 
 
-def test_a_long_reduction_is_continued_as_a_line(request: pytest.FixtureRequest) -> None:
+def test_a_long_reduction_is_continued_as_a_line(executor: Executor) -> None:
     """Executed whole, and at two short lengths."""
-    executor = request.config.ptx_executor  # type: ignore[attr-defined]
-    M, n, m, r = 32, 2048, 64, 32
-    chosen = plan_for("forward", torch.bfloat16, M, n, (m,), r, executor.arch, 84)
-    launches = record("forward", LaunchPlan("fused", chosen.prep, chosen.gemm), torch.bfloat16, M, n, (m,), r)
+    launches = recorded("forward", executor.arch, 32, 2048, (64,), 32)
     gemm = next(one for one in launches if one.name == "extended_gemm")
     gemm = gemm._replace(grid=1, arguments=gemm.arguments | {"splits": 1, "SPLIT": False})
     every = work_of(gemm, compile_launch(gemm, executor.driver), range(1))

@@ -15,7 +15,7 @@ from calls import check, few_of, opcheck
 from calls import run_kernels as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, group_cases
+from kernel_cases import DTYPES, group_cases, planned
 
 import lorasb
 from lorasb.functional import lora_sb_linear
@@ -64,8 +64,7 @@ def test_tensors_that_torch_negates_lazily(name: str) -> None:
     assert negated.is_neg()
     x = negated.detach() if name == "x" else None
     results = run(case if name == "x" else replace(case, **{name: negated}), x=x)
-    for result, want in zip(results, run(case), strict=True):
-        assert torch.equal(result, want)
+    tolerances.check_equal(results, run(case))
 
 
 def test_a_group_too_wide_for_one_pass_is_prepared_in_several() -> None:
@@ -106,8 +105,7 @@ def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("path", ["fused", "addmm"])
 @pytest.mark.parametrize("layout", ["x and dy", "weight", "factors"])
-def test_non_contiguous(layout: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, path)
+def test_non_contiguous(layout: str, path: str) -> None:
     case = reference.make_case((6, 4), 24, 20, 4, torch.float32)
     x = case.x
     if layout == "x and dy":
@@ -119,27 +117,15 @@ def test_non_contiguous(layout: str, path: str, monkeypatch: pytest.MonkeyPatch)
         case.weight = case.weight.t().contiguous().t()
     else:
         case.a, case.b = case.a.t().contiguous().t(), case.b.t().contiguous().t()
-    check(run(case, x=x.clone(memory_format=torch.preserve_format)), case)
-
-
-def force(
-    monkeypatch: pytest.MonkeyPatch, path: str, prep: PrepConfig | None = None, gemm: GemmConfig | None = None
-) -> None:
-    """Let every call take one path, with these blocks."""
-
-    def choice(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
-        return plan.LaunchPlan(path, prep or plan.default_prep(shape), gemm or plan.default_gemm(shape))
-
-    monkeypatch.setattr(plan, "choice", choice)
+    with planned(path=path):
+        check(run(case, x=x.clone(memory_format=torch.preserve_format)), case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_path_through_addmm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, "addmm")
-    cases = group_cases(40, 96, (100, 60), 24, dtype)
-    check(run(*cases), *cases)
-    case = reference.make_case((40,), 64, 96, 16, dtype)
-    check(run(case), case)
+def test_the_path_through_addmm(dtype: torch.dtype) -> None:
+    with planned(path="addmm"):
+        for cases in (group_cases(40, 96, (100, 60), 24, dtype), [reference.make_case((40,), 64, 96, 16, dtype)]):
+            check(run(*cases), *cases)
 
 
 def blocks(config: PrepConfig | GemmConfig) -> PrepConfig | GemmConfig:
@@ -159,10 +145,10 @@ SHIPPED = {
 
 
 @pytest.mark.parametrize("config", sorted(SHIPPED, key=str), ids=str)
-def test_every_shipped_configuration(config: PrepConfig | GemmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, "fused", **{"prep" if isinstance(config, PrepConfig) else "gemm": config})
+def test_every_shipped_configuration(config: PrepConfig | GemmConfig) -> None:
     case = reference.make_case((40,), 150, 70, 24, torch.float32)
-    check(run(case), case)
+    with planned(path="fused", **{"prep" if isinstance(config, PrepConfig) else "gemm": config}):
+        check(run(case), case)
 
 
 def test_the_adapter_alone() -> None:
@@ -214,8 +200,7 @@ def test_rows_do_not_leak(value: float, rows: int) -> None:
 def test_bitwise_repeatable(rows: int) -> None:
     cases = group_cases(rows, 96, (64, 48), 16, torch.float16)
     first = run(*cases)
-    for got, want in zip(run(*cases), first, strict=True):
-        assert torch.equal(got, want)
+    tolerances.check_equal(run(*cases), first)
 
 
 def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import reference
 import torch
 from calls import dense, few_of, run, run_kernels
-from kernel_cases import DTYPES, weights_read
-from reference import Case, make_case
+from kernel_cases import DTYPES, planned
 from storages import bits_of, exact, octets, storage
-from tolerances import EXACT, check, fp32
+from storages import quantized_case as make
+from tolerances import EXACT, check, check_scaled, fp32
 
 import lorasb
 from lorasb.functional import dequantize, lora_sb_linear
@@ -21,14 +20,9 @@ from lorasb.kernels.launcher import observed
 from lorasb.quantization.quantized_weight import QuantizedWeight
 
 
-def make(weight: QuantizedWeight, rows: int, r: int, dtype: torch.dtype) -> Case:
-    m, n = weight.shape
-    return replace(make_case((rows,), n, m, r, dtype), weight=weight)
-
-
 @pytest.fixture(params=plan.CHOICES["weights"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    with weights_read(request.param):
+    with planned(weights=request.param):
         yield request.param
 
 
@@ -60,18 +54,15 @@ def test_is_the_dense_layer(
     way: str, rows: int, m: int, n: int, r: int, block: int, nested: bool, dtype: torch.dtype
 ) -> None:
     case = make(storage(m, n, "nf4", block, nested, dtype), rows, r, dtype)
-    twin = replace(case, weight=exact(case.weight, torch.float64)).double()
-    wanted = reference.forward(twin), *reference.gradients(twin)
+    wanted = reference.by_formulas(dense(case).double())
     for got, want, length in zip(run_kernels(case), wanted, (n, m, max(1, rows)), strict=True):
-        scale = want.abs().max().clamp_min(1.0) if want.numel() else 1.0
-        check(got.double() / scale, want / scale, fp32(length) if dtype == torch.float32 else few_of(dtype))
+        check_scaled(got, want, fp32(length) if dtype == torch.float32 else few_of(dtype), 1.0)
 
 
 def test_odd_features_and_8_bits_take_the_scratch_or_torch(way: str) -> None:
     for weight in (storage(40, 63, dtype=torch.float32), octets(40, 64, torch.float32)):
         case = make(weight, 9, 4, torch.float32)
-        for got, want in zip(run_kernels(case), run(case, backend="eager"), strict=True):
-            check(got, want, fp32(64))
+        check(run_kernels(case), run(case, backend="eager"), fp32(64))
 
 
 def test_launches(way: str) -> None:
@@ -86,17 +77,12 @@ def test_launches(way: str) -> None:
 
 def test_repeats_to_the_bit(way: str) -> None:
     case = make(storage(64, 512, dtype=torch.float32), 5, 16, torch.float32)
-    for got, want in zip(run_kernels(case), run_kernels(case), strict=True):
-        check(got, want, EXACT)
+    check(run_kernels(case), run_kernels(case), EXACT)
 
 
 def test_dropout_masks_are_the_dense_kernels_own(way: str) -> None:
-    case, found = make(storage(48, 64, dtype=torch.float32), 20, 8, torch.float32), []
-    for one in (case, dense(case)):
-        torch.manual_seed(5)
-        found.append(run_kernels(one, dropout=0.5))
-    for got, want in zip(*found, strict=True):
-        check(got, want, fp32(64))
+    case = make(storage(48, 64, dtype=torch.float32), 20, 8, torch.float32)
+    check(*(run_kernels(one, dropout=0.5, seed=5) for one in (case, dense(case))), fp32(64))
 
 
 def test_the_tables_choose_by_tokens() -> None:
@@ -134,7 +120,7 @@ def test_the_rows_of_a_tile_have_one_scale_each_where_blocks_allow(
     moved = codes.new_empty(codes.numel() + byte)[byte:].view(codes.shape).copy_(codes)
     weight = QuantizedWeight([moved, *weight.tensors[1:]], weight.shape, weight.dtype, weight.kind, weight.block)
     x, none = torch.eye(n, dtype=torch.float16), torch.zeros(0, dtype=torch.float32)
-    with weights_read("inline"), lorasb.backend("triton"), observed() as launches:
+    with planned(weights="inline"), lorasb.backend("triton"), observed() as launches:
         a, b = none.new_zeros((1, n)).half(), none.new_zeros((70, 1)).half()
         y = lora_sb_linear(x, weight, a, none.new_zeros((1, 1)), b)
     (gemm,) = (one for one in launches if one.name == "quantized_gemm")

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import pytest
-import reference
 import tolerances
 import torch
 from calls import exact, run_kernels
+from kernel_cases import INDEX, row_cases
 from storages import storage
 
 import lorasb
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels.launcher import observed
 
-INDEX = [1, 0, -1, 1, 2]
-
-
-def make(tokens: int, n: int, m: int, r: int, **options: Any) -> reference.Case:
-    """With a stack of three R's."""
-    case = reference.make_case((len(INDEX), tokens), n, m, r, torch.float32, **options)
-    g = torch.Generator().manual_seed(0)
-    return replace(case, core=torch.stack([case.core * torch.randn(r, r, generator=g) for _ in range(3)]))
-
 
 @pytest.mark.parametrize(("tokens", "n", "m", "r"), [(1, 64, 48, 16), (13, 123, 59, 5), (20, 112, 128, 96)])
 def test_rows_are_eagers_with_the_extended_gemm_as_it_is(tokens: int, n: int, m: int, r: int) -> None:
-    case = make(tokens, n, m, r)
+    (case,) = row_cases(tokens, n, (m,), r)
     with observed() as launches:
         found = run_kernels(case, index=INDEX)
     assert [one.name for one in launches] == [
@@ -41,14 +29,13 @@ def test_rows_are_eagers_with_the_extended_gemm_as_it_is(tokens: int, n: int, m:
         "extended_gemm",
         "row_core_gradients",
     ]
-    for result, want in zip(found, exact(case, index=INDEX), strict=True):
-        tolerances.check(result, want, tolerances.fp32(n + m + r))
+    tolerances.check(found, exact(case, index=INDEX), tolerances.fp32(n + m + r))
 
 
 @pytest.mark.parametrize("r", [16, pytest.param(40, marks=pytest.mark.long), 144])
 def test_cores_of_a_bank_are_read_where_they_lie(r: int) -> None:
     """Columns of a wider storage, in bf16: as the same R's in fp32, to the bit."""
-    case = make(5, 160, 144, r)
+    (case,) = row_cases(5, 160, (144,), r)
     stored = torch.randn(3, 7 + r * r).bfloat16()
     view = stored[:, 7:].unflatten(1, (r, r))
     view.copy_(case.core)
@@ -63,7 +50,7 @@ def test_cores_of_a_bank_are_read_where_they_lie(r: int) -> None:
 
 
 def test_rows_of_no_adapter_are_the_base_whatever_the_cores_hold() -> None:
-    case = make(3, 64, 48, 16)
+    (case,) = row_cases(3, 64, (48,), 16)
     case.core[0] = float("nan")
     with torch.no_grad(), lorasb.backend("triton"):
         y = lora_sb_linear(
@@ -77,7 +64,7 @@ def test_rows_of_no_adapter_are_the_base_whatever_the_cores_hold() -> None:
 
 def test_a_gradient_does_not_depend_on_the_rows_of_others() -> None:
     """To the bit, whoever they belong to and whatever they hold, and it repeats."""
-    case = make(7, 64, 48, 24)
+    (case,) = row_cases(7, 64, (48,), 24)
     want = run_kernels(case, index=INDEX)[2][1]
     assert torch.equal(run_kernels(case, index=INDEX)[2][1], want)
     for i, owner in enumerate(INDEX):
@@ -87,7 +74,7 @@ def test_a_gradient_does_not_depend_on_the_rows_of_others() -> None:
 
 
 def test_an_index_that_was_written_to_is_read_again() -> None:
-    case = make(2, 64, 48, 16)
+    (case,) = row_cases(2, 64, (48,), 16)
     index = torch.tensor(INDEX)
 
     def both() -> list[torch.Tensor]:
@@ -113,13 +100,13 @@ def test_an_index_that_was_written_to_is_read_again() -> None:
 
 
 def test_a_quantized_base() -> None:
-    case = replace(make(3, 128, 64, 8), weight=storage(64, 128, dtype=torch.float32))
-    for result, want in zip(run_kernels(case, index=INDEX), exact(case, index=INDEX), strict=True):
-        tolerances.check(result, want, tolerances.fp32(128 + 64))
+    (case,) = row_cases(3, 128, (64,), 8)
+    case.weight = storage(64, 128, dtype=torch.float32)
+    tolerances.check(run_kernels(case, index=INDEX), exact(case, index=INDEX), tolerances.fp32(128 + 64))
 
 
 def test_an_index_out_of_range_is_an_error_before_a_launch() -> None:
-    case = make(2, 64, 48, 16)
+    (case,) = row_cases(2, 64, (48,), 16)
     with (
         observed() as launches,
         lorasb.backend("triton"),
@@ -133,9 +120,7 @@ def test_an_index_out_of_range_is_an_error_before_a_launch() -> None:
     ("tokens", "r"), [(1, 16), (13, 24), *(pytest.param(tokens, 144, marks=pytest.mark.long) for tokens in (1, 5))]
 )
 def test_a_group_takes_one_pass_over_x_and_one_extended_gemm(tokens: int, r: int) -> None:
-    cases = [
-        replace(make(tokens, 160, m, r, scaling=m / 99, seed=m), x=make(tokens, 160, 148, r).x) for m in (148, 150, 144)
-    ]
+    cases = row_cases(tokens, 160, (148, 150, 144), r)
     with observed() as launches:
         found = run_kernels(*cases, index=INDEX)
     forward = ["prep_forward"] * (2 if r == 144 else 1)  # whose sums would not fit the registers together
@@ -146,5 +131,4 @@ def test_a_group_takes_one_pass_over_x_and_one_extended_gemm(tokens: int, r: int
         "extended_gemm",
     ]
     assert sum(one.name == "times_row_cores" for one in launches) == 6
-    for result, want in zip(found, exact(*cases, index=INDEX), strict=True):
-        tolerances.check(result, want, tolerances.fp32(160 + 3 * 150 + r))
+    tolerances.check(found, exact(*cases, index=INDEX), tolerances.fp32(160 + 3 * 150 + r))

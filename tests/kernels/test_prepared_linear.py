@@ -10,8 +10,9 @@ import environment
 import pytest
 import torch
 from calls import check, run_kernels
-from kernel_cases import group_cases, take_path
+from kernel_cases import group_cases, planned
 from reference import Case, make_case
+from tolerances import check_equal
 from torch import Tensor
 
 import lorasb
@@ -42,6 +43,7 @@ def kinds() -> int:
 
 def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
     """The results of a call by prepared launches, and of one that repeats them, which are those of ordinary launches."""
+    prepared_linear.forget()
     torch.manual_seed(3)
     with observed():  # who watches launches gets ordinary ones
         wanted = call()
@@ -52,8 +54,7 @@ def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
         for _ in range(2):
             torch.manual_seed(3)
             results = call()
-            for result, want in zip(results, wanted, strict=True):
-                assert torch.equal(result, want)
+            check_equal(results, wanted)
     assert kinds()
     return results
 
@@ -72,29 +73,26 @@ def test_a_layer(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 def test_more_dimensions_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((2, 3, 4), 64, 48, 8, torch.bfloat16)
     check(same_bits(lambda: run_kernels(case), monkeypatch), case)
-    prepared_linear.forget()
     same_bits(lambda: run_kernels(case, dropout=0.4), monkeypatch)
     masks = [run_kernels(case, dropout=0.4)[0] for _ in range(2)]
     assert not torch.equal(*masks)  # each call has a seed of its own
 
 
-def test_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = group_cases(20, 64, (48, 32, 40), 24, torch.bfloat16)
-    same_bits(lambda: run_kernels(*cases), monkeypatch)
-    prepared_linear.forget()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_group(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = group_cases(20, 64, (48, 32, 40), 24, dtype)
+    check(same_bits(lambda: run_kernels(*cases), monkeypatch), *cases)
     same_bits(lambda: run_kernels(*cases, dropout=0.3), monkeypatch)
 
 
 def test_cublas_beside_prepared_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    take_path(monkeypatch, "addmm")
     case = make_case((2, 35), 96, 80, 24, torch.bfloat16)
-    same_bits(lambda: run_kernels(case), monkeypatch)
-    prepared_linear.forget()
-    same_bits(lambda: run_kernels(case, dropout=0.3), monkeypatch)
-    for r in (24, 64):  # with padding between the members' ranks, and without
-        prepared_linear.forget()
-        cases = group_cases(20, 96, (80, 64, 72), r, torch.bfloat16)
-        check(same_bits(lambda cases=cases: run_kernels(*cases), monkeypatch), *cases)
+    with planned(path="addmm"):
+        same_bits(lambda: run_kernels(case), monkeypatch)
+        same_bits(lambda: run_kernels(case, dropout=0.3), monkeypatch)
+        for r in (24, 64):  # with padding between the members' ranks, and without
+            cases = group_cases(20, 96, (80, 64, 72), r, torch.bfloat16)
+            check(same_bits(lambda cases=cases: run_kernels(*cases), monkeypatch), *cases)
 
 
 @pytest.mark.parametrize("needed", ["dx", "dR"])
@@ -121,23 +119,18 @@ def test_what_cannot_be_repeated_is_launched_the_ordinary_way() -> None:
     wanted = run_kernels(case)
     shifted = torch.empty(20 * 64 + 1, dtype=torch.bfloat16)[1:].view(20, 64).copy_(case.x)
     for x in (shifted, torch.empty(64, 20, dtype=torch.bfloat16).t().copy_(case.x)):  # not aligned; no rows
-        for result, want in zip(run_kernels(case, x=x.detach()), wanted, strict=True):
-            assert torch.equal(result, want)
+        check_equal(run_kernels(case, x=x.detach()), wanted)
     turned = replace(case, core=case.core.t().contiguous().t())  # the kernels take a copy of it
     check(run_kernels(turned), turned)
     check(run_kernels(turned), turned)
 
 
-def test_nothing_is_launched_before_all_pointers_are_known_to_be_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_launched_before_all_pointers_are_known_to_be_aligned() -> None:
     """A is read after cuBLAS alone, where dropout's masked term is added to its dx."""
-    take_path(monkeypatch, "addmm")
-    case, results = make_case((20,), 64, 48, 8, torch.bfloat16), []
+    case = make_case((20,), 64, 48, 8, torch.bfloat16)
     shifted = torch.empty(8 * 64 + 1, dtype=torch.bfloat16)[1:].view(8, 64).copy_(case.a)
-    for a in (case.a, shifted):
-        torch.manual_seed(3)
-        results.append(run_kernels(replace(case, a=a), dropout=0.3))
-    for result, want in zip(*results, strict=True):
-        assert torch.equal(result, want)
+    with planned(path="addmm"):
+        check_equal(*(run_kernels(replace(case, a=a), dropout=0.3, seed=3) for a in (case.a, shifted)))
 
 
 def test_a_gradient_that_is_one_number_is_no_matrix_of_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import environment
@@ -11,13 +12,14 @@ import reference
 import torch
 from calls import check
 from calls import run_kernels as run
-from kernel_cases import DTYPES, group_cases
+from kernel_cases import DTYPES, group_cases, planned
 from ptx import KernelError, execute
 from ptx.launch import Report, compile_launch
+from ptx.plugin import Executor
 
 from lorasb.backends import autotune
 from lorasb.compat.triton import installed
-from lorasb.kernels import plan, tma_gemm
+from lorasb.kernels import tma_gemm
 from lorasb.kernels.block_sizes import GemmConfig
 from lorasb.kernels.launcher import Launch, observed
 
@@ -32,16 +34,11 @@ HALVES = DTYPES[1:]
 
 
 @pytest.fixture(autouse=True, params=autotune.TMA_GEMMS, ids=lambda gemm: f"{gemm.block_m}x{gemm.block_n}")
-def by_tma(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GemmConfig:
+def by_tma(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[GemmConfig]:
     """The tiles, and the path for every call; three programs, so that each computes several tiles."""
-
-    def choice(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
-        return replace(plan.choose(shape, arch, sms), path="tma", gemm=request.param)
-
-    monkeypatch.setattr(plan, "choice", choice)
     monkeypatch.setattr(tma_gemm, "MULTIPROCESSORS", 3)
-    config: GemmConfig = request.param
-    return config
+    with planned(path="tma", gemm=request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -125,9 +122,9 @@ def launched(k_major: bool, config: GemmConfig) -> tuple[Launch, torch.Tensor, t
 @pytest.mark.skipif(not environment.PTX, reason="mutates a compiled kernel: pytest --ptx sm_90")
 @pytest.mark.parametrize("k_major", [True, False], ids=["forward", "backward"])
 @pytest.mark.parametrize("what", MUTATIONS)
-def test_every_mutant_is_caught(what: str, k_major: bool, request: pytest.FixtureRequest) -> None:
-    launch, y, want = launched(k_major, request.getfixturevalue("by_tma"))
-    compiled = compile_launch(launch, request.config.ptx_executor.driver)  # type: ignore[attr-defined]
+def test_every_mutant_is_caught(what: str, k_major: bool, by_tma: GemmConfig, executor: Executor) -> None:
+    launch, y, want = launched(k_major, by_tma)
+    compiled = compile_launch(launch, executor.driver)
     pattern, replacement = MUTATIONS[what]
 
     def is_right(text: str) -> bool:
@@ -151,9 +148,9 @@ def test_every_mutant_is_caught(what: str, k_major: bool, request: pytest.Fixtur
 
 @pytest.mark.skipif(not environment.PTX, reason="executes a compiled kernel: pytest --ptx sm_90")
 @pytest.mark.parametrize("k_major", [True, False], ids=["forward", "backward"])
-def test_it_waits_for_the_launch_that_it_overlaps(k_major: bool, request: pytest.FixtureRequest) -> None:
-    launch, _, _ = launched(k_major, request.getfixturevalue("by_tma"))
-    compiled = compile_launch(launch, request.config.ptx_executor.driver)  # type: ignore[attr-defined]
+def test_it_waits_for_the_launch_that_it_overlaps(k_major: bool, by_tma: GemmConfig, executor: Executor) -> None:
+    launch, _, _ = launched(k_major, by_tma)
+    compiled = compile_launch(launch, executor.driver)
     late = launch.arguments["lefts"][0][1].base
     before = Report("prep", written={late.untyped_storage().data_ptr()})
     execute(launch, compiled, [list(range(launch.grid))], before=before)

@@ -179,7 +179,7 @@ def test_dropout_under_vmap_follows_its_randomness() -> None:
 
     cores = torch.stack([case.core, case.core])
     same, different = (torch.vmap(call, randomness=kind)(cores) for kind in ("same", "different"))
-    assert torch.equal(same[0], same[1])
+    tolerances.check(same[0], same[1], tolerances.FP64)  # torch may order the sums of equal matrices differently
     assert not torch.equal(different[0], different[1])
     with pytest.raises(RuntimeError, match="randomness"):
         torch.vmap(call)(cores)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from calls import check, check_halves, dense, exact, run
 from measuring import allocations, threads
-from reference import Case, make_case
+from reference import make_case
 from storages import octets, storage, unrounded
-from tolerances import EXACT, HALF_FEW, POOL, fp32
+from storages import quantized_case as make
+from tolerances import EXACT, HALF_FEW, POOL, check_scaled, fp32
 from tolerances import check as close
 
 from lorasb.backends import cpp
@@ -22,11 +22,6 @@ from lorasb.functional import lora_sb_linear, quantized_linear
 BF16 = ("AMX", "AVX-512 with bf16")  # where our own product takes any number of tokens
 ROWS = (0, 1, 2, 3, 4, 5, 9, 17, 70, 97)
 long = pytest.mark.long
-
-
-def make(weight: Any, rows: int, r: int, dtype: torch.dtype, **options: Any) -> Case:
-    m, n = weight.shape
-    return replace(make_case((rows,), n, m, r, dtype, **options), weight=weight)
 
 
 SHAPES = [
@@ -99,9 +94,7 @@ def test_any_rank_is_exact_to_rounding(kernel: str, r: int) -> None:
 def test_8_bits_are_what_they_stand_for(kernel: str, dtype: torch.dtype) -> None:
     for rows in (1, 5, 40):
         case = make(octets(48, 96, dtype), rows, 8, dtype)
-        for got, want in zip(run(case), exact(case), strict=True):
-            scale = want.abs().max().clamp_min(1.0)
-            close(got.double() / scale, want / scale, fp32(96) if dtype == torch.float32 else HALF_FEW)
+        check_scaled(run(case), exact(case), fp32(96) if dtype == torch.float32 else HALF_FEW, 1.0)
 
 
 def test_a_weight_stored_in_bf16_and_multiplied_in_fp32_is_rounded_as_bitsandbytes_rounds_it(kernel: str) -> None:
@@ -112,13 +105,10 @@ def test_a_weight_stored_in_bf16_and_multiplied_in_fp32_is_rounded_as_bitsandbyt
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 40), (torch.bfloat16, 7), (torch.bfloat16, 90)])
 def test_dropout_is_the_same_in_forward_and_backward(kernel: str, dtype: torch.dtype, rows: int) -> None:
     case = make(storage(96, 128, dtype=dtype), rows, 8, dtype, bias=False, scaling=1.0)
-    torch.manual_seed(3)
-    found = run(case, dropout=0.5)
+    found = run(case, dropout=0.5, seed=3)
     twin = replace(case, weight=dense(case).weight)
-    torch.manual_seed(3)
-    for got, want, length in zip(found, run(twin, backend="eager", dropout=0.5), (128, 96, rows), strict=True):
-        scale = want.double().abs().max()
-        close(got / scale, want / scale, fp32(length) if dtype == torch.float32 else HALF_FEW)
+    for got, want, length in zip(found, run(twin, backend="eager", dropout=0.5, seed=3), (128, 96, rows), strict=True):
+        check_scaled(got, want, fp32(length) if dtype == torch.float32 else HALF_FEW)
     adapter = case.b @ case.core.to(dtype) @ case.a
     assert (found[1] - case.dy @ (twin.weight + adapter)).norm() > 0.1 * (case.dy @ adapter).norm()
 

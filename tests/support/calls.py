@@ -39,6 +39,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "rows over int8": {"rows": True, "weight": "int8"},
     "rows of a group": {"rows": True, "members": 3},
 }
+MASKED: dict[str, dict[str, Any]] = {
+    "dropout": {"call": {"dropout": 0.5}},
+    "dropout of a group": {"members": 3, "call": {"dropout": 0.5}},
+}
 FEW = ("dense", "no W", "nf4", "group", "rows", "rows over nf4", "rows of a group")  # whose derivatives differ
 SOME = [pytest.param(kind, marks=() if kind in FEW else pytest.mark.long) for kind in KINDS]
 
@@ -46,8 +50,8 @@ SOME = [pytest.param(kind, marks=() if kind in FEW else pytest.mark.long) for ki
 def make_call(
     kind: str, dtype: torch.dtype, tokens: tuple[int, ...] = (2,), n: int = 64, m: int = 32, r: int = 5
 ) -> tuple[list[Case], dict[str, Any]]:
-    """The cases of a call, x [7, *tokens, n], and its `index`, if it has one."""
-    options = KINDS[kind]
+    """The cases of a call, x [7, *tokens, n], and its `index` or `dropout`, if it has one."""
+    options = (KINDS | MASKED)[kind]
     rows, count = options.get("rows", False), options.get("members", 1)
     g, stored = torch.Generator().manual_seed(1), torch.float32 if dtype == torch.float64 else dtype
     cases = [
@@ -65,7 +69,7 @@ def make_call(
                 case.weight = storages.storage(m, n, dtype=stored, **of)
             case weight:
                 case.weight = weight
-    return cases, {"index": INDEX} if rows else {}
+    return cases, {"index": INDEX} if rows else dict(options.get("call", {}))
 
 
 def outputs(cases: Sequence[Case], x: Tensor, cores: Sequence[Tensor], **options: Any) -> list[Tensor]:
@@ -79,9 +83,16 @@ def outputs(cases: Sequence[Case], x: Tensor, cores: Sequence[Tensor], **options
 
 
 def run(
-    *cases: Case, x: Tensor | None = None, used: Sequence[int] = (), backend: str = "", **options: Any
+    *cases: Case,
+    x: Tensor | None = None,
+    used: Sequence[int] = (),
+    backend: str = "",
+    seed: int | None = None,
+    **options: Any,
 ) -> list[Tensor]:
-    """The y_j, dx and the dR_j; of a loss that reads all of the y_j, or those that are used."""
+    """The y_j, dx and the dR_j; of a loss that reads all of the y_j, or those that are used; `seed`: of dropout."""
+    if seed is not None:
+        torch.manual_seed(seed)
     x = (cases[0].x.clone() if x is None else x).requires_grad_(True)
     cores = [case.core.clone().requires_grad_(True) for case in cases]
     used = used or range(len(cases))
@@ -108,7 +119,7 @@ def dense(case: Case, meant: bool = False) -> Case:
 def exact(*cases: Case, index: list[int] | None = None) -> list[Tensor]:
     """What `run` gives, in fp64 by the formulas."""
     wide = [dense(case, meant=True).double() for case in cases]
-    return reference.by_rows(lambda c: (reference.forward(c), *reference.gradients(c)), wide, index)
+    return reference.by_rows(reference.by_formulas, wide, index)
 
 
 def plain(*cases: Case, index: list[int] | None = None) -> list[Tensor]:
@@ -185,10 +196,7 @@ def opcheck(backend: str, *cases: Case, frozen: str = "", **options: Any) -> Non
 
 def check_dropout_follows_the_global_seed(case: Case, backend: str = "") -> None:
     """The same seed gives the same y, dx and dR to the bit; another one, others."""
-    results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(run(case, dropout=0.5, backend=backend))
+    results = [run(case, dropout=0.5, backend=backend, seed=seed) for seed in (1, 1, 2)]
     for first, second, third in zip(*results, strict=True):
         assert torch.equal(first, second)
         assert not torch.equal(first, third)

@@ -15,11 +15,11 @@ from reference import Case, make_case
 from torch import Tensor
 
 from lorasb.backends import eager as masks
-from lorasb.backends import triton as backend
 from lorasb.kernels import linear, plan
 
 # Triton's interpreter multiplies the raw bits of bf16; compiled kernels (--ptx) are held in all three
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if environment.PTX else ()))
+INDEX = [1, 0, -1, 1, 2]  # the adapter of each row
 
 
 def group_cases(M: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype, bias: bool = True) -> list[Case]:
@@ -28,19 +28,19 @@ def group_cases(M: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype, b
     return [replace(case, x=cases[0].x) for case in cases]
 
 
-def take_path(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """Let every call of the backend take one path, whatever the tables say."""
-    choose = backend.plan_of
-    monkeypatch.setattr(backend, "plan_of", lambda *given: replace(choose(*given), path=path))
+def row_cases(tokens: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype = torch.float32) -> list[Case]:
+    """The same [5, tokens, n] with three R's, of which INDEX names one for each row."""
+    g = torch.Generator().manual_seed(0)
+    cases = [make_case((len(INDEX), tokens), n, m, r, dtype, scaling=0.5 + j, seed=j) for j, m in enumerate(ms)]
+    return [replace(case, x=cases[0].x, core=case.core * torch.randn(3, r, r, generator=g)) for case in cases]
 
 
 @contextmanager
-def weights_read(way: str) -> Iterator[None]:
-    """Let 4-bit weights be dequantized inline, or into a scratch, whatever the tables say."""
-    choose = plan.choose
+def planned(**changes: object) -> Iterator[None]:
+    """Let calls take a path, blocks, or a way of reading weights in 4 bits, whatever the tables say."""
+    plan.forget()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "choose", lambda *given: replace(choose(*given), weights=way))
-        plan.forget()
+        patch.setattr(plan, "choice", lambda *given: replace(plan.choose(*given), **changes))  # type: ignore[arg-type]
         yield
     plan.forget()
 
@@ -59,8 +59,7 @@ def mask_of(case: Case, seed: int, dropout: float) -> Tensor:
 
 def check_follows_mask(case: Case, dropout: float, tolerance: tolerances.Tolerance) -> None:
     """y, dx and dR are those of the mask that the seed of the call gives; 16-bit dR over its largest entry."""
-    torch.manual_seed(5)
-    y, dx, dcore = run_kernels(case, dropout=dropout)
+    y, dx, dcore = run_kernels(case, dropout=dropout, seed=5)
     torch.manual_seed(5)
     seed = int(torch.randint(2**63 - 1, (1,), dtype=torch.int64))  # as the call drew it
     wide, mask = case.double(), mask_of(case, seed, dropout).double() / (1 - masks.kernel_dropout(dropout))

@@ -74,6 +74,11 @@ def gradients(c: Case) -> tuple[Tensor, Tensor]:
     return dx.reshape(c.x.shape), c.scaling * ((dy @ c.b).t() @ (rows @ c.a.t()))
 
 
+def by_formulas(c: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx and dR."""
+    return forward(c), *gradients(c)
+
+
 def plain_chain(c: Case) -> tuple[Tensor, Tensor, Tensor]:
     """The chain as anybody would write it, in the case's own dtype, differentiated by autograd: y, dx, dR."""
     x, core = c.x.clone().requires_grad_(True), c.core.clone().requires_grad_(True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
+from reference import Case, make_case
 from torch import Tensor
 
 from lorasb.quantization.quantized_weight import QuantizedWeight, of_state
@@ -21,6 +25,12 @@ def storage(
     """A random weight in 4 bits."""
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) / max(1, n) ** 0.5
     return of_state(*quantize_4bit(weight.to(dtype), kind, block, nested))
+
+
+def quantized_case(weight: QuantizedWeight, rows: int, r: int, dtype: torch.dtype, **options: Any) -> Case:
+    """Random inputs of an adapted linear over a quantized weight."""
+    m, n = weight.shape
+    return replace(make_case((rows,), n, m, r, dtype, **options), weight=weight)
 
 
 def octets(m: int, n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> QuantizedWeight:

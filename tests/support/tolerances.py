@@ -65,6 +65,16 @@ def check(actual: Tensors, expected: Tensors, tolerance: Tolerance) -> None:
     )
 
 
+def check_scaled(actual: Tensors, expected: Tensors, tolerance: Tolerance, least: float = 0.0) -> None:
+    """Assert a row of the table over the largest expected value, or over `least` where that is more."""
+    if not isinstance(actual, torch.Tensor):
+        for one, other in zip(actual, expected, strict=True):
+            check_scaled(one, other, tolerance, least)
+        return
+    scale = max(float(expected.abs().max()), least) if expected.numel() else 1.0
+    check(actual.double() / scale, expected.double() / scale, tolerance)
+
+
 def check_equal(actual: Tensors | dict[str, torch.Tensor], expected: Tensors | dict[str, torch.Tensor]) -> None:
     """Assert the same values and dtypes."""
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
