@@ -11,11 +11,10 @@ import environment  # before anything reads it
 import interpreted_language
 import pytest
 import torch
-from measuring import instruction_set
+from measuring import SETS, instruction_set
 from tiny_run import make_data, make_tiny
 
 import lorasb
-from lorasb.backends import cpp
 from lorasb.layers import linear_group
 
 pytest.register_assert_rewrite("finetune_runs", "linear_groups", "twins")  # their asserts say what differs
@@ -49,10 +48,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-KERNELS = ["eager", *cpp.instruction_sets()] if cpp.missing() is None else ["eager"]
-
-
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=["eager", *SETS])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Eager, then the C++ kernels of every instruction set that this processor has."""
     if request.param == "eager":

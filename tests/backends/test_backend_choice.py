@@ -43,10 +43,7 @@ def test_a_missing_backend_raises_and_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with (
-        pytest.raises(ValueError, match="unknown backend 'cuda': expected one of auto, eager"),
-        lorasb.backend("cuda"),
-    ):
+    with pytest.raises(ValueError, match="unknown backend 'cuda': expected one of auto, eager"), lorasb.backend("cuda"):
         pass
 
 

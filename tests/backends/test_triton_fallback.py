@@ -201,8 +201,7 @@ def test_a_users_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", '{"rules": [{"path": "magic"}]}', '{"rules": [{"if": {"N": 3}}]}', '{"rules": [{"gemm": {}}]}'],
+    "text", ["", "[]", '{"rules": [{"path": "magic"}]}', '{"rules": [{"if": {"N": 3}}]}', '{"rules": [{"gemm": {}}]}']
 )
 def test_a_broken_table_is_left_out_and_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(text, tmp_path, monkeypatch)

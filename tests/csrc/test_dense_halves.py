@@ -10,7 +10,7 @@ import reference
 import torch
 from calls import check_pooled, exact, opcheck, run
 from kernel_cases import group_cases
-from measuring import allocations, instruction_set, kept_for_backward, threads
+from measuring import SETS, allocations, instruction_set, kept_for_backward, threads
 from tolerances import EXACT, HALF_FEW, check
 
 import lorasb
@@ -18,7 +18,6 @@ from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-SETS = cpp.instruction_sets() if cpp.missing() is None else []
 ROWS = (1, 3, 4, 5, 6, 13, 64, 97)  # one token, a walk over rows of W, micro-panels that are full and that are not
 pytestmark = pytest.mark.skipif(not SETS, reason="no C++ extension")
 
@@ -135,11 +134,7 @@ BAD = {
     "weight": (lambda c: {"weight": c.weight.t()}, ValueError, r"expected weight \[24, 40\]"),
     "weight's dtype": (lambda c: {"weight": c.weight.float()}, TypeError, "weight in x's dtype"),
     "bias": (lambda c: {"bias": c.bias[1:]}, ValueError, r"expected a bias \[24\]"),
-    "fp64": (
-        lambda c: {"x": c.x.double(), "a": c.a.double(), "b": c.b.double()},
-        TypeError,
-        "x in fp32, bf16 or fp16",
-    ),
+    "fp64": (lambda c: {"x": c.x.double(), "a": c.a.double(), "b": c.b.double()}, TypeError, "x in fp32, bf16 or fp16"),
     "ranks": (lambda c: {"core": c.core[1:]}, ValueError, r"expected A \[r, in\]"),
     "features": (lambda c: {"x": c.x[..., 1:]}, ValueError, r"expected \[\.\.\., 40\]"),
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import measuring
 import pytest
 import reference
 import torch
@@ -19,7 +20,7 @@ from lorasb.functional import lora_sb_linear
 
 BF16 = torch.bfloat16
 BY_BF16 = ("AMX", "AVX-512 with bf16")  # instruction sets that multiply it
-SETS = [name for name in cpp.instruction_sets() if name in BY_BF16] if cpp.missing() is None else []
+SETS = [name for name in measuring.SETS if name in BY_BF16]
 # Halves of a panel of 32, whole panels, and what is left of them; all of them within AMX's bound.
 ROWS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 64, 100)
 SHAPES = ((64, 96, 32), (123, 59, 17), (31, 33, 3), (576, 48, 16))  # n, m, r: whole tiles, and none

@@ -9,18 +9,16 @@ import tolerances
 import torch
 from gradients import factors
 from kernel_cases import DTYPES
-from measuring import instruction_set
+from measuring import SETS, instruction_set
 from models import batches_for, make
 from torch import Tensor
 
 import lorasb
-from lorasb.backends import cpp
 from lorasb.ops.plain_ops import BAD, SQUARES, ZEROS, unpack_words
 from lorasb.ops.registry import backend_op
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (63, 59, 123), (64, 64, 128), (70, 65, 130), (33, 128, 256), (0, 40, 40), (7, 0, 4)]
 HALVES = (torch.float16, torch.bfloat16)
-SETS = cpp.instruction_sets() if cpp.missing() is None else []
 
 
 @pytest.fixture(params=["eager", "triton", *SETS])

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lorasb.backends import cpp
 
+SETS = cpp.instruction_sets() if cpp.missing() is None else []  # of this processor
+
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:

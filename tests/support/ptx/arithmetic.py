@@ -115,9 +115,8 @@ def compare(operation: str, dtype: Any, a: Array, b: Array) -> Array:
     nan = np.isnan(a) | np.isnan(b)
     if operation in ("nan", "num"):
         return nan if operation == "nan" else ~nan
-    if operation.endswith("u"):
-        return COMPARISONS[operation[:-1]](a, b) | nan
-    return COMPARISONS[operation](a, b) & ~nan
+    result = COMPARISONS[operation.removesuffix("u")](a, b)
+    return result | nan if operation.endswith("u") else result & ~nan
 
 
 # Conversions that numpy does not know, by their types: of which bits, and how

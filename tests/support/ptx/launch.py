@@ -158,10 +158,7 @@ def _arena(storages: dict[int, Any], size: int, tracker: Tracker | None) -> tupl
 
 
 def parameter_values(
-    program: Program,
-    arguments: list[Any],
-    descriptors: list[dict[str, Any]],
-    address_of: Callable[[torch.Tensor], int],
+    program: Program, arguments: list[Any], descriptors: list[dict[str, Any]], address_of: Callable[[torch.Tensor], int]
 ) -> dict[str, int | float | TensorMap]:
     """A value for each parameter; Triton adds two pointers to scratch memory, which these kernels do not use."""
     given: list[Any] = []
