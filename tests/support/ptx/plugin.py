@@ -39,7 +39,7 @@ class Executor:
         before = self.last if launch.options.get("launch_pdl") else None
         report = self.last = execute(launch, compiled, orders, self.tracker, before)
         self.launches += 1
-        self.programs += grid
+        self.programs += launch.grid
         self.counts.update(report.counts)
 
     def bind(self, launch: Any) -> Any:
