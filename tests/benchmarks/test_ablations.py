@@ -8,53 +8,22 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-from torch import Tensor, nn
+from compared_methods import ETA, SHORT, R, cell_of, problem, put
+from torch import Tensor
 
 import lorasb
-from benchmarks.research.methods import starts
-from benchmarks.research.methods.adapters import begin_again, put_in
-from benchmarks.research.methods.grid import METHODS, Cell
-from benchmarks.research.methods.problems import Problem
+from benchmarks.research.methods import run, starts
+from benchmarks.research.methods.adapters import begin_again
+from benchmarks.research.methods.problems import LINEARS
 from benchmarks.research.paper import ablations, energy, lasting, lengths
 from benchmarks.research.paper.ablations import ABLATIONS, PLAIN, Variant
 from lorasb.init.accumulator import LayerSum
 from lorasb.init.svd import MomentSketch
 
-R, ETA, WARMUP = 4, 2e-3, 2
-
-
-class Net(nn.Module):
-    """Two linears with a loss, in fp32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 9)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Any:
-        loss = (self.second(torch.tanh(self.first(x))) - labels).square().mean()
-        return type("Output", (), {"loss": loss})()
-
-
-def batches(count: int) -> list[dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(3)
-    return [{"x": torch.randn(1, 12, generator=g), "labels": torch.randn(1, 9, generator=g)} for _ in range(count)]
-
 
 def started(**options: Any) -> Any:
     """A model with LoRA-SB by a cell's options."""
-    torch.manual_seed(0)
-    problem = Problem(
-        Net(),
-        list(range(64)),
-        lambda rows: batches(1)[0],
-        lambda *_: (0.0, 0.0),
-        lambda *_: 0.0,
-        ["first", "second"],
-        [],
-        None,  # type: ignore[arg-type]
-    )
-    cell = Cell("chain_sum", "test", "LoRA-SB", R, ETA * WARMUP, 0, "x", tuple(sorted(options.items())))
-    return problem, cell, put_in(problem, METHODS["LoRA-SB"], cell, batches, WARMUP)[0]
+    return put(problem(), cell_of(**options))
 
 
 def steps(model: Any) -> dict[str, Tensor]:
@@ -62,26 +31,26 @@ def steps(model: Any) -> dict[str, Tensor]:
 
 
 def test_eta_scales_the_first_step_and_nothing_else() -> None:
-    plain, quarter = started()[2], started(eta=0.25)[2]
+    plain, quarter = started(), started(eta=0.25)
     for whole, part in zip(steps(plain).values(), steps(quarter).values(), strict=True):
         tolerances.check(part, whole / 4, tolerances.fp32(R))
-    assert all(not step.any() for step in steps(started(eta=0.0)[2]).values())
+    assert all(not step.any() for step in steps(started(eta=0.0)).values())
 
 
 def test_lengths_of_the_first_step_are_those_of_its_singular_values() -> None:
     """1/start of a start shortened to one step of R is ‖R‖/(η·r) of the whole one."""
-    short, whole = started(longest_start=1.0)[2], started(longest_start=None)[2]
+    short, whole = started(longest_start=1.0), started(longest_start=None)
     norms, left = [], []
     for name, layer in starts.layers(whole).items():
         norms.append(float(starts.factors(layer)[1].norm()) / (ETA * R))
         left.append(float(starts.factors(starts.layers(short)[name])[1].norm()) / (norms[-1] * ETA * R))
-    found, norms = lengths.lengths(left), sorted(norms)
-    assert found["layers"] == 2
-    assert (found["least"], found["most"]) == pytest.approx([max(1.0, n) for n in norms], rel=1e-4)
+    found = lengths.lengths(left)
+    assert found["layers"] == 14
+    assert (found["least"], found["most"]) == pytest.approx([max(1.0, end(norms)) for end in (min, max)], rel=1e-4)
 
 
 def test_skewed_takes_the_same_step_with_a_b_that_is_not_orthonormal() -> None:
-    plain, skewed = started()[2], started(skewed=True)[2]
+    plain, skewed = started(), started(skewed=True)
     for name, whole in steps(plain).items():
         tolerances.check(steps(skewed)[name], whole, tolerances.fp32(R))
         b, core, _ = starts.factors(starts.layers(skewed)[name])
@@ -90,7 +59,7 @@ def test_skewed_takes_the_same_step_with_a_b_that_is_not_orthonormal() -> None:
 
 
 def test_noise_of_nothing_is_the_first_step_and_much_noise_is_something_else() -> None:
-    plain, none, much = (started(longest_start=None, **o)[2] for o in ({}, {"noise": 0.0}, {"noise": 1.0}))
+    plain, none, much = (started(longest_start=None, **o) for o in ({}, {"noise": 0.0}, {"noise": 1.0}))
     for name, whole in steps(plain).items():
         tolerances.check(steps(none)[name], whole, tolerances.FACTORS)
         assert steps(much)[name].norm() > 10 * whole.norm()
@@ -98,7 +67,8 @@ def test_noise_of_nothing_is_the_first_step_and_much_noise_is_something_else() -
 
 def test_a_second_svd_keeps_what_was_learnt() -> None:
     """The function moves by no more than the new first step: what R had learned is in the base weight."""
-    problem, cell, model = started(longest_start=None)
+    one, asked = problem(), cell_of(longest_start=None)
+    model = put(one, asked)
     layers = starts.layers(model)
     with torch.no_grad():
         for layer in layers.values():
@@ -106,7 +76,7 @@ def test_a_second_svd_keeps_what_was_learnt() -> None:
     learned = {
         name: (layer.base.parameter() + layer.get_delta_weight("default")).detach() for name, layer in layers.items()
     }
-    begin_again(model, problem, cell, batches, WARMUP)
+    begin_again(model, one, asked, lambda count: run.drawn(one, SHORT, 0, count), 1)
     for name, layer in layers.items():
         tolerances.check(layer.base.parameter(), learned[name], tolerances.MERGE)
         energy_kept = layer.get_delta_weight("default").norm() / ETA / learned[name].numel() ** 0.5
@@ -114,18 +84,14 @@ def test_a_second_svd_keeps_what_was_learnt() -> None:
 
 
 def test_shares_of_energy_are_those_of_the_projection() -> None:
-    model = started()[2]
-    found = {
-        name.removeprefix("base_model.model."): torch.randn(layer.out_features, layer.in_features)
-        for name, layer in starts.layers(model).items()
-    }
-    of_grad, _ = energy.shares(model, found)
-    expected = []
+    model, found, expected = started(), {}, []
     for name, layer in starts.layers(model).items():
         b, _, a = (t.double() for t in starts.factors(layer))
-        g = next(value.double() for key, value in found.items() if name.endswith(key))
-        expected.append(float((b @ b.t() @ g @ a.t() @ a).square().sum() / g.square().sum()))
-    assert of_grad == pytest.approx(sum(expected) / 2, rel=1e-5)
+        g = torch.randn(layer.out_features, layer.in_features)
+        found[name.removeprefix("base_model.model.")] = g
+        expected.append(float((b @ b.t() @ g.double() @ a.t() @ a).square().sum() / g.square().sum()))
+    of_grad, _ = energy.shares(model, found)
+    assert of_grad == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
 def test_every_variant_has_its_own_rows() -> None:
@@ -155,16 +121,15 @@ def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
 
 def test_lorasb_is_what_the_plain_variant_runs() -> None:
     """No options: exactly what a user gets."""
-    model = started()[2]
-    torch.manual_seed(0)
-    mine = lorasb.patch(Net(), lorasb.LoRASBConfig(r=R, target_modules=["first", "second"]))
-    lorasb.initialize(mine, batches(32), lr=ETA, num_samples=32, seed=0, progress=False)
-    for name, step in steps(model).items():
+    one = problem()
+    mine = lorasb.patch(one.model, lorasb.LoRASBConfig(r=R, target_modules=LINEARS))
+    lorasb.initialize(mine, run.drawn(one, SHORT, 0, 32), lr=ETA, num_samples=32, seed=0, progress=False)
+    for name, step in steps(started()).items():
         assert torch.equal(step, steps(mine)[name])
 
 
 @pytest.fixture
-def bases() -> tuple[dict[str, torch.Tensor], dict[str, lasting.Bases]]:
+def bases() -> tuple[dict[str, Tensor], dict[str, lasting.Bases]]:
     """A gradient [120, 100] of rank 8 from two samples, and every start's subspaces."""
     generator = torch.Generator().manual_seed(0)
     dy, x = torch.randn(2, 4, 120, generator=generator), torch.randn(2, 4, 100, generator=generator)
@@ -174,9 +139,7 @@ def bases() -> tuple[dict[str, torch.Tensor], dict[str, lasting.Bases]]:
     return {"layer": layer_sum.value()}, {"layer": lasting.bases_of(weight, layer_sum, 0)}
 
 
-def test_what_is_kept_is_what_lies_inside(
-    bases: tuple[dict[str, torch.Tensor], dict[str, lasting.Bases]],
-) -> None:
+def test_what_is_kept_is_what_lies_inside(bases: tuple[dict[str, Tensor], dict[str, lasting.Bases]]) -> None:
     kept = {(line["start"], line["r"]): line["energy"] for line in lasting.energies(*bases)}
     assert kept["G", 16] == pytest.approx(1.0, abs=1e-5)
     assert kept["per-sample", 16] == pytest.approx(1.0, abs=1e-3)
@@ -184,21 +147,6 @@ def test_what_is_kept_is_what_lies_inside(
     for start in lasting.STARTS.keys() - {lasting.AGAIN}:
         shares = [kept[start, r] for r in lasting.RANKS]
         assert all(0 <= less <= more + 1e-6 for less, more in zip(shares, [*shares[1:], 1.0], strict=True))
-
-
-def test_bases_are_orthonormal(bases: tuple[dict[str, torch.Tensor], dict[str, lasting.Bases]]) -> None:
     for u, v in bases[1]["layer"].values():
         for side in (u, v):
             assert torch.allclose(side.t() @ side, torch.eye(64), atol=1e-4)
-
-
-def test_the_table_has_a_row_a_start_and_rank() -> None:
-    lines = [
-        {"start": start, "r": str(r), "step": str(step), "energy": "0.5"}
-        for start in lasting.STARTS
-        for r in lasting.RANKS
-        for step in lasting.STEPS
-    ]
-    rows = list(lasting.shown(lines))
-    assert len(rows) == len(lasting.STARTS) * len(lasting.RANKS)
-    assert all(len(row) == len(lasting.HEAD) for row in rows)

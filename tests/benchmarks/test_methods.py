@@ -13,16 +13,19 @@ from typing import Any
 import pytest
 import tolerances
 import torch
+import transformers
+from compared_methods import SHORT, R, cell_of, problem, put
 from models import make, text
 from rich.console import Console
-from torch import Tensor, nn
+from tiny_run import write_rows
+from torch import Tensor
 
 import lorasb
 from benchmarks.research.methods import gradients, grid, rows, run, runner, starts, tables
-from benchmarks.research.methods.adapters import optimizer, put_in, sample_count
+from benchmarks.research.methods.adapters import optimizer, sample_count
 from benchmarks.research.methods.gradients import LATER, take_again, weigh_by_spread, whiten
 from benchmarks.research.methods.grid import FULL, METHODS, TASKS, Cell
-from benchmarks.research.methods.problems import LINEARS, Problem, examples, matthews
+from benchmarks.research.methods.problems import Problem, examples, matthews
 from benchmarks.research.paired.grid import entries
 from benchmarks.research.paper import costs
 
@@ -155,21 +158,13 @@ def test_curves_are_means_of_steps(tmp_path: Path) -> None:
     assert '"losses": [2.0, 3.0, 5.0]' in path.read_text(encoding="utf-8")
 
 
-class Words:
-    """A tokenizer of a token a word."""
-
-    eos_token_id = 0
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [len(word) for word in text.split()]}
-
-
-def test_no_split_has_an_example_of_more_tokens_than_its_task_takes(tmp_path: Path) -> None:
+def test_no_split_has_an_example_of_more_tokens_than_its_task_takes(tiny: Path, tmp_path: Path) -> None:
+    """The tokenizer has a token a word."""
     task = replace(TASKS["gsm8k"], longest=6, examples=5, validation=3, test=4)
     for part in ("train", "test"):
         lines = [{"prompt": f"{part}{i} " * (1 + i % 4), "completion": "one two"} for i in range(40)]
-        (tmp_path / f"gsm8k.{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = examples(task, tmp_path, Words())
+        write_rows(tmp_path / f"gsm8k.{part}.jsonl", lines)
+    found = examples(task, tmp_path, transformers.AutoTokenizer.from_pretrained(tiny))
     assert {name: len(part) for name, part in found.items()} == {"train": 5, "validation": 3, "test": 4}
     sizes = [len(example.prompt.split()) for part in found.values() for example in part]
     assert max(sizes) == 3  # and two of the answer and one that ends it
@@ -196,43 +191,28 @@ def test_table_8s_figures() -> None:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's LoRA-GA
-SHORT = replace(TASKS["chain_sum"], steps=3, batch=2)
 SAME = [name for name in METHODS if not name.startswith("LoRA-SB")]  # LoRA-SB's R starts at the first step
 
 
-def problem(seen: list[Any]) -> Problem:
-    """Rows of a tiny Llama; `seen` gets what is collated."""
-    rows = text(40, 12, seed=5)
-
-    def collate(indices: Any) -> dict[str, Tensor]:
-        seen.append(tuple(indices))
-        return {key: value[list(indices)] for key, value in rows.items()}
-
-    return Problem(
-        make("llama"), list(range(40)), collate, lambda *_: (0.0, 0.0), lambda *_: 0.0, LINEARS, [], "CAUSAL_LM"
-    )
-
-
-def put(name: str, seen: list[Any]) -> tuple[Problem, Cell, nn.Module]:
+def named(name: str) -> Cell:
+    """A run of a method."""
     if name == "LoRA-Pro":
         pytest.importorskip("lora_pro")
-    one, method = problem(seen), METHODS[name]
-    cell = Cell(SHORT.name, "test", name, 0 if method.family == FULL else 4, 1e-3, 0)
-    model, _, _ = put_in(one, method, cell, lambda n: run.drawn(one, SHORT, 0, n), 1)
-    return one, cell, model
+    return cell_of(name, r=0 if METHODS[name].family == FULL else R)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_trains_what_is_its_own_on_the_same_batches(name: str) -> None:
-    seen: list[Any] = []
-    one, cell, model = put(name, seen)
+    seen: list[tuple[int, ...]] = []
+    one, asked = problem(seen), named(name)
+    model = put(one, asked)
     assert all(p.grad is None for p in model.parameters())  # an initialization leaves none behind
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     seen.clear()
-    losses = run.train(model, one, SHORT, cell, 1)
+    losses = run.train(model, one, SHORT, asked, 1)
     order = list(range(40))
-    random.Random(cell.seed).shuffle(order)
-    assert seen == [tuple(order[:2]), tuple(order[2:4]), tuple(order[4:6])]
+    random.Random(asked.seed).shuffle(order)
+    assert seen == [tuple(order[i : i + 2]) for i in range(0, 8, 2)]
     assert len(losses) == SHORT.steps
     assert all(loss == loss for loss in losses)
     moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
@@ -247,27 +227,26 @@ def test_a_method_starts_from_the_base_models_function(name: str) -> None:
     batch = text(2, 12, seed=5)
     with torch.no_grad():
         plain = make("llama")(**batch).logits
-        _, _, model = put(name, [])
-        tolerances.check(model.eval()(**batch).logits, plain, tolerances.fp32(4096))
+        model = put(problem(), named(name)).eval()
+        tolerances.check(model(**batch).logits, plain, tolerances.fp32(4096))
 
 
 @pytest.mark.parametrize("name", ["LoRA", "LoRA-Pro", "LoRA-SB", "full"])
 def test_a_head_has_its_own_rate(name: str) -> None:
-    if name == "LoRA-Pro":
-        pytest.importorskip("lora_pro")
-    _, cell, model = put(name, [])
+    asked = named(name)
+    model = put(problem(), asked)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or ".norm." in key)
     task = replace(SHORT, head_lr=0.125)
-    opt = optimizer(model, METHODS[name], task, cell, ["norm"])
+    opt = optimizer(model, METHODS[name], task, asked, ["norm"])
     rates = {id(p): group["lr"] for group in opt.param_groups for p in group["params"]}
     found = {key: rates[id(p)] for key, p in model.named_parameters() if p.requires_grad}
     assert {rate for key, rate in found.items() if ".norm." in key} == {0.125}
-    assert {rate for key, rate in found.items() if ".norm." not in key} == {cell.lr}
+    assert {rate for key, rate in found.items() if ".norm." not in key} == {asked.lr}
 
 
 def test_batches_of_like_length_leave_no_example_out() -> None:
-    one = problem([])
+    one = problem()
     plain = run.epoch(one, 2, random.Random(3))
     one.lengths = lengths = [10 + 7 * i % 13 for i in one.train]
     grouped = run.epoch(one, 2, random.Random(3))
@@ -281,24 +260,20 @@ def test_batches_of_like_length_leave_no_example_out() -> None:
     assert padding(grouped) < padding(plain) / 2
 
 
-METHOD, R, SAMPLES = METHODS["LoRA-SB"], 4, 6
-FOUR_STEPS = replace(SHORT, steps=4)
-LAYER = "model.layers.0.self_attn.q_proj"
+SAMPLES, LAYER = 6, "model.layers.0.self_attn.q_proj"
 
 
 def in_fp64() -> Problem:
-    one = problem([])
-    one.model = one.model.double()
-    return one
+    return problem(dtype=torch.float64)
 
 
-def a_cell(**options: Any) -> Cell:
-    return Cell("chain_sum", "test", "LoRA-SB", R, 1e-3, 0, "a variant", tuple(sorted(options.items())))
+def of_q_proj(model: Any) -> list[Tensor]:
+    """B, R and A of a layer, in fp64."""
+    return [factor.double() for factor in starts.factors(q_proj(model))]
 
 
-def started(one: Problem, asked: Cell, method: grid.Method = METHOD) -> Any:
-    torch.manual_seed(0)
-    return put_in(one, method, asked, lambda n: run.drawn(one, FOUR_STEPS, 0, n), 1)[0]
+def orthonormal(columns: Tensor) -> bool:
+    return torch.allclose(columns.t() @ columns, torch.eye(R, dtype=torch.float64), atol=1e-5)
 
 
 def q_proj(model: Any) -> Any:
@@ -315,14 +290,14 @@ def gradient(model: Any, weight: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 def test_spread_divides_each_entry_by_its_root_mean_square() -> None:
     one = in_fp64()
-    model = started(one, a_cell(init="random"))
+    model = put(one, cell_of(init="random"))
     batches = [one.collate(range(SAMPLES))]
     plain = make("llama").double()
     singles = [gradient(plain, plain.get_submodule(LAYER).weight, row) for row in gradients.rows(batches[0])]
     weighed = sum(singles) / torch.stack(singles).square().sum(0).sqrt()
     u, s, vt = torch.linalg.svd(torch.as_tensor(weighed))
     weigh_by_spread(model, batches, eta=1e-3)
-    b, core, a = (factor.double() for factor in starts.factors(q_proj(model)))
+    b, core, a = of_q_proj(model)
     expected = -(u[:, :R] * s[:R]) @ vt[:R]
     step = b @ core @ a
     assert torch.allclose(step / step.norm(), expected / expected.norm(), atol=1e-5)
@@ -331,7 +306,7 @@ def test_spread_divides_each_entry_by_its_root_mean_square() -> None:
 
 def test_whitening_takes_both_kronecker_factors() -> None:
     one = in_fp64()
-    model, batch = started(one, a_cell(init="random")), one.collate(range(SAMPLES))
+    model, batch = put(one, cell_of(init="random")), one.collate(range(SAMPLES))
     plain, kept = make("llama").double().requires_grad_(False).eval(), {}
     layer = plain.get_submodule(LAYER)
     layer.weight.requires_grad_(True)
@@ -350,28 +325,28 @@ def test_whitening_takes_both_kronecker_factors() -> None:
     left, right = inverse_root(dy.t() @ dy), inverse_root(x.t() @ x)
     u, _, vt = torch.linalg.svd(left @ dy.t() @ x @ right)
     whiten(model, [batch])
-    b, core, a = (factor.double() for factor in starts.factors(q_proj(model)))
+    b, core, a = of_q_proj(model)
     assert not core.any()
     for found, expected in ((b, left @ u[:, :R]), (a.t(), right @ vt[:R].t())):
         basis = torch.linalg.qr(expected).Q
-        assert torch.allclose(found.t() @ found, torch.eye(R, dtype=torch.float64), atol=1e-5)
+        assert orthonormal(found)
         assert torch.allclose(basis @ basis.t() @ found, found, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
 @pytest.mark.parametrize("name", ["VeRA", "IA3", "TinyLoRA", "LoRA r=3"])
 def test_adapters_of_peft_are_put_in_with_their_options(name: str) -> None:
-    entry, problem = entries()[name], in_fp64()
-    model = started(problem, entry.cell("chain_sum", "test", entry.rank(16), 1e-3, 0), METHODS[entry.method])
+    entry, one = entries()[name], in_fp64()
+    model = put(one, entry.cell("chain_sum", "test", entry.rank(16), 1e-3, 0))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert type(model).__name__.startswith("PeftModel")
     assert 0 < sum(p.numel() for p in trained) < 20_000
-    assert torch.isfinite(model(**problem.collate(range(SAMPLES))).loss)
+    assert torch.isfinite(model(**one.collate(range(SAMPLES))).loss)
 
 
 def test_a_later_subspace_is_that_of_the_weights_reached_and_forgets_nothing() -> None:
     one = in_fp64()
-    model, samples = started(one, a_cell()), [one.collate(range(SAMPLES))]
+    model, samples = put(one, cell_of()), [one.collate(range(SAMPLES))]
     layer = q_proj(model)
     with torch.no_grad():
         layer.lorasb_R[starts.ADAPTER].add_(0.3 * torch.randn(R, R))
@@ -392,9 +367,9 @@ def test_a_later_subspace_is_that_of_the_weights_reached_and_forgets_nothing() -
 
 
 def test_training_goes_on_in_the_later_subspace_alone() -> None:
-    one, asked = in_fp64(), a_cell(refresh=0.5, later_samples=4)
-    model = started(one, asked)
-    losses = run.train(model, one, FOUR_STEPS, asked, 1)
+    one, asked = in_fp64(), cell_of(refresh=0.5, later_samples=4)
+    model = put(one, asked)
+    losses = run.train(model, one, SHORT, asked, 1)
     layer = q_proj(model)
     assert len(losses) == 4
     assert layer.active_adapters == [starts.ADAPTER, LATER]
@@ -402,12 +377,12 @@ def test_training_goes_on_in_the_later_subspace_alone() -> None:
 
 
 def test_seeded_moments_are_those_of_steps_that_moved_nothing() -> None:
-    one, asked = in_fp64(), a_cell(seeded=True)
-    model = started(one, asked)
+    one, asked = in_fp64(), cell_of(seeded=True)
+    model = put(one, asked)
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
-    opt = optimizer(model, METHOD, FOUR_STEPS, asked, [])
-    samples = run.drawn(one, FOUR_STEPS, 0, sample_count(one, run.settings(asked)))
+    opt = optimizer(model, METHODS[asked.method], SHORT, asked, [])
+    samples = run.drawn(one, SHORT, 0, sample_count(one, run.settings(asked)))
     run.seed_moments(model, samples, opt, trained)
     assert all(torch.equal(p, old) for p, old in zip(trained, before, strict=True))
     assert {int(opt.state[p]["step"]) for p in trained} == {len(samples)}
@@ -415,18 +390,16 @@ def test_seeded_moments_are_those_of_steps_that_moved_nothing() -> None:
 
 
 def test_rotation_changes_the_basis_and_no_step() -> None:
-    plain, turned = (started(in_fp64(), a_cell(**options)) for options in ({}, {"rotated": True}))
-    b, core, a = (factor.double() for factor in starts.factors(q_proj(turned)))
-    expected = [factor.double() for factor in starts.factors(q_proj(plain))]
-    assert torch.allclose(b @ core @ a, expected[0] @ expected[1] @ expected[2], atol=1e-7)
-    assert torch.allclose(b.t() @ b, torch.eye(R, dtype=torch.float64), atol=1e-5)
-    assert torch.allclose(a @ a.t(), torch.eye(R, dtype=torch.float64), atol=1e-5)
+    plain, turned = (of_q_proj(put(in_fp64(), cell_of(**options))) for options in ({}, {"rotated": True}))
+    b, core, a = turned
+    assert torch.allclose(b @ core @ a, plain[0] @ plain[1] @ plain[2], atol=1e-7)
+    assert orthonormal(b)
+    assert orthonormal(a.t())
     assert float((core - core.diag().diag()).norm()) > 0.1 * float(core.norm())
 
 
 def test_ranks_by_energy_spend_the_same_budget() -> None:
-    one = in_fp64()
-    model = started(one, a_cell(ranks_by_energy=True))
+    model = put(in_fp64(), cell_of(ranks_by_energy=True))
     ranks = [layer.r[starts.ADAPTER] for layer in starts.layers(model).values()]
     assert len(set(ranks)) > 1
     assert sum(r * r for r in ranks) <= len(ranks) * R * R

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import environment  # noqa: F401  before anything reads it
@@ -29,6 +30,13 @@ def make_tiny(folder: Path) -> Path:
     torch.manual_seed(0)
     llama(vocab_size=len(vocabulary), eos_token_id=1, bos_token_id=None).save_pretrained(folder)
     return folder
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, object]]) -> str:
+    """Write JSON Lines; the file's path, as a setting."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return str(file)
 
 
 def make_data(file: Path) -> Path:
