@@ -18,14 +18,9 @@ from benchmarks.serving.people import FACTS, rows, write
 MEASURED = Path(economics.__file__).parents[1] / "results" / "many-adapters-cpu.json"
 
 
-def test_sizes_are_those_of_adapters_that_were_saved() -> None:
-    costs = json.loads(MEASURED.read_text())["costs"]
-    sizes = Sizes("SmolLM2-135M")
-    assert sizes.lora(32) == costs["lora_bytes"]
-    assert sizes.core(64) == costs["adapter_bytes"]
-
-
-def test_sizes_are_those_of_a_patched_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_those_of_adapters_that_were_saved_and_of_a_patched_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs, saved = json.loads(MEASURED.read_text())["costs"], Sizes("SmolLM2-135M")
+    assert (saved.lora(32), saved.core(64)) == (costs["lora_bytes"], costs["adapter_bytes"])
     model = lorasb.patch(make("llama"), r=4)
     layers = [module for module in model.modules() if hasattr(module, "lorasb_R")]
     groups = tuple(Group(("linear",), layer.in_features, (layer.out_features,)) for layer in layers)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.csv_files import Row
 from benchmarks.research.methods.grid import LONGER, task_named
 from benchmarks.research.paired import compare, grid
 from benchmarks.research.paired.budget import COMPARED, bills, missing
@@ -22,15 +23,23 @@ TASK = "chain_sum by loss"
 SIGN = entries()["sign"]
 
 
-def row(entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> dict[str, str]:
+def row(entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> Row:
     values = {"task": TASK, "variant": entry, "r": r, "lr": lr, "seed": seed, "loss": loss, "split": split}
     values |= {"found_lr": "", "seconds": 90.0, "machine": "a machine", "adapter_params": 256}
     return {name: str(value) for name, value in values.items()}
 
 
-def swept(entry: str, r: int) -> list[dict[str, str]]:
+def swept(entry: str, r: int, best: int = 0) -> list[Row]:
+    """A sweep whose best rate is the middle one, or that which ended at another."""
+    rates = {p: entries()[entry].at(r, p) for p in range(-1, max(1, best) + 1)}
+    losses = {lr: 0.3 + 0.01 * abs(p - best) for p, lr in rates.items()}
+    return [row(entry, r, lr, grid.SWEEP_SEED, loss, "validation") for lr, loss in losses.items()]
+
+
+def seeds(entry: str, losses: Sequence[float], first: int = 0) -> list[Row]:
+    """Runs of seeds in order, at the best rate."""
     one = entries()[entry]
-    return [row(entry, r, one.at(r, p), grid.SWEEP_SEED, 0.3 + 0.01 * abs(p), "validation") for p in (-1, 0, 1)]
+    return [row(entry, one.rank(16), one.at(16, 0), seed, loss) for seed, loss in enumerate(losses, first)]
 
 
 def test_every_task_judges_a_thousand_examples_by_loss() -> None:
@@ -55,11 +64,16 @@ def test_a_sweep_goes_outward_while_the_best_is_at_its_end() -> None:
     low, middle, high = SIGN.rates(16)
     assert rates_to_try(SIGN, 16, {}) == (low, middle, high)
     assert rates_to_try(SIGN, 16, {low: 0.3, high: 0.3}) == (middle,)
-    assert rates_to_try(SIGN, 16, {low: 0.4, middle: 0.3, high: 0.4}) == ()
-    assert rates_to_try(SIGN, 16, {low: 0.4, middle: 0.3, high: 0.2}) == (SIGN.at(16, 2),)
-    assert rates_to_try(SIGN, 16, {low: 0.2, middle: 0.3, high: 0.4}) == (SIGN.at(16, -2),)
-    assert best_rate(SIGN, 16, {low: 0.4, middle: 0.3, high: 0.4}) == middle
-    assert best_rate(SIGN, 16, {low: 0.2, middle: 0.3, high: 0.4}) is None
+    for losses, further, best in (
+        ((0.4, 0.3, 0.4), (), middle),
+        ((0.4, 0.3, 0.2), (SIGN.at(16, 2),), None),
+        ((0.2, 0.3, 0.4), (SIGN.at(16, -2),), None),
+    ):
+        tried = dict(zip((low, middle, high), losses, strict=True))
+        assert (rates_to_try(SIGN, 16, tried), best_rate(SIGN, 16, tried)) == (further, best)
+    ended = grid.shown_rate(SIGN, 16, swept("sign", 16, grid.FARTHEST), TASK)
+    assert ended == f"{SIGN.at(16, grid.FARTHEST):g} (last tried)"
+    assert grid.shown_rate(SIGN, 16, swept("sign", 16), TASK) == "0.004"
 
 
 def test_seeds_wait_for_the_sweep() -> None:
@@ -68,6 +82,8 @@ def test_seeds_wait_for_the_sweep() -> None:
     asked = wanted(["chain_sum"], ["sign"], [16], [0, 1], swept("sign", 16))
     assert [(cell.split, cell.seed, cell.lr) for cell in asked] == [("test", 0, 4e-3), ("test", 1, 4e-3)]
     assert {cell.variant for cell in asked} == {"sign"}
+    not_swept = wanted(["chain_sum"], [grid.FOUND, grid.FIXED], [4, 64], [0], [])
+    assert {(cell.split, cell.lr) for cell in not_swept} == {("test", 2e-3)}
 
 
 def test_longer_runs_take_the_short_sweep_and_examples_that_no_step_has_seen() -> None:
@@ -86,9 +102,7 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
     """Eight pairs: t of seven degrees of freedom, 2.365."""
     mine = [0.30, 0.31, 0.29, 0.33, 0.28, 0.30, 0.32, 0.29]
     theirs = [0.32, 0.32, 0.32, 0.34, 0.31, 0.31, 0.33, 0.32]
-    rows = [*swept("random", 16), *swept("sign", 16)]
-    for name, losses in (("random", mine), ("sign", theirs)):
-        rows += [row(name, 16, 4e-3, seed, loss) for seed, loss in enumerate(losses)]
+    rows = [*swept("random", 16), *swept("sign", 16), *seeds("random", mine), *seeds("sign", theirs)]
     found = difference(rows, TASK, 16, "random", "sign")
     pairs = [a - b for a, b in zip(mine, theirs, strict=True)]
     assert found is not None
@@ -98,9 +112,8 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
 
 
 def test_only_seeds_that_both_have_count_and_only_at_the_best_rate() -> None:
-    rows = [*swept("random", 16), *swept("sign", 16)]
-    rows += [row("random", 16, 4e-3, seed, 0.3) for seed in (0, 1, 2)] + [row("random", 16, 8e-3, 3, 0.1)]
-    rows += [row("sign", 16, 4e-3, seed, 0.3) for seed in (1, 2, 3)]
+    rows = [*swept("random", 16), *swept("sign", 16), *seeds("random", [0.3] * 3), *seeds("sign", [0.3] * 3, first=1)]
+    rows += [row("random", 16, 8e-3, 3, 0.1)]
     assert sorted(final_losses(rows, TASK, "random", 16)) == [0, 1, 2]
     found = difference(rows, TASK, 16, "random", "sign")
     assert found is not None
@@ -126,41 +139,27 @@ def test_rates_that_diverged_or_lie_beside_the_ladder_do_not_count(
     assert best_rate(SIGN, 16, {SIGN.at(16, power): losses[power] for power in order} | beside) == SIGN.at(16, 0)
 
 
-def test_a_table_says_where_a_ladder_ended() -> None:
-    losses = {SIGN.at(16, p): 0.5 - 0.01 * p for p in range(-1, grid.FARTHEST + 1)}
-    rising = [row("sign", 16, lr, grid.SWEEP_SEED, loss, "validation") for lr, loss in losses.items()]
-    assert grid.shown_rate(SIGN, 16, rising, TASK) == f"{SIGN.at(16, grid.FARTHEST):g} (last tried)"
-    assert grid.shown_rate(SIGN, 16, swept("sign", 16), TASK) == "0.004"
-
-
 def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:
-    lora = entries()[grid.LORA]
     asked = wanted(["chain_sum"], [grid.LORA], [4, 64], [0], [])
     assert {cell.r for cell in asked} == {32}
-    rows = swept("sign", 16)
-    rows += [row(grid.LORA, 32, lora.at(32, p), grid.SWEEP_SEED, abs(p) + 0.3, "validation") for p in (-1, 0, 1)]
-    rows += [row("sign", 16, 4e-3, seed, 0.3) for seed in (0, 1)]
-    rows += [row(grid.LORA, 32, 2e-3, seed, 0.25) for seed in (0, 1)]
+    rows = [*swept("sign", 16), *swept(grid.LORA, 32), *seeds("sign", [0.3] * 2), *seeds(grid.LORA, [0.25] * 2)]
     found = difference(rows, TASK, 16, "sign", grid.LORA)
     assert found is not None
     assert (found.seeds, round(found.mean, 9), found.base) == (2, 0.05, 0.25)
 
 
 def test_found_rates_are_held_against_the_default_one_and_the_best() -> None:
-    rows = [*swept("sign", 16), *(row("sign", 16, 4e-3, seed, 0.30) for seed in (0, 1))]
-    rows += [row(grid.FIXED, 16, 2e-3, seed, 0.40) for seed in (0, 1)]
-    rows += [row(grid.FOUND, 16, 2e-3, seed, 0.32) | {"found_lr": str(rate)} for seed, rate in ((0, 4e-3), (1, 8e-3))]
+    rows = [*swept("sign", 16), *seeds("sign", [0.3] * 2), *seeds(grid.FIXED, [0.4] * 2)]
+    found = zip(seeds(grid.FOUND, [0.32] * 2), ("4e-3", "8e-3"), strict=True)
+    rows += [one | {"found_lr": rate} for one, rate in found]
     (line,) = [text for text in paired.rates(rows) if text.startswith("| chain_sum")]
-    found = "chain_sum | 16 | 2 | 0.4000 | 0.3200 | 0.004 to 0.008 | -0.0800 ± 0.0000 (better) | 0.3000 | +0.0200 ± 0.0000 (worse)"
-    assert line.strip("| \n") == found
+    want = "chain_sum | 16 | 2 | 0.4000 | 0.3200 | 0.004 to 0.008 | -0.0800 ± 0.0000 (better) | 0.3000 | +0.0200 ± 0.0000 (worse)"
+    assert line.strip("| \n") == want
     assert list(paired.rates(swept("sign", 16))) == []
 
 
 def test_spots_are_means_over_the_seeds_that_all_have(tmp_path: Path) -> None:
-    lora = entries()["LoRA r=3"]
-    rows = [*swept("sign", 16), *(row("sign", 16, 4e-3, seed, 0.3 + seed) for seed in (0, 1, 2))]
-    rows += [row(lora.name, 3, lora.at(3, p), grid.SWEEP_SEED, abs(p) + 0.3, "validation") for p in (-1, 0, 1)]
-    rows += [row(lora.name, 3, lora.at(3, 0), seed, 0.2 + seed) for seed in (0, 1)]
+    rows = [*swept("sign", 16), *seeds("sign", [0.3, 1.3, 2.3]), *swept("LoRA r=3", 3), *seeds("LoRA r=3", [0.2, 1.2])]
     found = {spot.name: (spot.r, round(spot.loss, 9), spot.seeds) for spot in compare.spots_of(rows, TASK)}
     assert found == {"sign": (16, 0.8, 2), "LoRA r=3": (3, 0.7, 2)}
     text = "\n".join(paired.by_parameters(rows, tmp_path))
@@ -169,48 +168,32 @@ def test_spots_are_means_over_the_seeds_that_all_have(tmp_path: Path) -> None:
     assert list(paired.by_parameters(swept("sign", 16), tmp_path)) == []
 
 
-def test_a_rate_that_is_not_swept_is_never_tried_on_the_validation_split() -> None:
-    asked = wanted(["chain_sum"], [grid.FOUND, grid.FIXED], [4, 64], [0], [])
-    assert {(cell.split, cell.lr) for cell in asked} == {("test", 2e-3)}
-
-
-ALL = len(COMPARED) * len(grid.SEEDS)
-
-
-def test_missing_runs_are_the_seeds_and_the_sweeps_that_nobody_ran() -> None:
-    swept_entries = len(COMPARED) - 2  # grid.FIXED has no sweep, and LoRA one rank only
+def test_missing_runs_are_those_that_nobody_ran_and_hours_those_of_rows() -> None:
+    every, swept_entries = len(COMPARED) * len(grid.SEEDS), len(COMPARED) - 2  # grid.FIXED has no sweep, LoRA one rank
     a_rank = (len(COMPARED) - 1) * len(grid.SEEDS) + 3 * swept_entries
     assert missing([], "chain_sum") == len(grid.RANKS) * a_rank + 3 + len(grid.SEEDS)
-    done = [*swept("sign", 16), *(row("sign", 16, 4e-3, seed, 0.3) for seed in (0, 1))]
+    done = [*swept("sign", 16), *seeds("sign", [0.3] * 2)]
     assert missing(done, "chain_sum") == missing([], "chain_sum") - 3 - 2
-    assert missing(done, "chain_sum, 300 steps") == ALL  # one rank, and the short runs' rates
-
-
-def test_hours_are_the_rows_and_longer_runs_cost_by_their_steps() -> None:
-    rows = [row("sign", 16, 4e-3, 0, 0.3), row("sign", 16, 4e-3, 1, 0.3) | {"seconds": "110"}]
+    assert missing(done, "chain_sum, 300 steps") == every  # one rank, and the short runs' rates
+    rows = [one | {"seconds": seconds} for one, seconds in zip(seeds("sign", [0.3] * 2), ("90", "110"), strict=True)]
     found = {one.task: one for one in bills(rows)}
     assert set(found) == {"chain_sum", "chain_sum, 300 steps", "chain_sum, 1200 steps"}
     short, longer = found["chain_sum"], found["chain_sum, 300 steps"]
     assert (short.runs, short.seconds, short.hours) == (2, 100.0, pytest.approx(200 / 3600))
     assert longer.seconds == 100.0 * task_named("chain_sum, 300 steps by loss").steps / task_named(TASK).steps
-    assert longer.rest == pytest.approx(ALL * longer.seconds / 3600)
-    text = "\n".join(paired.what_runs_took(rows))
-    assert "Those below took 0.1" in text
+    assert longer.rest == pytest.approx(every * longer.seconds / 3600)
+    assert "Those below took 0.1" in "\n".join(paired.what_runs_took(rows))
     assert list(paired.what_runs_took([])) == []
 
 
-def test_a_letter_says_which_machine_ran_an_entry() -> None:
-    rows = [*swept("sign", 16), row("sign", 16, 4e-3, 0, 0.3), row("sign", 16, 4e-3, 1, 0.3) | {"machine": "Z"}]
-    rows += [row(grid.FIXED, 16, 2e-3, seed, 0.4) for seed in (0, 1)]
+def test_a_letter_says_which_machine_ran_an_entry_and_a_seed_far_off_is_named() -> None:
+    rows = [*swept("sign", 16), *seeds("sign", [0.3]), *seeds("sign", [0.3], first=1), *seeds(grid.FIXED, [0.4] * 2)]
+    rows[4]["machine"] = "Z"
     assert machines(rows) == {"Z": "A", "a machine": "B"}
     shown = {line[1]: line[4] for line in lines(rows, TASK, "sign")}
     assert shown == {"sign": "A B", grid.FIXED: "B"}
     text = "\n".join(paired.one_task([one | {"version": "1", "date": "today"} for one in rows], "chain_sum"))
     assert "A: Z; B: a machine" in text
-    assert grid.LORA not in shown
-
-
-def test_a_seed_that_ended_far_off_is_named() -> None:
     assert compare.shown_loss({0: 0.1, 1: 0.12, 2: 0.11}) == "0.1100"
     assert compare.shown_loss({0: 0.1, 2: 4.9, 1: 0.1}) == "1.7000 (seed 2: 4.9000)"
 
@@ -243,16 +226,12 @@ def test_every_rival_has_to_be_beaten_on_the_same_tasks() -> None:
     assert not apart.wins
 
 
-def test_one_loss_is_too_many() -> None:
-    for mean in (0.1, float("nan")):
+def test_one_loss_is_too_many_and_a_rival_that_diverges_is_beaten() -> None:
+    for mean in (0.1, math.nan):
         one = standing(tasks=grid.TASKS)
         one.against["random"][-1] = replace(one.against["random"][-1], mean=mean)
         assert not one.wins
-
-
-def test_a_rival_that_diverges_is_beaten() -> None:
-    one = standing()
-    one.against["random"] = [replace(d, mean=float("-inf")) for d in one.against["random"]]
+    one.against["random"] = [replace(d, mean=-math.inf) for d in one.against["random"]]
     assert one.wins
 
 

@@ -25,12 +25,14 @@ def test_rates_go_outward_while_the_best_is_the_last() -> None:
     assert rates_to_try(ENTRY, tried | {1e-2: 0.0}) == []
 
 
+SWEPT = [row(lr, 100, chance) for lr, chance in ((1.56e-4, 0.2), (6.25e-4, 0.3), (2.5e-3, 0.0))]
+
+
 def test_sweeps_come_first_and_seeds_at_the_best_rate() -> None:
-    rows = [row(lr, 100, chance) for lr, chance in ((1.56e-4, 0.2), (6.25e-4, 0.3), (2.5e-3, 0.0))]
-    assert best_rate(rows[:2], ENTRY) is None
-    assert best_rate(rows, ENTRY) == 6.25e-4
-    assert list(wanted([ENTRY], 2, rows)) == [(ENTRY, 6.25e-4, 0), (ENTRY, 6.25e-4, 1)]
-    rows += [row(6.25e-4, seed, 0.3 + 0.1 * seed) for seed in (0, 1)]
+    assert best_rate(SWEPT[:2], ENTRY) is None
+    assert best_rate(SWEPT, ENTRY) == 6.25e-4
+    assert list(wanted([ENTRY], 2, SWEPT)) == [(ENTRY, 6.25e-4, 0), (ENTRY, 6.25e-4, 1)]
+    rows = SWEPT + [row(6.25e-4, seed, 0.3 + 0.1 * seed) for seed in (0, 1)]
     assert list(wanted([ENTRY], 2, rows)) == []
     (line,) = lines(rows)
     assert line[:5] == ["lora-sb-8", "13,440", "26.9 KB", "0.000625", "2"]
@@ -40,25 +42,15 @@ def test_sweeps_come_first_and_seeds_at_the_best_rate() -> None:
 def test_other_starts_take_the_rate_of_the_first() -> None:
     other = ENTRIES["lora-sb-8, zero"]
     assert {(entry, lr) for entry, lr, _ in wanted([other], 1, [])} == {(ENTRY, lr) for lr in rates_to_try(ENTRY, {})}
-    rows = [row(lr, 100, chance) for lr, chance in ((1.56e-4, 0.2), (6.25e-4, 0.3), (2.5e-3, 0.0))]
-    assert list(wanted([other], 1, rows)) == [(other, 6.25e-4, 0)]
+    assert list(wanted([other], 1, SWEPT)) == [(other, 6.25e-4, 0)]
 
 
 TASK = "gcd by score"
 
 
 def own_row(entry: str, split: str, lr: float, seed: int, loss: float) -> dict[str, str]:
-    values = {
-        "task": TASK,
-        "split": split,
-        "variant": entry,
-        "r": 16,
-        "lr": lr,
-        "seed": seed,
-        "loss": loss,
-        "score": 0.5,
-    }
-    return {name: str(value) for name, value in (values | {"energy": 0.75}).items()}
+    values = {"task": TASK, "split": split, "variant": entry, "r": 16, "lr": lr, "seed": seed, "loss": loss}
+    return {name: str(value) for name, value in (values | {"score": 0.5, "energy": 0.75}).items()}
 
 
 def swept() -> list[dict[str, str]]:

@@ -89,22 +89,22 @@ def test_the_committed_page_is_what_the_results_give(tmp_path: Path, monkeypatch
     assert report.compose(tmp_path / "results") == (RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
 
 
-def test_the_evidences_table_is_the_reports() -> None:
-    readme = (RESULTS.parents[1] / "docs" / "evidence.md").read_text(encoding="utf-8")
-    assert report.into_readme(readme, RESULTS) == readme
+def page_of(name: str) -> str:
+    return (RESULTS.parents[1] / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def test_the_four_bit_table_is_the_results() -> None:
-    page = (RESULTS.parents[1] / "docs" / "quantized.md").read_text(encoding="utf-8").splitlines()
-    found = json.loads((RESULTS / "four-bits-cpu.json").read_text(encoding="utf-8"))
-    assert [line for line in four_bits_table.table(found)[-6:] if line not in page] == []
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return found
 
 
-def test_every_picture_of_the_page_is_there() -> None:
-    page = (RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
-    named = [part.partition(")")[0] for part in page.split("](results/")[1:]]
-    assert named
-    assert [name for name in named if not (RESULTS / name).is_file()] == []
+def test_the_tables_of_the_pages_are_the_results() -> None:
+    assert report.into_readme(page_of("evidence"), RESULTS) == page_of("evidence")
+    four_bits, planner = four_bits_table.table(result("four-bits-cpu.json"))[-6:], result(planned.FILE)
+    assert [line for line in four_bits if line not in page_of("quantized").splitlines()] == []
+    assert [line for line in planned.page(planner) if line not in page_of("planner").splitlines()] == []
+    alive, resident = zip(*(planned.Found(**run).ratios for run in planner["runs"]), strict=True)
+    assert all(0.9 < ratio < 1.1 for ratio in (*alive, *resident))
 
 
 def test_every_file_of_results_says_where_and_when() -> None:
@@ -113,13 +113,5 @@ def test_every_file_of_results_says_where_and_when() -> None:
             assert all(line[name] for name in ("version", "machine", "date")), line
             assert "dirty" not in line["version"], line
     for path in RESULTS.glob("*.json"):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = result(path.name)
         assert found.get("machine") or found.get("machine_info"), path
-
-
-def test_the_planners_table_is_of_the_results() -> None:
-    page = (RESULTS.parents[1] / "docs" / "planner.md").read_text(encoding="utf-8").splitlines()
-    found = json.loads((RESULTS / planned.FILE).read_text(encoding="utf-8"))
-    assert [line for line in planned.page(found) if line not in page] == []
-    alive, resident = zip(*(planned.Found(**run).ratios for run in found["runs"]), strict=True)
-    assert all(0.9 < ratio < 1.1 for ratio in (*alive, *resident))

@@ -12,8 +12,6 @@ from benchmarks.common import compare
 from benchmarks.common.shapes import MODELS
 from benchmarks.layers import suite_report as report
 
-MACHINE = {"device": "cuda", "gpu": "A card", "torch": "2.13", "peft": "0.21"}
-
 
 def stats(p50: float, bare: float) -> dict[str, Any]:
     times, ratios = dict.fromkeys(("p20", "p50", "p80"), p50), ("ratio", "ratio_p20", "ratio_p80")
@@ -29,9 +27,10 @@ def case(n: int, ms: tuple[int, ...], direction: str) -> dict[str, Any]:
     return {"extra_info": shape | {"direction": direction, "variants": variants}}
 
 
-def results(path: Path, machine: dict[str, Any] = MACHINE, skip: int = 0) -> Path:
+def results(path: Path, gpu: str = "A card", skip: int = 0) -> Path:
     groups = MODELS["mistral-7b"][skip:]
     cases = [case(g.n, g.ms, direction) for g in groups for direction in ("forward", "forward+backward")]
+    machine = {"device": "cuda", "gpu": gpu, "torch": "2.13", "peft": "0.21"}
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": cases}))
     return path
 
@@ -52,29 +51,23 @@ def test_tables_csv_and_chart(
 
 
 def test_a_block_is_summed_only_where_it_was_measured_whole(tmp_path: Path) -> None:
-    _, rows = report.read([results(tmp_path / "whole.json")])
-    assert report.blocks(rows).row_count == 1
-    _, rows = report.read([results(tmp_path / "part.json", skip=1)])
-    assert report.blocks(rows).row_count == 0
+    for skip in (0, 1):
+        _, rows = report.read([results(tmp_path / "card.json", skip=skip)])
+        assert report.blocks(rows).row_count == 1 - skip
 
 
-def test_results_of_two_machines_are_refused(tmp_path: Path) -> None:
-    paths = [results(tmp_path / "a.json"), results(tmp_path / "b.json", {**MACHINE, "gpu": "Another"})]
+def test_results_of_two_machines_and_none_are_refused(tmp_path: Path) -> None:
+    one, other = results(tmp_path / "a.json"), results(tmp_path / "b.json", "Another")
     with pytest.raises(ValueError, match="another machine"):
-        report.read(paths)
-
-
-def test_no_results_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "none.json"
-    path.write_text(json.dumps({"machine_info": MACHINE, "benchmarks": []}))
+        report.read([one, other])
     with pytest.raises(ValueError, match="run make bench-gpu or make bench-cpu first"):
-        report.read([path])
+        report.read([results(tmp_path / "none.json", skip=len(MODELS["mistral-7b"]))])
 
 
 def run(ratio: float, half: float = 0.01, case: str = "M=1") -> dict[str, Any]:
     ours = {"ratio": ratio, "ratio_p20": ratio - half, "ratio_p80": ratio + half}
-    peer = {"ratio": 1.0, "ratio_p20": 1.0, "ratio_p80": 1.0}
-    return {"machine": {"cpu": "x"}, "rows": [{"row": "train", "case": case, "ways": {"peer": peer, "ours": ours}}]}
+    ways = {"peer": dict.fromkeys(ours, 1.0), "ours": ours}
+    return {"machine": {"cpu": "x"}, "rows": [{"row": "train", "case": case, "ways": ways}]}
 
 
 @pytest.mark.parametrize(
