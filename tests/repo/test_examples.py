@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,12 +15,11 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
-from typer.testing import CliRunner
-
-from lorasb.app.cli import app
+from command import call
+from processes import python
 
 FOLDER = Path(__file__).parents[2] / "examples"
-EXAMPLES = sorted(FOLDER.glob("*.py"))
+EXAMPLES, NOTEBOOKS = sorted(FOLDER.glob("*.py")), sorted(FOLDER.glob("*.ipynb"))
 # What each prints, of a tiny model too.
 PRINTED = {
     "export": ["plain LoRA of rank 16", "LoraModel gives the same logits within"],
@@ -63,15 +61,13 @@ def test_it_runs(
 
 @pytest.mark.long
 def test_two_processes_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
-    example = str(FOLDER / "several_processes.py")
-    norms = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
-        command = [sys.executable, "-W", "ignore", *launcher, example, "3", str(tiny)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        norms.append(float(done.stdout.strip().rpartition(" ")[2]))
-    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    command = (FOLDER / "several_processes.py", 3, tiny)
+    printed = (
+        python("-W", "ignore", *launcher, *command, cwd=tmp_path, OMP_NUM_THREADS="1", PYTHONPATH=str(FOLDER.parent))
+        for launcher in ((), ("-m", "torch.distributed.run", "--nproc-per-node", 2))
+    )
+    one, two = (float(text.strip().rpartition(" ")[2]) for text in printed)
+    assert one == pytest.approx(two, rel=1e-2)
 
 
 def test_what_the_demo_says_comes_next_are_commands_that_parse_and_files_that_are_there() -> None:
@@ -80,12 +76,9 @@ def test_what_the_demo_says_comes_next_are_commands_that_parse_and_files_that_ar
     assert len(commands) == 4
     for command in commands:
         name, *arguments = shlex.split(command.replace("$(RUN)", "runs/demo"))
-        assert CliRunner().invoke(app, [name, *arguments, "--help"]).exit_code == 0, command
+        assert call(name, *arguments, "--help")
         for argument in arguments:
             assert not argument.endswith(".jsonl") or (FOLDER.parent / argument).is_file()
-
-
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples").glob("*.ipynb"))
 
 
 def test_both_are_there_with_outputs_and_no_paths_of_a_machine() -> None:
@@ -101,7 +94,7 @@ def test_both_are_there_with_outputs_and_no_paths_of_a_machine() -> None:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_a_notebook_runs(notebook: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLE_MODEL", str(tiny))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     found = nbformat.read(notebook, 4)
     client = nbclient.NotebookClient(found, timeout=120, resources={"metadata": {"path": str(tmp_path)}})

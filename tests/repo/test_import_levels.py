@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import ROOT, python
 
 from docs import import_levels
 
-ROOT = Path(__file__).parents[2]
 MODULES = import_levels.files()
 FILES = [*MODULES.values(), ROOT / "setup.py"]
 WITHOUT = {  # module or package -> what it must not import, at any depth: importing it stays cheap, or possible
@@ -47,15 +45,9 @@ def under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def test_every_import_runs_down() -> None:
+def test_every_import_runs_down_and_no_files_import_each_other() -> None:
     assert import_levels.upward(import_levels.graph()) == []
-
-
-def test_no_files_import_each_other() -> None:
     assert import_levels.cycles(import_levels.graph()) == []
-
-
-def test_every_folder_has_a_level() -> None:
     assert {import_levels.folder_of(name) for name in MODULES} == set(import_levels.LEVEL_OF)
 
 
@@ -124,7 +116,7 @@ def test_public_functions_have_docstrings() -> None:
 
 def test_wheel_has_every_module(tmp_path: Path) -> None:
     code = "import setuptools; setuptools.setup = lambda **k: print(*k['packages'], k['package_dir'], k['package_data'], sep=';'); import runpy; runpy.run_path('setup.py')"
-    found = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip().split(";")
+    found = python("-c", code).strip().split(";")
     wanted = {import_levels.module_name(path) for path in FILES if path.name == "__init__.py"}
     assert set(found[:-2]) == wanted | {"lorasb.kernels.tables", "lorasb.app.presets"}
     data = "{'lorasb': ['*.pyi'], 'lorasb.kernels.tables': ['*.json'], 'lorasb.app.presets': ['*.yaml']}"

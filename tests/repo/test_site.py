@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import http.server
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,18 +14,18 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
+from processes import ROOT, attempt
 
-ROOT = Path(__file__).parents[2]
+import lorasb
+
 WORDS = 1200  # of a page at most, 800 of the README
 LONG = {"api", "evidence"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = attempt("-m", "mkdocs", "build", "--strict", "--site-dir", folder, NO_MKDOCS_2_WARNING="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" not in done.stderr
     return folder
@@ -51,6 +48,7 @@ class Page(HTMLParser):
             self.links.append(link)
 
 
+@pytest.fixture(scope="module")
 def pages(site: Path) -> dict[str, Page]:
     """By path below the site's root."""
     files = (file for file in site.rglob("*.html") if file.name != "404.html")
@@ -63,36 +61,30 @@ def test_a_page_is_read_in_a_few_minutes() -> None:
     assert {name: count for name, count in words.items() if count > (800 if name == "README" else WORDS)} == {}
 
 
-def test_every_link_inside_the_site_resolves(site: Path) -> None:
-    found = pages(site)
-    assert len(found) > 20
+def test_every_link_inside_the_site_resolves(site: Path, pages: dict[str, Page]) -> None:
+    assert len(pages) > 20
     broken = []
-    for name, page in found.items():
+    for name, page in pages.items():
         for link in page.links:
             if urlparse(link).scheme or link.startswith(("//", "data:")):
                 continue
             path, anchor = urldefrag(urljoin(f"/{name}", unquote(link)))
             target = path.lstrip("/") + ("index.html" if path.endswith("/") else "")
-            file = site / target
-            if not file.is_file() or (anchor and target in found and anchor not in found[target].anchors):
+            if not (site / target).is_file() or (anchor and target in pages and anchor not in pages[target].anchors):
                 broken.append(f"{name}: {link}")
     assert broken == []
 
 
-def test_links_into_the_repository_lead_to_files_that_are_there(site: Path) -> None:
+def test_links_into_the_repository_lead_to_files_that_are_there(pages: dict[str, Page]) -> None:
     start = re.compile(r"https://github.com/lorasb/lorasb/(?:blob|tree)/main/([^#]+)")
-    named = {match[1] for page in pages(site).values() for link in page.links if (match := start.match(link))}
+    named = {match[1] for page in pages.values() for link in page.links if (match := start.match(link))}
     assert named
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
 
 
-def test_every_public_name_is_in_the_reference(site: Path) -> None:
-    import lorasb
-
-    anchors = pages(site)["api/index.html"].anchors
+def test_every_public_name_is_in_the_reference(pages: dict[str, Page]) -> None:
     known = {name for name in lorasb.__all__ if name not in ("__version__", "functional", "optim")}
-    missing = [name for name in known if f"lorasb{name}".lower() not in anchors]
-    assert missing == []
+    assert [name for name in known if f"lorasb{name}".lower() not in pages["api/index.html"].anchors] == []
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -100,7 +92,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(site: Path) -> Iterator[str]:
     handler = functools.partial(Quiet, directory=str(site))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -133,8 +125,8 @@ def errors_of(browser: Any) -> list[str]:
 
 
 @pytest.mark.long
-def test_a_browser_loads_every_page_and_search_finds_words(site: Path, address: str, browser: Any) -> None:
-    for name in pages(site):
+def test_a_browser_loads_every_page_and_search_finds_words(pages: dict[str, Page], address: str, browser: Any) -> None:
+    for name in pages:
         browser.get(f"{address}/{name}")
         assert errors_of(browser) == [], name
         assert browser.find_element("css selector", "h1").text, name
@@ -155,9 +147,9 @@ def test_a_browser_loads_every_page_and_search_finds_words(site: Path, address: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("width", [1280, 390])
-def test_no_page_is_wider_than_its_window(site: Path, address: str, browser: Any, width: int) -> None:
+def test_no_page_is_wider_than_its_window(pages: dict[str, Page], address: str, browser: Any, width: int) -> None:
     browser.set_window_size(width, 900)
-    for name in pages(site):
+    for name in pages:
         browser.get(f"{address}/{name}")
         wide, window = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert wide <= window + 1, name
