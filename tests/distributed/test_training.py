@@ -91,22 +91,13 @@ def found_in(folder: Path) -> dict[str, Any]:
     return found
 
 
-def kill(start: list[object], folder: Path, *options: object) -> None:
-    """A run that loses a rank between two checkpoints."""
-    done = attempt(*start, SUPPORT / "trainer_ranks.py", folder, "--kill", KILLED_AFTER, *options, **ENVIRONMENT)
+def kill(start: list[object], folder: Path, *options: object, cut: Path | None = None) -> None:
+    """A run that loses a rank between two checkpoints; in `cut` where that is given, after a whole run in `folder`."""
+    options = ("--kill", KILLED_AFTER, *(("--cut", cut) if cut else ()), *options)
+    done = attempt(*start, SUPPORT / "trainer_ranks.py", folder, *options, **ENVIRONMENT)
     assert done.returncode != 0
-    assert not (folder / "found.json").exists()
-
-
-def train_and_kill(start: list[object], folder: Path, cut: Path, *options: object) -> dict[str, Any]:
-    """A whole run and, by the same processes, one more that loses a rank between two checkpoints."""
-    done = attempt(
-        *start, SUPPORT / "trainer_ranks.py", folder, "--cut", cut, "--kill", KILLED_AFTER, *options, **ENVIRONMENT
-    )
-    assert done.returncode != 0
-    assert (folder / "found.json").exists(), done.stderr[-3000:]
-    assert not (cut / "found.json").exists()
-    return found_in(folder)
+    assert (folder / "found.json").exists() == bool(cut), done.stderr[-3000:]
+    assert not ((cut or folder) / "found.json").exists()
 
 
 def factors(adapter: Path, bits: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -139,7 +130,9 @@ def alone(runs: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def whole(runs: Path) -> dict[str, dict[str, Any]]:
     """Two processes, the whole of training and a killed one, by the configuration files that the project ships."""
-    return {name: train_and_kill(accelerate(f"{name}.yaml"), runs / name, runs / f"{name} killed") for name in ENGINES}
+    for name in ENGINES:
+        kill(accelerate(f"{name}.yaml"), runs / name, cut=runs / f"{name} killed")
+    return {name: found_in(runs / name) for name in ENGINES}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
