@@ -13,39 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import WORDS
-from typer.testing import CliRunner
+from command import call
+from tiny_run import WORDS, write_rows
 
 from lorasb.app import results as ask
-from lorasb.app.cli import app
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
 
 
-def rows(kind: str) -> list[dict[str, Any]]:
-    pairs = [(f"copy {WORDS[i % 10]} {i % 7}", WORDS[i % 10]) for i in range(24)]
-    if kind == "messages":
-        turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        return [{"messages": [turn[0] | {"content": q}, turn[1] | {"content": a}]} for q, a in pairs]
-    if kind == "alpaca":
-        return [{"instruction": q, "output": a} for q, a in pairs]
-    if kind == "labels":
-        return [{"text": q, "label": "cat" if i % 2 else "dog"} for i, (q, _) in enumerate(pairs)]
-    if kind == "values":
-        return [{"text": q, "label": i + 0.5} for i, (q, _) in enumerate(pairs)]
-    return [{"prompt": q, "completion": a, "user": f"u{i % 2}"} for i, (q, a) in enumerate(pairs)]
+def prompted(i: int, question: str, answer: str) -> dict[str, Any]:
+    return {"prompt": question, "completion": answer, "user": f"u{i % 2}"}
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "chat template": {},
-    "plain": {"template": "none"},
-    "messages": {},
-    "alpaca": {},
-    "labels": {},
-    "values": {},
-    "adapters": {"adapter_column": "user"},
-    "plain lora": {"method": "lora"},
-    "four bits": {"bits": 4},
+def chat(i: int, question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+CASES: dict[str, tuple[Callable[[int, str, str], dict[str, Any]], dict[str, Any]]] = {  # rows and settings
+    "chat template": (prompted, {}),
+    "plain": (prompted, {"template": "none"}),
+    "messages": (chat, {}),
+    "alpaca": (lambda i, question, answer: {"instruction": question, "output": answer}, {}),
+    "labels": (lambda i, question, answer: {"text": question, "label": "cat" if i % 2 else "dog"}, {}),
+    "values": (lambda i, question, answer: {"text": question, "label": i + 0.5}, {}),
+    "adapters": (prompted, {"adapter_column": "user"}),
+    "plain lora": (prompted, {"method": "lora"}),
+    "four bits": (prompted, {"bits": 4}),
 }
 
 
@@ -55,10 +48,13 @@ def finished(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     @functools.cache
     def run(kind: str) -> Path:
-        folder, found = tmp_path_factory.mktemp("asked"), rows(kind)
-        file = folder / ("data.json" if kind == "alpaca" else "data.jsonl")
-        file.write_text(json.dumps(found) if kind == "alpaca" else "\n".join(map(json.dumps, found)))
-        run_finetune(replace(base, data=str(file), output=str(folder / "run"), **CASES[kind]))
+        (row, settings), folder = CASES[kind], tmp_path_factory.mktemp("asked")
+        rows = [row(i, f"copy {WORDS[i % 10]} {i % 7}", WORDS[i % 10]) for i in range(24)]
+        file = folder / ("list.json" if kind == "alpaca" else "lines.jsonl")
+        write_rows(file, rows)
+        if kind == "alpaca":
+            file.write_text(json.dumps(rows))
+        run_finetune(replace(base, data=str(file), output=str(folder / "run"), **settings))
         return folder / "run"
 
     return run
@@ -111,20 +107,19 @@ def test_questions_are_read_line_by_line(finished: Callable[[str], Path], monkey
 
 
 def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a question, got an empty one"):
-        list(ask.answers(whole, " "))
-    with pytest.raises(ValueError, match=r"expected the folder of a finished run, found no summary\.json in"):
-        list(ask.answers(tmp_path, "x"))
-    with pytest.raises(ValueError, match=r"--adapter has to name one of the run's adapters, got 'ann': it trained one"):
-        list(ask.answers(whole, "x", "ann"))
+    for arguments, message in (
+        ((whole, " "), "expected a question, got an empty one"),
+        ((tmp_path, "x"), r"expected the folder of a finished run, found no summary\.json in"),
+        ((whole, "x", "ann"), "--adapter has to name one of the run's adapters, got 'ann': it trained one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(ask.answers(*arguments))
     summary = json.loads((whole / "summary.json").read_text())
     del summary["prompt_format"]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(ValueError, match="does not say how questions are put: an earlier version of lorasb wrote it"):
         list(ask.answers(tmp_path, "x"))
-    done = CliRunner().invoke(app, ["ask", str(whole), "copy red 1", "--max-new-tokens", "2"])
-    assert done.exit_code == 0
-    assert done.output.strip()
+    assert call("ask", whole, "copy red 1", "--max-new-tokens", "2").strip()
 
 
 def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,44 +11,38 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
+from command import call
 from models import patched
-from safetensors.torch import load_file
-from typer.testing import CliRunner
+from processes import python
+from tiny_run import write_rows
 
+import lorasb
 from lorasb.app import cli
+from lorasb.ops import registry
+
+PICTURES = ("energy.png", "ranks.png", "spectrum.png")
 
 
-def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lorasb", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "120", **environment},
-    )
+def process(*arguments: object) -> str:
+    """What the command prints in a process of its own, as a user starts it."""
+    return python("-W", "ignore", "-m", "lorasb", *arguments, COLUMNS="150")
 
 
-def lorasb(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in this process, which has loaded all that it needs."""
-    done = CliRunner().invoke(cli.app, list(map(str, arguments)), env={"COLUMNS": "120"})
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return subprocess.CompletedProcess(list(map(str, arguments)), done.exit_code, done.stdout, done.output)
-
-
-def finetune(tiny: Path, data: Path, output: Path, *more: object, way: Any = lorasb) -> Any:
-    given = {"--model": tiny, "--data": data, "--output": output, "--r": 8, "--epochs": 2, "--batch-size": 4}
-    given |= {"--samples": 8, "--dtype": "float32", "--lr": 5e-3}
-    return way("finetune", *itertools.chain(*given.items()), *more)
+def start(name: str, model: Path, data: Path, output: Path, *more: object, way: Any = call) -> str:
+    """What `lorasb finetune` or `lorasb init` prints with the settings of the tests' runs."""
+    given = {"--model": model, "--data": data, "--output": output, "--r": 8, "--batch-size": 4, "--samples": 8}
+    given |= {"--dtype": "float32", "--epochs": 2, "--lr": 5e-3}
+    return way(name, *itertools.chain(*given.items()), *more)
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora-xs", "lora"])
 def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, method: str) -> None:
-    done = finetune(tiny, data, tmp_path, "--method", method, way=process if method == "lora-sb" else lorasb)
-    assert done.returncode == 0, done.stderr
+    way = process if method == "lora-sb" else call
+    printed = start("finetune", tiny, data, tmp_path, "--method", method, way=way)
     names = {path.name for path in tmp_path.iterdir()}
     wanted = {"adapter", "loss.png", "summary.json", "config.yaml", "answers.json"}
     if method != "lora":
@@ -69,102 +62,124 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     if method != "lora":
         assert summary["trainable_params"] == 14 * 8 * 8
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "held-out problems" in done.stdout
-    assert "exact answers" in done.stdout
+    assert all(text in printed for text in ("held-out problems", "exact answers", "lorasb ask"))
 
 
 def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: Path) -> None:
     """Two sets, judged by choice, answers of at most two tokens."""
     lines = [{"prompt": f"copy {word}", "completion": word} for word in ("true", "false", "red")]
-    files = {name: tmp_path / name / "test.jsonl" for name in ("sure", "other")}
-    for name, part in (("sure", lines[:2]), ("other", lines[2:])):
-        files[name].parent.mkdir()
-        files[name].write_text("".join(json.dumps(line) + "\n" for line in part))
-    sets = ",".join(map(str, files.values()))
-    more = ["--eval-data", sets, "--score", "choice", "--max-new-tokens", "2", "--lora-dropout", "0.1"]
-    done = finetune(tiny, data, tmp_path / "run", *more)
-    assert done.returncode == 0, done.stderr
+    files = [
+        write_rows(tmp_path / name / "test.jsonl", part) for name, part in (("sure", lines[:2]), ("other", lines[2:]))
+    ]
+    more = ["--eval-data", ",".join(files), "--score", "choice", "--max-new-tokens", "2", "--lora-dropout", "0.1"]
+    assert "sure/test.jsonl" in start("finetune", tiny, data, tmp_path / "run", *more)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_examples"] == 3
-    assert summary["eval_accuracy_by_set"]["after"][str(files["other"])] == 0.0  # "red" is no choice
-    assert set(summary["eval_accuracy_by_set"]["before"]) == {str(file) for file in files.values()}
-    assert "sure/test.jsonl" in done.stdout
-    again = finetune(tiny, data, tmp_path / "run", *more)  # finished: from its files
-    assert "other/test.jsonl" in again.stdout
-
-
-def test_the_same_seed_gives_the_same_adapter(tiny: Path, data: Path, tmp_path: Path) -> None:
-    found = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert finetune(tiny, data, tmp_path / name, "--seed", seed, "--epochs", 0.3).returncode == 0
-        found.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
-    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
-    assert not all(torch.equal(value, found[2][key]) for key, value in found[0].items())
+    assert summary["eval_accuracy_by_set"]["after"][files[1]] == 0.0  # "red" is no choice
+    assert set(summary["eval_accuracy_by_set"]["before"]) == set(files)
+    # finished: from its files
+    assert "other/test.jsonl" in start("finetune", tiny, data, tmp_path / "run", *more)
 
 
 def test_inspect_and_export(tmp_path: Path) -> None:
     patched().save_pretrained(tmp_path / "adapter")
-    shown = lorasb("inspect", tmp_path / "adapter")
-    assert shown.returncode == 0, shown.stderr
+    shown = call("inspect", tmp_path / "adapter")
     for text in ("LoRA-SB adapter", "trained parameters", "224", "q_proj", "down_proj", "init: lr", "0.02"):
-        assert text in shown.stdout
-    exported = lorasb("export", tmp_path / "adapter")
-    assert exported.returncode == 0, exported.stderr
-    assert "--max-lora-rank 8" in exported.stdout
+        assert text in shown
+    assert "--max-lora-rank 8" in call("export", tmp_path / "adapter")
     assert (tmp_path / "adapter-lora" / "adapter_model.safetensors").is_file()
 
 
 def test_doctor() -> None:
-    shown = lorasb("doctor")
-    assert shown.returncode == 0, shown.stderr
+    shown = call("doctor")
     for text in ("torch", "peft", "backend eager", "available", "threads", "GPU", "--dtype auto", "LORASB_MAX_CPU_ISA"):
-        assert text in shown.stdout
-    assert " ".join(shown.stdout.split()).endswith("lorasb plan MODEL says what one of them takes.")
+        assert text in shown
+    assert " ".join(shown.split()).endswith("lorasb plan MODEL says what one of them takes.")
+
+
+def test_init_writes_an_adapter_a_report_and_pictures(tiny: Path, data: Path, tmp_path: Path) -> None:
+    more = ("--stability", "--energy", 0.5, "--cache", tmp_path / "signs.safetensors")
+    printed = start("init", tiny, data, tmp_path / "run", *more)
+    assert "lorasb: layerwise (2 blocks at model.layers)" in printed
+    assert "overlap of two halves of the samples" in printed
+    assert "suggested ranks: keeps" in printed
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"adapter", "report.json", "ranks.json", "config.yaml", *PICTURES}
+    for name in PICTURES:
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+    report = lorasb.InitReport.load(tmp_path / "run" / "report.json")
+    assert report.num_samples == 8
+    assert 0 < report.stability <= 1
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    pattern = json.loads((tmp_path / "run" / "ranks.json").read_text())["rank_pattern"]
+    again = lorasb.patch(base, r=8, rank_pattern=pattern)
+    assert {m.r["default"] for m in again.modules() if isinstance(m, lorasb.LoRASBLinear)} == set(pattern.values())
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "run" / "adapter")
+    assert all(m.is_initialized("default") for m in loaded.modules() if isinstance(m, lorasb.LoRASBLinear))
+
+
+def test_another_rank_from_the_cache_and_a_look_at_it(tiny: Path, data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "signs.safetensors"
+    start("init", tiny, data, tmp_path / "a", "--cache", cache)
+    second = start("init", tiny, data, tmp_path / "b", "--cache", cache, "--r", 16)
+    assert "no backward" in second.replace("\n", " ")
+    shown = call("inspect", cache)
+    assert "signs of the first full step, for any rank" in shown
+    assert "down_proj" in shown
+    assert f"{2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96):,}" in shown
+    lorasb.init.SignBits.pack(torch.ones(3, 3)).save(tmp_path / "bits.safetensors")
+    with pytest.raises(ValueError, match="is no cache of lorasb's initialization"):
+        call("inspect", tmp_path / "bits.safetensors")
 
 
 BAD_CALLS = {
-    "inspect nothing": (["inspect", "nowhere"], "expected an adapter folder with adapter_config.json"),
-    "method": (["finetune", "--method", "magic"], "--method must be one of lora-sb, lora-xs, lora, got 'magic'"),
-    "dtype": (["finetune", "--dtype", "int4"], "--dtype must be one of auto, bfloat16, float32, float16, got 'int4'"),
-    "update": (["finetune", "--update", "lion"], "--update must be one of adamw, sgd, per-sample, got 'lion'"),
-    "preset": (["finetune", "--preset", "metamath"], "--preset 'metamath': there is no such preset: did you mean"),
-    "rank": (["finetune", "--r", "0"], "--r must be positive, got 0"),
-    "task": (["finetune", "--task", "chess"], "unknown task 'chess': expected one of word_sequence_reversal"),
-    "model": (
-        ["finetune", "--model", "nowhere/none"],
-        "cannot load --model 'nowhere/none', expected a folder or hub id",
-    ),
-    "held out of nothing": (["finetune", "--eval-data", "x.jsonl"], "needs --data, which is not given"),
-    "epochs": (["finetune", "--epochs", "inf"], "--epochs must be positive, got inf"),
-    "verifier": (["finetune", "--task", "chess", "--rl", "verifier"], "unknown task 'chess': expected one of"),
-    "samples": (["finetune", "--samples", "0"], "--samples must be positive, got 0"),
-    "too many samples": (["finetune", "--samples", "500"], "num_samples=500, but the batches hold 27 samples"),
-    "data": (["finetune", "--data", "nowhere.jsonl"], "expected a JSONL file, found none"),
-    "backend": (["finetune", "--data", "x"], "unknown backend 'warp': expected one of auto"),
+    "inspect nowhere": "expected an adapter folder with adapter_config.json",
+    "finetune --method magic": "--method must be one of lora-sb, lora-xs, lora, got 'magic'",
+    "finetune --dtype int4": "--dtype must be one of auto, bfloat16, float32, float16, got 'int4'",
+    "finetune --update lion": "--update must be one of adamw, sgd, per-sample, got 'lion'",
+    "finetune --preset metamath": "--preset 'metamath': there is no such preset: did you mean 'metamath-m",
+    "finetune --r 0": "--r must be positive, got 0",
+    "finetune --task chess": "unknown task 'chess': expected one of word_sequence_reversal",
+    "finetune --task chess --rl verifier": "unknown task 'chess': expected one of",
+    "finetune --data DATA --model nowhere/none": "cannot load --model 'nowhere/none', expected a folder or hub id",
+    "finetune --eval-data x.jsonl": "needs --data, which is not given",
+    "finetune --epochs inf": "--epochs must be positive, got inf",
+    "finetune --samples 0": "--samples must be positive, got 0",
+    "finetune --data DATA --samples 500": "num_samples=500, but the batches hold 27 samples",
+    "finetune --data DATA --basis nowhere": "a basis (lorasb basis make), found no basis.json in nowhere",
+    "finetune --data DATA --adapter-column user": "line 1: --adapter-column user is not there, got prompt, completion",
+    "init --data DATA --strategy fast": "strategy must be one of auto, layerwise, accumulate, got 'fast'",
+    "init --data DATA --energy 2": "--energy is a share in",
+    "init --data DATA --energy 0.5 --parameters 100": "two ways to choose ranks",
+    "init --data DATA --parameters 0": "--parameters must be positive, got 0",
+    "init --data DATA --memory-budget lots": "expected a size like '6GB' or a number of bytes, got 'lots'",
+    "init --data DATA --samples 1000": "num_samples=1000, but the batches hold",
+    "init --data DATA --update sgd --cache x.safetensors": "update='sgd' needs the gradient itself",
 }
 
 
-@pytest.mark.parametrize("name", BAD_CALLS)
+@pytest.mark.parametrize("line", BAD_CALLS)
 def test_bad_calls_end_in_one_line(
-    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:  # fmt: skip
-    arguments, message = BAD_CALLS[name]
-    if name in ("backend", "model", "too many samples"):
-        arguments = [*arguments[:1], "--data", str(data), *(arguments[1:] if name != "backend" else [])]
-    model = ["--output", str(tmp_path)] if arguments[0] == "finetune" else []
-    if model and name != "model":
-        model += ["--model", str(tiny)]
-    if name == "backend":  # a process of its own, as the variable is read once
-        done = process(*arguments, *model, LORASB_BACKEND="warp")
-        code, printed = done.returncode, done.stderr
-    else:
-        monkeypatch.setattr(sys, "argv", ["lorasb", *arguments, *model])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        code, printed = stopped.value.code, capsys.readouterr().err
-    assert code == 1
-    assert message in " ".join(printed.split())
+    name, *options = line.replace("DATA", str(data)).split()
+    where = [] if name == "inspect" else ["--model", str(tiny), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["lorasb", name, *where, *options])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert BAD_CALLS[line] in " ".join(printed.split())
     assert "Traceback" not in printed
+    assert name == "finetune" or not (tmp_path / "run").exists()
+
+
+def test_a_bad_variable_is_noticed_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_from_environment", "")  # it is read once
+    monkeypatch.setenv("LORASB_BACKEND", "warp")
+    with pytest.raises(ValueError, match="unknown backend 'warp': expected one of auto"):
+        call("finetune", "--model", "nowhere/none")
 
 
 SAID_WITHOUT_TORCH = {
@@ -195,8 +210,7 @@ print(json.dumps(found))
 
 
 def test_what_needs_no_torch_does_not_wait_for_it() -> None:
-    command, given = [sys.executable, "-c", WITHOUT_TORCH], json.dumps(list(SAID_WITHOUT_TORCH))
-    found = json.loads(subprocess.check_output(command, input=given, text=True))
+    found = json.loads(python("-c", WITHOUT_TORCH, given=json.dumps(list(SAID_WITHOUT_TORCH))))
     for (line, says), (printed, modules) in zip(SAID_WITHOUT_TORCH.items(), found, strict=True):
         assert modules == [], line
         assert says in " ".join(printed.split()), line
@@ -220,21 +234,10 @@ def test_ctrl_c_ends_in_one_line_at_any_time(tiny: Path, data: Path, tmp_path: P
     assert said.strip()
 
 
-def test_switches_and_the_dtype_s_short_names_are_taken(tiny: Path, data: Path, tmp_path: Path) -> None:
-    done = finetune(tiny, data, tmp_path / "run", "--dtype", "fp32", "--packing", "true")
-    assert done.returncode == 0, done.stdout
-    config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "dtype: float32" in config
-    assert "packing: true" in config
-    assert "lorasb ask" in done.stdout
-
-
 def test_few_rows_are_trained_for_sixty_steps(tiny: Path, tmp_path: Path) -> None:
     """The user hears of it before the run, not after a useless one."""
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": f"copy red {i}", "completion": "red"}) for i in range(60)))
+    file = write_rows(tmp_path / "rows.jsonl", ({"prompt": f"copy red {i}", "completion": "red"} for i in range(60)))
     where = ("--model", tiny, "--data", file, "--output", tmp_path / "run")
-    done = lorasb("finetune", *where, "--r", "4", "--samples", "8")
-    assert done.returncode == 0, done.stdout
-    assert "60 steps of 16 (15 passes, --epochs auto)" in " ".join(done.stdout.split())
+    printed = call("finetune", *where, "--r", "4", "--samples", "8")
+    assert "60 steps of 16 (15 passes, --epochs auto)" in " ".join(printed.split())
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_steps"] == 60

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import re
 import sys
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_run import write_rows
 
 from lorasb.app import tasks
 from lorasb.app.data import MATH_SUBJECTS, NAMED, digest, load_examples, read_data
@@ -27,11 +27,6 @@ ROWS = {
     "nyu-mll/glue": dict.fromkeys(GLUE, "It rains.") | {"label": 1, "idx": 0},
     "zwhe99/commonsense_170k": {"instruction": "Is ice cold?", "input": "", "output": "the correct answer is true", "answer": "true"},
 }  # fmt: skip
-
-
-def written(file: Path, *rows: dict[str, Any]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
 
 
 @pytest.fixture
@@ -59,17 +54,13 @@ def test_a_named_set_has_prompts_answers_and_its_own_score(hub: list[Any], name:
     assert {path for path, _, _ in hub} == {NAMED[name].path}
 
 
-def test_the_papers_share_of_metamath_and_all_subjects_of_math(hub: list[Any]) -> None:
-    read_data("metamathqa", "exact")
-    assert len(read_data("math", "exact", held_out=True)) == len(MATH_SUBJECTS)
-    assert hub[0] == ("meta-math/MetaMathQA", None, "train[:50000]")
-    assert hub[1:] == [("EleutherAI/hendrycks_math", subject, "test") for subject in MATH_SUBJECTS]
-
-
-def test_what_is_held_out_has_a_split_of_its_own(hub: list[Any]) -> None:
-    for name, held_out in (("gsm8k", False), ("gsm8k", True), ("cola", True)):
+def test_the_papers_share_of_metamath_all_subjects_of_math_and_splits(hub: list[Any]) -> None:
+    for name, held_out in (("metamathqa", False), ("gsm8k", False), ("gsm8k", True), ("cola", True)):
         read_data(name, "exact", held_out=held_out)
-    assert [split for _, _, split in hub] == ["train", "test", "validation"]
+    assert hub[0] == ("meta-math/MetaMathQA", None, "train[:50000]")
+    assert [split for _, _, split in hub[1:]] == ["train", "test", "validation"]
+    assert len(read_data("math", "exact", held_out=True)) == len(MATH_SUBJECTS)
+    assert hub[4:] == [("EleutherAI/hendrycks_math", subject, "test") for subject in MATH_SUBJECTS]
     with pytest.raises(ValueError, match="metamathqa has no held-out split: name another set"):
         read_data("metamathqa", "exact", held_out=True)
 
@@ -82,45 +73,31 @@ def test_several_held_out_sets_each_give_so_many(hub: list[Any], data: Path) -> 
 
 def test_a_file_goes_before_a_name(hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    written(Path("gsm8k"), {"prompt": "a", "completion": "b"})
+    write_rows(Path("gsm8k"), [{"prompt": "a", "completion": "b"}])
     (example,) = read_data("gsm8k", "choice")
     assert (example.prompt, example.score, hub) == ("a", "choice", [])
 
 
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_and_a_missing_package_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(OSError, match=r"gsm8k cannot be read from the hub as openai/gsm8k: no route to host\. A JSONL"):
         read_data("gsm8k", "exact")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="gsm8k is read from the hub as openai/gsm8k: pip install datasets"):
+        read_data("gsm8k", "exact")
 
 
-def test_a_missing_package_has_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def no_datasets(name: str, *rest: Any) -> Any:
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", no_datasets)
-    message = "metamathqa is read from the hub as meta-math/MetaMathQA: pip install datasets"
-    with pytest.raises(ImportError, match=message):
-        read_data("metamathqa", "exact")
-
-
-def test_a_json_list_has_instructions_and_inputs(tmp_path: Path) -> None:
+def test_a_json_file_has_a_list_of_instructions_and_inputs_or_lines(tmp_path: Path) -> None:
     file = tmp_path / "boolq.json"
     file.write_text(json.dumps([{"instruction": "Translate", "input": "Haus", "output": "house", "answer": "x"}]))
     (example,) = read_data(str(file), "choice")
     assert "### Input:\nHaus\n" in example.prompt
     assert (example.completion, example.source, example.score) == ("house", str(file), "choice")
-
-
-def test_json_lines_in_a_json_file_are_read(tmp_path: Path) -> None:
-    file = written(tmp_path / "a.json", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"})
-    assert [example.completion for example in read_data(file, "exact")] == ["b", "d"]
+    write_rows(file, ({"prompt": "a", "completion": text} for text in "bd"))
+    assert [example.completion for example in read_data(str(file), "exact")] == ["b", "d"]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '[{"instruction": "a"}]', "[1]"])
@@ -179,7 +156,7 @@ def test_a_tenth_is_held_out_where_no_file_is_given(data: Path) -> None:
 
 def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
     """A set in order of its subjects must not be judged by the first of them."""
-    file = written(tmp_path / "a.jsonl", *({"prompt": f"q{i}", "completion": "x"} for i in range(40)))
+    file = write_rows(tmp_path / "a.jsonl", ({"prompt": f"q{i}", "completion": "x"} for i in range(40)))
     settings = Settings(eval_data=file, data=file, eval_examples=8)
     found = [load_examples(replace(settings, seed=seed))[1] for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
@@ -188,7 +165,8 @@ def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
 
 def test_chats_are_held_out_by_their_messages(tmp_path: Path) -> None:
     chats = [[{"role": "user", "content": f"q{i % 10}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(20)]
-    train, held_out = load_examples(Settings(data=written(tmp_path / "a.jsonl", *({"messages": one} for one in chats))))
+    file = write_rows(tmp_path / "a.jsonl", ({"messages": one} for one in chats))
+    train, held_out = load_examples(Settings(data=file))
     assert not {e.prompt for e in train} & {e.prompt for e in held_out}
     assert len(train) == 20 - 2 * len({e.prompt for e in held_out})
 
@@ -197,13 +175,13 @@ def test_chats_are_held_out_by_their_messages(tmp_path: Path) -> None:
     ("labels", "score"), [([0, 1], "label"), (["a", "b"], "label"), ([0.5, 1], "pearson"), ([0.5, "a"], "label")]
 )
 def test_labels_have_a_score_of_their_own(tmp_path: Path, labels: list[Any], score: str) -> None:
-    file = written(tmp_path / "a.jsonl", *({"text": "t", "label": label} for label in labels))
+    file = write_rows(tmp_path / "a.jsonl", ({"text": "t", "label": label} for label in labels))
     assert {example.score for example in read_data(file, "exact")} == {score}
     assert {example.score for example in read_data(file, "matthews")} == {"matthews"}
 
 
 def test_prompts_with_a_label_column_stay_prompts(tmp_path: Path) -> None:
-    (example,) = read_data(written(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b", "label": 1}), "exact")
+    (example,) = read_data(write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "label": 1}]), "exact")
     assert (example.completion, example.label, example.score) == ("b", None, "exact")
 
 
@@ -232,9 +210,9 @@ def test_more_problems_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_file_has_one_digest_whatever_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = written(tmp_path / "mine.jsonl", {"prompt": "Two and two?", "completion": "4"})
+    name = write_rows(tmp_path / "mine.jsonl", [{"prompt": "Two and two?", "completion": "4"}])
     found = digest(read_data(name, "exact"))
     monkeypatch.chdir(tmp_path)
     assert digest(read_data("mine.jsonl", "exact")) == found
-    written(tmp_path / "mine.jsonl", {"prompt": "Two and two?", "completion": "5"})
+    write_rows(tmp_path / "mine.jsonl", [{"prompt": "Two and two?", "completion": "5"}])
     assert digest(read_data(name, "exact")) != found

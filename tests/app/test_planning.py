@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner
+from command import call
 
 import lorasb
 from lorasb.app import doctor, plan, train
-from lorasb.app.cli import app
 from lorasb.app.plan import LiveBytes, Request, count_step, plan_memory
 from lorasb.app.prepare import checkpoint_activations
 from lorasb.app.settings import Settings
@@ -127,22 +126,22 @@ def test_four_bits_and_a_card(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_told_what_does(tmp_path: Path) -> None:
-    wide = replace_config(CONFIGS["llama"], hidden_size=512, intermediate_size=2048, vocab_size=4096)
-    request = Request(folder_of(wide, tmp_path), r=8, batch=8, seq=256, card=plan.find_gpu("a6000"))
-    whole = plan_memory(request)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
+    wide = transformers.LlamaConfig(**CONFIGS["llama"].to_dict() | sizes)
+    whole = plan_memory(Request(folder_of(wide, tmp_path), r=8, batch=8, seq=256, card=plan.find_gpu("a6000")))
     for share in (0.95, 0.7):
-        tight = replace(whole.request.card, memory=int(plan.CONTEXT + share * (whole.needed - plan.CONTEXT)))
-        refused = plan_memory(replace(request, card=tight))
+        refused = with_less(whole, share)
         assert not refused.fits
         ((change, better),) = plan.smaller_plans(refused)
         assert better.fits
         assert change.startswith("--")
-    hopeless = plan_memory(replace(request, card=replace(whole.request.card, memory=1000)))
-    assert not list(plan.smaller_plans(hopeless))
+    assert not list(plan.smaller_plans(with_less(whole, -1)))
 
 
-def replace_config(config: Any, **fields: Any) -> Any:
-    return type(config)(**config.to_dict() | fields)
+def with_less(whole: plan.MemoryPlan, share: float) -> plan.MemoryPlan:
+    """The plan on a card with a share of the memory that it needs."""
+    card = replace(whole.request.card, memory=int(plan.CONTEXT + share * (whole.needed - plan.CONTEXT)))
+    return plan_memory(replace(whole.request, card=card))
 
 
 def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
@@ -193,9 +192,7 @@ def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path, name: str) -
 
 def test_bits_that_change_nothing_are_not_proposed(tmp_path: Path) -> None:
     request = Request(folder_of(CONFIGS["gpt2"], tmp_path), r=8, batch=8, seq=16, card=plan.find_gpu("a6000"))
-    tight = plan_memory(request)
-    small = replace(request.card, memory=int(plan.CONTEXT + 0.8 * (tight.needed - plan.CONTEXT)))
-    refused = plan_memory(replace(request, card=small))
+    refused = with_less(plan_memory(request), 0.8)
     assert not any("--bits" in change for change, _ in plan.smaller_plans(refused))
 
 
@@ -203,6 +200,8 @@ def test_cards_are_found_however_they_are_written() -> None:
     for name in ("a6000", "RTX A6000", "NVIDIA RTX A6000", "A6000"):
         assert plan.find_gpu(name).memory == 48 * 2**30
     assert plan.find_gpu("A100").memory < plan.find_gpu("a100-80gb").memory
+    with pytest.raises(ValueError, match="--gpu 'a7000' is not known: did you mean a6000"):
+        plan.find_gpu("a7000")
 
 
 @pytest.mark.parametrize(
@@ -217,28 +216,19 @@ def test_a_machine_is_good_for_what_time_and_memory_allow(
     assert f"up to about {billions} billion parameters on a million tokens" in doctor.prospects()
 
 
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["plan", *arguments])
-
-
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
-    folder = folder_of(CONFIGS["llama"], tmp_path)
-    shown = run(folder, "--r", "8", "--batch", "2", "--seq", "16", "--gpu", "4090")
-    assert "peak of a training step" in shown.output
-    assert "It fits" in shown.output
-    values = json.loads(run(folder, "--r", "8", "--batch", "2", "--seq", "16", "--json").output)
+    asked = ("plan", folder_of(CONFIGS["llama"], tmp_path), "--r", 8, "--batch", 2, "--seq", 16)
+    shown = call(*asked, "--gpu", "4090")
+    assert "peak of a training step" in shown
+    assert "It fits" in shown
+    values = json.loads(call(*asked, "--json"))
     assert values["fits"] is True
     assert values["needed"] == max(values["step"], values["initialization"])
     assert values["changes"] == {}
-
-
-def test_bad_input_gets_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--gpu 'a7000' is not known: did you mean a6000"):
-        plan.find_gpu("a7000")
-    with pytest.raises(ValueError, match=r"cannot read the config of .*, expected a folder or hub id"):
-        plan_memory(Request(str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="--bits must be 4 or 16, got 8"):
-        raise run(folder_of(CONFIGS["llama"], tmp_path), "--bits", "8").exception
+        call(*asked, "--bits", 8)
+    with pytest.raises(ValueError, match=r"cannot read the config of .*, expected a folder or hub id"):
+        call("plan", tmp_path / "nothing")
 
 
 def a_run(name: str = "float32", **values: Any) -> Any:
@@ -248,22 +238,19 @@ def a_run(name: str = "float32", **values: Any) -> Any:
     return SimpleNamespace(settings=replace(Settings(), **values), precision=Precision(name, ""), rows=rows, **counts)
 
 
-def test_the_first_step_is_slower_and_the_longest_needs_more() -> None:
-    found = train.estimate([(9.0, 100), (2.0, 200)], 10_000, 400, (10**9, 2 * 10**9))
-    assert (found.seconds, found.memory) == (pytest.approx(100), 3 * 10**9)
-
-
-def test_a_peak_before_training_says_nothing_of_a_step() -> None:
-    """A line of 8 MB took 5 GB to tokenize, and was estimated at 69 GB of training."""
-    for before, memory in ((5_000, 5_000), (4_999, 1_000 + 4_000 * 80)):
-        found = train.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=before)
-        assert found.memory == memory
-
-
 def test_one_line_says_steps_tokens_time_and_memory() -> None:
     (line,) = train.estimated(a_run(), train.Estimate(260, 2_100_000_000))
     length = "64 examples (3 held out), 125 steps of 16, 50,000 tokens"
     assert line == f"Training on the CPU in float32: {length}: about 4 min and 2.1 GB, by the first steps"
+
+
+def test_the_first_step_is_slower_the_longest_needs_more_and_a_peak_before_says_nothing() -> None:
+    found = train.estimate([(9.0, 100), (2.0, 200)], 10_000, 400, (10**9, 2 * 10**9))
+    assert (found.seconds, found.memory) == (pytest.approx(100), 3 * 10**9)
+    # a line of 8 MB took 5 GB to tokenize, and was estimated at 69 GB of training
+    for before, memory in ((5_000, 5_000), (4_999, 1_000 + 4_000 * 80)):
+        found = train.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=before)
+        assert found.memory == memory
 
 
 @pytest.mark.parametrize(
