@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +44,34 @@ def goes_on(tmp_path: Path) -> Callable[[Settings, int], dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def stopped(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Folders of runs that were interrupted after these steps, to be copied."""
-    folders = {step: tmp_path_factory.mktemp(f"stopped-{step}") for step in (4, 7)}
-    for step, folder in folders.items():
-        stop_after(step, base, folder)
-    return folders
+def stopped(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was interrupted after step 7."""
+    folder = tmp_path_factory.mktemp("stopped")
+    stop_after(7, base, folder)
+    return folder
+
+
+@pytest.fixture
+def own(base: Settings, tmp_path: Path) -> Settings:
+    """A run in the test's folder."""
+    return replace(base, output=str(tmp_path))
+
+
+@pytest.fixture
+def cut(own: Settings, stopped: Path) -> Settings:
+    """The same, interrupted after step 7."""
+    shutil.copytree(stopped, own.output, dirs_exist_ok=True)
+    return own
+
+
+@pytest.fixture
+def done(own: Settings, whole: Path) -> Settings:
+    """The same, finished."""
+    shutil.copytree(whole, own.output, dirs_exist_ok=True)
+    return own
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What was printed since it was asked last, with spaces for the ends of lines."""
+    return lambda: " ".join("".join(capsys.readouterr()).split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +23,6 @@ from lorasb.init.plan import warmup_steps
 from lorasb.layers.lookup import layers_with
 
 
-class Reversed(set[str]):
-    """A set in an order that `set` may have in another process."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(super().__iter__(), reverse=True))
-
-
 @pytest.mark.parametrize(
     ("said", "want"),
     [
@@ -46,17 +38,13 @@ def test_a_list_a_pattern_or_all_linear_layers(said: str | None, want: Any) -> N
 
 
 def test_an_adapter_is_the_same_bytes_whatever_the_order_of_its_sets(tmp_path: Path) -> None:
-    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("up", "down", "gate")})
-    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up", "down", "gate"]))
-    config = adapted.peft_config["default"]
-    config.target_modules = Reversed(config.target_modules)
+    """A set may have any order in another process."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "fedcba"})
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(model)))
+    assert isinstance(adapted.peft_config["default"].target_modules, set)
     run: Any = SimpleNamespace(model=adapted, adapters=[], settings=SimpleNamespace(basis=None))
     save_adapter(run, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["down", "gate", "up"]
-    again: Any = peft.PeftModel.from_pretrained(
-        torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in model}), tmp_path
-    )
-    assert set(again.peft_config["default"].target_modules) == {"up", "down", "gate"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == list("abcdef")
 
 
 @pytest.mark.parametrize(
@@ -103,22 +91,16 @@ def test_a_run_trains_at_the_rate_that_it_found(base: Settings, tmp_path: Path, 
         run_finetune(replace(settings, output=str(tmp_path / "stopped")))
     run_finetune(replace(settings, output=str(tmp_path / "whole")))
     assert_same(tmp_path / "stopped", tmp_path / "whole")
-    assert summary(tmp_path / "whole")["lr"] == start["lr"]
-    assert summary(tmp_path / "whole")["config"]["lr"] == 1e-3  # so that config.yaml repeats the run
-
-
-def test_a_rate_that_was_found_is_that_of_a_run_with_it(base: Settings, tmp_path: Path) -> None:
-    """R's start is scaled: the run that is told the rate begins at the same start."""
-    settings = replace(base, epochs=1.0)
-    found = run_finetune(replace(settings, lr=1e-3, find_lr=True, output=str(tmp_path / "found"))).summary
-    told = run_finetune(replace(settings, lr=found["lr"], output=str(tmp_path / "told"))).summary
+    found = summary(tmp_path / "whole")
+    assert found["lr"] == start["lr"]
+    assert found["config"]["lr"] == 1e-3  # so that config.yaml repeats the run
+    # R's start is scaled: the run that is told the rate begins at the same start
+    told = run_finetune(replace(settings, lr=found["lr"], find_lr=False, output=str(tmp_path / "told"))).summary
     assert found["train_losses"] == pytest.approx(told["train_losses"], rel=1e-3)
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_trials_take_the_runs_own_batches(base: Settings, packing: bool) -> None:
-    import lorasb
-
     run = prepare(replace(base, packing=packing, max_length=16, gradient_accumulation=2))
     run.model = lorasb.patch(run.model, r=4)
     batches = train.batches(run)

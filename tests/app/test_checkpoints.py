@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import re
-import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,65 +23,36 @@ from lorasb.app.settings import Settings
 from lorasb.utils import plotting
 
 
-@pytest.fixture
-def cut(stopped: dict[int, Path], tmp_path: Path) -> Path:
-    """The checkpoints of a run that was interrupted after step 7."""
-    return Path(shutil.copytree(stopped[7], tmp_path, dirs_exist_ok=True)) / "checkpoints"
-
-
-def said_of(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().out.split())
-
-
-def test_auto_saves_before_more_than_ten_minutes_are_lost(
-    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_saves_before_more_than_ten_minutes_are_lost(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**9, 100))  # each look at it is 100 s after the one before: two looks a step
     saved: list[float] = []
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     keep = run_folder.mark_complete
     marked = lambda folder, *rest: saved.append(run_folder.step_of(folder)) or keep(folder, *rest)  # noqa: E731
     monkeypatch.setattr(run_folder, "mark_complete", marked)
-    run_finetune(replace(base, output=str(tmp_path), save_steps="auto"))
+    run_finetune(replace(own, save_steps="auto"))
     assert saved[-1] == STEPS
     assert 2 < len(saved) < STEPS
 
 
-def test_a_checkpoint_of_another_run_is_refused_by_what_differs(base: Settings, cut: Path, tmp_path: Path) -> None:
-    other = replace(base, lr=1e-3, output=str(tmp_path / "b"), resume=str(cut / "checkpoint-6"))
-    message = r"checkpoint-6: this checkpoint is of another run: --lr was 0.005 and is 0.001"
-    with pytest.raises(ValueError, match=message):
-        run_finetune(other)
-    assert not (tmp_path / "b").exists()
-
-
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("name", "message"),
     [
-        (False, "--resume is auto, never or the folder of a checkpoint, and there is none at"),
-        (True, "this is no whole checkpoint"),
+        ("checkpoint-6", "checkpoint-6: this checkpoint is of another run: --lr was 0.005 and is 0.001"),
+        ("nowhere", "--resume is auto, never or the folder of a checkpoint, and there is none at"),
+        ("start", "this is no whole checkpoint of lorasb finetune"),
     ],
 )
-def test_a_folder_that_is_no_checkpoint_is_refused(base: Settings, tmp_path: Path, made: bool, message: str) -> None:
-    folder = tmp_path / "checkpoint-3"
-    if made:
-        folder.mkdir()
+def test_what_is_no_checkpoint_of_this_run_is_refused(cut: Settings, tmp_path: Path, name: str, message: str) -> None:
+    other = tmp_path / "other"
     with pytest.raises(ValueError, match=message):
-        run_finetune(replace(base, output=str(tmp_path / "run"), resume=str(folder)))
+        run_finetune(replace(cut, lr=1e-3, output=str(other), resume=str(tmp_path / "checkpoints" / name)))
+    assert not other.exists()
 
 
-def test_a_run_goes_on_from_the_checkpoint_that_is_named(base: Settings, whole: Path, cut: Path) -> None:
-    run_finetune(replace(base, output=str(cut.parent), resume=str(cut / "checkpoint-6")))
-    assert_same(cut.parent, whole)
-
-
-DAMAGED = r"checkpoint-7 is damaged \({} is not what was written\), and is left out"
-SAID = {
-    "mark": "checkpoint-7 was cut off while it was written, and is left out",
-    "truncated": DAMAGED.format("optimizer.pt"),
-    "missing": r"checkpoint-7 is incomplete \(adapter_model.safetensors is missing\), and is left out",
-    **{name: DAMAGED.format(name) for name in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")},
-}
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(cut: Settings, whole: Path, tmp_path: Path) -> None:
+    run_finetune(replace(cut, resume=str(tmp_path / "checkpoints/checkpoint-6")))
+    assert_same(tmp_path, whole)
 
 
 def flip_a_bit(file: Path) -> None:
@@ -91,58 +61,64 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(damaged)
 
 
-@pytest.mark.parametrize("damage", SAID)
-def test_a_half_written_checkpoint_is_left_out(base: Settings, cut: Path, damage: str) -> None:
-    last, settings = cut / "checkpoint-7", replace(base, output=str(cut.parent))
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "said"),
+    [
+        (Path.unlink, run_folder.MARK, "was cut off while it was written"),
+        (Path.unlink, "adapter_model.safetensors", "is incomplete (adapter_model.safetensors is missing)"),
+        (shorten, "optimizer.pt", "is damaged (optimizer.pt is not what was written)"),
+        (flip_a_bit, "adapter_model.safetensors", "is damaged (adapter_model.safetensors is not what was written)"),
+        (flip_a_bit, "optimizer.pt", "is damaged (optimizer.pt is not what was written)"),
+        (flip_a_bit, "trainer_state.json", "is damaged (trainer_state.json is not what was written)"),
+    ],
+)
+def test_a_half_written_checkpoint_is_left_out(
+    cut: Settings, tmp_path: Path, damage: Any, name: str, said: str
+) -> None:
+    last = tmp_path / "checkpoints/checkpoint-7"
     identity = run_folder.read_mark(last).identity
-    if damage == "mark":
-        (last / run_folder.MARK).unlink()
-    elif damage == "truncated":
-        (last / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:-1])
-    elif damage == "missing":
-        (last / "adapter_model.safetensors").unlink()
-    else:
-        flip_a_bit(last / damage)
+    damage(last / name)
     with pytest.raises(ValueError, match="this is no whole checkpoint of lorasb finetune"):
-        run_finetune(replace(settings, resume=str(last)))
-    found = RunFolder(settings, identity).look()
-    assert found.checkpoint == str(cut / "checkpoint-6")
+        run_finetune(replace(cut, resume=str(last)))
+    found = RunFolder(cut, identity).look()
+    assert found.checkpoint == str(tmp_path / "checkpoints/checkpoint-6")
     assert found.left_out == [str(last)]
-    assert re.search(SAID[damage], found.lines[0])
+    assert f"checkpoint-7 {said}, and is left out" in found.lines[0]
 
 
 @pytest.mark.parametrize("damaged", ["last", "start", "factors of both"])
 def test_damage_is_found_and_loses_no_more_than_it_has_to(
-    base: Settings, whole: Path, cut: Path, capsys: pytest.CaptureFixture[str], damaged: str
+    cut: Settings, whole: Path, tmp_path: Path, said: Callable[[], str], damaged: str
 ) -> None:
     if damaged == "factors of both":
         for name in ("checkpoint-6", "checkpoint-7"):
-            flip_a_bit(cut / name / "lorasb_factors.safetensors")
+            flip_a_bit(tmp_path / "checkpoints" / name / "lorasb_factors.safetensors")
     else:
-        (cut / "checkpoint-7" / "optimizer.pt").unlink()
+        (tmp_path / "checkpoints/checkpoint-7" / "optimizer.pt").unlink()
     if damaged == "start":
-        flip_a_bit(cut / "start" / "adapter_model.safetensors")
-    run_finetune(replace(base, output=str(cut.parent)))
-    said = said_of(capsys)
-    assert ("damaged (" in said) == (damaged != "last")
-    assert ("before its first checkpoint" if damaged == "factors of both" else "step 6") in said
-    assert_same(cut.parent, whole)
+        flip_a_bit(tmp_path / "checkpoints/start" / "adapter_model.safetensors")
+    run_finetune(cut)
+    printed = said()
+    assert ("damaged (" in printed) == (damaged != "last")
+    assert ("before its first checkpoint" if damaged == "factors of both" else "step 6") in printed
+    assert_same(tmp_path, whole)
 
 
 def test_nothing_is_unpickled_that_is_not_what_was_written(
-    base: Settings, cut: Path, monkeypatch: pytest.MonkeyPatch
+    cut: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for file in cut.rglob("*.p*"):
+    for file in (tmp_path / "checkpoints").rglob("*.p*"):
         flip_a_bit(file)
     monkeypatch.setattr(torch, "load", lambda *given, **named: pytest.fail("a damaged file is unpickled"))
-    run_finetune(replace(base, output=str(cut.parent)))
+    run_finetune(cut)
 
 
-PLACES = {
-    "trainer": (Trainer, "_save_optimizer_and_scheduler", RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device")),
-    "factors": (run_folder, "share", OSError(errno.ENOSPC, "No space left on device")),
-    "mark": (run_folder, "mark_complete", OSError(errno.ENOSPC, "No space left on device")),
-}  # fmt: skip
+FULL = OSError(errno.ENOSPC, "No space left on device")
+UNWRITTEN = RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device")
 
 
 def failing(error: Exception) -> Any:
@@ -152,73 +128,72 @@ def failing(error: Exception) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [(Trainer, "_save_optimizer_and_scheduler", UNWRITTEN), (run_folder, "share", FULL), (run_folder, "mark_complete", FULL)],
+)  # fmt: skip
 def test_a_full_disk_is_one_error_and_loses_nothing(
-    base: Settings, whole: Path, cut: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    owner, name, error = PLACES[where]
-    settings = replace(base, output=str(cut.parent))
-    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    cut: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
+) -> None:  # fmt: skip
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
     message = r"checkpoint-9 cannot be written: .*No space left.*Those before it are whole: make room and start the same command again"
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(error))
         with pytest.raises(OSError, match=message):
-            run_finetune(settings)
-    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
-    run_finetune(settings)
-    assert_same(cut.parent, whole)
+            run_finetune(cut)
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
+    run_finetune(cut)
+    assert_same(tmp_path, whole)
 
 
 def test_a_full_disk_at_the_results_loses_no_training(
-    base: Settings, whole: Path, cut: Path, monkeypatch: pytest.MonkeyPatch
+    cut: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(base, output=str(cut.parent))
     error = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with monkeypatch.context() as patch:
         patch.setattr("lorasb.export.lora.export_lora", failing(error))
         with pytest.raises(OSError, match=r"lora cannot be written: .*No space left"):
-            run_finetune(settings)
+            run_finetune(cut)
     monkeypatch.setattr(Trainer, "train", lambda *given, **named: pytest.fail("nothing is trained twice"))
-    run_finetune(settings)
-    assert_same(cut.parent, whole)
-    assert results.load(cut.parent).summary["train_losses"]
+    run_finetune(cut)
+    assert_same(tmp_path, whole)
+    assert results.load(tmp_path).summary["train_losses"]
 
 
 def test_results_that_cannot_be_written_leave_the_former_ones(
-    base: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = Path(shutil.copytree(whole, tmp_path / "run"))
-    before = {path.name: path.read_bytes() for path in (output / "lora").iterdir()}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
     monkeypatch.setattr("lorasb.export.lora.export_lora", failing(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
-        run_finetune(replace(base, output=str(output), seed=1, epochs=0.2, resume="never"))
-    assert {path.name: path.read_bytes() for path in (output / "former" / "lora").iterdir()} == before
-    assert (output / "former" / "energy.png").is_file()
+        run_finetune(replace(done, seed=1, epochs=0.2, resume="never"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "former" / "lora").iterdir()} == before
+    assert (tmp_path / "former" / "energy.png").is_file()
 
 
 def test_without_matplotlib_a_run_has_no_pictures(
-    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(plotting, "installed", lambda: False)
-    run_finetune(replace(base, output=str(tmp_path), epochs=0.2))
+    run_finetune(replace(own, epochs=0.2))
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".json", ".yaml"}
-    assert "no pictures, as matplotlib is not installed" in said_of(capsys)
+    assert "no pictures, as matplotlib is not installed" in said()
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_report_to_a_missing_package_is_refused_before_any_work(
-    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    own: Settings, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(finetune, "load_examples", lambda *given: pytest.fail("it is noticed before any work"))
     message = f"--report-to {name} needs a package that is not installed: pip install {name}"
     with pytest.raises(ImportError, match=message):
-        run_finetune(replace(base, report_to=name, output=str(tmp_path)))
+        run_finetune(replace(own, report_to=name))
 
 
 def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved(
-    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute, calls = train._RunTrainer.compute_loss, []
 
@@ -228,7 +203,7 @@ def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved(
 
     monkeypatch.setattr(train._RunTrainer, "compute_loss", broken)
     with pytest.raises(ValueError, match=r"step 3: the loss is nan, and training ends before that is saved"):
-        run_finetune(replace(base, output=str(tmp_path), save_steps="1"))
+        run_finetune(replace(own, save_steps="1"))
     assert sorted(map(run_folder.step_of, run_folder.complete_checkpoints(tmp_path / "checkpoints"))) == [1, 2]
 
 

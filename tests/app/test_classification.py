@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import tolerances
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_run import write_rows
 
 from lorasb.app.evaluation import Classification, LanguageModeling, problem_of
 from lorasb.app.finetune import run_finetune
@@ -27,34 +26,26 @@ from lorasb.app.tokenize import EncodedText, TextCollator
 COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
 
 
-def written(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture(scope="session")
 def kinds(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Colors and others, behind a word that says nothing."""
     words = [(number, word) for number in ("one", "two", "three", "four") for word in COLORS + ANIMALS]
     rows = [{"text": f"{number} {word}", "label": "color" if word in COLORS else "other"} for number, word in words]
     folder = tmp_path_factory.mktemp("kinds")
-    return replace(base, data=written(folder / "kinds.jsonl", rows), epochs=6.0, lr=3e-2)
+    return replace(base, data=write_rows(folder / "kinds.jsonl", rows), epochs=6.0, lr=3e-2)
 
 
 def test_classes_are_learned_and_the_folder_loads_again(kinds: Settings, tmp_path: Path) -> None:
     result = run_finetune(replace(kinds, output=str(tmp_path)))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["eval_scores"] == ["label"]
-    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert result.summary["eval_scores"] == ["label"]
+    assert result.summary["eval_loss_after"] < result.summary["eval_loss_before"]
     assert set(result.after.answers) <= {"color", "other"}
     base = transformers.AutoModelForSequenceClassification.from_pretrained(kinds.model, num_labels=2)
     again = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
-    again.config.pad_token_id = 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(kinds.model)
-    for example, answer in zip(result.examples, result.after.answers, strict=True):
-        with torch.no_grad():
-            found = again(**tokenizer(example.prompt, return_tensors="pt")).logits.argmax().item()
-        assert ("color", "other")[found] == answer
+    with torch.no_grad():
+        logits = [again(**tokenizer(one.prompt, return_tensors="pt")).logits for one in result.examples]
+    assert [("color", "other")[one.argmax()] for one in logits] == result.after.answers
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora"])
@@ -67,11 +58,11 @@ def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Pat
     words = ("one", "two", "three", "four")
     pairs = [(i, j) for i in range(4) for j in range(4)]
     rows = [{"text": words[i], "text_pair": words[j], "label": float(i - j)} for i, j in pairs]
-    data = written(tmp_path / "gaps.jsonl", rows * 2)
+    data = write_rows(tmp_path / "gaps.jsonl", rows * 2)
     settings = replace(base, data=data, eval_data=data, epochs=1.0, output=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="holds no example that is not held out"):
         run_finetune(settings)
-    held_out = written(tmp_path / "held.jsonl", [{"text": "one two", "text_pair": "two", "label": 0.5}] * 2)
+    held_out = write_rows(tmp_path / "held.jsonl", [{"text": "one two", "text_pair": "two", "label": 0.5}] * 2)
     result = run_finetune(replace(settings, eval_data=held_out))
     assert all(float(answer) == float(answer) for answer in result.after.answers)
     assert result.summary["eval_accuracy_after"] == 0.0  # two equal values have no correlation
@@ -87,7 +78,7 @@ def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> N
     transformers.BertForMaskedLM(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
     rows = [{"text": f"{a} cat", "text_pair": b, "label": int(a == b)} for a in COLORS for b in COLORS]
-    data = written(tmp_path / "pairs.jsonl", rows * 3 + [{"text": "red dog", "text_pair": "red", "label": 1}] * 2)
+    data = write_rows(tmp_path / "pairs.jsonl", rows * 3 + [{"text": "red dog", "text_pair": "red", "label": 1}] * 2)
     settings = replace(base, model=str(folder), data=data, r=4, epochs=1.0, score="matthews")
     layers = r".*(query|value|output\.dense)"
     result = run_finetune(replace(settings, target_modules=layers, output=str(tmp_path / "run")))
@@ -165,11 +156,8 @@ def test_what_cannot_be_learned_is_said(train: list[Example], held_out: Example,
         problem_of(train, [held_out], Settings(**options))
 
 
-def test_texts_may_be_packed() -> None:
+def test_texts_may_be_packed_and_a_class_that_was_drawn_to_be_held_out_is_learned_of() -> None:
     assert isinstance(problem_of([PLAIN], [PLAIN], Settings(packing=True)), LanguageModeling)
-
-
-def test_a_class_that_was_drawn_to_be_held_out_is_learned_of() -> None:
     found = problem_of([labeled("a", "x"), labeled("b", "y")], [labeled("c", "z")], Settings())
     assert isinstance(found, Classification)
     assert found.classes == ("x", "y", "z")
@@ -209,25 +197,27 @@ def test_a_head_is_never_quantized_and_trained_in_fp32(kinds: Settings, tmp_path
     assert result.summary["dtype"] == dtype
 
 
-@pytest.mark.parametrize("score", ["matthews", "f1", "pearson", "spearman"])
+VALUES = (0.5, 1.5, 2.5, 9.5)
+
+
+@pytest.mark.parametrize(
+    ("score", "labels", "said", "want"),
+    [
+        ("matthews", (0, 1, 1, 1), "0101", 1 / 3**0.5),
+        ("f1", (0, 1, 1, 1), "0101", 0.8),
+        ("pearson", VALUES, "1243", np.corrcoef([1, 2, 4, 3], VALUES)[0, 1]),
+        ("spearman", VALUES, "1243", 0.8),
+    ],
+)
 def test_a_run_s_score_is_the_one_that_it_names(
-    base: Settings, tmp_path: Path, score: str, monkeypatch: pytest.MonkeyPatch
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: str, labels: Any, said: str, want: float
 ) -> None:
-    """Of fixed predictions, three of four right: no two scores of them are the same number."""
-    values = score in ("pearson", "spearman")
-    rows = [{"text": f"red {i}", "label": (i % 2) + (0.5 if values else 0)} for i in range(12)]
-    labels = (0.5, 1.5, 2.5, 9.5) if values else (0, 1, 1, 1)
-    held = written(tmp_path / "held.jsonl", [{"text": f"cat {i}", "label": label} for i, label in enumerate(labels)])
-    said = ("1", "2", "4", "3") if values else ("0", "1", "0", "1")
+    """Of fixed predictions, by hand."""
+    rows = [{"text": f"red {i}", "label": labels[i % 4]} for i in range(12)]
+    data, held = (write_rows(tmp_path / name, part) for name, part in (("rows", rows), ("held", rows[:4])))
     monkeypatch.setattr(Classification, "_predict", lambda *given: ([0.1] * 4, list(said)))
-    data = written(tmp_path / "rows.jsonl", rows)
     settings = replace(base, data=data, eval_data=held, score=score, epochs=0.5, output=str(tmp_path / "run"))
-    found = run_finetune(settings).summary["eval_accuracy_after"]
-    by_hand = {"matthews": 1 / 3**0.5, "f1": 0.8, "spearman": 0.8}
-    if values:
-        by_hand["pearson"] = float(np.corrcoef([1, 2, 4, 3], labels)[0, 1])
-    assert found == pytest.approx(by_hand[score])
-    assert len({round(value, 3) for value in [*by_hand.values(), 0.75]}) > 1
+    assert run_finetune(settings).summary["eval_accuracy_after"] == pytest.approx(want)
 
 
 def test_scores_of_labels_are_their_definitions() -> None:

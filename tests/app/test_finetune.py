@@ -8,12 +8,13 @@ import random
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import STEPS, At, add, assert_same, die, killed, stop_after
+from finetune_runs import STEPS, At, add, assert_same, die, killed, on_two_processes, stop_after, summary
 
 from lorasb.app import cli, finetune, run_folder
 from lorasb.app.finetune import run_finetune
@@ -23,9 +24,8 @@ from lorasb.utils import precision
 from lorasb.utils.atomic_files import write_json
 
 
-def test_kill_9_at_random_moments_ends_in_the_same_bits(base: Settings, whole: Path, tmp_path: Path) -> None:
+def test_kill_9_at_random_moments_ends_in_the_same_bits(own: Settings, whole: Path, tmp_path: Path) -> None:
     chance = random.Random(7)
-    settings = replace(base, output=str(tmp_path))
     moments = sorted(chance.sample(range(1, STEPS), 3))
 
     def amid(place: str) -> Any:
@@ -35,15 +35,13 @@ def test_kill_9_at_random_moments_ends_in_the_same_bits(base: Settings, whole: P
     results = amid("lorasb.export.lora.export_lora")
     ways = amid("lorasb.init.InitReport.save"), *after[:2], amid("lorasb.app.run_folder.share"), after[2], results
     for way in ways:
-        killed(settings, way)
+        killed(own, way)
         assert not (tmp_path / "summary.json").exists()
-    run_finetune(settings)
+    run_finetune(own)
     assert_same(tmp_path, whole)
 
 
-def test_dropout_masks_and_the_other_options_go_on_too(
-    base: Settings, tiny: Path, tmp_path: Path, goes_on: Any
-) -> None:
+def test_dropout_masks_and_other_options_go_on_too(base: Settings, tiny: Path, tmp_path: Path, goes_on: Any) -> None:
     """Attention dropout draws from the global random state at every step; AdamW's decay and a schedule have a state."""
     noisy = tmp_path / "model"
     shutil.copytree(tiny, noisy)
@@ -72,25 +70,23 @@ def test_a_run_of_packs_lowers_the_loss_and_goes_on_too(base: Settings, goes_on:
 
 
 def test_a_slow_dtype_is_said_in_one_line(
-    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
 ) -> None:
     monkeypatch.setattr(precision, "slowdown", lambda dtype: 40.0)
     monkeypatch.setattr(precision, "native", lambda device="cpu": precision.Precision("float32", "a test"))
     for dtype, lines in (("bfloat16", 1), ("auto", 0)):
         found = run_finetune(replace(base, dtype=dtype, epochs=0.2, output=str(tmp_path / dtype))).summary
-        said = " ".join(capsys.readouterr().err.split())
-        assert said.count("torch takes 40x the time of float32") == lines
+        assert said().count("torch takes 40x the time of float32") == lines
         assert found["dtype"] == found["identity"]["dtype"] == ("bfloat16" if dtype == "bfloat16" else "float32")
         assert found["config"]["dtype"] == dtype
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_saves_and_going_on_ends_in_the_same_bits(
-    base: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    own: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    stopped = stop_after(5, base, tmp_path, number)
-    assert stopped.code == code
+    assert stop_after(5, own, tmp_path, number).code == code
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     steps = sorted(map(run_folder.step_of, run_folder.complete_checkpoints(tmp_path / "checkpoints")))
     assert steps == [3, 5]
@@ -99,35 +95,45 @@ def test_stopping_saves_and_going_on_ends_in_the_same_bits(
     titles = []
     evaluate = finetune.Run.evaluate
     monkeypatch.setattr(finetune.Run, "evaluate", lambda run, title: titles.append(title) or evaluate(run, title))
-    run_finetune(replace(base, output=str(tmp_path)))
+    run_finetune(own)
     assert titles == ["held-out problems, after"]
     assert_same(tmp_path, whole)
 
 
-def test_a_second_ctrl_c_ends_at_once(base: Settings, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_at_once(own: Settings, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         add(patch, At(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
         with pytest.raises(StoppedError):
-            run_finetune(replace(base, output=str(tmp_path)))
+            run_finetune(own)
     assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")] == [3]
 
 
-def test_ctrl_c_before_training_ends_at_once(base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "prepare", lambda *given: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(StoppedError):
-        run_finetune(replace(base, output=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_is_stopped_ends_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_signal_before_training_ends_at_once_in_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
 ) -> None:
-    def stopped(*given: Any) -> None:
-        raise StoppedError(signal.SIGTERM)
-
-    monkeypatch.setattr(finetune, "run_finetune", stopped)
-    monkeypatch.setattr(sys, "argv", ["lorasb", "finetune"])
+    monkeypatch.setattr(finetune, "prepare", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["lorasb", "finetune", "--data", str(data), "--output", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 143
-    assert capsys.readouterr().err.strip() == "lorasb: stopped: rerun the same command to resume"
+    assert said() == "lorasb: stopped: rerun the same command to resume"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_does(tiny: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    """The same command under torchrun: the same samples, steps and losses; only rank 0 prints and writes."""
+    done = on_two_processes({"--model": tiny, "--data": data, "--output": tmp_path})
+    assert done.stdout.count("exact answers") == done.stdout.count("computed in") == 1
+    ours, alone = summary(tmp_path), summary(whole)
+    assert ours["identity"]["processes"] == 2
+    assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=0.05)
+    assert ours["eval_loss_before"] == pytest.approx(alone["eval_loss_before"], rel=1e-5)
+    assert ours["train_losses"][0] == pytest.approx(alone["train_losses"][0], rel=1e-4)
+
+
+def test_a_launch_that_shards_the_model_is_refused(base: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="this launch asks for FSDP: write a script with Trainer"):
+        run_finetune(base)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,8 @@ from lorasb.app.settings import Settings, listed
 from lorasb.utils.atomic_files import locked
 
 
-@pytest.fixture
-def output(stopped: dict[int, Path], tmp_path: Path) -> Path:
-    """The folder of a run that was interrupted after step 4."""
-    return Path(shutil.copytree(stopped[4], tmp_path, dirs_exist_ok=True))
-
-
-@pytest.fixture
-def done(whole: Path, tmp_path: Path) -> Path:
-    """The folder of a run that is finished, to be changed."""
-    return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
 def test_a_finished_run_gives_its_results_again(
-    base: Settings, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    base: Settings, whole: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finetune, "prepare", lambda *given: pytest.fail("nothing is loaded"))
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
@@ -46,7 +35,7 @@ def test_a_finished_run_gives_its_results_again(
     assert found.report is not None
     assert found.report.num_samples == 8
     assert len(found.before.answers) == len(found.after.answers) == len(found.examples) == 3
-    assert "is finished: these are its results" in " ".join(capsys.readouterr().out.split())
+    assert "is finished: these are its results" in said()
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -66,15 +55,13 @@ def test_other_settings_are_refused_by_name(base: Settings, whole: Path) -> None
     ],
     ids=["other settings", "unreadable", "an earlier version"],
 )  # fmt: skip
-def test_another_run_is_refused_and_clears_nothing(
-    base: Settings, output: Path, identity: Any, seed: int, message: str
-) -> None:
-    file = output / "checkpoints" / "run.json"
+def test_another_run_is_refused_and_clears_nothing(cut: Settings, identity: Any, seed: int, message: str) -> None:
+    file = Path(cut.output) / "checkpoints" / "run.json"
     found = identity(json.loads(file.read_text()))
     file.write_text(found if isinstance(found, str) else json.dumps(found))
     with pytest.raises(ValueError, match=message):
-        run_finetune(replace(base, output=str(output), seed=seed))
-    assert len(run_folder.complete_checkpoints(output / "checkpoints")) == 2
+        run_finetune(replace(cut, seed=seed))
+    assert len(run_folder.complete_checkpoints(file.parent)) == 2
 
 
 def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path, tmp_path: Path) -> None:
@@ -86,33 +73,36 @@ def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path,
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_checkpoints_of_another_program_are_left_alone(base: Settings, tmp_path: Path, resume: str) -> None:
+def test_checkpoints_of_another_program_are_left_alone(own: Settings, tmp_path: Path, resume: str) -> None:
     foreign = tmp_path / "checkpoints" / "checkpoint-500" / "model.pt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("weights")
     with pytest.raises(ValueError, match=r"checkpoint-500 is not of lorasb finetune, which clears .*another --output"):
-        run_finetune(replace(base, output=str(tmp_path), resume=resume))
+        run_finetune(replace(own, resume=resume))
     assert foreign.read_text() == "weights"
 
 
-def test_a_run_that_starts_anew_leaves_nothing_of_the_former(base: Settings, done: Path) -> None:
-    run_finetune(replace(base, method="lora", output=str(done), epochs=0.2, resume="never"))
-    assert not {"lora", "report.json", "energy.png"} & {path.name for path in done.iterdir()}
-    assert load(done).report is None
+def test_a_run_that_starts_anew_leaves_nothing_of_the_former(done: Settings, tmp_path: Path) -> None:
+    run_finetune(replace(done, method="lora", epochs=0.2, resume="never"))
+    assert not {"lora", "report.json", "energy.png"} & {path.name for path in tmp_path.iterdir()}
+    assert load(tmp_path).report is None
 
 
-def test_resume_never_starts_anew(base: Settings, output: Path) -> None:
-    stop_after(2, replace(base, lr=1e-3, resume="never"), output)
-    assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(output / "checkpoints")] == [2]
+def test_resume_never_starts_anew(cut: Settings, tmp_path: Path) -> None:
+    stop_after(2, replace(cut, lr=1e-3, resume="never"), tmp_path)
+    assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")] == [2]
 
 
 def test_a_run_is_repeated_to_the_bit_from_its_config(base: Settings, whole: Path, tmp_path: Path) -> None:
     values = read_config(whole / "config.yaml", {one.name: kind for one, kind in listed(Settings)})
-    run_finetune(Settings(**values | {"output": str(tmp_path)}))
-    assert_same(tmp_path, whole)
+    run_finetune(Settings(**values | {"output": str(tmp_path / "again")}))
+    assert_same(tmp_path / "again", whole)
+    run_finetune(Settings(**values | {"output": str(tmp_path / "other"), "seed": 1}))
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "other" / weights).read_bytes() != (whole / weights).read_bytes()
 
 
-def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(base: Settings, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(own: Settings, tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -123,16 +113,13 @@ def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(base: Settings, tmp_p
     try:
         for resume in ("auto", "never"):
             with pytest.raises(ValueError, match=rf"is in use by PID {child}: wait for it to end, or take another"):
-                run_finetune(replace(base, output=str(tmp_path), resume=resume))
+                run_finetune(replace(own, resume=resume))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     with locked(tmp_path):  # a killed process holds nothing
         pass
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_was_only_held_is_not_there_afterwards(tmp_path: Path) -> None:
     with locked(tmp_path / "new"):
         assert (tmp_path / "new" / ".lock").read_text() == str(os.getpid())
     assert not (tmp_path / "new").exists()
@@ -140,27 +127,22 @@ def test_a_folder_that_was_only_held_is_not_there_afterwards(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_resume_never_sets_the_former_results_aside_before_it_starts(
-    base: Settings, whole: Path, done: Path, capsys: pytest.CaptureFixture[str], taken: bool
+    done: Settings, whole: Path, tmp_path: Path, said: Callable[[], str], taken: bool
 ) -> None:
     """And removes none that were set aside before, nor a folder or a file of the user's of that name."""
-    (done / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
     if taken:
-        (done / "former").mkdir()
-        (done / "former" / "thesis.txt").write_text("mine")
-    stop_after(2, replace(base, lr=1e-3, resume="never"), done)
-    assert "are moved to" in " ".join(capsys.readouterr().out.split())
+        (tmp_path / "former").mkdir()
+        (tmp_path / "former" / "thesis.txt").write_text("mine")
+    again = replace(done, lr=1e-3, resume="never")
+    stop_after(2, again, tmp_path)
+    assert "are moved to" in said()
     if taken:
-        stop_after(1, replace(base, lr=1e-3, resume="never"), done)  # which has none to move
-        assert (done / "former" / "thesis.txt").read_text() == "mine"
+        stop_after(1, again, tmp_path)  # which has none to move
+        assert (tmp_path / "former" / "thesis.txt").read_text() == "mine"
     formers = {"former", "former-2"} if taken else {"former"}
-    assert {path.name for path in done.iterdir()} == {"checkpoints", "config.yaml", "notes.txt"} | formers
-    assert (done / max(formers) / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
-
-
-@pytest.mark.parametrize("folder", ["", " "])
-def test_an_output_without_a_name_is_refused(base: Settings, folder: str) -> None:
-    with pytest.raises(ValueError, match="--output has to name a folder, got"):
-        run_finetune(replace(base, output=folder))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml", "notes.txt"} | formers
+    assert (tmp_path / max(formers) / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
 
 
 @pytest.mark.parametrize(

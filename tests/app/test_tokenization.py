@@ -85,10 +85,13 @@ def test_a_chat_without_a_template_for_it_is_refused(chatting: Any, template: st
         chatting(template, ({"role": "system", "content": "be brief"}, *CHAT))
 
 
-def test_messages_go_through_the_chat_template(tokenizer: Any) -> None:
+def test_messages_go_through_the_chat_template_and_long_prompts_lose_their_beginning(tokenizer: Any) -> None:
     encoded = encode(Example("copy red", "red", CHAT[:2]), tokenizer, 64)
     assert tokenizer.decode(encoded.completion) == "red <eos>"
     assert encoded.prompt == tuple(tokenizer("user copy red")["input_ids"])
+    encoded = encode(Example("one two " * 20 + "three", "red"), tokenizer, 8)
+    assert len(encoded) == 8
+    assert tokenizer.decode(encoded.prompt).endswith("three")
 
 
 @pytest.mark.parametrize(
@@ -130,12 +133,6 @@ def test_trimming_the_head_changes_no_loss(tokenizer: Any, model: Any) -> None:
     for collate.trims in (True, False):
         losses.append(model(**collate(encoded)).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_long_prompts_lose_their_beginning(tokenizer: Any) -> None:
-    encoded = encode(Example("one two " * 20 + "three", "red"), tokenizer, 8)
-    assert len(encoded) == 8
-    assert tokenizer.decode(encoded.prompt).endswith("three")
 
 
 def some_examples(count: int) -> list[Encoded]:
@@ -195,8 +192,5 @@ def test_little_is_padded_and_steps_are_whole() -> None:
     assert sum(train.padded_tokens(rows, LENGTHS, 1) for rows in steps) < 1.1 * sum(LENGTHS)
     longest = [max(LENGTHS[i] for i in rows) for rows in steps[:-1]]
     assert longest not in (sorted(longest), sorted(longest, reverse=True))
-
-
-@pytest.mark.parametrize(("rows", "parts", "tokens"), [([0, 1, 2, 3], 1, 20), ([0, 1, 2, 3], 2, 14), ([1], 2, 5)])
-def test_padding_is_counted_by_the_parts_of_a_step(rows: list[int], parts: int, tokens: int) -> None:
-    assert train.padded_tokens(rows, [1, 5, 2, 2], parts) == tokens
+    for rows, parts, tokens in (([0, 1, 2, 3], 1, 20), ([0, 1, 2, 3], 2, 14), ([1], 2, 5)):
+        assert train.padded_tokens(rows, [1, 5, 2, 2], parts) == tokens  # by the parts of a step

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
 from finetune_runs import At, add, assert_same, die, killed, on_two_processes, stop_after, summary
-from tiny_run import WORDS
+from tiny_run import WORDS, write_rows
 
 import lorasb
 from lorasb.app.data import load_examples
@@ -21,11 +19,6 @@ from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
 
 NAMES = ["ada", "emmy", "grace"]
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +30,14 @@ def several(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Setting
         for i in range(10)
         for name in NAMES
     ]
-    return replace(base, data=str(write(folder / "data.jsonl", rows)), adapter_column="user")
+    return replace(base, data=write_rows(folder / "data.jsonl", rows), adapter_column="user")
 
 
 @pytest.fixture(scope="session")
 def whole(several: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    run_finetune(replace(several, output=str(folder), epochs=2.0))
+    run_finetune(replace(several, output=str(folder)))
     return folder
 
 
@@ -64,8 +57,8 @@ def test_each_learns_its_own_answers(several: Settings, sure: Path, tmp_path: Pa
         for i, name in enumerate(NAMES)
         for word in WORDS[:4]
     ]
-    file = write(tmp_path / "held_out.jsonl", held_out)
-    settings = replace(several, model=str(sure), eval_data=str(file), epochs=20.0, lr=2e-2, batch_size=6)
+    file = write_rows(tmp_path / "held_out.jsonl", held_out)
+    settings = replace(several, model=str(sure), eval_data=file, epochs=20.0, lr=2e-2, batch_size=6)
     result = run_finetune(replace(settings, output=str(tmp_path / "run")))
     found = result.summary["adapters"]
     assert list(found) == NAMES
@@ -91,20 +84,13 @@ def test_a_bank_serves_the_files(several: Settings, whole: Path, tiny: Path) -> 
 
 
 def test_kill_9_and_interrupts_end_in_the_same_bits(several: Settings, whole: Path, tmp_path: Path) -> None:
-    settings = replace(several, output=str(tmp_path), epochs=2.0)
-
-    def before_training(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr("lorasb.init.InitReport.save", lambda report, path: die())
-
-    killed(settings, before_training)
+    settings = replace(several, output=str(tmp_path))
+    killed(settings, lambda patch: patch.setattr("lorasb.init.InitReport.save", lambda *given: die()))
     killed(settings, lambda patch: add(patch, At(5, die)))
     stop_after(8, settings, tmp_path)
     killed(settings, lambda patch: patch.setattr("lorasb.app.results.save", lambda *given: die()))
     run_finetune(settings)
     assert_same(tmp_path, whole)
-    for name in NAMES:
-        files = (folder / "adapter" / name / "adapter_model.safetensors" for folder in (tmp_path, whole))
-        assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_accumulated_and_recomputed_parts_train_as_whole_batches(several: Settings, tmp_path: Path) -> None:
@@ -116,25 +102,10 @@ def test_accumulated_and_recomputed_parts_train_as_whole_batches(several: Settin
     assert abs(losses[0] - losses[1]) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"data": None}, "--adapter-column names an entry of the examples of --data, which is not given"),
-        ({"method": "lora"}, "--method lora does not go with that"),
-        ({"lora_dropout": 0.1}, "--lora-dropout does not go with that"),
-        ({"packing": True}, "--packing does not go with that"),
-        ({"adapter_column": "person"}, r"line 1: --adapter-column person is not there, got prompt, completion, user"),
-    ],
-)
-def test_what_cannot_be_is_refused(several: Settings, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run_finetune(replace(several, output=str(tmp_path), **options))
-
-
 def test_a_person_with_one_example_trains_on_it(several: Settings, tmp_path: Path) -> None:
     rows = [{"prompt": f"copy {word} {i}", "completion": word, "user": f"p{i}"} for i, word in enumerate(WORDS[:6])]
     rows += [{"prompt": f"copy red {i}", "completion": "red", "user": "ada"} for i in range(30)]
-    train, held_out = load_examples(replace(several, data=str(write(tmp_path / "data.jsonl", rows))))
+    train, held_out = load_examples(replace(several, data=write_rows(tmp_path / "data.jsonl", rows)))
     assert {example.adapter for example in train} == {"ada", *(f"p{i}" for i in range(6))}
     assert {example.adapter for example in held_out} == {"ada"}
 
@@ -142,9 +113,9 @@ def test_a_person_with_one_example_trains_on_it(several: Settings, tmp_path: Pat
 @pytest.mark.parametrize("name", ["default", "__base__", "a/b", "a.b", "", "a b"])
 def test_names_that_no_folder_and_parameter_can_have(several: Settings, tmp_path: Path, name: str) -> None:
     row = {"prompt": "copy red", "completion": "red", "user": name}
-    file = write(tmp_path / "data.jsonl", [row | {"user": "ada"}, row])
+    file = write_rows(tmp_path / "data.jsonl", [row | {"user": "ada"}, row])
     with pytest.raises(ValueError, match=r"line 2: expected an adapter's name in user, of letters"):
-        run_finetune(replace(several, data=str(file), output=str(tmp_path / "run")))
+        run_finetune(replace(several, data=file, output=str(tmp_path / "run")))
 
 
 @pytest.mark.long

@@ -39,7 +39,8 @@ def assert_same(folder: Path, other: Path) -> None:
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "summary.json"} < names
     assert names == {str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()}
-    for name in sorted(name for name in names if name.startswith(("adapter/adapter_", "lora/adapter_"))):
+    of_the_run = ("adapter/adapter_", "lora/adapter_")
+    for name in sorted(name for name in names if name.startswith(of_the_run) or name.endswith(".safetensors")):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     assert summary(folder) == summary(other)
     assert (folder / "answers.json").read_bytes() == (other / "answers.json").read_bytes()
