@@ -35,26 +35,14 @@ NAMES = (
 )
 PATCH = "import lorasb, lorasb.app.finetune, lorasb.tuner\nfrom lorasb.tuner.patch import patch\nassert callable(lorasb.patch)"
 BACKEND = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.registry.current_backend())"
-SILENT = (*(f"{order}\n{KNOWN}" for order in ORDERS), NAMES, PATCH)
-CODES = (*SILENT, TRACE, BACKEND)
 
 
-def run_each(codes: Sequence[str]) -> list[tuple[int, str]]:
+def run_each(codes: Sequence[str]) -> list[str]:
+    """What each code prints where neither PEFT nor lorasb has been imported; all have to succeed."""
     script = ROOT / "tests" / "support" / "fresh_imports.py"
-    found: list[tuple[int, str]] = json.loads(python("-W", "ignore", script, given=json.dumps(codes)))
-    return found
-
-
-@pytest.fixture(scope="module")
-def outputs() -> dict[str, tuple[int, str]]:
-    """Exit status and output of every code where neither PEFT nor lorasb has been imported."""
-    return dict(zip(CODES, run_each(CODES), strict=True))
-
-
-def output(outputs: dict[str, tuple[int, str]], code: str) -> str:
-    status, text = outputs[code]
-    assert status == 0, text
-    return text
+    found = json.loads(python("-W", "ignore", script, given=json.dumps(codes)))
+    assert {code: text for code, (status, text) in zip(codes, found, strict=True) if status} == {}
+    return [text for _, text in found]
 
 
 def test_import_is_light_touches_no_device_and_may_come_before_transformers() -> None:
@@ -64,16 +52,13 @@ def test_import_is_light_touches_no_device_and_may_come_before_transformers() ->
     assert python("-c", f"{light}\n{device}\nimport transformers, peft\n{KNOWN}").split() == ["[]", "False"]
 
 
-@pytest.mark.parametrize("code", SILENT)
-def test_peft_knows_the_method_and_every_public_name_is_there(code: str, outputs: dict[str, tuple[int, str]]) -> None:
-    output(outputs, code)
-
-
-def test_the_hook_leaves_no_trace(outputs: dict[str, tuple[int, str]]) -> None:
-    printed = output(outputs, TRACE)
-    assert printed
-    assert "Peft" not in printed
-    assert "Registering" not in printed
+def test_peft_knows_the_method_whatever_comes_first_and_the_hook_leaves_no_trace() -> None:
+    """And every public name is there, and a backend may be chosen before anything else is imported."""
+    *_, trace, backend = run_each([*(f"{order}\n{KNOWN}" for order in ORDERS), NAMES, PATCH, TRACE, BACKEND])
+    assert trace
+    assert "Peft" not in trace
+    assert "Registering" not in trace
+    assert backend == "triton"
 
 
 def test_unknown_names_raise() -> None:
@@ -81,18 +66,12 @@ def test_unknown_names_raise() -> None:
         _ = lorasb.nothing
 
 
-def test_a_backend_may_be_chosen_before_anything_else_is_imported(outputs: dict[str, tuple[int, str]]) -> None:
-    assert output(outputs, BACKEND) == "triton"
-
-
 @pytest.mark.long
 def test_any_module_may_be_imported_first() -> None:
     """Whichever it is, PEFT's registration meets no module that is half imported."""
     files = (p.relative_to(ROOT).with_suffix("") for p in sorted((ROOT / "lorasb").rglob("*.py")))
     modules = [".".join(file.parts).removesuffix(".__init__") for file in files if file.stem != "__main__"]
-    found = run_each([f"import {name}\n{KNOWN}" for name in modules])
-    assert len(found) == len(modules) > 100
-    assert {name: text for name, (status, text) in zip(modules, found, strict=True) if status} == {}
+    assert len(run_each([f"import {name}\n{KNOWN}" for name in modules])) > 100
 
 
 # Name, or class and method -> parameters with their defaults; null for what has no signature.
