@@ -18,6 +18,7 @@ import transformers
 from command import call
 from models import patched
 from processes import python
+from safetensors.torch import save_file
 from tiny_run import write_rows
 
 import lorasb
@@ -128,7 +129,7 @@ def test_another_rank_from_the_cache_and_a_look_at_it(tiny: Path, data: Path, tm
     assert "signs of the first full step, for any rank" in shown
     assert "down_proj" in shown
     assert f"{2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96):,}" in shown
-    lorasb.init.SignBits.pack(torch.ones(3, 3)).save(tmp_path / "bits.safetensors")
+    save_file({"words": torch.ones(3, 3)}, tmp_path / "bits.safetensors")
     with pytest.raises(ValueError, match="is no cache of lorasb's initialization"):
         call("inspect", tmp_path / "bits.safetensors")
 
