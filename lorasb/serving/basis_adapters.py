@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..checkpoints import shared_factors
-from ..checkpoints.adapter_file import Shapes, check_factors, read_cores
+from ..checkpoints.adapter_file import Shapes, check_factors, read_config, read_cores
 from ..checkpoints.shared_factors import DIGEST
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, PEFT_PREFIX, WEIGHTS_NAME
@@ -131,7 +131,10 @@ def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis
     shapes: dict[str, Shapes] = {layer: {CORE: (m.adapters[basis].r,) * 2} for layer, m in layers.items()}
     for found in cores.values():
         check_factors({layer: {CORE: core} for layer, core in found.items()}, shapes)
-    add_adapters(model, [name for name in names if name not in model.peft_config], basis=basis)
+    missing = [name for name in names if name not in model.peft_config]
+    add_adapters(model, missing, basis=basis)
+    for name in missing:  # as it is saved again: the R's that are read replace any start
+        model.peft_config[name].basis_start = read_config(folder / name).get("basis_start", "zero")
     for name, found in cores.items():
         for layer, core in found.items():
             layers[layer].lorasb_R[name].copy_(core)

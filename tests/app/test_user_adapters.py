@@ -91,6 +91,9 @@ def test_kill_9_and_interrupts_end_in_the_same_bits(several: Settings, whole: Pa
     killed(settings, lambda patch: patch.setattr("lorasb.app.results.save", lambda *given: die()))
     run_finetune(settings)
     assert_same(tmp_path, whole)
+    for name in NAMES:
+        config = f"adapter/{name}/adapter_config.json"
+        assert (tmp_path / config).read_text() == (whole / config).read_text()
 
 
 def test_accumulated_and_recomputed_parts_train_as_whole_batches(several: Settings, tmp_path: Path) -> None:
