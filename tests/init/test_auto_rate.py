@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
-from models import batches_for, make
+from adapters import layers
+from models import batches_for, make, patched, started
 from torch import Tensor, nn
 from trainer_runs import train
 
@@ -18,20 +19,19 @@ from lorasb.distributed.process_group import Processes
 from lorasb.init import InitReport, auto_rate
 from lorasb.init.task import AutoRate, InitOptions, Piece
 from lorasb.layers.linear import LoRASBLinear
-from lorasb.layers.lookup import adapted_layers
 from lorasb.training import init_callback
 
 
-def measured(family: str = "llama", r: int = 4, **options: object) -> tuple[nn.Module, InitReport]:
+def measured(
+    family: str = "llama", r: int = 4, scaling: float = 1.0, **options: object
+) -> tuple[nn.Module, InitReport]:
     """A model whose start's rate is measured, and the report."""
-    scaling = options.pop("scaling", 1.0)
     model = lorasb.patch(make(family), r=r, scaling=scaling)
-    given = {"lr": "auto", "progress": False} | options
-    return model, lorasb.initialize(model, batches_for(family), **given)
+    return model, lorasb.initialize(model, batches_for(family), **{"lr": "auto", "progress": False} | options)
 
 
-def cores(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach() for parameter in cores_of(model)]
+def cores(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if "lorasb_R" in name]
 
 
 @torch.no_grad()
@@ -49,9 +49,8 @@ def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> flo
 
         layer.register_forward_hook(add)
 
-    for name, module in model.named_modules():
-        if isinstance(module, LoRASBLinear):
-            watch(name, module)
+    for name, layer in layers(model).items():
+        watch(name, layer)
     model.eval()
     with model.disable_adapter():
         for batch in batches_for(family):
@@ -71,8 +70,7 @@ def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str) -> 
 def test_the_start_belongs_to_the_rate() -> None:
     """As if the rate had been given; R's length is proportional to η."""
     model, report = measured()
-    again = lorasb.patch(make("llama"), r=4)
-    other = lorasb.initialize(again, batches_for("llama"), lr=report.rate, progress=False)
+    again, other = started(lr=report.rate)
     assert other.rate is None
     assert report.lr == other.lr
     for got, want in zip(cores(model), cores(again), strict=True):
@@ -113,29 +111,17 @@ def test_the_samples_of_a_cache_are_measured_too(tmp_path: Path) -> None:
 def test_without_activations_there_is_a_stated_fallback() -> None:
     model = lorasb.patch(make("llama"), r=4)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoRASBLinear):
-                module.get_base_layer().weight.zero_()
-    name, layers = adapted_layers(model)
+        for layer in layers(model).values():
+            layer.base_layer.weight.zero_()
     pieces = [Piece(batch) for batch in batches_for("llama")]
-    work = auto_rate.Work(model, layers, pieces, InitOptions(adapter=name), Processes())
+    work = auto_rate.Work(model, layers(model), pieces, InitOptions(adapter="default"), Processes())
     with pytest.warns(UserWarning, match=r"lr='auto' takes 0.002, as no activations of a linear layer are finite"):
         assert auto_rate.measured_rate(work) == auto_rate.FALLBACK
 
 
-def test_what_has_no_rate_is_refused() -> None:
-    with pytest.raises(ValueError, match="lr='auto' measures the rate of one task"):
-        lorasb.initialize(lorasb.patch(make("llama"), r=4), {"a": batches_for("llama")}, lr="auto", progress=False)
-    with pytest.raises(ValueError, match="rule='published' repeats runs at their own rate"):
-        lorasb.first_step_lr("auto", 0.1, total_steps=50, rule="published")
-
-
 def test_a_loss_of_the_users_is_called_for_the_forward() -> None:
-    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return model(**batch).loss
-
     _, own = measured()
-    _, given = measured(loss_fn=loss_fn)
+    _, given = measured(loss_fn=lambda model, batch: model(**batch).loss)
     assert given.rate == pytest.approx(own.rate, rel=0.2)  # other weights of samples give other signs
 
 
@@ -155,22 +141,16 @@ def test_a_trainer_trains_r_at_the_rate(tmp_path: Path) -> None:
 def test_a_head_keeps_the_rate_of_the_arguments() -> None:
     model, report = measured()
     assert report.rate is not None
-    head, layers = nn.Linear(2, 2), {n: m for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
-    optimizer = torch.optim.AdamW([{"params": head.parameters(), "lr": 0.5}, {"params": cores_of(model)}], lr=1e-2)
+    head = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([{"params": head.parameters(), "lr": 0.5}, {"params": cores(model)}], lr=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
-    init_callback._set_rate(report.rate, optimizer, schedule, layers, "default")
+    init_callback._set_rate(report.rate, optimizer, schedule, layers(model), "default")
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, report.rate])
     optimizer.step()
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, report.rate / 2])
 
 
-def cores_of(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if "lorasb_R" in name]
-
-
 def test_an_initialized_adapter_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
-    model = lorasb.patch(make("llama"), r=4)
-    lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False)
     with pytest.warns(UserWarning, match="is initialized already, so that no rate is measured: learning_rate=0.01"):
-        train(model, tmp_path, [lorasb.InitCallback(lr="auto")])
+        train(patched(), tmp_path, [lorasb.InitCallback(lr="auto")])

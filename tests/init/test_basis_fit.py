@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Batch, make, text
+from adapters import layers
+from models import Batch, make, started, text
 from peft import PeftModel
 
 import lorasb
@@ -26,8 +27,7 @@ def fit(model: PeftModel, batches: list[Batch] = OTHER, **options: object) -> lo
 def factors(model: PeftModel, name: str) -> dict[str, tuple[torch.Tensor, ...]]:
     return {
         layer: tuple(getattr(module, f"lorasb_{part}")[name].detach().double() for part in "BRA")
-        for layer, module in model.named_modules()
-        if hasattr(module, "lorasb_R")
+        for layer, module in layers(model).items()
     }
 
 
@@ -39,28 +39,22 @@ def state(model: PeftModel) -> dict[str, object]:
 def test_shares_are_those_of_matrices() -> None:
     model = on_a_basis()
     found = fit(model)
-    own = lorasb.patch(make("llama"), r=R)
-    lorasb.initialize(own, OTHER, lr=1.0, longest_start=None, progress=False)
+    own, _ = started(r=R, batches=OTHER, lr=1.0, longest_start=None)
     kept, whole, chance = 0.0, 0.0, 0.0
     for name, (b, core, a) in factors(own, "default").items():
         delta = b @ core @ a
         basis_b, _, basis_a = factors(model, "default")[name]
         projected = basis_b @ basis_b.t() @ delta @ basis_a.t() @ basis_a
         share = float(projected.square().sum() / delta.square().sum())
-        assert found.by_layer[name.removeprefix("base_model.model.")] == pytest.approx(share, rel=1e-4)
+        assert found.by_layer[name] == pytest.approx(share, rel=1e-4)
         kept, whole = kept + float(projected.square().sum()), whole + float(delta.square().sum())
         chance += float(delta.square().sum()) * R**2 / delta.numel()
     assert found.share == pytest.approx(kept / whole, rel=1e-4)
     assert found.random == pytest.approx(chance / whole, rel=1e-6)
-    assert found.loss == pytest.approx(loss_of(OTHER), rel=1e-5)
+    with torch.no_grad():  # both rows of these batches have as many labels
+        losses = [float(make("llama")(**batch).loss) for batch in OTHER]
+    assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert 0 < found.random < found.share < 1
-
-
-def loss_of(batches: list[Batch]) -> float:
-    """Mean over samples of the base's loss; both rows of these batches have as many labels."""
-    model = make("llama").eval()
-    with torch.no_grad():
-        return sum(float(model(**batch).loss) for batch in batches) / len(batches)
 
 
 def test_a_basis_keeps_all_of_the_step_that_it_was_made_from() -> None:
@@ -103,8 +97,5 @@ def test_an_error_changes_nothing(options: dict[str, object], message: str) -> N
     with pytest.raises(ValueError, match=message):
         fit(model, **options)
     assert state(model) == before
-
-
-def test_a_basis_that_is_not_initialized_is_refused() -> None:
     with pytest.raises(ValueError, match="expected basis= to name an initialized adapter"):
         fit(lorasb.patch(make("llama"), r=R))

@@ -1,48 +1,46 @@
-"""`lorasb.initialize`: factors that are the best of their rank, of a length that is bounded, and a model as it was found."""
+"""`lorasb.initialize`: factors that are the best of their rank, of a length that is bounded, and a model as it was found.
+
+What goes wrong is said, and changes nothing.
+"""
 
 from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import tolerances
 import torch
+from adapters import layers
 from gradients import autograd_sums, factors
-from models import Batch, batches_for, make, patched
+from models import Batch, batches_for, logits, make, patched, started
+from peft import PeftModel
 from torch import Tensor, nn
 
 import lorasb
 from lorasb.init import InitReport
-from lorasb.layers.linear import LoRASBLinear
-
-
-def test_no_base_weight_requires_a_gradient_meanwhile() -> None:
-    model = lorasb.patch(make("roberta"), r=4)
-
-    def loss_fn(inner: nn.Module, batch: Batch) -> Tensor:
-        assert not any(p.requires_grad for p in inner.parameters())
-        assert not any(m.training for m in inner.modules())
-        return inner(**batch).loss
-
-    lorasb.initialize(model, batches_for("roberta"), lr=1e-3, loss_fn=loss_fn, progress=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])
 @pytest.mark.parametrize("update", ["adamw", "sgd"])
 def test_factors_are_the_best_rank_r_part_of_the_first_step(family: str, update: str) -> None:
-    singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches_for(family) for i in range(2)]
+    singles = batches_for(family, count=6, rows=1)
     want = autograd_sums(family, singles)
     model = lorasb.patch(make(family), r=5, scaling=2.0)
     lorasb.initialize(model, singles, lr=1e-2, update=update, longest_start=None, progress=False)
-    for name, module in model.named_modules():
-        if isinstance(module, LoRASBLinear):
-            g = want[name.removeprefix("base_model.model.")].double()
-            step = -1e-2 * (torch.sign(g) if update == "adamw" else g / len(singles))
-            a, core, b = (getattr(module, f"lorasb_{part}")["default"].double() for part in "ARB")
-            sigma = torch.linalg.svdvals(step)
-            tolerances.check(a @ a.t(), torch.eye(5), tolerances.ORTHONORMAL)
-            tolerances.check(b.t() @ b, torch.eye(5), tolerances.ORTHONORMAL)
-            tolerances.check(2.0 * core / sigma[0], b.t() @ step @ a.t() / sigma[0], tolerances.FACTORS)
-            assert (2.0 * core).square().sum() >= tolerances.ENERGY * sigma[:5].square().sum()  # near ties: by energy
-            assert (torch.diagonal(core) > 0).all()
+    for name, layer in layers(model).items():
+        g = want[name].double()
+        step = -1e-2 * (torch.sign(g) if update == "adamw" else g / len(singles))
+        a, core, b = (getattr(layer, f"lorasb_{part}")["default"].double() for part in "ARB")
+        sigma = torch.linalg.svdvals(step)
+        tolerances.check(a @ a.t(), torch.eye(5), tolerances.ORTHONORMAL)
+        tolerances.check(b.t() @ b, torch.eye(5), tolerances.ORTHONORMAL)
+        tolerances.check(2.0 * core / sigma[0], b.t() @ step @ a.t() / sigma[0], tolerances.FACTORS)
+        assert (2.0 * core).square().sum() >= tolerances.ENERGY * sigma[:5].square().sum()  # near ties: by energy
+        assert (torch.diagonal(core) > 0).all()
 
 
 def cores(
@@ -82,12 +80,6 @@ def test_starts_without_a_limit_and_without_a_start() -> None:
     assert all(torch.equal(core, cores(0.0, "sgd")[0][name]) for name, core in cores(None, "sgd")[0].items())
 
 
-@pytest.mark.parametrize("bad", [-1.0, float("nan")])
-def test_a_start_that_is_no_length_is_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="longest_start"):
-        cores(bad)
-
-
 def test_the_first_step_lowers_the_loss() -> None:
     model = lorasb.patch(make("llama"), r=16)
     batches = batches_for("llama")
@@ -106,31 +98,36 @@ def test_a_bf16_layer_has_orthonormal_factors_up_to_its_rounding() -> None:
 def test_repeatable_and_the_global_rng_stays_where_it_was() -> None:
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    first = lorasb.patch(make("llama"), r=4)
+    models = [lorasb.patch(make("llama"), r=4) for _ in range(3)]
     torch.set_rng_state(state)
-    lorasb.initialize(first, batches_for("llama"), lr=1e-3, num_samples=4, seed=5, progress=False)
-    assert torch.equal(torch.get_rng_state(), state)
-    second, third = (lorasb.patch(make("llama"), r=4) for _ in range(2))
-    lorasb.initialize(second, batches_for("llama"), lr=1e-3, num_samples=4, seed=5, progress=False)
-    lorasb.initialize(third, batches_for("llama"), lr=1e-3, num_samples=4, seed=6, progress=False)
-    assert all(torch.equal(value, factors(second)[name]) for name, value in factors(first).items())
-    assert not all(torch.equal(value, factors(third)[name]) for name, value in factors(first).items())
+    for seed, model in zip((5, 5, 6), models, strict=True):
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3, num_samples=4, seed=seed, progress=False)
+        assert torch.equal(torch.get_rng_state(), state)
+    first, second, third = (factors(model) for model in models)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not all(torch.equal(value, third[name]) for name, value in first.items())
 
 
-def test_the_model_is_left_as_it_was_found() -> None:
+def test_no_weight_requires_a_gradient_meanwhile_and_the_model_is_left_as_it_was_found() -> None:
     model = lorasb.patch(make("roberta"), r=4).train()
     model.base_model.model.roberta.embeddings.eval()
     model.config.use_cache = True
     modes = {name: module.training for name, module in model.named_modules()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if "lorasb" not in n}
-    lorasb.initialize(model, batches_for("roberta"), lr=1e-3, progress=False)
+
+    def loss_fn(inner: nn.Module, batch: Batch) -> Tensor:
+        assert not any(p.requires_grad for p in inner.parameters())
+        assert not any(m.training for m in inner.modules())
+        return inner(**batch).loss
+
+    lorasb.initialize(model, batches_for("roberta"), lr=1e-3, loss_fn=loss_fn, progress=False)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
     assert model.config.use_cache is True
-    assert not any(m._forward_hooks for m in model.modules() if isinstance(m, LoRASBLinear))
+    assert not any(layer._forward_hooks for layer in layers(model).values())
 
 
 @pytest.mark.parametrize("update", ["adamw", "per-sample"])
@@ -145,13 +142,126 @@ def test_under_the_callers_autocast_factors_are_orthonormal(update: str) -> None
 
 @pytest.mark.parametrize("update", ["adamw", "sgd", "per-sample"])
 def test_the_energy_of_the_sign_is_of_the_sign_whatever_was_factored(update: str) -> None:
-    singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches_for("llama") for i in range(2)]
+    singles = batches_for("llama", count=6, rows=1)
     want = autograd_sums("llama", singles)
-    model = lorasb.patch(make("llama"), r=4)
-    report = lorasb.initialize(model, singles, lr=1e-3, update=update, progress=False)
+    model, report = started(batches=singles, update=update)
     for layer in report.layers:
         signs = want[layer.name].double().sign()
-        module = model.get_submodule(f"base_model.model.{layer.name}")
-        b, a = (getattr(module, f"lorasb_{part}")["default"].double() for part in "BA")
+        b, a = (getattr(layers(model)[layer.name], f"lorasb_{part}")["default"].double() for part in "BA")
         share = (b.t() @ signs @ a.t()).square().sum() / signs.square().sum()
         assert layer.energy_sign == pytest.approx(float(share), abs=1e-3)
+
+
+def first_block(model: nn.Module, batch: Batch) -> Tensor:
+    """A loss of the first block's output."""
+    inner = model.get_base_model().model
+    rotary = inner.rotary_emb(torch.zeros(1, 1, 64), torch.arange(12)[None])
+    return inner.layers[0](inner.embed_tokens(batch["input_ids"]), position_embeddings=rotary).mean()
+
+
+def not_finite(model: nn.Module, batch: Batch, value: float) -> Tensor:
+    """A loss whose gradients are infinite or none."""
+    values = model(**batch).logits
+    values.register_hook(lambda g: g * value)
+    return values.square().mean()
+
+
+@pytest.fixture(scope="module")
+def model() -> PeftModel:
+    """Initialized; no failure changes it."""
+    return patched()
+
+
+NOT_FINITE = r"the gradient of layer 'model\.layers\..*' has NaN or Inf entries"
+BAD_CALLS = {
+    "no labels": (
+        lambda: {"batches": [{"input_ids": batch["input_ids"]} for batch in batches_for("llama")]},
+        "the model returned no loss .*: add labels to the batches, or pass loss_fn",
+    ),
+    "only ignored labels": (
+        lambda: {"batches": [b | {"labels": torch.full_like(b["labels"], -100)} for b in batches_for("llama")]},
+        "no sample has a labeled token: every label of these batches is -100",
+    ),
+    "lr infinite": (lambda: {"lr": float("inf")}, "init='update' takes batches and lr > 0"),
+    "no batches": (lambda: {"batches": None}, "init='update' takes batches and lr > 0"),
+    "empty batches": (lambda: {"batches": []}, "expected at least one sample"),
+    "no lr": (lambda: {"lr": None}, "init='update' takes batches and lr > 0"),
+    "lr zero": (lambda: {"lr": 0.0}, "init='update' takes batches and lr > 0"),
+    "start negative": (lambda: {"longest_start": -1.0}, "longest_start"),
+    "start no number": (lambda: {"longest_start": float("nan")}, "longest_start"),
+    "rate of tasks": (
+        lambda: {"batches": {"a": batches_for("llama")}, "lr": "auto"},
+        "lr='auto' measures the rate of one task",
+    ),
+    "no size": (lambda: {"memory_budget": "6TB"}, "expected a size like '6GB'"),
+    "negative size": (lambda: {"memory_budget": -1.0}, "expected a positive number of bytes"),
+    "halves of moments": (
+        lambda: {"update": "per-sample", "stability": True},
+        "stability compares subspaces of sign",
+    ),
+    "a cache of moments": (
+        lambda: {"update": "per-sample", "cache": "signs"},
+        r"update='per-sample' needs each sample's gradient.*leave cache out",
+    ),
+    "a cache of gradients": (
+        lambda: {"update": "sgd", "cache": "signs"},
+        "update='sgd' needs the gradient itself, and a cache keeps its signs only",
+    ),
+    "a folder for a cache": (lambda: {"cache": Path(__file__).parent}, "expected a file for cache=, got the folder"),
+    "update": (lambda: {"update": "lion"}, "update must be one of adamw, sgd, per-sample, got 'lion'"),
+    "strategy": (lambda: {"strategy": "fast"}, "strategy must be one of .*, got 'fast'"),
+    "too many samples": (lambda: {"num_samples": 99}, "num_samples=99, but the batches hold 6 samples"),
+    "no samples": (lambda: {"num_samples": 0}, "expected num_samples >= 1, got 0"),
+    "adapter": (lambda: {"adapter_name": "other"}, "no layer has an adapter 'other': the model has default"),
+    "loss without a graph": (lambda: {"loss_fn": lambda m, b: torch.ones(())}, "does not depend on any adapted layer"),
+    "loss per sample": (
+        lambda: {"loss_fn": lambda m, b: m(**b).logits[:, 0, 0]},
+        r"expected one loss, got a tensor \[2\]",
+    ),
+    "layers not reached": (
+        lambda: {"loss_fn": first_block},
+        "layer 'model.layers.1.self_attn.q_proj' was never reached",
+    ),
+    "NaN": (lambda: {"loss_fn": partial(not_finite, value=math.nan)}, NOT_FINITE),
+    "Inf": (lambda: {"loss_fn": partial(not_finite, value=math.inf)}, NOT_FINITE),
+    "a gradient of zero": (
+        lambda: {"loss_fn": lambda m, b: 0.0 * m(**b).logits.sum()},
+        "is zero: the loss does not depend on it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_change_nothing(name: str, model: PeftModel) -> None:
+    change, message = BAD_CALLS[name]
+    before, answer, modes = factors(model), logits(model), [m.training for m in model.modules()]
+    provenance = copy.deepcopy(model.peft_config["default"].init_provenance)
+    with pytest.raises(ValueError, match=message):
+        lorasb.initialize(model, **{"batches": batches_for("llama"), "lr": 1e-3, "progress": False} | change())
+    assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
+    assert torch.equal(logits(model), answer)
+    assert [m.training for m in model.modules()] == modes
+    assert model.peft_config["default"].init_provenance == provenance
+
+
+def test_an_interrupted_initialization_changes_nothing(model: PeftModel) -> None:
+    before, flags = factors(model), [p.requires_grad for p in model.parameters()]
+
+    def stream() -> Iterator[Batch]:
+        yield batches_for("llama")[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lorasb.initialize(model, stream(), lr=1e-3, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any(layer._forward_hooks for layer in layers(model).values())
+
+
+def test_merged_or_unpatched_models_are_refused() -> None:
+    model = patched()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"expected unmerged weights.*model\.unmerge_adapter\(\)"):
+        lorasb.initialize(model, batches_for("llama"), lr=1e-3)
+    with pytest.raises(ValueError, match=r"call model = lorasb\.patch\(model\) first"):
+        lorasb.initialize(make("llama"), batches_for("llama"), lr=1e-3)

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import tolerances
 import torch
-from gradients import autograd_sums, hooked_sums, padded
-from models import Batch, batches_for, make, text
+from gradients import autograd_sums, check_sums, hooked_sums, padded
+from models import Batch, batches_for, make, started, text
+from tolerances import BATCHING, check, fp32
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import lorasb
 from lorasb.init.accumulator import GradientSums
 from lorasb.init.loss import backward_over_samples
-
-
-def check_sums(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """Equal up to the order of additions."""
-    for name, gradient in got.items():
-        scale = want[name].abs().max()
-        tolerances.check(gradient / scale, want[name] / scale, tolerances.BATCHING)
 
 
 def sum_of(model: nn.Module, layer: nn.Module, batches: list[Batch]) -> Tensor:
@@ -34,23 +26,22 @@ def sum_of(model: nn.Module, layer: nn.Module, batches: list[Batch]) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])
 def test_a_sum_over_samples_however_they_are_batched(family: str) -> None:
     batches = batches_for(family, count=2, rows=3)
-    check_sums(hooked_sums(family, batches), autograd_sums(family, batches))
+    check_sums(hooked_sums(family, batches), autograd_sums(family, batches), BATCHING)
 
 
 def test_padding_and_unequal_lengths_do_not_matter() -> None:
     samples = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12, 8, 9))]
     want = autograd_sums("llama", samples)
     for batches in ([padded(samples, 12)], [padded(samples[:3], 20), padded(samples[3:], 11)]):
-        check_sums(hooked_sums("llama", batches), want)
+        check_sums(hooked_sums("llama", batches), want, BATCHING)
 
 
 def test_the_batch_size_of_a_loader_does_not_matter() -> None:
     samples = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12, 8, 9, 7, 10))]
     reports = []
     for size in (1, 2, 6):
-        model = lorasb.patch(make("llama"), r=4)
         loader = DataLoader(samples, batch_size=size, collate_fn=lambda rows: padded(rows, 12))
-        reports.append(lorasb.initialize(model, loader, lr=1e-3, num_samples=5, seed=3, progress=False))
+        reports.append(started(batches=loader, num_samples=5, seed=3)[1])
         assert reports[-1].num_samples == 5
     for report in reports[1:]:
         assert report.loss == pytest.approx(reports[0].loss, rel=1e-5)
@@ -62,7 +53,7 @@ def test_the_head_itself_may_be_a_target() -> None:
     samples = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12, 8))]
     model = make("llama")
     alone, together = (sum_of(model, model.lm_head, batches) for batches in (samples, [padded(samples, 12)]))
-    check_sums({"head": together}, {"head": alone})
+    check_sums({"head": together}, {"head": alone}, BATCHING)
 
 
 def test_a_loss_that_is_not_recognized_is_taken_sample_by_sample() -> None:
@@ -112,7 +103,7 @@ def test_samples_without_a_label_count_nothing() -> None:
     silent = text(1, 12, 9) | {"labels": torch.full((1, 12), -100)}
     want = autograd_sums("llama", samples)
     for batches in ([*samples, silent], [padded([*samples, silent], 12)]):
-        check_sums(hooked_sums("llama", batches), want)
+        check_sums(hooked_sums("llama", batches), want, BATCHING)
 
 
 def test_loss_fn_counts_times_the_batchs_samples() -> None:
@@ -123,8 +114,7 @@ def test_loss_fn_counts_times_the_batchs_samples() -> None:
         seen.append(len(batch["input_ids"]))
         return model(**batch).loss
 
-    model = lorasb.patch(make("llama"), r=4)
-    report = lorasb.initialize(model, batches, lr=1e-3, loss_fn=loss_fn, progress=False)
+    _, report = started(batches=batches, loss_fn=loss_fn)
     assert seen == [3, 3]
     own = sum(float(make("llama")(**batch).loss.detach()) * 3 for batch in batches) / 6
     assert report.loss == pytest.approx(own, rel=1e-5)
@@ -138,23 +128,10 @@ def test_samples_with_nothing_to_predict_count_nothing() -> None:
         text(1, 12, 9) | {"labels": labels},
         text(1, 12, 8) | {"labels": labels.index_fill(1, torch.tensor([0]), 5)},
     ]
-
-    def report_of(batches: list[Batch]) -> lorasb.InitReport:
-        return lorasb.initialize(lorasb.patch(make("llama"), r=4), batches, lr=1e-3, progress=False)
-
-    want = report_of(samples)
+    _, want = started(batches=samples)
     for batches in ([*samples, *nothing], [padded([*samples, *nothing], 12)]):
-        assert report_of(batches).energy_sign == pytest.approx(want.energy_sign, abs=1e-3)
-    assert report_of([*samples, nothing[0]]).loss == pytest.approx(want.loss, rel=1e-6)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])
-def test_sums_are_plain_autograds(family: str) -> None:
-    singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches_for(family) for i in range(2)]
-    want, got = autograd_sums(family, singles), hooked_sums(family, singles)
-    assert len(got) >= 12
-    for name, gradient in got.items():
-        assert torch.equal(gradient, want[name]), name
+        assert started(batches=batches)[1].energy_sign == pytest.approx(want.energy_sign, abs=1e-3)
+    assert started(batches=[*samples, nothing[0]])[1].loss == pytest.approx(want.loss, rel=1e-6)
 
 
 def test_bf16_gradients_are_summed_in_fp32() -> None:
@@ -167,7 +144,7 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
             layer(x).backward(dy)
             want += dy.double().t() @ x.double()
     assert found.sums["layer"].value().dtype == torch.float32
-    tolerances.check(found.sums["layer"].value(), want, tolerances.fp32(100))
+    check(found.sums["layer"].value(), want, fp32(100))
 
 
 def test_a_model_without_a_loss_is_named_whatever_its_labels() -> None:

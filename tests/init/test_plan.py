@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from gradients import autograd_sums, factors, library_sums
+from gradients import autograd_sums, check_sums, factors, library_sums
 from mixtures import Stack, loss_of
-from models import Batch, batches_for, make, text
+from models import Batch, batches_for, make, started, text
 from torch import Tensor, nn
 
 import lorasb
@@ -21,23 +21,13 @@ from lorasb.init import plan
 SINGLES = batches_for("llama", rows=1)
 
 
-@pytest.mark.parametrize("bad", ["much", "6TB", "-3", 0, -1.0])
-def test_what_is_no_size_is_refused(bad: object) -> None:
-    with pytest.raises(ValueError, match=r"expected a size like '6GB'|expected a positive number of bytes"):
-        lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, lr=1e-3, memory_budget=bad, progress=False)
-
-
-def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
-    monkeypatch.setattr(plan, "available", lambda device: float(size))
-
-
 def needed(batches: list[Batch], **options: object) -> float:
     """The estimate for these batches."""
     plans: list[plan.InitPlan] = []
     plain = plan.plan_for
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "plan_for", lambda *args: (plans.append(plain(*args)), plans[-1])[1])
-        lorasb.initialize(lorasb.patch(make("llama"), r=4), batches, lr=1e-3, progress=False, **options)
+        started(batches=batches, **options)
     return plans[-1].memory
 
 
@@ -45,7 +35,7 @@ def needed(batches: list[Batch], **options: object) -> float:
 def test_what_does_not_fit_is_refused_with_what_would(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [text(16, 60, seed) for seed in range(3)]
     size = needed(batches, strategy=strategy)
-    free(monkeypatch, 0.6 * size)
+    monkeypatch.setattr(plan, "available", lambda device: 0.6 * size)
     model = lorasb.patch(make("llama"), r=4)
     with pytest.raises(
         ValueError, match=r"needs about .* above the weights and .* are there.*What would fit: batches of one"
@@ -53,40 +43,36 @@ def test_what_does_not_fit_is_refused_with_what_would(strategy: str, monkeypatch
         lorasb.initialize(model, batches, lr=1e-3, strategy=strategy, progress=False)
     assert not any(value.any() for value in factors(model).values())
     assert "Nothing was changed" in str(caught.value)
-    ones = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(16)]
+    ones = [text(1, 60, seed) for seed in range(48)]
     if "num_samples" not in str(caught.value):
         lorasb.initialize(model, ones, lr=1e-3, strategy=strategy, progress=False)
 
 
 def test_auto_takes_passes_where_boundaries_do_not_fit() -> None:
-    model = lorasb.patch(make("llama"), r=4)
-    batches = [text(1, 60, seed) for seed in range(60)]
-    report = lorasb.initialize(model, batches, lr=1e-3, memory_budget="1.5MB", num_samples=60, progress=False)
+    given = {"batches": [text(1, 60, seed) for seed in range(60)], "memory_budget": "1.5MB", "num_samples": 60}
+    _, report = started(**given)
     assert report.strategy == "accumulate"
     assert "boundaries of 2 blocks do not fit" in report.why
     with pytest.raises(ValueError, match="needs about"):
-        lorasb.initialize(
-            model, batches, lr=1e-3, memory_budget="1.5MB", strategy="layerwise", num_samples=60, progress=False
-        )
+        started(**given, strategy="layerwise")
 
 
 def test_fewer_samples_are_suggested_where_boundaries_are_what_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [text(1, 60, seed) for seed in range(400)]
-    free(monkeypatch, 0.3 * needed(batches))
-    model = lorasb.patch(make("llama"), r=4)
+    size = needed(batches)
+    monkeypatch.setattr(plan, "available", lambda device: 0.3 * size)
     with pytest.raises(ValueError, match=r"num_samples=\d+ in batches of one") as caught:
-        lorasb.initialize(model, batches, lr=1e-3, strategy="layerwise", progress=False)
+        started(batches=batches, strategy="layerwise")
     count = int(str(caught.value).partition("num_samples=")[2].split()[0])
-    report = lorasb.initialize(model, batches, lr=1e-3, strategy="layerwise", num_samples=count, progress=False)
+    _, report = started(batches=batches, strategy="layerwise", num_samples=count)
     assert report.num_samples == count < 400
 
 
 def test_the_estimate_is_shown_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
-    lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, lr=1e-3)
-    shown = capsys.readouterr()
-    assert "lorasb: layerwise (2 blocks at model.layers): about " in shown.out
-    lorasb.initialize(lorasb.patch(make("llama"), r=4), SINGLES, lr=1e-3, progress=False)
-    shown = capsys.readouterr()
+    for progress in (True, False):
+        started(batches=SINGLES, progress=progress)
+        shown = capsys.readouterr()
+        assert ("lorasb: layerwise (2 blocks at model.layers): about " in shown.out) == progress
     assert shown.out == shown.err == ""
 
 
@@ -104,14 +90,14 @@ def test_blocks_of_an_offloaded_model_come_and_go(tmp_path: Path) -> None:
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     disk_offload(model, str(tmp_path), "cpu")
     model = lorasb.patch(model, r=3, target_modules=r"layers\.\d+\.[02]")
-    assert sum(p.numel() for n, p in model.named_parameters() if "lorasb" not in n and not p.is_meta) == 0
+    weights = {name: p for name, p in model.named_parameters() if "lorasb" not in name}
+    assert all(p.is_meta for p in weights.values())
     alive = Alive(model)
     got, report = library_sums(model, batches, loss_fn=loss_of)
     assert report.strategy == "layerwise"
     assert 0 < alive.most <= whole / 10
-    for name, gradient in got.items():
-        assert torch.equal(gradient, want[name]), name
-    assert sum(p.numel() for n, p in model.named_parameters() if "lorasb" not in n and not p.is_meta) == 0
+    check_sums(got, want)
+    assert all(model.get_parameter(name).is_meta for name in weights)
 
 
 class Alive:
@@ -132,13 +118,11 @@ class Alive:
 
 
 def test_an_offloaded_llama_has_plain_autograds_sums() -> None:
-    want = autograd_sums("llama", SINGLES)
     model = make("llama")
     cpu_offload(model, "cpu")
     got, report = library_sums(lorasb.patch(model, r=3), SINGLES)
     assert report.strategy == "layerwise"
-    for name, gradient in got.items():
-        assert torch.equal(gradient, want[name]), name
+    check_sums(got, autograd_sums("llama", SINGLES))
 
 
 @pytest.mark.parametrize(

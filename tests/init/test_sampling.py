@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -67,15 +67,13 @@ def test_a_list_is_drawn_by_rows_without_repetition(rows: list[int], share: floa
     assert len(drawn) == len(set(drawn)) == wanted
 
 
-@pytest.mark.parametrize("kind", ["loader", "list", "stream"])
-def test_too_few_samples_names_both_numbers(kind: str) -> None:
-    data: dict[str, Callable[[], object]] = {
-        "loader": lambda: DataLoader([{"x": torch.zeros(1)}] * 5, batch_size=2),
-        "list": lambda: [{"x": torch.zeros(2)}, {"x": torch.zeros(3)}],
-        "stream": lambda: iter([{"x": torch.zeros(2)}, {"x": torch.zeros(3)}]),
-    }
+FIVE = [{"x": torch.zeros(2)}, {"x": torch.zeros(3)}]
+
+
+@pytest.mark.parametrize("data", [DataLoader([{"x": torch.zeros(1)}] * 5, batch_size=2), FIVE, iter(FIVE)])
+def test_too_few_samples_names_both_numbers(data: object) -> None:
     with pytest.raises(ValueError, match="num_samples=9, but the batches hold 5 samples"):
-        select(data[kind](), 9, seed=0)
+        select(data, 9, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +120,7 @@ def test_first_step_lr(arguments: tuple[object, ...], rate: float) -> None:
         ((1e-4, 0, 100, "published"), "a share of the estimation's batches"),
         ((1e-4, 0.02, 0, "published"), "a share of the estimation's batches"),
         ((1e-4, 0, None, "paper"), "expected rule to be one of schedule, published, got 'paper'"),
+        (("auto", 0.1, 50, "published"), "rule='published' repeats runs at their own rate"),
     ],
 )
 def test_a_first_step_without_a_rate_is_refused(arguments: tuple[object, ...], message: str) -> None:

@@ -6,16 +6,16 @@ import weakref
 
 import pytest
 import torch
-import transformers
-from gradients import autograd_sums, factors, library_sums
-from models import Batch, batches_for, llama, make
+from adapters import layers
+from gradients import autograd_sums, check_sums, factors, library_sums
+from models import Batch, batches_for, llama, make, started
+from tolerances import check_equal
 from torch import Tensor, nn
 
 import lorasb
 from lorasb.init import accumulator, plan, strategies
 from lorasb.init.block_recorder import NotAStackError, Traversal
 from lorasb.init.plan import passes
-from lorasb.layers.linear import LoRASBLinear
 
 FAMILIES = ["llama", "mistral", "gemma2", "qwen3", "phi3", "roberta", "gpt2"]
 
@@ -41,19 +41,20 @@ def test_sums_are_plain_autograds_to_the_bit(family: str, strategy: str) -> None
     got, report = library_sums(family, singles(family), strategy=strategy)
     assert report.strategy == strategy
     assert len(got) == len(report.layers) >= 8
-    for name, gradient in got.items():
-        expected = want[name].t() if family == "gpt2" else want[name]
-        assert torch.equal(gradient, expected), name
+    check_sums({name: gradient.t() for name, gradient in got.items()} if family == "gpt2" else got, want)
+
+
+def check_autograd(got: dict[str, Tensor]) -> None:
+    """To the bit what plain autograd sums over the Llama's samples."""
+    check_sums(got, autograd_sums("llama", singles("llama")))
 
 
 def test_the_last_blocks_of_a_long_stack_go_together_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those blocks are not computed again; the factors are the same bits as when every block is."""
-    config = llama().config
-    config.num_hidden_layers = 14
 
     def start(**options: object) -> tuple[dict[str, Tensor], str, int]:
         torch.manual_seed(0)
-        model = lorasb.patch(transformers.LlamaForCausalLM(config).eval(), r=4)
+        model = lorasb.patch(llama(num_hidden_layers=14).eval(), r=4)
         calls: list[int] = []
         for block in model.base_model.model.model.layers:
             block.register_forward_hook(lambda *_: calls.append(1))
@@ -75,12 +76,10 @@ def test_the_last_blocks_of_a_long_stack_go_together_where_memory_allows(monkeyp
 def test_one_batch_takes_the_signs_without_a_sum(family: str) -> None:
     """dy and x are kept where they are smaller than their product; the report is the same."""
     batch = [{key: value[:1, :6] for key, value in batches_for(family)[0].items()}]
-    reports = []
-    for strategy in ("layerwise", "accumulate"):
-        model = lorasb.patch(make(family), r=4)
-        reports.append((lorasb.initialize(model, batch, lr=1e-3, strategy=strategy, progress=False), factors(model)))
-    (ours, a), (theirs, b) = reports
-    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    (one, ours), (two, theirs) = (
+        started(family, batches=batch, strategy=strategy) for strategy in ("layerwise", "accumulate")
+    )
+    check_equal(factors(one), factors(two))
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         assert mine.energy_grad == pytest.approx(other.energy_grad, abs=1e-5)
         assert mine.zeros == other.zeros
@@ -89,8 +88,7 @@ def test_one_batch_takes_the_signs_without_a_sum(family: str) -> None:
 @pytest.mark.parametrize("room", ["1KB", "250KB", "10GB"])
 def test_as_many_passes_as_the_budget_asks_for_give_the_same(room: str) -> None:
     got, report = library_sums("llama", singles("llama"), strategy="accumulate", memory_budget=room)
-    want = autograd_sums("llama", singles("llama"))
-    assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+    check_autograd(got)
     assert ("14 passes" in report.why) == (room == "1KB")
     assert ("1 passes" in report.why) == (room == "10GB")
 
@@ -102,12 +100,11 @@ def test_passes_go_from_the_last_layer_to_the_first_and_fill_the_room() -> None:
 
 
 def test_blocks_without_targets_are_passed_through() -> None:
-    want = autograd_sums("llama", singles("llama"))
-    for chosen in ([0], [1]):
+    for chosen in (0, 1):
         model = lorasb.patch(make("llama"), r=3, target_modules=["q_proj"], layers_to_transform=chosen)
         got, _ = library_sums(model, singles("llama"), strategy="layerwise")
-        assert list(got) == [f"model.layers.{chosen[0]}.self_attn.q_proj"]
-        assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+        assert list(got) == [f"model.layers.{chosen}.self_attn.q_proj"]
+        check_autograd(got)
 
 
 def test_a_loss_of_several_forwards() -> None:
@@ -133,17 +130,15 @@ def test_under_autocast_blocks_are_computed_as_they_were() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return model(**batch).loss
 
-    found = [
+    layerwise, accumulated = (
         library_sums("llama", singles("llama"), strategy=strategy, loss_fn=loss_fn)[0]
         for strategy in ("layerwise", "accumulate")
-    ]
-    for name, gradient in found[0].items():
-        assert torch.equal(gradient, found[1][name])
+    )
+    check_equal(layerwise, accumulated)
 
 
 def test_the_named_list_of_blocks_is_taken() -> None:
-    model = lorasb.patch(make("llama"), r=3)
-    report = lorasb.initialize(model, singles("llama"), lr=1e-3, blocks="model.layers", progress=False)
+    model, report = started(batches=singles("llama"), blocks="model.layers")
     assert "2 blocks at model.layers" in report.why
     with pytest.raises(NotAStackError, match=r"the model has no list of modules 'model\.towers'"):
         lorasb.initialize(model, singles("llama"), lr=1e-3, blocks="model.towers", strategy="layerwise", progress=False)
@@ -151,20 +146,18 @@ def test_the_named_list_of_blocks_is_taken() -> None:
 
 @pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
 def test_checkpointing_modes_and_configs_are_left_as_found(strategy: str) -> None:
-    model = lorasb.patch(make("llama"), r=4)
-    lorasb.initialize(model, singles("llama"), lr=1e-3, progress=False)
+    model, _ = started(batches=singles("llama"))
     model.gradient_checkpointing_enable()
     model.train()
     model.config.use_cache = model.config.output_hidden_states = True
     before = [getattr(m, "gradient_checkpointing", None) for m in model.modules()]
     state = {name: bool(value) for name, value in vars(model.config).items() if isinstance(value, bool)}
     got, _ = library_sums(model, singles("llama"), strategy=strategy)
-    want = autograd_sums("llama", singles("llama"))
-    assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+    check_autograd(got)
     assert [getattr(m, "gradient_checkpointing", None) for m in model.modules()] == before
     assert {name: bool(value) for name, value in vars(model.config).items() if isinstance(value, bool)} == state
     assert all(module.training for module in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if isinstance(m, LoRASBLinear))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers(model).values())
 
 
 def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +169,8 @@ def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(strategies, "_keep_on_device", keep)
     got, _ = library_sums("llama", singles("llama"), strategy="layerwise")
-    want = autograd_sums("llama", singles("llama"))
     assert len(moved) >= 6  # a boundary a block, and what blocks share beside them
-    assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+    check_autograd(got)
 
 
 @pytest.mark.parametrize(("initialized", "error"), [(False, KeyboardInterrupt), (True, RuntimeError)])
@@ -201,16 +193,14 @@ def test_cut_off_between_blocks_everything_is_as_it_was(
     with pytest.raises(error, match="cut off"):
         lorasb.initialize(model, singles("llama")[1:], lr=2e-3, progress=False)
     assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
-    assert {m.is_initialized("default") for m in model.modules() if isinstance(m, LoRASBLinear)} == {initialized}
+    assert {layer.is_initialized("default") for layer in layers(model).values()} == {initialized}
     assert [p.requires_grad for p in model.parameters()] == flags
     assert torch.is_grad_enabled()
 
 
 def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """And boundaries go as blocks are done: memory does not grow with the number of layers."""
-    config = llama().config
-    config.num_hidden_layers = 6
-    model = lorasb.patch(transformers.LlamaForCausalLM(config), r=3)
+    model = lorasb.patch(llama(num_hidden_layers=6), r=3)
     alive: set[int] = set()
     most, plain = [0], accumulator.LayerSum.__init__
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import Batch, make
+from tolerances import EXACT, Tolerance, check
 from torch import Tensor, nn
 
 import lorasb
@@ -53,6 +54,13 @@ def padded(samples: list[Batch], width: int) -> Batch:
         key: torch.cat([nn.functional.pad(s[key], (0, width - s[key].shape[1]), value=fill) for s in samples])
         for key, fill in rows.items()
     }
+
+
+def check_sums(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: Tolerance = EXACT) -> None:
+    """ΣG of the layers that are there: the same bits, or equal over their largest entry up to the order of additions."""
+    for name, gradient in got.items():
+        scale = 1.0 if tolerance == EXACT else want[name].abs().max()
+        check(gradient / scale, want[name] / scale, tolerance)
 
 
 def library_sums(

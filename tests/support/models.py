@@ -70,6 +70,12 @@ def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float3
     return model
 
 
+def started(family: str = "llama", r: int = 4, **options: object) -> tuple[nn.Module, lorasb.InitReport]:
+    """A new model that is initialized with these options, and the report."""
+    model = lorasb.patch(make(family), r=r)
+    return model, lorasb.initialize(model, **{"batches": batches_for(family), "lr": 1e-3, "progress": False} | options)
+
+
 def logits(model: nn.Module, family: str = "llama") -> Tensor:
     """The model's answer to a fixed batch."""
     batch = batches_for(family, count=1)[0]
