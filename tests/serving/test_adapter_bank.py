@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_models import a_layer, base, inputs, saved, with_basis, with_users
+from basis_models import a_layer, base, inputs, moved_to_bank, reconfigure, saved, with_basis, with_users
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batches_for
@@ -24,7 +23,6 @@ from tolerances import BF16_FEW, EXACT, MERGE, Tolerance, check, check_equal
 from torch import Tensor
 
 import lorasb
-from lorasb.layers.lookup import layers_with
 from lorasb.serving import rows
 from lorasb.serving.bank import zeros_in_huge_pages
 
@@ -34,17 +32,6 @@ NAMES = ("ada", "emmy", "grace")
 def out(model: PeftModel, *names: str) -> Tensor:
     with torch.no_grad():
         return model(**inputs(), adapter_names=list(names)).logits
-
-
-def moved_to_bank(model: PeftModel, **options: object) -> lorasb.AdapterBank:
-    """A bank with copies of the model's adapters on the basis, which leave the model."""
-    model.set_adapter("default")
-    bank = lorasb.AdapterBank(model, **options)
-    for name in NAMES:
-        cores = {n: layer.lorasb_R[name].detach() for n, layer in layers_with(model, name).items()}
-        model.delete_adapter(name)
-        bank.add(name, cores)
-    return bank
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, MERGE), (torch.bfloat16, BF16_FEW)])
@@ -148,9 +135,7 @@ def test_those_used_least_recently_wait_in_host_memory_and_come_back() -> None:
     resident=st.sampled_from([None, 1, 3]),
 )
 @settings(max_examples=30, deadline=None)
-def test_any_order_of_coming_and_going_keeps_every_adapters_values(
-    steps: list[tuple[str, int]], resident: int | None
-) -> None:
+def test_any_order_of_coming_and_going_keeps_values(steps: list[tuple[str, int]], resident: int | None) -> None:
     bank = lorasb.AdapterBank(with_basis(), block=2, resident=resident)
     expected: dict[str, float] = {}
     for step, (kind, i) in enumerate(steps):
@@ -262,8 +247,7 @@ def test_files_with_more_than_r_are_left_out_and_another_scaling_is_taken_along(
     want = out(model, "ada", "ada")
     for name in ("more", "odd"):
         shutil.copytree(tmp_path / "ada", tmp_path / name)
-    file = tmp_path / "ada" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling": 3.0}))
+    reconfigure(tmp_path / "ada", scaling=3.0)
     file = tmp_path / "more" / "adapter_model.safetensors"
     save_file(load_file(file) | {"score.weight": torch.ones(2)}, file)
     header = b'{"a":{"dtype":"X32","shape":[1],"data_offsets":[0,4]}}'

@@ -1,4 +1,4 @@
-"""One basis for several adapters: what it keeps against plain SVDs in fp64, projection of LoRAs, and refusals."""
+"""One basis for several adapters or tasks: what it keeps against plain SVDs in fp64, projection of LoRAs, and refusals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_models import a_layer, answer, base, fill, with_basis
-from models import logits, make
+from basis_models import a_layer, answer, base, fill, with_basis, with_users
+from models import batches_for, logits, make
 from peft import LoraConfig, PeftModel, get_peft_model
 from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
 from torch import Tensor
@@ -26,10 +26,6 @@ def two(rank: int = 4) -> PeftModel:
     return model
 
 
-def deltas(model: PeftModel, name: str) -> dict[str, Tensor]:
-    return {layer: module.get_delta_weight(name).double() for layer, module in layers_with(model, name).items()}
-
-
 def test_a_basis_of_twice_the_rank_keeps_everything() -> None:
     model = two()
     wanted = {name: answer(model, name) for name in ("ada", "grace")}
@@ -44,18 +40,19 @@ def test_a_basis_of_twice_the_rank_keeps_everything() -> None:
 
 def test_each_r_is_the_projection_and_the_shares_are_what_it_keeps() -> None:
     model = two()
-    before = {name: deltas(model, name) for name in ("ada", "grace")}
+    former = copy.deepcopy(model)
     shares = lorasb.share_basis(model, ["ada", "grace"], "both")
     for name in ("ada", "grace"):
         kept = total = 0.0
         for layer, module in layers_with(model, name).items():
             b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()
             check(b.t() @ b, torch.eye(4, dtype=torch.float64), ORTHONORMAL)
-            want = b @ (b.t() @ before[name][layer] @ a.t()) @ a
+            delta = layers_with(former, name)[layer].get_delta_weight(name).double()
+            want = b @ (b.t() @ delta @ a.t()) @ a
             check(module.get_delta_weight(name), want, EXPORT)
-            share = float(want.square().sum() / before[name][layer].square().sum())
+            share = float(want.square().sum() / delta.square().sum())
             assert abs(share - shares.by_layer[name][layer]) < 1e-5
-            kept, total = kept + float(want.square().sum()), total + float(before[name][layer].square().sum())
+            kept, total = kept + float(want.square().sum()), total + float(delta.square().sum())
         assert abs(kept / total - shares.overall[name]) < 1e-5
         assert 0.2 < shares.overall[name] < 0.95  # half of the directions of two adapters that have none in common
 
@@ -182,3 +179,68 @@ def test_patterns_of_alpha_are_pefts_and_other_tensors_are_refused(tmp_path: Pat
     lora(tmp_path / "head", modules_to_save=["norm"])
     with pytest.raises(ValueError, match=r"linear layers and nothing else in .*norm"):
         lorasb.project(model, tmp_path / "head", "mine", most_lost=1.0)
+
+
+TASKS = {"math": batches_for("llama")[:1], "code": batches_for("llama")[1:2]}
+
+
+def started(batches: object) -> tuple[PeftModel, lorasb.InitReport]:
+    model = lorasb.patch(base(), r=4)
+    return model, lorasb.initialize(model, batches, lr=1e-3, progress=False)
+
+
+def test_each_task_has_the_projection_of_its_own_start() -> None:
+    model, report = started(TASKS)
+    assert set(model.peft_config) == {"math", "code", "default"}
+    assert model.active_adapters == ["default"]
+    assert not a_layer(model).lorasb_R["default"].any()
+    for task, batches in TASKS.items():
+        alone, _ = started(batches)
+        kept = total = 0.0
+        for layer, module in layers_with(model, task).items():
+            assert module.lorasb_A[task] is module.lorasb_A["default"]
+            delta = layers_with(alone, "default")[layer].get_delta_weight("default").double()
+            b, a = module.lorasb_B[task].double(), module.lorasb_A[task].double()
+            check(module.lorasb_R[task], b.t() @ delta @ a.t(), EXPORT)
+            kept += float((b.t() @ delta @ a.t()).square().sum())
+            total += float(delta.square().sum())
+        assert abs(report.shares.overall[task] - kept / total) < 1e-4
+        assert report.tasks[task].num_samples == len(batches[0]["input_ids"])
+    assert "the shared basis keeps\n  math: " in str(report)
+
+
+def test_tasks_train_in_one_batch() -> None:
+    model, _ = started(TASKS)
+    model.base_model.set_adapter(["math", "code"])
+    model.train()
+    batch = batches_for("llama")[2]
+    before = model(**batch, adapter_names=["math", "code"]).loss
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(**batch, adapter_names=["math", "code"]).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < before
+
+
+def test_tasks_that_cannot_be_are_refused_and_leave_the_model() -> None:
+    model = lorasb.patch(base(), r=4)
+    for tasks, options, message in (
+        ({"math": batches_for("llama")}, {}, "two tasks or more, with names that no adapter has: got 1"),
+        ({"default": [], "code": []}, {}, "an adapter 'default' is there already"),
+        ({"copy": [], "code": []}, {}, "expected a name without dots for each adapter"),
+        (TASKS, {"cache": "signs.safetensors"}, "initialize several tasks without it"),
+        (TASKS, {"lr": None}, "takes batches and lr > 0"),
+        (TASKS | {"code": []}, {}, "."),  # of the second task, whatever it says
+    ):
+        with pytest.raises(ValueError, match=message):
+            lorasb.initialize(model, tasks, **{"lr": 1e-3, "progress": False} | options)
+    assert list(model.peft_config) == ["default"]
+    assert not a_layer(model).adapters["default"].initialized
+    based = with_users("ada")
+    core, factor = a_layer(based).lorasb_R["ada"].clone(), a_layer(based).lorasb_A["ada"].clone()
+    with pytest.raises(ValueError, match="'default' is the basis of ada, whose R would mean nothing"):
+        lorasb.initialize(based, TASKS, lr=1e-3, adapter_name="default", progress=False)
+    assert torch.equal(core, a_layer(based).lorasb_R["ada"])
+    assert torch.equal(factor, a_layer(based).lorasb_A["ada"])

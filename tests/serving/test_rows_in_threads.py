@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from basis_models import inputs, with_users
+from basis_models import inputs, moved_to_bank, with_users
 from linear_groups import groups
 from models import batches_for
 from peft import PeftModel
@@ -35,11 +35,7 @@ def test_each_thread_has_its_own_rows(in_bank: bool, interval: float) -> None:
     """Also where batches begin and end in other threads at every few instructions of this one."""
     model = with_users(*NAMES, target_modules="all-linear")
     if in_bank:
-        bank = lorasb.AdapterBank(model)
-        cores = {name: bank._of_model(name) for name in NAMES}
-        for name in NAMES:
-            model.delete_adapter(name)
-            bank.add(name, cores[name])
+        moved_to_bank(model)
     wanted = [call(model, names) for names in CALLS]
     barrier = threading.Barrier(len(CALLS))
 

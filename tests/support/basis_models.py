@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.constants import WEIGHTS_NAME
+from lorasb.constants import CONFIG_NAME, WEIGHTS_NAME
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
 
@@ -44,6 +45,17 @@ def with_users(*names: str, **options: Any) -> Any:
     return model
 
 
+def moved_to_bank(model: Any, **options: Any) -> lorasb.AdapterBank:
+    """A bank with copies of the model's adapters on the basis, which leave the model."""
+    model.set_adapter("default")
+    bank = lorasb.AdapterBank(model, **options)
+    for name in [name for name in model.peft_config if name != "default"]:
+        cores = {n: layer.lorasb_R[name].detach() for n, layer in layers_with(model, name).items()}
+        model.delete_adapter(name)
+        bank.add(name, cores)
+    return bank
+
+
 def saved(folder: Path, *names: str) -> Any:
     """The model, and a folder of the adapters: "default" itself and a subfolder for each other one."""
     model = with_users(*names)
@@ -69,6 +81,12 @@ def rewrite(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor | Non
     changed = tensors | change(*next(item for item in tensors.items() if item[0].endswith("lorasb_R")))
     kept = {key: value.contiguous() for key, value in changed.items() if value is not None}
     save_file(kept, file, metadata={"format": "pt"})
+
+
+def reconfigure(folder: Path, **fields: object) -> None:
+    """Change fields of an adapter's configuration."""
+    file = folder / CONFIG_NAME
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def a_layer(model: nn.Module, name: str = "default") -> LoRASBLinear:
