@@ -1,13 +1,10 @@
-"""Saving and loading: exact, checked, and whole or not at all."""
+"""Saving and loading: exact, checked, whole or not at all, and on the base that an adapter was made on."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +15,11 @@ import pytest
 import torch
 import transformers
 from adapters import layers
-from models import batches_for, logits, make, patched
+from basis_models import reconfigure
+from models import batches_for, llama, logits, make, patched
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from tolerances import check_equal
+from torch import Tensor
 
 import lorasb
 from lorasb.checkpoints.adapter_file import group_by_layer, read_config, read_tensors
@@ -35,10 +34,6 @@ def edit(folder: Path, change: Callable[[Any], Any]) -> None:
     save_file(tensors, folder / WEIGHTS)
 
 
-def set_fields(folder: Path, **fields: object) -> None:
-    write_json(folder / CONFIG, json.loads((folder / CONFIG).read_text()) | fields)
-
-
 @pytest.mark.parametrize("ranks", [{"k_proj": 2}, {"q_proj": 8, ".*": 4}], ids=str)  # whose order counts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -47,9 +42,7 @@ def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: 
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(again), logits(model))
-    want, got = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(again)
-    assert want.keys() == got.keys()
-    assert all(torch.equal(value, got[key]) and value.dtype == got[key].dtype for key, value in want.items())
+    check_equal(*(dict(peft.get_peft_model_state_dict(one)) for one in (again, model)))
 
 
 def test_auto_peft_model_reloads_exactly(tmp_path: Path) -> None:
@@ -115,6 +108,24 @@ def make_plain_lora(tensors: dict[str, Tensor]) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(64, 4)
 
 
+def rename(tensors: dict[str, Tensor], change: Callable[[str], str]) -> None:
+    found = {change(key): value for key, value in tensors.items()}
+    tensors.clear()
+    tensors.update(found)
+
+
+PREFIX = "base_model.model."
+IGNORED = r"the adapter file has '.*' and \d+ more, expected factors"
+UNNAMED = r"the adapter file has 'base_model.*expected factors of adapted layers"
+LAYER = "model.layers.0.self_attn.q_proj.base_layer"
+FOREIGN = {  # which PEFT loads into the base, where `disable_adapter()` does not take it back
+    "model.norm.weight": (64,),
+    f"{LAYER}.weight": (64, 64),
+    "model.embed_tokens.weight": (99, 64),
+    "lm_head.weight": (99, 64),
+    f"{LAYER}.bias": (4,),
+    "model.warp": (4,),
+}
 DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "R in 16 bits": (lambda t: t.update({R: t[R].bfloat16()}), r"lorasb_R of layer .* is torch\.bfloat16 in the adapter file, expected one of torch\.float32"),
     "NaN": (lambda t: t[B][0, :1].fill_(float("nan")), r"lorasb_B of layer .* has NaN or Inf values in the adapter file"),
@@ -123,6 +134,10 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "dtype": (lambda t: t.update({A: torch.zeros(4, 64, dtype=torch.int32)}), r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected one of"),
     "extra": (lambda t: t.update({key.replace("layers.1", "layers.7"): torch.zeros(4, 4) for key in (A, R, B)}), r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
     "mislabeled": (make_plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
+    # PEFT would ignore these, and leave the model as the bare base, without a word
+    "without the prefix": (lambda t: rename(t, lambda key: key.removeprefix(PREFIX)), IGNORED),
+    "another adapter's": (lambda t: rename(t, lambda key: f"{key}.other"), IGNORED),
+    **{name: (lambda t, name=name: t.update({PREFIX + name: torch.full(FOREIGN[name], 3.0)}), UNNAMED) for name in FOREIGN},
 }  # fmt: skip
 
 
@@ -131,11 +146,10 @@ def test_a_damaged_file_says_what_is_wrong_and_leaves_the_base_as_it_was(saved: 
     change, message = DAMAGE[name]
     edit(saved, change)
     base = make("llama")
-    answer = logits(base)
     with pytest.raises(ValueError, match=message):
         peft.PeftModel.from_pretrained(base, saved)
     assert not layers(base)
-    assert torch.equal(logits(base), answer)
+    check_equal(dict(base.state_dict()), dict(make("llama").state_dict()))
 
 
 @pytest.mark.parametrize("adapter", ["default", "second"])
@@ -181,10 +195,13 @@ def test_a_truncated_file_is_refused_and_the_base_stays(saved: Path, share: floa
         read_tensors(saved)
 
 
-def test_configs_that_cannot_be_read_say_why(saved: Path) -> None:
+def test_a_config_of_the_future_is_read_with_a_warning_and_those_that_cannot_be_say_why(saved: Path) -> None:
+    reconfigure(saved, warp=9)
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['warp'\]"):
+        assert lorasb.LoRASBConfig.from_pretrained(str(saved)).r == 4
     with pytest.raises(ValueError, match=r"expected an adapter folder with adapter_config\.json"):
         read_config(saved / "nothing")
-    set_fields(saved, peft_type="LORA")
+    reconfigure(saved, peft_type="LORA")
     with pytest.raises(ValueError, match="holds an adapter of type 'LORA', expected 'LORASB'"):
         read_config(saved)
     (saved / CONFIG).write_text("{")
@@ -192,89 +209,35 @@ def test_configs_that_cannot_be_read_say_why(saved: Path) -> None:
         read_config(saved)
 
 
-def test_a_config_of_the_future_is_read_with_a_warning(saved: Path) -> None:
-    set_fields(saved, warp=9)
-    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['warp'\]"):
-        assert lorasb.LoRASBConfig.from_pretrained(str(saved)).r == 4
-
-
 def test_a_save_killed_half_way_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
-    """Saves over and over in forks of another process, kills them at random moments, and looks at what is there."""
-    code = textwrap.dedent(f"""
-        import os, sys; sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
-        import torch, models
-        torch.set_num_threads(1)
-        model = models.patched(r=16)
-        model.save_pretrained({str(tmp_path)!r})
-        for _ in sys.stdin:
-            child = os.fork()
-            if child == 0: print(os.getpid(), flush=True)
-            while child == 0:
-                with torch.no_grad():
-                    for name, p in model.named_parameters():
-                        if "lorasb_R" in name: p.add_(1.0)
-                model.save_pretrained({str(tmp_path)!r})
-            os.waitpid(child, 0)
-            print("ended", flush=True)
-    """)
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
-        for pause in (0.0, 0.013, 0.031, 0.077):
-            print("again", file=process.stdin, flush=True)
-            child = int(process.stdout.readline())
-            time.sleep(pause)
-            os.kill(child, signal.SIGKILL)
-            assert process.stdout.readline().strip() == "ended"
-            assert len(group_by_layer(read_tensors(tmp_path))) == 14
-            again = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
-            assert isinstance(again, nn.Module)
+    """Saves over and over in forks, kills them at random moments, and looks at what is there."""
+    model = patched(r=16)
+    model.save_pretrained(tmp_path)
+    for pause in (0.0, 0.013, 0.031, 0.077):
+        child = os.fork()
+        if child == 0:
+            save_until_killed(model, tmp_path)
+        time.sleep(pause)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status)
+        assert len(group_by_layer(read_tensors(tmp_path))) == 14
+        assert layers(peft.PeftModel.from_pretrained(make("llama"), tmp_path))
 
 
-LAYER = "model.layers.0.self_attn.q_proj.base_layer"
-FOREIGN = (
-    "model.norm.weight",
-    f"{LAYER}.weight",
-    "model.embed_tokens.weight",
-    "lm_head.weight",
-    f"{LAYER}.bias",
-    "model.warp",
-)
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_key_that_the_config_does_not_name_is_refused(saved: Path, name: str) -> None:
-    """PEFT loads it into the base, where `disable_adapter()` does not take it back."""
-    key, base = f"base_model.model.{name}", make("llama")
-    before = {n: p.clone() for n, p in base.state_dict().items()}
-    parameters = dict(lorasb.patch(make("llama"), r=4).named_parameters())
-    shape = parameters[key].shape if key in parameters else (4,)
-    edit(saved, lambda tensors: tensors.update({key: torch.full(shape, 3.0)}))
-    with pytest.raises(ValueError, match=r"the adapter file has 'base_model.*expected factors of adapted layers"):
-        peft.PeftModel.from_pretrained(base, saved)
-    assert base.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[n]) for n, value in base.state_dict().items())
-
-
-@pytest.mark.parametrize("rename", ["without the prefix", "another adapter's"])
-def test_keys_that_peft_would_ignore_are_refused(saved: Path, rename: str) -> None:
-    """They left the model as the bare base, without a word."""
-    other = rename == "another adapter's"
-    found = load_file(saved / WEIGHTS).items()
-    changed = {f"{key}.other" if other else key.removeprefix("base_model.model."): value for key, value in found}
-    save_file(changed, saved / WEIGHTS)
-    base = make("llama")
-    with pytest.raises(ValueError, match=r"the adapter file has '.*' and \d+ more, expected factors"):
-        peft.PeftModel.from_pretrained(base, saved)
-    assert not layers(base)
+def save_until_killed(model: peft.PeftModel, folder: Path) -> None:
+    """Save an adapter that changes all the time, until this process is killed."""
+    try:
+        while True:
+            for layer in layers(model).values():
+                layer.lorasb_R["default"].data.add_(1.0)
+            model.save_pretrained(folder)
+    finally:
+        os._exit(1)
 
 
 def test_two_keys_for_one_factor_are_refused(saved: Path) -> None:
-    def twice(tensors: dict[str, Tensor]) -> None:
-        key = next(key for key in tensors if key.endswith("lorasb_R"))
-        tensors[key.removeprefix("base_model.model.")] = 2 * tensors[key]
-
-    edit(saved, twice)
+    edit(saved, lambda tensors: tensors.update({R.removeprefix(PREFIX): 2 * tensors[R]}))
     for read in (read_tensors, lambda folder: peft.PeftModel.from_pretrained(make("llama"), folder)):
         with pytest.raises(ValueError, match=r"expected one lorasb_R for layer '.*', got a second one as"):
             read(saved)
@@ -291,23 +254,25 @@ def test_embeddings_that_peft_saved_beside_the_adapter_are_left_out(saved: Path)
     assert torch.equal(peft.PeftModel.from_pretrained(base, saved).get_input_embeddings().weight, own)
 
 
-@pytest.mark.parametrize("field", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}])
-def test_trained_modules_without_weights_leave_the_base_as_it_was(saved: Path, field: dict[str, object]) -> None:
-    set_fields(saved, **field)
-    base = make("llama")
-    with pytest.raises(ValueError, match=r"expected (its weights|their rows) in the adapter file, got none"):
+STALLS = "(.*.*)*zzz(a+)+$"
+FIELDS: list[tuple[str, Any, str]] = [
+    ("modules_to_save", ["lm_head"], "expected its weights in the adapter file, got none"),  # they are not in it
+    ("trainable_token_indices", [3], "expected their rows in the adapter file, got none"),
+    ("target_modules", STALLS, "target_modules: expected no repeated group"),
+    ("exclude_modules", STALLS, "exclude_modules: expected no repeated group"),
+    ("rank_pattern", {STALLS: 4}, "rank_pattern: expected no repeated group"),
+    ("modules_to_save", [STALLS], "modules_to_save: expected no repeated group"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), FIELDS)
+def test_fields_that_do_not_fit_the_file_or_stall_a_load(saved: Path, field: str, value: Any, message: str) -> None:
+    reconfigure(saved, **{field: value})
+    base, started = make("llama"), time.perf_counter()
+    with pytest.raises(ValueError, match=message):
         peft.PeftModel.from_pretrained(base, saved)
-    assert not layers(base)
-
-
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
-def test_a_pattern_of_a_file_cannot_stall_a_load(saved: Path, field: str) -> None:
-    pattern = "(.*.*)*zzz(a+)+$"
-    set_fields(saved, **{field: {"rank_pattern": {pattern: 4}, "modules_to_save": [pattern]}.get(field, pattern)})
-    started = time.perf_counter()
-    with pytest.raises(ValueError, match=rf"{field}: expected no repeated group"):
-        peft.PeftModel.from_pretrained(make("llama"), saved)
     assert time.perf_counter() - started < 5
+    assert not layers(base)
 
 
 def resized(folder: Path) -> Any:
@@ -355,3 +320,41 @@ def test_an_adapted_embedding_loads_on_a_base_in_another_precision(tmp_path: Pat
     model = lorasb.patch(make("llama", dtype=torch.float16), r=4, target_modules=["embed_tokens"], init="kaiming")
     model.save_pretrained(tmp_path)
     peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16), tmp_path)
+
+
+def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) -> None:
+    base = make("llama", seed=1)
+    answer = logits(base)
+    message = r"this base is another one: 16 of 16 sampled weights of .*folder, check_base=False\)"
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(base, saved)
+    assert torch.equal(logits(base), answer)
+    assert not layers(base)
+    with pytest.raises(ValueError, match="this base is another one"):
+        make("llama", seed=1).load_adapter(str(saved))
+    for number, config in enumerate((None, lorasb.LoRASBConfig.from_pretrained(str(saved), check_base=False))):
+        base, again = make("llama", seed=1), saved.parent / f"again-{number}"
+        options = {"check_base": False} if config is None else {"config": config}
+        meant = peft.PeftModel.from_pretrained(base, saved, **options)
+        meant.save_pretrained(again)
+        want = logits(meant)
+        values = json.loads((again / CONFIG).read_text())
+        assert values["base_fingerprint"] is None
+        assert not {"check_base", "init_seed"} & set(values)
+        assert torch.equal(logits(peft.PeftModel.from_pretrained(make("llama", seed=1), again)), want)
+
+
+def test_an_adapter_saved_without_a_fingerprint_loads_on_any_base(tmp_path: Path) -> None:
+    patched("llama", check_base=False).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base_fingerprint"] is None
+    peft.PeftModel.from_pretrained(make("llama", seed=1), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Already found")
+def test_a_base_of_another_size_is_refused(saved: Path) -> None:
+    with pytest.raises(ValueError, match="this base is another one"):
+        peft.PeftModel.from_pretrained(llama(hidden_size=32), saved)
+
+
+def test_the_same_base_in_another_precision_is_the_same_base(saved: Path) -> None:
+    peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16), saved)

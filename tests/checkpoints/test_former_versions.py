@@ -23,7 +23,6 @@ from lorasb.layers.lookup import adapted_layers
 
 FILES = Path(__file__).parents[1] / "data" / "v0.1.0"
 LATER_FILES = FILES.parent / "v0.2.0"
-FACTOR_FILES = ("adapter", "initialized", "checkpoint-4")
 LAYERS = 14  # of two Llama blocks
 
 
@@ -47,7 +46,7 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("folder", FACTOR_FILES)
+@pytest.mark.parametrize("folder", ["adapter", "initialized", "checkpoint-4"])
 def test_an_adapter_loads_to_the_bit(folder: str) -> None:
     want = load_file(FILES / folder / "adapter_model.safetensors")
     if (FILES / folder / "lorasb_factors.safetensors").is_file():
@@ -56,11 +55,6 @@ def test_an_adapter_loads_to_the_bit(folder: str) -> None:
     assert len(found) == 3 * LAYERS
     for name, value in found.items():
         assert torch.equal(value, want[name]), name
-
-
-def test_a_trained_adapter_is_not_the_initialized_one() -> None:
-    first, second = (load_file(FILES / name / "adapter_model.safetensors") for name in FACTOR_FILES[:2])
-    assert all(torch.equal(first[name], value) == ("lorasb_R" not in name) for name, value in second.items())
 
 
 @pytest.mark.parametrize(
