@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
-import textwrap
 from pathlib import Path
 
 import peft
@@ -15,8 +13,7 @@ import torch
 import transformers
 from adapters import adapted, layers, trained
 from huggingface_hub.errors import StrictDataclassError
-from models import SIZES, batches_for, logits, make, patched
-from processes import python
+from models import SIZES, batches_for, logits, make
 from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
@@ -33,19 +30,6 @@ def test_a_classification_head_is_trained_whole_and_never_adapted() -> None:
         assert any("classifier.modules_to_save.default.out_proj" in name for name in names)
         assert all("lorasb_R.default" in name or "modules_to_save" in name for name in names)
         assert not any("classifier" in name for name in adapted(model))
-
-
-def test_a_classification_model_saves_its_head_and_merges(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    model = patched("roberta")
-    with torch.no_grad():
-        model.base_model.model.classifier.modules_to_save["default"].out_proj.bias.add_(1.0)
-    want = logits(model, "roberta")
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(make("roberta"), tmp_path)
-    assert torch.equal(logits(again, "roberta"), want)
-    merged = model.merge_and_unload()
-    assert isinstance(merged, transformers.RobertaForSequenceClassification)
-    tolerances.check(logits(merged, "roberta"), want, tolerances.MERGE)
 
 
 @pytest.mark.parametrize("kind", ["DistilBert", "XLNet", "Llama"])
@@ -141,20 +125,7 @@ def test_every_head_of_transformers_is_trained_whole(task: str) -> None:
     assert count >= 1
 
 
-def saved_elsewhere(folder: Path, kind: str) -> str:
-    """Loads the base and the adapter in another process; the answer to a fixed input, as text."""
-    code = textwrap.dedent(f"""
-        import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
-        import peft, torch, transformers, models, lorasb
-        base = transformers.{kind}.from_pretrained({str(folder / "base")!r}, num_labels=3)
-        model = peft.PeftModel.from_pretrained(base, {str(folder / "adapter")!r}).eval()
-        with torch.no_grad():
-            print(model(**models.batches_for("bert", count=1)[0]).logits.flatten().tolist())
-    """)
-    return python("-W", "ignore", "-c", code)
-
-
-def test_another_process_loads_an_adapter_over_a_pooler_that_is_new_at_every_load(tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_over_a_pooler_that_is_new_at_every_load(tmp_path: Path) -> None:
     transformers.DebertaV2Model(make("deberta").config).save_pretrained(tmp_path / "base")
     kind = "DebertaV2ForSequenceClassification"
     base = getattr(transformers, kind).from_pretrained(tmp_path / "base", num_labels=3)
@@ -167,8 +138,12 @@ def test_another_process_loads_an_adapter_over_a_pooler_that_is_new_at_every_loa
     model(**batches_for("deberta")[0]).loss.backward()
     optimizer.step()
     model.eval().save_pretrained(tmp_path / "adapter")
-    found = torch.tensor(json.loads(saved_elsewhere(tmp_path, kind)))
-    tolerances.check(found, logits(model, "deberta").flatten(), tolerances.MERGE)
+    torch.manual_seed(7)  # as another process draws its own
+    other = getattr(transformers, kind).from_pretrained(tmp_path / "base", num_labels=3)
+    again = peft.PeftModel.from_pretrained(other, tmp_path / "adapter").eval()
+    tolerances.check(logits(again, "deberta"), logits(model, "deberta"), tolerances.MERGE)
+    pooler = again.base_model.model.pooler.dense
+    assert not torch.equal(pooler.original_module.weight, pooler.modules_to_save["default"].weight)
 
 
 @pytest.mark.parametrize("brought", [True, False])

@@ -8,7 +8,6 @@ import peft
 import pytest
 import tolerances
 import torch
-from accelerate import cpu_offload
 from adapters import layers, trained
 from models import batches_for, logits, make, patched
 
@@ -78,10 +77,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         torch.manual_seed(5)
         model(**batches_for("llama")[0]).loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        assert torch.equal(found[1][name], gradient), name
-        assert torch.equal(found[2][name], gradient), name
+    tolerances.check_equal(found[1], found[0])
+    tolerances.check_equal(found[2], found[0])
 
 
 def test_a_failed_second_adapter_leaves_the_first() -> None:
@@ -112,13 +109,3 @@ def test_a_merged_quantized_base_takes_what_it_took_before() -> None:
     model.merge_adapter()
     assert layer(x).dtype == before.dtype == torch.float32
     tolerances.check(layer(x) / before.abs().max(), before / before.abs().max(), tolerances.HALF_FEW)
-
-
-def test_an_offloaded_base_gets_the_same_adapter_and_is_merged() -> None:
-    want = patched()
-    base = make("llama")
-    cpu_offload(base, "cpu")
-    model = lorasb.patch(base, r=4)
-    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    tolerances.check(logits(model), logits(want), tolerances.MERGE)
-    tolerances.check(logits(model.merge_and_unload()), logits(want.merge_and_unload()), tolerances.EXPORT)

@@ -1,16 +1,26 @@
-"""`lorasb.patch`: a model of any family in, a PeftModel out; what cannot be patched says why and stays as it was."""
+"""`lorasb.patch`: a model of any family in, a PeftModel out.
+
+Which layers are adapted, at which rank, and for which task; what cannot be adapted or trained says why and stays as it was.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from adapters import adapted, layers, trained
-from models import FAMILIES, llama, logits, make
+from gradients import factors
+from models import FAMILIES, SIZES, llama, logits, make, text
+from tolerances import check_equal
 from torch import nn
+from trainer_runs import train
 
 import lorasb
 
@@ -26,7 +36,11 @@ def test_without_arguments_all_layers_but_heads_are_adapted_at_rank_64_or_their_
     model = lorasb.patch(make(family))
     found = layers(model)
     assert found
-    assert {m.r["default"] for m in found.values()} == {min(64, m.in_features, m.out_features) for m in found.values()}
+    ranks = {name: layer.r["default"] for name, layer in found.items()}
+    assert ranks == {name: min(64, layer.in_features, layer.out_features) for name, layer in found.items()}
+    saved = model.peft_config["default"]
+    assert saved.r == 64
+    assert set(saved.rank_pattern.values()) == set(ranks.values()) - {64}
     heads = {"classifier", "score", "lm_head"}
     assert not any(set(name.split(".")) & heads for name in found)
     model.print_trainable_parameters()
@@ -40,12 +54,12 @@ def test_patch_is_get_peft_model() -> None:
     assert type(first) is type(second) is type(third)
     assert adapted(first) == adapted(second) == adapted(third) != set()
     assert trained(first) == trained(second) == trained(third)
+    with pytest.raises(TypeError, match="expected a config or fields, got both: put r into the config"):
+        lorasb.patch(nn.Linear(4, 4), config, r=4)
 
 
 BAD_VALUES: dict[str, dict[str, object]] = {
-    r"rank 33 is more than layer 'model\.layers\.0\.self_attn\.k_proj' allows: .*= 32.*rank_pattern=\{'k_proj': 32\}": {
-        "r": 33
-    },
+    r"rank 33 is more than layer '.*\.0\.self_attn\.k_proj' allows: .*= 32.*rank_pattern=\{'k_proj': 32\}": {"r": 33},
     r"rank 40 is more than layer .*v_proj": {"r": 4, "rank_pattern": {"v_proj": 40}},
     "r must be a positive integer, got 0": {"r": 0},
     "r must be a positive integer, got -3": {"r": -3},
@@ -79,9 +93,7 @@ BAD_PATCHES = [
 
 @pytest.mark.parametrize(("fields", "kind", "message"), BAD_PATCHES, ids=lambda one: str(one) * isinstance(one, dict))
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_a_failed_patch_says_why_and_leaves_the_model_as_it_was(
-    fields: dict[str, Any], kind: type[Exception], message: str
-) -> None:
+def test_a_failed_patch_says_why(fields: dict[str, Any], kind: type[Exception], message: str) -> None:
     model = make("llama")
     before, answer = snapshot(model), logits(model)
     with pytest.raises(kind, match=message):
@@ -101,11 +113,6 @@ def test_one_configuration_serves_several_models() -> None:
     again = lorasb.patch(lorasb.patch(make("llama"), config).unload(), config)
     assert adapted(again)
     assert adapted(peft.get_peft_model(make("gpt2"), config))
-
-
-def test_a_config_and_fields_together_are_refused() -> None:
-    with pytest.raises(TypeError, match="expected a config or fields, got both: put r into the config"):
-        lorasb.patch(nn.Linear(4, 4), lorasb.LoRASBConfig(), r=4)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")
@@ -142,3 +149,187 @@ def test_a_weight_that_two_modules_share_is_not_merged_into(both: bool) -> None:
             merge()
     assert torch.equal(model.base_model.model["one"].base_layer.weight, before)
     assert not torch.nn.utils.parametrize.is_parametrized(model.unload()["one"])
+
+
+BATCHES = [text(1, 8, seed) for seed in range(2)]
+LORA = peft.LoraConfig(r=4, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
+def test_a_compiled_model_is_patched_first(way: str) -> None:
+    model = make("llama")
+    compiled = torch.compile(model, backend="eager") if way == "torch.compile" else model
+    if way == "model.compile":
+        model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"not compiled yet.*torch\.compile\(lorasb\.patch\(model\)\)"):
+        lorasb.patch(compiled)
+    assert not layers(model)
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
+def test_a_patched_model_may_be_initialized_after_it_was_compiled(way: str) -> None:
+    plain, model = lorasb.patch(make("llama"), r=4), lorasb.patch(make("llama"), r=4)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter) if way == "torch.compile" else model
+    if way == "model.compile":
+        model.compile(backend=counter)
+    lorasb.initialize(compiled, BATCHES, lr=1e-3, progress=False)
+    assert counter.frame_count == 0
+    lorasb.initialize(plain, BATCHES, lr=1e-3, progress=False)
+    check_equal(factors(model), factors(plain))
+
+
+def test_adapters_of_different_kinds_do_not_mix() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match="different peft types"):
+        model.add_adapter("second", LORA)
+    with pytest.raises(ValueError, match="different peft types"):
+        peft.get_peft_model(make("llama"), LORA).add_adapter("second", lorasb.LoRASBConfig(r=4))
+    with pytest.raises(ValueError, match=r"without adapters.*add_adapter"):
+        lorasb.patch(peft.get_peft_model(make("llama"), LORA))
+    with pytest.raises(ValueError, match="PeftMixedModel"):
+        peft.get_peft_model(make("llama"), lorasb.LoRASBConfig(r=4), mixed=True)
+
+
+def test_nothing_that_requires_a_gradient(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4).requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"nothing of it will train.*model\.set_adapter\('default'\)"):
+        lorasb.initialize(model, BATCHES, lr=1e-3, progress=False)
+    with pytest.raises(ValueError, match=r"no parameter requires a gradient.*set_adapter"):
+        lorasb.parameter_groups(model, lr=1e-3)
+    with pytest.raises(ValueError, match=r"no parameter requires a gradient: patch the model \(lorasb\.patch\)"):
+        lorasb.parameter_groups(make("llama").requires_grad_(False), lr=1e-3)
+    frozen = lorasb.patch(make("llama"), r=4).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing would train: model\.set_adapter\('default'\)"):
+        train(frozen, tmp_path, [lorasb.InitCallback()])
+
+
+def test_factors_lie_where_their_layer_does() -> None:
+    """A model on several devices: here one block is on the meta device."""
+    base = make("llama")
+    base.model.layers[1].to("meta")
+    model = lorasb.patch(base, r=4)
+    for layer in layers(model).values():
+        assert len({p.device for p in (layer.base_layer.weight, *layer.parameters())}) == 1
+
+
+def test_a_block_on_another_device_gets_its_input_there() -> None:
+    """Initialization moves a block's recorded inputs as the model's own forward does, by accelerate's hooks."""
+    plain, model = lorasb.patch(make("llama"), r=4), lorasb.patch(make("llama"), r=4)
+    blocks: nn.ModuleList = model.get_base_model().model.layers
+    for block in blocks:
+        add_hook_to_module(block, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    for each in (plain, model):
+        lorasb.initialize(each, BATCHES, lr=1e-3, progress=False)
+    check_equal(factors(model), factors(plain))
+
+
+ALL = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+O_OF_A_LAYER = {"target_modules": ["o_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}
+TARGETS = {
+    "list": ({"target_modules": ["q_proj", "v_proj"]}, {"self_attn.q_proj", "self_attn.v_proj"}, {0, 1}),
+    "regex": ({"target_modules": r".*\.1\.mlp\.(up|down)_proj"}, {"mlp.up_proj", "mlp.down_proj"}, {1}),
+    "exclude": ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, {"self_attn.q_proj"}, {0, 1}),
+    "exclude regex": ({"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"}, {"self_attn.q_proj"}, {1}),
+    "layers": ({"target_modules": ["o_proj"], "layers_to_transform": [1]}, {"self_attn.o_proj"}, {1}),
+    "layer": (O_OF_A_LAYER, {"self_attn.o_proj"}, {0}),
+    "all of a layer": ({"layers_to_transform": [1]}, ALL, {1}),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_names_patterns_and_layers_choose_what_is_adapted(name: str) -> None:
+    fields, kinds, blocks = TARGETS[name]
+    want = {f"model.layers.{i}.{kind}" for i in blocks for kind in kinds}
+    assert adapted(lorasb.patch(make("llama"), r=4, **fields)) == want
+
+
+def test_rank_pattern_sets_ranks_by_name_and_regex() -> None:
+    model = lorasb.patch(make("llama"), r=4, rank_pattern={"k_proj": 2, r"layers\.1\.mlp\.up_proj": 7})
+    for name, layer in layers(model).items():
+        expected = 2 if name.endswith("k_proj") else 7 if name.endswith("1.mlp.up_proj") else 4
+        assert layer.r["default"] == expected
+
+
+def test_attention_that_reads_its_own_weights_is_left_alone_or_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    assert adapted(lorasb.patch(model, r=2)) == {"0"}
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    with pytest.raises(TypeError, match=r"belongs to an nn\.MultiheadAttention"):
+        lorasb.patch(model, r=2, target_modules=["out_proj"])
+
+
+NAMES = (*SIZES, "num_key_value_heads")
+ATTENTION = ["query", "key", "value", "attention.output.dense"]  # the paper's layers of RoBERTa
+LLAMA, MISTRAL = (3072, 8192, 28, 24, 128_256, 8), (4096, 14336, 32, 32, 32_000, 8)
+GEMMA, ROBERTA = (3584, 14336, 42, 16, 256_000, 8), (1024, 4096, 24, 16, 50_265, 16)
+PAPER: dict[str, tuple[tuple[int, ...], dict[str, int], object, dict[int, int]]] = {
+    "MistralForCausalLM": (MISTRAL, {}, "all-linear", {32: 229_376, 64: 917_504, 96: 2_064_384}),
+    "Gemma2ForCausalLM": (GEMMA, {"head_dim": 256}, "all-linear", {32: 301_056, 64: 1_204_224, 96: 2_709_504}),
+    "LlamaForCausalLM": (LLAMA, {}, "all-linear", {32: 200_704, 64: 802_816, 96: 1_806_336}),
+    "RobertaModel": (ROBERTA, {}, ATTENTION, {8: 6_144, 16: 24_576, 24: 55_296}),
+}
+
+
+@pytest.mark.parametrize("kind", PAPER)
+def test_trained_parameters_are_the_papers(kind: str) -> None:
+    sizes, more, targets, counts = PAPER[kind]
+    with torch.device("meta"):
+        config = getattr(transformers, kind).config_class(**dict(zip(NAMES, sizes, strict=True)), **more)
+        base = getattr(transformers, kind)(config)
+    for r, count in counts.items():
+        model = lorasb.patch(base, r=r, target_modules=targets)
+        cores = [p for n, p in model.named_parameters() if "lorasb_R" in n]
+        assert sum(p.numel() for p in cores) == count
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+        assert all(p.is_meta for p in model.parameters())
+        base = model.unload()
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "CAUSAL_LM"), ("gemma2", "CAUSAL_LM"), ("roberta", "SEQ_CLS"), ("gpt2", "CAUSAL_LM")]
+)
+def test_task_type_is_inferred(family: str, task: str) -> None:
+    for wrap in (lorasb.patch, peft.get_peft_model):
+        assert wrap(make(family), lorasb.LoRASBConfig(r=4)).peft_config["default"].task_type == task
+
+
+def test_models_that_read_no_text_get_no_text_task() -> None:
+    sides = {
+        f"{s}_{n}": v
+        for s in ("encoder", "decoder")
+        for n, v in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))
+    }
+    sizes = {"d_model": 32, "vocab_size": 99, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(**sides, **sizes, **tokens, suppress_tokens=None, begin_suppress_tokens=None)
+    model = lorasb.patch(transformers.WhisperForConditionalGeneration(config), r=4).eval()
+    batch = {"input_features": torch.randn(2, 8, 32), "labels": torch.randint(3, 99, (2, 5))}
+    lorasb.initialize(model, [batch], lr=1e-3, progress=False)
+    assert torch.isfinite(model(**batch).loss)
+
+
+def walks(depth: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often patching and unloading start to go through all modules of a model of `depth` targets."""
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
+    count, original = 0, nn.Module.named_modules
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        nonlocal count
+        count += module is net
+        return original(module, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "named_modules", counted)
+        model = lorasb.patch(net, r=2, target_modules=r"\d+", init="random")
+        patched = count
+        model.unload()
+    assert all(type(block) is nn.Linear for block in net)
+    return [patched, count - patched]
+
+
+def test_the_walks_over_a_model_do_not_grow_with_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of experts have thousands of targets."""
+    few = walks(3, monkeypatch)
+    assert min(few) > 0
+    assert walks(30, monkeypatch) == few

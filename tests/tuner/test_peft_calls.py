@@ -21,6 +21,8 @@ from torch import nn
 
 import lorasb
 
+X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+
 
 def trained(model: nn.Module) -> set[str]:
     names = (name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad)
@@ -39,27 +41,25 @@ def trained(model: nn.Module) -> set[str]:
 def test_biases_are_trained_saved_loaded_and_exported(bias: str, expected: set[str], tmp_path: Path) -> None:
     model = lorasb.patch(Mlp(), r=2, target_modules=["first", "second"], init="kaiming", bias=bias)
     assert trained(model) == expected
-    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
-    model.train()(x).square().sum().backward()
+    model.train()(X).square().sum().backward()
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    want = model.eval()(x)
+    want = model.eval()(X)
     model.save_pretrained(tmp_path / "adapter")
-    check(peft.PeftModel.from_pretrained(Mlp(), tmp_path / "adapter").eval()(x), want, EXACT)
+    check(peft.PeftModel.from_pretrained(Mlp(), tmp_path / "adapter").eval()(X), want, EXACT)
     lorasb.export_lora(model, tmp_path / "lora", quiet=True)
-    check(peft.PeftModel.from_pretrained(Mlp(), tmp_path / "lora").eval()(x), want, EXPORT)
+    check(peft.PeftModel.from_pretrained(Mlp(), tmp_path / "lora").eval()(X), want, EXPORT)
 
 
 def test_gradients_of_biases_are_those_of_the_sum() -> None:
     """d loss / d bias is the sum of d loss / d y over tokens, and R's gradient is what it is with a frozen bias."""
-    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
     grads = {}
     for bias in ("none", "lorasb_only"):
         model = lorasb.patch(Mlp(), r=2, target_modules=["first"], init="kaiming", bias=bias)
         layer: Any = model.base_model.model.first
         seen = []
         layer.register_forward_hook(lambda _module, _x, y, seen=seen: y.register_hook(seen.append) and None)
-        model.train()(x).square().sum().backward()
+        model.train()(X).square().sum().backward()
         grads[bias] = layer.lorasb_R["default"].grad
         if bias != "none":
             check(layer.base_layer.bias.grad, seen[0].sum(0), EXPORT)
@@ -95,12 +95,8 @@ def test_injection_by_a_state_dict_caps_and_takes_ranks(prefix: str) -> None:
     assert {name: layer.r["default"] for name, layer in layers(model).items()} == {"first": 3, "second": 3}
     plain = peft.inject_adapter_in_model(lorasb.LoRASBConfig(target_modules=["first", "second"]), Mlp())
     assert {name: layer.r["default"] for name, layer in layers(plain).items()} == {"first": 10, "second": 12}
-
-
-def test_a_compiled_model_gets_the_ranks_of_its_layers() -> None:
-    compiled = torch.compile(Mlp(), backend="eager")
     config = lorasb.LoRASBConfig(target_modules=["first", "second"], rank_pattern={"second": 2}, init="random")
-    model = peft.inject_adapter_in_model(config, compiled)
+    model = peft.inject_adapter_in_model(config, torch.compile(Mlp(), backend="eager"))
     assert sorted(layer.r["default"] for layer in layers(model).values()) == [2, 10]
 
 
@@ -143,7 +139,7 @@ def test_autocast_adapter_dtype_says_what_r_is_in(autocast: bool, base: torch.dt
     for layer in layers(model).values():
         assert {layer.lorasb_R[name].dtype for name in ("default", "other")} == {want}
         assert {layer.lorasb_A["default"].dtype, layer.lorasb_B["default"].dtype} == {base}
-    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)).to(base)
+    x = X.to(base)
     model.train()(x).float().square().sum().backward()
     assert all(p.grad.dtype == want and p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
     after = model.eval()(x)
