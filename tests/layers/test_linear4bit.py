@@ -37,14 +37,6 @@ def test_files_of_ours_load_into_bitsandbytes_and_theirs_into_ours(nested: bool)
         other.load_state_dict(written)
 
 
-def test_a_move_that_fails_keeps_the_packed_weight() -> None:
-    layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)), storage=torch.bfloat16)[0]
-    packed = layer.weight
-    with pytest.raises(ZeroDivisionError):
-        layer._apply(lambda tensor: tensor / (1 // 0))
-    assert layer.weight is packed
-
-
 def test_a_linear_of_4_bits_is_its_dense_twin() -> None:
     layer = lorasb.quantize(nn.Sequential(nn.Linear(96, 40)))[0]
     dense = dequantize(layer.quantized())
@@ -100,9 +92,13 @@ def test_requantizing_needs_something_to_requantize() -> None:
         lorasb.patch(llama(), r=4, init="random").merge_and_unload(requantize=True)
 
 
-def test_a_move_renews_what_compiled_forwards_read() -> None:
+def test_a_move_renews_what_compiled_forwards_read_and_one_that_fails_keeps_the_packed_weight() -> None:
     """They take the storage as it was checked last, and do not look at the weight."""
-    layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)))[0]
+    layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)), storage=torch.bfloat16)[0]
+    packed = layer.weight
+    with pytest.raises(ZeroDivisionError):
+        layer._apply(lambda tensor: tensor / (1 // 0))
+    assert layer.weight is packed
     layer.quantized()
     layer._apply(lambda tensor: tensor.clone())
     assert layer._cached_weight is not None

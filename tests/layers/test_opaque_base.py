@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import re
 import types
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,10 @@ def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
     weight = plain.model.layers[0].mlp.up_proj.weight
     assert type(weight) is type(opaque_model("torchao int4").model.layers[0].mlp.up_proj.weight)
     assert max(plain.requantization_errors.values()) < FOUR_BITS
-
-
-def test_torchao_without_its_configuration_merges_but_is_not_quantized_again() -> None:
-    model = initialized("torchao int8")
+    without = initialized("torchao int8")
     with pytest.raises(ValueError, match=r"torchao layer .* cannot be quantized again"):
-        model.merge_and_unload(requantize=True)
-    assert len(layers(model)) == 14
+        without.merge_and_unload(requantize=True)
+    assert len(layers(without)) == 14
 
 
 def test_torchao_with_int8_activations_is_served_and_merged_but_not_trained() -> None:
@@ -181,14 +179,11 @@ def test_inits_without_data_read_the_dequantized_weight(kind: str) -> None:
         check((b @ a).detach(), best, PROCESS_SUMS)
 
 
-@pytest.mark.parametrize("kind", ["torchao int8", "torchao int4", "hqq", "quanto"])
-def test_all_linear_finds_the_layers_and_not_what_is_inside(kind: str) -> None:
-    assert len(layers(lorasb.patch(opaque_model(kind), r=4, check_base=False))) == 14
-
-
-def test_what_hqq_keeps_of_the_original_is_no_target() -> None:
-    model = lorasb.patch(opaque_model(functools.partial(to_hqq, del_orig=False)), r=4)
-    assert not any("linear_layer" in name for name in layers(model))
+@pytest.mark.parametrize("kind", ["torchao int8", "torchao int4", "hqq", "quanto", partial(to_hqq, del_orig=False)])
+def test_all_linear_finds_the_layers_and_not_what_is_inside_or_kept_of_the_original(kind: Any) -> None:
+    found = layers(lorasb.patch(opaque_model(kind), r=4, check_base=False))
+    assert len(found) == 14
+    assert not any("linear_layer" in name for name in found)
 
 
 def matrices() -> list[Tensor]:
@@ -233,7 +228,6 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
 
 
 def test_a_merged_base_is_released_when_the_model_is_unloaded() -> None:
-    pytest.importorskip("optimum.quanto")
     model = initialized("quanto")
     layer = weakref.ref(next(iter(layers(model).values())).base_layer)
     plain = model.merge_and_unload()
@@ -244,23 +238,21 @@ def test_a_merged_base_is_released_when_the_model_is_unloaded() -> None:
 
 
 def holding(kind: type[nn.Module]) -> nn.Module:
-    """A model of one layer, called "proj"."""
     return nn.Sequential(OrderedDict(proj=kind(nn.Linear(8, 6, bias=False))))
 
 
-class Bent(Scaled):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.gelu(super().forward(x)) + 3  # a bias that is larger than what x adds
+def opaque(name: str, forward: Callable[[Scaled, Tensor], Tensor]) -> type[Scaled]:
+    return type(name, (Scaled,), {"forward": forward})
 
 
-class Cut(Scaled):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.detach())
+def fail(layer: Scaled, x: Tensor) -> Tensor:
+    raise RuntimeError("no such kernel")
 
 
-class Broken(Scaled):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no such kernel")
+Bent = opaque("Bent", lambda layer, x: nn.functional.gelu(Scaled.forward(layer, x)) + 3)  # more than what x adds
+Affine = opaque("Affine", lambda layer, x: Scaled.forward(layer, x) + 3)
+Cut = opaque("Cut", lambda layer, x: Scaled.forward(layer, x.detach()))
+Broken = opaque("Broken", fail)
 
 
 @pytest.mark.parametrize(
@@ -287,14 +279,10 @@ def test_without_a_gradient_an_adapter_can_still_be_served() -> None:
 
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(TypeError, match="pip install eetq"):
-        lorasb.patch(holding(type("EetqLinear", (Broken,), {})), r=2, target_modules=["proj"])
+        lorasb.patch(holding(opaque("EetqLinear", fail)), r=2, target_modules=["proj"])
 
 
 def test_affine_is_linear_and_dense_layers_are_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Affine(Scaled):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + 3
-
     assert lorasb.patch(holding(Affine), r=2, target_modules=["proj"], init="random")
     asked = []
     monkeypatch.setattr(opaque_base, "resolve_quantization_backend", lambda *_, **__: asked.append(1))

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from gradients import factors
 from models import make, patched
+from tolerances import check_equal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from trainer_runs import ROWS, train
 
 import lorasb
-
-
-def watched(model: nn.Module) -> list[Tensor]:
-    """The ids of every batch that is trained on, as they come."""
-    seen: list[Tensor] = []
-    embeddings = model.get_input_embeddings()
-    embeddings.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()) if model.training else None)
-    return seen
 
 
 def test_the_same_as_initializing_by_hand(tmp_path: Path) -> None:
@@ -48,19 +41,21 @@ def test_eta_comes_from_the_schedule(tmp_path: Path, warmup: dict[str, float]) -
 
 def test_the_order_of_training_stays(tmp_path: Path) -> None:
     """The global random state too: dropout would draw from it."""
-    seen, states = [], []
-    for with_callback in (False, True):
-        model = patched() if not with_callback else lorasb.patch(make("llama"), r=4)
-        seen.append(watched(model))
-        train(model, tmp_path, [lorasb.InitCallback()] if with_callback else [])
-        states.append(torch.get_rng_state())
-    assert len(seen[0]) == len(seen[1]) == 4
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    assert torch.equal(*states)
+    found = []
+    for model, callbacks in ((patched(), []), (lorasb.patch(make("llama"), r=4), [lorasb.InitCallback()])):
+        seen: list[Tensor] = []
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda embedding, args, seen=seen: seen.append(args[0].clone()) if embedding.training else None
+        )
+        train(model, tmp_path, callbacks)
+        assert len(seen) == 4
+        found.append([*seen, torch.get_rng_state()])
+    check_equal(*found)
 
 
-def test_nothing_is_done_twice(tmp_path: Path) -> None:
-    model, callback = patched(), lorasb.InitCallback()
+@pytest.mark.parametrize("make_one", [patched, lambda: lorasb.patch(make("llama"), r=4, init="lora-xs")])
+def test_nothing_is_done_twice(make_one: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model, callback = make_one(), lorasb.InitCallback()
     frozen = {name: value for name, value in factors(model).items() if "lorasb_R" not in name}
     train(model, tmp_path, [callback])
     assert callback.report is None

@@ -13,7 +13,9 @@ import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments
+from trainer_runs import arguments, usual
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -25,7 +27,7 @@ WORDS = ["one", "two", "red", "cat"]
 
 
 @pytest.fixture
-def tokenizer(tiny: Path) -> PreTrainedTokenizerBase:
+def tokenizer(tiny: Path) -> Tokenizer:
     return transformers.AutoTokenizer.from_pretrained(tiny, padding_side="left")
 
 
@@ -38,16 +40,15 @@ def length(completions: list[str], **given: object) -> list[float]:
 
 
 def options(folder: Path) -> dict[str, object]:
-    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "bf16": False, "save_strategy": "no"}
-    return {"output_dir": str(folder), "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, **quiet}
+    return usual(folder) | {"max_steps": 2, "learning_rate": 1e-3, "bf16": False, "save_strategy": "no"}
 
 
-def grpo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **given: object) -> GRPOTrainer:
+def grpo(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, **given: object) -> GRPOTrainer:
     sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "beta": 0.04}
     return GRPOTrainer(
         model,
         reward_funcs=length,
-        args=GRPOConfig(**options(folder), **sizes),
+        args=GRPOConfig(**options(folder) | sizes),
         train_dataset=Dataset.from_list([{"prompt": f"copy {word}"} for word in WORDS * 4]),
         processing_class=tokenizer,
         **given,
@@ -60,15 +61,13 @@ def quietly(trainer: Trainer) -> None:
         trainer.train()
 
 
-def examples(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+def examples(tokenizer: Tokenizer) -> list[dict[str, Tensor]]:
     ids = [tokenizer(f"copy {word} {word}", return_tensors="pt")["input_ids"] for word in WORDS]
     return [{"input_ids": one, "labels": one} for one in ids]
 
 
 @pytest.mark.parametrize("start", ["examples", "rewards", "zero"])
-def test_grpo_takes_the_config_and_a_start(
-    start: str, tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_grpo_takes_the_config_and_a_start(start: str, tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     prompts = [f"copy {word}" for word in WORDS]
     callback = {
         "examples": lorasb.InitCallback(samples=examples(tokenizer)),
@@ -89,7 +88,7 @@ def test_grpo_takes_the_config_and_a_start(
     assert (first < 1e-6) == (start == "zero")
 
 
-def test_a_start_on_rewards_takes_all_completions(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_start_on_rewards_takes_all_completions(tiny: Path, tokenizer: Tokenizer) -> None:
     model = lorasb.patch(fresh(tiny), r=8)
     chats = [[{"role": "user", "content": f"copy {word}"}] for word in WORDS]
     batches = lorasb.reward_batches(model, tokenizer, chats, length, max_new_tokens=6)
@@ -100,7 +99,7 @@ def test_a_start_on_rewards_takes_all_completions(tiny: Path, tokenizer: PreTrai
     assert batches[0]["input_ids"][0].tolist()[:2] == tokenizer(rendered)["input_ids"][:2]
 
 
-def test_a_reward_that_fails_leaves_every_modules_mode(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_reward_that_fails_leaves_every_modules_mode(tiny: Path, tokenizer: Tokenizer) -> None:
     model = fresh(tiny).train()
     model.model.layers[0].eval()
     with pytest.raises(RewardError):
@@ -124,9 +123,7 @@ def test_a_start_on_preferences_takes_every_pair_whole(tiny: Path, tmp_path: Pat
     collate = DataCollatorForPreference(pad_token_id=0)
     loader = DataLoader(rows, batch_size=3, collate_fn=collate)
     callback = lorasb.InitCallback(loss_fn=loss)
-    args = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=3, warmup_steps=1, use_cpu=True, disable_tqdm=True
-    )
+    args = arguments(tmp_path, warmup_steps=1)
     callback.on_train_begin(args, TrainerState(max_steps=3), None, model=model, train_dataloader=loader)
     assert callback.report is not None
     assert set(seen) == {6, 2}
@@ -135,13 +132,11 @@ def test_a_start_on_preferences_takes_every_pair_whole(tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_dpo_takes_the_config_and_its_own_data(
-    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, precomputed: bool
-) -> None:
+def test_dpo_takes_the_config_and_its_data(tiny: Path, tokenizer: Tokenizer, tmp_path: Path, precomputed: bool) -> None:
     callback, pair = lorasb.InitCallback(loss_fn=lorasb.preference_loss), {"chosen": " one", "rejected": " two"}
     trainer = DPOTrainer(
         fresh(tiny),
-        args=DPOConfig(**options(tmp_path), per_device_train_batch_size=4, precompute_ref_log_probs=precomputed),
+        args=DPOConfig(**options(tmp_path) | {"precompute_ref_log_probs": precomputed}),
         train_dataset=Dataset.from_list([pair | {"prompt": f"copy {word}"} for word in WORDS * 2]),
         processing_class=tokenizer,
         peft_config=lorasb.LoRASBConfig(r=8),
@@ -176,7 +171,7 @@ def test_the_preference_gradient_is_dpos(tiny: Path) -> None:
     tolerances.check(beta / 2 * got / want.abs().max(), want / want.abs().max(), tolerances.FP32_LOGITS)
 
 
-def test_the_policy_gradient_is_grpos(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_policy_gradient_is_grpos(tiny: Path, tokenizer: Tokenizer) -> None:
     model = fresh(tiny).double()
     (batch, *_) = lorasb.reward_batches(model, tokenizer, ["copy red"], length, generations=4, max_new_tokens=5)
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
@@ -189,9 +184,7 @@ def test_the_policy_gradient_is_grpos(tiny: Path, tokenizer: PreTrainedTokenizer
     tolerances.check(got / want.abs().max(), want / want.abs().max(), tolerances.FP32_LOGITS)
 
 
-def test_completions_end_at_their_end_and_sampling_leaves_the_random_state(
-    tiny: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_completions_end_at_their_end_and_sampling_leaves_the_random_state(tiny: Path, tokenizer: Tokenizer) -> None:
     model = lorasb.patch(fresh(tiny), r=4)
     state = torch.get_rng_state()
     first = lorasb.reward_batches(model, tokenizer, ["copy red", "one"], length, max_new_tokens=6, seed=1)
@@ -227,13 +220,13 @@ def test_bad_rewards_are_told_in_a_line(kind: str) -> None:
         checked_rewards(reward, ["p", "p"], ["a", "b"])
 
 
-def test_rewards_that_never_differ_are_refused(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_rewards_that_never_differ_are_refused(tiny: Path, tokenizer: Tokenizer) -> None:
     reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
     with pytest.raises(RewardError, match="none of 1 prompts has completions of different rewards among 4"):
         lorasb.reward_batches(fresh(tiny), tokenizer, ["one"], reward, generations=4)
 
 
-def test_prompts_alone_are_no_samples(tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_prompts_alone_are_no_samples(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     config, callback = lorasb.LoRASBConfig(r=8), lorasb.InitCallback()
     trainer = grpo(fresh(tiny), tokenizer, tmp_path, peft_config=config, callbacks=[callback])
     with pytest.raises(ValueError, match=r"but lists, as GRPO's prompts are: InitCallback\(samples=batches\)"):

@@ -1,4 +1,4 @@
-"""The stacks that people train with: Trainer's options, TRL, torch.compile, offloading of weights and of activations."""
+"""The stacks that people train with: Trainer in every setting, TRL, torch.compile, offloading of weights and activations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,74 @@ import pytest
 import tolerances
 import torch
 import transformers
+from adapters import layers
+from measuring import kept_for_backward
 from models import batches_for, logits, make, patched
+from tolerances import check_equal
 from torch import Tensor
 from trainer_runs import ROWS, train, usual
 
 import lorasb
-from lorasb.layers.linear import LoRASBLinear
+
+KINDS = {
+    "fp32": (torch.float32, {}),
+    "bf16 weights": (torch.bfloat16, {}),
+    "bf16 autocast": (torch.float32, {"bf16": True}),
+    "gradient checkpointing": (torch.float32, {"gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_r_trains_and_resuming_continues_the_run(tmp_path: Path, kind: str) -> None:
+    dtype, options = KINDS[kind]
+    model = patched(dtype=dtype)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lorasb_R" not in n}
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if "lorasb_R" in n}
+    train(model, tmp_path, [], **options)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+            assert parameter.dtype == dtype
+        else:
+            assert not torch.equal(parameter, start[name]), name
+            assert parameter.dtype == torch.float32
+    want = peft.get_peft_model_state_dict(model)
+    resumed = patched(dtype=dtype)
+    train(resumed, tmp_path, [], resume=str(tmp_path / "checkpoint-2"), **options)
+    again = peft.PeftModel.from_pretrained(make("llama", dtype=dtype), tmp_path / "checkpoint-4")
+    for other in (resumed, again):
+        check_equal(peft.get_peft_model_state_dict(other), want)
+
+
+def test_the_loss_goes_down(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=16)
+    lorasb.initialize(model, batches_for("llama", count=6), lr=1e-3, progress=False)
+    trainer = train(model, tmp_path, [], max_steps=120, save_strategy="no")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_resuming_at_another_rank_is_refused(tmp_path: Path) -> None:
+    train(patched(r=4), tmp_path, [])
+    with pytest.raises(ValueError, match=r"lorasb_A of layer .* is \[4, 64\] in the adapter file, expected \[6, 64\]"):
+        train(patched(r=6), tmp_path, [], resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_r_has_a_group_of_its_own() -> None:
+    model = patched("roberta")
+    groups = lorasb.parameter_groups(model, lr=1e-3, other_lr=1e-4, weight_decay=0.1)
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
+        ("lorasb_R", 1e-3, 0.0),
+        ("other", 1e-4, 0.1),
+        ("other, not decayed", 1e-4, 0.0),
+    ]
+    everything = [id(p) for group in groups for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert {id(p) for p in groups[0]["params"]} == {id(p) for n, p in model.named_parameters() if "lorasb_R" in n}
+    frozen = lorasb.parameter_groups(model, lr=1e-3, other_lr=0.0)
+    assert {group["lr"] for group in frozen} == {1e-3, 0.0}
+    assert [group["name"] for group in lorasb.parameter_groups(patched(), lr=1e-2)] == ["lorasb_R"]
+
 
 SHORT = {"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2, "bf16": False}
 
@@ -38,8 +100,7 @@ def test_gradient_checkpointing_both_ways_changes_nothing(
     tmp_path: Path, plain: dict[bool, dict[str, Tensor]], reentrant: bool, autocast: bool
 ) -> None:
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    again = trained(tmp_path, bf16=autocast, **options)
-    assert all(torch.equal(again[key], value) for key, value in plain[autocast].items())
+    check_equal(trained(tmp_path, bf16=autocast, **options), plain[autocast])
 
 
 def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path: Path) -> None:
@@ -72,7 +133,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     tolerances.check(logits(model.eval()), logits(again), tolerances.EXACT)
 
 
-def test_trl_patches_initializes_trains_and_saves(tmp_path: Path) -> None:
+def test_trl_patches_initializes_trains_and_saves(tiny: Path, tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     rows = [{"input_ids": row["input_ids"].tolist(), "labels": row["input_ids"].tolist()} for row in ROWS]
     init = lorasb.InitCallback(num_samples=8)
@@ -80,7 +141,7 @@ def test_trl_patches_initializes_trains_and_saves(tmp_path: Path) -> None:
         model=make("llama"),
         args=trl.SFTConfig(**usual(tmp_path) | SHORT, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer(),
+        processing_class=transformers.AutoTokenizer.from_pretrained(tiny),
         peft_config=lorasb.LoRASBConfig(r=4, task_type="CAUSAL_LM"),
         callbacks=[init],
     )
@@ -97,16 +158,6 @@ def test_trl_patches_initializes_trains_and_saves(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "adapter"))
     again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "adapter").eval()
     tolerances.check(logits(again), after, tolerances.EXACT)
-
-
-def tokenizer() -> transformers.PreTrainedTokenizerBase:
-    """Words of the tiny models, made here: nothing is downloaded."""
-    from tokenizers import Tokenizer, models
-
-    words = {f"w{i}": i for i in range(97)} | {"<pad>": 97, "</s>": 98}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="</s>"
-    )
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -133,13 +184,11 @@ def test_compiled_models_have_no_graph_break_of_ours(bits: int) -> None:
 
 def test_activations_are_offloaded_and_only_u_is_kept() -> None:
     model = patched().train()
-    layer = next(module for module in model.modules() if isinstance(module, LoRASBLinear))
+    layer = next(iter(layers(model).values()))
     x = torch.randn(5, layer.in_features, requires_grad=True)
-    kept: list[Tensor] = []
-    own = {p.data_ptr() for p in layer.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with kept_for_backward(layer.parameters()) as kept:
         y = layer(x)
-    assert [tuple(t.shape) for t in kept if t.data_ptr() not in own and t.dim() == 2 and t.shape[0] == 5] == [(5, 4)]
+    assert [tuple(tensor.shape) for tensor in kept] == [(5, 4)]
     y.sum().backward()
     want = layer.lorasb_R["default"].grad.clone()
     layer.zero_grad()
@@ -162,19 +211,17 @@ def test_offloaded_bases_are_reached_through_their_hooks(tmp_path: Path, how: st
         model(**batches_for("llama", count=1)[0])
 
 
-def test_a_base_offloaded_before_patching_is_initialized_and_trained() -> None:
-    plain = lorasb.patch(make("llama"), r=4)
-    lorasb.initialize(plain, batches_for("llama"), lr=2e-2, progress=False)
-    base = make("llama")
+def test_a_base_offloaded_before_patching_is_initialized_trained_and_merged() -> None:
+    plain, base = patched(), make("llama")
     accelerate.cpu_offload(base, torch.device("cpu"))
     model = lorasb.patch(base, r=4)
     lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    tolerances.check(logits(model), logits(plain), tolerances.STEPS)
+    tolerances.check(logits(model), logits(plain), tolerances.MERGE)
     for one in (plain, model):
-        one.train()
-        one(**batches_for("llama", count=1)[0]).loss.backward()
+        one.train()(**batches_for("llama", count=1)[0]).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     for name, p in plain.named_parameters():
         if "lorasb_R" in name:
             scale = p.grad.abs().max()
             tolerances.check(gradients[name] / scale, p.grad / scale, tolerances.STEPS)
+    tolerances.check(*(logits(one.eval().merge_and_unload()) for one in (model, plain)), tolerances.EXPORT)

@@ -36,21 +36,28 @@ def processor(monkeypatch: pytest.MonkeyPatch, flags: str, machine: str = "x86_6
 @pytest.mark.parametrize(
     ("flags", "machine", "torchs", "want"),
     [
-        ("avx2 avx512f", "x86_64", True, "float32"),
-        ("avx2 avx512f avx512_bf16", "x86_64", True, "bfloat16"),
-        ("avx2 avx512f amx_tile amx_bf16", "x86_64", True, "bfloat16"),
-        ("avx2 avx512f avx512_bf16", "x86_64", False, "float32"),  # the flag is there, and torch does not use it
-        ("asimd bf16", "aarch64", False, "bfloat16"),
-        ("asimd", "aarch64", False, "float32"),
-        ("bf16", "x86_64", True, "float32"),
+        ("sse2 avx2", "x86_64", True, "float32 AVX2"),
+        ("avx2 avx512f", "x86_64", True, "float32 AVX-512"),
+        ("avx2 avx512f avx512_bf16", "x86_64", True, "bfloat16 AVX-512 with bf16"),
+        ("avx2 avx512f avx512_bf16", "x86_64", False, "float32 AVX-512 with bf16"),  # but torch does not use it
+        ("avx2 avx512f amx_tile amx_bf16", "x86_64", True, "bfloat16 AMX"),
+        ("avx2 avx512f avx512_bf16 amx_bf16", "x86_64", True, "bfloat16 AMX"),
+        ("asimd bf16", "aarch64", False, "bfloat16 Arm with bf16"),
+        ("asimd", "aarch64", False, "float32 Arm"),
+        ("bf16", "x86_64", True, "float32 x86_64"),
+        ("", "riscv64", True, "float32 riscv64"),
     ],
 )
 def test_a_processor(monkeypatch: pytest.MonkeyPatch, flags: str, machine: str, torchs: bool, want: str) -> None:
     processor(monkeypatch, flags, machine, torchs)
-    found = precision.native()
-    assert found.name == want
-    assert found.dtype == getattr(torch, want)
+    found, (name, _, kind) = precision.native(), want.partition(" ")
+    assert found.name == name
+    assert found.dtype == getattr(torch, name)
     assert "bf" in found.reason
+    assert precision.processor_class() == kind
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("LORASB_MAX_CPU_ISA", "avx2")
+    assert precision.processor_class() == f"{kind}, ONEDNN_MAX_CPU_ISA=AVX2, LORASB_MAX_CPU_ISA=avx2"
 
 
 @pytest.mark.parametrize(
@@ -71,24 +78,6 @@ def test_a_cap(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, want:
     found = precision.native()
     assert found.name == want
     assert want == "bfloat16" or value.upper() in found.reason.upper()
-
-
-@pytest.mark.parametrize(
-    ("flags", "machine", "want"),
-    [
-        ("sse2 avx2", "x86_64", "AVX2"),
-        ("avx2 avx512f", "x86_64", "AVX-512"),
-        ("avx2 avx512f avx512_bf16 amx_bf16", "x86_64", "AMX"),
-        ("asimd bf16", "aarch64", "Arm with bf16"),
-        ("", "riscv64", "riscv64"),
-    ],
-)
-def test_the_class_of_a_processor(monkeypatch: pytest.MonkeyPatch, flags: str, machine: str, want: str) -> None:
-    processor(monkeypatch, flags, machine)
-    assert precision.processor_class() == want
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    monkeypatch.setenv("LORASB_MAX_CPU_ISA", "avx2")
-    assert precision.processor_class() == f"{want}, ONEDNN_MAX_CPU_ISA=AVX2, LORASB_MAX_CPU_ISA=avx2"
 
 
 @pytest.mark.parametrize(("capability", "want"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])

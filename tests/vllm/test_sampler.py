@@ -83,7 +83,7 @@ def grpo(**options: Any) -> Any:
 
 
 def test_r_alone_is_sent_and_is_an_adapter_that_the_plugin_reads(server: Server, tmp_path: Path) -> None:
-    trained, sampler = model(), lorasb.VLLMSampler(server.address, folder=tmp_path)
+    trained, sampler = model(), lorasb.VLLMSampler(server.address, folder=tmp_path / "new")
     trained.save_pretrained(str(tmp_path / "basis"))
     for step in range(4):
         fill(trained, "default", step)
@@ -102,10 +102,11 @@ def test_r_alone_is_sent_and_is_an_adapter_that_the_plugin_reads(server: Server,
     assert [path.exists() for path in paths] == [False, False, True, True]
 
 
-def test_without_a_folder_nothing_stays_in_the_working_one(server: Server) -> None:
-    sent = lorasb.sync_to_vllm(model(), server.address)
+def test_without_a_folder_nothing_stays_in_the_working_one_and_a_key_is_sent(server: Server) -> None:
+    sent = lorasb.VLLMSampler(server.address, api_key="secret").sync(model())
     assert sent.request is None
     assert not Path(server.asked[0][1]["lora_path"]).is_relative_to(Path.cwd())
+    assert server.headers[-1]["Authorization"] == "Bearer secret"
 
 
 def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) -> None:
@@ -147,11 +148,6 @@ def test_what_the_server_refuses_is_one_line(server: Server) -> None:
     server.http.shutdown()
     with pytest.raises(RuntimeError, match=r"no vLLM answers at http://127.*: LORASB_BASIS=FOLDER"):
         lorasb.sync_to_vllm(model(), server.address)
-
-
-def test_a_key_is_sent(server: Server, tmp_path: Path) -> None:
-    lorasb.VLLMSampler(server.address, folder=tmp_path / "new", api_key="secret").sync(model())
-    assert server.headers[-1]["Authorization"] == "Bearer secret"
 
 
 def test_chats_are_rendered_as_the_trainer_does(server: Server, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,11 @@ import torch
 from basis_models import rewrite
 from processes import attempt, python
 from tolerances import ENGINE, check
-from torch import Tensor
+from trainer_runs import usual
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_people import NEW, PROMPTS, Answer, answers, make_people, plain_model, prompts
 
 import lorasb
-from lorasb.constants import WEIGHTS_NAME
 
 PYTHON = os.environ.get("LORASB_VLLM", "")  # of the environment that has vLLM
 pytestmark = [
@@ -234,32 +233,12 @@ def test_a_client_that_hangs_up_harms_no_other(loaded: Server) -> None:
         assert running.result() == []
 
 
-def _copied(server: Server, path: Path, change: Callable[[str, Tensor], dict[str, Tensor | None]]) -> Path:
-    shutil.copytree(server.people.of(PEOPLE[0]), path)
-    rewrite(path, change)
-    return path
-
-
 def test_what_does_not_fit_is_refused_and_harms_no_other(loaded: Server, tmp_path: Path) -> None:
-    digest = {"lorasb_factors_digest": torch.zeros(32, dtype=torch.uint8)}
-    cut = _copied(loaded, tmp_path / "cut", lambda *_: {})
-    (cut / WEIGHTS_NAME).write_bytes((cut / WEIGHTS_NAME).read_bytes()[:100_000])
-    plain = tmp_path / "plain"
-    lorasb.export_lora(str(loaded.people.folder), str(plain), quiet=True)
-    cases = [
-        (_copied(loaded, tmp_path / "basis", lambda *_: digest), 500, "has other A and B than the basis"),
-        (
-            _copied(loaded, tmp_path / "rank", lambda key, _: {key: torch.zeros(8, 8)}),
-            500,
-            "expected [64, 64], the rank",
-        ),
-        (_copied(loaded, tmp_path / "nan", lambda key, core: {key: core * torch.nan}), 500, "NaN or Inf"),
-        (cut, 500, "truncated or damaged"),
-        (plain, 500, "adapter of type 'LORA', expected 'LORASB'"),
-        (tmp_path / "nowhere", 404, "No adapter found"),
-    ]
-    for folder, status, reason in cases:
-        found = loaded.load("bad", folder)
+    """With the reason of the file, of which test_slots.py has every one."""
+    shutil.copytree(loaded.people.of(PEOPLE[0]), tmp_path / "basis")
+    rewrite(tmp_path / "basis", lambda *_: {"lorasb_factors_digest": torch.zeros(32, dtype=torch.uint8)})
+    for name, status, reason in (("basis", 500, "has other A and B than"), ("nowhere", 404, "No adapter found")):
+        found = loaded.load("bad", tmp_path / name)
         assert (found[0], reason in found[1]) == (status, True), found
     assert loaded.load(PEOPLE[0])[0] == 400  # a name twice
     assert loaded.load("base", loaded.people.of(PEOPLE[0]))[0] == 400
@@ -316,19 +295,13 @@ def test_after_every_step_of_grpo_the_sampler_has_the_trainers_policy(people: Pe
         model = peft.PeftModel.from_pretrained(plain, str(people.folder), is_trainable=True)
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         sizes = {"max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12}
-        quiet = {
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "save_strategy": "no",
-            "gradient_checkpointing": False,
-        }
+        plainly = {"bf16": False, "save_strategy": "no", "gradient_checkpointing": False}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TRL: rollout_func is experimental
             trainer = GRPOTrainer(
                 model=model,
                 reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-                args=GRPOConfig(output_dir=str(tmp_path / "run"), learning_rate=1e-2, **sizes, **quiet),
+                args=GRPOConfig(**usual(tmp_path / "run") | sizes | plainly),
                 train_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS]),
                 processing_class=AutoTokenizer.from_pretrained(lorasb.demo_model(), padding_side="left"),
                 rollout_func=sampler,
