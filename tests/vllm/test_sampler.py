@@ -23,40 +23,37 @@ from lorasb.vllm import plugin
 from lorasb.vllm.basis import read_basis
 
 
-class Server:
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server: Any = self.server
+        server.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        server.headers.append(dict(self.headers))
+        loaded = self.path.endswith("adapter") and server.status == 200
+        self.send_response(server.status)
+        self.end_headers()
+        self.wfile.write(("Success" if loaded else json.dumps(server.answer)).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
     """Answers as vLLM would, and keeps what it was asked."""
 
     def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[dict[str, str]] = []
         self.status, self.answer = 200, {"choices": []}  # type: ignore[var-annotated]
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked.append((self.path, body))
-                server.headers.append(dict(self.headers))
-                loaded = self.path.endswith("adapter") and server.status == 200
-                text = "Success" if loaded else json.dumps(server.answer)
-                self.send_response(server.status)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server_port}"
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    one = Server()
-    yield one
-    one.http.shutdown()
-    one.http.server_close()
+    with Server() as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield one
+        one.shutdown()
 
 
 def model() -> Any:
@@ -144,8 +141,8 @@ def test_what_the_server_refuses_is_one_line(server: Server) -> None:
     server.answer = {"detail": "Not Found"}
     with pytest.raises(RuntimeError, match=r"answered 404: .*Not Found.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve"):
         lorasb.sync_to_vllm(model(), server.address)
-    server.http.server_close()
-    server.http.shutdown()
+    server.server_close()
+    server.shutdown()
     with pytest.raises(RuntimeError, match=r"no vLLM answers at http://127.*: LORASB_BASIS=FOLDER"):
         lorasb.sync_to_vllm(model(), server.address)
 

@@ -70,7 +70,6 @@ class People:
         return path
 
     def _owner(self, name: str) -> str:
-        """Whose R's an adapter has."""
         return name if name == "__base__" else f"user{int(name.removeprefix('user')) % len(PEOPLE)}"
 
     def answer(self, name: str, prompt: int = 0) -> Answer:
@@ -114,7 +113,6 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the server and its processes."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -132,7 +130,6 @@ class Server:
         return made(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
 
     def post(self, path: str, **body: Any) -> tuple[int, str]:
-        """Status and text of a POST request."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
