@@ -14,21 +14,12 @@ TASK, OTHER = ([text(2, 12, seed) for seed in seeds] for seeds in (range(4), ran
 R = 4
 
 
-def on_a_basis(**options: object) -> PeftModel:
-    model = lorasb.patch(make("llama"), r=R, **options)
-    lorasb.initialize(model, TASK, lr=1e-3, progress=False)
-    return model
+def on_a_basis() -> PeftModel:
+    return started(r=R, batches=TASK)[0]
 
 
 def fit(model: PeftModel, batches: list[Batch] = OTHER, **options: object) -> lorasb.BasisFit:
     return lorasb.basis_fit(model, batches, progress=False, **options)
-
-
-def factors(model: PeftModel, name: str) -> dict[str, tuple[torch.Tensor, ...]]:
-    return {
-        layer: tuple(getattr(module, f"lorasb_{part}")[name].detach().double() for part in "BRA")
-        for layer, module in layers(model).items()
-    }
 
 
 def state(model: PeftModel) -> dict[str, object]:
@@ -41,10 +32,10 @@ def test_shares_are_those_of_matrices() -> None:
     found = fit(model)
     own, _ = started(r=R, batches=OTHER, lr=1.0, longest_start=None)
     kept, whole, chance = 0.0, 0.0, 0.0
-    for name, (b, core, a) in factors(own, "default").items():
-        delta = b @ core @ a
-        basis_b, _, basis_a = factors(model, "default")[name]
-        projected = basis_b @ basis_b.t() @ delta @ basis_a.t() @ basis_a
+    for name, layer in layers(own).items():
+        delta = layer.get_delta_weight("default").double()
+        b, a = (getattr(layers(model)[name], f"lorasb_{part}")["default"].double() for part in "BA")
+        projected = b @ b.t() @ delta @ a.t() @ a
         share = float(projected.square().sum() / delta.square().sum())
         assert found.by_layer[name] == pytest.approx(share, rel=1e-4)
         kept, whole = kept + float(projected.square().sum()), whole + float(delta.square().sum())

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tolerances
@@ -153,7 +154,6 @@ def test_the_energy_of_the_sign_is_of_the_sign_whatever_was_factored(update: str
 
 
 def first_block(model: nn.Module, batch: Batch) -> Tensor:
-    """A loss of the first block's output."""
     inner = model.get_base_model().model
     rotary = inner.rotary_emb(torch.zeros(1, 1, 64), torch.arange(12)[None])
     return inner.layers[0](inner.embed_tokens(batch["input_ids"]), position_embeddings=rotary).mean()
@@ -172,72 +172,49 @@ def model() -> PeftModel:
     return patched()
 
 
+UNLABELED = [{"input_ids": b["input_ids"]} for b in batches_for("llama")]
+IGNORED = [b | {"labels": torch.full_like(b["labels"], -100)} for b in batches_for("llama")]
+NOTHING_GIVEN = "init='update' takes batches and lr > 0"
 NOT_FINITE = r"the gradient of layer 'model\.layers\..*' has NaN or Inf entries"
-BAD_CALLS = {
-    "no labels": (
-        lambda: {"batches": [{"input_ids": batch["input_ids"]} for batch in batches_for("llama")]},
-        "the model returned no loss .*: add labels to the batches, or pass loss_fn",
-    ),
-    "only ignored labels": (
-        lambda: {"batches": [b | {"labels": torch.full_like(b["labels"], -100)} for b in batches_for("llama")]},
-        "no sample has a labeled token: every label of these batches is -100",
-    ),
-    "lr infinite": (lambda: {"lr": float("inf")}, "init='update' takes batches and lr > 0"),
-    "no batches": (lambda: {"batches": None}, "init='update' takes batches and lr > 0"),
-    "empty batches": (lambda: {"batches": []}, "expected at least one sample"),
-    "no lr": (lambda: {"lr": None}, "init='update' takes batches and lr > 0"),
-    "lr zero": (lambda: {"lr": 0.0}, "init='update' takes batches and lr > 0"),
-    "start negative": (lambda: {"longest_start": -1.0}, "longest_start"),
-    "start no number": (lambda: {"longest_start": float("nan")}, "longest_start"),
-    "rate of tasks": (
-        lambda: {"batches": {"a": batches_for("llama")}, "lr": "auto"},
-        "lr='auto' measures the rate of one task",
-    ),
-    "no size": (lambda: {"memory_budget": "6TB"}, "expected a size like '6GB'"),
-    "negative size": (lambda: {"memory_budget": -1.0}, "expected a positive number of bytes"),
-    "halves of moments": (
-        lambda: {"update": "per-sample", "stability": True},
-        "stability compares subspaces of sign",
-    ),
-    "a cache of moments": (
-        lambda: {"update": "per-sample", "cache": "signs"},
-        r"update='per-sample' needs each sample's gradient.*leave cache out",
-    ),
-    "a cache of gradients": (
-        lambda: {"update": "sgd", "cache": "signs"},
-        "update='sgd' needs the gradient itself, and a cache keeps its signs only",
-    ),
-    "a folder for a cache": (lambda: {"cache": Path(__file__).parent}, "expected a file for cache=, got the folder"),
-    "update": (lambda: {"update": "lion"}, "update must be one of adamw, sgd, per-sample, got 'lion'"),
-    "strategy": (lambda: {"strategy": "fast"}, "strategy must be one of .*, got 'fast'"),
-    "too many samples": (lambda: {"num_samples": 99}, "num_samples=99, but the batches hold 6 samples"),
-    "no samples": (lambda: {"num_samples": 0}, "expected num_samples >= 1, got 0"),
-    "adapter": (lambda: {"adapter_name": "other"}, "no layer has an adapter 'other': the model has default"),
-    "loss without a graph": (lambda: {"loss_fn": lambda m, b: torch.ones(())}, "does not depend on any adapted layer"),
-    "loss per sample": (
-        lambda: {"loss_fn": lambda m, b: m(**b).logits[:, 0, 0]},
-        r"expected one loss, got a tensor \[2\]",
-    ),
-    "layers not reached": (
-        lambda: {"loss_fn": first_block},
-        "layer 'model.layers.1.self_attn.q_proj' was never reached",
-    ),
-    "NaN": (lambda: {"loss_fn": partial(not_finite, value=math.nan)}, NOT_FINITE),
-    "Inf": (lambda: {"loss_fn": partial(not_finite, value=math.inf)}, NOT_FINITE),
-    "a gradient of zero": (
-        lambda: {"loss_fn": lambda m, b: 0.0 * m(**b).logits.sum()},
-        "is zero: the loss does not depend on it",
-    ),
+MOMENTS = {"update": "per-sample"}
+BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
+    "no labels": ({"batches": UNLABELED}, "the model returned no loss .*: add labels to the batches, or pass loss_fn"),
+    "ignored labels": ({"batches": IGNORED}, "no sample has a labeled token: every label of these batches is -100"),
+    "lr infinite": ({"lr": math.inf}, NOTHING_GIVEN),
+    "no batches": ({"batches": None}, NOTHING_GIVEN),
+    "empty batches": ({"batches": []}, "expected at least one sample"),
+    "no lr": ({"lr": None}, NOTHING_GIVEN),
+    "lr zero": ({"lr": 0.0}, NOTHING_GIVEN),
+    "start negative": ({"longest_start": -1.0}, "longest_start"),
+    "start no number": ({"longest_start": math.nan}, "longest_start"),
+    "rate of tasks": ({"batches": {"a": IGNORED}, "lr": "auto"}, "lr='auto' measures the rate of one task"),
+    "no size": ({"memory_budget": "6TB"}, "expected a size like '6GB'"),
+    "negative size": ({"memory_budget": -1.0}, "expected a positive number of bytes"),
+    "halves of moments": (MOMENTS | {"stability": True}, "stability compares subspaces of sign"),
+    "a cache of moments": (MOMENTS | {"cache": "signs"}, "'per-sample' needs each sample's gradient.*leave cache out"),
+    "a cache of gradients": ({"update": "sgd", "cache": "signs"}, "'sgd' needs the gradient itself, and a cache keeps"),
+    "a folder for a cache": ({"cache": Path(__file__).parent}, "expected a file for cache=, got the folder"),
+    "update": ({"update": "lion"}, "update must be one of adamw, sgd, per-sample, got 'lion'"),
+    "strategy": ({"strategy": "fast"}, "strategy must be one of .*, got 'fast'"),
+    "too many samples": ({"num_samples": 99}, "num_samples=99, but the batches hold 6 samples"),
+    "no samples": ({"num_samples": 0}, "expected num_samples >= 1, got 0"),
+    "adapter": ({"adapter_name": "other"}, "no layer has an adapter 'other': the model has default"),
+    "no graph": ({"loss_fn": lambda m, b: torch.ones(())}, "does not depend on any adapted layer"),
+    "a loss a row": ({"loss_fn": lambda m, b: m(**b).logits[:, 0, 0]}, r"expected one loss, got a tensor \[2\]"),
+    "not reached": ({"loss_fn": first_block}, "layer 'model.layers.1.self_attn.q_proj' was never reached"),
+    "zero": ({"loss_fn": lambda m, b: 0.0 * m(**b).logits.sum()}, "is zero: the loss does not depend on it"),
+    "NaN": ({"loss_fn": partial(not_finite, value=math.nan)}, NOT_FINITE),
+    "Inf": ({"loss_fn": partial(not_finite, value=math.inf)}, NOT_FINITE),
 }
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_calls_change_nothing(name: str, model: PeftModel) -> None:
-    change, message = BAD_CALLS[name]
+    options, message = BAD_CALLS[name]
     before, answer, modes = factors(model), logits(model), [m.training for m in model.modules()]
     provenance = copy.deepcopy(model.peft_config["default"].init_provenance)
     with pytest.raises(ValueError, match=message):
-        lorasb.initialize(model, **{"batches": batches_for("llama"), "lr": 1e-3, "progress": False} | change())
+        lorasb.initialize(model, **{"batches": batches_for("llama"), "lr": 1e-3, "progress": False} | options)
     assert all(torch.equal(value, before[key]) for key, value in factors(model).items())
     assert torch.equal(logits(model), answer)
     assert [m.training for m in model.modules()] == modes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gradients import autograd_sums, check_sums, hooked_sums, padded
@@ -57,53 +59,30 @@ def test_the_head_itself_may_be_a_target() -> None:
 
 
 def test_a_loss_that_is_not_recognized_is_taken_sample_by_sample() -> None:
-    class Smoothed(nn.Module):
+    calls: list[int] = []
+
+    def smoothed(model: nn.Module, args: object, given: Batch, outputs: Any) -> dict[str, Tensor]:
         """Label smoothing: no plain cross entropy of the logits."""
+        calls.append(1)
+        loss = nn.functional.cross_entropy(outputs.logits, given["labels"], label_smoothing=0.3)
+        return {"loss": loss, "logits": outputs.logits}
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = make("roberta")
-            self.config = self.inner.config
-            self.calls = 0
-
-        def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
-            self.calls += 1
-            values = self.inner(**batch).logits
-            return {"loss": nn.functional.cross_entropy(values, labels, label_smoothing=0.3), "logits": values}
-
-    sums, batch = [], batches_for("roberta", 1, 3)[0]
-    for rows in (1, 3):
-        model = Smoothed().eval()
-        parts = [{k: v[i : i + rows] for k, v in batch.items()} for i in range(0, 3, rows)]
-        sums.append(sum_of(model, model.inner.roberta.encoder.layer[0].attention.self.query, parts))
-        assert model.calls == (3 if rows == 1 else 4)
-    assert torch.equal(*sums)
+    model, batch = make("roberta"), batches_for("roberta", 1, 3)[0]
+    model.register_forward_hook(smoothed, with_kwargs=True)
+    layer = model.roberta.encoder.layer[0].attention.self.query
+    alone = sum_of(model, layer, [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)])
+    assert len(calls) == 3
+    assert torch.equal(sum_of(model, layer, [batch]), alone)
+    assert len(calls) == 3 + 4
 
 
 def test_logits_that_are_a_copy_are_not_trusted() -> None:
     """What accelerate's mixed precision returns: an fp32 copy of the logits that the loss was computed from."""
-
-    class Prepared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = make("llama", dtype=torch.bfloat16)
-
-        def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-            outputs = self.inner(**batch)
-            return {"loss": outputs.loss, "logits": outputs.logits.float() * 1.0}
-
-    samples, model = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12))], Prepared().eval()
-    layer = model.inner.model.layers[0].self_attn.q_proj
+    samples, model = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12))], make("llama", dtype=torch.bfloat16)
+    model.register_forward_hook(lambda _, given, out: {"loss": out.loss, "logits": out.logits.float() * 1.0})
+    layer = model.model.layers[0].self_attn.q_proj
     alone, together = (sum_of(model, layer, batches) for batches in (samples, [padded(samples, 12)]))
     assert (together - alone).norm() < 2e-2 * alone.norm()  # rounding in bf16; a plain mean is off by half
-
-
-def test_samples_without_a_label_count_nothing() -> None:
-    samples = [text(1, 12, seed) for seed in range(3)]
-    silent = text(1, 12, 9) | {"labels": torch.full((1, 12), -100)}
-    want = autograd_sums("llama", samples)
-    for batches in ([*samples, silent], [padded([*samples, silent], 12)]):
-        check_sums(hooked_sums("llama", batches), want, BATCHING)
 
 
 def test_loss_fn_counts_times_the_batchs_samples() -> None:
@@ -121,17 +100,18 @@ def test_loss_fn_counts_times_the_batchs_samples() -> None:
 
 
 def test_samples_with_nothing_to_predict_count_nothing() -> None:
-    """A causal sample whose only label is its first token, alone and in a batch; and the mean loss is over the others."""
-    samples = [text(1, 12, seed) for seed in range(2)]
+    """A causal sample whose only label is its first token, or one without any; the mean loss is over the others."""
+    samples = [text(1, 12, seed) for seed in range(3)]
     labels = torch.full((1, 12), -100)
     nothing = [
         text(1, 12, 9) | {"labels": labels},
         text(1, 12, 8) | {"labels": labels.index_fill(1, torch.tensor([0]), 5)},
     ]
-    _, want = started(batches=samples)
+    want = autograd_sums("llama", samples)
     for batches in ([*samples, *nothing], [padded([*samples, *nothing], 12)]):
-        assert started(batches=batches)[1].energy_sign == pytest.approx(want.energy_sign, abs=1e-3)
-    assert started(batches=[*samples, nothing[0]])[1].loss == pytest.approx(want.loss, rel=1e-6)
+        check_sums(hooked_sums("llama", batches), want, BATCHING)
+    (_, some), (_, more) = started(batches=samples), started(batches=[*samples, nothing[0]])
+    assert more.loss == pytest.approx(some.loss, rel=1e-6)
 
 
 def test_bf16_gradients_are_summed_in_fp32() -> None:
@@ -149,15 +129,11 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
 
 def test_a_model_without_a_loss_is_named_whatever_its_labels() -> None:
     """Labels of the first position alone have no loss, and neither has a model that returns none."""
-
-    class NoLoss(nn.Module):
-        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor | None]:
-            return {"loss": None, "logits": input_ids.float()}
-
-    labels = torch.full((1, 4), -100)
+    model, labels = make("llama"), torch.full((1, 4), -100)
+    model.register_forward_hook(lambda _, given, out: {"loss": None, "logits": out.logits})
     labels[0, 0] = 3
     with pytest.raises(ValueError, match="the model returned no loss for a batch with input_ids, labels"):
-        backward_over_samples(NoLoss(), {"input_ids": torch.ones(1, 4).long(), "labels": labels}, None)
+        backward_over_samples(model, {"input_ids": torch.ones(1, 4).long(), "labels": labels}, None)
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])

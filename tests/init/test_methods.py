@@ -23,12 +23,12 @@ import lorasb.init.pipeline
 INITS = ["lora-xs", "lora-xs-output", "kaiming", "random"]
 
 
-def again(model: nn.Module, seed: int = 0, **options: Any) -> dict[str, torch.Tensor]:
+def again(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
     """What `initialize` makes of a patched model, whose factors are spoiled first."""
     for name, parameter in model.named_parameters():
         if "lorasb_" in name:
             parameter.data.zero_()
-    lorasb.initialize(model, seed=seed, progress=False, **options)
+    lorasb.initialize(model, seed=seed, progress=False)
     return factors(model)
 
 
@@ -109,9 +109,8 @@ def test_a_model_without_values_waits() -> None:
     with torch.device("meta"):
         model = lorasb.patch(make("llama"), r=4, init="lora-xs")
     assert not any(layer.is_initialized("default") for layer in layers(model).values())
-    model = peft.inject_adapter_in_model(
-        lorasb.LoRASBConfig(r=4, init="kaiming"), make("llama"), low_cpu_mem_usage=True
-    )
+    config = lorasb.LoRASBConfig(r=4, init="kaiming")
+    model = peft.inject_adapter_in_model(config, make("llama"), low_cpu_mem_usage=True)
     assert not any(layer.is_initialized("default") for layer in layers(model).values())
 
 

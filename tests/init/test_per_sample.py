@@ -6,29 +6,13 @@ import pytest
 import tolerances
 import torch
 from adapters import layers
-from gradients import factors
+from gradients import autograd_sums, factors
 from models import batches_for, make, started
 from torch import Tensor
 
 import lorasb
 from lorasb.init.plan import passes, sum_bytes
 from lorasb.init.svd import MomentSketch, leading_eigenvectors
-
-
-def sample_gradients(family: str) -> dict[str, list[Tensor]]:
-    """Each sample's ∇W L by plain autograd, in fp64."""
-    model = make(family).double()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    found: dict[str, list[Tensor]] = {}
-    for batch in batches_for(family):
-        for i in range(len(batch["input_ids"])):
-            model.zero_grad(set_to_none=True)
-            model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None and parameter.dim() == 2:
-                    found.setdefault(name.removesuffix(".weight"), []).append(parameter.grad)
-    return found
 
 
 def kept(moment: Tensor, basis: Tensor) -> float:
@@ -41,10 +25,11 @@ def kept(moment: Tensor, basis: Tensor) -> float:
 def test_factors_lead_the_moments_of_all_samples(strategy: str) -> None:
     model, report = started(update="per-sample", strategy=strategy)
     assert report.update == "per-sample"
-    gradients = sample_gradients("llama")
+    samples = [{key: value[i : i + 1] for key, value in b.items()} for b in batches_for("llama") for i in range(2)]
+    gradients = [autograd_sums(make("llama").double(), [sample]) for sample in samples]
     reported = {layer.name: torch.tensor(layer.singular_values).double() for layer in report.layers}
     for name, layer in layers(model).items():
-        own = gradients[name]
+        own = [of_sample[name] for of_sample in gradients]
         values = torch.linalg.eigvalsh(sum(g @ g.t() for g in own)).flip(0)[:4].sqrt()
         # of a sketch of 36 columns of 64, which is short of the eigenvalues by up to a few percent
         assert torch.allclose(reported[name], values, rtol=0.05)

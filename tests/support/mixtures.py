@@ -1,8 +1,6 @@
-"""Small stacks that are no transformers models, one a mixture of experts."""
+"""A small mixture of experts that is no transformers model."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +20,18 @@ class Experts(nn.Module):
         return x + sum(torch.tanh(expert(x)) for expert in self.experts[:2])
 
 
-class Stack(nn.Module):
-    """Blocks one after another."""
+class Mixture(nn.Module):
+    """Two blocks of experts."""
 
-    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(Experts() for _ in range(2))
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """A squared error."""
         for layer in self.layers:
             x = layer(x)
         return {"loss": (x.mean(-1) - labels).square().mean()}
-
-
-def mixture() -> Stack:
-    """Two blocks of experts."""
-    return Stack(Experts() for _ in range(2))
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
