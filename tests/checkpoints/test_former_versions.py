@@ -95,9 +95,8 @@ def test_an_adapter_of_an_embedding_and_ranks_by_layer_load_to_the_bit() -> None
     assert all(torch.equal(value, want[name]) for name, value in found.items())
     layers = adapted_layers(model)[1]
     assert sorted(layer.r["default"] for layer in layers.values()) == [2, 2, 3]
-    assert all(
-        state.dropout == 0.1 and state.equivalent for layer in layers.values() for state in layer.adapters.values()
-    )
+    states = [state for layer in layers.values() for state in layer.adapters.values()]
+    assert all(state.dropout == 0.1 and state.equivalent for state in states)
 
 
 def test_adapters_on_a_basis_load_to_the_bit() -> None:

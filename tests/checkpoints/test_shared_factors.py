@@ -21,14 +21,11 @@ from trainer_runs import arguments
 import lorasb
 from lorasb.checkpoints.shared_factors import FACTORS_NAME, share
 
-STEPS = 3
 
-
-def trainer(folder: Path, steps: int = STEPS, model: Any = None, callback: Any = None, **more: Any) -> Any:
-    often = {"max_steps": steps, "per_device_train_batch_size": 2, "warmup_steps": 1, "save_steps": 1}
+def trainer(folder: Path, steps: int = 3, model: Any = None, callback: Any = None) -> Any:
     model = lorasb.patch(make("llama"), r=4) if model is None else model
     callbacks = [callback or lorasb.InitCallback(num_samples=4)]
-    given = arguments(folder, **often | more)
+    given = arguments(folder, max_steps=steps, per_device_train_batch_size=2, warmup_steps=1, save_steps=1)
     return transformers.Trainer(model, given, train_dataset=Rows(), eval_dataset=Rows(), callbacks=callbacks)
 
 

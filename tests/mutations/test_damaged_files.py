@@ -107,7 +107,6 @@ def damage_tensors(file: Path, draw: random.Random) -> None:
 
 
 def damage(file: Path, draw: random.Random) -> None:
-    """One mutation of a file."""
     structured = file.suffix in (".json", ".safetensors") and draw.random() < 0.6
     if structured and file.suffix == ".json":
         text = json.dumps(damaged_json(json.loads(file.read_text()), draw))

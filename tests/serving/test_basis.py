@@ -382,9 +382,7 @@ def test_of_none_nothing_and_of_hundreds_one_is_added_by_peft(monkeypatch: pytes
     before, add, calls = state(model), type(model).add_adapter, []
     lorasb.add_adapters(model, [])
     assert state(model) == before
-    monkeypatch.setattr(
-        type(model), "add_adapter", lambda self, name, config: calls.append(name) or add(self, name, config)
-    )
+    monkeypatch.setattr(type(model), "add_adapter", lambda *args: calls.append(args[1]) or add(*args))
     lorasb.add_adapters(model, [f"user-{i}" for i in range(200)])
     assert calls == ["user-0"]
     assert len(model.peft_config) == 201

@@ -18,9 +18,9 @@ from lorasb.layers.lookup import layers_with
 from lorasb.serving.joint_basis import Update, _lora_updates, joint_factors
 
 
-def two(rank: int = 4) -> PeftModel:
-    model = with_basis(r=rank, adapter_name="ada")
-    model.add_adapter("grace", lorasb.LoRASBConfig(r=rank, init="kaiming", init_seed=5))
+def two() -> PeftModel:
+    model = with_basis(adapter_name="ada")
+    model.add_adapter("grace", lorasb.LoRASBConfig(r=4, init="kaiming", init_seed=5))
     for seed, name in enumerate(("ada", "grace")):
         fill(model, name, seed)
     return model

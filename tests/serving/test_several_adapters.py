@@ -37,11 +37,11 @@ def cores(model: PeftModel, name: str) -> list[Tensor]:
     return [layer.lorasb_R[name].detach() for layer in layers_with(model, name).values()]
 
 
-def train(model: PeftModel, names: tuple[str, ...], steps: int = 6) -> None:
+def train(model: PeftModel, names: tuple[str, ...]) -> None:
     """Of each batch the rows of some adapters."""
     model.train()
     optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, RATES, weight_decay=0.01))
-    for step in range(steps):
+    for step in range(6):
         batch, owners = rows(step)
         mine = [i for i, owner in enumerate(owners) if owner in names]
         if not mine:
@@ -149,8 +149,6 @@ def batch_of(rows: int) -> dict[str, Tensor]:
 
 
 class Recorded(lorasb.AdapterRowsCollator):
-    """The collator, and the batches that it made."""
-
     def __init__(self) -> None:
         super().__init__(transformers.default_data_collator, column="user")
         self.batches: list[dict[str, object]] = []

@@ -181,8 +181,10 @@ def test_a_patched_model_may_be_initialized_after_it_was_compiled(way: str) -> N
 
 def test_adapters_of_different_kinds_do_not_mix() -> None:
     model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(ValueError, match="different peft types"):
-        model.add_adapter("second", LORA)
+    for other in (LORA, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)):
+        with pytest.raises(ValueError, match=r"Cannot combine adapters with different peft types.*LORASB"):
+            model.add_adapter("second", other)
+        assert torch.equal(logits(model), logits(make("llama")))
     with pytest.raises(ValueError, match="different peft types"):
         peft.get_peft_model(make("llama"), LORA).add_adapter("second", lorasb.LoRASBConfig(r=4))
     with pytest.raises(ValueError, match=r"without adapters.*add_adapter"):
