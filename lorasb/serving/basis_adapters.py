@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -134,7 +134,7 @@ def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis
     missing = [name for name in names if name not in model.peft_config]
     add_adapters(model, missing, basis=basis)
     for name in missing:  # as it is saved again: the R's that are read replace any start
-        model.peft_config[name].basis_start = read_config(folder / name).get("basis_start", "zero")
+        cast(LoRASBConfig, model.peft_config[name]).basis_start = read_config(folder / name).get("basis_start", "zero")
     for name, found in cores.items():
         for layer, core in found.items():
             layers[layer].lorasb_R[name].copy_(core)
