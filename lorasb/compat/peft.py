@@ -58,9 +58,7 @@ PRIVATE = {
         "resuming raises: A and B are missing",
     ),
     "hotswap_adapter": Private(
-        "peft.utils.hotswap.hotswap_adapter",
-        "wrapped: writes adapters of LoRA-SB into loaded ones",
-        "PEFT's own function refuses them",
+        "peft.utils.hotswap.hotswap_adapter", "wrapped: swaps adapters of LoRA-SB", "PEFT's own function refuses them"
     ),
     "get_peft_type": Private(
         "peft.config.PeftConfig._get_peft_type",

@@ -31,16 +31,10 @@ PRIVATE = {
         "torch._C._is_any_autocast_enabled", "skips the query per device", "autocast is queried per device", _always
     ),
     "dispatch_modes": Private(
-        "torch._C._len_torch_dispatch_stack",
-        "detects `TorchDispatchMode`, whose ops must not be bypassed",
-        DISPATCHED,
-        _one,
+        "torch._C._len_torch_dispatch_stack", "detects `TorchDispatchMode`, which has to see every op", DISPATCHED, _one
     ),
     "function_modes": Private(
-        "torch._C._len_torch_function_stack",
-        "detects `TorchFunctionMode`, whose ops must not be bypassed",
-        DISPATCHED,
-        _one,
+        "torch._C._len_torch_function_stack", "detects `TorchFunctionMode`, which has to see every op", DISPATCHED, _one
     ),
     "transforms_active": Private(
         "torch._C._are_functorch_transforms_active",
@@ -55,10 +49,7 @@ PRIVATE = {
     ),
     "tracing_state": Private("torch._C._get_tracing_state", "detects `torch.jit.trace`", DISPATCHED, _one),
     "is_wrapped": Private(
-        "torch._C._functorch.is_functorch_wrapped_tensor",
-        "detects tensors of a transform that has ended",
-        DISPATCHED,
-        _always,
+        "torch._C._functorch.is_functorch_wrapped_tensor", "detects tensors of ended transforms", DISPATCHED, _always
     ),
     "graph_task": Private(
         "torch._C._current_graph_task_id",
@@ -102,9 +93,7 @@ PRIVATE = {
         "adapters of attention inside of TransformerEncoderLayer have no effect in evaluation",
     ),
     "OptimizedModule": Private(
-        "torch._dynamo.eval_frame.OptimizedModule()._orig_mod",
-        "the module that `torch.compile` has wrapped",
-        "pass the module itself",
+        "torch._dynamo.eval_frame.OptimizedModule()._orig_mod", "what `torch.compile` wraps", "pass the module itself"
     ),
 }
 
