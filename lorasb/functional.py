@@ -104,12 +104,14 @@ def _call(
             calls.remember(signature)
     if x.requires_grad and not compiling and torch.is_inference_mode_enabled():
         raise ValueError(
-            "expected x without requires_grad under torch.inference_mode(), which records no gradient: use "
-            "torch.no_grad() or pass x.detach()"
+            "expected x without requires_grad under torch.inference_mode(): use torch.no_grad() or pass x.detach()"
         )
     if not plain and is_transformed():
         weights = weights if quantized is None else [dequantize(quantized, x.dtype)]
-        return _transformed(x, Operands(weights, DENSE, a, cores, b, biases, scalings, index, dropout))
+        operands = Operands(weights, DENSE, a, cores, b, biases, scalings, index, dropout)
+        if index is not None:
+            eager.check_index(index, min(map(len, cores)))
+        return [eager.transformed(x, one, dropout, index) for one in operands.members()]
     tensors, layout = (weights, DENSE) if quantized is None else (quantized.tensors, quantized.layout(x.dtype))
     backend = current_backend()
     if plain and quantized is None:
@@ -129,13 +131,6 @@ def _call(
     return adapted_linear(x, operands, backend, kernels)
 
 
-def _transformed(x: Tensor, operands: Operands) -> list[Tensor]:
-    index, dropout = operands.row_index, operands.dropout
-    if index is not None:
-        eager.check_index(index, min(map(len, operands.cores)))
-    return [eager.transformed(x, one, dropout, index) for one in operands.members()]
-
-
 def _row_index(index: Tensor | Sequence[int] | None, dropout: float) -> Tensor | None:
     """The index as a tensor; raises where dropout is out of range, or cannot be had with an index."""
     if not 0.0 <= dropout < 1.0:
@@ -151,28 +146,18 @@ def _check_quantized(weight: QuantizedWeight, x: Tensor, a: Tensor, b: Tensor) -
     if weight.shape != (b.shape[0], a.shape[-1]):
         raise ValueError(f"expected a quantized weight [{b.shape[0]}, {a.shape[-1]}], got {list(weight.shape)}")
     if weight.device != x.device:
-        raise ValueError(
-            f"expected the quantized weight on x's device {x.device}, got {weight.device}: move one of the two"
-        )
+        raise ValueError(f"expected a quantized weight on x's device {x.device}, got {weight.device}: move one of them")
 
 
-def _served(
-    x: Tensor,
-    weight: QuantizedWeight,
-    a: Tensor | None,
-    core: Tensor | None,
-    b: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-) -> Tensor | None:
-    """y of a call without gradients, from the current backend's `serve_quantized`; None if it has none."""
+def _served(x: Tensor, weight: QuantizedWeight, *others: Tensor | float | None) -> Tensor | None:
+    """y of a call without gradients by the backend's `serve_quantized`, or None; `others`: A, R, B, the bias and s."""
     if torch.is_grad_enabled() or not x.is_cpu or is_transformed():
         return None
     # For a single token, the checks and the choice of a kernel in Python take as long as the product itself.
     serve = direct_kernel("serve_quantized", current_backend())
     if serve is None:
         return None
-    return serve(x, weight.tensors, weight.storage_layout, *weight.shape, a, core, b, bias, scaling)
+    return serve(x, weight.tensors, weight.storage_layout, *weight.shape, *others)
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

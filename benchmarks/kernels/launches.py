@@ -103,6 +103,6 @@ def record_quantized(
     bare = layer._replace(weights=[None])
     with observed(dry=True) as launches:
         forward_quantized(empty(M, n, dtype=dtype), weight, bare, plan, Mask())
-        backward_quantized(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, True, True, Mask())
+        backward_quantized(empty(M, m, dtype=dtype), weight, bare, empty(M, r, dtype=dtype), plan, (True, True), Mask())
         dequantized(weight, dtype)
     return [one for one in launches if one.arguments.get("weight") is not None]

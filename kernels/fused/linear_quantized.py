@@ -69,16 +69,10 @@ def forward(x: Tensor, weight: Quantized, members: Members, plan: LaunchPlan, ma
 
 
 def backward(
-    dy: Tensor,
-    weight: Quantized,
-    members: Members,
-    u: Tensor,
-    plan: LaunchPlan,
-    need_dx: bool,
-    need_dcore: bool,
-    mask: Mask,
+    dy: Tensor, weight: Quantized, members: Members, u: Tensor, plan: LaunchPlan, need: tuple[bool, bool], mask: Mask
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """dx = dy W + (s·t R) A [M, n] and [dR = s·tᵀ u [r, r]], if it is needed, for dy [M, m]."""
+    """dx = dy W + (s·t R) A [M, n] and [dR = s·tᵀ u [r, r]], whichever of the two is needed, for dy [M, m]."""
+    need_dx, need_dcore = need
     M, dy = dy.shape[0], unit_rows(dy)
     if M == 0 or weight.m == 0 or not need_dx:  # dR takes no weight
         _, dcores = dense.backward([dy], members._replace(weights=[None]), [u], plan, False, need_dcore, mask)

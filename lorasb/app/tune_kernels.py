@@ -88,7 +88,7 @@ def _run_of(shape: Shape, ms: Sequence[int], device: str) -> Run:
         weight = _random_4bit(ms[0], shape.n, device)
         if shape.op == "forward":
             return lambda chosen: linear_quantized.forward(x, weight, members, chosen, mask)
-        return lambda chosen: linear_quantized.backward(dys[0], weight, members, us[0], chosen, True, True, mask)
+        return lambda chosen: linear_quantized.backward(dys[0], weight, members, us[0], chosen, (True, True), mask)
     if shape.op == "forward":
         return lambda chosen: launch.forward(x, members, chosen, mask)
     return lambda chosen: launch.backward(dys, members, us, chosen, True, True, mask)

@@ -232,8 +232,7 @@ def _remember(tuned: Tuned, arch: str, sms: int) -> None:
         write([tuned], arch, sms)
     except OSError as error:
         warnings.warn(
-            f"the kernels' timings cannot be kept ({error}): every run measures them again. Set LORASB_CACHE to a "
-            f"folder that can be written, or {MODE}=cached",
+            f"the kernels' timings cannot be kept ({error}). Set LORASB_CACHE to a writable folder, or {MODE}=cached",
             stacklevel=2,
         )
 

@@ -131,9 +131,7 @@ def check_index(index: Tensor, count: int) -> None:
         return
     low, high = (int(value) for value in index.aminmax())
     if low < -1 or high >= count:
-        raise IndexError(
-            f"expected index in [-1, {count}), one of {count} adapters or -1 for none, got {low if low < -1 else high}"
-        )
+        raise IndexError(f"expected index in [-1, {count}), -1 for no adapter, got {low if low < -1 else high}")
 
 
 def extended(rows: Tensor, base: Base, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -366,9 +364,7 @@ def transformed(x: Tensor, one: Member, dropout: float, index: Tensor | None) ->
 EAGER = Products(thin, times_core, extended, extended_transposed)
 eager_forward, eager_backward = partial(forward, EAGER), partial(backward, EAGER)
 KERNELS = kernels_of(eager_forward, eager_backward) | {
-    "dequantize": Kernel(dequantize),
-    "gradient_add": Kernel(gradient_add),
-    "gradient_signs": Kernel(gradient_signs),
+    one.__name__: Kernel(one) for one in (dequantize, gradient_add, gradient_signs)
 }
 
 

@@ -110,7 +110,7 @@ def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool
 
     rows, members = rows_of(dy), resolved(members_of(operands))
     plan, mask = plan_of("backward", rows, members.b, members.a[0], quant="4bit"), mask_of(operands)
-    dx, dcores = kernels.backward(rows, _weight(operands), members, u, plan, need_dx, need_dcores, mask)
+    dx, dcores = kernels.backward(rows, _weight(operands), members, u, plan, (need_dx, need_dcores), mask)
     return _gradients(dy, dx, dcores, operands.cores)
 
 
@@ -195,16 +195,14 @@ def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
     """total [m, n] fp32 (+)= dyᵀ x."""
     from lorasb.kernels import weight_gradient as kernels
 
-    arch = _check_gradient(x, total)
-    kernels.gradient_add(dy.to(x.dtype), x, total, fresh, arch)
+    kernels.gradient_add(dy.to(x.dtype), x, total, fresh, _check_gradient(x, total))
 
 
 def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Signs and nonzero places of total + dyᵀ x, as words; and Σ G², zeros, not finite."""
     from lorasb.kernels import weight_gradient as kernels
 
-    arch = _check_gradient(x, total)
-    return kernels.gradient_signs(dy.to(x.dtype), x, total, fresh, arch)
+    return kernels.gradient_signs(dy.to(x.dtype), x, total, fresh, _check_gradient(x, total))
 
 
 def _check_gradient(x: Tensor, total: Tensor | None) -> str:
@@ -220,10 +218,7 @@ def mask_of(operands: Operands) -> Mask:
     if operands.seeds is None or operands.dropout <= 0.0:
         return _kernels().linear.NO_DROPOUT
     if is_capturing():  # replays would repeat the mask
-        raise CaptureError(
-            "lora_dropout under CUDA graph capture would repeat one mask at every replay: set lora_dropout=0, or call "
-            "model.eval(), before capturing"
-        )
+        raise CaptureError("a CUDA graph would repeat one mask: set lora_dropout=0 or call model.eval() before capture")
     return _kernels().Mask(kernel_dropout(operands.dropout), tuple(operands.seeds.tolist()))
 
 
@@ -281,8 +276,7 @@ def _raise_if_nothing_else_runs(error: Exception) -> None:
         ) from error
     if is_capturing():
         raise CaptureError(
-            f"a kernel could not be compiled or loaded during CUDA graph capture ({error}): call the model once with "
-            "the same shapes before capturing"
+            f"CUDA graph capture met a new kernel ({error}): call the model once with the same shapes before capturing"
         ) from error
 
 
@@ -412,8 +406,7 @@ def _give_up(key: tuple[Hashable, ...], error: Exception) -> None:
     _broken[key] = f"{type(error).__name__}: {error}"
     warnings.warn(
         f"lorasb's fused kernels do not run here ({_broken[key]}): eager torch computes instead, from now on, "
-        f"for calls like this one ({key[1]}, {key[3]} features, {key[2]}). lorasb.backend('triton') raises the error "
-        "itself",
+        f"for calls like this one ({key[1]}, {key[3]} features, {key[2]}). lorasb.backend('triton') raises the error",
         RuntimeWarning,
         stacklevel=2,
     )

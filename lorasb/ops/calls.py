@@ -170,9 +170,7 @@ def _of_stack(x: Tensor, cores: Tensor, index: Tensor) -> Tensor:
     if cores.dim() != 3:
         raise ValueError(f"expected lora_R [K, r, r] with an index of rows, got {_shape(cores)}")
     if index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
-        raise TypeError(
-            f"expected index [n] in int64 on the CPU, got {_shape(index)} in {index.dtype} on {index.device}"
-        )
+        raise TypeError(f"expected index [n] in int64 on the CPU, got {_shape(index)}, {index.dtype} on {index.device}")
     if x.dim() < 2 or len(index) != x.shape[0]:
         raise ValueError(f"expected an index for each of the rows of x [n, ..., in], got {len(index)} for {_shape(x)}")
     return cores[0] if len(cores) else cores.new_empty(cores.shape[1:])
