@@ -26,8 +26,7 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, Shapes]) -> None
     # PEFT loads what matches and reports the rest in a warning: without these checks, a model would run with zeros.
     if not factors and any(".lora_A" in key for key in tensors):
         raise ValueError(
-            "this file holds a plain LoRA (lora_A, lora_B) but its configuration says LORASB: it has no R. "
-            "Load it with peft_type LORA, or point at the LoRA-SB adapter it was exported from"
+            "this file holds a plain LoRA but its configuration says LORASB: it has no R. Load it with peft_type LORA"
         )
     check_factors(factors, layers)
     extra = sorted(set(factors) - set(layers))
@@ -39,7 +38,7 @@ def check_factors(factors: dict[str, dict[str, Tensor]], layers: dict[str, Shape
     """Raise a ValueError unless every factor of `layers` is there, with its shape and finite values."""
     for name, shapes in layers.items():
         for factor, shape in shapes.items():
-            tensor = factors.get(name, {}).get(factor)
+            tensor, place = factors.get(name, {}).get(factor), f"{factor} of layer {name!r}"
             if tensor is None:
                 raise ValueError(
                     f"the adapter file has no {factor} for layer {name!r}: it belongs to another model or was cut "
@@ -47,19 +46,15 @@ def check_factors(factors: dict[str, dict[str, Tensor]], layers: dict[str, Shape
                 )
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(
-                    f"{factor} of layer {name!r} is {list(tensor.shape)} in the adapter file, expected {list(shape)}: "
+                    f"{place} is {list(tensor.shape)} in the adapter file, expected {list(shape)}: "
                     "the file belongs to another base model, or its adapter_config.json was changed"
                 )
             allowed = WIDE if factor == "lorasb_R" else FLOATS  # a 16-bit R has lost the precision of training
             if tensor.dtype not in allowed:
-                raise ValueError(
-                    f"{factor} of layer {name!r} is {tensor.dtype} in the adapter file, expected one of "
-                    + ", ".join(map(str, allowed))
-                )
+                names = ", ".join(map(str, allowed))
+                raise ValueError(f"{place} is {tensor.dtype} in the adapter file, expected one of {names}")
             if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"{factor} of layer {name!r} has NaN or Inf values in the adapter file: its training had failed"
-                )
+                raise ValueError(f"{place} has NaN or Inf values in the adapter file: its training had failed")
 
 
 def group_by_layer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -90,12 +85,8 @@ def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None
 
 
 def _shapes(factors: dict[str, Tensor]) -> Shapes:
-    r = len(factors["lorasb_R"]) if factors["lorasb_R"].dim() else 0
-    return {
-        "lorasb_A": (r, factors["lorasb_A"].shape[-1] if factors["lorasb_A"].dim() else 0),
-        "lorasb_R": (r, r),
-        "lorasb_B": (factors["lorasb_B"].shape[0] if factors["lorasb_B"].dim() else 0, r),
-    }
+    a, core, b = (factors[part].shape or (0,) for part in FACTORS)  # a scalar fits nothing
+    return {"lorasb_A": (core[0], a[-1]), "lorasb_R": (core[0], core[0]), "lorasb_B": (b[0], core[0])}
 
 
 def read_config(path: str | os.PathLike[str]) -> Json:

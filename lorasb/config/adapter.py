@@ -30,16 +30,8 @@ STARTS = ("zero", "same")  # of R, for an adapter on another one's basis
 SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6  # of s and alpha: beyond, products with R leave the range of 16 bits
 EMBEDDINGS = (".embed_tokens.weight", ".lm_head.weight")  # keys that PEFT adds by itself
 NOT_SAVED = ("init_seed", "check_base", "group")  # of no use to whoever loads the adapter
-# Fields that patching overwrites with the values they resolve to for one model.
-RESOLVED = (
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "modules_to_save",
-    "task_type",
-    "base_fingerprint",
-    "init_provenance",
-)
+# Fields that patching overwrites with the values they resolve to for one model: `start_over` resets them.
+RESET = ("r", "rank_pattern", "target_modules", "modules_to_save", "task_type", "base_fingerprint", "init_provenance")
 
 
 class WrittenHere(dict[str, Any]):
@@ -142,9 +134,7 @@ class LoRASBConfig(PeftConfig):
             elif isinstance(names, list):  # sets, as in PEFT's LoraConfig; JSON has none
                 setattr(self, name, set(names))
         if isinstance(self.target_parameters, str):
-            raise ValueError(
-                f"target_parameters must be a list of names, got {self.target_parameters!r}: put it into [...]"
-            )
+            raise ValueError(f"target_parameters must be a list, got {self.target_parameters!r}: put it into [...]")
         self.target_parameters = sorted(self.target_parameters) if self.target_parameters else None
         self.rank_pattern = dict(self.rank_pattern or {})
         self._check_ranks()
@@ -186,20 +176,14 @@ class LoRASBConfig(PeftConfig):
         if alpha is not None and not (isinstance(alpha, int | float) and SMALLEST_SCALE <= alpha <= LARGEST_SCALE):
             raise ValueError(f"lora_alpha must lie between {SMALLEST_SCALE:g} and {LARGEST_SCALE:g}, got {alpha!r}")
         if self.lora_alpha is not None and not self.init.startswith("lora-xs"):
-            raise ValueError(
-                f"lora_alpha belongs to init='lora-xs' (its scaling is alpha/r), got init={self.init!r}: "
-                "LoRA-SB needs no alpha; use scaling=... if you must"
-            )
+            raise ValueError(f"lora_alpha belongs to init='lora-xs', got init={self.init!r}: use scaling=...")
 
     def _check_layer_selection(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too")
         regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         if regex and self.layers_to_transform is not None:
-            raise ValueError(
-                "layers_to_transform works with target_modules as a list or 'all-linear'; "
-                f"with a regex ({self.target_modules!r}), select the layers in the regex"
-            )
+            raise ValueError(f"layers_to_transform: select the layers in the regex {self.target_modules!r} itself")
 
     @property
     def from_file(self) -> bool:
@@ -219,7 +203,7 @@ class LoRASBConfig(PeftConfig):
         for name in ("init_provenance", "base_fingerprint"):
             if isinstance(getattr(self, name), WrittenHere) and not self._weights_follow:
                 setattr(self, name, None)
-        self._asked = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
+        self._asked = {name: copy.copy(getattr(self, name)) for name in RESET}
 
     def scaling_for(self, r: int) -> float:
         """The scaling s of a layer of rank `r`."""
@@ -271,9 +255,8 @@ def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:
     found = [name for name in names if not any(name.endswith(f".{module}.weight") for module in trained)]
     if found:
         warnings.warn(
-            f"{found[0]} is in the adapter file, as the vocabulary was resized or save_embedding_layers asks: it "
-            "loads on a base with the same values only. Name the module in modules_to_save, or rows in "
-            "trainable_token_indices",
+            f"{found[0]} is in the adapter file, as the vocabulary was resized or save_embedding_layers asks: it loads "
+            "on a base with the same values only. Name it in modules_to_save, or rows in trainable_token_indices",
             stacklevel=4,
         )
 

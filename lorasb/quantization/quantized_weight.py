@@ -213,16 +213,13 @@ def _int8_weight(module: nn.Module, weight: Tensor) -> QuantizedWeight:
     """The storage of a `Linear8bitLt`: int8 codes, and row scales `SCB`."""
     if weight.dtype != torch.int8:
         raise TypeError(
-            "this Linear8bitLt holds 16-bit weights (has_fp16_weights=True, or not on its device yet): quantize it "
-            "first, with has_fp16_weights=False and model.to(device)"
+            "this Linear8bitLt holds 16-bit weights: quantize it first, by has_fp16_weights=False and model.to(device)"
         )
     scales = getattr(weight, "SCB", None)  # bitsandbytes moves it to the module's state in the first forward
     scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
     if scales is None or scales.numel() != weight.shape[0]:
         count = "none" if scales is None else scales.numel()
-        raise ValueError(
-            f"expected {weight.shape[0]} row scales (SCB) of an 8-bit weight, got {count}: load the model again"
-        )
+        raise ValueError(f"expected {len(weight)} row scales (SCB) of 8 bits, got {count}: load the model again")
     if not scales.is_meta and not torch.isfinite(scales).all():
         raise ValueError("the row scales (SCB) of an 8-bit weight hold NaN or Inf: its file is damaged")
     codes = weight.detach().as_subclass(Tensor).contiguous()
