@@ -18,15 +18,7 @@ from ..constants import FACTORS
 from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.deprecation import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
-from .adapter_state import (
-    AdapterState,
-    Cores,
-    EquivalentGradient,
-    FrozenFactors,
-    has_values,
-    refuse_training,
-    shard_like,
-)
+from .adapter_state import AdapterState, Cores, EquivalentGradient, FrozenFactors, has_values, refuse_training, sharded
 from .base import Base
 from .opaque_base import make_base
 from .token_rows import Rows
@@ -181,7 +173,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if target.shape != value.shape:
                 raise ValueError(f"expected a factor {list(target.shape)}, got {list(value.shape)}")
         for target, value in pairs:
-            target.copy_(shard_like(target, value))
+            target.copy_(sharded(target, value))
         self.adapters[adapter_name].initialized = True
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -393,8 +385,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if not torch.isfinite(result).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {' and '.join(adapter_names)} seems to be broken: "
-                f"merging gives weights that are not finite in {weight.dtype}; the weights were left as they are. "
-                "Check the adapter's training, or merge into a wider dtype"
+                f"they are not finite in {weight.dtype}; the weights were left as they are. Merge into a wider dtype"
             )
         return result
 

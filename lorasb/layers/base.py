@@ -127,8 +127,7 @@ class Base:
         if hasattr(base, "parametrizations") or {"weight_g", "weight_v", "weight_orig"} & base._parameters.keys():
             raise ValueError(
                 f"a {type(base).__name__} computes its weight in every forward (weight_norm, spectral_norm), and "
-                "merged values would be lost: remove that first (torch.nn.utils.parametrize.remove_parametrizations), "
-                "or keep the adapter apart: lorasb.export_lora(model, path)"
+                "merged values would be lost: remove that first (parametrize.remove_parametrizations), or export_lora"
             )
 
     def merged(self, weight: Tensor) -> Base:

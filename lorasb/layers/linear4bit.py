@@ -100,15 +100,9 @@ class Linear4bit(nn.Linear):
                 destination[f"{prefix}weight.{name}"] = tensor
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        metadata: object,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: object, strict: bool, *lists: list[str]
     ) -> None:
+        missing, unexpected, errors = lists
         start = f"{prefix}weight."
         statistics = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
         name = f"{prefix}weight"
@@ -206,9 +200,7 @@ def quantized_bases(model: nn.Module) -> dict[str, QuantizedWeight | OpaqueBase]
             continue
         base, weight = layer.base, layer.base.quantized()
         if isinstance(base, OpaqueBase) and not base.requantizes:
-            raise ValueError(
-                f"requantize=True: the {base.name} layer {name!r} cannot be quantized again, merge without it"
-            )
+            raise ValueError(f"the {base.name} layer {name!r} cannot be quantized again: merge without requantize")
         if isinstance(base, OpaqueBase):
             bases[name] = base
         elif weight is not None and weight.kind in KINDS:
@@ -241,10 +233,6 @@ def requantize(model: nn.Module, bases: dict[str, QuantizedWeight | OpaqueBase])
     # layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), Q being W, the merged weight, after quantization
     model.requantization_errors = errors  # type: ignore[assignment]
     worst = max(errors, key=errors.__getitem__)
-    logging.getLogger("lorasb").warning(
-        "requantized %d layers: relative error of a weight %.3f on average, %.3f at most (%s)",
-        len(errors),
-        sum(errors.values()) / len(errors),
-        errors[worst],
-        worst,
-    )
+    average = sum(errors.values()) / len(errors)
+    message = "requantized %d layers: relative error of a weight %.3f on average, %.3f at most (%s)"
+    logging.getLogger("lorasb").warning(message, len(errors), average, errors[worst], worst)

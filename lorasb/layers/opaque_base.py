@@ -196,6 +196,7 @@ TOLERANCE = 0.05
 def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
     """Run one probe of three rows."""
     layer: nn.Module = opaque.module
+    kind = type(layer).__name__
     x = _probe(opaque.shape[1], first_tensor(layer).device, opaque.dtype)
     try:
         with torch.enable_grad():
@@ -204,16 +205,10 @@ def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
     except Exception as error:
         if opaque.backend is not None:  # its kernel may want another device, where the model is moved later
             return
-        package = PACKAGES.get(type(layer).__name__)
-        hint = f": pip install {package}" if package else ", or name it in exclude_modules"
-        raise TypeError(
-            f"target {name!r} is a {type(layer).__name__} that failed on x [3, in] ({error}){hint}"
-        ) from error
+        hint = f": pip install {PACKAGES[kind]}" if kind in PACKAGES else ", or name it in exclude_modules"
+        raise TypeError(f"target {name!r} is a {kind} that failed on x [3, in] ({error}){hint}") from error
     if y.shape != (3, opaque.shape[0]) or not _is_linear(y.detach().double()):
-        raise TypeError(
-            f"target {name!r} is a {type(layer).__name__}, and 2x does not give twice what x gives: an adapter beside "
-            "it would not be a change of its weight. Name it in exclude_modules"
-        )
+        raise TypeError(f"{name!r} is a {kind}, and 2x does not give twice what x gives: name it in exclude_modules")
     if trained and gradient is None:
         raise TypeError(
             f"target {name!r}, a {opaque.name} layer, has no gradient of its input: layers below it would learn "

@@ -52,7 +52,13 @@ class OpenExperts(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapter_names: Rows | None = None
     ) -> Tensor:
         """y [T, H], the sum of the experts' results by routing weight; `adapter_names` has one name per token."""
-        order, counts = self._sorted_by_expert(top_k_index)
+        # Sort the T·k (token, expert) pairs by expert, so that each expert's tokens are contiguous. The stable sort
+        # keeps them in the order of the batch, which fixes the order of the sums.
+        expert_of_pair = top_k_index.reshape(-1)
+        order = expert_of_pair.argsort(stable=True)
+        # Under expert parallelism, pairs of other ranks' experts have the index num_experts: they sort last, are cut.
+        counts = torch.bincount(expert_of_pair, minlength=self.num_experts).tolist()[: self.num_experts]
+        order = order[: sum(counts)]
         tokens = order // top_k_index.shape[-1]
         y = torch.zeros_like(hidden_states)
         # In distributed training experts without tokens run too (on 0 rows): every rank has to have a gradient for
@@ -68,16 +74,6 @@ class OpenExperts(nn.Module):
         results = torch.cat([self._expert(e, x, rows) for e, x, rows in calls])
         weighted = results * top_k_weights.reshape(-1)[order, None]
         return y.index_add(0, tokens, weighted.to(y.dtype))
-
-    def _sorted_by_expert(self, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
-        """The indices of the (token, expert) pairs in the order of their experts, and each expert's number of pairs."""
-        # Sort the T·k (token, expert) pairs by expert, so that each expert's tokens are contiguous. The stable sort
-        # keeps them in the order of the batch, which fixes the order of the sums.
-        expert_of_pair = top_k_index.reshape(-1)
-        order = expert_of_pair.argsort(stable=True)
-        # Under expert parallelism, pairs of other ranks' experts have the index num_experts: they sort last, are cut.
-        counts = torch.bincount(expert_of_pair, minlength=self.num_experts).tolist()[: self.num_experts]
-        return order[: sum(counts)], counts
 
     def _expert(self, e: int, x: Tensor, rows: Rows | None) -> Tensor:
         gate, up = _call(self.gate_up_proj[e], x, rows).chunk(2, dim=-1)
