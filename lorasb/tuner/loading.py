@@ -53,11 +53,7 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
 
 
 def with_factors(
-    tensors: dict[str, Tensor],
-    adapter_name: str,
-    layers: dict[str, AdaptedLayer],
-    config: LoRASBConfig,
-    share: bool = True,
+    tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, AdaptedLayer], config: LoRASBConfig, share: bool
 ) -> dict[str, Tensor]:
     """A file's tensors with the A and B that its R belongs to, of the model where it has them."""
     expected_digest = shared_factors.referenced_digest(tensors)
@@ -80,8 +76,7 @@ def with_factors(
     if found is None:
         raise ValueError(
             f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this "
-            "model nor the adapter's folder has: load the adapter whose factors it shares first "
-            f"(model.load_adapter(folder, {config.basis!r})). One of that name with other A and B is not it"
+            f"model nor the adapter's folder has: load that one first (model.load_adapter(folder, {config.basis!r}))"
         )
     if found != adapter_name and share:  # the adapter is to be loaded, and gets the model's own A and B
         basis.stand_on(layers, adapter_name, found)
@@ -126,15 +121,9 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
     for name in config.modules_to_save or ():
         places = [n for n, module in model.named_modules() if n == name or n.endswith(f".{name}")]
         if places and not any(key.startswith(f"{place}.") for key in saved for place in places):
-            raise ValueError(
-                f"the adapter's configuration names {name!r} in modules_to_save, expected its weights in the adapter "
-                f"file, got none: {AGAIN}"
-            )
+            raise ValueError(f"modules_to_save {name!r}: expected its weights in the adapter file, got none: {AGAIN}")
     if config.trainable_token_indices and not any("trainable_tokens" in key for key in saved):
-        raise ValueError(
-            "the adapter's configuration names trainable_token_indices, expected their rows in the adapter file, got "
-            f"none: {AGAIN}"
-        )
+        raise ValueError(f"trainable_token_indices: expected their rows in the adapter file, got none: {AGAIN}")
 
 
 def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
@@ -171,14 +160,11 @@ def swap(
     try:
         adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
     except ValueError as error:
-        raise ValueError(
-            f"{path} does not fit the loaded adapter {adapter_name!r}, which it would replace: {error}"
-        ) from None
+        raise ValueError(f"{path} does not fit the loaded adapter {adapter_name!r}: {error}") from None
     others = [key for key in tensors if not any(f".{part}" in key for part in FACTORS)]
     if others:
         raise ValueError(
-            f"{path} has more than A, R and B ({others[0]}, ...): modules, biases or token rows that were trained in "
-            "full are not swapped. Load it next to the other: model.load_adapter(path, another_name)"
+            f"{path} has more than A, R and B ({others[0]}, ...): load it with model.load_adapter(path, another_name)"
         )
     for name, factors in adapter_file.group_by_layer(tensors).items():
         a, core, b = (factors[part] for part in FACTORS)

@@ -31,21 +31,8 @@ from ..layers.weight_adapter import adapt_weights
 from ..serving import basis
 from ..serving.rows import adapters_by_row
 from ..utils.precision import SIXTEEN_BIT
-from . import loading
+from . import loading, targets
 from .fresh_heads import save_heads
-from .targets import (
-    CORE,
-    can_initialize_now,
-    check_mergeable,
-    check_targets,
-    filter_all_linear,
-    float_dtype,
-    inside_tuner,
-    layers_named_in,
-    rank_for,
-    refuse_duplicates,
-    without_wrapper,
-)
 from .weighted_adapter import SumOptions, combine
 
 InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], object]
@@ -65,7 +52,7 @@ class LoRASBModel(BaseTuner):
         config = cast(LoRASBConfig, self.peft_config[adapter_name])
         # Everything below may fail halfway through the model: the block undoes what was done.
         with lookup.unchanged_on_error(model):
-            refuse_duplicates(model, adapter_name)
+            targets.refuse_duplicates(model, adapter_name)
             config.start_over()  # before any field is resolved
             config.awaits_weights = config.from_file
             loading.refuse_missing_modules(model, config)
@@ -86,7 +73,7 @@ class LoRASBModel(BaseTuner):
                 sampled = fingerprint({name: layer.base.parameter() for name, layer in layers.items()})
                 config.base_fingerprint = None if sampled is None else WrittenHere(sampled)
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
-            if kwargs.get("state_dict") is None and can_initialize_now(model, config, adapter_name, layers):
+            if kwargs.get("state_dict") is None and targets.can_initialize_now(model, config, adapter_name, layers):
                 # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
                 reports: dict[str, object] = self.__dict__.setdefault("init_reports", {})
                 reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
@@ -99,13 +86,13 @@ class LoRASBModel(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> bool | re.Match[str] | None:
         """Match target_modules as PEFT does, extended to the experts of target_parameters."""
         peft_match = BaseTuner._check_target_module_exists(peft_config, key)
-        targets = peft_config.target_parameters
-        if not targets or isinstance(peft_match, private.ExcludedModule):
+        names = peft_config.target_parameters
+        if not names or isinstance(peft_match, private.ExcludedModule):
             return peft_match
-        if unfused_experts.is_target(key, targets):  # the list of a parameter's matrices, by the parameter's name
+        if unfused_experts.is_target(key, names):  # the list of a parameter's matrices, by the parameter's name
             return False
         parameter, _, index = key.rpartition(".")  # a matrix of one: `...gate_up_proj.3`
-        return peft_match or (index.isdecimal() and unfused_experts.is_target(parameter, targets))
+        return peft_match or (index.isdecimal() and unfused_experts.is_target(parameter, names))
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: object, **kwargs: object) -> list[str]:
         """Replace PEFT's wrapping of 3-D parameters: `inject_adapter` has opened the experts into linears."""
@@ -166,22 +153,22 @@ class LoRASBModel(BaseTuner):
         all_linear = config.target_modules == ALL_LINEAR
         private.include_all_linear(config, model)
         if all_linear:
-            config.target_modules = filter_all_linear(model, config)
-        named_in = None if state_dict is None else layers_named_in(state_dict)
+            config.target_modules = targets.filter_all_linear(model, config)
+        named_in = None if state_dict is None else targets.layers_named_in(state_dict)
 
         def is_target(name: str) -> bool:
             """True for a module that the configuration names."""
             if named_in is None:
                 return bool(self._check_target_module_exists(config, name))
-            return without_wrapper(name) in named_in
+            return targets.without_wrapper(name) in named_in
 
-        targets = {
+        found = {
             name: module
             for name, module in model.named_modules()
             # modules inside a tuner layer (base_layer) belong to an earlier adapter; the layer itself is the target
-            if name and is_target(name) and not inside_tuner(model, name)
+            if name and is_target(name) and not targets.inside_tuner(model, name)
         }
-        check_targets(model, config, targets, state_dict)
+        targets.check_targets(model, config, found, state_dict)
 
     def _create_and_replace(
         self,
@@ -193,14 +180,10 @@ class LoRASBModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        rank = rank_for(peft_config, current_key)
-        options: dict[str, Any] = {
-            "r": rank,
-            "scaling": peft_config.scaling_for(rank),
-            "lora_dropout": peft_config.lora_dropout,
-            "equivalent_gradient": peft_config.equivalent_gradient,
-            "wide_factors": peft_config.wide_factors,
-        }
+        rank = targets.rank_for(peft_config, current_key)
+        options: dict[str, Any] = {"r": rank, "scaling": peft_config.scaling_for(rank)}
+        for name in ("lora_dropout", "equivalent_gradient", "wide_factors"):
+            options[name] = getattr(peft_config, name)
         if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
             options |= basis.options_for(target, peft_config)
             target.add_adapter(adapter_name, **options)
@@ -209,7 +192,7 @@ class LoRASBModel(BaseTuner):
             target,
             adapter_name,
             fan_in_fan_out=isinstance(target, Conv1D),  # GPT-2's, which stores W as [in, out]
-            octet_dtype=float_dtype(self.model),
+            octet_dtype=targets.float_dtype(self.model),
             resolver_options=get_quantization_kwargs(self.model),
             **options,
         )
@@ -229,21 +212,15 @@ class LoRASBModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights: all layers, or none if one would get values that are not finite."""
-        check_mergeable(self.model, adapter_names)
+        targets.check_mergeable(self.model, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
-            check_mergeable(self.model, adapter_names)
+            targets.check_mergeable(self.model, kwargs.get("adapter_names"))
         linear_group.dissolve(self.model)  # its pre-hooks would stay on the plain model
         with lookup.places_known(self):
-            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         unfused_experts.close(model)
         return model
 
@@ -286,14 +263,13 @@ class LoRASBModel(BaseTuner):
         fresh = lookup.uninitialized(layers, adapter_name)
         if fresh:
             warnings.warn(
-                f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): its A, R and B are zeros, and it has "
-                "to be initialized where it is loaded. Call lorasb.initialize(model, dataloader, lr=...) first, or "
-                "name others in selected_adapters",
+                f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): it has to be initialized where it is "
+                "loaded. Call lorasb.initialize(model, dataloader, lr=...) first, or name others in selected_adapters",
                 stacklevel=3,
             )
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # R that trains in 16 bits on request is written in fp32, without a loss: what is loaded has fp32 anyway
-        wide = {k: v.float() if CORE in k and v.dtype in SIXTEEN_BIT else v for k, v in saved_tensors.items()}
+        wide = {k: v.float() if targets.CORE in k and v.dtype in SIXTEEN_BIT else v for k, v in saved_tensors.items()}
         return basis.without_factors(with_kept_factors(wide, model, adapter_name), layers, adapter_name)
 
     @classmethod
@@ -302,7 +278,7 @@ class LoRASBModel(BaseTuner):
     ) -> dict[str, Tensor]:
         layers = lookup.layers_with(model, adapter_name)
         try:
-            state_dict = loading.with_factors(state_dict, adapter_name, layers, config)
+            state_dict = loading.with_factors(state_dict, adapter_name, layers, config, share=True)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
             state_dict = loading.without_foreign(state_dict, model, config, adapter_name, layers)
         except ValueError:

@@ -51,8 +51,7 @@ def patch(
     # _orig_mod: the wrapper of torch.compile(model); _compiled_call_impl: model.compile(), in place
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(
-            "expected a model that is not compiled yet, as layers are replaced: torch.compile(lorasb.patch(model)). "
-            "What torch.compile returned has the model itself as model._orig_mod"
+            "expected a model that is not compiled yet, or its model._orig_mod: torch.compile(lorasb.patch(model))"
         )
     if config is not None and fields:
         raise TypeError(f"expected a config or fields, got both: put {', '.join(sorted(fields))} into the config")

@@ -49,7 +49,14 @@ def check_targets(
     refuse_half_of_an_embedding(model, targets)
     check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
     resolve_ranks(config, targets, state_dict or {})
-    check_base(model, config, targets)
+    if config.base_fingerprint and not any_merged(model):  # with an adapter merged in, the values identify nothing
+        weights = {name: getattr(base_of(module), "weight", None) for name, module in targets.items()}
+        reason = difference(weights, config.base_fingerprint)
+        if reason:
+            raise ValueError(
+                f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base is "
+                f"another one: {reason}. Load its own, or PeftModel.from_pretrained(base, folder, check_base=False)"
+            )
 
 
 def rank_for(config: LoRASBConfig, name: str) -> int:
@@ -179,25 +186,20 @@ def check_supported(name: str, module: nn.Module) -> None:
             "name it in exclude_modules, or adapt the attention itself"
         )
     if isinstance(base, OpenParameters):
-        raise ValueError(
-            f"target {name!r} is named by target_modules, and a parameter of it by target_parameters: name it in one "
-            "of them"
-        )
+        raise ValueError(f"{name!r} is named by target_modules, and a parameter of it by target_parameters: choose one")
     if unfoldings(base) or opaque_base.find(base) is not None:
         return
     if isinstance(base, KINDS_WITH_WEIGHT):
         raise TypeError(
             f"target {name!r} is a {type(base).__name__} whose weight is computed in every forward (weight_norm, "
-            "spectral_norm, max_norm): remove that (torch.nn.utils.parametrize.remove_parametrizations), or name it in "
-            "exclude_modules"
+            "spectral_norm, max_norm): remove that (parametrize.remove_parametrizations), or name it in exclude_modules"
         )
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
         if not has_dense_weight(base):
             raise TypeError(
                 f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: "
-                "expected fp32, bf16 or fp16, a layer that bitsandbytes or lorasb.quantize quantized, or another "
-                "quantizer's"
+                "expected fp32, bf16 or fp16, or a layer that bitsandbytes or lorasb.quantize quantized"
             )
         if has_own_result(base):
             raise TypeError(
@@ -228,20 +230,6 @@ def float_dtype(model: nn.Module) -> torch.dtype | None:
     """The model's dtype if it is a floating-point one, else None."""
     dtype = getattr(model, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
-
-
-def check_base(model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Module]) -> None:
-    """Raise if the targets' weights are not those that the adapter was made on."""
-    if not config.base_fingerprint or any_merged(model):
-        return
-    weights = {name: getattr(base_of(module), "weight", None) for name, module in targets.items()}
-    reason = difference(weights, config.base_fingerprint)
-    if reason:
-        raise ValueError(
-            f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base "
-            f"is another one: {reason}. Load the adapter's own base; if you mean it: "
-            "PeftModel.from_pretrained(base, folder, check_base=False)"
-        )
 
 
 def can_initialize_now(

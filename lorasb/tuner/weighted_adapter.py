@@ -126,18 +126,14 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
         if not found:
             raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
         refuse_uninitialized(found, name)
+        if tuner.peft_config[name].trainable_token_indices:
+            raise ValueError(f"adapter {name!r} has trained rows of an embedding, which cannot be added")
         layers |= found
-    with_rows = [name for name in adapters if tuner.peft_config[name].trainable_token_indices]
-    if with_rows:
-        raise ValueError(
-            f"adapter {with_rows[0]!r} has trained rows of an embedding, which cannot be added: trainable_token_indices"
-        )
     with_modules = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
     if len(with_modules) > 1:
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{len(with_modules) - 1} such instance(s). Adapters {', '.join(map(repr, with_modules))} have some: at "
-            "most one may, and the new one takes them over"
+            f"{len(with_modules) - 1} such instance(s). Adapters {', '.join(map(repr, with_modules))} have some"
         )
     return layers
 
@@ -193,19 +189,15 @@ def _truncated_svd(layer: AdaptedLayer, weighted: list[tuple[float, str]], rank:
 
 
 def _insert(
-    tuner: Any,
-    adapters: Sequence[str],
-    adapter_name: str,
-    layers: dict[str, AdaptedLayer],
-    combined: dict[str, Combined],
+    tuner: Any, adapters: Sequence[str], adapter_name: str, layers: dict[str, AdaptedLayer], sums: dict[str, Combined]
 ) -> None:
     active = list(tuner.active_adapters)  # injection may change which adapters are active
     template = next((name for name in adapters if tuner.peft_config[name].modules_to_save), adapters[0])
-    tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[template], combined)
+    tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[template], sums)
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
         tuner.peft_config[adapter_name].awaits_weights = False  # no file is loaded
-        for name, factors in combined.items():
+        for name, factors in sums.items():
             layer = layers[name]
             # the core includes every s_i; the layer multiplies by its own s again
             layer.set_factors(adapter_name, factors.b, factors.core / layer.adapters[adapter_name].scaling, factors.a)
