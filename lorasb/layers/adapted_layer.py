@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from ..utils.precision import SIXTEEN_BIT
 from .adapter_state import AdapterState, Cores, EquivalentGradient, FrozenFactors, has_values, refuse_training, sharded
 from .base import Base
 from .opaque_base import make_base
-from .token_rows import Rows
+from .token_rows import Rows, other_length
 
 
 class StoredCores(Protocol):
@@ -356,6 +356,18 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def active_here(self) -> list[str]:
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.adapters]
+
+    def checked_rows(self, x: Tensor, names: Rows | Sequence[str]) -> Rows:
+        """The adapters of the rows of x; a ValueError if they are not one for each, or if adapters are merged."""
+        rows = names if isinstance(names, Rows) else Rows.of(names)
+        if rows.index.shape[0] != x.shape[0]:
+            raise ValueError(other_length(x.shape[0], len(rows)))
+        if self.merged:
+            raise ValueError(  # in PEFT's words, by which programs tell this error, and the fix
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first: "
+                "model.unmerge_adapter()"
+            )
+        return rows
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

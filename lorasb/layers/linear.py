@@ -17,7 +17,7 @@ from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.precision import SIXTEEN_BIT
 from .adapted_layer import AdaptedLayer, StoredCores
 from .base import factors_on_device
-from .token_rows import MERGED_ROWS, Rows, other_length
+from .token_rows import Rows
 
 
 class RowCores(NamedTuple):
@@ -32,11 +32,7 @@ class RowCores(NamedTuple):
 
 def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: object, **kwargs: object) -> Tensor:
     """y [..., out] of a linear with a choice of adapter for each row of x."""
-    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
-    if len(rows) != x.shape[0]:
-        raise ValueError(other_length(x.shape[0], len(rows)))
-    if layer.merged:
-        raise ValueError(MERGED_ROWS)
+    rows = layer.checked_rows(x, rows)
     if in_one_call(layer, rows) is not None and not (args or kwargs or layer.any_wide or layer.base.must_run()):
         taken = layer.siblings.take(layer, x, rows) if layer.siblings is not None else None
         if taken is None:

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 
 TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")  # `config.model_type` of models whose layers get [T, B, in]
-# PEFT's words, by which programs tell these errors apart, and the fix.
-MERGED_ROWS = (
-    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first: "
-    "model.unmerge_adapter()"
-)
 
 
 def other_length(inputs: int, names: int) -> str:
-    """The message for adapter_names that are not one for each row."""
+    """The message for adapter_names that are not one for each row, in PEFT's words, and the fix."""
     return (
         f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {inputs} "
         "respectively: give a name for each row of the batch"

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ..compat.torch import SAME_WIDTHS, convolve
 from .adapted_layer import AdaptedLayer
 from .base import Base, innermost
-from .token_rows import MERGED_ROWS, Rows, other_length
+from .token_rows import Rows
 
 
 class ParameterSlice(nn.Module):
@@ -233,13 +233,9 @@ class LoRASBWeight(_Around, AdaptedLayer):
         """The output with a choice of adapter for each row of x."""
         given = args or (kwargs.pop("input"),)
         x, args = cast(Tensor, given[0]), given[1:]
-        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
         if self.unfolding.kind == ATTENTION:
             raise ValueError("adapter_names choose adapters by the rows of one input, and attention has three")
-        if len(rows) != len(x):
-            raise ValueError(other_length(len(x), len(rows)))
-        if self.merged:
-            raise ValueError(MERGED_ROWS)
+        rows = self.checked_rows(x, rows)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for i, name in enumerate(rows.names):
             if self.disable_adapters or name not in self.lorasb_R:
