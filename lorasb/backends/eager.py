@@ -237,7 +237,7 @@ INT8_SCALE = 7.874015718698502e-3  # 1 / 127, with the digits of bitsandbytes' c
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """W [rows, columns]: table[nibble]·absmax in fp32, rounded as `layout` says."""
     rounding = ROUNDINGS[layout[2]]
-    if QuantizedTensors.of(quant).kind == INT8:
+    if QuantizedTensors(*quant).kind == INT8:
         codes, scales = quant
         wide = codes.view(rows, columns).float() * scales.view(-1, 1) * INT8_SCALE
         return wide.to(rounding).to(dtype) if rounding is not None else wide.to(dtype)
@@ -259,7 +259,7 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
 
 def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
     """The fp32 scale of each block: absmax, or table2[absmax8]·absmax2 + offset."""
-    if QuantizedTensors.of(quant).kind == FOUR_BIT:
+    if QuantizedTensors(*quant).kind == FOUR_BIT:
         return quant[1]
     _, octets, _, absmax, table, offset = quant
     scales = functional.embedding(octets.int(), table[:, None]).flatten()

@@ -165,7 +165,7 @@ def _row_cores(operands: Operands, index: Tensor) -> list[RowCores]:
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """W [rows, columns]. In 8 bits by eager torch, as there is no kernel."""
-    tensors = QuantizedTensors.of(quant)
+    tensors = QuantizedTensors(*quant)
     if tensors.kind == INT8:
         return eager_dequantize(quant, layout, rows, columns, dtype)
     from lorasb.kernels.linear_quantized import Quantized, dequantized
@@ -175,7 +175,7 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
 
 
 def _is_int8(operands: Operands) -> bool:
-    return QuantizedTensors.of(operands.base).kind == INT8
+    return QuantizedTensors(*operands.base).kind == INT8
 
 
 def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
@@ -188,7 +188,7 @@ def _weight(operands: Operands) -> Quantized:
     from lorasb.kernels.linear_quantized import Quantized
 
     shape = operands.b[0].shape[0], operands.a[0].shape[1]
-    return Quantized(QuantizedTensors.of(operands.base), tuple(operands.layout), *shape)
+    return Quantized(QuantizedTensors(*operands.base), tuple(operands.layout), *shape)
 
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:

@@ -139,15 +139,10 @@ class LoRASBConfig(PeftConfig):
         self.rank_pattern = dict(self.rank_pattern or {})
         self._check_ranks()
         self._check_values()
-        self._check_layer_selection()
-        self._check_patterns()
-
-    def _check_patterns(self) -> None:
-        # matched behind a prefix that may be anything
         for name in ("rank_pattern", "modules_to_save", "layers_pattern"):
             values = getattr(self, name) or ()
             for value in [values] if isinstance(values, str) else values:
-                check_pattern(value, name, MAX_REPEATS - 1)
+                check_pattern(value, name, MAX_REPEATS - 1)  # matched behind a prefix that may be anything
 
     def _check_ranks(self) -> None:
         ranks = [("r", self.r)] if self.r is not None else []
@@ -175,10 +170,8 @@ class LoRASBConfig(PeftConfig):
         alpha = self.lora_alpha
         if alpha is not None and not (isinstance(alpha, int | float) and SMALLEST_SCALE <= alpha <= LARGEST_SCALE):
             raise ValueError(f"lora_alpha must lie between {SMALLEST_SCALE:g} and {LARGEST_SCALE:g}, got {alpha!r}")
-        if self.lora_alpha is not None and not self.init.startswith("lora-xs"):
+        if alpha is not None and not self.init.startswith("lora-xs"):
             raise ValueError(f"lora_alpha belongs to init='lora-xs', got init={self.init!r}: use scaling=...")
-
-    def _check_layer_selection(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too")
         regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR

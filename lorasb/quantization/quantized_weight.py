@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -88,10 +87,6 @@ class QuantizedTensors(NamedTuple):
     nested_codebook: Tensor | None = None
     nested_offset: Tensor | None = None
 
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> QuantizedTensors:
-        return cls(*tensors)
-
     @property
     def kind(self) -> str:
         """The layout: "int8", "4bit" or "4bit nested"."""
@@ -123,7 +118,7 @@ class QuantizedWeight:
     @property
     def nested(self) -> bool:
         """True if the scales are quantized themselves (double quantization)."""
-        return QuantizedTensors.of(self.tensors).kind == FOUR_BIT_NESTED
+        return QuantizedTensors(*self.tensors).kind == FOUR_BIT_NESTED
 
     @property
     def nbytes(self) -> int:
