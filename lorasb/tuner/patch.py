@@ -44,10 +44,7 @@ def patch(
     from ..utils import precision
 
     if isinstance(model, peft.PeftModel):
-        raise ValueError(
-            "expected a model without adapters, got a peft.PeftModel. Add another adapter with "
-            "model.add_adapter(name, LoRASBConfig(...)), or start from model.unload()"
-        )
+        raise ValueError("expected a model without adapters, got a peft.PeftModel: use model.add_adapter or unload it")
     # _orig_mod: the wrapper of torch.compile(model); _compiled_call_impl: model.compile(), in place
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(

@@ -182,8 +182,7 @@ def check_supported(name: str, module: nn.Module) -> None:
         return
     if isinstance(base, LINEARS_NOT_CALLED):
         raise TypeError(
-            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: "
-            "name it in exclude_modules, or adapt the attention itself"
+            f"{name!r} belongs to an nn.MultiheadAttention, which never calls it: exclude it, or adapt the attention"
         )
     if isinstance(base, OpenParameters):
         raise ValueError(f"{name!r} is named by target_modules, and a parameter of it by target_parameters: choose one")
