@@ -34,10 +34,9 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
             "initialize that one first"
         )
     ranks = {name: layer.adapters[config.basis].r for name, layer in layers.items()}
-    if config.r is not None and config.r != max(ranks.values()):
-        raise ValueError(
-            f"an adapter on {config.basis!r} has its rank, {max(ranks.values())}, got r={config.r}: leave r out"
-        )
+    largest = max(ranks.values())
+    if config.r not in (None, largest):
+        raise ValueError(f"an adapter on {config.basis!r} has its rank, {largest}, got r={config.r}: leave r out")
     fresh = uninitialized(layers, config.basis)
     if fresh:
         raise ValueError(
@@ -47,8 +46,8 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
     for field in COPIED if config.basis in configs else ():
         setattr(config, field, copy.deepcopy(getattr(configs[config.basis], field)))
     config.target_modules = set(layers)
-    config.r = max(ranks.values())
-    config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    config.r = largest
+    config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.start_at = config.basis if config.basis_start == "same" else None
     config.basis = next(iter(layers.values())).bases.get(config.basis, config.basis)  # whose the tensors are
@@ -60,31 +59,23 @@ def refuse_deletion(model: nn.Module, adapter_name: str) -> None:
     if any(layer.serves_bank(adapter_name) for layer in layers_with(model, adapter_name).values()):
         raise ValueError(f"adapter {adapter_name!r} is the basis of the model's bank: call bank.detach() first")
     if others:
-        raise ValueError(
-            f"adapter {adapter_name!r} is the basis of {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}: "
-            "delete those first"
-        )
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise ValueError(f"adapter {adapter_name!r} is the basis of {shown}: delete those first")
 
 
-def without_factors(
-    tensors: dict[str, Tensor], layers: dict[str, AdaptedLayer], adapter_name: str
-) -> dict[str, Tensor]:
+def without_factors(tensors: dict[str, Tensor], layers: dict[str, AdaptedLayer], adapter: str) -> dict[str, Tensor]:
     """An adapter's tensors for a file: R, and the digest of A and B if those are another adapter's."""
-    if not any(adapter_name in layer.bases for layer in layers.values()):
+    if not any(adapter in layer.bases for layer in layers.values()):
         return tensors
     # of the tensors that were gathered to be saved, as those of the layers may be shards
-    digest = shared_factors.digest(_factors_in(tensors) or frozen_factors(layers, adapter_name))
+    digest = shared_factors.digest(_factors_in(tensors) or frozen_factors(layers, adapter))
     own = {key: value for key, value in tensors.items() if not shared_factors.is_factor(key)}
     return own | {shared_factors.DIGEST: torch.tensor(list(digest), dtype=torch.uint8)}
 
 
 def _factors_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"{name}.{part}": value
-        for name, parts in group_by_layer(tensors).items()
-        for part, value in parts.items()
-        if part in FROZEN_FACTORS
-    }
+    layers = group_by_layer(tensors).items()
+    return {f"{name}.{part}": parts[part] for name, parts in layers for part in FROZEN_FACTORS if part in parts}
 
 
 def frozen_factors(layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[str, Tensor]:

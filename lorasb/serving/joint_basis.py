@@ -19,12 +19,11 @@ from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_uninitialized
-from ..utils.reading import Json, read_json, read_tensors
+from ..utils.reading import read_json, read_tensors
 from .basis import refuse_deletion
 
 ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
 Energies = tuple[float, float]  # of what a basis keeps of an update, and of all of it
-MOST_LOST = 0.1  # share of an update's energy that `project` may lose by default
 
 
 class Update(NamedTuple):
@@ -156,9 +155,7 @@ def _completed(columns: Tensor, r: int) -> Tensor:
 
 
 @torch.no_grad()
-def project(
-    model: PeftModel, lora: str | Path, name: str, basis: str = "default", most_lost: float = MOST_LOST
-) -> float:
+def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default", most_lost: float = 0.1) -> float:
     """Add an existing plain LoRA as an adapter on a basis, and return the share of its energy that is lost.
 
     Args:
@@ -190,8 +187,7 @@ def project(
     if lost > most_lost:
         raise ValueError(
             f"{lora} would lose {lost:.1%} of its energy on the basis {basis!r}, more than {most_lost:.1%}: make a "
-            "basis of several adapters (lorasb.share_basis), or pass most_lost="
-            f"{min(1.0, lost + 0.01):.2f} if that is meant"
+            f"basis of several adapters (lorasb.share_basis), or pass most_lost={min(1.0, lost + 0.01):.2f}"
         )
     model.add_adapter(name, LoRASBConfig(basis=basis))
     for layer, module in layers_with(model, name).items():
@@ -208,24 +204,20 @@ def _lora_updates(folder: Path) -> dict[str, Update]:
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise ValueError(f"expected a plain LoRA in {folder}, got {kind}")
-    tensors = read_tensors(weights)
+    tensors, alphas = read_tensors(weights), config.get("alpha_pattern") or {}
     found = {}
     for key, a in tensors.items():
         name, separator, _ = key.removeprefix(PEFT_PREFIX).rpartition(".lora_A")
         b = tensors.get(key.replace(".lora_A", ".lora_B"))
         if separator and b is not None and a.dim() == 2:
-            found[name] = Update.of(b, torch.eye(len(a), dtype=torch.float64) * _lora_scale(config, name, len(a)), a)
+            alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
+            scale = alpha / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
+            found[name] = Update.of(b, torch.eye(len(a), dtype=torch.float64) * scale, a)
     others = [key for key in tensors if key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] not in found]
     if not found or others:
         what = f"{others[0]}, ..." if others else "none of them"
         raise ValueError(f"expected lora_A and lora_B of linear layers and nothing else in {weights}, got {what}")
     return found
-
-
-def _lora_scale(config: Json, name: str, rank: int) -> float:
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"])
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _update_of(layer: AdaptedLayer, adapter: str) -> Update:
@@ -258,9 +250,7 @@ def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, Adapt
     for adapter in adapters:
         mine = layers_with(model, adapter)
         if not mine or mine.keys() != layers.keys():
-            raise ValueError(
-                f"expected adapters of the same layers, {adapter!r} has {len(mine)}, {adapters[0]!r} {len(layers)}"
-            )
+            raise ValueError(f"expected the same layers, {adapter!r} has {len(mine)}, {adapters[0]!r} {len(layers)}")
         refuse_uninitialized(mine, adapter)
         refuse_deletion(model, adapter)
     return layers

@@ -165,11 +165,8 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
     distinct = sorted(set(names) - {BASE_ROW})
     unknown = [name for name in distinct if name not in known and (bank is None or name not in bank)]
     if unknown:
-        in_bank = "" if bank is None else f", and its bank {len(bank)} others"
-        raise ValueError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has "
-            f"{', '.join(sorted(known))}{in_bank}"
-        )
+        there = ", ".join(sorted(known)) + ("" if bank is None else f", and its bank {len(bank)} others")
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has {there}")
     twice = [name for name in distinct if bank is not None and name in known and name in bank]
     if twice:
         raise ValueError(f"both the model and its bank have an adapter {twice[0]!r}: bank.remove({twice[0]!r})")
@@ -188,10 +185,7 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
         _say_one_by_one()
     opened = [name for name, module in modules.items() if isinstance(module, OpenParameters)]
     if opened:
-        raise ValueError(
-            f"adapter_names: the parameters of {opened[0]!r} are adapted for all rows at once (target_parameters): run "
-            "the rows of each adapter as a batch of their own"
-        )
+        raise ValueError(f"{opened[0]!r} is adapted for all rows at once (target_parameters): use model.set_adapter")
     return known
 
 

@@ -35,15 +35,11 @@ def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str])
         ValueError: not one name for each row, or an adapter without a labeled token.
     """
     if len(adapter_names) != len(labels) or logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"expected logits [n, T, V], labels [n, T] and n names, got {list(logits.shape)}, {list(labels.shape)} and "
-            f"{len(adapter_names)}"
-        )
+        got = f"{list(logits.shape)}, {list(labels.shape)} and {len(adapter_names)}"
+        raise ValueError(f"expected logits [n, T, V], labels [n, T] and n names, got {got}")
     targets, by_token = labels[:, 1:], token_losses(logits, labels)
     found = {}
-    for name in dict.fromkeys(adapter_names):
-        if name == BASE_ROW:
-            continue
+    for name in dict.fromkeys(name for name in adapter_names if name != BASE_ROW):
         rows = torch.tensor([i for i, one in enumerate(adapter_names) if one == name], device=labels.device)
         count = (targets[rows] != IGNORED).sum()
         if not count:
@@ -112,6 +108,7 @@ def clip_by_adapter(groups: Sequence[Mapping[str, Any]], max_norm: float) -> dic
 
 HOOKS, NORM = "_rows_callback_hooks", "_rows_callback_norm"  # attributes of the model and the trainer's arguments
 Batch = dict[str, Any]
+Args = tuple[object, ...]  # of a forward, by position
 NAMES = "adapter_names"  # of a batch's rows, as `PeftModel.forward` takes them
 
 
@@ -213,9 +210,7 @@ class AdapterRowsCallback(TrainerCallback):
         for hook in vars(model).pop(HOOKS, ()):
             hook.remove()
 
-    def _take_labels(
-        self, module: nn.Module, args: tuple[object, ...], kwargs: Batch
-    ) -> tuple[tuple[object, ...], Batch]:
+    def _take_labels(self, module: nn.Module, args: Args, kwargs: Batch) -> tuple[Args, Batch]:
         """Keep the labels from the model, which would compute another loss over all logits."""
         self._batch = None
         if module.training and NAMES in kwargs and kwargs.get("labels") is not None:
@@ -229,7 +224,7 @@ class AdapterRowsCallback(TrainerCallback):
             )
         return args, kwargs
 
-    def _put_loss(self, module: nn.Module, args: tuple[object, ...], output: Any) -> ModelOutput | None:
+    def _put_loss(self, module: nn.Module, args: Args, output: Any) -> ModelOutput | None:
         if self._batch is None:
             return None
         (names, labels, items), self._batch = self._batch, None
@@ -257,24 +252,20 @@ def _groups(optimizer: Optimizer | None) -> list[dict[str, Any]]:
     groups = [] if optimizer is None else optimizer.param_groups
     if not groups or any("name" not in group for group in groups):
         raise ValueError(
-            "AdapterRowsCallback: expected an optimizer with a group for each adapter, got "
-            f"{len(groups)} without names: Trainer(optimizers=(torch.optim.AdamW("
-            "lorasb.adapter_parameter_groups(model, names, lr=...)), None))"
+            f"expected an optimizer with a group for each adapter, got {len(groups)} without names: "
+            "Trainer(optimizers=(torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, lr=...)), None))"
         )
     return list(groups)
 
 
 def _check(args: TrainingArguments) -> None:
     """Raise where gradients cannot be divided by adapter, or the trainer would leave adapters as they are."""
-    asked = (args.fp16, "fp16=True"), (args.deepspeed, "deepspeed"), (args.fsdp, "fsdp")
-    found = [name for on, name in (*asked, (args.label_smoothing_factor, "label_smoothing_factor")) if on]
+    refused = ("fp16", "deepspeed", "fsdp", "label_smoothing_factor")
+    found = [name for name in refused if getattr(args, name)]
     if found:
-        raise ValueError(
-            f"AdapterRowsCallback: expected training in fp32 or bf16, by one process or DDP, got {found[0]}: the "
-            "gradients of adapters cannot be separated there. Leave it out"
-        )
+        raise ValueError(f"expected training in fp32 or bf16, by one process or DDP, got {found[0]}: leave it out")
     if args.load_best_model_at_end:
         raise ValueError(
-            "AdapterRowsCallback: load_best_model_at_end loads the active adapter alone: leave it out, and load the "
-            "folders of the best checkpoint with model.load_adapter"
+            "load_best_model_at_end loads the active adapter alone: leave it out, and load the best checkpoint's "
+            "folders with model.load_adapter"
         )
