@@ -18,8 +18,7 @@ from ..distributed.process_group import Processes, sharded
 from ..distributed.sharded_factors import keep_factors, restore_factors
 from ..init import InitReport, first_step_lr, initialize
 from ..init.sampling import Batch, Loader, draw, rng_untouched, too_few
-from ..init.task import AutoRate
-from ..layers.adapted_layer import AdaptedLayer
+from ..init.task import AutoRate, Layers
 from ..layers.lookup import adapted_layers
 
 # DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
@@ -98,11 +97,9 @@ class InitCallback(TrainerCallback):
         keep_factors(layers, name, first=state.is_world_process_zero)
         if state.global_step > 0 or initialized:
             if self.lr == "auto" and state.global_step == 0:
-                warnings.warn(
-                    f"adapter {name!r} is initialized already, so that no rate is measured: learning_rate="
-                    f"{args.learning_rate:g} stays",
-                    stacklevel=2,
-                )
+                stays = f"learning_rate={args.learning_rate:g} stays"
+                message = f"adapter {name!r} is initialized already, so that no rate is measured: {stays}"
+                warnings.warn(message, stacklevel=2)
             return
         if optimizer is not None:
             _refuse_copies(optimizer, layers, name)
@@ -114,9 +111,7 @@ class InitCallback(TrainerCallback):
         if self.report.rate is not None and optimizer is not None:
             _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
 
-    def _initialize(
-        self, lr: float | AutoRate, args: TrainingArguments, model: PeftModel, loader: Loader
-    ) -> InitReport:
+    def _initialize(self, lr: float | AutoRate, args: TrainingArguments, model: PeftModel, data: Loader) -> InitReport:
         """Call `initialize` on this process's samples."""
         seed, count = args.seed if self.seed is None else self.seed, self.num_samples
         options = {"progress": not args.disable_tqdm} | self.options
@@ -124,13 +119,13 @@ class InitCallback(TrainerCallback):
         with rng_untouched():
             if self.samples is None:
                 # drawn already: a limit would count the rows of batches, and those of preferences have two per example
-                batches, count = _batches(loader, args.per_device_train_batch_size, count, seed), None
+                batches, count = _batches(data, args.per_device_train_batch_size, count, seed), None
             else:  # all, in their order, unless a number is given
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
             return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
 
 
-def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: dict[str, AdaptedLayer], name: str) -> None:
+def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
     """Set the peak rate of R's parameter groups; other groups (a head's) keep theirs."""
     cores = {id(layer.lorasb_R[name]) for layer in layers.values()}
     peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)  # accelerate wraps a schedule
@@ -142,9 +137,7 @@ def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: dict
                 peaks[i] = rate
 
 
-def _restore(
-    args: TrainingArguments, state: TrainerState, name: str, layers: dict[str, AdaptedLayer], needed: bool
-) -> None:
+def _restore(args: TrainingArguments, state: TrainerState, name: str, layers: Layers, needed: bool) -> None:
     # Callbacks do not get the folder: `trainer.train(resume_from_checkpoint=...)` does not set `args`.
     named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
     folders = [*named, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"]
@@ -182,16 +175,14 @@ def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int
         yield {name: value for name, value in collated.items() if name not in REFERENCE}
 
 
-def _refuse_copies(optimizer: Optimizer, layers: dict[str, AdaptedLayer], name: str) -> None:
+def _refuse_copies(optimizer: Optimizer, layers: Layers, name: str) -> None:
     """Raise if the optimizer holds copies of R: its next step would write them over the initialized R."""
     # Optimizers with fp32 master weights and DeepSpeed's partitions are made before `on_train_begin`, from the old R.
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in optimized]
     # Frozen parameters are not given to the optimizer: say that first, as "copies" would be the wrong reason.
     if not any(module.lorasb_R[name].requires_grad for module in layers.values()):
-        raise ValueError(
-            f"no R of adapter {name!r} requires a gradient, so nothing would train: model.set_adapter({name!r})"
-        )
+        raise ValueError(f"no R of adapter {name!r} requires a gradient, so none trains: model.set_adapter({name!r})")
     if missing:
         raise ValueError(
             f"the optimizer does not hold R of layer {missing[0]!r} itself ({len(missing)} of {len(layers)}): copies "

@@ -83,9 +83,9 @@ def find_lr(
         ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
             unchanged.
     """
-    trial = _Trial(model, batches, lr, steps, judged, accumulation, optimizer or ADAMW)
+    trial = _Trial(model, batches, lr, steps, judged, accumulation)
     with _bar(progress) as bar:
-        losses = _search(lr, lambda rate: trial.loss(rate, bar))
+        losses = _search(lr, lambda rate: trial.loss(rate, optimizer or ADAMW, bar))
     best = min(losses, key=lambda rate: losses[rate])
     trial.scale_start(best)
     return RateTrials(best, losses, steps)
@@ -100,9 +100,9 @@ def refine_rate(
     ahead after a few steps tells them apart; how far to go cannot be read from so few steps, where the best is too
     small. R, initialized at `rate`, is left at the start of the rate that is returned. Raises the errors of `find_lr`.
     """
-    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, ADAMW)
+    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
-        losses = {tried: trial.loss(tried, bar) for tried in (rate / 2, rate)}
+        losses = {tried: trial.loss(tried, ADAMW, bar) for tried in (rate / 2, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 2] else rate / 2
     trial.scale_start(best)
     return RateTrials(best, losses, PROBE_STEPS)
@@ -132,14 +132,7 @@ class _Trial:
     """Trains from the start of a model (whose R belongs to the rate `first`), judges, and restores."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Batch],
-        first: float,
-        steps: int,
-        judged: int,
-        accumulation: int,
-        make: MakeOptimizer,
+        self, model: nn.Module, batches: Iterable[Batch], first: float, steps: int, judged: int, accumulation: int
     ) -> None:
         check_lr(first, "learning rate to try first")
         for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
@@ -153,7 +146,7 @@ class _Trial:
                 f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are "
                 f"{len(held)}: pass more, or steps={max(1, (len(held) - judged) // accumulation)}"
             )
-        self.model, self.first, self.make = uncompiled(model), first, make
+        self.model, self.first = uncompiled(model), first
         self.judge = held[:judged]
         self.train = [held[i : i + accumulation] for i in range(judged, wanted, accumulation)]
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -167,11 +160,11 @@ class _Trial:
         for core in self.cores:
             core.mul_(rate / self.first)
 
-    def loss(self, rate: float, bar: tqdm) -> float:
+    def loss(self, rate: float, make: MakeOptimizer, bar: tqdm) -> float:
         """The mean loss of the held-out batches after a trial at a rate."""
         with _restored(self.model, self.trained):
             self.scale_start(rate)
-            self._steps(self.make(self.trained, rate), bar)
+            self._steps(make(self.trained, rate), bar)
             return self._judged()
 
     def _steps(self, optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
@@ -205,12 +198,9 @@ class _Trial:
 
 @contextmanager
 def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    def put_back(parameter: nn.Parameter, value: Tensor, gradient: Tensor | None) -> None:
-        parameter.detach().copy_(value)
-        parameter.grad = gradient
-
     with ExitStack() as restored, rng_untouched(), modes_restored(model):  # dropout draws
         for parameter in trained:
-            restored.callback(put_back, parameter, parameter.detach().clone(), parameter.grad)
+            restored.callback(parameter.detach().copy_, parameter.detach().clone())
+            restored.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         yield

@@ -26,20 +26,18 @@ def checked_rewards(
     reward: Reward, prompts: Sequence[object], completions: Sequence[object], **columns: object
 ) -> list[float]:
     """The rewards of completions; a RewardError if the function fails or returns no finite number per completion."""
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = f"reward {getattr(reward, '__name__', type(reward).__name__)}"
     try:
         values = [float(value) for value in reward(prompts=prompts, completions=completions, **columns)]
     except RewardError:
         raise
     except Exception as error:  # the caller's own code
-        raise RewardError(f"reward {name} failed: {type(error).__name__}: {error}") from error
+        raise RewardError(f"{name} failed: {type(error).__name__}: {error}") from error
     if len(values) != len(completions):
-        raise RewardError(
-            f"reward {name}: expected {len(completions)} numbers, one for each completion, got {len(values)}"
-        )
+        raise RewardError(f"{name}: expected {len(completions)} numbers, one for each completion, got {len(values)}")
     wrong = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
     if wrong is not None:
-        raise RewardError(f"reward {name}: expected finite numbers, got {values[wrong]} for {completions[wrong]!r}")
+        raise RewardError(f"{name}: expected finite numbers, got {values[wrong]} for {completions[wrong]!r}")
     return values
 
 
@@ -98,14 +96,10 @@ def reward_batches(
             values = checked_rewards(reward, [prompt] * generations, tokenizer.batch_decode(tokens, True))
             if max(values) > min(values):
                 prompt_mask = mask.new_ones(generations, ids.shape[1] - mask.shape[1])
-                batches.append(
-                    {
-                        "input_ids": ids,
-                        "attention_mask": torch.cat((prompt_mask, mask), 1),
-                        "completion_mask": torch.cat((0 * prompt_mask, mask), 1),
-                        "advantages": torch.tensor(advantages(values, generations), device=ids.device),
-                    }
-                )
+                batch = {"input_ids": ids, "attention_mask": torch.cat((prompt_mask, mask), 1)}
+                batch["completion_mask"] = torch.cat((0 * prompt_mask, mask), 1)
+                batch["advantages"] = torch.tensor(advantages(values, generations), device=ids.device)
+                batches.append(batch)
     if not batches:
         raise RewardError(
             f"none of {len(prompts)} prompts has completions of different rewards among {generations}: a first step on "

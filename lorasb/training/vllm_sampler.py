@@ -213,14 +213,9 @@ def _tokens(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
         return tokenizer(list(prompts))["input_ids"]
     if not all(isinstance(message["content"], str) for chat in prompts for message in chat):
         raise ValueError("expected messages of text, got other content: images are not sent to the sampler")
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "tools": trainer.tools or None}
     chats = tokenizer.apply_chat_template(
-        list(prompts),
-        tools=trainer.tools or None,
-        chat_template=trainer.chat_template,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **trainer.chat_template_kwargs,
+        list(prompts), chat_template=trainer.chat_template, **options, **trainer.chat_template_kwargs
     )
     return [list(one) for one in chats["input_ids"]]
 
