@@ -49,9 +49,7 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
         for key, tensor in sorted(tensors.items()):
             match = FACTOR.match(key)
             if match is None:
-                raise ValueError(
-                    f"{key} is no factor of a linear layer: GGUF adapters hold those alone, merge the model"
-                )
+                raise ValueError(f"{key} is no factor of a linear layer: GGUF adapters hold those alone, merge it")
             layer, factor = match.groups()
             # llama.cpp reads lora_a and lora_b under the base tensor's name
             tensor_name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
@@ -69,10 +67,9 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
 
 def _permute_rows(layer: str, b: Tensor, config: Any) -> Tensor:
     """B [out, r] of q and k with the two halves of each head interleaved; B of other layers unchanged."""
-    heads = {
-        "q_proj": config.num_attention_heads,
-        "k_proj": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-    }.get(layer.rpartition(".")[2])
+    queries = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    heads = {"q_proj": queries, "k_proj": keys}.get(layer.rpartition(".")[2])
     if heads is None:
         return b
     # [heads, 2, half, r] -> [heads, half, 2, r]: row i of the first half is followed by row i of the second
@@ -87,7 +84,6 @@ def base_config(model: object, name: str | None) -> Any:
     file = Path(name or "") / "config.json"
     if not name or not file.is_file():
         raise ValueError(
-            f"this format needs its base's configuration, and there is none in {name or 'no folder'!r}: export from "
-            "the patched model"
+            f"this format needs its base's configuration, there is none in {name or 'no folder'!r}: export the model"
         )
     return SimpleNamespace(**read_json(file))

@@ -33,16 +33,8 @@ FORMATS = ("peft", "vllm", "gguf")
 Pair = tuple[Tensor, Tensor]  # A and B
 BIASES = {"all": "all", "lorasb_only": "lora_only", "lora_only": "lora_only"}  # PEFT's names of our fields' values
 COPIED_FIELDS = (
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "target_modules",
-    "target_parameters",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "auto_mapping",
+    *("base_model_name_or_path", "revision", "task_type", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "modules_to_save", "auto_mapping"),
 )
 
 
@@ -152,8 +144,7 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, T
     fresh = uninitialized(layers, name)
     if fresh:
         raise ValueError(
-            f"adapter {name!r} has not been initialized ({fresh[0]}): there is nothing to export. Call "
-            "lorasb.initialize(model, dataloader, lr=...)"
+            f"adapter {name!r} is not initialized ({fresh[0]}): there is nothing to export. Call lorasb.initialize"
         )
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if DIGEST in tensors:  # an adapter on another one's A and B
@@ -225,10 +216,7 @@ def in_pefts_layout(factors: Mapping[str, Pair], kinds: Mapping[str, Sequence[An
     """State dict entries of layers' lora_A [r, in] and lora_B [out, r], by the config's `layer_kinds`."""
     for name, kind in kinds.items():
         if kind[0] == SLICE:
-            raise ValueError(
-                f"{name!r} is a matrix of a parameter whose module computes it in another layout, which a plain LoRA "
-                "does not know: merge the adapter (model.merge_and_unload())"
-            )
+            raise ValueError(f"{name!r} has a layout that no LoRA knows: merge the adapter (model.merge_and_unload())")
     entries: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         what, _, groups, *shape = kinds.get(name, (None, "weight", 1))
@@ -241,10 +229,7 @@ def in_pefts_layout(factors: Mapping[str, Pair], kinds: Mapping[str, Sequence[An
             reason = "nn.MultiheadAttention, whose output projection PEFT's LoRA updates twice"
             if what == CONVOLUTION:
                 reason = "a convolution in groups, which a plain LoRA cannot hold"
-            raise ValueError(
-                f"{name!r} is {reason}: merge the adapter (model.merge_and_unload()), or leave the layer out with "
-                "exclude_modules"
-            )
+            raise ValueError(f"{name!r} is {reason}: merge it (model.merge_and_unload()), or use exclude_modules")
         if what == CONVOLUTION:
             a, b = a.reshape(-1, *shape[1:]), b.reshape(*b.shape, *[1] * len(shape[2:]))
         entries |= {f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b}
