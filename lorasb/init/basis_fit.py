@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,18 +62,9 @@ def basis_fit(
     layers = layers_with(model, basis)
     if not layers or uninitialized(layers, basis):
         raise ValueError(f"expected basis= to name an initialized adapter of the model, got {basis!r}")
+    full_step = partial(initialize, model, batches, lr=1.0, longest_start=None)
     with _temporary_adapter(model, basis, layers) as own:
-        report = initialize(
-            model,
-            batches,
-            lr=1.0,
-            num_samples=num_samples,
-            update=update,
-            longest_start=None,
-            seed=seed,
-            adapter_name=own,
-            progress=progress,
-        )
+        report = full_step(num_samples=num_samples, update=update, seed=seed, adapter_name=own, progress=progress)
         energies = kept_energies(layers, own, basis)
     by_chance = []  # what a random basis keeps of each layer's step, and all of it
     for name, (_, whole) in energies.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import io
 import math
@@ -258,10 +259,7 @@ class InitReport:
         elif not 0 < energy <= 1:
             raise ValueError(f"expected an energy target in (0, 1], got {energy!r}")
         else:
-            ranks = {
-                name: next((k for k, value in enumerate(curve, 1) if value >= energy), len(curve))
-                for name, curve in curves.items()
-            }
+            ranks = {name: min(bisect.bisect_left(curve, energy) + 1, len(curve)) for name, curve in curves.items()}
         captured = {name: curves[name][r - 1] for name, r in ranks.items()}
         short = tuple(name for name, value in captured.items() if energy is not None and value < energy)
         return RankSuggestion(ranks, sum(r * r for r in ranks.values()), sum(captured.values()) / len(captured), short)

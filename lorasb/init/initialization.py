@@ -174,10 +174,8 @@ def without_data(
     return _recorded(model, config, from_weights(layers, config.init, options), None, started)
 
 
-def _recorded(
-    model: nn.Module, config: LoRASBConfig, report: InitReport, data: str | None, started: float
-) -> InitReport:
+def _recorded(model: nn.Module, config: LoRASBConfig, report: InitReport, data: str | None, began: float) -> InitReport:
     """Complete the report, and store its provenance in the config, which is saved with the adapter."""
-    report.seconds, report.left = time.perf_counter() - started, skipped_modules(model)
+    report.seconds, report.left = time.perf_counter() - began, skipped_modules(model)
     config.init_provenance = WrittenHere(provenance(report, data))
     return report

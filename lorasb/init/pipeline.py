@@ -116,10 +116,7 @@ def _factors_of_weight(name: str, layer: AdaptedLayer, init: str, options: InitO
     with weight_present(layer.get_base_layer()), full_precision():
         weight = layer.base.weight().detach().float()
         if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"the weight of layer {name!r} has NaN or Inf entries: load the base model again, or name the layer in "
-                "exclude_modules"
-            )
+            raise ValueError(f"weight of layer {name!r} has NaN or Inf entries: reload it, or use exclude_modules")
         if init.startswith("lora-xs"):
             return lora_xs(weight, state.r, seed, "output" if init == "lora-xs-output" else "input")
         return kaiming(weight, state.r, state.scaling, seed)
@@ -138,10 +135,7 @@ def _work(model: nn.Module, layers: Layers, batches: Loader, options: InitOption
     pieces = [Piece(batch) for batch in batches]
     if processes.is_distributed and sharded(model):
         if options.whole_batches:
-            raise ValueError(
-                "a sharded model takes samples one by one, and this loss needs whole batches (pairs): initialize "
-                "before the model is sharded"
-            )
+            raise ValueError("this loss needs whole batches (pairs): initialize before the model is sharded")
         pieces = _equally_many(batches, processes)
     return Work(model, layers, pieces, options, processes), seen, processes.common_hash(samples_hash(batches))
 

@@ -270,14 +270,12 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
 
 
 @overload
-def first_step_lr(
-    lr: float, warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule"
-) -> float: ...
+def first_step_lr(lr: float, warmup_steps: float = ..., total_steps: int | None = ..., rule: str = ...) -> float: ...
 
 
 @overload
 def first_step_lr(
-    lr: Literal["auto"], warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule"
+    lr: Literal["auto"], warmup_steps: float = ..., total_steps: int | None = ..., rule: str = ...
 ) -> AutoRate: ...
 
 

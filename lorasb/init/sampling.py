@@ -102,9 +102,7 @@ def _countable(batches: Loader, num_samples: int | None) -> int:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
     # A dict and a str are iterable, but as a single batch and a path they are mistakes.
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"expected an iterable of batches (a DataLoader, a list of dicts), got {type(batches).__name__}"
-        )
+        raise TypeError(f"expected an iterable of batches (DataLoader, list of dicts), got {type(batches).__name__}")
     if _can_draw(batches):
         return len(cast(Loader, batches).dataset)
     if not isinstance(batches, list | tuple):
@@ -203,9 +201,7 @@ def too_few(num_samples: int, available: int) -> str:
 
 def _check_batch(batch: object) -> None:
     if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn or loss_fn"
-        )
+        raise TypeError(f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn")
 
 
 def batch_size(batch: Mapping[str, object]) -> int:

@@ -69,18 +69,14 @@ class InitOptions:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.longest_start is not None and not self.longest_start >= 0:
-            raise ValueError(
-                f"longest_start is a number of steps of R >= 0, or None for no limit, got {self.longest_start!r}"
-            )
+            raise ValueError(f"longest_start is a number of steps >= 0 or None (no limit), got {self.longest_start!r}")
         if self.update != "adamw" and self.cache is not None:
             needs = "the gradient itself" if self.update == "sgd" else "each sample's gradient"
             raise ValueError(f"update={self.update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
         if self.stability and self.whole_batches:
             raise ValueError("stability splits batches in halves, and this loss needs whole ones (pairs): leave it out")
         if self.stability and self.update == "per-sample":
-            raise ValueError(
-                "stability compares subspaces of sign(G), and update='per-sample' has others: leave it out"
-            )
+            raise ValueError("stability compares subspaces of sign(G), update='per-sample' has others: leave it out")
 
 
 @dataclass(frozen=True)

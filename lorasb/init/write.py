@@ -146,15 +146,12 @@ class LayerWriter:
             blocks = []
         for name in names:
             if name in self.called:
-                raise ValueError(
-                    f"layer {name!r} ran, but the loss does not depend on it: leave it out with exclude_modules"
-                )
+                raise ValueError(f"layer {name!r} ran, but the loss does not depend on it: name it in exclude_modules")
             # Accepted only if other layers of the same block were reached (experts that no token was routed to).
             block = next((targets for targets in blocks if name in targets), {})
             if not any(target in self.reports for target in block):
                 raise ValueError(
-                    f"layer {name!r} was never reached by the loss of these batches: leave it out with "
-                    "exclude_modules, or pass batches that use it"
+                    f"layer {name!r} was never reached by these batches: name it in exclude_modules, or pass others"
                 )
         # After all checks, so that an initialization that fails does not warn.
         warnings.warn(
