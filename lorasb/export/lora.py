@@ -144,7 +144,7 @@ def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, T
     fresh = uninitialized(layers, name)
     if fresh:
         raise ValueError(
-            f"adapter {name!r} is not initialized ({fresh[0]}): there is nothing to export. Call lorasb.initialize"
+            f"adapter {name!r} has not been initialized ({fresh[0]}): there is nothing to export, initialize it first"
         )
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if DIGEST in tensors:  # an adapter on another one's A and B
