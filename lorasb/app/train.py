@@ -219,14 +219,18 @@ class Planning(TrainerCallback):
         return padded_tokens(rows, self.order.lengths, self.parts)
 
 
-class Judging(TrainerCallback):
-    """Logs the held-out loss as `--eval-steps` asks."""
+class Watching(TrainerCallback):
+    """Sets the sampler's epoch, logs the held-out loss, and ends training at a loss or gradient that is not finite."""
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
+    def __init__(self, run: Run, trainer: MarkedCheckpoints) -> None:
         self.run, self.trainer = run, trainer
 
+    def on_epoch_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
+        # On resume, accelerate's loader that skips batches does not pass set_epoch on to the sampler.
+        self.trainer.set_epoch(int(state.epoch or 0))
+
     def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
-        """Evaluate and log, if this step is due."""
+        """Evaluate and log, if `--eval-steps` asks for this step."""
         every = self.run.settings.eval_steps
         if every is not None and state.global_step % every == 0:
             # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
@@ -234,28 +238,13 @@ class Judging(TrainerCallback):
             self.trainer.log({"eval_loss": self.run.held_out_loss()})
             control.should_log = should_log
 
-
-class Finite(TrainerCallback):
-    """Ends training at the first loss or gradient that is not finite, before a checkpoint has it."""
-
     def on_log(self, args: object, state: State, control: Control, logs: Logs = None, **kwargs: object) -> None:
+        """Raise a ValueError for a loss or gradient that is not finite, before a checkpoint has it."""
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
             value = float((logs or {}).get(name, 0.0))
             if not math.isfinite(value):
-                raise ValueError(
-                    f"step {state.global_step}: the {what} is {value}, and "
-                    "training ends before that is saved: take a lower --lr or more --warmup, in another --output"
-                )
-
-
-class Ordering(TrainerCallback):
-    """Sets the sampler's epoch: on resume, accelerate's loader that skips batches does not pass set_epoch on to it."""
-
-    def __init__(self, trainer: MarkedCheckpoints) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
-        self.trainer.set_epoch(int(state.epoch or 0))
+                found = f"step {state.global_step}: the {what} is {value}, and training ends before that is saved"
+                raise ValueError(f"{found}: take a lower --lr or more --warmup, in another --output")
 
 
 class Bar(ProgressCallback):
@@ -397,7 +386,7 @@ def _put_callbacks(trainer: MarkedCheckpoints, run: Run, stop: Stop) -> None:
     trainer.remove_callback(ProgressCallback)
     planning = [Planning(run)] if run.settings.rl is None else []
     saving = Saving(run.settings.save_steps, stop)
-    for callback in (Judging(run, trainer), Ordering(trainer), Bar(), Finite(), *planning, saving):
+    for callback in (Watching(run, trainer), Bar(), *planning, saving):
         trainer.add_callback(callback)
 
 
