@@ -407,17 +407,9 @@ def _initialization(work: Work, request: Request) -> tuple[float, float]:
     itemsize = dtype_of(request).itemsize
     width = getattr(config, "hidden_size", next(iter(work.layers.values())).in_features)
     linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
-    sizes = Sizes(
-        tokens=SAMPLES * request.seq,
-        largest=request.batch * request.seq,
-        samples=SAMPLES,
-        rows=request.batch,
-        width=width,
-        itemsize=itemsize,
-        activations=linears * itemsize * 1.5,
-        head=getattr(config, "vocab_size", 0) * (2 * itemsize + 8),
-        masks=0.0,
-    )
+    tokens, largest = SAMPLES * request.seq, request.batch * request.seq
+    saved, head = linears * itemsize * 1.5, getattr(config, "vocab_size", 0) * (2 * itemsize + 8)
+    sizes = Sizes(tokens, largest, SAMPLES, request.batch, width, itemsize, saved, head, masks=0.0)
     try:
         stack = find_stack(work.model, work.layers)
     except NotAStackError:
