@@ -274,17 +274,6 @@ class Classification:
 
     def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
         """Mean loss (cross-entropy in nats, or squared error), score, and predicted labels."""
-        losses, answers = self._predict(model, tokenizer, held_out, title)
-        return Evaluation(sum(losses) / len(losses), score_of(held_out.examples, answers), answers)
-
-    def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
-        """The mean loss alone."""
-        return self.evaluate(model, tokenizer, held_out, "").loss
-
-    def _predict(
-        self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str
-    ) -> tuple[list[float], list[str]]:
-        """Loss and predicted label of each example, in order."""
         device, collate = next(model.parameters()).device, self.collator(tokenizer, _base_model(model))
 
         def predict(rows: list[EncodedText], bar: tqdm) -> list[tuple[float, str]]:
@@ -301,7 +290,12 @@ class Classification:
             return list(zip(losses.tolist(), answers, strict=True))
 
         pairs = _by_example(model, held_out.encoded, held_out.batch_size, predict, title)
-        return [loss for loss, _ in pairs], [answer for _, answer in pairs]
+        answers = [answer for _, answer in pairs]
+        return Evaluation(sum(loss for loss, _ in pairs) / len(pairs), score_of(held_out.examples, answers), answers)
+
+    def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
+        """The mean loss alone."""
+        return self.evaluate(model, tokenizer, held_out, "").loss
 
 
 def _number(label: str) -> float | None:
@@ -322,10 +316,8 @@ def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: 
     """The kind of run that examples ask for."""
     labeled = sum(example.label is not None for example in [*train, *held_out])
     if labeled not in (0, len(train) + len(held_out)):
-        raise ValueError(
-            f"{labeled} of {len(train) + len(held_out)} examples have a label: give all of them one (text and label), "
-            "or none (prompt and completion)"
-        )
+        some = f"{labeled} of {len(train) + len(held_out)} examples have a label"
+        raise ValueError(f"{some}: give all of them one (text and label), or none (prompt and completion)")
     wrong = sorted({e.score for e in held_out if (e.score in LABEL_SCORES) != bool(labeled)})
     if wrong:
         kind, fitting = ("labels", LABEL_SCORES) if labeled else ("texts", [s for s in SCORES if s not in LABEL_SCORES])

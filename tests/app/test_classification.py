@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_run import write_rows
 
+from lorasb.app import evaluation
 from lorasb.app.evaluation import Classification, LanguageModeling, problem_of
 from lorasb.app.finetune import run_finetune
 from lorasb.app.scoring import f1, matthews, pearson, spearman
@@ -215,7 +216,7 @@ def test_a_run_s_score_is_the_one_that_it_names(
     """Of fixed predictions, by hand."""
     rows = [{"text": f"red {i}", "label": labels[i % 4]} for i in range(12)]
     data, held = (write_rows(tmp_path / name, part) for name, part in (("rows", rows), ("held", rows[:4])))
-    monkeypatch.setattr(Classification, "_predict", lambda *given: ([0.1] * 4, list(said)))
+    monkeypatch.setattr(evaluation, "_by_example", lambda *given: [(0.1, answer) for answer in said])
     settings = replace(base, data=data, eval_data=held, score=score, epochs=0.5, output=str(tmp_path / "run"))
     assert run_finetune(settings).summary["eval_accuracy_after"] == pytest.approx(want)
 
