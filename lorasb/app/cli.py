@@ -94,10 +94,8 @@ def command(run: Callable[[Given], None], dataclass: type[Settings]) -> Callable
         if values.get("task") == DEFAULT_TASK and (values.get("data") or given.get("data")):
             del values["task"]  # earlier versions wrote the default in addition to a file
         if values.get("rl") not in (None, *REWARDS) and given.get("rl") is None and not allowed:
-            raise ValueError(
-                f"--config {file}: rl is {values['rl']}, and the run would execute that file: add --allow-code if you "
-                "trust it"
-            )
+            what = f"rl is {values['rl']}, and the run would execute that file"
+            raise ValueError(f"--config {file}: {what}: add --allow-code if you trust it")
         named = {name: value for name, value in given.items() if value is not None}
         run(values | {name: typed(value, types[name], option(name)) for name, value in named.items()})
 
@@ -125,24 +123,17 @@ def _option(name: str, kind: Any, text: str, panel: str, *names: str, shown: str
 
 
 INTERRUPTED = 128 + signal.SIGINT  # as shells report it
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    invoke_without_command=True,
-    help="Fine-tune Hugging Face models with LoRA-SB.",
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hugging Face models with LoRA-SB.")
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _of_all(version: Annotated[bool, Option("--version", is_eager=True, help="Print the version.")] = False) -> None:
     if version:
         typer.echo(f"lorasb {VERSION}")
         raise typer.Exit
 
 
-basis = typer.Typer(
-    no_args_is_help=True, help="Create a basis that many adapters share, or check how well data fits one."
-)
+basis = typer.Typer(no_args_is_help=True, help="Create a basis that adapters share, or check how well data fits one.")
 app.add_typer(basis, name="basis")
 bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
 app.add_typer(bench, name="bench")
@@ -208,9 +199,7 @@ app.command("init", cls=Command)(command(_init, InitSettings))
 
 @app.command(cls=Command)
 def plan(
-    name: Annotated[
-        str | None, Argument(metavar="MODEL", help="Model folder or Hugging Face Hub ID; only its config is read.")
-    ] = None,
+    name: Annotated[str | None, Argument(metavar="MODEL", help="Model folder or Hub ID; its config is read.")] = None,
     model: Annotated[str | None, Option(help="Same as MODEL.", show_default=EMBEDDED)] = None,
     gpu: Annotated[str | None, Option(help="GPU to plan for: a6000, 4090, h100, ...; default: this machine.")] = None,
     r: Annotated[int | None, Option("--r", "--rank", help="Rank.", show_default="64")] = None,
@@ -243,13 +232,9 @@ def plan(
 @app.command()
 def ask(
     run: Annotated[Path, Argument(help="Folder of a run of `lorasb finetune`.")],
-    question: Annotated[
-        str | None, Argument(help="Question to ask; without it, one per line from the terminal until Ctrl-D.")
-    ] = None,
+    question: Annotated[str | None, Argument(help="Question to ask; without it, one per line until Ctrl-D.")] = None,
     adapter: Annotated[str | None, Option(help="Which adapter to ask, for a run with --adapter-column.")] = None,
-    max_new_tokens: Annotated[
-        int | None, Option(help="Maximum number of tokens per answer.", min=1, show_default="256")
-    ] = None,
+    max_new_tokens: Annotated[int | None, Option(help="Most tokens per answer.", min=1, show_default="256")] = None,
 ) -> None:
     """Ask a trained run a question, formatted as its training examples were."""
     from .results import answers
