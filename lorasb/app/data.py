@@ -195,24 +195,18 @@ def _records(path: Path, adapter_column: str | None) -> list[Example]:
             raise TypeError(f"got {type(rows).__name__}" if rows else "it is empty")
         return [with_adapter(instructed(row), row, adapter_column, str(path)) for row in rows]
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected a JSON list of objects with instruction and output ({error}), or a .jsonl file of "
-            "prompt and completion"
-        ) from None
+        wanted = "a JSON list of objects with instruction and output, or a .jsonl file of prompt and completion"
+        raise ValueError(f"{path}: expected {wanted} ({error})") from None
 
 
 def _rows(name: str, source: Source, split: str) -> Iterable[Row]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f"{name} is read from the hub as {source.path}: pip install datasets, or pass a JSONL file instead"
-        ) from error
+        raise ImportError(f"{name} is read from the hub as {source.path}: pip install datasets") from error
     try:
         parts = (datasets.load_dataset(source.path, config, split=split) for config in source.configs)
         return [row for part in parts for row in part]
     except Exception as error:  # the hub, the network and the cache raise types of their own
-        raise OSError(
-            f"{name} cannot be read from the hub as {source.path}: {' '.join(str(error).split())[:200]}. A JSONL file "
-            "of prompt and completion does as well"
-        ) from None
+        why = " ".join(str(error).split())[:200]
+        raise OSError(f"{name} cannot be read from the hub as {source.path}: {why}. A JSONL file will do") from None

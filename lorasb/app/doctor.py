@@ -93,10 +93,7 @@ def prospects() -> str:
         in_memory = WORKING_SHARE * psutil.virtual_memory().total / dtype.itemsize
         most = _billions(min(in_time, in_memory))
         size = f"{most} billion parameters on a million tokens in an evening, on its CPU"
-    return (
-        f"This machine is good for fine-tuning models of up to about {size}; lorasb plan MODEL says what one of them "
-        "takes."
-    )
+    return f"This machine can fine-tune models of up to about {size}; lorasb plan MODEL says what one of them takes."
 
 
 def _billions(parameters: float) -> str:

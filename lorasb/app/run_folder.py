@@ -159,12 +159,11 @@ class RunFolder:
         if self.settings.resume == "never":
             line = f"the results of the run in {self.folder} are moved to {self._free_former()}"
             return State(NEW, None, [line] if (self.folder / SUMMARY_NAME).exists() else [])
-        running = read_record(dict, self.checkpoints / RUN_NAME)
-        if running is None and (self.checkpoints / RUN_NAME).exists():
-            raise ValueError(
-                f"{self.checkpoints / RUN_NAME} cannot be read, and says whose checkpoints lie there: make it "
-                "readable, or --resume never to start over"
-            )
+        file = self.checkpoints / RUN_NAME
+        running = read_record(dict, file)
+        if running is None and file.exists():
+            advice = "make it readable, or --resume never to start over"
+            raise ValueError(f"{file} cannot be read, and says whose checkpoints lie there: {advice}")
         if self.settings.resume != "auto":
             return self._look_at_checkpoint(Path(self.settings.resume), running)
         # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
@@ -182,10 +181,8 @@ class RunFolder:
         for path in sorted(self.checkpoints.iterdir()):
             # a run that was killed while it began or ended leaves some of these files
             if path.name not in OWN_NAMES and not path.name.startswith(".") and read_mark(path) is None:
-                raise ValueError(
-                    f"{path} is not of lorasb finetune, which clears {self.checkpoints}: take another --output, or "
-                    "move it away"
-                )
+                clears = f"which clears {self.checkpoints}: take another --output, or move it away"
+                raise ValueError(f"{path} is not of lorasb finetune, {clears}")
 
     def _look_at_checkpoint(self, path: Path, running: Json | None) -> State:
         """Resume the run from this checkpoint, which the user named."""
@@ -194,10 +191,8 @@ class RunFolder:
         mark = read_mark(path)
         wrong = find_fault(path, mark.files) if mark else "was cut off, or is something else"
         if mark is None or wrong is not None:
-            raise ValueError(
-                f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: --resume auto takes the "
-                "last whole one of the run in --output"
-            )
+            other = "--resume auto takes the last whole one of the run in --output"
+            raise ValueError(f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: {other}")
         if different := differences(mark.identity, self.identity):
             raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
         if running is not None:
@@ -218,10 +213,8 @@ class RunFolder:
 
     def _check_same(self, saved: Json) -> None:
         if different := differences(saved, self.identity):
-            raise ValueError(
-                f"{self.folder} has a run with other settings: {different}. Take another --output, or --resume never "
-                "to start over in this one"
-            )
+            advice = "Take another --output, or --resume never to start over in this one"
+            raise ValueError(f"{self.folder} has a run with other settings: {different}. {advice}")
 
     def begin(self, state: State) -> None:
         """Prepare the folder: set an earlier run's files aside, remove broken checkpoints, write the run's identity."""

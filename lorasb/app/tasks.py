@@ -99,10 +99,8 @@ def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
         why = str(error).removeprefix(": ")
     else:
         return with_adapter(example, values, adapter_column, where)
-    raise ValueError(
-        f"{where}: expected an object with prompt and completion, messages ending with the assistant's, or text and "
-        f"label; {why}"
-    )
+    wanted = "an object with prompt and completion, messages ending with the assistant's, or text and label"
+    raise ValueError(f"{where}: expected {wanted}; {why}")
 
 
 def _example(values: object) -> Example:
@@ -136,10 +134,8 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
         raise ValueError(f"{where}: --adapter-column {column} is not there, got {', '.join(values)}")
     name = str(values[column])
     if name in TAKEN_NAMES or not re.fullmatch(ADAPTER_NAME, name):
-        raise ValueError(
-            f"{where}: expected an adapter's name in {column}, of letters, digits, - and _ and other than "
-            f"{' and '.join(TAKEN_NAMES)}, got {name!r}"
-        )
+        wanted = f"an adapter's name in {column}, of letters, digits, - and _, not {' or '.join(TAKEN_NAMES)}"
+        raise ValueError(f"{where}: expected {wanted}, got {name!r}")
     return replace(example, adapter=name)
 
 

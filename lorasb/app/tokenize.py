@@ -87,10 +87,7 @@ def _conversation(messages: tuple[dict[str, str], ...], tokenizer: Tokenizer) ->
     # Turn borders are found by rendering growing prefixes of the chat. Some templates render a turn differently once
     # others follow; the prefixes do not match then, and no earlier turn is learned.
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "the data has messages, and this model's tokenizer has no chat template: give prompt and completion, or "
-            "a --model whose tokenizer has one"
-        )
+        raise ValueError("got messages, and this model's tokenizer has no chat template: give prompt and completion")
     full_text = _rendered(tokenizer, messages[:-1], True)
     pieces: list[tuple[str, bool]] = []
     rendered_so_far = ""
@@ -285,7 +282,4 @@ def check_model(model: nn.Module) -> None:
     except TypeError as error:
         raise ValueError(f"--packing: this model takes no position_ids ({error}): train without it") from None
     if (packed - single).abs().max() > TOLERANCE * single.abs().max():
-        raise ValueError(
-            f"--packing: in a {type(model).__name__} packed examples see one another, as its attention does not follow "
-            "position_ids: train without it"
-        )
+        raise ValueError(f"--packing: in a {type(model).__name__} packed examples see one another: train without it")
