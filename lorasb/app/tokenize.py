@@ -160,17 +160,11 @@ class EncodedText:
         return len(self.inputs["input_ids"])
 
 
-class TextCollator:
-    """Pads on the right and adds `labels`."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        # other inputs (attention_mask, token_type_ids) are padded by zeros
-        self.pads = {"input_ids": tokenizer.pad_token_id}
-
-    def __call__(self, examples: Sequence[EncodedText]) -> Batch:
-        names = examples[0].inputs
-        batch: Batch = {n: padded([e.inputs[n] for e in examples], self.pads.get(n, 0), "right") for n in names}
-        return batch | {"labels": torch.tensor([e.target for e in examples])}
+def collate_texts(examples: Sequence[EncodedText], pad: int) -> Batch:
+    """Texts as a batch, padded on the right, with `labels`."""
+    pads = {"input_ids": pad}  # other inputs (attention_mask, token_type_ids) are padded by zeros
+    batch: Batch = {n: padded([e.inputs[n] for e in examples], pads.get(n, 0), "right") for n in examples[0].inputs}
+    return batch | {"labels": torch.tensor([e.target for e in examples])}
 
 
 def padded(rows: Iterable[Sequence[int]], value: int, side: str = "left") -> Tensor:
@@ -244,27 +238,21 @@ def row_length(row: Encoded | EncodedText | Pack) -> int:
     return sum(map(len, row)) if isinstance(row, tuple) else len(row)
 
 
-class PackCollator:
-    """Collates packs, padded on the right, with positions that restart at 0 in each example and no attention mask."""
-
+def collate_packs(packs: Sequence[Pack], pad: int) -> Batch:
+    """Packs as a batch, padded on the right, with positions that restart at 0 in each example."""
     # transformers derives the block-diagonal mask from restarting position_ids only without an attention mask.
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad = pad_token_id
-
-    def __call__(self, packs: Sequence[Pack]) -> Batch:
-        width = max(row_length(row) for row in packs)
-        ids = [[t for e in row for t in e.prompt + e.completion] for row in packs]
-        # the first token has no label: the logit before it belongs to the example before
-        labels = [[t for e in row for t in (IGNORED, *e.labels[1:])] for row in packs]
-        # padding counts from 0 again: to attention it is one more example, without labels
-        lengths = [[*map(len, row), width - row_length(row)] for row in packs]
-        return {
-            "input_ids": padded(ids, self.pad, "right"),
-            "labels": padded(labels, IGNORED, "right"),
-            "position_ids": torch.tensor([[i for length in row for i in range(length)] for row in lengths]),
-            "use_cache": False,  # transformers looks for packed position_ids only without a KV cache
-        }
+    width = max(row_length(row) for row in packs)
+    ids = [[t for e in row for t in e.prompt + e.completion] for row in packs]
+    # the first token has no label: the logit before it belongs to the example before
+    labels = [[t for e in row for t in (IGNORED, *e.labels[1:])] for row in packs]
+    # padding counts from 0 again: to attention it is one more example, without labels
+    lengths = [[*map(len, row), width - row_length(row)] for row in packs]
+    return {
+        "input_ids": padded(ids, pad, "right"),
+        "labels": padded(labels, IGNORED, "right"),
+        "position_ids": torch.tensor([[i for length in row for i in range(length)] for row in lengths]),
+        "use_cache": False,  # transformers looks for packed position_ids only without a KV cache
+    }
 
 
 @torch.no_grad()
@@ -272,7 +260,7 @@ def check_model(model: nn.Module) -> None:
     """Compare the logits of a packed example with those of the example alone."""
     device = next(model.parameters()).device
     first, second = Encoded((5, 6, 7), (8, 9)), Encoded((9, 8), (7, 6, 5))
-    batch = PackCollator(0)([(first, second)])
+    batch = collate_packs([(first, second)], 0)
     ids, position_ids = batch["input_ids"].to(device), batch["position_ids"].to(device)
     try:
         with modes_restored(model):

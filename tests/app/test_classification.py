@@ -22,7 +22,7 @@ from lorasb.app.finetune import run_finetune
 from lorasb.app.scoring import f1, matthews, pearson, spearman
 from lorasb.app.settings import Settings
 from lorasb.app.tasks import Example, labeled
-from lorasb.app.tokenize import EncodedText, TextCollator
+from lorasb.app.tokenize import EncodedText, collate_texts
 
 COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
 
@@ -98,7 +98,7 @@ def test_rows_are_padded_on_the_right() -> None:
     rows = [
         EncodedText({"input_ids": ids, "attention_mask": [1] * len(ids)}, n) for n, ids in enumerate(([1, 2, 3], [4]))
     ]
-    batch = TextCollator(PADS)(rows)
+    batch = collate_texts(rows, PADS.pad_token_id)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [0, 1]

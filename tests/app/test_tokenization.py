@@ -154,7 +154,7 @@ def test_the_loss_of_packs_is_that_of_their_examples(family: str) -> None:
     model: Any = models.make(family)
     examples = some_examples(9)
     tokenize.check_model(model)
-    batches = (tokenize.PackCollator(0)(tokenize.pack(examples, 30)), Collator(0, model)(examples))
+    batches = (tokenize.collate_packs(tokenize.pack(examples, 30), 0), Collator(0, model)(examples))
     with torch.no_grad():
         packed, alone = (model(**batch).loss.item() for batch in batches)
     assert packed == pytest.approx(alone, rel=1e-5)
