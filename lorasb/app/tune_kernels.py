@@ -85,20 +85,17 @@ def _run_of(shape: Shape, ms: Sequence[int], device: str) -> Run:
     )
     x, dys, us = normal(shape.M, shape.n), [normal(shape.M, m) for m in ms], [normal(shape.M, shape.r) for _ in ms]
     if shape.quant != "none":
-        weight = _random_4bit(ms[0], shape.n, device)
+        m, n = ms[0], shape.n
+        packed = torch.randint(0, 256, (-(-m * n // 2),), dtype=torch.uint8, device=device)
+        absmax, codebook = torch.rand(-(-m * n // BLOCK), device=device), torch.linspace(-1, 1, 16, device=device)
+        # random codes, without nested statistics
+        weight = linear_quantized.Quantized((packed, absmax, codebook, None, None, None), (BLOCK, 256, 0), m, n)
         if shape.op == "forward":
             return lambda chosen: linear_quantized.forward(x, weight, members, chosen, mask)
         return lambda chosen: linear_quantized.backward(dys[0], weight, members, us[0], chosen, (True, True), mask)
     if shape.op == "forward":
         return lambda chosen: launch.forward(x, members, chosen, mask)
     return lambda chosen: launch.backward(dys, members, us, chosen, True, True, mask)
-
-
-def _random_4bit(m: int, n: int, device: str) -> linear_quantized.Quantized:
-    """W [m, n] with random codes, without nested statistics."""
-    packed = torch.randint(0, 256, (-(-m * n // 2),), dtype=torch.uint8, device=device)
-    absmax, codebook = torch.rand(-(-m * n // BLOCK), device=device), torch.linspace(-1, 1, 16, device=device)
-    return linear_quantized.Quantized((packed, absmax, codebook, None, None, None), (BLOCK, 256, 0), m, n)
 
 
 def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
