@@ -62,7 +62,10 @@ class LayerSum:
     def add_gradient(self, gradient: Tensor) -> None:
         """G += a gradient [out, in] that the layer itself has computed, fp32 or wider."""
         if self.sketch is not None:
-            raise ValueError("update='per-sample' is of linear layers alone: name other targets in exclude_modules")
+            raise ValueError(
+                "update='per-sample' needs dy and x of linear layers, and a target is an embedding, a convolution or "
+                "attention: name it in exclude_modules, or take another update"
+            )
         self._multiply_pair()
         self._signs = None
         if self.total is None:

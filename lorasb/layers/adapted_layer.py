@@ -397,7 +397,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if not torch.isfinite(result).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {' and '.join(adapter_names)} seems to be broken: "
-                f"they are not finite in {weight.dtype}; the weights were left as they are. Merge into a wider dtype"
+                f"merging gives weights that are not finite in {weight.dtype}; the weights were left as they are. "
+                "Check the adapter's training, or merge into a wider dtype"
             )
         return result
 

@@ -77,7 +77,8 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
         # names are entries of a ParameterDict, which cannot be those of its methods
         if not isinstance(name, str) or not name or "." in name or name == BASE_ROW or hasattr(nn.ParameterDict, name):
             raise ValueError(
-                f"expected a name without dots for each adapter, not {BASE_ROW} or a dictionary's method, got {name!r}"
+                f"expected a name without dots for each adapter, not {BASE_ROW} or a method's of a dictionary, got "
+                f"{name!r}"
             )
         if name in taken or (bank is not None and name in bank):
             raise ValueError(f"the model or its bank has an adapter {name!r} already, or it is named twice: rename it")

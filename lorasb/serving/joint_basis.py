@@ -204,14 +204,15 @@ def _lora_updates(folder: Path) -> dict[str, Update]:
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise ValueError(f"expected a plain LoRA in {folder}, got {kind}")
-    tensors, alphas = read_tensors(weights), config.get("alpha_pattern") or {}
+    tensors = read_tensors(weights)
+    alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
     found = {}
     for key, a in tensors.items():
         name, separator, _ = key.removeprefix(PEFT_PREFIX).rpartition(".lora_A")
         b = tensors.get(key.replace(".lora_A", ".lora_B"))
         if separator and b is not None and a.dim() == 2:
-            alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
-            scale = alpha / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
+            alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+            scale = float(alpha) / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
             found[name] = Update.of(b, torch.eye(len(a), dtype=torch.float64) * scale, a)
     others = [key for key in tensors if key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] not in found]
     if not found or others:

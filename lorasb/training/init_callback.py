@@ -182,7 +182,9 @@ def _refuse_copies(optimizer: Optimizer, layers: Layers, name: str) -> None:
     missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in optimized]
     # Frozen parameters are not given to the optimizer: say that first, as "copies" would be the wrong reason.
     if not any(module.lorasb_R[name].requires_grad for module in layers.values()):
-        raise ValueError(f"no R of adapter {name!r} requires a gradient, so none trains: model.set_adapter({name!r})")
+        raise ValueError(
+            f"no R of adapter {name!r} requires a gradient, so nothing would train: model.set_adapter({name!r})"
+        )
     if missing:
         raise ValueError(
             f"the optimizer does not hold R of layer {missing[0]!r} itself ({len(missing)} of {len(layers)}): copies "

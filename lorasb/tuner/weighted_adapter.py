@@ -127,13 +127,14 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
             raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
         refuse_uninitialized(found, name)
         if tuner.peft_config[name].trainable_token_indices:
-            raise ValueError(f"adapter {name!r} has trained rows of an embedding, which cannot be added")
+            raise ValueError(f"adapter {name!r} has trained rows of an embedding, which cannot be added: leave it out")
         layers |= found
     with_modules = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
     if len(with_modules) > 1:
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{len(with_modules) - 1} such instance(s). Adapters {', '.join(map(repr, with_modules))} have some"
+            f"{len(with_modules) - 1} such instance(s). Adapters {', '.join(map(repr, with_modules))} have some: at "
+            "most one may, and the new one takes them over"
         )
     return layers
 
