@@ -78,8 +78,8 @@ struct Kernels {
   // sums [rows, d_columns.size()] += c [rows, ..] D[d_rows, d_columns].
   void (*dense_add_bf16)(MatrixView c, int64_t rows, Bf16View d, Range d_rows, Range d_columns, float* sums) = nullptr;
 
-  // Up to min_ tokens, and up to max_ where they are at most so many products, are faster against a dense W that is
-  // read in place than by the BLAS, which packs it; 0 tokens where bf16 is not multiplied.
+  // Reading a dense W in place is faster than the BLAS, which packs it, for up to min_unpacked_tokens, and for up to
+  // max_unpacked_tokens while tokens x elements of W <= max_unpacked_products. 0 tokens where bf16 is not multiplied.
   int64_t min_unpacked_tokens = 0, max_unpacked_tokens = 0;
   int64_t max_unpacked_products = std::numeric_limits<int64_t>::max();
   // One panel of up to kUnpackedTokens tokens of x [count, columns], in the order that `multiply_unpacked` reads.

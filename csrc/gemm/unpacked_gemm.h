@@ -22,7 +22,7 @@
 
 namespace lorasb {
 
-// Up to so many tokens in bf16 a contiguous W of so many elements is read in place.
+// The most tokens in bf16 for which a contiguous W of so many elements is read in place.
 int64_t max_unpacked_tokens(int64_t elements);
 
 // True if x [M, n] and a dense W [m, n] are taken.

@@ -234,7 +234,7 @@ def ask(
     run: Annotated[Path, Argument(help="Folder of a run of `lorasb finetune`.")],
     question: Annotated[str | None, Argument(help="Question to ask; without it, one per line until Ctrl-D.")] = None,
     adapter: Annotated[str | None, Option(help="Which adapter to ask, for a run with --adapter-column.")] = None,
-    max_new_tokens: Annotated[int | None, Option(help="Most tokens per answer.", min=1, show_default="256")] = None,
+    max_new_tokens: Annotated[int | None, Option(help="Maximum tokens per answer.", min=1, show_default="256")] = None,
 ) -> None:
     """Ask a trained run a question, formatted as its training examples were."""
     from .results import answers

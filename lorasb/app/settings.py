@@ -273,7 +273,7 @@ class Settings:
         None, "Compute the held-out loss every N steps.", positive=True, shown="before and after training only"
     )
     save_steps: str = RUN("auto", "Save a checkpoint every N steps; auto loses at most ten minutes.", check=SAVE_STEPS)
-    resume: str = RUN("auto", "auto resumes the run in --output, never starts over; or the folder of a checkpoint.")
+    resume: str = RUN("auto", "auto to resume the run in --output, never to start over, or the folder of a checkpoint.")
     report_to: str = RUN("none", "Where to log: none, tensorboard or wandb.", choices=("none", "tensorboard", "wandb"))
     output: str = RUN("runs/finetune", "Folder for all files of the run.", init="same", check=FOLDER)
 

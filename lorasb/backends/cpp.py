@@ -93,7 +93,7 @@ def computes(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 @lru_cache
 def most_tokens(elements: int) -> int:
-    """Tokens up to which that is faster with a W of so many elements; 0 where there is no such product."""
+    """The most tokens for which reading a W of so many elements in place is faster; 0 without such a product."""
     return 0 if _reason is not None else int(_csrc.max_unpacked_tokens(elements))
 
 

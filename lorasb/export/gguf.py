@@ -49,7 +49,7 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
         for key, tensor in sorted(tensors.items()):
             match = FACTOR.match(key)
             if match is None:
-                raise ValueError(f"{key} is no factor of a linear layer: GGUF adapters hold those alone, merge it")
+                raise ValueError(f"{key} is no factor of a linear layer, as GGUF adapters need: merge the model")
             layer, factor = match.groups()
             # llama.cpp reads lora_a and lora_b under the base tensor's name
             tensor_name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
@@ -84,6 +84,7 @@ def base_config(model: object, name: str | None) -> Any:
     file = Path(name or "") / "config.json"
     if not name or not file.is_file():
         raise ValueError(
-            f"this format needs its base's configuration, there is none in {name or 'no folder'!r}: export the model"
+            f"this format needs its base's configuration, and there is none in {name or 'no folder'!r}: export from "
+            "the patched model"
         )
     return SimpleNamespace(**read_json(file))

@@ -77,7 +77,9 @@ def lora_of(
     names = {key[: -len(".A")] for key in basis if key.endswith(".A")}
     if names != set(core):
         odd = sorted(names ^ set(core))
-        raise ValueError(f"expected R of every layer of the basis, and no other: {', '.join(odd[:3])} has one of two")
+        raise ValueError(
+            f"expected R of every layer of the basis, and no other: {', '.join(odd[:3])} is on one side only"
+        )
     pairs = {n: (basis[f"{n}.A"].float(), basis[f"{n}.B"].float() @ r.float()) for n, r in core.items()}
     fused = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in fuse_experts(pairs).items()}
     return in_pefts_layout(fused, kinds or {})

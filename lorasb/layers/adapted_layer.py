@@ -18,7 +18,15 @@ from ..constants import FACTORS
 from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.deprecation import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
-from .adapter_state import AdapterState, Cores, EquivalentGradient, FrozenFactors, has_values, refuse_training, sharded
+from .adapter_state import (
+    AdapterState,
+    Cores,
+    EquivalentGradient,
+    FrozenFactors,
+    has_values,
+    refuse_training,
+    shard_like,
+)
 from .base import Base
 from .opaque_base import make_base
 from .token_rows import Rows, other_length
@@ -173,7 +181,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if target.shape != value.shape:
                 raise ValueError(f"expected a factor {list(target.shape)}, got {list(value.shape)}")
         for target, value in pairs:
-            target.copy_(sharded(target, value))
+            target.copy_(shard_like(target, value))
         self.adapters[adapter_name].initialized = True
 
     def enable_adapters(self, enabled: bool) -> None:

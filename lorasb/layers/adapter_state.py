@@ -106,7 +106,7 @@ class Cores(nn.ParameterDict):
         return self
 
 
-def sharded(target: Any, value: Tensor) -> Tensor:
+def shard_like(target: Any, value: Tensor) -> Tensor:
     """A full tensor sharded like the target, if that is a DTensor of FSDP2; else the tensor itself."""
     if not hasattr(target, "device_mesh"):
         return value

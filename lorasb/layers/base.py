@@ -127,7 +127,8 @@ class Base:
         if hasattr(base, "parametrizations") or {"weight_g", "weight_v", "weight_orig"} & base._parameters.keys():
             raise ValueError(
                 f"a {type(base).__name__} computes its weight in every forward (weight_norm, spectral_norm), and "
-                "merged values would be lost: remove that first (parametrize.remove_parametrizations), or export_lora"
+                "merged values would be lost: remove that first (parametrize.remove_parametrizations), or use "
+                "lorasb.export_lora(model, path)"
             )
 
     def merged(self, weight: Tensor) -> Base:

@@ -60,8 +60,10 @@ def uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> list[st
 
 def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Raise a ValueError for an adapter that has not been initialized."""
-    for layer in uninitialized(layers, adapter_name):
-        raise ValueError(f"adapter {adapter_name!r} has not been initialized ({layer}): call lorasb.initialize first")
+    if fresh := uninitialized(layers, adapter_name):
+        raise ValueError(
+            f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first"
+        )
 
 
 def standing_on(model: nn.Module, adapter_name: str) -> list[str]:

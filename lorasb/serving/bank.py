@@ -276,7 +276,8 @@ class AdapterBank:
         name = next((name for name in self._slots if not self._in_use[name]), None)
         if name is None:
             raise ValueError(
-                f"expected at most {self.resident} adapters at a time, as many as may be resident: raise its resident="
+                f"expected at most {self.resident} adapters at a time, as many as may be resident: give the bank "
+                "resident=... of the largest batch"
             )
         slot = self._slots.pop(name)
         self._waiting[name] = self.storage[slot].detach().cpu().clone()

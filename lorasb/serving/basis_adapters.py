@@ -81,7 +81,9 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
                 f"{name!r}"
             )
         if name in taken or (bank is not None and name in bank):
-            raise ValueError(f"the model or its bank has an adapter {name!r} already, or it is named twice: rename it")
+            raise ValueError(
+                f"the model or its bank has an adapter {name!r} already, or it is named twice: take another"
+            )
         taken.add(name)
 
 
