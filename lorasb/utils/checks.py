@@ -17,6 +17,7 @@ MAX_LR = 1e4  # a mistyped exponent (1e38) would end as Inf after hours, or in t
 MAX_REPEATS = 4.0  # factors of a name's length that matching may take: n characters within about n⁴ / 24 steps
 # A repeat of digits meets few of them in a name, and an optional part doubles the ways: both count as a quarter.
 SMALL = 0.25
+MAX_DEPTH = 200  # of a parsed pattern: about a hundred nested groups
 # Bytes per unit, by its upper-case name: decimal and binary prefixes.
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Items that one character matches: a repeat of one multiplies the matching time by a name's length, while a repeated
@@ -43,25 +44,29 @@ def check_pattern(pattern: str, where: str, repeats: float = MAX_REPEATS) -> Non
         )
 
 
-def _repeats(parsed: Any) -> float:
+def _repeats(parsed: Any, depth: int = 0) -> float:
     """Number of repeats on the most expensive path through a parsed pattern; Inf if it repeats a group."""
+    if depth > MAX_DEPTH:  # not left to the interpreter's limit, which other packages raise
+        raise RecursionError("its groups are nested too deeply")
     if not isinstance(parsed, _parser.SubPattern):
         parts = parsed if isinstance(parsed, list | tuple) else ()
-        return sum(_repeats(part) for part in parts)
+        return sum(_repeats(part, depth + 1) for part in parts)
     total = 0.0
     for kind, value in parsed:
         name = str(kind)
         if name == "BRANCH":
-            total += max(_repeats(branch) for branch in value[1])
+            total += max(_repeats(branch, depth + 1) for branch in value[1])
         elif "REPEAT" in name:
             low, high, body = value
             single = len(body) == 1 and str(body[0][0]) in SINGLE
             if not single and high > 1:
                 return math.inf
             digits = single and str(body[0]) in DIGITS
-            total += (SMALL if high <= 1 or digits else float(low != high)) + (0.0 if single else _repeats(body))
+            total += (SMALL if high <= 1 or digits else float(low != high)) + (
+                0.0 if single else _repeats(body, depth + 1)
+            )
         else:
-            total += _repeats(value)
+            total += _repeats(value, depth + 1)
     return total
 
 

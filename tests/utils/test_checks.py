@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from typing import Any
 
@@ -42,6 +43,17 @@ def test_patterns_that_people_write_pass(pattern: str) -> None:
 def test_patterns_that_can_take_forever_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="target_modules: expected"):
         check_pattern(pattern, "target_modules")
+
+
+def test_deep_nesting_is_refused_whatever_the_recursion_limit() -> None:
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        check_pattern("(" * 50 + "a" + ")" * 50, "target_modules")
+        with pytest.raises(ValueError, match="target_modules: expected .*nested too deeply"):
+            check_pattern("(" * 500 + ")" * 500, "target_modules")
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_too_many_repeats_are_refused() -> None:
