@@ -50,7 +50,7 @@ def test_deep_nesting_is_refused_whatever_the_recursion_limit() -> None:
     sys.setrecursionlimit(20_000)
     try:
         check_pattern("(" * 50 + "a" + ")" * 50, "target_modules")
-        with pytest.raises(ValueError, match="target_modules: expected .*nested too deeply"):
+        with pytest.raises(ValueError, match=r"target_modules: expected .*nested too deeply"):
             check_pattern("(" * 500 + ")" * 500, "target_modules")
     finally:
         sys.setrecursionlimit(limit)
