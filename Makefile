@@ -148,7 +148,7 @@ SECONDS ?= 1
 CARD_SECONDS ?= 3
 ROUNDS ?= 5
 RESULTS ?= benchmarks/results
-BENCH = $(BIN)/python -m pytest benchmarks -q -o python_files=bench_*.py --durations=0 --benchmark-disable-gc --seconds $(SECONDS)
+BENCH = $(BIN)/python -m pytest benchmarks/layers -q -o python_files=bench_*.py --durations=0 --benchmark-disable-gc --seconds $(SECONDS)
 
 # What the documentation says of a GPU, on whatever card is there: within eight minutes, and resumable.
 bench-gpu: install

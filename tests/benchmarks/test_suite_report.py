@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ROOT, python
 
 from benchmarks.common import compare
 from benchmarks.common.shapes import MODELS
@@ -33,6 +36,12 @@ def results(path: Path, gpu: str = "A card", skip: int = 0) -> Path:
     machine = {"device": "cuda", "gpu": gpu, "torch": "2.13", "peft": "0.21"}
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": cases}))
     return path
+
+
+def test_make_finds_the_suite() -> None:
+    command = re.search(r"^BENCH = \$\(BIN\)/python (.+) \$\(SECONDS\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert command
+    assert "bench_layer.py" in python(*shlex.split(command[1]), 1, "--collect-only")
 
 
 def test_tables_csv_and_chart(
