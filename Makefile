@@ -72,7 +72,7 @@ test: install $(QUANTIZERS)/.installed
 # The kernel tests on compiled code, every instruction executed and checked: make test-ptx ARCH=sm_90. Minutes.
 ARCH ?= sm_86
 KERNEL_TESTS = $(COMPILED_TESTS) tests/kernels/test_mutations.py tests/kernels/test_linear.py tests/kernels/test_linear_quantized.py \
-  tests/kernels/test_dropout.py tests/kernels/test_weight_gradient.py
+  tests/kernels/test_dropout.py tests/kernels/test_weight_gradient.py tests/kernels/test_tma_gemm.py
 test-ptx: install
 	$(PYTEST) --ptx $(ARCH) $(KERNEL_TESTS)
 
