@@ -65,13 +65,6 @@ def cut(own: Settings, stopped: Path) -> Settings:
 
 
 @pytest.fixture
-def done(own: Settings, whole: Path) -> Settings:
-    """The same, finished."""
-    shutil.copytree(whole, own.output, dirs_exist_ok=True)
-    return own
-
-
-@pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
     """What was printed since it was asked last, with spaces for the ends of lines."""
     return lambda: " ".join("".join(capsys.readouterr()).split())

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
 import torch
 import transformers
-from finetune_runs import assert_same, stop_after, summary
 
 import lorasb
 from lorasb.app import adapter, finetune, train
@@ -81,20 +81,17 @@ def test_warm_up_is_rounded_as_trainer_rounds_it(steps: int, share: float) -> No
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora"])
-def test_a_run_trains_at_the_rate_that_it_found(base: Settings, tmp_path: Path, method: str) -> None:
+def test_a_run_trains_at_the_rate_that_it_found(
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes_on: Any, method: str
+) -> None:
+    search = Mock(wraps=finetune.find_rate)
+    monkeypatch.setattr(finetune, "find_rate", search)
     settings = replace(base, method=method, lr=1e-3, find_lr=True, epochs=1.0)
-    stop_after(4, settings, tmp_path / "stopped")
-    start = json.loads((tmp_path / "stopped" / "checkpoints" / "start" / "start.json").read_text())
-    assert start["lr"] > 1e-3  # far too low for this task
-    with pytest.MonkeyPatch.context() as patch:  # the start is whole: no second trial
-        patch.setattr(finetune, "find_rate", lambda run: pytest.fail("tried again"))
-        run_finetune(replace(settings, output=str(tmp_path / "stopped")))
-    run_finetune(replace(settings, output=str(tmp_path / "whole")))
-    assert_same(tmp_path / "stopped", tmp_path / "whole")
-    found = summary(tmp_path / "whole")
-    assert found["lr"] == start["lr"]
+    found = goes_on(settings, 4)
+    assert search.call_count == 2  # of two runs: the stopped one has its rate with its start
+    assert found["lr"] > 1e-3  # far too low for this task
     assert found["config"]["lr"] == 1e-3  # so that config.yaml repeats the run
-    # R's start is scaled: the run that is told the rate begins at the same start
+    # R's start is scaled: a run that is given the rate begins at the same start
     told = run_finetune(replace(settings, lr=found["lr"], find_lr=False, output=str(tmp_path / "told"))).summary
     assert found["train_losses"] == pytest.approx(told["train_losses"], rel=1e-3)
 

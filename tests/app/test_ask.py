@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from command import call
-from tiny_run import WORDS, write_rows
+from tiny_run import WORDS
 
 from lorasb.app import results as ask
 from lorasb.app.finetune import run_finetune
@@ -51,9 +51,7 @@ def finished(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callab
         (row, settings), folder = CASES[kind], tmp_path_factory.mktemp("asked")
         rows = [row(i, f"copy {WORDS[i % 10]} {i % 7}", WORDS[i % 10]) for i in range(24)]
         file = folder / ("list.json" if kind == "alpaca" else "lines.jsonl")
-        write_rows(file, rows)
-        if kind == "alpaca":
-            file.write_text(json.dumps(rows))
+        file.write_text(json.dumps(rows) if kind == "alpaca" else "\n".join(map(json.dumps, rows)))
         run_finetune(replace(base, data=str(file), output=str(folder / "run"), **settings))
         return folder / "run"
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors
@@ -25,13 +26,12 @@ from lorasb.utils import plotting
 
 def test_auto_saves_before_more_than_ten_minutes_are_lost(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**9, 100))  # each look at it is 100 s after the one before: two looks a step
-    saved: list[float] = []
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    keep = run_folder.mark_complete
-    marked = lambda folder, *rest: saved.append(run_folder.step_of(folder)) or keep(folder, *rest)  # noqa: E731
+    marked = Mock(wraps=run_folder.mark_complete)
     monkeypatch.setattr(run_folder, "mark_complete", marked)
     run_finetune(replace(own, save_steps="auto"))
-    assert saved[-1] == STEPS
+    saved = [call.args[0].name for call in marked.call_args_list]
+    assert saved[-1] == f"checkpoint-{STEPS}"
     assert 2 < len(saved) < STEPS
 
 
@@ -90,21 +90,22 @@ def test_a_half_written_checkpoint_is_left_out(
     assert f"checkpoint-7 {said}, and is left out" in found.lines[0]
 
 
-@pytest.mark.parametrize("damaged", ["last", "start", "factors of both"])
+@pytest.mark.parametrize(
+    ("damaged", "where"),
+    [
+        (["checkpoint-7/optimizer.pt", "start/adapter_model.safetensors"], "step 6"),
+        ([f"checkpoint-{step}/lorasb_factors.safetensors" for step in (6, 7)], "before its first checkpoint"),
+    ],
+)
 def test_damage_is_found_and_loses_no_more_than_it_has_to(
-    cut: Settings, whole: Path, tmp_path: Path, said: Callable[[], str], damaged: str
+    cut: Settings, whole: Path, tmp_path: Path, said: Callable[[], str], damaged: list[str], where: str
 ) -> None:
-    if damaged == "factors of both":
-        for name in ("checkpoint-6", "checkpoint-7"):
-            flip_a_bit(tmp_path / "checkpoints" / name / "lorasb_factors.safetensors")
-    else:
-        (tmp_path / "checkpoints/checkpoint-7" / "optimizer.pt").unlink()
-    if damaged == "start":
-        flip_a_bit(tmp_path / "checkpoints/start" / "adapter_model.safetensors")
+    for name in damaged:
+        flip_a_bit(tmp_path / "checkpoints" / name)
     run_finetune(cut)
     printed = said()
-    assert ("damaged (" in printed) == (damaged != "last")
-    assert ("before its first checkpoint" if damaged == "factors of both" else "step 6") in printed
+    assert printed.count("is damaged (") == len(damaged)
+    assert where in printed
     assert_same(tmp_path, whole)
 
 
@@ -121,13 +122,6 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 UNWRITTEN = RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device")
 
 
-def failing(error: Exception) -> Any:
-    def fail(*given: Any, **named: Any) -> None:
-        raise error
-
-    return fail
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
     [(Trainer, "_save_optimizer_and_scheduler", UNWRITTEN), (run_folder, "share", FULL), (run_folder, "mark_complete", FULL)],
@@ -138,7 +132,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
     message = r"checkpoint-9 cannot be written: .*No space left.*Those before it are whole: make room and start the same command again"
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing(error))
+        patch.setattr(owner, name, Mock(side_effect=error))
         with pytest.raises(OSError, match=message):
             run_finetune(cut)
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
@@ -151,24 +145,13 @@ def test_a_full_disk_at_the_results_loses_no_training(
 ) -> None:
     error = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with monkeypatch.context() as patch:
-        patch.setattr("lorasb.export.lora.export_lora", failing(error))
+        patch.setattr("lorasb.export.lora.export_lora", Mock(side_effect=error))
         with pytest.raises(OSError, match=r"lora cannot be written: .*No space left"):
             run_finetune(cut)
     monkeypatch.setattr(Trainer, "train", lambda *given, **named: pytest.fail("nothing is trained twice"))
     run_finetune(cut)
     assert_same(tmp_path, whole)
     assert results.load(tmp_path).summary["train_losses"]
-
-
-def test_results_that_cannot_be_written_leave_the_former_ones(
-    done: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
-    monkeypatch.setattr("lorasb.export.lora.export_lora", failing(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"):
-        run_finetune(replace(done, seed=1, epochs=0.2, resume="never"))
-    assert {path.name: path.read_bytes() for path in (tmp_path / "former" / "lora").iterdir()} == before
-    assert (tmp_path / "former" / "energy.png").is_file()
 
 
 def test_without_matplotlib_a_run_has_no_pictures(

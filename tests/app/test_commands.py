@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from adapters import layers
 from command import call
 from models import patched
 from processes import python
@@ -22,10 +23,8 @@ from safetensors.torch import save_file
 from tiny_run import write_rows
 
 import lorasb
-from lorasb.app import cli
+from lorasb.app import cli, results
 from lorasb.ops import registry
-
-PICTURES = ("energy.png", "ranks.png", "spectrum.png")
 
 
 def process(*arguments: object) -> str:
@@ -40,17 +39,16 @@ def start(name: str, model: Path, data: Path, output: Path, *more: object, way: 
     return way(name, *itertools.chain(*given.items()), *more)
 
 
-@pytest.mark.parametrize("method", ["lora-sb", "lora-xs", "lora"])
-def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("lora-sb", {"lora", "report.json", "energy.png"}), ("lora-xs", {"lora", "report.json"}), ("lora", set())],
+)
+def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, method: str, more: set[str]) -> None:
     way = process if method == "lora-sb" else call
     printed = start("finetune", tiny, data, tmp_path, "--method", method, way=way)
-    names = {path.name for path in tmp_path.iterdir()}
-    wanted = {"adapter", "loss.png", "summary.json", "config.yaml", "answers.json"}
-    if method != "lora":
-        wanted |= {"lora", "report.json"}
-    if method == "lora-sb":
-        wanted |= {"energy.png"}
-    assert names == wanted
+    usual = {"adapter", "loss.png", "summary.json", "config.yaml", "answers.json"}
+    assert {path.name for path in tmp_path.iterdir()} == usual | more
+    assert (results.load(tmp_path).report is None) == (method == "lora")
     summary = json.loads((tmp_path / "summary.json").read_text())
     evaluated = (f"eval_{what}_{when}" for what in ("loss", "accuracy") for when in ("before", "after"))
     for key in (*evaluated, "init_seconds", "train_seconds", "tokens_per_second", "peak_rss_mb"):
@@ -58,20 +56,15 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     assert summary["dtype"] == "float32"
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert summary["config"]["method"] == method
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    assert summary["adapter_bytes"] == weights.stat().st_size
-    if method != "lora":
-        assert summary["trainable_params"] == 14 * 8 * 8
+    assert summary["adapter_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert method == "lora" or summary["trainable_params"] == 14 * 8 * 8
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert all(text in printed for text in ("held-out problems", "exact answers", "lorasb ask"))
 
 
 def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: Path) -> None:
-    """Two sets, judged by choice, answers of at most two tokens."""
     lines = [{"prompt": f"copy {word}", "completion": word} for word in ("true", "false", "red")]
-    files = [
-        write_rows(tmp_path / name / "test.jsonl", part) for name, part in (("sure", lines[:2]), ("other", lines[2:]))
-    ]
+    files = [write_rows(tmp_path / "sure/test.jsonl", lines[:2]), write_rows(tmp_path / "other/test.jsonl", lines[2:])]
     more = ["--eval-data", ",".join(files), "--score", "choice", "--max-new-tokens", "2", "--lora-dropout", "0.1"]
     assert "sure/test.jsonl" in start("finetune", tiny, data, tmp_path / "run", *more)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -104,20 +97,20 @@ def test_init_writes_an_adapter_a_report_and_pictures(tiny: Path, data: Path, tm
     assert "lorasb: layerwise (2 blocks at model.layers)" in printed
     assert "overlap of two halves of the samples" in printed
     assert "suggested ranks: keeps" in printed
+    pictures = ("energy.png", "ranks.png", "spectrum.png")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"adapter", "report.json", "ranks.json", "config.yaml", *PICTURES}
-    for name in PICTURES:
+    assert names == {"adapter", "report.json", "ranks.json", "config.yaml", *pictures}
+    for name in pictures:
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     report = lorasb.InitReport.load(tmp_path / "run" / "report.json")
     assert report.num_samples == 8
     assert 0 < report.stability <= 1
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    assert all(layer.is_initialized("default") for layer in layers(loaded).values())
     pattern = json.loads((tmp_path / "run" / "ranks.json").read_text())["rank_pattern"]
-    again = lorasb.patch(base, r=8, rank_pattern=pattern)
-    assert {m.r["default"] for m in again.modules() if isinstance(m, lorasb.LoRASBLinear)} == set(pattern.values())
-    fresh = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "run" / "adapter")
-    assert all(m.is_initialized("default") for m in loaded.modules() if isinstance(m, lorasb.LoRASBLinear))
+    again = lorasb.patch(loaded.unload(), r=8, rank_pattern=pattern)
+    assert {layer.r["default"] for layer in layers(again).values()} == set(pattern.values())
 
 
 def test_another_rank_from_the_cache_and_a_look_at_it(tiny: Path, data: Path, tmp_path: Path) -> None:
@@ -140,6 +133,7 @@ BAD_CALLS = {
     "finetune --dtype int4": "--dtype must be one of auto, bfloat16, float32, float16, got 'int4'",
     "finetune --update lion": "--update must be one of adamw, sgd, per-sample, got 'lion'",
     "finetune --preset metamath": "--preset 'metamath': there is no such preset: did you mean 'metamath-m",
+    "finetune --preset qqq": "known are cola-roberta-large, ",
     "finetune --r 0": "--r must be positive, got 0",
     "finetune --task chess": "unknown task 'chess': expected one of word_sequence_reversal",
     "finetune --task chess --rl verifier": "unknown task 'chess': expected one of",
@@ -188,6 +182,7 @@ SAID_WITHOUT_TORCH = {
     "--version": "lorasb 0.",
     "finetune --help": "Most used",
     "finetune --lerning-rate 1": "No such option",
+    "init --preset cola-roberta-large": "No such option",
     "finetune --data nowhere.jsonl": "expected a JSONL file, found none at nowhere.jsonl",
     "finetune --model ./llama": "--model ./llama: there is no such folder",
     "finetune --config nowhere.yaml": "expected a YAML file of settings",
@@ -220,7 +215,6 @@ def test_what_needs_no_torch_does_not_wait_for_it() -> None:
 
 @pytest.mark.parametrize("delay", [0.05, 1.0, *(pytest.param(delay, marks=pytest.mark.long) for delay in (0.3, 2.5))])
 def test_ctrl_c_ends_in_one_line_at_any_time(tiny: Path, data: Path, tmp_path: Path, delay: float) -> None:
-    """While modules are imported, too."""
     code = "from lorasb.__main__ import main; print('in', flush=True); main()"
     options = ["finetune", "--model", tiny, "--data", data, "--output", tmp_path / "run", "--epochs", "400"]
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, options)]

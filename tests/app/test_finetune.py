@@ -100,11 +100,10 @@ def test_stopping_saves_and_going_on_ends_in_the_same_bits(
     assert_same(tmp_path, whole)
 
 
-def test_a_second_ctrl_c_ends_at_once(own: Settings, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        add(patch, At(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
-        with pytest.raises(StoppedError):
-            run_finetune(own)
+def test_a_second_ctrl_c_ends_at_once(own: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(monkeypatch, At(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+    with pytest.raises(StoppedError):
+        run_finetune(own)
     assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")] == [3]
 
 

@@ -36,9 +36,10 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def folder_of(config: Any, folder: Path) -> str:
+def asked(folder: Path, config: Any = CONFIGS["llama"], **options: Any) -> Request:
+    """A run of a model whose config is in a folder, of a row of SEQ tokens unless asked for another."""
     config.save_pretrained(folder)
-    return str(folder)
+    return Request(str(folder), **{"r": 8, "batch": 1, "seq": SEQ} | options)
 
 
 def made(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -99,8 +100,7 @@ def test_live_bytes_follow_tensors_that_come_and_go() -> None:
 
 
 def test_a_plan_adds_up(dtype: torch.dtype, tmp_path: Path) -> None:
-    request = Request(folder_of(CONFIGS["llama"], tmp_path), r=8, batch=BATCH, seq=SEQ)
-    found = plan_memory(request)
+    found = plan_memory(asked(tmp_path, batch=BATCH))
     model: Any = lorasb.patch(made(CONFIGS["llama"], dtype), r=8, init="random")
     sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
     base = sum(size for name, size in sizes.items() if "lorasb" not in name)
@@ -113,10 +113,8 @@ def test_a_plan_adds_up(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_four_bits_and_a_card(tmp_path: Path) -> None:
-    folder = folder_of(CONFIGS["llama"], tmp_path)
-    dense, packed = (
-        plan_memory(Request(folder, r=8, batch=1, seq=SEQ, bits=bits, card=plan.find_gpu("a6000"))) for bits in (16, 4)
-    )
+    card = plan.find_gpu("a6000")
+    dense, packed = (plan_memory(asked(tmp_path, bits=bits, card=card)) for bits in (16, 4))
     model: Any = lorasb.quantize(made(CONFIGS["llama"]), nested=True)
     weights = [m.quantized() for m in model.modules() if isinstance(m, lorasb.Linear4bit)]
     saved = sum(2 * math.prod(weight.shape) - weight.nbytes for weight in weights)
@@ -128,7 +126,7 @@ def test_four_bits_and_a_card(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_told_what_does(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
     wide = transformers.LlamaConfig(**CONFIGS["llama"].to_dict() | sizes)
-    whole = plan_memory(Request(folder_of(wide, tmp_path), r=8, batch=8, seq=256, card=plan.find_gpu("a6000")))
+    whole = plan_memory(asked(tmp_path, wide, batch=8, seq=256, card=plan.find_gpu("a6000")))
     for share in (0.95, 0.7):
         refused = with_less(whole, share)
         assert not refused.fits
@@ -145,10 +143,7 @@ def with_less(whole: plan.MemoryPlan, share: float) -> plan.MemoryPlan:
 
 
 def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
-    folder = folder_of(CONFIGS["llama"], tmp_path)
-    old, new = (
-        plan_memory(Request(folder, r=8, batch=1, seq=SEQ, card=plan.find_gpu(name))) for name in ("t4", "a6000")
-    )
+    old, new = (plan_memory(asked(tmp_path, card=plan.find_gpu(name))) for name in ("t4", "a6000"))
     assert old.base == pytest.approx(2 * new.base, rel=0.01)
     assert old.saved > 1.5 * new.saved
     started = (found.initialization - found.base - found.factors - found.cores - found.context for found in (old, new))
@@ -161,7 +156,7 @@ def test_experts_that_a_token_goes_through_are_counted(dtype: torch.dtype, tmp_p
     for used in (1, 4):
         experts = {"num_local_experts": 4, "num_experts_per_tok": used, "architectures": ["MixtralForCausalLM"]}
         config = transformers.MixtralConfig(**sizes, **experts)
-        flops.append(plan_memory(Request(folder_of(config, tmp_path / str(used)), r=8, batch=1, seq=SEQ)).flops)
+        flops.append(plan_memory(asked(tmp_path / str(used), config)).flops)
     experts = 3 * 3 * 64 * 160 * 2  # three more, of three matrices, in two layers
     assert flops[1] - flops[0] == pytest.approx(4 * experts * SEQ)
 
@@ -182,16 +177,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path, name: str) -> None:
-    config, fields, asked, message = REFUSED[name]
-    folder = folder_of(config, tmp_path)
+    config, fields, options, message = REFUSED[name]
+    request = asked(tmp_path, config, **options)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     with pytest.raises(ValueError, match=message):
-        plan_memory(Request(folder, r=8, batch=1, **asked))
+        plan_memory(request)
 
 
 def test_bits_that_change_nothing_are_not_proposed(tmp_path: Path) -> None:
-    request = Request(folder_of(CONFIGS["gpt2"], tmp_path), r=8, batch=8, seq=16, card=plan.find_gpu("a6000"))
+    request = asked(tmp_path, CONFIGS["gpt2"], batch=8, seq=16, card=plan.find_gpu("a6000"))
     refused = with_less(plan_memory(request), 0.8)
     assert not any("--bits" in change for change, _ in plan.smaller_plans(refused))
 
@@ -217,16 +212,16 @@ def test_a_machine_is_good_for_what_time_and_memory_allow(
 
 
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
-    asked = ("plan", folder_of(CONFIGS["llama"], tmp_path), "--r", 8, "--batch", 2, "--seq", 16)
-    shown = call(*asked, "--gpu", "4090")
+    line = ("plan", asked(tmp_path).model, "--r", 8, "--batch", 2, "--seq", 16)
+    shown = call(*line, "--gpu", "4090")
     assert "peak of a training step" in shown
     assert "It fits" in shown
-    values = json.loads(call(*asked, "--json"))
+    values = json.loads(call(*line, "--json"))
     assert values["fits"] is True
     assert values["needed"] == max(values["step"], values["initialization"])
     assert values["changes"] == {}
     with pytest.raises(ValueError, match="--bits must be 4 or 16, got 8"):
-        call(*asked, "--bits", 8)
+        call(*line, "--bits", 8)
     with pytest.raises(ValueError, match=r"cannot read the config of .*, expected a folder or hub id"):
         call("plan", tmp_path / "nothing")
 

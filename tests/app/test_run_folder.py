@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from finetune_runs import assert_same, stop_after
@@ -20,7 +21,6 @@ from tiny_run import WORDS
 from lorasb.app import finetune, run_folder
 from lorasb.app.config_file import read_config
 from lorasb.app.finetune import run_finetune
-from lorasb.app.results import load
 from lorasb.app.settings import Settings, listed
 from lorasb.utils.atomic_files import locked
 
@@ -82,24 +82,14 @@ def test_checkpoints_of_another_program_are_left_alone(own: Settings, tmp_path: 
     assert foreign.read_text() == "weights"
 
 
-def test_a_run_that_starts_anew_leaves_nothing_of_the_former(done: Settings, tmp_path: Path) -> None:
-    run_finetune(replace(done, method="lora", epochs=0.2, resume="never"))
-    assert not {"lora", "report.json", "energy.png"} & {path.name for path in tmp_path.iterdir()}
-    assert load(tmp_path).report is None
-
-
-def test_resume_never_starts_anew(cut: Settings, tmp_path: Path) -> None:
-    stop_after(2, replace(cut, lr=1e-3, resume="never"), tmp_path)
-    assert [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")] == [2]
-
-
 def test_a_run_is_repeated_to_the_bit_from_its_config(base: Settings, whole: Path, tmp_path: Path) -> None:
     values = read_config(whole / "config.yaml", {one.name: kind for one, kind in listed(Settings)})
-    run_finetune(Settings(**values | {"output": str(tmp_path / "again")}))
-    assert_same(tmp_path / "again", whole)
-    run_finetune(Settings(**values | {"output": str(tmp_path / "other"), "seed": 1}))
+    values["output"] = str(tmp_path)
+    run_finetune(Settings(**values))
+    assert_same(tmp_path, whole)
+    run_finetune(Settings(**values | {"seed": 1, "resume": "never"}))
     weights = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "other" / weights).read_bytes() != (whole / weights).read_bytes()
+    assert (tmp_path / weights).read_bytes() != (whole / weights).read_bytes()
 
 
 def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(own: Settings, tmp_path: Path) -> None:
@@ -127,22 +117,26 @@ def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(own: Settings, tmp_pa
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_resume_never_sets_the_former_results_aside_before_it_starts(
-    done: Settings, whole: Path, tmp_path: Path, said: Callable[[], str], taken: bool
+    own: Settings, whole: Path, tmp_path: Path, said: Callable[[], str], taken: bool
 ) -> None:
     """And removes none that were set aside before, nor a folder or a file of the user's of that name."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
     if taken:
         (tmp_path / "former").mkdir()
         (tmp_path / "former" / "thesis.txt").write_text("mine")
-    again = replace(done, lr=1e-3, resume="never")
+    again = replace(own, lr=1e-3, resume="never")
     stop_after(2, again, tmp_path)
     assert "are moved to" in said()
     if taken:
-        stop_after(1, again, tmp_path)  # which has none to move
+        stop_after(1, replace(again, lr=2e-3), tmp_path)  # which has none to move
         assert (tmp_path / "former" / "thesis.txt").read_text() == "mine"
+    steps = [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")]
+    assert steps == ([1] if taken else [2])
     formers = {"former", "former-2"} if taken else {"former"}
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml", "notes.txt"} | formers
-    assert (tmp_path / max(formers) / "answers.json").read_bytes() == (whole / "answers.json").read_bytes()
+    for name in ("answers.json", "energy.png", "lora/adapter_model.safetensors"):
+        assert (tmp_path / max(formers) / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -156,10 +150,7 @@ def test_resume_never_sets_the_former_results_aside_before_it_starts(
 def test_a_folder_that_cannot_be_locked_holds_nobody_up(
     whole: Path, name: str, error: OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*given: object, **named: object) -> None:
-        raise error
-
-    monkeypatch.setattr(name, refused)
+    monkeypatch.setattr(name, Mock(side_effect=error))
     with locked(whole):
         monkeypatch.undo()
 

@@ -35,23 +35,16 @@ def several(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Setting
 
 @pytest.fixture(scope="session")
 def whole(several: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     run_finetune(replace(several, output=str(folder)))
     return folder
 
 
-@pytest.fixture(scope="session")
-def sure(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with embeddings twenty times as large, without which no answer can have a large logit."""
-    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("sure") / "model")
+def test_each_learns_its_own_answers(several: Settings, tiny: Path, tmp_path: Path) -> None:
+    sure = shutil.copytree(tiny, tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    model.get_input_embeddings().weight.data *= 20
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_each_learns_its_own_answers(several: Settings, sure: Path, tmp_path: Path) -> None:
+    model.get_input_embeddings().weight.data *= 20  # or no answer could have a large logit
+    model.save_pretrained(sure)
     held_out = [
         {"prompt": f"copy {word} 6", "completion": WORDS[i], "user": name}
         for i, name in enumerate(NAMES)
