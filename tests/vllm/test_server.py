@@ -1,7 +1,4 @@
-"""The plugin in a real vLLM server, by the official client: `make test-vllm` installs both and runs this file.
-
-The server is a process in an environment of vLLM's; it shares the adapters' files with this one, and the plugin.
-"""
+"""The plugin in a real vLLM server, a process in vLLM's environment, by the official client: make test-vllm."""
 
 from __future__ import annotations
 

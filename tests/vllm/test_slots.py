@@ -68,9 +68,9 @@ def test_every_token_has_the_adapter_of_its_slot(
         made.write(slot, of_slot)
     made.clear(2)
     cores[2] = [None] * len(parts)
-    x, y, places = torch.randn(len(index), 5, dtype=dtype), torch.randn(len(index), 3 * len(parts), dtype=dtype), index
-    want = reference(y, x, factors, cores, torch.tensor(places))
-    made.add_to(y, x, torch.tensor(places))
+    x, y = torch.randn(len(index), 5, dtype=dtype), torch.randn(len(index), 3 * len(parts), dtype=dtype)
+    want = reference(y, x, factors, cores, torch.tensor(index))
+    made.add_to(y, x, torch.tensor(index))
     check(y.double(), want, MERGE if extension else FP64)
 
 
@@ -171,8 +171,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda path: (path / "adapter_config.json").unlink(), "found none"),
     "no weights": (lambda path: (path / WEIGHTS_NAME).unlink(), "found none"),
 }
-
-
 DAMAGES |= {name: (partial(rewrite, change=change), message) for name, (change, message) in CHANGES.items()}
 
 
