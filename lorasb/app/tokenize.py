@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..init.loss import IGNORED
+from ..constants import IGNORED
 from ..init.sampling import Batch
 from ..init.task import modes_restored
 from .tasks import Example

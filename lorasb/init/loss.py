@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..constants import IGNORED
 from .sampling import Batch, batch_size, take_rows
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -16,7 +16,6 @@ LossFn = Callable[[nn.Module, Batch], Tensor]
 # of a mean over many tokens in fp32, and of a loss in 16 bits (bf16: 2^-7 = 7.8e-3).
 LOSS_TOLERANCE = 1e-5
 LOSS_TOLERANCE_16_BITS = 8e-3
-IGNORED = -100  # transformers' label of tokens that have no loss
 
 
 def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> float:
@@ -36,7 +35,7 @@ def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None
     outputs = model(**batch)
     logits = _field(outputs, "logits")
     if _first_label_only(batch, _field(outputs, "loss")):
-        if isinstance(logits, Tensor) and logits.requires_grad:
+        if logits is not None and logits.requires_grad:
             (logits.sum() * 0).backward()  # of zeros: the ranks of a sharded model communicate in backward
         return 0.0
     loss = _checked(_field(outputs, "loss"), batch)
@@ -44,8 +43,7 @@ def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None
         del outputs, logits  # the graph does not need them, and logits of a large vocabulary are most of the memory
         loss.backward()
         return float(loss.detach())
-    weights = _weights(loss, logits, batch)
-    if weights is None:
+    if logits is None or (weights := _weights(loss, logits, batch)) is None:
         del outputs, loss, logits  # frees this graph before the samples build theirs
         return sum(backward_over_samples(model, take_rows(batch, torch.tensor([i])), None) for i in range(rows))
     scale, total = weights
@@ -80,8 +78,9 @@ def _first_label_only(batch: Batch, loss: object) -> bool:
     return bool((labels[:, 1:] == IGNORED).all()) and bool(loss.detach().isnan().all())
 
 
-def _field(outputs: object, name: str) -> Any:
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+def _field(outputs: object, name: str) -> Tensor | None:
+    value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+    return value if isinstance(value, Tensor) else None
 
 
 def _checked(loss: object, batch: Batch) -> Tensor:
@@ -101,10 +100,10 @@ def _checked(loss: object, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _weights(loss: Tensor, logits: object, batch: Batch) -> tuple[Tensor, float] | None:
+def _weights(loss: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, float] | None:
     """(factor per sample from the batch's mean to its own, Σ_i L(x_i)); None if the loss cannot be reproduced."""
     labels = batch.get("labels")
-    if not isinstance(logits, Tensor) or not logits.requires_grad:
+    if not logits.requires_grad:
         return None
     # accelerate's wrappers return converted copies of the logits, on which a hook would never run. The graph is
     # retained for the backward that follows.

@@ -13,12 +13,10 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput
 
-from ..constants import BASE_ROW
+from ..constants import BASE_ROW, IGNORED
 from ..distributed.process_group import Processes
 from ..layers.lookup import layers_with
 from ..utils.checks import check_lr
-
-IGNORED = -100  # label of tokens that no loss counts, as in transformers
 
 
 def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str]) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..constants import IGNORED
 from ..init.sampling import rng_untouched
 from ..init.task import modes_restored
-from ..serving.training import IGNORED, token_losses
+from ..serving.training import token_losses
 
 Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
 SMALLEST_SPREAD = 1e-4  # added to a group's standard deviation, as GRPO does
