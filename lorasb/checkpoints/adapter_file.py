@@ -133,12 +133,14 @@ def scaling_of(config: Json, r: int) -> float:
     return scaling * (float(alpha) if alpha is not None else GLUE_ALPHA if classification else float(r)) / r
 
 
-def read_cores(folder: Path, digest: bytes, scalings: Mapping[str, float] | None = None) -> dict[str, Tensor]:
-    """R by layer of an adapter on the basis with a digest, times the adapter's s, over the layer's of `scalings`.
+def read_cores(
+    folder: Path, config: Json, digest: bytes, scalings: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
+    """R by layer of an adapter on the basis with a digest, times the s of its `config`, over the layer's of `scalings`.
 
     Only layers of `scalings` are returned, if it is given. Raises a ValueError for a file that does not fit the basis.
     """
-    config, file = read_config(folder), folder / WEIGHTS_NAME
+    file = folder / WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
     tensors = reading.read_tensors(file, mapped=False)  # in half the time (SmolLM2 at r = 64, Zen 3)

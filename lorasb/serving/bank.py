@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
-from ..checkpoints.adapter_file import read_cores
+from ..checkpoints.adapter_file import read_config, read_cores
 from ..compat.torch import uncompiled
 from ..constants import BASE_ROW, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
@@ -162,7 +162,8 @@ class AdapterBank:
             ValueError: the model has an adapter of this name, or an R is missing, of another shape or not finite.
             RuntimeError: a batch in progress uses the adapter that would be replaced.
         """
-        self._check_name(name)
+        if name == BASE_ROW or name in getattr(self._model(), "peft_config", ()):
+            raise ValueError(f"the model has an adapter {name!r} itself: choose another name for the bank's")
         if isinstance(cores, str):
             cores = self._of_model(cores)
         row = torch.zeros(self.storage.shape[1], dtype=self.storage.dtype) if cores is None else self._row(name, cores)
@@ -204,9 +205,7 @@ class AdapterBank:
         scalings = {name: layer.adapters[self.basis].scaling for name, layer in self.layers.items()}
         for name, path in found:
             try:
-                self._check_name(name)
-                cores = read_cores(path, self.digest, scalings)
-                self._put(name, self._row(name, cores))
+                self.add(name, read_cores(path, read_config(path), self.digest, scalings))
                 report.loaded.append(name)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:
                 report.failed[name] = str(error)
@@ -326,10 +325,6 @@ class AdapterBank:
             if adapter not in layer.lorasb_R or layer.lorasb_A[adapter] is not layer.lorasb_A[self.basis]:
                 raise ValueError(f"expected an adapter of the model on the A and B of {self.basis!r}, got {adapter!r}")
         return {name: layer.lorasb_R[adapter] for name, layer in layers.items()}
-
-    def _check_name(self, name: str) -> None:
-        if name == BASE_ROW or name in getattr(self._model(), "peft_config", ()):
-            raise ValueError(f"the model has an adapter {name!r} itself: choose another name for the bank's")
 
     def _unknown(self, names: Sequence[str]) -> str:
         shown = ", ".join(map(repr, names[:3]))

@@ -127,14 +127,15 @@ def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis
             raise ValueError(f"adapter {name!r} of the model has other A and B than {basis!r}: delete it first")
     digest = shared_factors.digest(frozen_factors(layers, basis))
     scalings = {layer: module.adapters[basis].scaling for layer, module in layers.items()}
-    cores = {name: read_cores(folder / name, digest, scalings) for name in names}  # all, before the model changes
+    configs = {name: read_config(folder / name) for name in names}  # all files, before the model changes
+    cores = {name: read_cores(folder / name, config, digest, scalings) for name, config in configs.items()}
     shapes: dict[str, Shapes] = {layer: {CORE: (m.adapters[basis].r,) * 2} for layer, m in layers.items()}
     for found in cores.values():
         check_factors({layer: {CORE: core} for layer, core in found.items()}, shapes)
     missing = [name for name in names if name not in model.peft_config]
     add_adapters(model, missing, basis=basis)
     for name in missing:  # as it is saved again: the R's that are read replace any start
-        cast(LoRASBConfig, model.peft_config[name]).basis_start = read_config(folder / name).get("basis_start", "zero")
+        cast(LoRASBConfig, model.peft_config[name]).basis_start = configs[name].get("basis_start", "zero")
     for name, found in cores.items():
         for layer, core in found.items():
             layers[layer].lorasb_R[name].copy_(core)
