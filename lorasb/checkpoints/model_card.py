@@ -30,10 +30,10 @@ def update_card(folder: Path, config: Json, scaling: float) -> None:
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
     text = _with_tag(TEMPLATE.sub("", text))  # the form has only "[More Information Needed]" in it
-    local, published = config.get("base_model_name_or_path"), _origin(config).get("hub_id")
-    if published:
-        text = text.replace(str(local), published)
-    rows = _rows(config, scaling).items()
+    origin = _origin(config)
+    if origin.get("hub_id"):
+        text = text.replace(str(config["base_model_name_or_path"]), origin["hub_id"])
+    rows = _rows(config, origin, scaling).items()
     table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows if value not in (None, ""))
     section = (
         f"{START}\n# A LoRA-SB adapter\n\n**`import lorasb` first**: without it PEFT ends in `KeyError: 'LORASB'`. "
@@ -86,9 +86,8 @@ def short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _rows(config: Json, scaling: float) -> Json:
-    provenance, origin = config.get("init_provenance") or {}, _origin(config)
-    base = config.get("base_model_name_or_path")
+def _rows(config: Json, origin: dict[str, str], scaling: float) -> Json:
+    provenance, base = config.get("init_provenance") or {}, config.get("base_model_name_or_path")
     if origin:
         base = f"{origin.get('hub_id')}, dequantized from {origin.get('converted_from')}"
     versions = ", ".join(f"{name} {version}" for name, version in sorted((provenance.get("versions") or {}).items()))
