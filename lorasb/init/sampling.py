@@ -59,7 +59,6 @@ def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
     """Batches up to a number of samples, or all; empty ones are passed over."""
     left = math.inf if limit is None else limit
     for batch in batches if left else ():
-        _check_batch(batch)
         rows = batch_size(batch)
         if rows > left:
             rows = int(left)
@@ -107,8 +106,6 @@ def _countable(batches: Loader, num_samples: int | None) -> int:
         return len(cast(Loader, batches).dataset)
     if not isinstance(batches, list | tuple):
         return -1
-    for batch in batches:
-        _check_batch(batch)
     return sum(map(batch_size, batches))
 
 
@@ -176,8 +173,6 @@ def _drawn_from_list(batches: Sequence[Batch], chosen: list[int]) -> Iterable[Ba
 def draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> list[int]:
     """Draw from the samples of all ranks, which count one after another; return this rank's, by their indices."""
     available = sum(counts)
-    if available == 0:
-        raise ValueError("expected at least one sample to initialize from, got none: the data set is empty")
     count = num_samples if num_samples is not None else _default_count(available)
     if count > available:
         raise ValueError(too_few(count, available))
@@ -199,13 +194,10 @@ def too_few(num_samples: int, available: int) -> str:
     )
 
 
-def _check_batch(batch: object) -> None:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn")
-
-
 def batch_size(batch: Mapping[str, object]) -> int:
     """Number of samples in a batch: the first dimension, which its tensors share. 0-D tensors do not count."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn")
     # A set, so that a mask or a label of another length is noticed.
     sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0}
     if len(sizes) != 1:
