@@ -35,8 +35,8 @@ from lorasb.app.basis import initialize_basis
 from lorasb.app.prepare import contiguous_head, demo_model
 from lorasb.app.tasks import Example, read_jsonl
 from lorasb.app.tokenize import Collator, encode
+from lorasb.init.auto_rate import warmup_steps
 from lorasb.init.pipeline import rate_of_initialized
-from lorasb.init.plan import warmup_steps
 from lorasb.init.task import InitOptions
 from lorasb.layers.lookup import adapted_layers
 from lorasb.training.rate_trials import JUDGED, STEPS, find_lr, refine_rate

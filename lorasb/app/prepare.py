@@ -23,7 +23,7 @@ import lorasb
 from ..checkpoints import shared_factors
 from ..checkpoints.model_card import ORIGIN_NAME
 from ..compat.transformers import set_name_or_path
-from ..init.plan import warmup_steps
+from ..init.auto_rate import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis_adapters
 from ..tuner.targets import refuse_unknown_names

@@ -1,4 +1,4 @@
-"""The learning rate of R, from what a step of AdamW does to the outputs of layers, measured on the samples.
+"""The learning rate of R: of the first step in a schedule, or measured by what a step does to the outputs of layers.
 
 A step of AdamW changes every entry of R by about the rate, with the signs of its gradient. Where these align with
 u = A x of a token, ‖ΔR u‖ is about lr·r·‖u‖, and the layer's output W x changes by s·lr·r·‖A x‖, as B is orthonormal.
@@ -14,13 +14,15 @@ import statistics
 import warnings
 from contextlib import ExitStack
 from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..distributed.process_group import sharded
 from ..layers.linear import LoRASBLinear
-from .task import Work, frozen_base, to_device
+from ..utils.checks import check_lr
+from .task import AutoRate, Work, frozen_base, to_device
 
 # Relative change of a layer's output by an aligned step. In the committed sweeps (SmolLM2, the sign's start at r = 4,
 # 16 and 64) the best is 0.003 to 0.008 for chain_sum and 0.024 to 0.06 for word reversal, at every rank.
@@ -69,3 +71,62 @@ def measured_rate(work: Work) -> float:
 def _fall_back(reason: str) -> float:
     warnings.warn(f"lr='auto' takes {FALLBACK:g}, as {reason}: pass a rate, or try some (find_lr)", stacklevel=2)
     return FALLBACK
+
+
+@overload
+def first_step_lr(lr: float, warmup_steps: float = ..., total_steps: int | None = ..., rule: str = ...) -> float: ...
+
+
+@overload
+def first_step_lr(
+    lr: Literal["auto"], warmup_steps: float = ..., total_steps: int | None = ..., rule: str = ...
+) -> AutoRate: ...
+
+
+def first_step_lr(
+    lr: float | Literal["auto"], warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule"
+) -> float | AutoRate:
+    """η = peak lr / warm-up steps: the rate of the first step that moves (that of step 0 is 0), for `initialize`.
+
+    The published code counts the batches of the loader from which it estimates gradients (3 examples each for
+    Mistral-7B) in place of the optimizer's steps (of 32), so that its η is 10 times smaller there:
+    `first_step_lr(1e-4, 0.02, total_steps=len(loader) * epochs, rule="published")`.
+
+    Args:
+        lr: the schedule's peak learning rate, or "auto": `initialize` then measures it, and its report's `rate` is the
+            peak to train with.
+        warmup_steps: number of warm-up steps, or, below 1, their fraction of `total_steps`.
+        total_steps: for a fraction: optimizer steps of the run; with rule="published", batches of the loader times
+            epochs.
+        rule: "schedule", at least one step, a fraction rounded up; or "published", the fraction as it is.
+
+    Raises:
+        ValueError: a rate that is not positive, negative warm-up, a fraction without total_steps, an unknown rule, or
+            the published one without a fraction or with "auto".
+    """
+    if lr == "auto":
+        if rule == "published":
+            raise ValueError("rule='published' repeats runs at their own rate: pass it in place of lr='auto'")
+        return AutoRate(1.0 / first_step_lr(1.0, warmup_steps, total_steps, rule))
+    check_lr(lr)
+    if warmup_steps < 0:
+        raise ValueError(f"expected warmup_steps >= 0, got {warmup_steps!r}")
+    if rule not in ("schedule", "published"):
+        raise ValueError(f"expected rule to be one of schedule, published, got {rule!r}")
+    is_share = 0 < warmup_steps < 1
+    if is_share and total_steps is None:
+        raise ValueError(f"warmup_steps={warmup_steps!r} is a share of the run: give total_steps too")
+    steps = warmup_steps * (total_steps or 0) if is_share else warmup_steps
+    if rule == "published":
+        if not is_share or not steps > 0:
+            raise ValueError(
+                "rule='published' divides by a share of the estimation's batches: give warmup_steps between 0 and 1 "
+                f"and total_steps=len(loader) * epochs, got {warmup_steps!r} and {total_steps!r}"
+            )
+        return lr / steps
+    return lr / max(1.0, math.ceil(steps) if is_share else steps)
+
+
+def warmup_steps(share: float, total_steps: int) -> int:
+    """Number of warm-up steps of a share in [0, 1) of the run: rounded up, as `TrainingArguments.get_warmup_steps`."""
+    return math.ceil(share * total_steps)

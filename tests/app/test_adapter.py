@@ -19,7 +19,7 @@ from lorasb.app import adapter, finetune, train
 from lorasb.app.finetune import run_finetune
 from lorasb.app.prepare import prepare, save_adapter
 from lorasb.app.settings import Settings
-from lorasb.init.plan import warmup_steps
+from lorasb.init.auto_rate import warmup_steps
 from lorasb.layers.lookup import layers_with
 
 
