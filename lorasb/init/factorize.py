@@ -121,22 +121,20 @@ def _factored(
     gradient: Gradient, state: AdapterState, options: InitOptions, seed: int
 ) -> tuple[Factors, Triplets, Tensor, float]:
     """The factors, the triplets that they come from, ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q, and the start's share."""
-    # Theorem 6: the first step of SGD has no limit.
-    r, longest = state.r, None if options.update == "sgd" else options.longest_start
-    bits = gradient.signs().bits
+    r, longest, bits = state.r, options.longest_start, gradient.signs().bits
     if isinstance(gradient, LayerSum) and gradient.sketch is not None:
         # The part of AdamW's first step within U and V: R = −η·core / s, with the core Uᵀ sign(G) V [q, q].
         triplets = gradient.sketch.triplets()
         core = signed_core(bits, triplets)
         start = start_share(float(core[:r, :r].norm()), r, longest)
         u, s, vt = triplets.first(r)
-        return Factors(u, core[:r, :r] * (-start * options.lr / state.scaling), vt, s), triplets, energies(core), start
+        return Factors(u, core[:r, :r] * (-start * options.eta / state.scaling), vt, s), triplets, energies(core), start
     matrix = gradient.value() if options.update == "sgd" and isinstance(gradient, LayerSum) else bits
     triplets = leading_triplets(matrix, r, seed)
     start = start_share(float(triplets.s[:r].norm()), r, longest)
     # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
     of_sign = triplets.s.square().cumsum(0) if matrix is bits else energies(signed_core(bits, triplets))
-    return first_step(triplets, r, start * options.lr, state.scaling), triplets, of_sign, start
+    return first_step(triplets, r, start * options.eta, state.scaling), triplets, of_sign, start
 
 
 def overlap(first: Triplets, second: Triplets) -> float:

@@ -26,7 +26,7 @@ from .pipeline import from_gradients, from_weights
 from .provenance import provenance
 from .sampling import Loader
 from .several_tasks import initialize_tasks
-from .task import NOMINAL_RATE, AutoRate, InitOptions, Layers
+from .task import AutoRate, InitOptions, Layers
 from .write import staging
 
 ROUTER_SUFFIXES = ("Router", "Gate")  # of class names in transformers
@@ -54,8 +54,8 @@ def _has_fused_experts(module: nn.Module) -> bool:
 
 def _tied_heads(model: Any) -> list[str]:
     """Name of the output head if it shares its weight with the input embedding: merging would change both."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    base = getattr(model, "get_base_model", lambda: model)()
+    head = getattr(base, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     tied = weight is not None and weight is getattr(base.get_input_embeddings(), "weight", None)
     return [name for name, module in base.named_modules() if module is head] if tied else []
@@ -84,23 +84,20 @@ def initialize(
 ) -> InitReport:
     """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8; docs/method.md says more).
 
-    With G = Σ_i ∇W L(x_i), L the mean over a sample's labeled tokens, and ΔW = −η·sign(G) = U Σ Vᵀ: B = U_r [out, r],
-    A = V_rᵀ [r, in], R = Σ_r / s [r, r], scaled down to ‖Σ_r‖ ≤ longest_start·η·r. Sums are fp32 and need no `.grad`.
+    With ΔW = −η·sign(Σ_i ∇W L(x_i)) = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, scaled down to ‖Σ_r‖ ≤ longest_start·η·r.
 
     Args:
         model: a patched model.
         batches: a DataLoader or a list (drawn from by `seed`), or an iterable of dicts (in order); of a rank, its own.
-            Several by name ({"math": loader, "code": loader}) make an adapter for each, all on one basis, which is the
-            adapter itself with R = 0; a `TasksReport` then says what it keeps of each one's first step.
-        lr: η, the learning rate of R's first step: `lorasb.first_step_lr` computes it from a schedule. "auto" measures
-            the rate for AdamW by a forward over the samples (docs/choosing.md): the report's `rate`.
+            {"math": loader, ...}: an adapter for each, on one basis, which is this adapter with R = 0: a `TasksReport`.
+        lr: η of R's first step, `lorasb.first_step_lr` of a schedule; "auto" measures it for AdamW (docs/choosing.md).
         num_samples: over all ranks; None for min(available, max(32, n/1000)), or all of an iterable without a size.
         update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (moments, docs/choosing.md).
         longest_start: in AdamW steps of R at the rate η; 0 for R = 0, None for the full step of the text. Not of "sgd".
         strategy: "layerwise" (a block at a time), "accumulate" (passes through the whole model) or "auto"; equal sums.
         blocks: name of the list of blocks ("model.layers"), if the wrong one is detected.
         memory_budget: bytes on top of the model (or "6GB"); None allows what a training step of 32 samples needs.
-        loss_fn: `loss_fn(model, batch)`, in place of the model's own `.loss`; weighted by the batch's rows.
+        loss_fn: `loss_fn(model, batch)`, weighted by its rows, in place of L, the mean over a sample's labeled tokens.
         seed: of the draw and of the SVD; the global random state is not touched.
         cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
         stability: also measure how far the subspaces of two halves of the samples overlap, in another pass over them.
@@ -110,11 +107,8 @@ def initialize(
     Raises:
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
-    lr = AutoRate() if lr == "auto" else lr
     options = InitOptions(
-        adapter=adapter_name or "",
-        lr=NOMINAL_RATE if isinstance(lr, AutoRate) else float(lr or 0.0),
-        auto=lr if isinstance(lr, AutoRate) else None,
+        lr=AutoRate() if lr == "auto" else lr or 0.0,
         update=update,
         seed=seed,
         longest_start=longest_start,
@@ -127,14 +121,13 @@ def initialize(
         stability=stability,
         progress=progress,
     )
-    options.check()
     if isinstance(batches, Mapping):
-        return cast(InitReport, initialize_tasks(uncompiled(model), batches, options, _initialize))
-    return _initialize(uncompiled(model), batches, options)
+        return cast(InitReport, initialize_tasks(uncompiled(model), batches, adapter_name, options, _initialize))
+    return _initialize(uncompiled(model), batches, adapter_name, options)
 
 
-def _initialize(model: PeftModel, batches: Loader, options: InitOptions) -> InitReport:
-    name, layers = adapted_layers(model, options.adapter)
+def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, options: InitOptions) -> InitReport:
+    name, layers = adapted_layers(model, adapter_name)
     options, started = replace(options, adapter=name), time.perf_counter()
     if any_merged(model):
         raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
@@ -143,11 +136,11 @@ def _initialize(model: PeftModel, batches: Loader, options: InitOptions) -> Init
     warn_if_slow(model)
     if config.init == "update":
         cached = options.cache is not None and os.path.exists(options.cache)
-        if not 0 < options.lr <= MAX_LR or (batches is None and not cached):
+        if not 0 < options.eta <= MAX_LR or (batches is None and not cached):
             raise ValueError(
                 f"init='update' takes batches and lr > 0, at most {MAX_LR:g}: initialize(model, loader, lr=...)"
             )
-        if options.auto is not None and batches is None:
+        if isinstance(options.lr, AutoRate) and batches is None:
             raise ValueError("lr='auto' measures on samples, and a cache has signs alone: pass batches, or a rate")
         # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
         with staging(name) as write, torch.compiler.set_stance("force_eager"):

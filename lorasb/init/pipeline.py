@@ -23,7 +23,7 @@ from .provenance import cache_key
 from .sampling import Batch, Loader, batch_size, samples_hash, select, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
-from .task import InitOptions, Layers, Piece, Work, frozen_base
+from .task import AutoRate, InitOptions, Layers, Piece, Work, frozen_base
 from .write import LayerWriter, Write, staging
 
 
@@ -33,48 +33,52 @@ def from_gradients(
     """Write factors from the gradients of the samples, or from a cache of their signs; returns the data's hash, too."""
     # A collective: every rank calls it with the batches of its share.
     work, seen, data = _work(model, layers, batches, options)
-    writer, processes = LayerWriter(layers, _per_sum(work), work.processes, write), work.processes
+    processes, cache, signs = work.processes, None, None
     if options.cache is not None:
         # Before any forward: a cache of other data or weights is refused at once.
-        writer.cache = Cache(options.cache, cache_key(model, layers, options, seen, data), batches is not None)
-        signs = writer.cache.load(list(layers))
-        if signs is not None and options.stability:
-            raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
-        if signs is not None:
-            writer.write_cached(signs)
-            writer.write_fallbacks(model)
-            facts, why = writer.cache.facts, f"signs from {writer.cache.path}, no backward"
-            return _report(work, writer, facts["num_samples"], facts["loss"], "cache", why), facts["data"]
-    with frozen_base(model):
-        plan = _execute_plan(work, writer)
-        writer.write_fallbacks(model)
-        # fp64, as counts of samples and sums of losses are reduced in one tensor.
-        loss, labeled = processes.all_reduce_sum(torch.tensor([work.loss, work.labeled], dtype=torch.float64)).tolist()
+        cache = Cache(options.cache, cache_key(model, layers, options, seen, data), batches is not None)
+        signs = cache.load(list(layers))
+    writer = LayerWriter(layers, _per_sum(work), processes, write, cache)
+    if cache is not None and signs is not None:
         if options.stability:
-            _measure_stability(work, writer)
-    report = _report(work, writer, seen, loss / labeled, plan.strategy, plan.why)
-    if writer.cache is not None:
+            raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
+        writer.write_cached(signs)
+        writer.write_fallbacks(model)
+        facts, strategy, why = cache.facts, "cache", f"signs from {cache.path}, no backward"
+    else:
+        with frozen_base(model):
+            plan = _execute_plan(work, writer)
+            writer.write_fallbacks(model)
+            # fp64, as counts of samples and sums of losses are reduced in one tensor.
+            total = torch.tensor([work.loss, work.labeled], dtype=torch.float64)
+            loss, labeled = processes.all_reduce_sum(total).tolist()
+            if options.stability:
+                _measure_stability(work, writer)
+        facts = {"loss": loss / labeled, "num_samples": seen, "data": data, "strategy": plan.strategy}
+        facts["not_reached"] = [name for name, one in writer.reports.items() if one.fallback]
+        strategy, why = plan.strategy, plan.why
         with processes.together():
-            if processes.rank == 0:
-                facts = {"loss": report.loss, "num_samples": seen, "data": data, "strategy": report.strategy}
-                writer.cache.finish(facts | {"not_reached": [one.name for one in report.layers if one.fallback]})
-    return report, data
+            if cache is not None and processes.rank == 0:
+                cache.finish(facts)
+    lr, rate = _scaled_to_rate(work)
+    in_order = [writer.reports[name] for name in layers if name in writer.reports]
+    seen, loss = facts["num_samples"], facts["loss"]
+    report = InitReport("update", options.update, lr, seen, options.seed, loss, 0.0, in_order, strategy, why, rate=rate)
+    report.longest_start = writer.options.longest_start
+    return report, facts["data"]
 
 
-def _report(work: Work, writer: LayerWriter, seen: int, loss: float, strategy: str, why: str) -> InitReport:
-    """Scale the start to the learning rate of lr="auto", and return the report, with layers in the model's order."""
-    options, lr, rate = work.options, work.options.lr, None
-    if options.auto is not None:
-        rate = measured_rate(work)
-        lr = rate / options.auto.divisor
-        with torch.no_grad():
-            for layer in work.layers.values():
-                layer.lorasb_R[options.adapter].mul_(lr / options.lr)
-    layers = [writer.reports[name] for name in work.layers if name in writer.reports]
-    report = InitReport("update", options.update, lr, seen, options.seed, loss, 0.0, layers, strategy, why, rate=rate)
-    if options.update != "sgd":
-        report.longest_start = options.longest_start
-    return report
+def _scaled_to_rate(work: Work) -> tuple[float, float | None]:
+    """η of the first step; and the rate that lr="auto" measures, to which R is scaled, or None."""
+    options = work.options
+    if not isinstance(options.lr, AutoRate):
+        return options.eta, None
+    rate = measured_rate(work)
+    lr = rate / options.lr.divisor
+    with torch.no_grad():
+        for layer in work.layers.values():
+            layer.lorasb_R[options.adapter].mul_(lr / options.eta)
+    return lr, rate
 
 
 def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> float:
@@ -90,7 +94,8 @@ def _per_sum(work: Work) -> InitOptions:
     # With a loss_fn, labels have no meaning that is known here: every row counts.
     rows = labeled_rows if options.loss_fn is None else batch_size
     own = sum(rows(piece.batch) for piece in work.pieces if piece.counts)
-    return replace(options, lr=options.lr / max(1, sum(work.processes.all_gather(own))))
+    # Theorem 6: the first step of SGD has no limit.
+    return replace(options, lr=options.eta / max(1, sum(work.processes.all_gather(own))), longest_start=None)
 
 
 def from_weights(layers: Layers, init: str, options: InitOptions) -> InitReport:
@@ -103,7 +108,7 @@ def from_weights(layers: Layers, init: str, options: InitOptions) -> InitReport:
             sigma, seconds = tuple(map(float, factors.sigma)), time.perf_counter() - started
             reports.append(LayerReport(name, shape, r, None, None, sigma, 0, seconds))
             write(layer, factors)
-    return InitReport(init, options.update, None, 0, options.seed, None, 0.0, reports)
+    return InitReport(init, "none", None, 0, options.seed, None, 0.0, reports)
 
 
 @torch.no_grad()

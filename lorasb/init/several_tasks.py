@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
@@ -15,7 +15,7 @@ from ..serving.basis_adapters import check_names
 from ..serving.joint_basis import KeptShares, share_into
 from .init_report import InitReport
 from .sampling import Loader
-from .task import InitOptions
+from .task import AutoRate, InitOptions
 
 
 @dataclass
@@ -33,15 +33,16 @@ class TasksReport:
 def initialize_tasks(
     model: Any,
     tasks: Mapping[str, Loader],
+    adapter_name: str | None,
     options: InitOptions,
-    initialize: Callable[[PeftModel, Loader, InitOptions], InitReport],
+    initialize: Callable[[PeftModel, Loader, str, InitOptions], InitReport],
 ) -> TasksReport:
     """Initialize an adapter for each task, give all of them one basis, and each its R on it."""
     if options.cache is not None:
         raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
-    if options.auto is not None:
+    if isinstance(options.lr, AutoRate):
         raise ValueError("lr='auto' measures the rate of one task, and several share a basis: pass a number")
-    basis, layers = adapted_layers(model, options.adapter)
+    basis, layers = adapted_layers(model, adapter_name)
     refuse_shared_basis(layers, basis)  # before any task's gradients are taken
     taken = [task for task in tasks if task in model.peft_config]
     if len(tasks) < 2 or taken:
@@ -54,7 +55,7 @@ def initialize_tasks(
     try:
         for task, batches in tasks.items():
             model.add_adapter(task, config_like(config, layers))
-            reports[task] = initialize(model, batches, replace(options, adapter=task))
+            reports[task] = initialize(model, batches, task, options)
         shares = share_into(model, list(tasks), basis)
     except BaseException:
         model.base_model.set_adapter(active)

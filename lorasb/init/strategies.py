@@ -75,8 +75,8 @@ class Executor:
         # Sums outside of the stack (the head's) are all taken in the first backward: as many as fit, from the last one
         # on, as only those above the stack are reached. The others are left to the passes.
         tail: dict[str, nn.Module] = {}
-        taken = 0
-        for name in reversed([name for name in work.layers if name not in stack.names]):
+        taken, inside = 0, stack.names
+        for name in reversed([name for name in work.layers if name not in inside]):
             size = sum_bytes(work.layers[name], work.sketch_rank)
             if taken + size <= self.plan.sum_budget:
                 tail[name], taken = work.layers[name], taken + size

@@ -36,13 +36,12 @@ class AutoRate:
 class InitOptions:
     """The arguments of `initialize` other than the model and the batches, which describes them.
 
-    `update` is "none" for the data-free inits; `memory_budget` is in bytes. With `auto`, `lr` is `NOMINAL_RATE`.
+    `memory_budget` is in bytes. A ValueError for values that no model can have.
     """
 
     adapter: str = ""
-    lr: float = 0.0
-    auto: AutoRate | None = None
-    update: str = "none"
+    lr: float | AutoRate = 0.0
+    update: str = "adamw"
     seed: int = 0
     longest_start: float | None = None
     num_samples: int | None = None
@@ -54,17 +53,7 @@ class InitOptions:
     stability: bool = False
     progress: bool = True
 
-    @property
-    def whole_batches(self) -> bool:
-        """True if the loss needs whole batches (pairs), so that their samples cannot be separated."""
-        return getattr(self.loss_fn, "of_whole_batches", False)
-
-    def seed_of(self, layer: str) -> int:
-        """A layer's own seed, which depends neither on the other layers nor on their order."""
-        return self.seed + zlib.crc32(layer.encode())  # `hash` is salted differently in every process
-
-    def check(self) -> None:
-        """Raise a ValueError for arguments that no model can have."""
+    def __post_init__(self) -> None:
         for name, allowed in (("update", UPDATES), ("strategy", STRATEGIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -77,6 +66,20 @@ class InitOptions:
             raise ValueError("stability splits batches in halves, and this loss needs whole ones (pairs): leave it out")
         if self.stability and self.update == "per-sample":
             raise ValueError("stability compares subspaces of sign(G), update='per-sample' has others: leave it out")
+
+    @property
+    def eta(self) -> float:
+        """η: `lr`, or `NOMINAL_RATE` until it is measured."""
+        return NOMINAL_RATE if isinstance(self.lr, AutoRate) else float(self.lr)
+
+    @property
+    def whole_batches(self) -> bool:
+        """True if the loss needs whole batches (pairs), so that their samples cannot be separated."""
+        return getattr(self.loss_fn, "of_whole_batches", False)
+
+    def seed_of(self, layer: str) -> int:
+        """A layer's own seed, which depends neither on the other layers nor on their order."""
+        return self.seed + zlib.crc32(layer.encode())  # `hash` is salted differently in every process
 
 
 @dataclass(frozen=True)

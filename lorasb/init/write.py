@@ -89,7 +89,7 @@ class LayerWriter:
         if local is None:  # zeros in the dtype of the sums of the other ranks
             layer, local = self.layers[name], LayerSum(sums.sketch(name))
             dtype = torch.float64 if layer.base.dtype == torch.float64 else torch.float32
-            device = next(layer.lorasb_R.parameters()).device
+            device = layer.lorasb_R[self.options.adapter].device
             local.total = torch.zeros(layer.out_features, layer.in_features, device=device, dtype=dtype)
         # Reduced in fp32 before the sign is taken: sign(ΣG) is not the sum of the ranks' signs.
         reduced, total = LayerSum(local.sketch), local.value()
@@ -130,7 +130,7 @@ class LayerWriter:
             return factors
         if factors is None:  # buffers, as all shapes are known from the layer
             m, n, r = layer.out_features, layer.in_features, layer.adapters[self.options.adapter].r
-            device = next(layer.lorasb_R.parameters()).device
+            device = layer.lorasb_R[self.options.adapter].device
             factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
         # `float`: the factors of an fp64 model are fp64, and the buffers are fp32
         return Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
