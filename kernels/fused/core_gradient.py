@@ -7,24 +7,15 @@ and slow: each tile's rows are cut into chunks of a fixed length, one program ea
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
-from .device_functions import arrives_last, block_offsets, ordered_sum, pick
+from .device_functions import pick, sum_of_shares
 
-
-class CoreBlocks(NamedTuple):
-    """Rows of a chunk, whether a tile has several chunks, side of a tile, rows of a step, precision, ranks."""
-
-    CHUNK_M: tl.constexpr
-    SPLIT: tl.constexpr
-    BLOCK_R: tl.constexpr
-    BLOCK_M: tl.constexpr
-    PRECISION: tl.constexpr
-    R: tl.constexpr
-    R_PADDED: tl.constexpr
+# Rows of a chunk, whether a tile has several chunks, side of a tile, rows of a step, precision, ranks.
+CoreBlocks = namedtuple("CoreBlocks", "CHUNK_M SPLIT BLOCK_R BLOCK_M PRECISION R R_PADDED")
 
 
 @triton.jit
@@ -58,14 +49,7 @@ def core_gradient(pid, operands, workspace, M, strides, blocks):
             other=0.0,
         )
         acc = tl.dot(lhs, rhs, acc, input_precision=blocks.PRECISION)
-    last = True
-    if blocks.SPLIT:
-        offsets = block_offsets(blocks.BLOCK_R, blocks.BLOCK_R)
-        chunk_sums = partial + slot * chunks * blocks.BLOCK_R * blocks.BLOCK_R
-        tl.store(chunk_sums + chunk * blocks.BLOCK_R * blocks.BLOCK_R + offsets, acc)
-        last = arrives_last(counters, slot, chunks)
-        if last:
-            acc = ordered_sum(chunk_sums, offsets, blocks.BLOCK_R * blocks.BLOCK_R, chunks, acc)
+    last, acc = sum_of_shares(acc, chunk, (partial, counters, slot, chunks), blocks.SPLIT, False)
     if last:
         inside = (i[:, None] < blocks.R) & (j[None, :] < blocks.R)
         tl.store(pick(dcores, member) + i[:, None] * blocks.R + j[None, :], acc * pick(scales, member), mask=inside)

@@ -22,18 +22,12 @@ Arguments of kernels that take such a weight:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
-
-class Storage(NamedTuple):
-    """Storage format of a weight: elements per scale, scales per nested scale, and the dtype that W had."""
-
-    QUANT_BLOCK: tl.constexpr
-    NESTED_BLOCK: tl.constexpr
-    ROUNDING: tl.constexpr
+Storage = namedtuple("Storage", "QUANT_BLOCK NESTED_BLOCK ROUNDING")
 
 
 @triton.jit
@@ -43,9 +37,9 @@ def storage_of(STORAGE: tl.constexpr):
 
 
 @triton.jit
-def block_scales(block, inside, absmax, nested, NESTED_BLOCK: tl.constexpr):
-    """The fp32 scale of each block; nested: (nested_absmax, nested_codebook, nested_offset), or three None."""
-    nested_absmax, nested_codebook, nested_offset = nested
+def block_scales(block, inside, weight, NESTED_BLOCK: tl.constexpr):
+    """The fp32 scale of each block of a weight."""
+    _, absmax, _, nested_absmax, nested_codebook, nested_offset = weight
     if nested_absmax is None:
         scale = tl.load(absmax + block, mask=inside, other=0.0)
     else:
@@ -74,16 +68,11 @@ def unpack(byte, scale, codebook, ROUNDING: tl.constexpr):
 
 @triton.jit
 def dequantize_bytes(pid, weight, out, ELEMENTS, storage, BLOCK_BYTES: tl.constexpr):
-    """One program's BLOCK_BYTES bytes into `out`.
-
-    weight: (packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset). Offsets are
-    64 bits: a weight may have more than 2³¹ elements.
-    """
-    packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset = weight
-    nested = (nested_absmax, nested_codebook, nested_offset)
+    """One program's BLOCK_BYTES bytes into `out`. Offsets are 64 bits: a weight may have more than 2³¹ elements."""
+    packed, codebook = weight[0], weight[2]
     i = pid.to(tl.int64) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
     inside = 2 * i < ELEMENTS
-    scale = block_scales(2 * i // storage.QUANT_BLOCK, inside, absmax, nested, storage.NESTED_BLOCK)
+    scale = block_scales(2 * i // storage.QUANT_BLOCK, inside, weight, storage.NESTED_BLOCK)
     high, low = unpack(tl.load(packed + i, mask=inside, other=0), scale, codebook, storage.ROUNDING)
     offsets = pid.to(tl.int64) * 2 * BLOCK_BYTES + tl.arange(0, 2 * BLOCK_BYTES)
     tl.store(out + offsets, tl.interleave(high, low).to(out.dtype.element_ty), mask=offsets < ELEMENTS)

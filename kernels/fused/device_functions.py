@@ -58,6 +58,25 @@ def ordered_sum(partial, offsets, size, count, like):
 
 
 @triton.jit
+def sum_of_shares(acc, share, workspace, SPLIT: tl.constexpr, WIDE: tl.constexpr):
+    """Whether this program is the last of those that share the sum of a block, and if so that sum: else, its own share.
+
+    workspace: (partial, counters, slot of the block, count of shares); without SPLIT there is one. WIDE: `partial` may
+    need offsets of 64 bits.
+    """
+    last = True
+    if SPLIT:
+        partial, counters, slot, count = workspace
+        offsets = block_offsets(acc.shape[0], acc.shape[1])
+        sums = partial + (slot.to(tl.int64) if WIDE else slot) * count * acc.shape[0] * acc.shape[1]
+        tl.store(sums + share * acc.shape[0] * acc.shape[1] + offsets, acc)
+        last = arrives_last(counters, slot, count)
+        if last:
+            acc = ordered_sum(sums, offsets, acc.shape[0] * acc.shape[1], count, acc)
+    return last, acc
+
+
+@triton.jit
 def wide_product(a, FACTOR: tl.constexpr):
     """The two words of a·FACTOR, low and high: one instruction on a card, of which `umulhi` and `*` would take two."""
     wide = a.to(tl.uint64) * FACTOR

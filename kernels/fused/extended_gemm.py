@@ -48,34 +48,20 @@ Likewise biases without HAS_BIAS, dcores and us with core_programs = 0, and ys w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
 from .core_gradient import CoreBlocks, core_gradient
-from .device_functions import arrives_last, block_offsets, keep_mask, ordered_sum, pick
+from .device_functions import keep_mask, pick, sum_of_shares
 from .reduction import accumulate, chain
 
-
-class GemmConstants(NamedTuple):
-    """Flags, rank and blocks of an output tile, see above; K_MAJOR, forward: W and B have the reduction last."""
-
-    K_MAJOR: tl.constexpr
-    HAS_BIAS: tl.constexpr
-    DROPOUT: tl.constexpr
-    ADD: tl.constexpr
-    EVEN_K: tl.constexpr
-    EVEN_N: tl.constexpr
-    WIDE: tl.constexpr
-    PRECISION: tl.constexpr
-    R: tl.constexpr
-    R_PADDED: tl.constexpr
-    BLOCK_M: tl.constexpr
-    BLOCK_N: tl.constexpr
-    BLOCK_K: tl.constexpr
-    GROUP_M: tl.constexpr
-    SPLIT: tl.constexpr
+# Flags, rank and blocks of an output tile, see above; K_MAJOR, forward: W and B have the reduction last.
+GemmConstants = namedtuple(
+    "GemmConstants",
+    "K_MAJOR HAS_BIAS DROPOUT ADD EVEN_K EVEN_N WIDE PRECISION R R_PADDED BLOCK_M BLOCK_N BLOCK_K GROUP_M SPLIT",
+)
 
 
 @triton.jit
@@ -164,14 +150,7 @@ def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
         steps_a_split = tl.cdiv(steps, splits) if constants.SPLIT else steps
         low = split * steps_a_split
         acc = accumulate(acc, operands, (low, min(low + steps_a_split, steps)), m, n, constants)
-    last = True
-    if constants.SPLIT:
-        offsets = block_offsets(BLOCK_M, BLOCK_N)
-        split_sums = partial + slot.to(tl.int64) * splits * BLOCK_M * BLOCK_N
-        tl.store(split_sums + split * BLOCK_M * BLOCK_N + offsets, acc)
-        last = arrives_last(counters, slot, splits)
-        if last:
-            acc = ordered_sum(split_sums, offsets, BLOCK_M * BLOCK_N, splits, acc)
+    last, acc = sum_of_shares(acc, split, (partial, counters, slot, splits), constants.SPLIT, True)
     if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
         if constants.HAS_BIAS:
             # masked: the hints on n would let a vector of it read past the end of the bias

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from .dequantize_4bit import block_scales, rounded, storage_of, unpack
-from .device_functions import arrives_last, block_offsets, ordered_sum
+from .device_functions import sum_of_shares
 from .reduction import Reduction, accumulate
 
 
@@ -49,17 +49,16 @@ def weight_tile(
 ):
     """W [rows, first + COLUMNS] in fp32, of W [N, K] with K even; columns from K on are 0, rows from N on finite.
 
-    A pair is a packed byte: with K even, none straddles two rows. weight: as in `dequantize_bytes`.
+    A pair is a packed byte: with K even, none straddles two rows. weight: see dequantize_4bit.
     """
     N, K = sizes
-    packed, absmax, codebook, nested_absmax, nested_codebook, nested_offset = weight
-    nested = (nested_absmax, nested_codebook, nested_offset)
+    packed, codebook, nested_absmax = weight[0], weight[2], weight[3]
     row = tl.where(rows < N, rows, 0)
     if WIDE:
         row = row.to(tl.int64)
     if ONE_SCALE:
         blocks = row * (K // storage.QUANT_BLOCK) + first // storage.QUANT_BLOCK
-        scale = block_scales(blocks, rows < N, absmax, nested, storage.NESTED_BLOCK)[:, None]
+        scale = block_scales(blocks, rows < N, weight, storage.NESTED_BLOCK)[:, None]
         if nested_absmax is not None:
             # A sum over one column changes nothing but what Triton sees: a tile that comes from loads of 8 bits, as
             # absmax, is laid out for products of 8 bits, and x is not read by ldmatrix (1.3 to 1.6 instructions a
@@ -76,7 +75,7 @@ def weight_tile(
         pairs = first // 2 + tl.arange(0, COLUMNS // 2)
         offsets = (row * (K // 2))[:, None] + pairs[None, :]
         inside = (rows < N)[:, None] & (2 * pairs < K)[None, :]
-        scale = block_scales(2 * offsets // storage.QUANT_BLOCK, inside, absmax, nested, storage.NESTED_BLOCK)
+        scale = block_scales(2 * offsets // storage.QUANT_BLOCK, inside, weight, storage.NESTED_BLOCK)
         high, low = unpack(tl.load(packed + offsets, mask=inside, other=0), scale, codebook, storage.ROUNDING)
         # a masked byte is 0 and decodes to codebook[0], which is not 0
         tile = tl.where(tl.interleave(inside, inside), tl.interleave(high, low), 0.0)
@@ -124,14 +123,7 @@ def quantized_gemm(
             first = step * BLOCK_K
             rhs = weight_tile(rn, first, weight, (N, K), storage_of(STORAGE), WIDE, ONE_SCALE, BLOCK_K)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty).T, acc, input_precision=PRECISION)
-    last = True
-    if SPLIT:
-        offsets = block_offsets(BLOCK_M, BLOCK_N)
-        split_sums = partial + tile.to(tl.int64) * splits * BLOCK_M * BLOCK_N
-        tl.store(split_sums + split * BLOCK_M * BLOCK_N + offsets, acc)
-        last = arrives_last(counters, tile, splits)
-        if last:
-            acc = ordered_sum(split_sums, offsets, BLOCK_M * BLOCK_N, splits, acc)
+    last, acc = sum_of_shares(acc, split, (partial, counters, tile, splits), SPLIT, True)
     if last:
         if bias is not None:
             acc += tl.load(bias + n)[None, :].to(tl.float32)

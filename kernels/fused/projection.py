@@ -6,7 +6,7 @@ Triton's blocks have sides that are powers of two, so that a rank such as 96 tak
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -17,36 +17,13 @@ from .device_functions import arrives_last, block_offsets, keep_mask, ordered_su
 # each block of columns (they are in L1): [32, 256] in fp32 takes 128 registers of each thread as an operand of the MMA.
 MAX_HELD_RANKS = tl.constexpr(128)
 
-
-class PrepConstants(NamedTuple):
-    """Flags, ranks and blocks of the thin products, see low_rank."""
-
-    DROPOUT: tl.constexpr
-    NEED_DX: tl.constexpr
-    EVEN_R: tl.constexpr
-    EVEN_K: tl.constexpr
-    WIDE: tl.constexpr
-    PRECISION: tl.constexpr
-    CORE_PRECISION: tl.constexpr
-    R: tl.constexpr
-    R_BLOCKS: tl.constexpr
-    R_PADDED: tl.constexpr
-    BLOCK_M: tl.constexpr
-    BLOCK_K: tl.constexpr
-    BLOCK_J: tl.constexpr
-    SPLIT: tl.constexpr
-    OVERLAPPED: tl.constexpr
-
-
-class CoreConstants(NamedTuple):
-    """Constants of a kernel that `times_core` reads."""
-
-    CORE_PRECISION: tl.constexpr
-    R: tl.constexpr
-    R_BLOCKS: tl.constexpr
-    R_PADDED: tl.constexpr
-    BLOCK_M: tl.constexpr
-    BLOCK_J: tl.constexpr
+# Flags, ranks and blocks of the thin products, see low_rank, and what `times_core` alone reads.
+PrepConstants = namedtuple(
+    "PrepConstants",
+    "DROPOUT NEED_DX EVEN_R EVEN_K WIDE PRECISION CORE_PRECISION "
+    "R R_BLOCKS R_PADDED BLOCK_M BLOCK_K BLOCK_J SPLIT OVERLAPPED",
+)
+CoreConstants = namedtuple("CoreConstants", "CORE_PRECISION R R_BLOCKS R_PADDED BLOCK_M BLOCK_J")
 
 
 @triton.jit

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
-
-class Reduction(NamedTuple):
-    """Constants of a kernel that `accumulate` reads."""
-
-    K_MAJOR: tl.constexpr
-    EVEN_K: tl.constexpr
-    PRECISION: tl.constexpr
-    BLOCK_K: tl.constexpr
+Reduction = namedtuple("Reduction", "K_MAJOR EVEN_K PRECISION BLOCK_K")  # constants that `accumulate` reads
 
 
 @triton.jit
@@ -60,12 +53,7 @@ def accumulate(acc, operands, steps, m, n, reduction):
 @triton.jit
 def chain(first, second):
     """The operands of two chained reductions as one: the base's steps, then the adapter's."""
-    lefts, rights, left_strides, right_strides, lengths = first
-    more_lefts, more_rights, more_left_strides, more_right_strides, more_lengths = second
-    return (
-        lefts + more_lefts,
-        rights + more_rights,
-        left_strides + more_left_strides,
-        right_strides + more_right_strides,
-        lengths + more_lengths,
-    )
+    chained = ()
+    for i in tl.static_range(len(first)):
+        chained = chained + (first[i] + second[i],)
+    return chained
