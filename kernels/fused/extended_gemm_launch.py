@@ -9,7 +9,7 @@ from torch import Tensor
 from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, gemm_splits
 from .extended_gemm import extended_gemm
 from .launcher import Launch
-from .operands import Arguments, Mask, Members, allocate_workspace, needs_int64, precision, unit_rows
+from .operands import Arguments, Mask, Members, allocate_workspace, kernel_biases, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
 
 VECTOR = 16  # elements: the longest vector that is loaded, and more
@@ -20,19 +20,15 @@ def forward_call(x: Tensor, members: Members, v: Tensor, ys: list[Tensor], plan:
     M, Ns = x.shape[0], tuple(y.shape[1] for y in ys)
     weights, Ks = _weights(members, x)
     even, config = _fitted_config(plan, Ks, members.r, False)
-    tiles = cdiv(M, config.block_m) * sum(cdiv(N, config.block_n) for N in Ns)
-    splits = gemm_splits(tiles, _steps((*Ks, members.r), config), M)
+    tiles, splits = _tiles(M, Ns, (*Ks, members.r), config)
     partial, counters = allocate_workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
-    has_bias = any(bias is not None for bias in members.biases)
-    # HAS_BIAS holds for all members: one without a bias gets zeros
-    pairs = zip(members.biases, Ns, strict=True)
-    filled = [x.new_zeros(N) if bias is None else bias.contiguous() for bias, N in pairs]
+    has_bias, biases = kernel_biases(members.biases, ys)
     arguments = dict(
         xs=(x,),
         weights=weights,
         v=v,
         factors=tuple(unit_rows(b) for b in members.b),
-        biases=tuple(filled if has_bias else ys),
+        biases=biases,
         ys=tuple(ys),
         t=v,  # dummies, down to dcores: forward has no core gradient
         us=(v,),
@@ -71,7 +67,9 @@ def backward_call(
     M, dropout = t.shape[0], mask.dropout > 0.0
     weights, Ks = _weights(members if dx is not None and not add else None, *dys)
     even, config = _fitted_config(plan, Ks, members.r, dropout)
-    tiles, splits = _tiles_of_dx(dx, Ks, members.r, config, dropout)
+    columns = () if dx is None else (dx.shape[1],)
+    # masked terms have K loops of their own, which are not split
+    tiles, splits = _tiles(M, columns, (*Ks, *[members.r] * len(Ks)), config, split=not dropout)
     chunks, core_tiles = cdiv(M, CORE_CHUNK), len(dcores) * cdiv(members.width, CORE_BLOCK) ** 2
     size = core_tiles * chunks * CORE_BLOCK**2 + (tiles * splits * config.block_m * config.block_n if splits > 1 else 0)
     partial, counters = allocate_workspace(t, size, core_tiles + tiles, max(splits, chunks))
@@ -105,13 +103,13 @@ def backward_call(
     return Launch(extended_gemm, core_tiles * chunks + tiles * splits, arguments, config)
 
 
-def _tiles_of_dx(dx: Tensor | None, Ks: Sequence[int], r: int, config: GemmConfig, dropout: bool) -> tuple[int, int]:
-    """Number of tiles of dx, and of programs that share one; with dropout its terms have K loops of their own: one."""
-    if dx is None:
-        return 0, 1
-    M, N = dx.shape
-    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
-    return tiles, 1 if dropout or not tiles else gemm_splits(tiles, _steps((*Ks, *(r for _ in Ks)), config), M)
+def _tiles(
+    M: int, Ns: Sequence[int], lengths: Sequence[int], config: GemmConfig, split: bool = True
+) -> tuple[int, int]:
+    """Number of tiles of the outputs, and of programs that share one."""
+    tiles = cdiv(M, config.block_m) * sum(cdiv(N, config.block_n) for N in Ns)
+    steps = sum(cdiv(length, config.block_k) for length in lengths)
+    return tiles, gemm_splits(tiles, steps, M) if tiles and split else 1
 
 
 def _common_arguments(arguments: Arguments, members: Members, config: GemmConfig) -> Arguments:
@@ -159,7 +157,3 @@ def _fitted_config(plan: LaunchPlan, Ks: Sequence[int], r: int, dropout: bool) -
     """EVEN_K, and the plan's blocks as they compile without spills."""
     even = all(k % plan.gemm.block_k == 0 for k in (*Ks, r))
     return even, plan.gemm.fitted(even, dropout)
-
-
-def _steps(lengths: Sequence[int], config: GemmConfig) -> int:
-    return sum(cdiv(length, config.block_k) for length in lengths)

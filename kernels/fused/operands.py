@@ -80,6 +80,14 @@ def unit_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def kernel_biases(biases: Sequence[Tensor | None], ys: Sequence[Tensor]) -> tuple[bool, tuple[Tensor, ...]]:
+    """HAS_BIAS, which holds for all outputs, and a bias for each: zeros for one without; dummies if none has one."""
+    if all(bias is None for bias in biases):
+        return False, tuple(ys)
+    pairs = zip(biases, ys, strict=True)
+    return True, tuple(y.new_zeros(y.shape[1]) if bias is None else bias.contiguous() for bias, y in pairs)
+
+
 def allocate_workspace(like: Tensor, size: int, slots: int, programs: int) -> tuple[Tensor, Tensor]:
     """fp32 partial sums [size] and counters [slots] for `programs` that share a result; dummies if it is one."""
     if programs == 1:

@@ -171,7 +171,7 @@ class Prepared:
             name = parameter.name
             if name in places:
                 indices.append(self._position(places[name]))
-            elif name == "seeds" and _takes_seeds(call):
+            elif name == "seeds" and call.arguments.get("DROPOUT"):  # else a constant, compiled as the 0 that it is
                 indices.append(seeds)
             else:
                 indices.append(seeds + 1 + len(constants))
@@ -202,11 +202,6 @@ def bind(launch: PreparedLaunch) -> Raw:
     call = launch.call
     compiled = private.compiled(call.kernel, call.grid, call.arguments, call.options)
     return private.launcher(compiled, call.grid, launch.take, launch.constants)
-
-
-def _takes_seeds(call: Launch) -> bool:
-    """Without dropout they are a constant like others, and compiled as the 0 that it is: 32 bits wide."""
-    return bool(call.arguments.get("DROPOUT"))
 
 
 def _flat(values: Iterable[Place | tuple[Place, ...]]) -> Iterator[Place]:

@@ -23,6 +23,7 @@ from ..compat.triton import is_compiled
 from .block_sizes import GemmConfig, cdiv
 from .extended_gemm import tile_coordinates
 from .launcher import Launch
+from .operands import kernel_biases
 
 ALIGNMENT = 16  # bytes, of pointers and strides
 MULTIPROCESSORS = 132  # of an H100, for tensors that are not on a card
@@ -83,19 +84,15 @@ def call_of(
     The first `base` pairs of an output do not depend on the launch before.
     """
     m, n, k = config.block_m, config.block_n, config.block_k
+    block = (n, k) if k_major else (k, n)
     tiles = sum(cdiv(y.shape[0], m) * cdiv(y.shape[1], n) for y in ys)
-    has_bias = any(bias is not None for bias in biases)
     waits = is_compiled(tma_gemm) and base < len(pairs[0])  # what never waits might end before the launch before it
-    filled = [
-        y.new_zeros(y.shape[1]) if bias is None else bias.contiguous() for bias, y in zip(biases, ys, strict=True)
-    ]
+    has_bias, filled = kernel_biases(biases, ys)
     arguments = dict(
         lefts=tuple(tuple(_descriptor(left, m, k) for left, _ in some) for some in pairs),
-        rights=tuple(
-            tuple(_descriptor(right, *((n, k) if k_major else (k, n))) for _, right in some) for some in pairs
-        ),
+        rights=tuple(tuple(_descriptor(right, *block) for _, right in some) for some in pairs),
         ys=tuple(_descriptor(y, m, n) for y in ys),
-        biases=tuple(filled if has_bias else ys),
+        biases=filled,
         K_MAJOR=k_major,
         HAS_BIAS=has_bias,
         WAIT_AT=base if waits else None,

@@ -41,8 +41,11 @@ def counters(device: torch.device, count: int) -> Tensor:
     stream, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
     bank = _banks.get(device)
     if stream == default:
-        if bank is None or bank.own.numel() < count:
-            bank = _banks[device] = _bank(device, count, bank)
+        if bank is None:
+            side = torch.zeros((SIDE_STREAMS, SIDE_COUNTERS), dtype=torch.int32, device=device)
+            bank = _banks[device] = Bank(side[0, :0], side)
+        if bank.own.numel() < count:
+            bank.own = torch.zeros(max(4096, 2 * count), dtype=torch.int32, device=device)
         return bank.own
     if bank is None or count > SIDE_COUNTERS:
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -52,13 +55,6 @@ def counters(device: torch.device, count: int) -> Tensor:
         stream.wait_stream(default)  # the row was zeroed there
         bank.rows[stream.cuda_stream] = len(bank.rows)
     return bank.side[bank.rows[stream.cuda_stream]]
-
-
-def _bank(device: torch.device, count: int, former: Bank | None) -> Bank:
-    own = torch.zeros(max(4096, 2 * count), dtype=torch.int32, device=device)
-    if former is not None:
-        return Bank(own, former.side, former.rows)
-    return Bank(own, torch.zeros((SIDE_STREAMS, SIDE_COUNTERS), dtype=torch.int32, device=device))
 
 
 def forget() -> None:
