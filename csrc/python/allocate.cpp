@@ -1,5 +1,3 @@
-#include "python/allocate.h"
-
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/Exceptions.h>
@@ -8,6 +6,8 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <vector>
+
+#include "python/functions.h"
 
 namespace lorasb {
 namespace {

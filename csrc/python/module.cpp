@@ -2,8 +2,7 @@
 // they. The ops are torch's to call: bindings.cpp.
 #include <Python.h>
 
-#include "python/allocate.h"
-#include "python/signature.h"
+#include "python/functions.h"
 
 namespace {
 
@@ -23,15 +22,7 @@ PyMethodDef functions[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT,
-                      "_C",
-                      "What Python calls without the dispatcher.",
-                      -1,
-                      functions,
-                      nullptr,
-                      nullptr,
-                      nullptr,
-                      nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "What Python calls without the dispatcher.", -1, functions};
 
 }  // namespace
 

@@ -1,5 +1,3 @@
-#include "python/signature.h"
-
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -10,27 +8,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "python/functions.h"
+
 namespace lorasb {
 namespace {
 
 // Words of 64 bits. A list writes its length first and a tensor its number of dimensions, so that no two sequences of
 // operands write the same words.
-class Words {
- public:
-  void add(uint64_t word) { words_.push_back(word); }
-
-  void add(c10::IntArrayRef sizes) { words_.insert(words_.end(), sizes.begin(), sizes.end()); }
-
-  PyObject* bytes() const {
-    const auto size = static_cast<Py_ssize_t>(words_.size() * sizeof(uint64_t));
-    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words_.data()), size);
-  }
-
-  void clear() { words_.clear(); }
-
- private:
-  std::vector<uint64_t> words_;
-};
+using Words = std::vector<uint64_t>;
 
 constexpr uint64_t kNone = 1, kList = 2, kTensor = 3;
 
@@ -55,39 +40,33 @@ bool is_plain(const at::Tensor& tensor) {
               c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor}));
 }
 
-bool add_tensor(PyObject* operand, Words& words) {
+bool add_one(PyObject* operand, Words& words) {
+  if (operand == Py_None) {
+    words.push_back(tag(kNone));
+    return true;
+  }
+  if (!THPVariable_CheckTypeExact(Py_TYPE(operand))) return false;
   const at::Tensor& tensor = THPVariable_Unpack(operand);
   if (!tensor.defined() || !is_plain(tensor)) return false;
   const at::Device device = tensor.device();
-  words.add(tag(kTensor, static_cast<uint64_t>(tensor.scalar_type()), static_cast<uint64_t>(device.type()),
-                static_cast<uint8_t>(device.index()), static_cast<uint64_t>(tensor.dim())));
-  words.add(tensor.sizes());
-  words.add(tensor.strides());
-  return true;
-}
-
-bool add_one(PyObject* operand, Words& words) {
-  if (operand == Py_None) {
-    words.add(tag(kNone));
-    return true;
-  }
-  return THPVariable_CheckTypeExact(Py_TYPE(operand)) && add_tensor(operand, words);
-}
-
-bool add_list(PyObject* list, Words& words) {
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
-  words.add(tag(kList));
-  words.add(static_cast<uint64_t>(count));
-  PyObject** items = PySequence_Fast_ITEMS(list);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    if (!add_one(items[i], words)) return false;
+  words.push_back(tag(kTensor, static_cast<uint64_t>(tensor.scalar_type()), static_cast<uint64_t>(device.type()),
+                      static_cast<uint8_t>(device.index()), static_cast<uint64_t>(tensor.dim())));
+  for (const c10::IntArrayRef sizes : {tensor.sizes(), tensor.strides()}) {
+    words.insert(words.end(), sizes.begin(), sizes.end());
   }
   return true;
 }
 
 bool add_operand(PyObject* operand, Words& words) {
-  if (PyList_CheckExact(operand) || PyTuple_CheckExact(operand)) return add_list(operand, words);
-  return add_one(operand, words);
+  if (!PyList_CheckExact(operand) && !PyTuple_CheckExact(operand)) return add_one(operand, words);
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(operand);
+  words.push_back(tag(kList));
+  words.push_back(static_cast<uint64_t>(count));
+  PyObject** items = PySequence_Fast_ITEMS(operand);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!add_one(items[i], words)) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -104,7 +83,8 @@ PyObject* metadata(PyObject*, PyObject* const* operands, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (!add_operand(operands[i], words)) Py_RETURN_NONE;
   }
-  return words.bytes();
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words.data()),
+                                   static_cast<Py_ssize_t>(words.size() * sizeof(uint64_t)));
   END_HANDLE_TH_ERRORS
 }
 
