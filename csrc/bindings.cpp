@@ -10,71 +10,57 @@
 #include "ops/linear_rows.h"
 #include "ops/weight_gradient.h"
 
-namespace lorasb {
-namespace {
-
-void use_or_raise(const std::string& name) {
-  TORCH_CHECK_VALUE(use_instruction_set(name), "this processor has no instruction set '", name, "', expected one of ",
-                    instruction_sets());
-}
-
-std::string name_in_use() { return kernels().name; }
-
-}  // namespace
-}  // namespace lorasb
-
 TORCH_LIBRARY(lorasb_csrc, m) {
-  m.def("instruction_sets() -> str[]", [] { return lorasb::instruction_sets(); });
-  m.def("use_instruction_set(str name) -> ()", [](const std::string& name) { lorasb::use_or_raise(name); });
-  m.def("instruction_set() -> str", [] { return lorasb::name_in_use(); });
-  m.def("serves(ScalarType dtype) -> bool", [](at::ScalarType dtype) { return lorasb::serves(dtype); });
+  m.def("instruction_sets() -> str[]", &lorasb::instruction_sets);
+  m.def("use_instruction_set(str name) -> ()", &lorasb::use_instruction_set);
+  m.def("instruction_set() -> str", [] { return std::string(lorasb::kernels().name); });
+  m.def("serves(ScalarType dtype) -> bool", &lorasb::serves);
   m.def("max_unpacked_tokens(int elements) -> int", &lorasb::max_unpacked_tokens);
+  const auto on_cpu = [&m](const char* schema, auto kernel) {
+    m.def(schema, torch::dispatch(c10::DispatchKey::CPU, kernel));
+  };
   // The backend calls these for lorasb::adapted_linear where `serves` says so. Forward returns y and
   // u = x Aᵀ, backward dx and dR; a group returns them flat.
-  m.def(
+  on_cpu(
       "dense_linear(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, "
-      "float dropout, Tensor? seed) -> (Tensor, Tensor)");
-  m.def(
+      "float dropout, Tensor? seed) -> (Tensor, Tensor)",
+      TORCH_FN(lorasb::dense_linear));
+  on_cpu(
       "dense_linear_backward(Tensor dy, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor u, float scaling, "
-      "float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)");
-  m.def(
+      "float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)",
+      TORCH_FN(lorasb::dense_linear_backward));
+  on_cpu(
       "dense_group(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, "
-      "float[] scalings) -> Tensor[]");
-  m.def(
+      "float[] scalings) -> Tensor[]",
+      TORCH_FN(lorasb::dense_group));
+  on_cpu(
       "dense_group_backward(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] us, "
-      "float[] scalings, bool need_dx, bool need_dcore) -> Tensor[]");
+      "float[] scalings, bool need_dx, bool need_dcore) -> Tensor[]",
+      TORCH_FN(lorasb::dense_group_backward));
   // The same over a quantized weight.
-  m.def(
+  on_cpu(
       "quantized_linear(Tensor x, Tensor[] quant, int[] layout, Tensor a, Tensor core, Tensor b, Tensor? bias, "
-      "float scaling, float dropout, Tensor? seed) -> (Tensor, Tensor)");
-  m.def(
+      "float scaling, float dropout, Tensor? seed) -> (Tensor, Tensor)",
+      TORCH_FN(lorasb::linear));
+  on_cpu(
       "quantized_linear_backward(Tensor dy, Tensor[] quant, int[] layout, Tensor a, Tensor core, Tensor b, Tensor u, "
-      "float scaling, float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)");
+      "float scaling, float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)",
+      TORCH_FN(lorasb::linear_backward));
   // With an R for each row: its forward, and for its backward the thin products in fp32, that with each row's own R,
   // and base and adapter in one sum.
-  m.def(
+  on_cpu(
       "linear_rows(Tensor x, Tensor? weight, Tensor[] quant, int[] layout, Tensor a, Tensor cores, Tensor b, "
-      "Tensor? bias, Tensor index, float scaling, bool by_torch) -> (Tensor, Tensor)");
-  m.def("add_rows(Tensor(a!) y, Tensor x, Tensor a, Tensor cores, Tensor[] b, int[] first, Tensor index) -> ()");
-  m.def("thin_product(Tensor x, Tensor factor, bool plain) -> Tensor");
-  m.def("times_cores(Tensor left, Tensor cores, Tensor index, float scale, bool plain) -> Tensor");
-  m.def(
+      "Tensor? bias, Tensor index, float scaling, bool by_torch) -> (Tensor, Tensor)",
+      TORCH_FN(lorasb::linear_rows));
+  on_cpu("add_rows(Tensor(a!) y, Tensor x, Tensor a, Tensor cores, Tensor[] b, int[] first, Tensor index) -> ()",
+         TORCH_FN(lorasb::add_rows));
+  on_cpu("thin_product(Tensor x, Tensor factor, bool plain) -> Tensor", TORCH_FN(lorasb::thin_product));
+  on_cpu("times_cores(Tensor left, Tensor cores, Tensor index, float scale, bool plain) -> Tensor",
+         TORCH_FN(lorasb::times_cores));
+  on_cpu(
       "extended_product(Tensor x, Tensor? weight, Tensor[] quant, int[] layout, int rows, int columns, Tensor v, "
-      "Tensor factor, Tensor? bias, bool plain) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(lorasb_csrc, CPU, m) {
-  m.impl("dense_linear", TORCH_FN(lorasb::dense_linear));
-  m.impl("dense_linear_backward", TORCH_FN(lorasb::dense_linear_backward));
-  m.impl("dense_group", TORCH_FN(lorasb::dense_group));
-  m.impl("dense_group_backward", TORCH_FN(lorasb::dense_group_backward));
-  m.impl("quantized_linear", TORCH_FN(lorasb::linear));
-  m.impl("quantized_linear_backward", TORCH_FN(lorasb::linear_backward));
-  m.impl("linear_rows", TORCH_FN(lorasb::linear_rows));
-  m.impl("add_rows", TORCH_FN(lorasb::add_rows));
-  m.impl("thin_product", TORCH_FN(lorasb::thin_product));
-  m.impl("times_cores", TORCH_FN(lorasb::times_cores));
-  m.impl("extended_product", TORCH_FN(lorasb::extended_product));
+      "Tensor factor, Tensor? bias, bool plain) -> Tensor",
+      TORCH_FN(lorasb::extended_product));
 }
 
 TORCH_LIBRARY_IMPL(lorasb, CPU, m) {

@@ -52,7 +52,8 @@ void dense_dot_rows(Bf16View x, Bf16View d, int64_t columns, Range d_rows, bool 
 
 void dense_dot_bf16(Bf16View x, int64_t rows, Bf16View d, int64_t columns, Range d_rows, bool accumulate,
                     MutableMatrixView y) {
-  by_rows(rows, [&](auto count) { dense_dot_rows<decltype(count)::value>(x, d, columns, d_rows, accumulate, y); });
+  by_rows<kDirectRows>(
+      rows, [&](auto count) { dense_dot_rows<decltype(count)::value>(x, d, columns, d_rows, accumulate, y); });
 }
 
 // Rows of `multiply_unpacked` are read as they are.

@@ -76,13 +76,13 @@ struct Epilogue {
 
 // W has whole blocks (Packed::whole_blocks).
 struct Bf16GemmKernels {
-  int mr;                   // tokens in a micro-panel
+  int mr = 0;               // tokens in a micro-panel; 0 where bf16 is not multiplied
   int max_unscaled_tokens;  // up to these, scales are applied to sums and not to weights
   BlockShape block;         // for more tokens; a second-level cache holds it
 
   // What a thread calls before products and after them, or null: AMX has its tile registers configured.
-  void (*begin)();
-  void (*end)();
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
 
   // Micro-panels `panels` of all of x, zero beyond its last column; rows beyond the last one are not written.
   void (*pack_tokens)(const Bf16Matrix& x, const TokenLayout& layout, Range panels, uint16_t* dst);

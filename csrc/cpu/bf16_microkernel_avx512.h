@@ -44,11 +44,8 @@ void bf16_micro_kernel_rows(const uint16_t* tokens, PackedPanel weight, bool ove
 }
 
 void bf16_micro_kernel(const uint16_t* tokens, int64_t rows, PackedPanel weight, bool overwrite, MutableMatrixView c) {
-  using MicroKernel = void (*)(const uint16_t*, PackedPanel, bool, MutableMatrixView);
-  static constexpr MicroKernel kByRows[kBf16Mr] = {
-      bf16_micro_kernel_rows<1>, bf16_micro_kernel_rows<2>, bf16_micro_kernel_rows<3>, bf16_micro_kernel_rows<4>,
-      bf16_micro_kernel_rows<5>, bf16_micro_kernel_rows<6>, bf16_micro_kernel_rows<7>, bf16_micro_kernel_rows<8>};
-  kByRows[rows - 1](tokens, weight, overwrite, c);
+  by_rows<kBf16Mr>(rows,
+                   [&](auto count) { bf16_micro_kernel_rows<decltype(count)::value>(tokens, weight, overwrite, c); });
 }
 
 // The same over an unscaled micro-panel: the sums of a block start at zero, and are multiplied by its scales as they
@@ -84,14 +81,12 @@ void unscaled_micro_kernel_rows(const uint16_t* tokens, const UnscaledPanel& wei
 
 void unscaled_micro_kernel(const uint16_t* tokens, int64_t rows, const UnscaledPanel& weight, bool overwrite,
                            MutableMatrixView c) {
-  using MicroKernel = void (*)(const uint16_t*, const UnscaledPanel&, bool, MutableMatrixView);
-  static constexpr MicroKernel kByRows[6] = {unscaled_micro_kernel_rows<1>, unscaled_micro_kernel_rows<2>,
-                                             unscaled_micro_kernel_rows<3>, unscaled_micro_kernel_rows<4>,
-                                             unscaled_micro_kernel_rows<5>, unscaled_micro_kernel_rows<6>};
   const int64_t part = rows <= 6 ? rows : 4;  // both sets of accumulators of more do not fit into registers
   for (int64_t i = 0; i < rows; i += part) {
-    const int64_t count = rows - i < part ? rows - i : part;
-    kByRows[count - 1](tokens + i * kBf16KStep, weight, overwrite, {c.data + i * c.ld, c.ld});
+    by_rows<6>(rows - i < part ? rows - i : part, [&](auto count) {
+      unscaled_micro_kernel_rows<decltype(count)::value>(tokens + i * kBf16KStep, weight, overwrite,
+                                                         {c.data + i * c.ld, c.ld});
+    });
   }
 }
 
@@ -110,26 +105,21 @@ void store_bf16(MatrixView sums, int64_t rows, int64_t columns, const Epilogue& 
   }
 }
 
-const Bf16GemmKernels& bf16_gemm_kernels() {
-  static const Bf16GemmKernels kernels = [] {
-    Bf16GemmKernels k;
-    k.mr = kBf16Mr;
-    k.max_unscaled_tokens = 64;
-    k.block = {4, kBf16MaxKc};  // 128 KiB of a second-level cache
-    k.begin = nullptr;
-    k.end = nullptr;
-    k.pack_tokens = pack_bf16_tokens;
-    k.pack_transposed = pack_bf16_transposed;
-    k.pack = pack_bf16;
-    k.pack_transposed_unscaled = pack_bf16_transposed_unscaled;
-    k.pack_dense_transposed = pack_bf16_dense_transposed;
-    k.pack_dense = pack_bf16_dense;
-    k.micro_kernel = bf16_micro_kernel;
-    k.unscaled_micro_kernel = unscaled_micro_kernel;
-    k.store = store_bf16;
-    return k;
-  }();
-  return kernels;
+Bf16GemmKernels bf16_gemm_kernels() {
+  Bf16GemmKernels k{};
+  k.mr = kBf16Mr;
+  k.max_unscaled_tokens = 64;
+  k.block = {4, kBf16MaxKc};  // 128 KiB of a second-level cache
+  k.pack_tokens = pack_bf16_tokens;
+  k.pack_transposed = pack_bf16_transposed;
+  k.pack = pack_bf16;
+  k.pack_transposed_unscaled = pack_bf16_transposed_unscaled;
+  k.pack_dense_transposed = pack_bf16_dense_transposed;
+  k.pack_dense = pack_bf16_dense;
+  k.micro_kernel = bf16_micro_kernel;
+  k.unscaled_micro_kernel = unscaled_micro_kernel;
+  k.store = store_bf16;
+  return k;
 }
 
 }  // namespace

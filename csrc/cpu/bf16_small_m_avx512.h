@@ -159,15 +159,13 @@ void dot_bf16_rows(const Packed& w, const uint16_t* streams, int64_t low, int64_
 }
 
 void dot_bf16(const Packed& w, const uint16_t* streams, int64_t rows, Range w_rows, MutableMatrixView y) {
-  using Dot = void (*)(const Packed&, const uint16_t*, int64_t, int64_t, MutableMatrixView);
-  static constexpr Dot kBy[6] = {dot_bf16_rows<1>, dot_bf16_rows<2>, dot_bf16_rows<3>,
-                                 dot_bf16_rows<4>, dot_bf16_rows<5>, dot_bf16_rows<6>};
-  const int64_t part = rows <= 6 ? rows : 4;  // the sums of more do not fit into registers
+  const int64_t part = rows <= 6 ? rows : 4, ld = stream_stride(w.columns);  // more rows' sums do not fit registers
   for (int64_t r = w_rows.begin; r < w_rows.end; r += kRowGroup) {
     const int64_t count = w_rows.end - r < kRowGroup ? w_rows.end - r : kRowGroup;
     for (int64_t i = 0; i < rows; i += part) {
-      const int64_t taken = rows - i < part ? rows - i : part;
-      kBy[taken - 1](w, streams + i * stream_stride(w.columns), r, count, {y.data + i * y.ld, y.ld});
+      by_rows<6>(rows - i < part ? rows - i : part, [&](auto taken) {
+        dot_bf16_rows<decltype(taken)::value>(w, streams + i * ld, r, count, {y.data + i * y.ld, y.ld});
+      });
     }
   }
 }

@@ -8,8 +8,6 @@
 
 namespace lorasb {
 
-constexpr const char* kCapVariable = "LORASB_MAX_CPU_ISA";
-
 // The table in force, for the whole process.
 const Kernels& kernels();
 
@@ -22,7 +20,7 @@ bool has_amx();
 // True if the processor multiplies fp16 (AVX512-FP16), and torch with it; false under a cap.
 bool multiplies_fp16();
 
-// Uses one of them, or with "" the best again; false where there is none of that name.
-bool use_instruction_set(const std::string& name);
+// Uses one of them, or with "" the best again; raises a ValueError where there is none of that name.
+void use_instruction_set(const std::string& name);
 
 }  // namespace lorasb

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/bf16_microkernel.h"
 #include "cpu/fp32_microkernel.h"
@@ -45,6 +46,12 @@ struct UnpackedTerm {
 struct SignCounts {
   double squares = 0.0;  // Σ x²
   int64_t zeros = 0, not_finite = 0;
+
+  void add(const SignCounts& part) {
+    squares += part.squares;
+    zeros += part.zeros;
+    not_finite += part.not_finite;
+  }
 };
 
 struct Kernels {
@@ -94,9 +101,11 @@ struct Kernels {
   // Booleans of a matrix's row, 32 a word: bit j of a word is x[32 * word + j] > 0 (and != 0).
   SignCounts (*pack_signs)(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero) = nullptr;
 
-  const Bf16GemmKernels* bf16_gemm = nullptr;  // null where bf16 is not multiplied
-  const Fp32GemmKernels* fp32_gemm = nullptr;  // never null
+  Bf16GemmKernels bf16_gemm{};
+  Fp32GemmKernels fp32_gemm{};
   bool fp32_gemm_beats_blas = false;  // the blocked product against panels for the BLAS, where that was measured
+
+  bool multiplies_bf16() const { return bf16_gemm.mr > 0; }
 };
 
 // Leading dimensions of rows that are read side by side: never a multiple of 4096 bytes, which would map all of them to
@@ -114,15 +123,15 @@ inline int64_t unpacked_panel(int64_t columns) {
   return (columns + kBf16KStep - 1) / kBf16KStep * kBf16KStep * kUnpackedTokens;
 }
 
-const Kernels& portable_kernels();
+Kernels portable_kernels();
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define LORASB_X86 1
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
-const Kernels& avx512_bf16_kernels();
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+Kernels avx512_bf16_kernels();
 #if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define LORASB_AMX 1
-const Kernels& amx_kernels();
+Kernels amx_kernels();
 // Linux gives a process the 8 KiB of AMX state only on request: true if it did.
 bool amx_permitted();
 #endif

@@ -160,30 +160,22 @@ bool amx_permitted() {
   return permitted;
 }
 
-const Kernels& amx_kernels() {
-  static const Bf16GemmKernels bf16_gemm = [] {
-    Bf16GemmKernels k = *avx512_bf16_kernels().bf16_gemm;
-    k.mr = kAmxMr;
-    k.max_unscaled_tokens = 32;  // measured at 4096 x 4096
-    k.block = {6, 256};          // 96 KiB of a second-level cache
-    k.begin = begin_tiles;
-    k.end = end_tiles;
-    k.micro_kernel = amx_micro_kernel;
-    k.unscaled_micro_kernel = amx_unscaled_micro_kernel;
-    return k;
-  }();
-  static const Kernels kernels = [] {
-    Kernels k = avx512_bf16_kernels();
-    k.name = "AMX";
-    k.bf16_gemm = &bf16_gemm;
-    k.max_few_tokens = 2;         // for more, the blocked product by tiles is faster
-    k.max_unpacked_tokens = 128;  // measured from 576 x 576 to 11008 x 4096
-    k.max_unpacked_products = std::numeric_limits<int64_t>::max();
-    k.arrange_tokens = arrange_pairs_of_tokens;
-    k.multiply_unpacked = multiply_by_tiles;
-    return k;
-  }();
-  return kernels;
+Kernels amx_kernels() {
+  Kernels k = avx512_bf16_kernels();
+  k.name = "AMX";
+  k.bf16_gemm.mr = kAmxMr;
+  k.bf16_gemm.max_unscaled_tokens = 32;  // measured at 4096 x 4096
+  k.bf16_gemm.block = {6, 256};          // 96 KiB of a second-level cache
+  k.bf16_gemm.begin = begin_tiles;
+  k.bf16_gemm.end = end_tiles;
+  k.bf16_gemm.micro_kernel = amx_micro_kernel;
+  k.bf16_gemm.unscaled_micro_kernel = amx_unscaled_micro_kernel;
+  k.max_few_tokens = 2;         // for more, the blocked product by tiles is faster
+  k.max_unpacked_tokens = 128;  // measured from 576 x 576 to 11008 x 4096
+  k.max_unpacked_products = std::numeric_limits<int64_t>::max();
+  k.arrange_tokens = arrange_pairs_of_tokens;
+  k.multiply_unpacked = multiply_by_tiles;
+  return k;
 }
 
 }  // namespace lorasb

@@ -97,29 +97,19 @@ struct V {
   static void store_f16(uint16_t* dst, reg a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
-  static void transpose8(MatrixView src, int64_t rows, MutableMatrixView dst) { transpose8_avx2(src, rows, dst); }
-  static void transpose16_bf16(Bf16View src, int64_t rows, MutableMatrixView dst) {
-    transpose16_bf16_avx2(src, rows, dst);
-  }
 };
 
 }  // namespace
 }  // namespace lorasb
 
-// clang-format off
-#include "cpu/vector_kernels.h"
 #include "cpu/fp32_vector_kernels.h"
-// clang-format on
 
 namespace lorasb {
 
-const Kernels& avx2_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k = common_kernels("AVX2");
-    k.fp32_gemm_beats_blas = true;  // measured on two Zen 3 cores
-    return k;
-  }();
-  return kernels;
+Kernels avx2_kernels() {
+  Kernels k = common_kernels("AVX2");
+  k.fp32_gemm_beats_blas = true;  // measured on two Zen 3 cores
+  return k;
 }
 
 }  // namespace lorasb

@@ -12,13 +12,10 @@ LORASB_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 namespace lorasb {
 
-const Kernels& avx512_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k = common_kernels("AVX-512");
-    k.pack_signs = pack_signs_avx512;
-    return k;
-  }();
-  return kernels;
+Kernels avx512_kernels() {
+  Kernels k = common_kernels("AVX-512");
+  k.pack_signs = pack_signs_avx512;
+  return k;
 }
 
 }  // namespace lorasb

@@ -89,26 +89,23 @@ void decode_by_table(const Packed& w, int64_t first, int64_t count, uint16_t* ds
 
 namespace lorasb {
 
-const Kernels& avx512_bf16_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k = common_kernels("AVX-512 with bf16");
-    k.decode_bf16 = decode_by_table<false>;
-    k.pack_signs = pack_signs_avx512;
-    k.stream_bf16 = decode_by_table<true>;
-    k.arrange_bf16 = arrange_bf16;
-    k.dot_bf16 = dot_bf16;
-    k.dense_dot_bf16 = dense_dot_bf16;
-    k.dense_add_bf16 = dense_add_bf16;
-    k.min_unpacked_tokens = 16;             // measured on two cores of an Emerald Rapids, without its tiles
-    k.max_unpacked_tokens = 128;            // and on two of a Zen 5
-    k.max_unpacked_products = 100'000'000;  // from 576 x 192 to 2048 x 2048
-    k.arrange_tokens = arrange_rows_of_tokens;
-    k.multiply_unpacked = multiply_by_dots;
-    k.outer_bf16 = outer_bf16;
-    k.bf16_gemm = &bf16_gemm_kernels();
-    return k;
-  }();
-  return kernels;
+Kernels avx512_bf16_kernels() {
+  Kernels k = common_kernels("AVX-512 with bf16");
+  k.decode_bf16 = decode_by_table<false>;
+  k.pack_signs = pack_signs_avx512;
+  k.stream_bf16 = decode_by_table<true>;
+  k.arrange_bf16 = arrange_bf16;
+  k.dot_bf16 = dot_bf16;
+  k.dense_dot_bf16 = dense_dot_bf16;
+  k.dense_add_bf16 = dense_add_bf16;
+  k.min_unpacked_tokens = 16;             // measured on two cores of an Emerald Rapids, without its tiles
+  k.max_unpacked_tokens = 128;            // and on two of a Zen 5
+  k.max_unpacked_products = 100'000'000;  // from 576 x 192 to 2048 x 2048
+  k.arrange_tokens = arrange_rows_of_tokens;
+  k.multiply_unpacked = multiply_by_dots;
+  k.outer_bf16 = outer_bf16;
+  k.bf16_gemm = bf16_gemm_kernels();
+  return k;
 }
 
 }  // namespace lorasb

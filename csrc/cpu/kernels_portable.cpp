@@ -1,6 +1,6 @@
-// C++ alone, for any processor; the compiler makes vectors of the loops where it can. Conversions are those of
-// vector_kernels.h, which needs V first: hence the definitions after it.
+// C++ alone, for any processor; the compiler makes vectors of the loops where it can.
 #include "cpu/kernel_table.h"
+#include "cpu/scalar_conversions.h"
 
 namespace lorasb {
 namespace {
@@ -13,30 +13,37 @@ struct V {
   };
   using table = const float*;
 
+  // Lane i is value(i).
+  template <typename F>
+  static reg lanes(const F& value) {
+    reg result;
+    for (int i = 0; i < width; ++i) result.lane[i] = value(i);
+    return result;
+  }
+  template <typename T, typename F>
+  static void interleave(const reg& high, const reg& low, T* out, const F& cast) {
+    for (int i = 0; i < width; ++i) {
+      out[2 * i] = cast(high.lane[i]);
+      out[2 * i + 1] = cast(low.lane[i]);
+    }
+  }
+
   static table load_table(const float* values) { return values; }
   static reg set1(float value) {
-    reg result;
-    for (float& lane : result.lane) lane = value;
-    return result;
+    return lanes([&](int) { return value; });
   }
   static reg zero() { return set1(0.0f); }
   static reg load(const float* src) {
-    reg result;
-    for (int i = 0; i < width; ++i) result.lane[i] = src[i];
-    return result;
+    return lanes([&](int i) { return src[i]; });
   }
   static void store(float* dst, const reg& value) {
     for (int i = 0; i < width; ++i) dst[i] = value.lane[i];
   }
   static reg mul(const reg& a, const reg& b) {
-    reg result;
-    for (int i = 0; i < width; ++i) result.lane[i] = a.lane[i] * b.lane[i];
-    return result;
+    return lanes([&](int i) { return a.lane[i] * b.lane[i]; });
   }
   static reg add(const reg& a, const reg& b) {
-    reg result;
-    for (int i = 0; i < width; ++i) result.lane[i] = a.lane[i] + b.lane[i];
-    return result;
+    return lanes([&](int i) { return a.lane[i] + b.lane[i]; });
   }
   // Two roundings: without the instruction, std::fma is a call of many cycles for each lane.
   static reg fma(const reg& a, const reg& b, const reg& c) { return add(mul(a, b), c); }
@@ -50,98 +57,52 @@ struct V {
       low.lane[i] = values[bytes[i] & 15];
     }
   }
-  static void interleave_f32(const reg& high, const reg& low, float* out);
-  static void interleave_bf16(const reg& high, const reg& low, uint16_t* out);
-  static void interleave_f16(const reg& high, const reg& low, uint16_t* out);
-  static reg round_bf16(const reg& a);
-  static reg round_f16(const reg& a);
-  static reg load_bf16(const uint16_t* src);
-  static reg load_f16(const uint16_t* src);
-  static void store_bf16(uint16_t* dst, const reg& a);
-  static void store_f16(uint16_t* dst, const reg& a);
-  static void transpose8(MatrixView src, int64_t rows, MutableMatrixView dst) {
-    for (int64_t j = 0; j < 8; ++j) {
-      for (int64_t i = 0; i < 8; ++i) dst.data[j * dst.ld + i] = i < rows ? src.data[i * src.ld + j] : 0.0f;
-    }
+  static void interleave_f32(const reg& high, const reg& low, float* out) {
+    interleave(high, low, out, [](float value) { return value; });
   }
-  static void transpose16_bf16(Bf16View src, int64_t rows, MutableMatrixView dst);
+  static void interleave_bf16(const reg& high, const reg& low, uint16_t* out) { interleave(high, low, out, to_bf16); }
+  static void interleave_f16(const reg& high, const reg& low, uint16_t* out) { interleave(high, low, out, to_f16); }
+  static reg round_bf16(const reg& a) {
+    return lanes([&](int i) { return from_bf16(to_bf16(a.lane[i])); });
+  }
+  static reg round_f16(const reg& a) {
+    return lanes([&](int i) { return from_f16(to_f16(a.lane[i])); });
+  }
+  static reg load_bf16(const uint16_t* src) {
+    return lanes([&](int i) { return from_bf16(src[i]); });
+  }
+  static reg load_f16(const uint16_t* src) {
+    return lanes([&](int i) { return from_f16(src[i]); });
+  }
+  static void store_bf16(uint16_t* dst, const reg& a) {
+    for (int i = 0; i < width; ++i) dst[i] = to_bf16(a.lane[i]);
+  }
+  static void store_f16(uint16_t* dst, const reg& a) {
+    for (int i = 0; i < width; ++i) dst[i] = to_f16(a.lane[i]);
+  }
 };
+
+// dst [columns, 8] = src [rows, columns]ᵀ in fp32 for up to 8 rows; the missing rows are zero.
+template <typename T, typename F>
+void transpose(View<const T> src, int64_t rows, int64_t columns, MutableMatrixView dst, const F& widen) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < 8; ++i) dst.data[j * dst.ld + i] = i < rows ? widen(src.data[i * src.ld + j]) : 0.0f;
+  }
+}
+
+void transpose8(MatrixView src, int64_t rows, MutableMatrixView dst) {
+  transpose(src, rows, 8, dst, [](float value) { return value; });
+}
+
+void transpose16_bf16(Bf16View src, int64_t rows, MutableMatrixView dst) { transpose(src, rows, 16, dst, from_bf16); }
 
 }  // namespace
 }  // namespace lorasb
 
-// clang-format off
-#include "cpu/vector_kernels.h"
 #include "cpu/fp32_vector_kernels.h"
-// clang-format on
 
 namespace lorasb {
-namespace {
 
-void V::interleave_f32(const reg& high, const reg& low, float* out) {
-  for (int i = 0; i < width; ++i) {
-    out[2 * i] = high.lane[i];
-    out[2 * i + 1] = low.lane[i];
-  }
-}
-
-void V::interleave_bf16(const reg& high, const reg& low, uint16_t* out) {
-  for (int i = 0; i < width; ++i) {
-    out[2 * i] = to_bf16(high.lane[i]);
-    out[2 * i + 1] = to_bf16(low.lane[i]);
-  }
-}
-
-void V::interleave_f16(const reg& high, const reg& low, uint16_t* out) {
-  for (int i = 0; i < width; ++i) {
-    out[2 * i] = to_f16(high.lane[i]);
-    out[2 * i + 1] = to_f16(low.lane[i]);
-  }
-}
-
-V::reg V::round_bf16(const reg& a) {
-  reg result;
-  for (int i = 0; i < width; ++i) result.lane[i] = from_bf16(to_bf16(a.lane[i]));
-  return result;
-}
-
-V::reg V::round_f16(const reg& a) {
-  reg result;
-  for (int i = 0; i < width; ++i) result.lane[i] = from_f16(to_f16(a.lane[i]));
-  return result;
-}
-
-V::reg V::load_bf16(const uint16_t* src) {
-  reg result;
-  for (int i = 0; i < width; ++i) result.lane[i] = from_bf16(src[i]);
-  return result;
-}
-
-void V::transpose16_bf16(Bf16View src, int64_t rows, MutableMatrixView dst) {
-  for (int64_t j = 0; j < 16; ++j) {
-    for (int64_t i = 0; i < 8; ++i) dst.data[j * dst.ld + i] = i < rows ? from_bf16(src.data[i * src.ld + j]) : 0.0f;
-  }
-}
-
-V::reg V::load_f16(const uint16_t* src) {
-  reg result;
-  for (int i = 0; i < width; ++i) result.lane[i] = from_f16(src[i]);
-  return result;
-}
-
-void V::store_bf16(uint16_t* dst, const reg& a) {
-  for (int i = 0; i < width; ++i) dst[i] = to_bf16(a.lane[i]);
-}
-
-void V::store_f16(uint16_t* dst, const reg& a) {
-  for (int i = 0; i < width; ++i) dst[i] = to_f16(a.lane[i]);
-}
-
-}  // namespace
-
-const Kernels& portable_kernels() {
-  static const Kernels kernels = common_kernels("portable");
-  return kernels;
-}
+Kernels portable_kernels() { return common_kernels("portable"); }
 
 }  // namespace lorasb

@@ -37,4 +37,9 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+// Of a piece that is too short for the hardware prefetcher.
+inline void prefetch_bytes(const void* src, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(src) + line);
+}
+
 }  // namespace lorasb

@@ -29,8 +29,8 @@ void* huge_pages(size_t size) {
   TORCH_CHECK(base != MAP_FAILED, "no memory for ", size, " bytes of a weight");
   const size_t before = (kHugePage - reinterpret_cast<size_t>(base) % kHugePage) % kHugePage;
   if (before > 0) munmap(base, before);
-  if (before < kHugePage) munmap(base + before + size, kHugePage - before);
-  want_huge_pages(base + before, size);
+  munmap(base + before + size, kHugePage - before);
+  madvise(base + before, size, MADV_HUGEPAGE);
   return base + before;
 #else
   void* memory = std::aligned_alloc(kHugePage, size);
@@ -62,14 +62,6 @@ size_t last_cache_size() {
   if (reported > 0) return std::min(static_cast<size_t>(reported), kShare);
 #endif
   return kShare;
-}
-
-void want_huge_pages(void* memory, size_t size) {
-#ifdef __linux__
-  const size_t begin = reinterpret_cast<size_t>(memory);
-  const size_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, end = (begin + size) / kHugePage * kHugePage;
-  if (first + kHugePage <= end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
 }
 
 void* thread_scratch(size_t size, Scratch use) {

@@ -14,9 +14,6 @@ constexpr size_t kHugePage = size_t{2} << 20;  // bytes
 // Bytes of last-level cache that one may count on; more than this is no longer in it by the time that it is read.
 size_t last_cache_size();
 
-// Asks for huge pages behind `memory`, as far as it covers whole ones.
-void want_huge_pages(void* memory, size_t size);
-
 // One allocation per thread and use: both may be in use at once.
 enum class Scratch : int { weight_block = 0, packed_tokens = 1 };
 

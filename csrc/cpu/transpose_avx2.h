@@ -28,7 +28,7 @@ inline void transpose_block(const __m256 (&row)[8], __m256 (&column)[8]) {
 }
 
 // dst [8, 8] = src [rows, 8]ᵀ for up to 8 rows; the missing rows are zero and not read.
-inline void transpose8_avx2(MatrixView src, int64_t rows, MutableMatrixView dst) {
+inline void transpose8(MatrixView src, int64_t rows, MutableMatrixView dst) {
   __m256 row[8], column[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) row[i] = i < rows ? _mm256_loadu_ps(src.data + i * src.ld) : _mm256_setzero_ps();
@@ -39,7 +39,7 @@ inline void transpose8_avx2(MatrixView src, int64_t rows, MutableMatrixView dst)
 
 // dst [16, 8] in fp32 = src [rows, 16]ᵀ in bf16 likewise: pairs of elements are moved as one 32-bit entry; shifts
 // separate and widen them at the end.
-inline void transpose16_bf16_avx2(Bf16View src, int64_t rows, MutableMatrixView dst) {
+inline void transpose16_bf16(Bf16View src, int64_t rows, MutableMatrixView dst) {
   __m256 row[8], column[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {

@@ -79,19 +79,12 @@ struct V {
   static void store_f16(uint16_t* dst, reg a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
-  static void transpose8(MatrixView src, int64_t rows, MutableMatrixView dst) { transpose8_avx2(src, rows, dst); }
-  static void transpose16_bf16(Bf16View src, int64_t rows, MutableMatrixView dst) {
-    transpose16_bf16_avx2(src, rows, dst);
-  }
 };
 
 }  // namespace
 }  // namespace lorasb
 
-// clang-format off
-#include "cpu/vector_kernels.h"
 #include "cpu/fp32_vector_kernels.h"
-// clang-format on
 
 namespace lorasb {
 namespace {
@@ -119,12 +112,7 @@ SignCounts pack_signs_avx512(const float* x, int64_t count, uint32_t* positive, 
     counts.zeros += 32 - __builtin_popcount(other);
   }
   counts.squares = _mm512_reduce_add_pd(_mm512_add_pd(squares, others));
-  if (j < count) {
-    const SignCounts tail = pack_signs(x + j, count - j, positive + j / 32, nonzero + j / 32);
-    counts.squares += tail.squares;
-    counts.zeros += tail.zeros;
-    counts.not_finite += tail.not_finite;
-  }
+  if (j < count) counts.add(pack_signs(x + j, count - j, positive + j / 32, nonzero + j / 32));
   return counts;
 }
 

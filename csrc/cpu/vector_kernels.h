@@ -18,19 +18,14 @@
 namespace lorasb {
 namespace {
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
-// Calls kernel(Constant<rows>()) for 1 to 4 rows: accumulators of so many rows are registers only if their number is
-// known to the compiler.
-template <typename F>
+// Calls kernel(constant) for 1 to kMost rows: accumulators of so many rows are registers only if their number is known
+// to the compiler.
+template <int kMost, typename F>
 inline void by_rows(int64_t rows, const F& kernel) {
-  if (rows == 1) return kernel(Constant<1>());
-  if (rows == 2) return kernel(Constant<2>());
-  if (rows == 3) return kernel(Constant<3>());
-  return kernel(Constant<4>());
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return by_rows<kMost - 1>(rows, kernel);
+  }
+  kernel(std::integral_constant<int, kMost>());
 }
 
 // Sums of a block are taken without its scale, which is applied once to them. Within a block even and odd columns have
@@ -61,7 +56,7 @@ void dot_rows(const Packed& w, SplitRows x, Range w_rows, MutableMatrixView y) {
 }
 
 void dot(const Packed& w, SplitRows x, int64_t rows, Range w_rows, MutableMatrixView y) {
-  by_rows(rows, [&](auto count) { dot_rows<decltype(count)::value>(w, x, w_rows, y); });
+  by_rows<kDirectRows>(rows, [&](auto count) { dot_rows<decltype(count)::value>(w, x, w_rows, y); });
 }
 
 // Rows of W that are prefetched ahead of those at work: a row's piece is too short for the hardware prefetcher.
@@ -109,7 +104,7 @@ void dot_transposed_rows(const Packed& w, MatrixView dy, Range columns, float* s
 }
 
 void dot_transposed(const Packed& w, MatrixView dy, int64_t rows, Range columns, float* sums) {
-  by_rows(rows, [&](auto count) { dot_transposed_rows<decltype(count)::value>(w, dy, columns, sums); });
+  by_rows<kDirectRows>(rows, [&](auto count) { dot_transposed_rows<decltype(count)::value>(w, dy, columns, sums); });
 }
 
 SignCounts pack_signs(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero) {
@@ -131,22 +126,6 @@ SignCounts pack_signs(const float* x, int64_t count, uint32_t* positive, uint32_
     counts.squares += squares;
   }
   return counts;
-}
-
-const Fp32GemmKernels& fp32_gemm_kernels();  // fp32_vector_kernels.h
-
-// What every instruction set has; the richer ones add to it.
-inline Kernels common_kernels(const char* name) {
-  Kernels k;
-  k.name = name;
-  k.decode_f32 = decode<F32>;
-  k.decode_bf16 = decode<BF16>;
-  k.decode_f16 = decode<F16>;
-  k.dot = dot;
-  k.dot_transposed = dot_transposed;
-  k.pack_signs = pack_signs;
-  k.fp32_gemm = &fp32_gemm_kernels();
-  return k;
 }
 
 }  // namespace

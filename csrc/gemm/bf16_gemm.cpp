@@ -20,14 +20,15 @@ constexpr BlockShape kUnscaledBlock = {1, kBf16MaxKc / 2};  // 16 KiB, for a fir
 // should not stay allocated.
 constexpr int64_t kMinScratch = int64_t{1} << 18, kMaxScratch = int64_t{16} << 20;
 
-const Bf16GemmKernels& gemm() { return *kernels().bf16_gemm; }
+const Bf16GemmKernels& gemm() { return kernels().bf16_gemm; }
 
 // One term of the sum: packed tokens [m, k], and how the part of B that they meet is packed.
 struct Term {
-  at::Tensor tokens;  // [k / kc] blocks of [panels][steps][mr][32]
-  int64_t k;          // whole steps
+  Tensor tokens;  // [k / kc] blocks of [panels][steps][mr][32]
   std::function<void(const PanelBlock&, uint16_t* panels, float* scales)> pack;
   int64_t elements_per_scale = 0;  // 0: micro-panels have their scales
+
+  int64_t k() const { return tokens.size(1) * kBf16KStep; }  // whole steps
 };
 
 // C [m, n], its leading dimension being n.
@@ -38,29 +39,23 @@ struct Output {
   BlockShape block;
 };
 
-at::Tensor allocate_tokens(at::IntArrayRef shape, const at::TensorOptions& options, bool use_scratch) {
+Tensor allocate_tokens(at::IntArrayRef shape, const at::TensorOptions& options, bool use_scratch) {
   const int64_t size = c10::multiply_integers(shape) * static_cast<int64_t>(sizeof(uint16_t));
   if (!use_scratch || size < kMinScratch || size > kMaxScratch) return at::empty(shape, options);
   return at::from_blob(thread_scratch(size, Scratch::packed_tokens), shape, options);
 }
 
 // `use_scratch`: at most one term of a sum can lie in the thread's scratch memory.
-at::Tensor pack_tokens(const at::Tensor& x, int pair_distance, const BlockShape& block, bool use_scratch) {
+Tensor pack_tokens(const Tensor& x, int pair_distance, const BlockShape& block, bool use_scratch) {
   const int mr = gemm().mr;
   const int64_t m = x.size(0), k = x.size(1), panels = ceil_div(m, mr);
-  at::Tensor packed = allocate_tokens({panels, ceil_div(k, kBf16KStep), mr, kBf16KStep}, x.options(), use_scratch);
+  Tensor packed = allocate_tokens({panels, ceil_div(k, kBf16KStep), mr, kBf16KStep}, x.options(), use_scratch);
   const Bf16Matrix src{bits(x), x.stride(0), m, k};
   const TokenLayout layout{mr, pair_distance, block.kc / kBf16KStep};
   uint16_t* dst = mutable_bits(packed);
   at::parallel_for(0, panels, grain(mr * k),
                    [&](int64_t low, int64_t high) { gemm().pack_tokens(src, layout, {low, high}, dst); });
   return packed;
-}
-
-Term make_term(const at::Tensor& x, int pair_distance, const BlockShape& block, bool use_scratch,
-               decltype(Term::pack) pack) {
-  return {pack_tokens(x, pair_distance, block, use_scratch), ceil_div(x.size(1), kBf16KStep) * kBf16KStep,
-          std::move(pack)};
 }
 
 // A thread's scratch memory: a block of micro-panels, their scales where these are apart, and sums [mc, nc]. Sums have
@@ -91,7 +86,7 @@ void multiply_block(const Term& term, const Piece& piece, const BlockShape& bloc
                     const Workspace& work) {
   const Bf16GemmKernels& kernel = gemm();
   const int64_t mr = kernel.mr, nc = block.nc(), padded_tokens = term.tokens.size(0) * mr;
-  const int64_t kc = std::min(block.kc, term.k - k0), steps = kc / kBf16KStep;
+  const int64_t kc = std::min(block.kc, term.k() - k0), steps = kc / kBf16KStep;
   const int64_t steps_per_scale = std::min(term.elements_per_scale, kc) / kBf16KStep;
   const uint16_t* packed = bits(term.tokens) + k0 * padded_tokens;
   term.pack({piece.n0, piece.panels, k0, kc, block.panel_stride()}, work.panels, work.scales);
@@ -113,7 +108,7 @@ void multiply_block(const Term& term, const Piece& piece, const BlockShape& bloc
 void compute_piece(const std::vector<Term>& terms, const Output& out, const Piece& piece, const Workspace& work) {
   bool overwrite = true;
   for (const Term& term : terms) {
-    for (int64_t k0 = 0; k0 < term.k; k0 += out.block.kc, overwrite = false) {
+    for (int64_t k0 = 0; k0 < term.k(); k0 += out.block.kc, overwrite = false) {
       multiply_block(term, piece, out.block, k0, overwrite, work);
     }
   }
@@ -130,7 +125,7 @@ void compute_piece(const std::vector<Term>& terms, const Output& out, const Piec
 void compute(const std::vector<Term>& terms, const Output& out) {
   const int64_t mr = gemm().mr, panels = ceil_div(out.n, kBf16Nr), blocks = ceil_div(out.m, kMc);
   const int64_t mc = ceil_div(ceil_div(out.m, blocks), mr) * mr;
-  at::parallel_for(0, panels, grain(kBf16Nr * terms.front().k), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, panels, grain(kBf16Nr * terms.front().k()), [&](int64_t begin, int64_t end) {
     const Workspace work(out.block, mc);
     if (gemm().begin != nullptr) gemm().begin();
     for (int64_t low = 0; low < out.m; low += mc) {
@@ -143,27 +138,25 @@ void compute(const std::vector<Term>& terms, const Output& out) {
   });
 }
 
-// Pair distances are those of the packing functions: cpu/bf16_microkernel.h.
-Term weight_transposed(const Packed& w, const at::Tensor& x) {
-  return make_term(x, 8, gemm().block, true, [&w](const PanelBlock& block, uint16_t* panels, float*) {
-    gemm().pack_transposed(w, block, panels);
-  });
+// W's part of y, or of dx if `plain`. Pair distances are those of the packing functions: cpu/bf16_microkernel.h.
+Term weight_term(const Packed& w, const Tensor& x, const BlockShape& block, bool plain) {
+  const auto pack = plain ? gemm().pack : gemm().pack_transposed;
+  return {pack_tokens(x, plain ? 1 : 8, block, true),
+          [&w, pack](const PanelBlock& part, uint16_t* panels, float*) { pack(w, part, panels); }};
 }
 
-Term weight_transposed_unscaled(const Packed& w, const at::Tensor& x) {
-  Term term = make_term(x, 4, kUnscaledBlock, true, [&w](const PanelBlock& block, uint16_t* panels, float* scales) {
-    gemm().pack_transposed_unscaled(w, block, panels, scales);
-  });
-  term.elements_per_scale = w.block;
-  return term;
+Term unscaled_weight_term(const Packed& w, const Tensor& x) {
+  const auto pack = gemm().pack_transposed_unscaled;
+  return {pack_tokens(x, 4, kUnscaledBlock, true),
+          [&w, pack](const PanelBlock& part, uint16_t* panels, float* scales) { pack(w, part, panels, scales); },
+          w.block};
 }
 
-Term weight(const Packed& w, const at::Tensor& dy) {
-  return make_term(dy, 1, gemm().block, true,
-                   [&w](const PanelBlock& block, uint16_t* panels, float*) { gemm().pack(w, block, panels); });
+Term factor_term(const Bf16Matrix& d, const Tensor& v, const BlockShape& block, bool plain) {
+  const auto pack = plain ? gemm().pack_dense : gemm().pack_dense_transposed;
+  return {pack_tokens(v, 1, block, false),
+          [&d, pack](const PanelBlock& part, uint16_t* panels, float*) { pack(d, part, panels); }};
 }
-
-Bf16Matrix contiguous_matrix(const at::Tensor& d) { return {bits(d), d.size(1), d.size(0), d.size(1)}; }
 
 }  // namespace
 
@@ -176,50 +169,30 @@ void round_rows(MatrixView sums, int64_t M, int64_t columns, const uint16_t* bia
 
 bool bf16_gemm_supported(const Packed& w, at::ScalarType dtype, int64_t M) {
   // Two roundings, to fp16 and to bf16, are not what rounding a table does.
-  return kernels().bf16_gemm != nullptr && dtype == at::kBFloat16 && M > 0 && w.rows > 0 && w.columns > 0 &&
+  return kernels().multiplies_bf16() && dtype == at::kBFloat16 && M > 0 && w.rows > 0 && w.columns > 0 &&
          w.whole_blocks() && w.rounding != Rounding::fp16 &&
          (M <= kMaxTokensBesideAmx || gemm().begin != nullptr || !has_amx());
 }
 
-at::Tensor bf16_gemm(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
-                     const std::optional<at::Tensor>& bias) {
-  const bool unscaled = x.size(0) <= gemm().max_unscaled_tokens;
+Tensor bf16_gemm(const Packed& w, const Tensor& x, const Tensor& v, const Tensor& factor, const OptionalTensor& bias,
+                 bool plain) {
+  const bool unscaled = !plain && x.size(0) <= gemm().max_unscaled_tokens;
   const BlockShape block = unscaled ? kUnscaledBlock : gemm().block;
-  std::vector<Term> terms;
-  terms.push_back(unscaled ? weight_transposed_unscaled(w, x) : weight_transposed(w, x));
-  const at::Tensor factor = b.contiguous(), rows = v.contiguous();
-  const Bf16Matrix d = contiguous_matrix(factor);
-  if (d.columns > 0) {
-    terms.push_back(make_term(rows, 1, block, false, [&d](const PanelBlock& part, uint16_t* panels, float*) {
-      gemm().pack_dense_transposed(d, part, panels);
-    }));
-  }
-  at::Tensor y = at::empty({x.size(0), w.rows}, x.options());
-  const at::Tensor bias_row = bias.has_value() ? bias->contiguous() : at::Tensor();
-  const Epilogue epilogue{false, bias.has_value() ? bits(bias_row) : nullptr, false};
-  compute(terms, {x.size(0), w.rows, epilogue, mutable_bits(y), block});
+  std::vector<Term> terms{unscaled ? unscaled_weight_term(w, x) : weight_term(w, x, block, plain)};
+  const Tensor rows = factor.contiguous();
+  const Bf16Matrix d{bits(rows), rows.size(1), rows.size(0), rows.size(1)};
+  if (v.size(1) > 0) terms.push_back(factor_term(d, v.contiguous(), block, plain));
+  const int64_t n = plain ? w.columns : w.rows;
+  Tensor y = at::empty({x.size(0), n}, x.options());
+  const Tensor bias_row = bias.has_value() ? bias->contiguous() : Tensor();
+  const Epilogue epilogue{plain, bias.has_value() ? bits(bias_row) : nullptr, false};
+  compute(terms, {x.size(0), n, epilogue, mutable_bits(y), block});
   return y;
 }
 
-at::Tensor bf16_gemm_transposed(const Packed& w, const at::Tensor& dy, const at::Tensor& c, const at::Tensor& a) {
-  std::vector<Term> terms;
-  terms.push_back(weight(w, dy));
-  const at::Tensor factor = a.contiguous(), rows = c.contiguous();
-  const Bf16Matrix d = contiguous_matrix(factor);
-  if (d.rows > 0) {
-    terms.push_back(make_term(rows, 1, gemm().block, false, [&d](const PanelBlock& part, uint16_t* panels, float*) {
-      gemm().pack_dense(d, part, panels);
-    }));
-  }
-  at::Tensor dx = at::empty({dy.size(0), w.columns}, dy.options());
-  compute(terms, {dy.size(0), w.columns, {true, nullptr, false}, mutable_bits(dx), gemm().block});
-  return dx;
-}
-
-void bf16_gemm_transposed_add(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
-  std::vector<Term> terms;
-  terms.push_back(weight(w, dy));
-  compute(terms, {dy.size(0), w.columns, {true, nullptr, true}, mutable_bits(dx), gemm().block});
+void bf16_gemm_add(const Packed& w, const Tensor& dy, Tensor& dx) {
+  compute({weight_term(w, dy, gemm().block, true)},
+          {dy.size(0), w.columns, {true, nullptr, true}, mutable_bits(dx), gemm().block});
 }
 
 }  // namespace lorasb

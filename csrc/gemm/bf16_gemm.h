@@ -24,27 +24,21 @@
 // Threading: columns of C are cut, never k or a sum, and kc is a constant: bits do not depend on the number of threads.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-
 #include "cpu/matrix_view.h"
 #include "cpu/packed_weight.h"
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
 // True if the functions below take M tokens in this dtype.
 bool bf16_gemm_supported(const Packed& w, at::ScalarType dtype, int64_t M);
 
-// y [M, m] = x [M, n] Wᵀ + v [M, r] B [m, r]ᵀ + bias.
-at::Tensor bf16_gemm(const Packed& w, const at::Tensor& x, const at::Tensor& v, const at::Tensor& b,
-                     const std::optional<at::Tensor>& bias);
-
-// dx [M, n] = dy [M, m] W + c [M, r] A [r, n].
-at::Tensor bf16_gemm_transposed(const Packed& w, const at::Tensor& dy, const at::Tensor& c, const at::Tensor& a);
+// y [M, m] = x [M, n] Wᵀ + v [M, r] B [m, r]ᵀ + bias; `plain`: dx [M, n] = dy [M, m] W + c [M, r] A [r, n].
+Tensor bf16_gemm(const Packed& w, const Tensor& x, const Tensor& v, const Tensor& factor, const OptionalTensor& bias,
+                 bool plain);
 
 // dx [M, n] += dy [M, m] W, added in fp32 and rounded once.
-void bf16_gemm_transposed_add(const Packed& w, const at::Tensor& dy, at::Tensor& dx);
+void bf16_gemm_add(const Packed& w, const Tensor& dy, Tensor& dx);
 
 // y [M, columns] in bf16 = sums + bias, where bf16 is multiplied. Reads whole vectors: up to kBf16Nr past the last sum.
 void round_rows(MatrixView sums, int64_t M, int64_t columns, const uint16_t* bias, MutableBf16View y);

@@ -1,16 +1,26 @@
-// Masks of dropout, drawn from a seed.
+// Dropout of the adapter's input, drawn from a seed.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
-// True where dropout keeps an element. The generator is seeded by the call, so that backward draws the same mask and
-// torch's global generator does not advance.
-inline at::Tensor keep_mask(at::IntArrayRef shape, double dropout, const at::Tensor& seed) {
-  const auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed.item<int64_t>()));
-  return at::empty(shape, at::TensorOptions().dtype(at::kBool)).bernoulli_(1.0 - dropout, generator);
-}
+struct Dropout {
+  double probability = 0.0;
+  OptionalTensor seed;  // none: nothing is dropped
+
+  // True where an element is kept. The generator is seeded by the call, so that backward draws the same mask and
+  // torch's global generator does not advance.
+  OptionalTensor mask(at::IntArrayRef shape) const {
+    if (!seed.has_value()) return std::nullopt;
+    const auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed->item<int64_t>()));
+    return at::empty(shape, at::TensorOptions().dtype(at::kBool)).bernoulli_(1.0 - probability, generator);
+  }
+
+  // What the adapter's part is multiplied by: s, divided by 1 - p.
+  double scale(double scaling) const { return seed.has_value() ? scaling / (1.0 - probability) : scaling; }
+};
 
 }  // namespace lorasb

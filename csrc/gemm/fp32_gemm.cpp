@@ -28,9 +28,9 @@ constexpr int64_t kMinScratch = int64_t{1} << 18;    // bytes of packed tokens; 
 // into the same sets of a first-level cache.
 constexpr int64_t kRowStride = kKc + 8;
 
-const Fp32GemmKernels& gemm() { return *kernels().fp32_gemm; }
+const Fp32GemmKernels& gemm() { return kernels().fp32_gemm; }
 
-DenseView view_of(const at::Tensor& dense) {
+DenseView view_of(const Tensor& dense) {
   return {dense.const_data_ptr(), element_of(dense.scalar_type()), dense.stride(0)};
 }
 
@@ -69,20 +69,12 @@ void pack_transposed(const Weight& w, const PanelShape& shape, float* rows, floa
   }
 }
 
-void prefetch_bytes(const void* src, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(src) + line);
-}
-
 // What decoding elements [first, first + count) will read: codes, and the first scale.
 void prefetch_elements(const Packed& w, int64_t first, int64_t count) {
   if (w.codes != nullptr) return prefetch_bytes(w.codes + first, count);
   prefetch_bytes(w.bytes + first / 2, (count + 1) / 2);
-  const int64_t block = first / w.block;
-  if (w.absmax != nullptr) {
-    __builtin_prefetch(w.absmax + block);
-  } else {
-    __builtin_prefetch(w.absmax8 + block);
-  }
+  const int64_t b = first / w.block;
+  __builtin_prefetch(w.absmax != nullptr ? static_cast<const void*>(w.absmax + b) : w.absmax8 + b);
 }
 
 // B = W: a piece of a row of W is row k of all micro-panels. `row` has room for nc elements.
@@ -195,31 +187,28 @@ void store_piece(const Output& out, const Piece& piece, float* sums) {
   }
 }
 
-at::Tensor allocate_panels(int64_t count, const at::Tensor& like, bool use_scratch) {
+Tensor allocate_panels(int64_t count, const Tensor& like, bool use_scratch) {
   const at::TensorOptions options = like.options().dtype(at::kFloat);
   const int64_t size = count * static_cast<int64_t>(sizeof(float));
   if (!use_scratch || size < kMinScratch) return at::empty({count}, options);
   return at::from_blob(thread_scratch(size, Scratch::packed_tokens), {count}, options);
 }
 
-Weight dense_weight(const at::Tensor& dense, bool transposed) {
-  if (dense.stride(1) != 1 && dense.stride(0) == 1 && dense.size(0) > 1) {  // stored column by column: take Wᵀ
-    return {dense.t(), nullptr, dense.size(1), dense.size(0), !transposed};
-  }
-  const at::Tensor rows = dense.stride(1) == 1 || dense.size(1) == 1 ? dense : dense.contiguous();
-  return {rows, nullptr, dense.size(0), dense.size(1), transposed};
-}
-
 }  // namespace
 
-Weight transposed_weight(const at::Tensor& dense) { return dense_weight(dense, true); }
-Weight transposed_weight(const Packed& w) { return {at::Tensor(), &w, w.rows, w.columns, true}; }
-Weight plain_weight(const at::Tensor& dense) { return dense_weight(dense, false); }
-Weight plain_weight(const Packed& w) { return {at::Tensor(), &w, w.rows, w.columns, false}; }
+Weight as_weight(const Tensor& dense, bool plain) {
+  if (dense.stride(1) != 1 && dense.stride(0) == 1 && dense.size(0) > 1) {  // stored column by column: take Wᵀ
+    return {dense.t(), nullptr, dense.size(1), dense.size(0), plain};
+  }
+  const Tensor rows = dense.stride(1) == 1 || dense.size(1) == 1 ? dense : dense.contiguous();
+  return {rows, nullptr, dense.size(0), dense.size(1), !plain};
+}
+
+Weight as_weight(const Packed& w, bool plain) { return {Tensor(), &w, w.rows, w.columns, !plain}; }
 
 int64_t max_packed_tokens(int64_t k) { return std::max(kMc, kPackedBytes / 4 / std::max<int64_t>(1, k) / kMc * kMc); }
 
-PackedTokens pack_tokens(const at::Tensor& x, bool use_scratch) {
+PackedTokens pack_tokens(const Tensor& x, bool use_scratch) {
   const Fp32GemmKernels& kernel = gemm();
   const int64_t mr = kernel.mr, tokens = x.size(0), k = x.size(1), panels = ceil_div(tokens, mr);
   PackedTokens packed{allocate_panels(panels * mr * k, x, use_scratch), tokens, k};
@@ -241,11 +230,11 @@ PackedTokens pack_tokens(const at::Tensor& x, bool use_scratch) {
   return packed;
 }
 
-at::Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype, const std::optional<at::Tensor>& start) {
+Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype, const OptionalTensor& start) {
   const int64_t tokens = terms.front().x->tokens, n = terms.front().w->n();
-  at::Tensor y = at::empty({tokens, n}, terms.front().x->panels.options().dtype(dtype));
+  Tensor y = at::empty({tokens, n}, terms.front().x->panels.options().dtype(dtype));
   if (tokens == 0 || n == 0) return y;
-  const at::Tensor initial = start.has_value() ? start->to(at::kFloat).contiguous() : at::Tensor();
+  const Tensor initial = start.has_value() ? start->to(at::kFloat).contiguous() : Tensor();
   Output out{static_cast<char*>(y.mutable_data_ptr()), element_of(dtype), n, {nullptr, 0}};
   if (start.has_value()) out.start = {initial.const_data_ptr<float>(), initial.dim() == 2 ? n : 0};
   int64_t multiplications = 0;
@@ -267,15 +256,15 @@ at::Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype, const
   return y;
 }
 
-at::Tensor multiply_few_tokens(const at::Tensor& x, const Weight& w) {
+Tensor multiply_few_tokens(const Tensor& x, const Weight& w) {
   const at::TensorOptions options = x.options().dtype(at::kFloat);
   return add_few_tokens(x, w, at::zeros({x.size(0), w.n()}, options));
 }
 
-at::Tensor add_few_tokens(const at::Tensor& x, const Weight& w, at::Tensor sums) {
+Tensor add_few_tokens(const Tensor& x, const Weight& w, Tensor sums) {
   const int64_t tokens = x.size(0);
   if (tokens == 0) return sums;
-  const at::Tensor x_fp32 = x.to(at::kFloat).contiguous();
+  const Tensor x_fp32 = x.to(at::kFloat).contiguous();
   const MatrixView src{x_fp32.const_data_ptr<float>(), w.k()};
   const MutableMatrixView dst{sums.mutable_data_ptr<float>(), w.n()};
   const DenseView d = view_of(w.dense);

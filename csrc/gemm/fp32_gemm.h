@@ -23,13 +23,12 @@
 // bits.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
+#include <algorithm>
 #include <vector>
 
 #include "cpu/fp32_microkernel.h"
 #include "cpu/packed_weight.h"
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
@@ -40,7 +39,7 @@ inline Element element_of(at::ScalarType dtype) {
 
 // W [rows, columns] as B of a product, in any storage: B = Wᵀ or B = W.
 struct Weight {
-  at::Tensor dense;  // [rows, columns], elements of a row contiguous; undefined where W is quantized
+  Tensor dense;  // [rows, columns], elements of a row contiguous; undefined where W is quantized
   const Packed* packed = nullptr;
   int64_t rows, columns;
   bool transposed;
@@ -49,21 +48,19 @@ struct Weight {
   int64_t k() const { return transposed ? columns : rows; }
 };
 
-// B = Wᵀ, in y = x Wᵀ, and B = W, in dx = dy W. A dense W may be stored in either order.
-Weight transposed_weight(const at::Tensor& dense);
-Weight transposed_weight(const Packed& w);
-Weight plain_weight(const at::Tensor& dense);
-Weight plain_weight(const Packed& w);
+// B = Wᵀ, in y = x Wᵀ, or `plain` B = W, in dx = dy W. A dense W may be stored in either order.
+Weight as_weight(const Tensor& dense, bool plain);
+Weight as_weight(const Packed& w, bool plain);
 
 // X [tokens, k] in fp32 as micro-panels.
 struct PackedTokens {
-  at::Tensor panels;
+  Tensor panels;
   int64_t tokens, k;
 };
 
 // `use_scratch`: the panels lie in this thread's scratch memory until its next call with it, so that one operand at a
 // time can have it.
-PackedTokens pack_tokens(const at::Tensor& x, bool use_scratch = false);
+PackedTokens pack_tokens(const Tensor& x, bool use_scratch = false);
 
 struct Term {
   const PackedTokens* x;
@@ -71,15 +68,23 @@ struct Term {
 };
 
 // y [tokens, n] in a dtype: the sum of the terms plus `start` ([n], such as a bias, or [tokens, n] in fp32).
-at::Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype,
-                     const std::optional<at::Tensor>& start = std::nullopt);
-
-// Tokens that are packed at once: a caller takes more of them part by part, so that their copy in fp32 stays small.
-int64_t max_packed_tokens(int64_t k);
+Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype, const OptionalTensor& start = std::nullopt);
 
 // The same product in fp32 for up to kFewRows tokens and a dense W, which is read once and in place: nothing is
 // packed. add_few_tokens adds to `sums` and returns it.
-at::Tensor multiply_few_tokens(const at::Tensor& x, const Weight& w);
-at::Tensor add_few_tokens(const at::Tensor& x, const Weight& w, at::Tensor sums);
+Tensor multiply_few_tokens(const Tensor& x, const Weight& w);
+Tensor add_few_tokens(const Tensor& x, const Weight& w, Tensor sums);
+
+// Tokens that are packed at once: more of them are taken part by part, so that their copy in fp32 stays small.
+int64_t max_packed_tokens(int64_t k);
+
+// Calls part(first, count) for each part, and once for no tokens.
+template <typename F>
+void over_parts(int64_t tokens, int64_t k, const F& part) {
+  const int64_t most = max_packed_tokens(k);
+  for (int64_t low = 0; low == 0 || low < tokens; low += most) part(low, std::min(most, tokens - low));
+}
+
+inline Tensor joined(const std::vector<Tensor>& parts) { return parts.size() == 1 ? parts.front() : at::cat(parts); }
 
 }  // namespace lorasb

@@ -14,22 +14,21 @@
 namespace lorasb {
 namespace {
 
-// Measured on two Zen 4 cores at 4096 x 4096; beyond these numbers of tokens panels and the BLAS are faster.
-constexpr int64_t kDirectTokens = 8;      // forward, fp32
-constexpr int64_t kTransposedTokens = 8;  // backward, fp32 and bf16
+// Measured on two Zen 4 cores at 4096 x 4096.
+constexpr int64_t kDirectTokens = 8;      // in fp32, and backward in bf16; for more, panels and the BLAS are faster
 constexpr int64_t kPanelBytes = 4 << 20;  // of W at a time: stays in a last-level cache, and the BLAS loses 2%
 constexpr int64_t kMinPanel = 512;        // rows or columns of a panel, however long they are
 constexpr int64_t kDirectWidth = 512;     // columns of dx at a time
 
-bool direct_dtype(const at::Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat; }
+bool direct_dtype(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat; }
 
-at::Tensor as_float(const at::Tensor& x) { return x.to(at::kFloat).contiguous(); }
+Tensor as_float(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
 
 // y += x Wᵀ by look-ups, added in fp32 and rounded once.
-void direct_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
+void direct_product(const Packed& w, const Tensor& x, Tensor& y) {
   const int64_t tokens = x.size(0), half = w.columns / 2, ld = half_stride(w.columns);
-  const at::Tensor x_fp32 = as_float(x);
-  at::Tensor split = at::empty({2, tokens, ld}, x_fp32.options());  // even columns of x, then odd ones
+  const Tensor x_fp32 = as_float(x);
+  Tensor split = at::empty({2, tokens, ld}, x_fp32.options());  // even columns of x, then odd ones
   float *even = split.mutable_data_ptr<float>(), *odd = even + tokens * ld;
   const float* src = x_fp32.const_data_ptr<float>();
   for (int64_t i = 0; i < tokens; ++i) {
@@ -38,7 +37,7 @@ void direct_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
       odd[i * ld + j] = src[i * w.columns + 2 * j + 1];
     }
   }
-  at::Tensor sums = at::empty({tokens, w.rows}, x_fp32.options());
+  Tensor sums = at::empty({tokens, w.rows}, x_fp32.options());
   float* dst = sums.mutable_data_ptr<float>();
   for (int64_t i = 0; i < tokens; i += kDirectRows) {
     const int64_t count = std::min<int64_t>(kDirectRows, tokens - i);
@@ -50,10 +49,10 @@ void direct_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
 }
 
 // dx += dy W by look-ups; a task has its own columns, so that it sums over all rows of W in order.
-void direct_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
+void direct_product_transposed(const Packed& w, const Tensor& dy, Tensor& dx) {
   const int64_t tokens = dy.size(0);
-  const at::Tensor dy_fp32 = as_float(dy);
-  at::Tensor result = at::empty({tokens, w.columns}, dy_fp32.options());
+  const Tensor dy_fp32 = as_float(dy);
+  Tensor result = at::empty({tokens, w.columns}, dy_fp32.options());
   const float* src = dy_fp32.const_data_ptr<float>();
   float* dst = result.mutable_data_ptr<float>();
   const int64_t width = std::max(w.block, kDirectWidth / w.block * w.block);  // whole blocks
@@ -81,42 +80,24 @@ void direct_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor
 
 // Scratch memory in x's dtype, or in fp32 where nothing decodes to it. It is in huge pages: how a panel's pages lie
 // decides how fast the BLAS reads it.
-at::Tensor panel_scratch(const at::Tensor& x, int64_t size) {
+Tensor panel_scratch(const Tensor& x, int64_t size) {
   const auto dtype = direct_dtype(x) ? x.scalar_type() : at::kFloat;
   void* memory = thread_scratch(size * at::elementSize(dtype), Scratch::weight_block);
   return at::from_blob(memory, {size}, x.options().dtype(dtype));
 }
 
-// W[rows, columns] in x's dtype; it is valid until the next panel is decoded into the same memory.
-at::Tensor decode_panel_as(const Packed& w, Range rows, Range columns, at::Tensor& scratch, at::ScalarType dtype) {
-  at::Tensor panel = scratch.narrow(0, 0, rows.size() * columns.size()).view({rows.size(), columns.size()});
-  decode_panel(w, rows, columns, panel);
-  return panel.to(dtype);
-}
-
-// Rows (columns) of a panel whose rows (columns) have `length` elements.
-int64_t panel_size(const at::Tensor& x, int64_t length, int64_t available) {
+// y += x Wᵀ, or x W if `plain`, by the BLAS: some rows, or columns, of W at a time, decoded into the same memory.
+void blas_product(const Packed& w, const Tensor& x, Tensor& y, bool plain) {
+  const int64_t length = x.size(1), available = y.size(1);
   const int64_t wanted = kPanelBytes / std::max<int64_t>(1, length * x.element_size());
-  return std::min(available, std::max<int64_t>(kMinPanel, wanted / 64 * 64));
-}
-
-void blas_product(const Packed& w, const at::Tensor& x, at::Tensor& y) {
-  const int64_t size = panel_size(x, w.columns, w.rows);
-  at::Tensor scratch = panel_scratch(x, size * w.columns);
-  for (int64_t low = 0; low < w.rows; low += size) {
-    const Range rows{low, std::min(low + size, w.rows)};
-    const at::Tensor panel = decode_panel_as(w, rows, {0, w.columns}, scratch, x.scalar_type());
-    y.narrow(1, low, rows.size()).addmm_(x, panel.t());
-  }
-}
-
-void blas_product_transposed(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
-  const int64_t size = panel_size(dy, w.rows, w.columns);
-  at::Tensor scratch = panel_scratch(dy, size * w.rows);
-  for (int64_t low = 0; low < w.columns; low += size) {
-    const Range columns{low, std::min(low + size, w.columns)};
-    const at::Tensor panel = decode_panel_as(w, {0, w.rows}, columns, scratch, dy.scalar_type());
-    dx.narrow(1, low, columns.size()).addmm_(dy, panel);
+  const int64_t size = std::min(available, std::max<int64_t>(kMinPanel, wanted / 64 * 64));
+  const Tensor scratch = panel_scratch(x, size * length);
+  for (int64_t low = 0; low < available; low += size) {
+    const Range part{low, std::min(low + size, available)}, whole{0, length}, rows = plain ? whole : part;
+    Tensor panel = scratch.narrow(0, 0, part.size() * length).view({rows.size(), -1});
+    decode_panel(w, rows, plain ? part : whole, panel);
+    const Tensor right = panel.to(x.scalar_type());
+    y.narrow(1, low, part.size()).addmm_(x, plain ? right : right.t());
   }
 }
 
@@ -126,29 +107,24 @@ bool takes_fp32_gemm(const Packed& w, at::ScalarType dtype, int64_t M) {
   const bool widened = dtype == at::kFloat || dtype == at::kHalf;  // fp16 is computed in fp32 on every processor
   if (!widened && dtype != at::kBFloat16) return false;
   if (M <= kDirectTokens && w.whole_blocks() && dtype != at::kHalf) return false;
-  return widened ? kernels().fp32_gemm_beats_blas : kernels().bf16_gemm == nullptr;
+  return widened ? kernels().fp32_gemm_beats_blas : !kernels().multiplies_bf16();
 }
 
-void panel_gemm_add(const Packed& w, const at::Tensor& x, at::Tensor& y) {
+void panel_gemm_add(const Packed& w, const Tensor& x, Tensor& y, bool plain) {
   const int64_t M = x.size(0);
   if (M == 0 || w.rows == 0 || w.columns == 0) return;
-  if (direct_dtype(x) && M <= kDirectTokens && w.whole_blocks()) {
-    direct_product(w, x, y);
-  } else {
-    blas_product(w, x, y);
-  }
+  if (plain && bf16_gemm_supported(w, x.scalar_type(), M)) return bf16_gemm_add(w, x, y);
+  if (!direct_dtype(x) || M > kDirectTokens || !w.whole_blocks()) return blas_product(w, x, y, plain);
+  (plain ? direct_product_transposed : direct_product)(w, x, y);
 }
 
-void panel_gemm_transposed_add(const Packed& w, const at::Tensor& dy, at::Tensor& dx) {
-  const int64_t M = dy.size(0);
-  if (M == 0 || w.rows == 0 || w.columns == 0) return;
-  if (bf16_gemm_supported(w, dy.scalar_type(), M)) {
-    bf16_gemm_transposed_add(w, dy, dx);
-  } else if (direct_dtype(dy) && M <= kTransposedTokens && w.whole_blocks()) {
-    direct_product_transposed(w, dy, dx);
-  } else {
-    blas_product_transposed(w, dy, dx);
-  }
+Tensor base_and_adapter(const Packed& w, const Tensor& x, const Tensor& v, const Tensor& factor,
+                        const OptionalTensor& bias, bool plain) {
+  if (bf16_gemm_supported(w, x.scalar_type(), x.size(0))) return bf16_gemm(w, x, v, factor, bias, plain);
+  const Tensor right = plain ? factor : factor.t();
+  Tensor y = bias.has_value() ? at::addmm(*bias, v, right) : at::mm(v, right);
+  panel_gemm_add(w, x, y, plain);
+  return y;
 }
 
 }  // namespace lorasb

@@ -14,17 +14,19 @@
 // products sum each element of the result in one task. What the BLAS does with threads is its own.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include "cpu/packed_weight.h"
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
-// y [M, m] += x [M, n] Wᵀ. Both are contiguous and of one dtype: fp32, bf16 or fp64.
-void panel_gemm_add(const Packed& w, const at::Tensor& x, at::Tensor& y);
+// y [M, m] += x [M, n] Wᵀ, or y [M, n] += x [M, m] W if `plain`. Both are contiguous and of one dtype: fp32, bf16 or
+// fp64.
+void panel_gemm_add(const Packed& w, const Tensor& x, Tensor& y, bool plain);
 
-// dx [M, n] += dy [M, m] W.
-void panel_gemm_transposed_add(const Packed& w, const at::Tensor& dy, at::Tensor& dx);
+// y [M, m] = x Wᵀ + v Bᵀ + bias, or x W + v A if `plain`, all in x's dtype: by bf16_gemm in one sum where that is
+// supported, else the adapter's part by torch, to which the base's is added.
+Tensor base_and_adapter(const Packed& w, const Tensor& x, const Tensor& v, const Tensor& factor,
+                        const OptionalTensor& bias, bool plain);
 
 // True if M tokens in a dtype are multiplied by the blocked product in fp32 (fp32_gemm.h), and not by the two above.
 bool takes_fp32_gemm(const Packed& w, at::ScalarType dtype, int64_t M);

@@ -2,10 +2,9 @@
 // there to dense elements. Kernels check nothing.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include "cpu/matrix_view.h"
 #include "cpu/packed_weight.h"
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
@@ -18,10 +17,9 @@ namespace lorasb {
 Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns);
 
 // W [rows, columns] in a dtype, bit-equal to bitsandbytes.
-at::Tensor dequantize(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns,
-                      at::ScalarType dtype);
+Tensor dequantize(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int64_t columns, at::ScalarType dtype);
 
 // W[rows, columns] into `panel` [rows, columns], contiguous in fp32, bf16 or fp16.
-void decode_panel(const Packed& w, Range rows, Range columns, at::Tensor& panel);
+void decode_panel(const Packed& w, Range rows, Range columns, Tensor& panel);
 
 }  // namespace lorasb

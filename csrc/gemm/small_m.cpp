@@ -14,8 +14,8 @@ constexpr int64_t kWidth = 512;            // columns of dx at a time
 constexpr int64_t kMaxBackwardTokens = 2;  // for more, the blocked product is faster
 
 // x [M, n] in the order in which look-ups yield the elements of a row of W; rows of stream_stride(n).
-at::Tensor arrange(const Packed& w, const at::Tensor& x) {
-  at::Tensor streams = at::empty({x.size(0), stream_stride(w.columns)}, x.options());
+Tensor arrange(const Packed& w, const Tensor& x) {
+  Tensor streams = at::empty({x.size(0), stream_stride(w.columns)}, x.options());
   uint16_t* dst = mutable_bits(streams);
   at::parallel_for(0, x.size(0), grain(w.columns), [&](int64_t low, int64_t high) {
     for (int64_t i = low; i < high; ++i) {
@@ -39,9 +39,9 @@ void thin_product(Bf16View x, int64_t M, const uint16_t* d, int64_t columns, Ran
 std::unique_ptr<float[]> allocate_sums(int64_t count) { return std::unique_ptr<float[]>(new float[count + kBf16Nr]); }
 
 // t [M, r] = dy B in fp32.
-at::Tensor multiply_by_b(MatrixView dy, int64_t M, const at::Tensor& b, const at::TensorOptions& options) {
+Tensor multiply_by_b(MatrixView dy, int64_t M, const Tensor& b, const at::TensorOptions& options) {
   const int64_t r = b.size(1);
-  at::Tensor t = at::zeros({M, r}, options);
+  Tensor t = at::zeros({M, r}, options);
   if (r == 0) return t;
   add_row_parts(b.size(0), t,
                 [&](Range rows, float* part) { kernels().dense_add_bf16(dy, M, {bits(b), r}, rows, {0, r}, part); });
@@ -50,19 +50,17 @@ at::Tensor multiply_by_b(MatrixView dy, int64_t M, const at::Tensor& b, const at
 
 }  // namespace
 
-bool small_m_supported(const Packed& w, const at::Tensor& x, bool backward) {
+bool small_m_supported(const Packed& w, const Tensor& x, bool backward) {
   const int64_t M = x.size(0), max_tokens = backward ? kMaxBackwardTokens : kernels().max_few_tokens;
   return kernels().dot_bf16 != nullptr && x.scalar_type() == at::kBFloat16 && M > 0 && M <= max_tokens && w.rows > 0 &&
          w.columns > 0 && w.whole_blocks();
 }
 
-std::tuple<at::Tensor, at::Tensor> small_m_forward(const Packed& w, const at::Tensor& x, const at::Tensor& a,
-                                                   const at::Tensor& core, const at::Tensor& b,
-                                                   const std::optional<at::Tensor>& bias) {
+TensorPair small_m_forward(const Packed& w, const Tensor& x, const Tensor& a, const Tensor& core, const Tensor& b,
+                           const OptionalTensor& bias) {
   const int64_t M = x.size(0), m = w.rows, n = w.columns, r = a.size(0);
-  const at::Tensor streams = arrange(w, x), a_rows = a.contiguous(), core_rows = core.contiguous(),
-                   b_rows = b.contiguous();
-  at::Tensor u = at::empty({M, r}, x.options()), y = at::empty({M, m}, x.options());
+  const Tensor streams = arrange(w, x), a_rows = a.contiguous(), core_rows = core.contiguous(), b_rows = b.contiguous();
+  Tensor u = at::empty({M, r}, x.options()), y = at::empty({M, m}, x.options());
   const auto sums = allocate_sums(M * std::max(m, r));
   const MutableMatrixView thin_sums{sums.get(), r}, y_sums{sums.get(), m};
   const std::unique_ptr<uint16_t[]> v(new uint16_t[M * r]);
@@ -72,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor> small_m_forward(const Packed& w, const at::Te
   round_rows({sums.get(), r}, M, r, nullptr, {mutable_bits(u), r});
   thin_product({bits(u), r}, M, bits(core_rows), r, {0, r}, false, thin_sums);
   round_rows({sums.get(), r}, M, r, nullptr, {v.get(), r});
-  const at::Tensor bias_row = bias.has_value() ? bias->contiguous() : at::Tensor();
+  const Tensor bias_row = bias.has_value() ? bias->contiguous() : Tensor();
   uint16_t* dst = mutable_bits(y);
   // Steps of 32 rows, whole vectors of sums: only the last one loads past its own, and those are masked.
   over_rows(m, n, kBf16Nr, [&](int64_t low, int64_t high) {
@@ -83,15 +81,15 @@ std::tuple<at::Tensor, at::Tensor> small_m_forward(const Packed& w, const at::Te
   return {y, u};
 }
 
-std::tuple<at::Tensor, at::Tensor> small_m_backward(const Packed& w, const at::Tensor& dy, const at::Tensor& a,
-                                                    const at::Tensor& core, const at::Tensor& b, bool need_dx) {
+TensorPair small_m_backward(const Packed& w, const Tensor& dy, const Tensor& a, const Tensor& core, const Tensor& b,
+                            bool need_dx) {
   const int64_t M = dy.size(0), m = w.rows, n = w.columns, r = a.size(0);
-  const at::Tensor dy_fp32 = dy.to(at::kFloat), b_rows = b.contiguous(), a_rows = a.contiguous();
+  const Tensor dy_fp32 = dy.to(at::kFloat), b_rows = b.contiguous(), a_rows = a.contiguous();
   const MatrixView dy_rows{dy_fp32.const_data_ptr<float>(), m};
-  const at::Tensor t = multiply_by_b(dy_rows, M, b_rows, dy_fp32.options());
-  at::Tensor dx = at::empty({need_dx ? M : 0, n}, dy.options());
+  const Tensor t = multiply_by_b(dy_rows, M, b_rows, dy_fp32.options());
+  Tensor dx = at::empty({need_dx ? M : 0, n}, dy.options());
   if (!need_dx) return {dx, t};
-  const at::Tensor c = at::mm(t, core.to(at::kFloat));
+  const Tensor c = at::mm(t, core.to(at::kFloat));
   const MatrixView c_rows{c.const_data_ptr<float>(), r};
   auto* dst = reinterpret_cast<at::BFloat16*>(mutable_bits(dx));
   const int64_t width = std::max(w.block, kWidth / w.block * w.block);  // whole blocks

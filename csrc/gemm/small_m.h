@@ -13,25 +13,20 @@
 // columns, is summed over parts of 256 rows whose sums are added in order (add_row_parts).
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-#include <tuple>
-
 #include "cpu/packed_weight.h"
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
 // True if the functions below take x, or dy.
-bool small_m_supported(const Packed& w, const at::Tensor& x, bool backward);
+bool small_m_supported(const Packed& w, const Tensor& x, bool backward);
 
 // y [M, m] = x [M, n] Wᵀ + v Bᵀ + bias and u = x Aᵀ [M, r], with v = u coreᵀ.
-std::tuple<at::Tensor, at::Tensor> small_m_forward(const Packed& w, const at::Tensor& x, const at::Tensor& a,
-                                                   const at::Tensor& core, const at::Tensor& b,
-                                                   const std::optional<at::Tensor>& bias);
+TensorPair small_m_forward(const Packed& w, const Tensor& x, const Tensor& a, const Tensor& core, const Tensor& b,
+                           const OptionalTensor& bias);
 
 // dx [M, n] = dy [M, m] W + (t core) A, and t = dy B [M, r] in fp32; dx has no rows if it is not needed.
-std::tuple<at::Tensor, at::Tensor> small_m_backward(const Packed& w, const at::Tensor& dy, const at::Tensor& a,
-                                                    const at::Tensor& core, const at::Tensor& b, bool need_dx);
+TensorPair small_m_backward(const Packed& w, const Tensor& dy, const Tensor& a, const Tensor& core, const Tensor& b,
+                            bool need_dx);
 
 }  // namespace lorasb

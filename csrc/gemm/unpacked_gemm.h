@@ -10,15 +10,11 @@
 // Threading: a task has its own rows of W, and so whole sums.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <functional>
-#include <memory>
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "cpu/kernel_table.h"
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
@@ -26,34 +22,32 @@ namespace lorasb {
 int64_t max_unpacked_tokens(int64_t elements);
 
 // True if x [M, n] and a dense W [m, n] are taken.
-bool unpacked_gemm_supported(const at::Tensor& w, const at::Tensor& x);
+bool unpacked_gemm_supported(const Tensor& w, const Tensor& x);
 
 // x [M, n], packed. Refers to nothing of x.
 class TokenPanels {
  public:
-  explicit TokenPanels(const at::Tensor& x);
+  explicit TokenPanels(const Tensor& x);
   // A term with a contiguous D [m, n].
-  UnpackedTerm times(const at::Tensor& d) const;
+  UnpackedTerm times(const Tensor& d) const;
   int64_t tokens() const { return tokens_; }
 
  private:
+  uint16_t* data() const { return static_cast<uint16_t*>(data_.get()); }
+
   int64_t tokens_, columns_;
-  std::unique_ptr<uint16_t[], void (*)(void*)> data_;
+  c10::DataPtr data_;  // panels are stored by whole vectors: torch's allocator aligns to them
 };
 
 // y [M, m] in bf16 = Σ_t x_t D_tᵀ + bias.
-at::Tensor unpacked_sum(const std::vector<UnpackedTerm>& terms, int64_t tokens, int64_t rows,
-                        const std::optional<at::Tensor>& bias);
+Tensor unpacked_sum(const std::vector<UnpackedTerm>& terms, int64_t tokens, int64_t rows,
+                    const OptionalTensor& bias = std::nullopt);
 
 // v [M, r] of u [M, r], both in bf16.
-using TimesCore = std::function<at::Tensor(const at::Tensor&)>;
+using TimesCore = std::function<Tensor(const Tensor&)>;
 
 // y and u [M, r].
-std::tuple<at::Tensor, at::Tensor> unpacked_linear(const TokenPanels& x, const at::Tensor& w, const at::Tensor& a,
-                                                   const TimesCore& times_core, const at::Tensor& b,
-                                                   const std::optional<at::Tensor>& bias);
-
-// v = u coreᵀ; core in bf16, with s.
-TimesCore times_unpacked(const at::Tensor& core);
+TensorPair unpacked_linear(const TokenPanels& x, const Tensor& w, const Tensor& a, const TimesCore& times_core,
+                           const Tensor& b, const OptionalTensor& bias);
 
 }  // namespace lorasb

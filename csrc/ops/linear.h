@@ -3,11 +3,9 @@
 // faster than the BLAS; and forward for few tokens in bf16 where the processor multiplies it. All sums are in fp32.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-#include <tuple>
 #include <vector>
+
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
@@ -16,23 +14,20 @@ namespace lorasb {
 bool serves(at::ScalarType dtype);
 
 // y [..., m] and u = x Aᵀ [M, r]; of one member of lorasb::adapted_linear.
-std::tuple<at::Tensor, at::Tensor> dense_linear(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                                                const at::Tensor& a, const at::Tensor& core, const at::Tensor& b,
-                                                const std::optional<at::Tensor>& bias, double scaling, double dropout,
-                                                const std::optional<at::Tensor>& seed);
+TensorPair dense_linear(const Tensor& x, const OptionalTensor& weight, const Tensor& a, const Tensor& core,
+                        const Tensor& b, const OptionalTensor& bias, double scaling, double probability,
+                        const OptionalTensor& seed);
 
-std::tuple<at::Tensor, at::Tensor> dense_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& weight,
-                                                         const at::Tensor& a, const at::Tensor& core,
-                                                         const at::Tensor& b, const at::Tensor& u, double scaling,
-                                                         double dropout, const std::optional<at::Tensor>& seed,
-                                                         bool need_dx, bool need_dcore);
+TensorPair dense_linear_backward(const Tensor& dy, const OptionalTensor& weight, const Tensor& a, const Tensor& core,
+                                 const Tensor& b, const Tensor& u, double scaling, double probability,
+                                 const OptionalTensor& seed, bool need_dx, bool need_dcore);
 
 // As of lorasb::adapted_linear.
-std::vector<at::Tensor> dense_group(const at::Tensor& x, at::TensorList weights, at::TensorList a, at::TensorList cores,
-                                    at::TensorList b, at::TensorList biases, at::ArrayRef<double> scalings);
+std::vector<Tensor> dense_group(const Tensor& x, at::TensorList weights, at::TensorList a, at::TensorList cores,
+                                at::TensorList b, at::TensorList biases, at::ArrayRef<double> scalings);
 
-std::vector<at::Tensor> dense_group_backward(at::TensorList dys, at::TensorList weights, at::TensorList a,
-                                             at::TensorList cores, at::TensorList b, at::TensorList us,
-                                             at::ArrayRef<double> scalings, bool need_dx, bool need_dcore);
+std::vector<Tensor> dense_group_backward(at::TensorList dys, at::TensorList weights, at::TensorList a,
+                                         at::TensorList cores, at::TensorList b, at::TensorList us,
+                                         at::ArrayRef<double> scalings, bool need_dx, bool need_dcore);
 
 }  // namespace lorasb

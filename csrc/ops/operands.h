@@ -3,12 +3,12 @@
 // Checks raise ValueError and TypeError with what was expected and what came; below ops/ nothing is checked.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
-#include <optional>
 #include <vector>
+
+#include "gemm/tensors.h"
 
 namespace lorasb {
 
@@ -20,32 +20,37 @@ struct BelowAutograd {
 };
 
 // x [..., n] as contiguous rows [M, n].
-inline at::Tensor rows_of(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
+inline Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
 // Rows [M, m] in the leading shape of x or dy: [..., m].
-inline at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
+inline Tensor shaped(const Tensor& rows, const Tensor& like) {
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape.back() = rows.size(1);
   return at::_unsafe_view(rows, shape);
 }
 
 // core·scale in x's dtype: its product is rounded to that in any case.
-inline at::Tensor scaled(const at::Tensor& core, double scale, at::ScalarType dtype) {
+inline Tensor scaled(const Tensor& core, double scale, at::ScalarType dtype) {
   return (scale == 1.0 ? core : core * scale).to(dtype);
 }
 
-inline void check_dtype(const at::Tensor& x) {
+// In fp32: torch multiplies fp16 on CPUs four times slower.
+inline OptionalTensor widened(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(tensor->to(at::kFloat)) : std::nullopt;
+}
+
+inline void check_dtype(const Tensor& x) {
   const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
                    "expected x in fp64, fp32, bf16 or fp16, got ", dtype);
 }
 
 // The blocked products have sums in fp32.
-inline void check_not_double(const at::Tensor& x) {
+inline void check_not_double(const Tensor& x) {
   TORCH_CHECK_TYPE(x.scalar_type() != at::kDouble, "expected x in fp32, bf16 or fp16, got ", x.scalar_type());
 }
 
-inline void check_like(const std::optional<at::Tensor>& tensor, const at::Tensor& x, const char* name) {
+inline void check_like(const OptionalTensor& tensor, const Tensor& x, const char* name) {
   if (!tensor.has_value()) return;
   TORCH_CHECK_TYPE(tensor->scalar_type() == x.scalar_type(), "expected ", name, " in x's dtype ", x.scalar_type(),
                    ", got ", tensor->scalar_type(), ": cast one of the two");
@@ -53,35 +58,34 @@ inline void check_like(const std::optional<at::Tensor>& tensor, const at::Tensor
                     tensor->device(), ": move one of the two");
 }
 
-// x [..., features] against A [r, in] and B [out, r], of which features is either side.
-inline void check_factors(const at::Tensor& x, int64_t features, const at::Tensor& a, const at::Tensor& b) {
+// x [..., in] against A [r, in] and B [out, r]; `plain`, in backward: dy [..., out].
+inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, bool plain) {
   check_dtype(x);
   TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(1), "expected A [r, in] and B [out, r], got ",
                     a.sizes(), " and ", b.sizes());
+  const int64_t features = plain ? b.size(0) : a.size(1);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, "expected [..., ", features, "], got ", x.sizes());
   check_like(a, x, "lora_A");
   check_like(b, x, "lora_B");
 }
 
-inline void check_operands(const at::Tensor& x, int64_t features, const at::Tensor& a, const at::Tensor& core,
-                           const at::Tensor& b) {
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && core.dim() == 2 && a.size(0) == b.size(1) &&
-                        core.size(0) == a.size(0) && core.size(1) == a.size(0),
+inline void check_operands(const Tensor& x, const Tensor& a, const Tensor& core, const Tensor& b, bool plain) {
+  check_factors(x, a, b, plain);
+  TORCH_CHECK_VALUE(core.dim() == 2 && core.size(0) == a.size(0) && core.size(1) == a.size(0),
                     "expected A [r, in], R [r, r] and B [out, r], got ", a.sizes(), ", ", core.sizes(), ", ",
                     b.sizes());
-  check_factors(x, features, a, b);
   TORCH_CHECK_TYPE(core.is_floating_point(), "expected lora_R in fp32, got ", core.scalar_type());
   TORCH_CHECK_VALUE(core.device().is_cpu(), "expected lora_R on the CPU, got it on ", core.device());
 }
 
-inline void check_weight(const std::optional<at::Tensor>& weight, const at::Tensor& x, int64_t rows, int64_t columns) {
+inline void check_weight(const OptionalTensor& weight, const Tensor& x, int64_t rows, int64_t columns) {
   if (!weight.has_value()) return;
   TORCH_CHECK_VALUE(weight->dim() == 2 && weight->size(0) == rows && weight->size(1) == columns, "expected weight [",
                     rows, ", ", columns, "], got ", weight->sizes());
   check_like(weight, x, "weight");
 }
 
-inline void check_bias(const std::optional<at::Tensor>& bias, const at::Tensor& x, int64_t out_features) {
+inline void check_bias(const OptionalTensor& bias, const Tensor& x, int64_t out_features) {
   TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == out_features), "expected a bias [",
                     out_features, "], got ", bias.has_value() ? bias->sizes() : at::IntArrayRef());
   check_like(bias, x, "bias");

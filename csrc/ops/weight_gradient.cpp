@@ -1,6 +1,7 @@
 #include "ops/weight_gradient.h"
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -14,7 +15,7 @@ namespace {
 constexpr int64_t kChunkElements = 1 << 20;
 constexpr int64_t kPackedGrain = 16;  // pairs of tokens that a task packs
 
-void check(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& total) {
+void check(const Tensor& dy, const Tensor& x, const OptionalTensor& total) {
   TORCH_CHECK_VALUE(dy.dim() == 2 && x.dim() == 2 && dy.size(0) == x.size(0),
                     "expected dy [M, m] and x [M, n] of as many tokens, got ", dy.sizes(), " and ", x.sizes());
   TORCH_CHECK_TYPE(at::isFloatingType(dy.scalar_type()) && at::isFloatingType(x.scalar_type()),
@@ -32,7 +33,7 @@ void check(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Te
 //   otherwise                                 the BLAS, in the dtype of the sum
 class WeightGradient {
  public:
-  WeightGradient(const at::Tensor& dy, const at::Tensor& x, at::ScalarType sum_dtype) : m_(dy.size(1)), n_(x.size(1)) {
+  WeightGradient(const Tensor& dy, const Tensor& x, at::ScalarType sum_dtype) : m_(dy.size(1)), n_(x.size(1)) {
     const bool bf16 = dy.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16;
     if (bf16 && sum_dtype == at::kFloat && kernels().outer_bf16 != nullptr && dy.size(0) > 0) {
       pack(dy.contiguous(), x.contiguous());
@@ -44,7 +45,7 @@ class WeightGradient {
 
   // target [rows.size(), n] = or += G[rows]. Each element is one chain of sums over pairs of tokens, or a product of
   // the BLAS, wherever a task's rows begin.
-  void add(Range rows, at::Tensor& target, bool overwrite) const {
+  void add(Range rows, Tensor& target, bool overwrite) const {
     if (!left_.defined()) return add_by_blas(rows, target, overwrite);
     const OuterOperands operands{bits(left_), bits(right_), m_, n_, pairs_};
     float* total = target.mutable_data_ptr<float>() - rows.begin * n_;  // where row 0 of G would be
@@ -56,7 +57,7 @@ class WeightGradient {
 
  private:
   // Pairs of tokens next to one another: left [pairs, m, 2] and right [n / 64][pairs, 64, 2] (OuterOperands).
-  void pack(const at::Tensor& dy, const at::Tensor& x) {
+  void pack(const Tensor& dy, const Tensor& x) {
     const int64_t tokens = dy.size(0), panels = ceil_div(n_, kOuterColumns);
     pairs_ = ceil_div(tokens, 2);
     left_ = at::empty({pairs_, m_, 2}, dy.options());
@@ -83,7 +84,7 @@ class WeightGradient {
     }
   }
 
-  void add_by_blas(Range rows, at::Tensor& target, bool overwrite) const {
+  void add_by_blas(Range rows, Tensor& target, bool overwrite) const {
     if (dy_.size(0) == 0) {
       if (overwrite) target.zero_();
     } else if (overwrite) {
@@ -99,22 +100,16 @@ class WeightGradient {
     }
   }
 
-  at::Tensor dy_, x_;        // in the sum's dtype; undefined where pairs are multiplied
-  at::Tensor left_, right_;  // packed pairs; undefined where the BLAS multiplies
+  Tensor dy_, x_;        // in the sum's dtype; undefined where pairs are multiplied
+  Tensor left_, right_;  // packed pairs; undefined where the BLAS multiplies
   int64_t m_, n_, pairs_ = 0;
 };
 
-void add_counts(const SignCounts& part, SignCounts& total) {
-  total.squares += part.squares;
-  total.zeros += part.zeros;
-  total.not_finite += part.not_finite;
-}
-
 // Signs of rows of G from `low` on. Each row has its own counts, which are added in the order of rows, whatever the
 // number of threads.
-SignCounts pack_rows(const at::Tensor& rows, int64_t low, at::Tensor& words, at::Tensor& nonzero) {
+SignCounts pack_rows(const Tensor& rows, int64_t low, Tensor& words, Tensor& nonzero) {
   const int64_t count = rows.size(0), n = rows.size(1), width = words.size(1);
-  const at::Tensor rows_fp32 = rows.to(at::kFloat);
+  const Tensor rows_fp32 = rows.to(at::kFloat);
   const float* src = rows_fp32.const_data_ptr<float>();
   auto* positive_bits = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>()) + low * width;
   auto* nonzero_bits = reinterpret_cast<uint32_t*>(nonzero.mutable_data_ptr<int32_t>()) + low * width;
@@ -125,20 +120,20 @@ SignCounts pack_rows(const at::Tensor& rows, int64_t low, at::Tensor& words, at:
     }
   });
   SignCounts total;
-  for (const SignCounts& row : row_counts) add_counts(row, total);
+  for (const SignCounts& row : row_counts) total.add(row);
   return total;
 }
 
 }  // namespace
 
-void gradient_add(const at::Tensor& dy, const at::Tensor& x, at::Tensor& total, bool fresh) {
+void gradient_add(const Tensor& dy, const Tensor& x, Tensor& total, bool fresh) {
   const BelowAutograd below_autograd;
   check(dy, x, total);
   WeightGradient(dy, x, total.scalar_type()).add({0, total.size(0)}, total, fresh);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gradient_signs(const at::Tensor& dy, const at::Tensor& x,
-                                                              const std::optional<at::Tensor>& total, bool fresh) {
+std::tuple<Tensor, Tensor, Tensor> gradient_signs(const Tensor& dy, const Tensor& x, const OptionalTensor& total,
+                                                  bool fresh) {
   const BelowAutograd below_autograd;
   check(dy, x, total);
   const auto sum_dtype = total.has_value()                ? total->scalar_type()
@@ -146,25 +141,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gradient_signs(const at::Tensor& 
                                                           : at::kFloat;
   const int64_t m = dy.size(1), n = x.size(1);
   const WeightGradient gradient(dy, x, sum_dtype);
-  at::Tensor words = at::empty({m, ceil_div(n, 32)}, x.options().dtype(at::kInt)), nonzero = at::empty_like(words);
+  Tensor words = at::empty({m, ceil_div(n, 32)}, x.options().dtype(at::kInt)), nonzero = at::empty_like(words);
   const int64_t step =
       std::max<int64_t>(kOuterRows, kChunkElements / std::max<int64_t>(1, n) / kOuterRows * kOuterRows);
-  at::Tensor scratch;
+  Tensor scratch;
   if (!total.has_value()) scratch = at::empty({std::min(step, m), n}, x.options().dtype(sum_dtype));
   const bool unchanged = total.has_value() && !fresh && dy.size(0) == 0;
   SignCounts counts;
   for (int64_t low = 0; low < m; low += step) {
     const int64_t rows = std::min(step, m - low);
-    at::Tensor part = total.has_value() ? total->narrow(0, low, rows) : scratch.narrow(0, 0, rows);
+    Tensor part = total.has_value() ? total->narrow(0, low, rows) : scratch.narrow(0, 0, rows);
     if (!unchanged) gradient.add({low, low + rows}, part, fresh || !total.has_value());
-    add_counts(pack_rows(part, low, words, nonzero), counts);
+    counts.add(pack_rows(part, low, words, nonzero));
   }
-  at::Tensor statistics = at::empty({3}, x.options().dtype(at::kDouble));
-  double* values = statistics.mutable_data_ptr<double>();
-  values[0] = counts.squares;
-  values[1] = static_cast<double>(counts.zeros);
-  values[2] = static_cast<double>(counts.not_finite);
-  return {words, nonzero, statistics};
+  const std::array<double, 3> statistics{counts.squares, static_cast<double>(counts.zeros),
+                                         static_cast<double>(counts.not_finite)};
+  return {words, nonzero, at::tensor(at::ArrayRef<double>(statistics), at::kDouble)};
 }
 
 }  // namespace lorasb
