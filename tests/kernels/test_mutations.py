@@ -1,8 +1,5 @@
-"""What the interpreter's checks are worth: every barrier, fence, wait and ordering of compiled kernels taken away in turn.
-
-A mutant has to be caught, by a fault or by a wrong result. Some orderings have no effect: Triton writes two barriers in
-a row, or waits for copies that are there already. They are told from the others by a trace of the whole kernel, not by
-what the mutant did: see `Effects`. Their mutants are run too, and have to give the same bits.
+"""Every barrier, fence, wait and ordering of compiled kernels taken away in turn: a fault or a wrong result has to show
+it. Those that order nothing, as a trace of the whole kernel says (`Effects`), have to give the same bits without.
 """
 
 from __future__ import annotations
@@ -148,13 +145,13 @@ class Watched(SharedMemory):
         self.block.note("cp", granules)
         super().use(addresses, size)
 
-    def _check(self, addresses: Any, size: int, warps: Any, doing: str) -> Any:
-        granules = super()._check(addresses, size, warps, doing)
+    def _check(self, *access: Any) -> Any:
+        granules = super()._check(*access)
         self.block.note("cp", granules)
         return granules
 
-    def _check_write(self, addresses: Any, size: int, warps: Any) -> Any:
-        granules = super()._check_write(addresses, size, warps)
+    def _check_write(self, *access: Any) -> Any:
+        granules = super()._check_write(*access)
         self.block.note("wgmma", granules)
         return granules
 
@@ -241,14 +238,13 @@ def launches(request: pytest.FixtureRequest, executor: Executor) -> list[Launch]
         found.append(_with_copies(call))
         executor.run(call)
 
-    shapes = {op: plan.Shape(op, "bf16", M, n, sum(ms), r, len(ms)) for op in ("forward", "backward")}
-    chosen = {op: plan.choose(shape, environment.PTX, 1) for op, shape in shapes.items()}
-    fused = {op: plan.LaunchPlan("fused", one.prep, one.gemm) for op, one in chosen.items()}
+    shapes = (plan.Shape(op, "bf16", M, n, sum(ms), r, len(ms)) for op in ("forward", "backward"))
+    forward, backward = (plan.choose(shape, environment.PTX, 1) for shape in shapes)
     members, mask = members_of(operands_of(*cases)), linear.Mask(dropout, tuple(range(len(ms))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "run", keep)
-        _, us = linear.forward(cases[0].x, members, fused["forward"], mask)
-        linear.backward([c.dy for c in cases], members, us, fused["backward"], True, True, mask)
+        _, us = linear.forward(cases[0].x, members, forward, mask)
+        linear.backward([c.dy for c in cases], members, us, backward, True, True, mask)
     return found
 
 

@@ -1,8 +1,5 @@
-"""An oracle beside the interpreter: `sentryward` finds a kernel free of races in every schedule of a fixed launch.
-
-It knows no branches on data, so that sums which are split (the last program to arrive adds) are left to the
-interpreter, nor wgmma, nor the lookup of a codebook in shared memory; and two threads that store one value at one place,
-as Triton's reductions in `grad_sign` do, are a race to it.
+"""An oracle beside the interpreter: `sentryward` finds a kernel free of races in every schedule of a fixed launch. It
+knows no branches on data (split sums), no wgmma and no codebooks; two stores of one value are a race to it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from ptx import KernelError
 from ptx.global_memory import GlobalMemory
 from ptx.program import Program
 from ptx.tensor_copies import TensorMap
-from ptx.thread_block import Place, ThreadBlock
+from ptx.thread_block import ThreadBlock
 
 ROWS, COLUMNS = 12, 40
 MATRIX = np.arange(ROWS * COLUMNS, dtype=np.uint16).reshape(ROWS, COLUMNS)
@@ -58,8 +58,8 @@ def executed(body: str, width: int = 32) -> tuple[ThreadBlock, np.ndarray[Any, A
     target = memory.allocate(np.zeros(MATRIX.nbytes, np.uint8))
     box = (32, 16) if width == 32 else (16, 32)
     maps = [TensorMap(start, MATRIX.shape, COLUMNS, box, 2, width) for start in (source, target)]
-    values = {parameter.name: value for parameter, value in zip(program.parameters, (maps[0], 0, maps[1]), strict=True)}
-    block = ThreadBlock(program, memory, 16384, values, Place(0, 1))
+    values = {one.place: value for one, value in zip(program.parameters, (maps[0], 0, maps[1]), strict=True)}
+    block = ThreadBlock(program, memory, 16384, values, 0, 1)
     block.run()
     return block, memory.content(target, MATRIX.nbytes).view(np.uint16).reshape(MATRIX.shape)
 

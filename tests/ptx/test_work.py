@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ptx.program import parse_instruction
-from ptx.work import Work, matrix_flops, sectors, slots, wavefronts
+from ptx.work import Work, sectors, wavefronts
 
 WARP = 32
 
@@ -47,48 +47,38 @@ def test_strides_that_everybody_knows(stride: int, size: int, expected: int) -> 
     assert wavefronts(addresses, size, np.zeros(WARP, np.int32)) == expected
 
 
+REGISTERS = "{%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}"
+WGMMA = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, %p1, 1, 1, 0, 0"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("add.s32 %r1, %r2, %r3", 1),
-        ("add.s64 %rd1, %rd2, %rd3", 2),
-        ("mad.wide.u32 %rd1, %r2, 4, %rd3", 1),
-        ("mov.b32 %r1, %r2", 0),
-        ("ld.param.b64 %rd1, [kernel_param_0]", 0),
-        ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1]", 1),
-        ("fma.rn.f32 %f1, %f2, %f3, %f4", 1),
+        ("add.s32 %r1, %r2, %r3", Work(8)),
+        ("add.s64 %rd1, %rd2, %rd3", Work(16)),
+        ("mad.wide.u32 %rd1, %r2, 4, %rd3", Work(8)),
+        ("mov.b32 %r1, %r2", Work()),
+        ("ld.param.b64 %rd1, [kernel_param_0]", Work()),
+        ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1]", Work(8)),
+        ("fma.rn.f32 %f1, %f2, %f3, %f4", Work(8)),
+        (f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {REGISTERS}", Work(8, tensor_flops=8 * 4096)),
+        (f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {REGISTERS}", Work(8, tf32_flops=8 * 2048)),
+        (WGMMA, Work(8, tensor_flops=2 * 2 * 64 * 128 * 16, shared_wavefronts=2 * (64 + 128) * 16 * 2 / 128)),
     ],
 )
-def test_issue_slots(text: str, expected: int) -> None:
-    assert slots(parse_instruction(text)) == expected
+def test_an_instruction_of_eight_warps(text: str, expected: Work) -> None:
+    work = Work()
+    work.issue(parse_instruction(text), None, 256)
+    assert work == expected
 
 
 def test_warps_that_are_elsewhere_do_not_issue() -> None:
     work, active = Work(), np.zeros(128, bool)
     active[[0, 5, 70]] = True
     work.issue(parse_instruction("@%p1 add.s32 %r1, %r2, %r3"), active, 128)
-    assert work.issue_slots == 2
-
-
-REGISTERS = "{%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}"
-WGMMA = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, %p1, 1, 1, 0, 0"
-
-
-@pytest.mark.parametrize(
-    ("text", "flops", "tf32", "passes"),
-    [
-        (f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {REGISTERS}", 8 * 4096, 0, 0),
-        (f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {REGISTERS}", 0, 8 * 2048, 0),
-        (WGMMA, 2 * 2 * 64 * 128 * 16, 0, 2 * (64 + 128) * 16 * 2 / 128),
-    ],
-)
-def test_matrix_instructions_of_eight_warps(text: str, flops: int, tf32: int, passes: float) -> None:
-    work = Work()
-    work.issue(parse_instruction(text), None, 256)
-    assert (work.tensor_flops, work.tf32_flops, work.shared_wavefronts, work.issue_slots) == (flops, tf32, passes, 8)
+    assert work == Work(2)
 
 
 def test_work_adds_and_repeats() -> None:
     one = Work(1, 2, 3, 4, 5)
     assert one + one == one * 2 == Work(2, 4, 6, 8, 10)
-    assert matrix_flops("m16n8k16") == 4096

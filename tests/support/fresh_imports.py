@@ -1,7 +1,6 @@
-"""What repo/test_imports.py runs: pieces of code, each in a fork of a process that has what PEFT needs, but not PEFT itself.
+"""What repo/test_imports.py runs: pieces of code, each in a fork of a process that has what PEFT needs, but not PEFT.
 
-python tests/support/fresh_imports.py < JSON list of code; prints a JSON list of [exit status, output]. torch, transformers and
-bitsandbytes take most of the seconds of `import peft`; in a fork PEFT and lorasb are imported for the first time.
+python tests/support/fresh_imports.py < JSON list of code; prints a JSON list of [exit status, output].
 """
 
 from __future__ import annotations

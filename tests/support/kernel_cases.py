@@ -10,12 +10,13 @@ import environment
 import pytest
 import tolerances
 import torch
-from calls import run_kernels
+from calls import check, run_kernels
 from reference import Case, make_case
 from torch import Tensor
 
 from lorasb.backends import eager as masks
 from lorasb.kernels import linear, plan
+from lorasb.kernels.launcher import Launch, observed
 
 # Triton's interpreter multiplies the raw bits of bf16; compiled kernels (--ptx) are held in all three
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if environment.PTX else ()))
@@ -33,6 +34,13 @@ def row_cases(tokens: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype
     g = torch.Generator().manual_seed(0)
     cases = [make_case((len(INDEX), tokens), n, m, r, dtype, scaling=0.5 + j, seed=j) for j, m in enumerate(ms)]
     return [replace(case, x=cases[0].x, core=case.core * torch.randn(3, r, r, generator=g)) for case in cases]
+
+
+def checked(*cases: Case) -> list[Launch]:
+    """The launches of a call whose results are right."""
+    with observed() as launches:
+        check(run_kernels(*cases), *cases)
+    return launches
 
 
 @contextmanager

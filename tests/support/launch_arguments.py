@@ -1,4 +1,4 @@
-"""Prepared launches against ordinary ones through Triton's own launcher, over a libcuda that records (`recording_cuda.c`).
+"""Prepared launches against ordinary ones by Triton's own launcher, over a libcuda that records (`recording_cuda.c`).
 
     python -m tests.support.launch_arguments LIBRARY [--arch sm_86] [--fault]
 
@@ -24,7 +24,6 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
@@ -35,6 +34,7 @@ from lorasb.compat import triton as private
 from lorasb.functional import lora_sb_linear_group
 from lorasb.kernels import prepared_linear
 from lorasb.kernels.launcher import Launch, observed
+from tests.support.reference import make_case
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Pointers that a launch does not read or write in this call: each way passes another tensor that it has at hand.
@@ -98,26 +98,20 @@ def parameter_names(launch: Launch) -> list[str]:
 
 def call_of(case: Case, library: ctypes.CDLL) -> Callable[[], list[Recorded]]:
     """A function that computes the case and returns its launches."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(case.dtype)
-
-    n, r = case.x[-1], case.r
-    x = tensor(*case.x).requires_grad_()
-    weights = [tensor(m, n) for m in case.out]
-    a, b = [tensor(r, n) for _ in case.out], [tensor(m, r) for m in case.out]
-    cores = [torch.randn(r, r, generator=generator).requires_grad_() for _ in case.out]
-    biases = [tensor(m) for m in case.out] if case.bias else []
-    grads = [tensor(*case.x[:-1], m) for m in case.out]
-    named = {"x": [x], "W": weights, "A": a, "B": b, "R": cores, "bias": biases, "dy": grads}
+    *shape, n = case.x
+    layers = [make_case((*shape,), n, m, case.r, case.dtype, case.bias, seed=j) for j, m in enumerate(case.out)]
+    weights, a, cores, b, dys = ([getattr(one, name) for one in layers] for name in ("weight", "a", "core", "b", "dy"))
+    biases = [one.bias for one in layers if one.bias is not None]
+    x = layers[0].x
+    named = {"x": [x], "W": weights, "A": a, "B": b, "R": cores, "bias": biases, "dy": dys}
     known = {t.data_ptr(): f"{name}{i}" for name, tensors in named.items() for i, t in enumerate(tensors)}
+    trained = [tensor.requires_grad_() for tensor in (x, *cores)]
 
     def run() -> list[Recorded]:
         torch.manual_seed(3)
         library.forget_launches()
         ys = lora_sb_linear_group(x, weights, a, cores, b, biases, [0.7] * len(cores), dropout=case.dropout)
-        torch.autograd.grad(ys, (x, *cores), grads)
+        torch.autograd.grad(ys, trained, dys)
         return recorded(library, known)
 
     return run

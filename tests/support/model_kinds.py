@@ -31,50 +31,40 @@ class Mlp(nn.Module):
         return self.head(self.second(self.first(x).tanh()).tanh())
 
 
-@dataclass(frozen=True)
-class Kind:
-    make: Callable[[], nn.Module]  # the base, in evaluation mode, the same at every call
-    inputs: Callable[[], dict[str, Any]]  # keyword arguments of a forward
-    read: Callable[[Any], Tensor]  # the tensor of its result
-    targets: list[str]  # modules that are adapted
-    task: str | None = None  # PEFT's task type
-
-    def out(self, model: nn.Module) -> Tensor:
-        return self.read(model(**self.inputs()))
-
-
 def ids(**more: Any) -> dict[str, Any]:
     return {"input_ids": text(3, 10, 0)["input_ids"], **more}
 
 
+@dataclass(frozen=True)
+class Kind:
+    make: Callable[[], nn.Module]  # the base, in evaluation mode, the same at every call
+    targets: list[str]  # modules that are adapted
+    task: str | None = None  # PEFT's task type
+    read: str = "logits"  # the tensor of its result, or "" where that is one
+    inputs: Callable[[], dict[str, Any]] = ids  # keyword arguments of a forward
+
+    def out(self, model: nn.Module) -> Tensor:
+        result = model(**self.inputs())
+        return getattr(result, self.read) if self.read else result
+
+
 ATTENTION = ["query", "value"]
+X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
 KINDS = {
-    "decoder": Kind(lambda: make("llama"), ids, lambda y: y.logits, ["q_proj", "v_proj", "up_proj"], "CAUSAL_LM"),
-    "conv1d decoder": Kind(lambda: make("gpt2"), ids, lambda y: y.logits, ["c_attn", "c_fc"], "CAUSAL_LM"),
+    "decoder": Kind(lambda: make("llama"), ["q_proj", "v_proj", "up_proj"], "CAUSAL_LM"),
+    "conv1d decoder": Kind(lambda: make("gpt2"), ["c_attn", "c_fc"], "CAUSAL_LM"),
     "encoder-decoder": Kind(
         lambda: make("t5"),
-        lambda: ids(decoder_input_ids=text(3, 6, 1)["input_ids"]),
-        lambda y: y.logits,
         ["q", "v", "wo"],
         "SEQ_2_SEQ_LM",
+        inputs=lambda: ids(decoder_input_ids=text(3, 6, 1)["input_ids"]),
     ),
-    "sequence classification": Kind(
-        lambda: bert("ForSequenceClassification"), ids, lambda y: y.logits, ATTENTION, "SEQ_CLS"
-    ),
-    "token classification": Kind(
-        lambda: bert("ForTokenClassification"), ids, lambda y: y.logits, ATTENTION, "TOKEN_CLS"
-    ),
+    "sequence classification": Kind(lambda: bert("ForSequenceClassification"), ATTENTION, "SEQ_CLS"),
+    "token classification": Kind(lambda: bert("ForTokenClassification"), ATTENTION, "TOKEN_CLS"),
     "question answering": Kind(
-        lambda: bert("ForQuestionAnswering", num_labels=2), ids, lambda y: y.start_logits, ATTENTION, "QUESTION_ANS"
+        lambda: bert("ForQuestionAnswering", num_labels=2), ATTENTION, "QUESTION_ANS", "start_logits"
     ),
-    "feature extraction": Kind(
-        lambda: bert("Model"), ids, lambda y: y.last_hidden_state, ATTENTION, "FEATURE_EXTRACTION"
-    ),
-    "mlp": Kind(
-        lambda: Mlp().eval(),
-        lambda: {"x": torch.randn(5, 10, generator=torch.Generator().manual_seed(0))},
-        lambda y: y,
-        ["first", "second"],
-    ),
-    "no linear": Kind(lambda: Net().eval(), lambda: {"ids": net_batch()["ids"]}, lambda y: y, TARGETS),
+    "feature extraction": Kind(lambda: bert("Model"), ATTENTION, "FEATURE_EXTRACTION", "last_hidden_state"),
+    "mlp": Kind(lambda: Mlp().eval(), ["first", "second"], read="", inputs=lambda: {"x": X}),
+    "no linear": Kind(lambda: Net().eval(), TARGETS, read="", inputs=lambda: {"ids": net_batch()["ids"]}),
 }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import llama
 from torch import Tensor, nn
-from twins import batches
+from twins import batches, dense_linear, with_linears
 
 import lorasb
 
@@ -86,11 +86,7 @@ def opaque_model(kind: str | Callable[[nn.Linear], nn.Module], dtype: torch.dtyp
     """A tiny Llama with opaque linears, in evaluation mode; its dimensions are multiples of `GROUP`."""
     torch.manual_seed(0)
     model = llama().to(dtype)
-    replace = KINDS[kind] if isinstance(kind, str) else kind
-    for name, layer in list(model.model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            model.model.set_submodule(name, replace(layer))
-    return model.eval()
+    return with_linears(model, KINDS[kind] if isinstance(kind, str) else kind).eval()
 
 
 def patched(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -112,13 +108,7 @@ def values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 def dense_twin(model: nn.Module) -> nn.Module:
     """The same function with dense linears."""
     dtype = next(model.parameters()).dtype
-    for name, layer in list(model.model.named_modules()):
-        features = getattr(layer, "in_features", None)
-        if features is not None:
-            dense = nn.Linear(features, layer.out_features, bias=False)
-            dense.weight.data = values(layer, dtype)
-            model.model.set_submodule(name, dense)
-    return model.eval()
+    return with_linears(model, lambda layer: dense_linear(values(layer, dtype))).eval()
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, class_name: str, available: str) -> type[nn.Module]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,10 +19,8 @@ def attempt(
     return subprocess.run(command, cwd=cwd, env=environment, input=given, capture_output=True, text=True, timeout=500)
 
 
-def python(
-    *arguments: object, given: str | None = None, cwd: Path = ROOT, program: str = sys.executable, **variables: str
-) -> str:
-    """What Python prints; it has to succeed."""
-    done = attempt(*arguments, given=given, cwd=cwd, program=program, **variables)
+def python(*arguments: object, **options: Any) -> str:
+    """What Python prints, run by `attempt`; it has to succeed."""
+    done = attempt(*arguments, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

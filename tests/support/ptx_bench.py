@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ptx.global_memory import GlobalMemory
 from ptx.program import Program
-from ptx.thread_block import Place, ThreadBlock
+from ptx.thread_block import ThreadBlock
 
 Array = NDArray[Any]
 HEAD = """.version 8.7
@@ -42,9 +42,9 @@ def run(
     for i, array in enumerate(arrays):
         content = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         starts.append(memory.allocate(content, np.zeros(len(content), bool) if i in fresh else None))
-    values = {parameter.name: start for parameter, start in zip(program.parameters, starts, strict=True)}
+    values = {parameter.place: start for parameter, start in zip(program.parameters, starts, strict=True)}
     for i in order if order is not None else range(blocks):
-        ThreadBlock(program, memory, 4096, values, Place(i, blocks)).run()
+        ThreadBlock(program, memory, 4096, values, i, blocks).run()
     return [
         memory.content(start, array.nbytes).view(array.dtype).reshape(array.shape).copy()
         for start, array in zip(starts, arrays, strict=True)

@@ -10,10 +10,10 @@ import torch
 from models import llama
 from storages import exact
 from torch import nn
-from twins import batches
+from twins import batches, dense_linear, with_linears
 
 import lorasb
-from lorasb.quantization.quantized_weight import is_quantized, of_module
+from lorasb.quantization.quantized_weight import of_module
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = ("own", "own nested", "nf4", "fp4 nested", "int8")
@@ -24,12 +24,7 @@ def quantized(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = llama().to(dtype)
     if kind.startswith("own"):
         return lorasb.quantize(model, nested="nested" in kind)
-    for name, parent in list(model.named_modules()):
-        for child, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and child != "lm_head":
-                assert name
-                setattr(parent, child, to_bitsandbytes(layer, kind))
-    return model
+    return with_linears(model, lambda layer: to_bitsandbytes(layer, kind))
 
 
 def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
@@ -48,14 +43,7 @@ def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
 
 def dense_twin(model: nn.Module) -> nn.Module:
     """The same function with dense linears."""
-    twin = copy.deepcopy(model)
-    for parent in list(twin.modules()):
-        for child, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and is_quantized(layer):
-                dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-                dense.weight.data = exact(of_module(layer), torch.float32)
-                setattr(parent, child, dense)
-    return twin
+    return with_linears(copy.deepcopy(model), lambda layer: dense_linear(exact(of_module(layer), torch.float32)))
 
 
 @functools.cache

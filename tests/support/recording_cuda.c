@@ -20,26 +20,24 @@ void set_capability(int major, int minor) {
   minor_version = minor;
 }
 
-// --- device, context and stream ---
-Result cuInit(unsigned flags) { return SUCCESS; }
-Result cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+// --- device, context and stream: what does nothing, and what answers with a constant ---
+#define NOTHING(name) \
+  Result name(void) { return SUCCESS; }
+#define ANSWER(name, type, value) \
+  Result name(type* answer) { return *answer = value, SUCCESS; }
+NOTHING(cuInit) NOTHING(cuDevicePrimaryCtxRelease) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit)
+NOTHING(cuCtxSynchronize) NOTHING(cuStreamSynchronize) NOTHING(cuMemFree_v2) NOTHING(cuModuleUnload)
+NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col)
+ANSWER(cuDriverGetVersion, int, 13000) ANSWER(cuDeviceGetCount, int, 1) ANSWER(cuCtxGetDevice, int, 0)
+ANSWER(cuDevicePrimaryCtxRetain, Handle, (Handle)1) ANSWER(cuCtxGetCurrent, Handle, (Handle)1)
+ANSWER(cuCtxGetLimit, size_t, 1 << 20) ANSWER(cuOccupancyMaxActiveClusters, int, 1)
 Result cuGetErrorString(Result error, const char** text) { return *text = "recorded", SUCCESS; }
 Result cuGetErrorName(Result error, const char** text) { return *text = "recorded", SUCCESS; }
-Result cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
 Result cuDeviceGet(int* device, int index) { return *device = index, SUCCESS; }
-Result cuDevicePrimaryCtxRetain(Handle* context, int device) { return *context = (Handle)1, SUCCESS; }
-Result cuDevicePrimaryCtxRelease(int device) { return SUCCESS; }
-Result cuCtxGetCurrent(Handle* context) { return *context = (Handle)1, SUCCESS; }
-Result cuCtxSetCurrent(Handle context) { return SUCCESS; }
-Result cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
-Result cuCtxGetLimit(size_t* value, int limit) { return *value = 1 << 20, SUCCESS; }
-Result cuCtxSetLimit(int limit, size_t value) { return SUCCESS; }
-Result cuCtxSynchronize(void) { return SUCCESS; }
-Result cuStreamSynchronize(Handle stream) { return SUCCESS; }
 Result cuStreamIsCapturing(Handle stream, int* status) { return *status = 0, SUCCESS; }
 Result cuPointerGetAttribute(void* out, int attribute, uint64_t pointer) { return *(uint64_t*)out = pointer, SUCCESS; }
 Result cuMemAlloc_v2(uint64_t* pointer, size_t bytes) { return *pointer = (uint64_t)malloc(bytes), SUCCESS; }
-Result cuMemFree_v2(uint64_t pointer) { return SUCCESS; }
 
 Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   int large = major_version == 9 || major_version == 10, a100 = major_version == 8 && minor_version == 0;
@@ -96,7 +94,6 @@ Result cuModuleLoadData(Handle* module, const void* image) { return *module = (H
 Result cuModuleLoadDataEx(Handle* module, const void* image, unsigned count, void* options, void* values) {
   return cuModuleLoadData(module, image);
 }
-Result cuModuleUnload(Handle module) { return SUCCESS; }
 
 Result cuModuleGetFunction(Handle* function, Handle module, const char* name) {
   const uint8_t* elf = module;
@@ -120,11 +117,6 @@ Result cuModuleGetFunction(Handle* function, Handle module, const char* name) {
 Result cuFuncGetAttribute(int* value, int attribute, Handle function) {
   return *value = attribute == 0 ? 1024 : 0, SUCCESS;
 }
-Result cuFuncSetAttribute(Handle function, int attribute, int value) { return SUCCESS; }
-Result cuFuncSetCacheConfig(Handle function, int config) { return SUCCESS; }
-Result cuOccupancyMaxActiveClusters(int* count, Handle function, void* config) { return *count = 1, SUCCESS; }
-Result cuTensorMapEncodeTiled(void) { return SUCCESS; }
-Result cuTensorMapEncodeIm2col(void) { return SUCCESS; }
 
 // --- launches ---
 typedef struct {

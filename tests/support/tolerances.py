@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,26 +53,22 @@ def fp32(contraction: int) -> Tolerance:
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
 
+def _pairs(actual: Tensors, expected: Tensors) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    return [(actual, expected)] if isinstance(actual, torch.Tensor) else zip(actual, expected, strict=True)
+
+
 def check(actual: Tensors, expected: Tensors, tolerance: Tolerance) -> None:
     """Assert a row of the table, comparing in fp64: of two tensors, or of each pair of two sequences."""
-    if not isinstance(actual, torch.Tensor):
-        for one, other in zip(actual, expected, strict=True):
-            check(one, other, tolerance)
-        return
-    one, other = actual.double(), expected.double()
-    torch.testing.assert_close(
-        one, other, rtol=tolerance.rtol, atol=tolerance.atol, msg=lambda m: f"{tolerance.why}: {m}"
-    )
+    bounds = {"rtol": tolerance.rtol, "atol": tolerance.atol, "msg": lambda m: f"{tolerance.why}: {m}"}
+    for one, other in _pairs(actual, expected):
+        torch.testing.assert_close(one.double(), other.double(), **bounds)
 
 
 def check_scaled(actual: Tensors, expected: Tensors, tolerance: Tolerance, least: float = 0.0) -> None:
     """Assert a row of the table over the largest expected value, or over `least` where that is more."""
-    if not isinstance(actual, torch.Tensor):
-        for one, other in zip(actual, expected, strict=True):
-            check_scaled(one, other, tolerance, least)
-        return
-    scale = max(float(expected.abs().max()), least) if expected.numel() else 1.0
-    check(actual.double() / scale, expected.double() / scale, tolerance)
+    for one, other in _pairs(actual, expected):
+        scale = max(float(other.abs().max()), least) if other.numel() else 1.0
+        check(one.double() / scale, other.double() / scale, tolerance)
 
 
 def check_equal(actual: Tensors | dict[str, torch.Tensor], expected: Tensors | dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What models over another kind of frozen linears share, whatever stores W: their dense twin's results, and W as it was."""
+"""What models over other frozen linears share, whatever stores W: their dense twin's results, and W as it was."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ import lorasb
 
 def batches(count: int = 3) -> list[Batch]:
     return batches_for("llama", count)
+
+
+def with_linears(model: Any, make: Callable[[Any], nn.Module]) -> Any:
+    """A language model whose blocks' linears are replaced."""
+    for name, layer in list(model.model.named_modules()):
+        if hasattr(layer, "in_features"):
+            model.model.set_submodule(name, make(layer))
+    return model
+
+
+def dense_linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight.data = weight
+    return layer
 
 
 def check_gradients(model: nn.Module, dense: nn.Module) -> None:

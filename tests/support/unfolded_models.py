@@ -7,15 +7,8 @@ from torch import Tensor, nn
 
 TARGETS = ["embed", "conv", "grouped", "image", "attention", "head"]
 # the parameter behind each layer of an adapter, by the layer's name
-PARAMETERS = {
-    "embed": "embed.weight",
-    "conv": "conv.weight",
-    "grouped": "grouped.weight",
-    "image": "image.weight",
-    "attention": "attention.in_proj_weight",
-    "attention.base_layer": "attention.out_proj.weight",
-    "head": "head.weight",
-}
+PARAMETERS = {name: f"{name}.weight" for name in ("embed", "conv", "grouped", "image", "head")}
+PARAMETERS |= {"attention": "attention.in_proj_weight", "attention.base_layer": "attention.out_proj.weight"}
 
 
 class Net(nn.Module):

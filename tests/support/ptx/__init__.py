@@ -1,10 +1,7 @@
 """An interpreter of compiled kernels: it executes the PTX that Triton writes, on the CPU, and checks every access.
 
-The threads of a program run in lockstep as numpy vectors; programs run one after another, in any order. What is checked
-of a kernel is what its PTX does: the values (bf16, fp16, tf32 and fp32 as the instructions round them), the bounds and
-alignment of every access, that no byte is read which nobody wrote, that threads of a block and blocks of a launch are
-ordered where they share memory, that asynchronous copies, TMA and wgmma are waited for. What is not: ptxas (SASS), time, and
-the order in which a tensor core adds up inside one instruction.
+The threads of a program run in lockstep as numpy vectors; programs run one after another, in any order. What is checked,
+and what is not: docs/kernels-without-a-gpu.md.
 
 - `program` parses PTX. `formats` has its types and roundings, `arithmetic` what each instruction computes.
 - `global_memory` and `shared_memory` hold bytes and check accesses.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
-from .formats import Array
+from .formats import BITS, Array
 
 
 @dataclass
@@ -40,8 +41,8 @@ class Tracker:
             return tensor
         storage = tensor.untyped_storage()
         if storage.nbytes():
-            content = _bytes(storage)
-            self._fresh[storage.data_ptr()] = Fresh(storage, content, np.zeros(len(content), bool))
+            content = bytes_of(storage).view(BITS[tensor.element_size()]).copy()
+            self._fresh[storage.data_ptr()] = Fresh(storage, content, np.zeros(content.nbytes, bool))
         return tensor
 
     def initialized(self, pointer: int, content: Array) -> Array | None:
@@ -49,7 +50,8 @@ class Tracker:
         fresh = self._fresh.get(pointer)
         if fresh is None:
             return None
-        fresh.written |= content != fresh.content
+        changed = content.view(fresh.content.dtype) != fresh.content  # an element has been written as a whole
+        fresh.written |= np.repeat(changed, fresh.content.itemsize)
         return fresh.written
 
     def update(self, pointer: int, written: Array) -> None:
@@ -61,14 +63,10 @@ class Tracker:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Note what `torch.empty`, `torch.empty_like` and `Tensor.new_empty` make inside the block."""
-        originals = {(owner, name): getattr(owner, name) for owner, name in MAKERS}
-        for (owner, name), original in originals.items():
-            setattr(owner, name, self._noting(original))
-        try:
+        with ExitStack() as stack:
+            for owner, name in MAKERS:
+                stack.enter_context(mock.patch.object(owner, name, self._noting(getattr(owner, name))))
             yield
-        finally:
-            for (owner, name), original in originals.items():
-                setattr(owner, name, original)
 
     def _noting(self, original: Any) -> Any:
         def make(*arguments: Any, **options: Any) -> Any:
@@ -83,6 +81,6 @@ HOST_CODE = ("lorasb.kernels", "lorasb.backends.triton")
 MAKERS = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
 
 
-def _bytes(storage: Any) -> Array:
-    raw = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    return np.frombuffer(raw, np.uint8).copy()
+def bytes_of(storage: Any) -> Array:
+    """The memory of a storage."""
+    return np.frombuffer((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)

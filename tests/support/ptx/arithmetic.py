@@ -17,18 +17,9 @@ from .formats import FLOATS, WIDER, Array
 
 Parts = tuple[str, ...]
 Function = Callable[..., Array]
-COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "lo": np.less,
-    "ls": np.less_equal,
-    "hi": np.greater,
-    "hs": np.greater_equal,
-}
+COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {"eq": np.equal, "ne": np.not_equal}
+COMPARISONS |= {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+COMPARISONS |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}  # of unsigned integers
 
 
 def is_float(dtype: Any) -> bool:
@@ -38,63 +29,40 @@ def is_float(dtype: Any) -> bool:
 
 def multiply(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
     """mul: `.lo` keeps the lower half, `.hi` the upper one, `.wide` both."""
-    if is_float(dtype):
+    if is_float(dtype) or parts[1] == "lo":
         return a * b
-    if parts[1] == "wide":
-        wider = WIDER[dtype]
-        return a.astype(wider) * b.astype(wider)
-    if parts[1] == "hi":
-        return _upper_half(dtype, a, b)
-    return a * b
-
-
-def _upper_half(dtype: Any, a: Array, b: Array) -> Array:
-    bits = np.dtype(dtype).itemsize * 8
-    if bits == 64:
-        products = [(int(x) * int(y) >> 64) % 2**64 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-        return np.array(products, dtype=np.uint64).view(dtype)
-    wider = WIDER[dtype]
-    return ((a.astype(wider) * b.astype(wider)) >> wider(bits)).astype(dtype)
+    wider = WIDER.get(dtype, object)
+    product = a.astype(wider) * b.astype(wider)
+    return product if parts[1] == "wide" else (product >> np.dtype(dtype).itemsize * 8).astype(dtype)
 
 
 def divide(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
     """div: integers toward zero; the result of a division by zero is not defined, here all ones."""
     if is_float(dtype):
         return a / b
-    if np.issubdtype(dtype, np.unsignedinteger):
-        return np.where(b == 0, ~dtype(0), a // np.where(b == 0, dtype(1), b))
-    safe = np.where(b == 0, dtype(1), b).astype(np.int64)
-    quotient = (np.abs(a.astype(np.int64)) // np.abs(safe)) * np.sign(a.astype(np.int64)) * np.sign(safe)
-    return np.where(b == 0, dtype(-1), quotient).astype(dtype)
+    wide = _widest(dtype)
+    numerator, denominator = a.astype(wide), np.where(b == 0, dtype(1), b).astype(wide)
+    quotient = (numerator - np.fmod(numerator, denominator)) // denominator
+    return np.where(b == 0, ~dtype(0), quotient.astype(dtype))
 
 
-def shift_left(parts: Parts, dtype: Any, a: Array, count: Array) -> Array:
-    """shl: counts beyond the width give zero."""
-    bits = np.dtype(dtype).itemsize * 8
-    shifted = a.astype(np.uint64) << np.minimum(count, 63).astype(np.uint64)
-    return np.where(count >= bits, np.uint64(0), shifted).astype(dtype)
+def _widest(dtype: Any) -> Any:
+    """64 bits with or without a sign."""
+    return np.int64 if np.issubdtype(dtype, np.signedinteger) else np.uint64
 
 
-def shift_right(parts: Parts, dtype: Any, a: Array, count: Array) -> Array:
-    """shr: `.s` fills with the sign, `.u` and `.b` with zeros; counts beyond the width move everything out."""
-    bits = np.dtype(dtype).itemsize * 8
-    if np.issubdtype(dtype, np.signedinteger):
-        return (a.astype(np.int64) >> np.minimum(count, bits - 1).astype(np.int64)).astype(dtype)
-    shifted = a.astype(np.uint64) >> np.minimum(count, 63).astype(np.uint64)
-    return np.where(count >= bits, np.uint64(0), shifted).astype(dtype)
+def shift(parts: Parts, dtype: Any, a: Array, count: Array) -> Array:
+    """shl and shr: `.s` fills with the sign, `.u` and `.b` with zeros; counts beyond the width move everything out."""
+    way = np.left_shift if parts[0] == "shl" else np.right_shift
+    return way(a, np.minimum(count, 64).astype(dtype))  # numpy moves everything out, too
 
 
 def extract_field(parts: Parts, dtype: Any, a: Array, start: Array, length: Array) -> Array:
     """bfe: `length` bits from `start` on; `.s` extends the field's highest bit, which is 31's where it ends beyond."""
-    start, length = start & np.uint32(0xFF), length & np.uint32(0xFF)
-    wide = a.view(dtype).astype(np.int64)
-    field = np.where(start < 64, wide >> np.minimum(start, 63), 0)
-    keep = (np.int64(1) << np.minimum(length, 32)) - 1
-    field &= keep
-    if np.issubdtype(dtype, np.signedinteger):
-        last = np.minimum(start + np.maximum(length, 1) - 1, 31)
-        field = np.where((wide >> last & 1 == 1) & (length > 0), field | ~keep, field)
-    return field.astype(dtype)
+    wide, start, length = _widest(dtype), np.minimum(start & 0xFF, 63), np.minimum(length & 0xFF, 32)
+    spare = (64 - np.maximum(length, 1)).astype(wide)  # bits above the field, which a shift there and back fills
+    field = a.astype(wide) >> start.astype(wide) << spare >> spare
+    return np.where(length > 0, field, 0).astype(dtype)
 
 
 def permute_bytes(parts: Parts, dtype: Any, a: Array, b: Array, selector: Array) -> Array:
@@ -117,6 +85,14 @@ def compare(operation: str, dtype: Any, a: Array, b: Array) -> Array:
         return nan if operation == "nan" else ~nan
     result = COMPARISONS[operation.removesuffix("u")](a, b)
     return result | nan if operation.endswith("u") else result & ~nan
+
+
+def set_predicate(parts: Parts, dtype: Any, a: Array, b: Array, *others: Array) -> Array:
+    """setp: a comparison, with another predicate where `.and` or `.or` says so."""
+    result = compare(parts[1], dtype, a, b)
+    for other in others:
+        result = FUNCTIONS[parts[2]](parts, bool, result, other)
+    return result
 
 
 # Conversions that numpy does not know, by their types: of which bits, and how
@@ -157,11 +133,6 @@ def _saturated(values: Array, dtype: Any) -> Array:
     return whole.astype(dtype)
 
 
-def _extreme(of_floats: Any, of_integers: Any) -> Function:
-    """min, max: of floats a NaN gives way to a number."""
-    return lambda parts, dtype, a, b: (of_floats if is_float(dtype) else of_integers)(a, b)
-
-
 def _plain(function: Any) -> Function:
     return lambda parts, dtype, *operands: function(*operands)
 
@@ -174,18 +145,22 @@ FUNCTIONS: dict[str, Function] = {
     "fma": _plain(formats.fused_multiply_add),
     "div": divide,
     "rem": lambda parts, dtype, a, b: a - divide(parts, dtype, a, b) * b,  # with the dividend's sign
-    "min": _extreme(np.fmin, np.minimum),
-    "max": _extreme(np.fmax, np.maximum),
+    "min": _plain(np.fmin),  # of floats a NaN gives way to a number
+    "max": _plain(np.fmax),
     "and": _plain(np.bitwise_and),
     "or": _plain(np.bitwise_or),
     "xor": _plain(np.bitwise_xor),
     "not": _plain(np.invert),
     "neg": _plain(np.negative),
     "abs": _plain(np.abs),
-    "shl": shift_left,
-    "shr": shift_right,
+    "shl": shift,
+    "shr": shift,
     "bfe": extract_field,
     "prmt": permute_bytes,
+    "setp": set_predicate,
+    "selp": _plain(lambda a, b, condition: np.where(condition, a, b)),
 }
-COUNTS = {"shl": (1,), "shr": (1,), "bfe": (1, 2)}  # operands that are u32 whatever the type
+# Operands of another type than the instruction says, by their places
+OPERANDS: dict[str, dict[int, Any]] = {"selp": {2: bool}, "setp": {2: bool}, "bfe": {1: np.uint32, 2: np.uint32}}
+OPERANDS |= {"shl": {1: np.uint32}, "shr": {1: np.uint32}}
 WIDE_ADDEND = ("mad", "wide")

@@ -1,6 +1,6 @@
 """Device memory: allocations with red zones in one arena, and the checks of every access.
 
-An access has to lie in one allocation, be aligned to its size, and read bytes that somebody wrote. Accesses of different
+An access has to lie in one allocation, be aligned to its size, and read bytes that somebody wrote. Accesses of other
 programs to the same bytes have to be ordered by an `acq_rel` atomic that both went through: each program has a clock
 that ticks at its barriers; an atomic publishes the clocks that its program knows, and learns those of earlier ones.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .faults import KernelError
-from .formats import BITS, Array, pieces
+from .formats import Array, pieces
 
 if TYPE_CHECKING:
     from .thread_block import ThreadBlock
@@ -41,7 +41,7 @@ class GlobalMemory:
     def __init__(self, size: int) -> None:
         size = -(-size // ALIGNMENT) * ALIGNMENT
         self.bytes = np.zeros(size, np.uint8)
-        self.initialized = np.zeros(size, np.uint8)  # one flag a byte, gathered like the bytes themselves
+        self.initialized = np.zeros(size, bool)
         self.writer = np.full(size // GRANULE, NOBODY, np.int32)
         self.write_clock = np.zeros(size // GRANULE, np.int32)
         self.write_warp = np.zeros(size // GRANULE, np.int32)
@@ -51,19 +51,15 @@ class GlobalMemory:
         self.waited: set[int] = set()  # programs that have waited for it
         self._published: dict[int, dict[int, int]] = {}  # by address, the clocks of programs
         self._learned: dict[int, tuple[int, int]] = {}  # clocks of programs, and the running one's when it learned them
-        self._starts: list[int] = []
         self._top = RED_ZONE
 
     def allocate(self, content: Array, initialized: Array | None = None, offset: int = 0) -> int:
         """Put bytes into the arena; their address, which is `offset` from an aligned one."""
         start = -(-self._top // ALIGNMENT) * ALIGNMENT + offset
         end = start + len(content)
-        if end + RED_ZONE > len(self.bytes):
-            raise KernelError("the interpreter's arena is too small for this launch")
         self.bytes[start:end] = content
-        self.initialized[start:end] = 1 if initialized is None else initialized
+        self.initialized[start:end] = True if initialized is None else initialized
         self.allocations.append(Allocation(start, end, initialized is None or bool(initialized.all())))
-        self._starts.append(start)
         self._top = end + RED_ZONE
         return start
 
@@ -73,11 +69,7 @@ class GlobalMemory:
 
     def begin(self, block: ThreadBlock) -> None:
         """Another program runs from now on, and knows nothing of the others yet."""
-        self._block, self._learned = block, {}
-
-    @property
-    def _program(self) -> int:
-        return self._block.place.program
+        self._block, self._program, self._learned = block, block.number, {}
 
     @property
     def _clock(self) -> int:
@@ -89,9 +81,8 @@ class GlobalMemory:
         self._check_pending(touched, "read")
         if any(allocation.written for allocation in touched):
             self._check_order(addresses, size, warps, "read")
-        step = min(4, size)
-        flags = self.initialized.view(BITS[step])
-        if not all(allocation.whole for allocation in touched) and not flags[pieces(addresses, size, step)].all():
+        is_whole = all(allocation.whole for allocation in touched)
+        if not is_whole and not self.initialized[pieces(addresses, size, 1)].all():
             raise KernelError("read of global memory that nobody wrote")
         return self.bytes.view(dtype)[pieces(addresses, size, np.dtype(dtype).itemsize)]
 
@@ -108,7 +99,7 @@ class GlobalMemory:
         for allocation in touched:
             allocation.written = True
         self.bytes.view(values.dtype)[pieces(addresses, size, values.itemsize)] = values
-        self.initialized[pieces(addresses, size, 1)] = 1
+        self.initialized[pieces(addresses, size, 1)] = True
 
     def atomic_add(self, addresses: Array, values: Array, ordered: bool = True) -> Array:
         """`atom.global.gpu.add.u32`, thread by thread; the former values. `ordered`: acq_rel, else relaxed."""
@@ -143,7 +134,7 @@ class GlobalMemory:
             raise KernelError(f"misaligned global {doing} of {size} bytes")
         touched: dict[int, Allocation] = {}
         for low, high in _ranges(addresses, size):
-            place = bisect_right(self._starts, low) - 1
+            place = bisect_right(self.allocations, low, key=lambda one: one.start) - 1
             allocation = self.allocations[place] if place >= 0 else None
             if allocation is None or high > allocation.end:
                 past = "" if allocation is None else f", {high - allocation.end} bytes past the end of a tensor"

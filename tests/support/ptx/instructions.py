@@ -21,9 +21,6 @@ WARP, WARPGROUP = 32, 128
 def _move(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
     """mov: also takes a register apart into {halves}, or puts one together from them."""
     target, source = instruction.operands
-    if instruction.kind == "pred":
-        block.put(target, block.predicate(source), active)
-        return
     dtype = block.dtype_of(instruction)
     half = BITS[np.dtype(dtype).itemsize // max(len(members(target)), len(members(source)))]
     if isinstance(target, tuple):
@@ -36,25 +33,6 @@ def _move(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
         block.put(target, block.get(source, dtype), active)
 
 
-def _set_predicate(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
-    """setp: a comparison, with another predicate where `.and` or `.or` says so."""
-    target, a, b, *others = instruction.operands
-    dtype, operation = block.dtype_of(instruction), instruction.parts[1]
-    with np.errstate(all="ignore"):
-        result = arithmetic.compare(operation, dtype, block.get(a, dtype), block.get(b, dtype))
-    if instruction.parts[2] == "and":
-        result = result & block.predicate(others[0])
-    elif instruction.parts[2] == "or":
-        result = result | block.predicate(others[0])
-    block.put(target, result, active)
-
-
-def _select(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
-    target, a, b, condition = instruction.operands
-    dtype = block.dtype_of(instruction)
-    block.put(target, np.where(block.predicate(condition), block.get(a, dtype), block.get(b, dtype)), active)
-
-
 def _convert(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
     target, *sources = instruction.operands
     kind = ".".join(instruction.parts[1:])
@@ -63,8 +41,7 @@ def _convert(block: ThreadBlock, instruction: Instruction, active: Array | None)
         high, low = (one(block.get(source, np.float32)).astype(np.uint32) for source in sources)
         block.put(target, (high << np.uint32(16)) | low, active)
         return
-    with np.errstate(all="ignore"):
-        result = arithmetic.convert(instruction.parts, lambda dtype: block.get(sources[0], dtype))
+    result = arithmetic.convert(instruction.parts, lambda dtype: block.get(sources[0], dtype))
     if result is None:
         raise instruction.unknown()
     block.put(target, result, active)
@@ -86,15 +63,12 @@ def _load(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
 
 def _parameter(block: ThreadBlock, source: Any, dtype: Any) -> Array:
     """A kernel parameter's value, by name or by its place among the parameters."""
-    if source.base[0] != "%":
-        places = np.full(block.threads, block.program.places[source.base] + source.offset)
-    else:
-        places = block.addresses(source, np.uint64, block.lanes)
+    places = block.addresses(source, np.uint64, block.lanes)
     result = np.zeros(block.threads, dtype)
     for place in np.unique(places).tolist():
-        if place not in block.program.names:
+        if place not in block.values:
             raise KernelError("ld.param between parameters")
-        value = block.values[block.program.names[place]]
+        value = block.values[place]
         bits = np.float32(value).view(np.uint32) if isinstance(value, float) else np.uint64(value % 2**64)
         result[places == place] = np.asarray(bits).astype(BITS[np.dtype(dtype).itemsize]).view(dtype)
     return result
@@ -127,7 +101,7 @@ def _barrier(block: ThreadBlock, instruction: Instruction, active: Array | None)
     if "warp" in instruction.parts:
         return
     block.all_threads(active)
-    block.shared.barrier()
+    block.shared.clock += 1
 
 
 def _copy(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
@@ -165,7 +139,7 @@ def _grid_dependency(block: ThreadBlock, instruction: Instruction, active: Array
     """griddepcontrol.wait for the launch before; launch_dependents changes nothing here, where launches take turns."""
     block.all_threads(active)
     if instruction.parts[1] == "wait":
-        block.memory.waited.add(block.place.program)
+        block.memory.waited.add(block.number)
 
 
 def _shuffle(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
@@ -280,8 +254,6 @@ def _descriptor(
 Handler = Callable[[Any, Instruction, Array | None], None]
 HANDLERS: dict[str, Handler] = {
     "mov": _move,
-    "setp": _set_predicate,
-    "selp": _select,
     "cvt": _convert,
     "cvta": _move,
     "ld": _load,

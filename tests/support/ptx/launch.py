@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -12,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .allocations import Tracker
+from .allocations import Tracker, bytes_of
 from .faults import KernelError
 from .formats import Array
 from .global_memory import ALIGNMENT, RED_ZONE, GlobalMemory
 from .program import Program
 from .tensor_copies import TensorMap
-from .thread_block import Place, ThreadBlock
+from .thread_block import ThreadBlock
 
 MOST_PROGRAMS = 4096  # at about a millisecond to a second each
 MOST_BYTES = 1 << 30
@@ -29,7 +27,6 @@ class Report:
     """What was executed."""
 
     name: str
-    counts: Counter[str] = field(default_factory=Counter)
     written: set[int] = field(default_factory=set)  # pointers of storages
 
 
@@ -71,10 +68,7 @@ def compile_launch(launch: Any, driver: FakeDriver) -> Compiled:
     return Compiled(kernel.asm["ptx"], kernel.metadata.shared, dict(kernel.src.signature), descriptors)
 
 
-@cache
-def parsed(ptx: str) -> Program:
-    """A program, parsed once."""
-    return Program.parse(ptx)
+parsed = cache(Program.parse)
 
 
 def orders_of(grid: int, seed: int, every_last: bool = False) -> list[list[int]]:
@@ -102,11 +96,9 @@ def execute(
             "run it on a smaller shape"
         )
     arguments = flattened(launch, compiled.signature)
-    tensors = [
-        t for t in (getattr(argument, "base", argument) for argument in arguments) if isinstance(t, torch.Tensor)
-    ]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-    storages = {pointer: storage for pointer, storage in storages.items() if storage.nbytes()}
+    bases = (getattr(argument, "base", argument) for argument in arguments)  # of descriptors
+    found = [one.untyped_storage() for one in bases if isinstance(one, torch.Tensor)]
+    storages = {storage.data_ptr(): storage for storage in found if storage.nbytes()}
     size = sum(storage.nbytes() + RED_ZONE + 2 * ALIGNMENT for storage in storages.values()) + 4 * RED_ZONE
     if size > MOST_BYTES:
         raise KernelError(
@@ -117,11 +109,8 @@ def execute(
         memory, places = _arena(storages, size, tracker)
         memory.pending = {places[pointer] for pointer in (before.written if before else ()) if pointer in places}
         values = parameter_values(program, arguments, compiled.descriptors, partial(_address, places))
-        report.counts = Counter()
         for i in order:
-            block = ThreadBlock(program, memory, compiled.shared, values, Place(i, launch.grid))
-            block.run()
-            report.counts.update(block.counts)
+            ThreadBlock(program, memory, compiled.shared, values, i, launch.grid).run()
         _check_counters(memory, report.name)
         report.written.update(_written(memory, places))
         results = {p: memory.content(places[p], s.nbytes()).copy() for p, s in storages.items()}
@@ -129,10 +118,10 @@ def execute(
             raise KernelError(f"{report.name}: the result depends on the order in which programs run")
         final = final or results
     for pointer, content in (final or {}).items():
-        ctypes.memmove(pointer, content.ctypes.data, len(content))
+        bytes_of(storages[pointer])[:] = content
         if tracker is not None:
             flags = memory.initialized[places[pointer] : places[pointer] + len(content)]
-            tracker.update(pointer, flags.astype(bool))
+            tracker.update(pointer, flags)
     return report
 
 
@@ -151,7 +140,7 @@ def flattened(launch: Any, signature: dict[str, Any]) -> list[Any]:
 def _arena(storages: dict[int, Any], size: int, tracker: Tracker | None) -> tuple[GlobalMemory, dict[int, int]]:
     memory, places = GlobalMemory(size), {}
     for pointer, storage in storages.items():
-        content = np.frombuffer((ctypes.c_char * storage.nbytes()).from_address(pointer), np.uint8)
+        content = bytes_of(storage)
         flags = None if tracker is None else tracker.initialized(pointer, content)
         places[pointer] = memory.allocate(content, flags, pointer % 16)
     return memory, places
@@ -159,8 +148,8 @@ def _arena(storages: dict[int, Any], size: int, tracker: Tracker | None) -> tupl
 
 def parameter_values(
     program: Program, arguments: list[Any], descriptors: list[dict[str, Any]], address_of: Callable[[torch.Tensor], int]
-) -> dict[str, int | float | TensorMap]:
-    """A value for each parameter; Triton adds two pointers to scratch memory, which these kernels do not use."""
+) -> dict[int, int | float | TensorMap]:
+    """Values of the parameters by their places; Triton adds two pointers to scratch memory, which is not used here."""
     given: list[Any] = []
     boxes = iter(descriptors)
     for argument in arguments:
@@ -171,11 +160,10 @@ def parameter_values(
             given += [*argument.shape, *argument.strides]
         else:
             given.append(argument)
-    values: dict[str, int | float | TensorMap] = {}
-    for parameter, value in zip(program.parameters, [*given, 0, 0], strict=True):
-        number = value if isinstance(value, TensorMap) else float(value) if parameter.kind == "f32" else int(value)
-        values[parameter.name] = number
-    return values
+    return {
+        parameter.place: float(value) if parameter.kind == "f32" else value
+        for parameter, value in zip(program.parameters, [*given, 0, 0], strict=True)
+    }
 
 
 def tensor_map(descriptor: Any, start: int, box: dict[str, Any]) -> TensorMap:

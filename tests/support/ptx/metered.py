@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,28 +21,21 @@ from .global_memory import ALIGNMENT, GlobalMemory
 from .launch import Compiled, flattened, parameter_values, parsed
 from .program import Instruction
 from .shared_memory import SharedMemory
-from .thread_block import Place, ThreadBlock
+from .thread_block import ThreadBlock
 from .work import Work, sectors, wavefronts
 
 
 class MeteredShared(SharedMemory):
-    """Shared memory that counts its wavefronts."""
+    """Shared memory that counts the wavefronts of lanes; copies by descriptor pass beside them."""
 
     def __init__(self, size: int, work: Work) -> None:
         super().__init__(size)
         self.work = work
 
-    def read(self, addresses: Array, size: int, warps: Array, dtype: Any) -> Array:
-        self.work.shared_wavefronts += wavefronts(addresses, size, warps)
-        return super().read(addresses, size, warps, dtype)
-
-    def write(self, addresses: Array, values: Array, size: int, warps: Array) -> None:
-        self.work.shared_wavefronts += wavefronts(addresses, size, warps)
-        super().write(addresses, values, size, warps)
-
-    def start_copy(self, addresses: Array, words: Array, size: int, warps: Array) -> None:
-        self.work.shared_wavefronts += wavefronts(addresses, size, warps)
-        super().start_copy(addresses, words, size, warps)
+    def _check(self, addresses: Array, size: int, warps: Array, doing: str) -> Array:
+        if doing != "copy":
+            self.work.shared_wavefronts += wavefronts(addresses, size, warps)
+        return super()._check(addresses, size, warps, doing)
 
 
 class AddressSpace(GlobalMemory):
@@ -81,22 +76,13 @@ def work_of(launch: Any, compiled: Compiled, programs: Sequence[int]) -> Work:
     arguments = flattened(launch, compiled.signature)
     memory, values = AddressSpace(work), parameter_values(program, arguments, compiled.descriptors, _laid_out())
     for i in programs:
-        block = MeteredBlock(program, memory, compiled.shared, values, Place(i, launch.grid))
+        block = MeteredBlock(program, memory, compiled.shared, values, i, launch.grid)
         block.work, block.shared = work, MeteredShared(compiled.shared, work)
         block.run()
     return work
 
 
 def _laid_out() -> Callable[[torch.Tensor], int]:
-    """Addresses of tensors that lie one after another."""
-    places: dict[int, int] = {}
-    ends = [ALIGNMENT]
-
-    def address_of(tensor: torch.Tensor) -> int:
-        if id(tensor) not in places:
-            places[id(tensor)] = ends[-1]
-            size = tensor.numel() * tensor.element_size()
-            ends.append(ends[-1] + (-(-size // ALIGNMENT) + 1) * ALIGNMENT)
-        return places[id(tensor)]
-
-    return address_of
+    """Addresses of tensors that lie far apart."""
+    starts = count(ALIGNMENT, 1 << 40)
+    return cache(lambda tensor: next(starts))

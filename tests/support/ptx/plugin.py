@@ -6,7 +6,6 @@ Kernels are compiled for the architecture and executed here, through the same `l
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ class Executor:
         self.arch, self.driver, self.tracker = arch, FakeDriver(int(arch[3:])), Tracker()
         self.launches = self.programs = 0
         self.kernels: set[str] = set()
-        self.counts: Counter[str] = Counter()
         self.every_last = False  # run every launch in as many orders as it has programs
         self.last: Report | None = None  # launch
         self._seeds = itertools.count()
@@ -37,13 +35,12 @@ class Executor:
         """In place of `lorasb.kernels.launcher.run`."""
         compiled, orders = self.compile(launch), orders_of(launch.grid, next(self._seeds), self.every_last)
         before = self.last if launch.options.get("launch_pdl") else None
-        report = self.last = execute(launch, compiled, orders, self.tracker, before)
+        self.last = execute(launch, compiled, orders, self.tracker, before)
         self.launches += 1
         self.programs += launch.grid
-        self.counts.update(report.counts)
 
     def bind(self, launch: Any) -> Any:
-        """In place of `lorasb.kernels.prepared_launch.bind`: a prepared launch, executed with the tensors it is given."""
+        """In place of `lorasb.kernels.prepared_launch.bind`: a prepared launch, executed with the given tensors."""
         call = launch.call
         recorded = specialized(call.kernel, call.arguments, call.options)
 
@@ -63,11 +60,8 @@ class Executor:
 
     def summary(self) -> str:
         """One line."""
-        steps = sum(self.counts.values())
-        return (
-            f"executed as compiled for {self.arch}: {self.launches} launches of {len(self.kernels)} kernels, "
-            f"{self.programs} programs, {steps:,} instructions of {len(self.counts)} kinds"
-        )
+        kernels = f"{self.launches} launches of {len(self.kernels)} kernels"
+        return f"executed as compiled for {self.arch}: {kernels}, {self.programs} programs"
 
 
 def arguments_of(launch: Any, tensors: Sequence[Tensor], seeds: object) -> dict[str, Any]:

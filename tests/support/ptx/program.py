@@ -88,11 +88,6 @@ class Program:
         return {parameter.name: parameter.place for parameter in self.parameters}
 
     @cached_property
-    def names(self) -> dict[int, str]:
-        """Names of the parameters by their places."""
-        return {parameter.place: parameter.name for parameter in self.parameters}
-
-    @cached_property
     def targets(self) -> frozenset[str]:
         """Registers that some instruction writes, or may: first operands, a vector's members, both of `%r1|%p1`."""
         firsts = (i.operands[0] for i in self.instructions if i.operands)

@@ -20,7 +20,7 @@ from .faults import KernelError
 from .formats import BITS, Array, pieces
 
 if TYPE_CHECKING:
-    from .tensor_copies import Barrier, Landing
+    from .tensor_copies import Barrier
 
 GRANULE = 2  # bytes that share a record of their accesses
 UNDEFINED = 0xFF  # what is there before anybody wrote
@@ -29,12 +29,13 @@ NEVER = -1
 
 
 class Copy(NamedTuple):
-    """A cp.async under way: who issued it, all that each lane writes [lanes, granules], and its words by their places."""
+    """An asynchronous copy: what lanes write [lanes, granules], words by their places, and the warps that issued it
+    (None: by descriptor, and ordered for all threads)."""
 
-    warps: Array
     granules: Array
     places: Array
     words: Array
+    warps: Array | None = None
 
 
 @dataclass
@@ -99,11 +100,14 @@ class SharedMemory:
         if len(np.unique(granules)) != granules.size:
             raise KernelError("two cp.async to one place")
         self.in_flight[granules] += 1
-        self.copies.open.append(Copy(warps, granules, pieces(addresses, size, words.itemsize), words))
+        self.copies.open.append(Copy(granules, pieces(addresses, size, words.itemsize), words, warps))
 
     def wait_for_copies(self, pending: int) -> None:
-        """cp.async.wait_group: their bytes are there, for the warps that issued them."""
-        for copy in self.copies.wait(pending):
+        """cp.async.wait_group."""
+        self._arrive(self.copies.wait(pending))
+
+    def _arrive(self, copies: list[Copy]) -> None:
+        for copy in copies:
             self.bytes.view(copy.words.dtype)[copy.places] = copy.words
             self.in_flight[copy.granules] -= 1
             self._written(copy.granules, copy.warps)
@@ -158,26 +162,17 @@ class SharedMemory:
             raise KernelError("use of an mbarrier without a barrier after its initialization")
         return found
 
-    def start_landing(self, barrier: Barrier, landing: Landing, warp: Array) -> None:
+    def start_landing(self, barrier: Barrier, places: Array, values: Array, warp: Array) -> None:
         """A copy by descriptor begins: it will write, and complete bytes of an mbarrier."""
-        places, size = landing.places.reshape(-1), landing.values.itemsize
-        granules = self._check_write(places, size, np.broadcast_to(warp, len(places)))
+        granules = self._check_write(places.reshape(-1), values.itemsize, np.broadcast_to(warp, places.size), "copy")
         if (self.write_fence[granules] >= self.fences).any():
             raise KernelError("a copy overwrites what was written without fence.proxy.async")
         self.in_flight[granules] += 1
-        barrier.copies.append(landing)
+        barrier.copies.append(Copy(granules, places // values.itemsize, values))
 
     def land(self, barrier: Barrier) -> None:
-        """An mbarrier's copies arrive, for all threads."""
-        for landing in barrier.land():
-            size = landing.values.itemsize
-            self.bytes.view(landing.values.dtype)[landing.places // size] = landing.values
-            granules = pieces(landing.places.reshape(-1), size, GRANULE)
-            self.in_flight[granules] -= 1
-            self.initialized[granules], self.write_fence[granules], self.write_clock[granules] = True, NEVER, NEVER
-
-    def barrier(self) -> None:
-        self.clock += 1
+        """An mbarrier's copies arrive."""
+        self._arrive(barrier.land())
 
     def finish(self) -> None:
         if not self.copies.idle:
@@ -190,9 +185,12 @@ class SharedMemory:
     def _read_by_all(self, granules: Array) -> None:
         self.read_warp[granules], self.read_clock[granules] = MANY, self.clock
 
-    def _written(self, granules: Array, warps: Array) -> None:
-        self.write_clock[granules], self.write_warp[granules] = self.clock, warps[:, None]
-        self.write_fence[granules], self.initialized[granules] = self.fences, True
+    def _written(self, granules: Array, warps: Array | None) -> None:
+        """By these warps now, or ordered for all."""
+        self.initialized[granules] = True
+        self.write_warp[granules] = MANY if warps is None else warps[:, None]
+        clock, fence = (NEVER, NEVER) if warps is None else (self.clock, self.fences)
+        self.write_clock[granules], self.write_fence[granules] = clock, fence
 
     def _check(self, addresses: Array, size: int, warps: Array, doing: str) -> Array:
         """The granules of an access, after the checks that reads and writes share."""
@@ -207,8 +205,8 @@ class SharedMemory:
             raise KernelError(f"shared race: {doing} of what another warp wrote since the last barrier")
         return granules
 
-    def _check_write(self, addresses: Array, size: int, warps: Array) -> Array:
-        granules = self._check(addresses, size, warps, "write")
+    def _check_write(self, addresses: Array, size: int, warps: Array, doing: str = "write") -> Array:
+        granules = self._check(addresses, size, warps, doing)
         if ((self.read_clock[granules] == self.clock) & (self.read_warp[granules] != warps[:, None])).any():
             raise KernelError("shared race: write of what another warp read since the last barrier")
         if (self.in_use[granules] > 0).any():

@@ -16,7 +16,7 @@ import numpy as np
 from .faults import KernelError
 from .formats import BITS, Array
 from .program import Block, Instruction, Operand
-from .shared_memory import MANY
+from .shared_memory import MANY, Copy
 from .tensor_cores import SWIZZLES
 
 if TYPE_CHECKING:
@@ -53,14 +53,6 @@ class TensorMap:
         return linear ^ (((linear >> 7) & SWIZZLES.get(self.width, 0)) << 4)
 
 
-@dataclass(frozen=True)
-class Landing:
-    """A copy under way into shared memory: where its elements go, and what they are."""
-
-    places: Array
-    values: Array
-
-
 @dataclass
 class Barrier:
     """An mbarrier: arrivals and bytes that its phase still waits for."""
@@ -72,7 +64,7 @@ class Barrier:
     expected: int = 0
     phase: int = 0
     tried: bool = False  # a wait for this phase has failed
-    copies: list[Landing] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pending = self.count
@@ -82,10 +74,10 @@ class Barrier:
         self.pending, self.expected = self.pending - 1, self.expected + expected
         self._complete()
 
-    def land(self) -> list[Landing]:
+    def land(self) -> list[Copy]:
         """All copies under way arrive."""
         landed, self.copies = self.copies, []
-        self.expected -= sum(copy.values.nbytes for copy in landed)
+        self.expected -= sum(copy.words.nbytes for copy in landed)
         self._complete()
         return landed
 
@@ -174,7 +166,7 @@ def _copy_in(block: ThreadBlock, operands: tuple[Operand, ...], thread: int) -> 
     if inside.any():
         values[inside] = block.memory.read(addresses[inside], described.size, warp, dtype)[:, 0]
     found = block.shared.barrier_at(_address(block, signal, thread), int(warp[0]))
-    block.shared.start_landing(found, Landing(places, values), warp)
+    block.shared.start_landing(found, places, values, warp)
 
 
 def _copy_out(block: ThreadBlock, operands: tuple[Operand, ...], thread: int) -> None:
@@ -196,7 +188,7 @@ def _box(block: ThreadBlock, operand: Operand, thread: int) -> tuple[TensorMap, 
     if not isinstance(operand, Block):
         raise KernelError("a copy without coordinates")
     place = int(block.get(operand.base, np.uint64)[thread])
-    described = block.values.get(block.program.names.get(place, ""))
+    described = block.values.get(place)
     if not isinstance(described, TensorMap):
         raise KernelError("a copy by something that is no descriptor")
     column, row = (int(block.get(name, np.int32)[thread]) for name in operand.coordinates)

@@ -42,10 +42,9 @@ def operand(registers: Array, kind: str) -> Array:
 
 def add_product(left: Array, right: Array, sums: Array) -> Array:
     """A B + sums: A [W, 16, K], B [W or 1, K, N], sums in fp32 as accumulators' registers [W, 32 lanes, N / 2]."""
-    with np.errstate(all="ignore"):
-        product = left.astype(np.float64) @ right.astype(np.float64)
-        parts = product.reshape(len(left), 2, 8, -1, 4, 2)  # eight rows, row, eight columns, column, neighbor
-        return (parts.transpose(0, 2, 4, 3, 1, 5).reshape(sums.shape) + sums).astype(np.float32)
+    product = left.astype(np.float64) @ right.astype(np.float64)
+    parts = product.reshape(len(left), 2, 8, -1, 4, 2)  # eight rows, row, eight columns, column, neighbor
+    return (parts.transpose(0, 2, 4, 3, 1, 5).reshape(sums.shape) + sums).astype(np.float32)
 
 
 def mma(shape: str, kinds: tuple[str, str], a: Array, b: Array, c: Array) -> Array:

@@ -6,7 +6,6 @@ divides them, the threads that are farthest back go on until all meet again, as 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,14 +23,6 @@ from .shared_memory import Pipeline, SharedMemory
 
 STEPS = 10**7  # more are an endless loop
 DYNAMIC_SHARED = "global_smem"  # Triton's name of the block's shared memory, which begins at 0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which program of which launch this is."""
-
-    program: int
-    grid: int
 
 
 @dataclass
@@ -57,12 +48,12 @@ class Fragments(Pipeline):
 
 
 class ThreadBlock:
-    """A thread block that is executed once."""
+    """A thread block that is executed once: the program of this number in a grid."""
 
     def __init__(
-        self, program: Program, memory: GlobalMemory, shared: int, values: dict[str, Any], place: Place
+        self, program: Program, memory: GlobalMemory, shared: int, values: dict[int, Any], number: int, grid: int
     ) -> None:
-        self.program, self.memory, self.values, self.place = program, memory, values, place
+        self.program, self.memory, self.values, self.number = program, memory, values, number
         self.threads = program.threads
         self.lanes = np.arange(self.threads)
         self.warps = (self.lanes // WARP).astype(np.int32)
@@ -72,13 +63,12 @@ class ThreadBlock:
             "%tid.x": self.lanes,
             "%laneid": self.lanes % WARP,
             "%ntid.x": self.threads,
-            "%ctaid.x": place.program,
-            "%nctaid.x": place.grid,
+            "%ctaid.x": number,
+            "%nctaid.x": grid,
         }
         self.registers: dict[str, Array] = {
             name: np.full(self.threads, value, np.uint32) for name, value in special.items()
         }
-        self.counts: Counter[str] = Counter()
         self._at = program.instructions[0]
         self._places: Array | None = None  # each thread's next instruction, while they are apart
         memory.begin(self)
@@ -86,9 +76,10 @@ class ThreadBlock:
     def run(self) -> None:
         """Execute from the first instruction to the return of all threads; a fault names the instruction."""
         try:
-            self._run()
+            with np.errstate(all="ignore"):
+                self._run()
         except KernelError as error:
-            raise KernelError(f"{error}, at `{self._at.text[:100]}` (program {self.place.program})") from None
+            raise KernelError(f"{error}, at `{self._at.text[:100]}` (program {self.number})") from None
 
     def _run(self) -> None:
         instructions, at = self.program.instructions, 0
@@ -105,7 +96,6 @@ class ThreadBlock:
     def _step(self, instruction: Instruction, at: int) -> int:
         """Execute an instruction for the threads that are there; the next one of theirs."""
         self._at = instruction
-        self.counts[instruction.opcode] += 1
         here = None if self._places is None else self._places == at
         active = self._guarded(instruction, here)
         self._issued(instruction, here)
@@ -155,6 +145,8 @@ class ThreadBlock:
 
     def get(self, operand: Any, dtype: Any) -> Array:
         """An operand's value for every thread."""
+        if dtype is bool:
+            return self.predicate(operand)
         name = str(operand)
         if name[0] != "%":
             return np.full(self.threads, self._constant(name, dtype))
@@ -256,8 +248,7 @@ class ThreadBlock:
     def _arithmetic(self, instruction: Instruction, active: Array | None) -> None:
         target, *sources = instruction.operands
         dtype, values = self._values(instruction, sources)
-        with np.errstate(all="ignore"):
-            result = FUNCTIONS[instruction.parts[0]](instruction.parts, dtype, *values)
+        result = FUNCTIONS[instruction.parts[0]](instruction.parts, dtype, *values)
         if instruction.kind == "f32x2":
             result = np.ascontiguousarray(result).view(np.uint64)
         self.put(target, result, active)
@@ -265,8 +256,6 @@ class ThreadBlock:
     def _values(self, instruction: Instruction, sources: list[Any]) -> tuple[Any, list[Array]]:
         """The dtype that an arithmetic instruction computes in, and its operands."""
         parts, kind = instruction.parts, instruction.kind
-        if kind == "pred":
-            return bool, [self.predicate(source) for source in sources]
         if kind == "f32x2":  # two fp32 in each 64-bit register, as Blackwell computes them: add, sub, mul, fma
             return np.float32, [np.ascontiguousarray(self.get(one, np.uint64)).view(np.float32) for one in sources]
         if parts[-2:] in (("f32", "bf16"), ("f32", "f16")):  # Blackwell's, too: all but the last are 16-bit operands
@@ -274,9 +263,8 @@ class ThreadBlock:
             halves = [widen(self.get(source, np.uint16)) for source in sources[:-1]]
             return np.float32, [*halves, self.get(sources[-1], np.float32)]
         dtype = self.dtype_of(instruction)
-        kinds = [dtype] * len(sources)
-        for i in arithmetic.COUNTS.get(parts[0], ()):
-            kinds[i] = np.uint32
+        others = arithmetic.OPERANDS.get(parts[0], {})
+        kinds = [others.get(i, dtype) for i in range(len(sources))]
         if parts[:2] == arithmetic.WIDE_ADDEND:
             kinds[2] = formats.WIDER[dtype]
         return dtype, list(map(self.get, sources, kinds))
