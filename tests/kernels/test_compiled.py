@@ -1,7 +1,4 @@
-"""Compiled kernels, executed: what `make test` runs of `pytest --ptx ARCH` (sm_86 and sm_90), small and of every kind.
-
-Without --ptx there is nothing to run: the same calls are interpreted by the tests beside this file.
-"""
+"""Compiled kernels, executed: what `make test` runs of `pytest --ptx ARCH` (sm_86, sm_90), small and of every kind."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import check, dense, exact, run_kernels
-from kernel_cases import INDEX, check_follows_mask, planned, row_cases
+from calls import dense, exact, run_kernels
+from kernel_cases import INDEX, check_follows_mask, checked, planned, row_cases
 from ptx.plugin import Executor
 from reference import make_case
 from storages import bits_of, storage
@@ -43,9 +40,7 @@ SHAPES = {
 def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
     M, n, m, r = SHAPES[shape]
     case = make_case((M,), n, m, r, dtype)
-    with observed() as launches:
-        results = run_kernels(case)
-    check(results, case)
+    launches = checked(case)
     assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
     if shape == "long reduction":
         assert max(one.arguments["splits"] for one in launches) > 1
@@ -64,8 +59,7 @@ def test_the_order_of_programs_does_not_matter(executor: Executor, monkeypatch: 
     """Split sums, in as many orders as there are programs: each in turn comes last. The executor compares the bits."""
     monkeypatch.setattr(executor, "every_last", True)
     case = make_case((5,), 512, 48, 16, torch.bfloat16)
-    with observed() as launches:
-        check(run_kernels(case), case)
+    launches = checked(case)
     assert max(one.arguments["splits"] for one in launches) > 1
     assert all(not one.arguments["counters"].any() for one in launches if one.arguments["splits"] > 1)
 

@@ -1,7 +1,5 @@
-"""Every kernel that is compiled for an architecture, in every shipped configuration, executes: no instruction is unknown.
-
-Two programs of each launch, the first and the last of its grid, over memory that has addresses and no bytes; the checks
-of registers, shared memory, barriers, copies and wgmma hold, those of values are in the other tests.
+"""Every kernel of every shipped configuration executes: the first and the last program of its grid, over memory without
+bytes. No instruction is unknown and every check holds, but for those of values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""The arguments of prepared launches against those of ordinary ones, as Triton's own launcher hands them to the driver.
-
-`make test` takes the installed Triton; `make test-all` every version that prepared launches were verified with, each
-from a folder of its own (LORASB_TRITONS, which the Makefile fills).
+"""Arguments of prepared launches against those of ordinary ones, as Triton's own launcher hands them to the driver: of
+the installed Triton, and in `make test-all` of every verified version in the folder LORASB_TRITONS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fused kernels under Triton's interpreter, through `lorasb.backend("triton")`: values, gradients, launches, laws."""
+"""The fused kernels under Triton's interpreter, through `lorasb.backend("triton")`: values, gradients, launches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calls import check, few_of, opcheck
 from calls import run_kernels as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, group_cases, planned
+from kernel_cases import DTYPES, checked, group_cases, planned
 
 import lorasb
 from lorasb.functional import lora_sb_linear
@@ -36,9 +36,7 @@ FEATURES[160] = (200, 163)  # beyond MAX_HELD_RANKS
 )
 def test_matches_reference(M: int, r: int, dtype: torch.dtype) -> None:
     case = reference.make_case((M,), *FEATURES[r], r, dtype)
-    with observed() as launches:
-        results = run(case)
-    check(results, case)
+    launches = checked(case)
     assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
 
 
@@ -50,9 +48,7 @@ def test_groups_match_reference_in_four_launches(
     M: int, n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype
 ) -> None:
     cases = group_cases(M, n, ms, r, dtype)
-    with observed() as launches:
-        results = run(*cases)
-    check(results, *cases)
+    launches = checked(*cases)
     assert len(launches) == 4
 
 
@@ -70,9 +66,7 @@ def test_tensors_that_torch_negates_lazily(name: str) -> None:
 def test_a_group_too_wide_for_one_pass_is_prepared_in_several() -> None:
     cases = group_cases(4, 150, (150, 152, 151), 150, torch.float32)
     assert prep_members(150, 3) == 2
-    with observed() as launches:
-        results = run(*cases)
-    check(results, *cases)
+    launches = checked(*cases)
     assert [one.name for one in launches].count("prep_forward") == 2
 
 
@@ -125,7 +119,7 @@ def test_non_contiguous(layout: str, path: str) -> None:
 def test_the_path_through_addmm(dtype: torch.dtype) -> None:
     with planned(path="addmm"):
         for cases in (group_cases(40, 96, (100, 60), 24, dtype), [reference.make_case((40,), 64, 96, 16, dtype)]):
-            check(run(*cases), *cases)
+            checked(*cases)
 
 
 def blocks(config: PrepConfig | GemmConfig) -> PrepConfig | GemmConfig:
@@ -148,13 +142,12 @@ SHIPPED = {
 def test_every_shipped_configuration(config: PrepConfig | GemmConfig) -> None:
     case = reference.make_case((40,), 150, 70, 24, torch.float32)
     with planned(path="fused", **{"prep" if isinstance(config, PrepConfig) else "gemm": config}):
-        check(run(case), case)
+        checked(case)
 
 
 def test_the_adapter_alone() -> None:
     case = replace(reference.make_case((21,), 64, 48, 8, torch.float32, bias=False), weight=None)
-    with observed() as launches:
-        check(run(case), case)
+    launches = checked(case)
     assert len(launches) == 4
 
 
@@ -206,19 +199,15 @@ def test_bitwise_repeatable(rows: int) -> None:
 def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extended_gemm_launch, "CORE_CHUNK", 64)
     case = reference.make_case((150,), 64, 48, 40, torch.float32)
-    with observed() as launches:
-        results = run(case)
+    launches = checked(case)
     assert launches[3].arguments["core_chunks"] == 3
-    check(results, case)
 
 
 def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operands, "INT32_LIMIT", 100)
     cases = group_cases(40, 96, (64, 48), 16, torch.float32)
-    with observed() as launches:
-        results = run(*cases)
+    launches = checked(*cases)
     assert all(one.arguments["WIDE"] for one in launches)
-    check(results, *cases)
 
 
 @given(r=st.integers(1, 256))

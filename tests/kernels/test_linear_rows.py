@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
-from calls import exact, run_kernels
+from calls import exact, outputs, run_kernels
 from kernel_cases import INDEX, row_cases
 from storages import storage
 
@@ -40,10 +40,7 @@ def test_cores_of_a_bank_are_read_where_they_lie(r: int) -> None:
     view = stored[:, 7:].unflatten(1, (r, r))
     view.copy_(case.core)
     with torch.no_grad(), lorasb.backend("triton"), observed() as launches:
-        arguments = case.x, case.weight, case.a
-        rest = case.b, case.bias, case.scaling
-        found = lora_sb_linear(*arguments, view, *rest, index=INDEX)
-        want = lora_sb_linear(*arguments, view.float(), *rest, index=INDEX)
+        found, want = (outputs([case], case.x, [cores], index=INDEX)[0] for cores in (view, view.float()))
     assert torch.equal(found, want)
     given = next(one.arguments["cores"] for one in launches if one.name == "times_row_cores")
     assert given.data_ptr() == view.data_ptr()
@@ -53,12 +50,9 @@ def test_rows_of_no_adapter_are_the_base_whatever_the_cores_hold() -> None:
     (case,) = row_cases(3, 64, (48,), 16)
     case.core[0] = float("nan")
     with torch.no_grad(), lorasb.backend("triton"):
-        y = lora_sb_linear(
-            case.x, case.weight, case.a, case.core, case.b, case.bias, case.scaling, index=[-1, 1, -1, 2, -1]
-        )
-    tolerances.check(
-        y[[0, 2, 4]], torch.nn.functional.linear(case.x, case.weight, case.bias)[[0, 2, 4]], tolerances.fp32(64)
-    )
+        (y,) = outputs([case], case.x, [case.core], index=[-1, 1, -1, 2, -1])
+    want = torch.nn.functional.linear(case.x, case.weight, case.bias)
+    tolerances.check(y[[0, 2, 4]], want[[0, 2, 4]], tolerances.fp32(64))
     assert y.isfinite().all()
 
 

@@ -42,7 +42,7 @@ def kinds() -> int:
 
 
 def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
-    """The results of a call by prepared launches, and of one that repeats them, which are those of ordinary launches."""
+    """The results of a call by prepared launches, and of one that repeats them: those of ordinary launches."""
     prepared_linear.forget()
     torch.manual_seed(3)
     with observed():  # who watches launches gets ordinary ones
@@ -70,29 +70,28 @@ def test_a_layer(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     assert kinds() == 2  # one forward, one backward
 
 
-def test_more_dimensions_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+CALLS = {
+    "group without padding": group_cases(20, 96, (80, 64, 72), 64, torch.bfloat16),
+    "dimensions": [make_case((2, 3, 4), 64, 48, 8, torch.bfloat16)],
+    "group": group_cases(20, 96, (80, 64, 72), 24, torch.bfloat16),  # beside cuBLAS, ranks are padded
+    "group in fp16": group_cases(20, 64, (48, 32, 40), 24, torch.float16),
+    "no W": [replace(make_case((20,), 64, 48, 8, torch.bfloat16, bias=False), weight=None)],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"), [*((kind, "addmm") for kind in list(CALLS)[:3]), *((kind, "fused") for kind in list(CALLS)[1:])]
+)
+def test_kinds_of_calls(kind: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = CALLS[kind]
+    with planned(path=path):
+        check(same_bits(lambda: run_kernels(*cases), monkeypatch), *cases)
+        same_bits(lambda: run_kernels(*cases, dropout=0.4), monkeypatch)
+
+
+def test_each_call_has_a_seed_of_its_own() -> None:
     case = make_case((2, 3, 4), 64, 48, 8, torch.bfloat16)
-    check(same_bits(lambda: run_kernels(case), monkeypatch), case)
-    same_bits(lambda: run_kernels(case, dropout=0.4), monkeypatch)
-    masks = [run_kernels(case, dropout=0.4)[0] for _ in range(2)]
-    assert not torch.equal(*masks)  # each call has a seed of its own
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_group(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = group_cases(20, 64, (48, 32, 40), 24, dtype)
-    check(same_bits(lambda: run_kernels(*cases), monkeypatch), *cases)
-    same_bits(lambda: run_kernels(*cases, dropout=0.3), monkeypatch)
-
-
-def test_cublas_beside_prepared_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case((2, 35), 96, 80, 24, torch.bfloat16)
-    with planned(path="addmm"):
-        same_bits(lambda: run_kernels(case), monkeypatch)
-        same_bits(lambda: run_kernels(case, dropout=0.3), monkeypatch)
-        for r in (24, 64):  # with padding between the members' ranks, and without
-            cases = group_cases(20, 96, (80, 64, 72), r, torch.bfloat16)
-            check(same_bits(lambda cases=cases: run_kernels(*cases), monkeypatch), *cases)
+    assert not torch.equal(*(run_kernels(case, dropout=0.4)[0] for _ in range(2)))
 
 
 @pytest.mark.parametrize("needed", ["dx", "dR"])
@@ -106,12 +105,6 @@ def test_one_gradient_alone(needed: str, monkeypatch: pytest.MonkeyPatch) -> Non
         return list(torch.autograd.grad(y, x if needed == "dx" else core, case.dy))
 
     same_bits(call, monkeypatch)
-
-
-def test_without_a_base_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case((20,), 64, 48, 8, torch.bfloat16, bias=False)
-    case.weight = None  # type: ignore[assignment]
-    same_bits(lambda: run_kernels(case), monkeypatch)
 
 
 def test_what_cannot_be_repeated_is_launched_the_ordinary_way() -> None:
