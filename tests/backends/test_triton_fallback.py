@@ -1,4 +1,4 @@
-"""What happens where kernels fail or are not there: `auto` computes in eager torch and says so once, `triton` raises."""
+"""Kernels that fail or are not there: `auto` computes in eager torch and says so once, `triton` raises."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import reference
@@ -17,6 +18,7 @@ from calls import operands_of
 import lorasb
 from lorasb.backends import eager
 from lorasb.backends import triton as fused
+from lorasb.backends.autotune import WrongResultError
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
@@ -39,16 +41,17 @@ def whole() -> Iterator[None]:
     plan.forget()
 
 
-def break_kernels(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise error or RuntimeError("ptxas: no such instruction")
-
-    monkeypatch.setattr(launch, "launch", broken)
+REFUSED = RuntimeError("ptxas: no such instruction")
 
 
-def test_auto_computes_in_eager_and_says_why_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    break_kernels(monkeypatch)
-    with pytest.warns(RuntimeWarning, match=r"RuntimeError: ptxas: no such instruction.*eager torch computes instead"):
+def break_kernels(monkeypatch: pytest.MonkeyPatch, error: Exception = REFUSED) -> None:
+    monkeypatch.setattr(launch, "launch", Mock(side_effect=error))
+
+
+@pytest.mark.parametrize("error", [REFUSED, WrongResultError("y differs from torch's by up to 3")])
+def test_auto_computes_in_eager_and_says_why_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernels(monkeypatch, error)
+    with pytest.warns(RuntimeWarning, match=rf"{type(error).__name__}: {error}.*eager torch computes instead"):
         found = auto(*arguments())
     tolerances.check_equal(found, eager.eager_forward(*arguments()))
     with warnings.catch_warnings():
@@ -89,33 +92,28 @@ def test_an_explicit_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused._broken
 
 
-def test_running_out_of_memory_is_no_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    break_kernels(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.OutOfMemoryError):
-        auto(*arguments())
-    assert not fused._broken
+FAULT = r"fault of an earlier kernel.*CUDA_LAUNCH_BLOCKING=1"
+CAPTURED = "call the model once with the same shapes before capturing"
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("kind", "said", "raised", "message"),
     [
-        "Triton Error [CUDA]: an illegal memory access was encountered",
-        "CUDA error: device-side assert triggered",
-        "CUDA error: unspecified launch failure",
-        "CUDA error: misaligned address",
+        (torch.OutOfMemoryError, "CUDA out of memory", torch.OutOfMemoryError, "CUDA out of memory"),
+        (RuntimeError, "Triton Error [CUDA]: an illegal memory access was encountered", RuntimeError, FAULT),
+        (RuntimeError, "CUDA error: device-side assert triggered", RuntimeError, FAULT),
+        (RuntimeError, "CUDA error: unspecified launch failure", RuntimeError, FAULT),
+        (RuntimeError, "CUDA error: misaligned address", RuntimeError, FAULT),
+        (RuntimeError, "operation not permitted when stream is capturing", fused.CaptureError, CAPTURED),
     ],
+    ids=["memory", "access", "assert", "launch", "address", "capture"],
 )
-def test_a_fault_of_the_device_is_no_reason_to_go_on(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_kernels(monkeypatch, RuntimeError(message))
-    with pytest.raises(RuntimeError, match=r"fault of an earlier kernel.*CUDA_LAUNCH_BLOCKING=1"):
-        auto(*arguments())
-    assert not fused._broken
-
-
-def test_a_first_call_that_is_captured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    break_kernels(monkeypatch, RuntimeError("operation not permitted when stream is capturing"))
-    monkeypatch.setattr(fused, "is_capturing", lambda: True)
-    with pytest.raises(fused.CaptureError, match="call the model once with the same shapes before capturing"):
+def test_what_eager_torch_would_not_survive_is_raised(
+    kind: type[Exception], said: str, raised: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_kernels(monkeypatch, kind(said))
+    monkeypatch.setattr(fused, "is_capturing", lambda: raised is fused.CaptureError)
+    with pytest.raises(raised, match=message):
         auto(*arguments())
     assert not fused._broken
 

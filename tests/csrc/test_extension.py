@@ -1,4 +1,4 @@
-"""The C++ extension itself: that it is there, its instruction sets, and that nothing it is given makes it read past an end."""
+"""The C++ extension itself: that it is there, its instruction sets, and that nothing makes it read past an end."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_the_extension_is_loaded_where_a_compiler_is() -> None:
 def test_without_the_extension_everything_works_and_one_line_says_so() -> None:
     code = (
         "import logging; logging.basicConfig(level=logging.INFO); import torch, lorasb\n"
-        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.quantization.quantized_weight import of_state\n"
-        "from lorasb.functional import dequantize, quantized_linear\n"
+        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.functional import dequantize\n"
+        "from lorasb.quantization.quantized_weight import of_state; from lorasb.functional import quantized_linear\n"
         "w = of_state(*quantize_4bit(torch.randn(8, 64)))\n"
         "print(quantized_linear(torch.ones(2, 64), w).sub(dequantize(w).sum(1)).abs().max().item() < 1e-4)\n"
         "try:\n    lorasb.backend('cpp').__enter__()\nexcept RuntimeError as error:\n    print(error)\n"
@@ -70,7 +70,8 @@ def test_the_instruction_set_can_be_capped() -> None:
 def test_threads_are_torchs_own() -> None:
     code = (
         "import torch, lorasb.backends; from pathlib import Path\n"
-        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.quantization.quantized_weight import of_state; from lorasb.functional import dequantize\n"
+        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.functional import dequantize\n"
+        "from lorasb.quantization.quantized_weight import of_state\n"
         "threads = lambda: len(list(Path('/proc/self/task').iterdir()))\n"
         "w = of_state(*quantize_4bit(torch.randn(2048, 2048)))\n"
         "torch.set_num_threads(3); torch.randn(1 << 22).sum(); before = threads()\n"
@@ -204,9 +205,9 @@ def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
 def test_nothing_past_the_end_of_a_mapping_is_read() -> None:
     """Tensors that end where a page ends: reading one byte more stops the process."""
     code = """
-import ctypes, mmap, torch
+import ctypes, torch
+from itertools import product
 from lorasb.backends import cpp
-from lorasb.quantization.quantizer import code
 from storages import storage
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -221,28 +222,28 @@ def at_the_end(t):
     new = torch.frombuffer(raw, dtype=t.dtype, count=t.numel()).view(t.shape)
     new.copy_(t)
     return new
+def drawn(dtype, *sizes):
+    return [at_the_end(torch.randn(size).to(dtype)) for size in sizes]
+options = None, 1.0, 0.0, None  # bias, scaling, dropout and its seed
 for name in cpp.instruction_sets():
     cpp.use_instruction_set(name)
-    for m, n in ((3, 64), (7, 192), (33, 128), (5, 96), (59, 123)):
-        for block in (32, 64, 128):
-            for nested in (False, True):
-                for dtype in (torch.float32, torch.bfloat16):
-                    w = storage(m, n, 'nf4', block, nested, dtype)
-                    quant = [at_the_end(t) for t in w.tensors]
-                    torch.ops.lorasb.dequantize_cpp(quant, w.layout(dtype), m, n, dtype)
-                    for M in (1, 5, 100):
-                        x, dy = at_the_end(torch.randn(M, n).to(dtype)), at_the_end(torch.randn(M, m).to(dtype))
-                        a, b, core = at_the_end(torch.randn(3, n).to(dtype)), at_the_end(torch.randn(m, 3).to(dtype)), at_the_end(torch.randn(3, 3))
-                        y, u = torch.ops.lorasb_csrc.quantized_linear(x, quant, w.layout(dtype), a, core, b, None, 1.0, 0.0, None)
-                        torch.ops.lorasb_csrc.quantized_linear_backward(dy, quant, w.layout(dtype), a, core, b, u, 1.0, 0.0, None, True, True)
-                        torch.ops.lorasb.gradient_signs_cpp(dy, x, None, True)
-    for m, n in ((3, 64), (33, 128), (59, 123), (130, 17)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for M in (1, 5, 100):
-                x, dy, w = (at_the_end(torch.randn(size).to(dtype)) for size in ((M, n), (M, m), (m, n)))
-                a, b, core = at_the_end(torch.randn(3, n).to(dtype)), at_the_end(torch.randn(m, 3).to(dtype)), at_the_end(torch.randn(3, 3))
-                y, u = torch.ops.lorasb_csrc.dense_linear(x, w, a, core, b, None, 1.0, 0.0, None)
-                torch.ops.lorasb_csrc.dense_linear_backward(dy, w, a, core, b, at_the_end(u), 1.0, 0.0, None, True, True)
+    sizes = (3, 64), (7, 192), (33, 128), (5, 96), (59, 123)
+    for (m, n), block, nested, dtype in product(sizes, (32, 64, 128), (False, True), (torch.float32, torch.bfloat16)):
+        w = storage(m, n, 'nf4', block, nested, dtype)
+        base = [at_the_end(t) for t in w.tensors], w.layout(dtype)
+        torch.ops.lorasb.dequantize_cpp(*base, m, n, dtype)
+        for M in (1, 5, 100):
+            x, dy, a, b = drawn(dtype, (M, n), (M, m), (3, n), (m, 3))
+            factors = a, *drawn(torch.float32, (3, 3)), b
+            y, u = torch.ops.lorasb_csrc.quantized_linear(x, *base, *factors, *options)
+            torch.ops.lorasb_csrc.quantized_linear_backward(dy, *base, *factors, u, *options[1:], True, True)
+            torch.ops.lorasb.gradient_signs_cpp(dy, x, None, True)
+    sizes = (3, 64), (33, 128), (59, 123), (130, 17)
+    for (m, n), dtype, M in product(sizes, (torch.float32, torch.bfloat16, torch.float16), (1, 5, 100)):
+        x, dy, w, a, b = drawn(dtype, (M, n), (M, m), (m, n), (3, n), (m, 3))
+        factors = a, *drawn(torch.float32, (3, 3)), b
+        y, u = torch.ops.lorasb_csrc.dense_linear(x, w, *factors, *options)
+        torch.ops.lorasb_csrc.dense_linear_backward(dy, w, *factors, at_the_end(u), *options[1:], True, True)
 print('whole')
 """
     paths = (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))

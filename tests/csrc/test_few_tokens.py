@@ -1,4 +1,4 @@
-"""Few tokens in bf16 over a dense W that is read as it lies, on processors that multiply bf16: forward, in one C++ call."""
+"""Few tokens in bf16 over a dense W that is read as it lies, on processors that multiply bf16: forward in C++."""
 
 from __future__ import annotations
 

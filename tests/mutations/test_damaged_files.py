@@ -27,7 +27,6 @@ from lorasb.app.data import read_data
 from lorasb.app.finetune import run_finetune
 from lorasb.app.run_folder import RunFolder
 from lorasb.app.settings import Settings, listed
-from lorasb.checkpoints.adapter_file import read_tensors
 from lorasb.config.adapter import LoRASBConfig
 from lorasb.export.lora import export_lora
 
@@ -178,7 +177,6 @@ CASES: dict[str, tuple[str, Callable[[World, Path], Any]]] = {
     "export config": (CONFIG, lambda world, folder: export_lora(folder, folder / "lora", quiet=True)),
     "bank": (WEIGHTS, load_bank),
     "bank config": (CONFIG, load_bank),
-    "tensors": (WEIGHTS, lambda world, folder: read_tensors(folder)),
     "config": (CONFIG, lambda world, folder: LoRASBConfig.from_pretrained(str(folder))),
 }
 
