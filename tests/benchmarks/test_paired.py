@@ -14,7 +14,7 @@ from benchmarks.common.csv_files import Row
 from benchmarks.research.methods.grid import LONGER, task_named
 from benchmarks.research.paired import compare, grid
 from benchmarks.research.paired.budget import COMPARED, bills, missing
-from benchmarks.research.paired.compare import Difference, difference, final_losses, half_width, lines, machines
+from benchmarks.research.paired.compare import Difference, difference, final_losses, half_width
 from benchmarks.research.paired.decision import RIVALS, Standing, is_level
 from benchmarks.research.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
 from benchmarks.research.reporting import paired
@@ -25,8 +25,7 @@ SIGN = entries()["sign"]
 
 def row(entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> Row:
     values = {"task": TASK, "variant": entry, "r": r, "lr": lr, "seed": seed, "loss": loss, "split": split}
-    values |= {"found_lr": "", "seconds": 90.0, "machine": "a machine", "adapter_params": 256}
-    return {name: str(value) for name, value in values.items()}
+    return {name: str(value) for name, value in (values | {"adapter_params": 256}).items()}
 
 
 def swept(entry: str, r: int, best: int = 0) -> list[Row]:
@@ -148,24 +147,12 @@ def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:
     assert (found.seeds, round(found.mean, 9), found.base) == (2, 0.05, 0.25)
 
 
-def test_found_rates_are_held_against_the_default_one_and_the_best() -> None:
-    rows = [*swept("sign", 16), *seeds("sign", [0.3] * 2), *seeds(grid.FIXED, [0.4] * 2)]
-    found = zip(seeds(grid.FOUND, [0.32] * 2), ("4e-3", "8e-3"), strict=True)
-    rows += [one | {"found_lr": rate} for one, rate in found]
-    (line,) = [text for text in paired.rates(rows) if text.startswith("| chain_sum")]
-    want = "chain_sum | 16 | 2 | 0.4000 | 0.3200 | 0.004 to 0.008 | -0.0800 ± 0.0000 (better) | 0.3000 | +0.0200 ± 0.0000 (worse)"
-    assert line.strip("| \n") == want
-    assert list(paired.rates(swept("sign", 16))) == []
-
-
 def test_spots_are_means_over_the_seeds_that_all_have(tmp_path: Path) -> None:
     rows = [*swept("sign", 16), *seeds("sign", [0.3, 1.3, 2.3]), *swept("LoRA r=3", 3), *seeds("LoRA r=3", [0.2, 1.2])]
     found = {spot.name: (spot.r, round(spot.loss, 9), spot.seeds) for spot in compare.spots_of(rows, TASK)}
     assert found == {"sign": (16, 0.8, 2), "LoRA r=3": (3, 0.7, 2)}
-    text = "\n".join(paired.by_parameters(rows, tmp_path))
-    assert "| chain_sum | LoRA r=3 | 3 |" in text
+    assert "| chain_sum | LoRA r=3 | 3 | 256 | 0.7000 | 2 |" in list(paired.by_parameters(rows, tmp_path))
     assert (tmp_path / paired.PICTURE).is_file()
-    assert list(paired.by_parameters(swept("sign", 16), tmp_path)) == []
 
 
 def test_missing_runs_are_those_that_nobody_ran_and_hours_those_of_rows() -> None:
@@ -182,20 +169,6 @@ def test_missing_runs_are_those_that_nobody_ran_and_hours_those_of_rows() -> Non
     assert (short.runs, short.seconds, short.hours) == (2, 100.0, pytest.approx(200 / 3600))
     assert longer.seconds == 100.0 * task_named("chain_sum, 300 steps by loss").steps / task_named(TASK).steps
     assert longer.rest == pytest.approx(every * longer.seconds / 3600)
-    assert "Those below took 0.1" in "\n".join(paired.what_runs_took(rows))
-    assert list(paired.what_runs_took([])) == []
-
-
-def test_a_letter_says_which_machine_ran_an_entry_and_a_seed_far_off_is_named() -> None:
-    rows = [*swept("sign", 16), *seeds("sign", [0.3]), *seeds("sign", [0.3], first=1), *seeds(grid.FIXED, [0.4] * 2)]
-    rows[4]["machine"] = "Z"
-    assert machines(rows) == {"Z": "A", "a machine": "B"}
-    shown = {line[1]: line[4] for line in lines(rows, TASK, "sign")}
-    assert shown == {"sign": "A B", grid.FIXED: "B"}
-    text = "\n".join(paired.one_task([one | {"version": "1", "date": "today"} for one in rows], "chain_sum"))
-    assert "A: Z; B: a machine" in text
-    assert compare.shown_loss({0: 0.1, 1: 0.12, 2: 0.11}) == "0.1100"
-    assert compare.shown_loss({0: 0.1, 2: 4.9, 1: 0.1}) == "1.7000 (seed 2: 4.9000)"
 
 
 def differences(other: str, tasks: Sequence[str], ranks: Sequence[int], mean: float) -> list[Difference]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 import torch
-from processes import attempt, python
+from processes import python
 from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks.kernels import executed_work, launches, roofline
@@ -30,9 +29,8 @@ CASES = [  # M, n, ms, r, bias
 ]
 
 
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
-    """Bytes that the kernels load and store inside the block, as the interpreter sees them."""
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes that the kernels load and store from now on, as the interpreter sees them."""
     moved = {"loaded": 0, "stored": 0}
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
@@ -50,21 +48,20 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
-    yield moved
-    monkeypatch.undo()
+    return moved
 
 
 def each_launch(
-    op: str, M: int, n: int, ms: tuple[int, ...], r: int, bias: bool, dtype: torch.dtype
+    op: str, chosen: plan.LaunchPlan, dtype: torch.dtype, M: int, n: int, ms: tuple[int, ...], r: int, bias: bool
 ) -> Iterator[tuple[Launch, dict[str, int]]]:
     """Really launch, one launch at a time, and say what each one moved."""
     cases = [reference.make_case((M,), n, m, r, dtype, bias=bias) for m in ms]
     members = launch.Members(
         *([getattr(c, name) for c in cases] for name in ("weight", "a", "core", "b", "bias")), [1.0] * len(ms)
     )
-    chosen = plan.choose(plan.Shape(op, plan.DTYPES[dtype], M, n, sum(ms), r, len(ms)), plan.INTERPRETER, 1)
     marks: list[dict[str, int]] = []
-    with pytest.MonkeyPatch.context() as patch, counted(patch) as moved, observed() as found:
+    with pytest.MonkeyPatch.context() as patch, observed() as found:
+        moved = counted(patch)
         patch.setattr(launch, "launch", lambda *arguments: (marks.append(dict(moved)), original(*arguments)))
         if op == "forward":
             launch.forward(cases[0].x, members, chosen)
@@ -85,9 +82,9 @@ def test_bytes_are_those_of_the_kernels(
     op: str, M: int, n: int, ms: tuple[int, ...], r: int, bias: bool, dtype: torch.dtype
 ) -> None:
     r = min(r, n, *ms)
-    really = list(each_launch(op, M, n, ms, r, bias, dtype))
     chosen = plan.choose(plan.Shape(op, plan.DTYPES[dtype], M, n, sum(ms), r, len(ms)), plan.INTERPRETER, 1)
-    recorded = launches.record(op, chosen, dtype, M, n, ms, r, bias)
+    given = op, chosen, dtype, M, n, ms, r, bias
+    really, recorded = list(each_launch(*given)), launches.record(*given)
     assert [(one.name, one.grid) for one in recorded] == [(one.name, one.grid) for one, _ in really]
     for counted_on, (_, moved) in zip(recorded, really, strict=True):
         told = traffic(counted_on)
@@ -140,13 +137,12 @@ def test_a_kernel_that_is_not_counted_is_refused() -> None:
         list(executed_work.shares(recorded))
 
 
-ROOFLINE = ("-m", "benchmarks.kernels.roofline")
-
-
-def test_interpreted_kernels_are_refused() -> None:
-    done = attempt(*ROOFLINE, TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "unset TRITON_INTERPRET" in done.stderr
+def test_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("sys.argv", ["roofline"])
+    with pytest.raises(SystemExit, match="2"):
+        roofline.main()
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -154,7 +150,8 @@ def test_the_command_prints_and_writes_what_it_executed(tmp_path: Path) -> None:
     """No adapter can cost less than its FLOPs, and fusing cannot cost more than the chain."""
     chart, rows = tmp_path / "chart.png", tmp_path / "rows.json"
     model = ("--model", "llama-3.2-3b", "--tokens", "2048")
-    printed = python(*ROOFLINE, *model, "--output", chart, "--json", rows, TRITON_INTERPRET="0")
+    command = ("-m", "benchmarks.kernels.roofline", *model, "--output", chart, "--json", rows)
+    printed = python(*command, TRITON_INTERPRET="0")
     for word in ("The model", "no GPU was measured", "fused", "grouped", "extended_gemm", "tensor", "limit"):
         assert word in printed
     assert chart.stat().st_size > 10_000
