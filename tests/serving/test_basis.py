@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from basis_models import a_layer, answer, base, fill, inputs, reconfigure, rewrite, saved, with_basis, with_users
+from basis_models import a_layer, answer, base, fill, reconfigure, rewrite, saved, with_basis, with_users
 from models import batches_for, logits, make, patched
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from tolerances import EXACT, EXPORT, FP64, MERGE, check, check_equal
+from tolerances import EXACT, MERGE, check, check_equal
 
 import lorasb
 from lorasb.layers.adapter_state import FrozenFactors
@@ -37,17 +37,6 @@ def test_a_and_b_are_the_same_tensors_and_r_starts_at_zero_or_at_the_basis() -> 
         assert torch.equal(layer.lorasb_R["same"], layer.lorasb_R["default"])
     r = [layer.r["default"] for layer in layers_with(model, "default").values()]
     assert sum(p.numel() for p in model.parameters()) == before + 2 * sum(rank**2 for rank in r)
-
-
-def test_training_one_moves_no_other() -> None:
-    model = with_users("ada", "grace").train()
-    model.set_adapter("ada")
-    before = {name: a_layer(model).lorasb_R[name].clone() for name in ("default", "ada", "grace")}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(**batches_for("llama")[0]).loss.backward()
-    optimizer.step()
-    moved = [name for name, core in before.items() if not torch.equal(core, a_layer(model).lorasb_R[name])]
-    assert moved == ["ada"]
 
 
 def test_many_are_saved_at_once_as_peft_saves_each(tmp_path: Path) -> None:
@@ -108,18 +97,6 @@ def test_another_basis_is_refused_and_the_model_stays(tmp_path: Path) -> None:
     check(logits(model), before, EXACT)
 
 
-def test_merging_exporting_and_adding_up() -> None:
-    model = with_users("ada", "grace")
-    alone = answer(model, "ada")
-    model.merge_adapter(["ada"])
-    check(logits(model), alone, MERGE)
-    model.unmerge_adapter()
-    errors = model.add_weighted_adapter(["ada", "grace"], [0.5, 2.0], "sum", combination_type="linear")
-    assert max(errors.values()) == 0.0
-    layer = a_layer(model)
-    check(layer.lorasb_R["sum"], 0.5 * layer.lorasb_R["ada"] + 2.0 * layer.lorasb_R["grace"], EXPORT)
-
-
 def test_the_basis_of_others_is_neither_deleted_nor_initialized(tmp_path: Path) -> None:
     model = with_users("ada")
     with pytest.raises(ValueError, match="'default' is the basis of ada: delete those first"):
@@ -159,29 +136,6 @@ def test_sharing_outlives_casts_and_copies(change: str) -> None:
     assert layer.lorasb_A["ada"].dtype == (torch.float64 if change == "double" else torch.float32)
 
 
-@pytest.mark.parametrize("index", [["ada", "grace"], ["grace", "__base__"], ["ada", "default"]])
-def test_rows_of_a_batch_train_as_each_would_alone(index: list[str]) -> None:
-    """One pass over a batch of several adapters gives each its gradient and no other."""
-    model = with_users("ada", "grace").double().train()
-    model.base_model.set_adapter(["ada", "grace", "default"])
-    batch = inputs()
-    out = model(**batch, adapter_names=index).logits
-    g = torch.Generator().manual_seed(0)
-    weights = torch.randn(out.shape, generator=g, dtype=out.dtype)
-    (out * weights).sum().backward()
-    cores = a_layer(model).lorasb_R
-    together = {name: cores[name].grad for name in ("ada", "grace", "default")}
-    for row, name in enumerate(index):
-        if name == "__base__":
-            continue
-        model.set_adapter(name)
-        y = model(**{k: v[row : row + 1] for k, v in batch.items()}).logits
-        (alone,) = torch.autograd.grad((y * weights[row : row + 1]).sum(), cores[name])
-        check(together[name], alone, FP64)
-    for name in set(together) - set(index):
-        assert together[name] is None or not together[name].any()
-
-
 def test_rows_in_training_need_one_basis_and_no_dropout() -> None:
     model = with_users("ada")
     model.add_adapter("own", lorasb.LoRASBConfig(r=4, init="kaiming", init_seed=5))
@@ -201,7 +155,8 @@ def test_a_sum_has_factors_of_its_own_and_leaves_the_basis(kind: str) -> None:
     model = with_users("ada", "grace")
     before = answers(model, "default", "ada", "grace")
     options = {"density": 0.5} if kind == "ties" else {}
-    model.add_weighted_adapter(["ada", "grace"], [0.5, 0.7], "sum", combination_type=kind, **options)
+    errors = model.add_weighted_adapter(["ada", "grace"], [0.5, 0.7], "sum", combination_type=kind, **options)
+    assert kind != "linear" or set(errors.values()) == {0.0}
     assert "sum" not in a_layer(model).bases
     check_equal(answers(model, *before), before)
 
@@ -243,12 +198,15 @@ def test_a_file_with_other_factors_does_not_overwrite_shared_ones(tmp_path: Path
     check_equal(answers(model, *before), before)
 
 
-def test_a_basis_of_a_basis_is_found_by_its_root(tmp_path: Path) -> None:
+def test_a_basis_of_a_basis_is_found_by_its_root_and_merges_as_others_do(tmp_path: Path) -> None:
     model = with_users("ada")
     model.add_adapter("second", lorasb.LoRASBConfig(basis="ada", basis_start="same"))
     assert model.peft_config["second"].basis == "default"
     want = answer(model, "ada")
     check(answer(model, "second"), want, EXACT)
+    model.merge_adapter()
+    check(logits(model), want, MERGE)
+    model.unmerge_adapter()
     model.save_pretrained(tmp_path)
     check(logits(PeftModel.from_pretrained(base(), tmp_path / "second").eval()), want, EXACT)
 
@@ -311,21 +269,6 @@ def test_they_are_what_peft_adds_one_by_one(start: str, options: dict[str, objec
     layer = a_layer(at_once)
     assert layer.lorasb_A["grace"] is layer.lorasb_A["default"]
     assert len({layer.lorasb_R[name].data_ptr() for name in ("default", *NAMES)}) == 4
-
-
-def test_they_train_are_saved_and_are_deleted(tmp_path: Path) -> None:
-    model = with_basis()
-    lorasb.add_adapters(model, NAMES)
-    model.set_adapter("emmy")
-    assert a_layer(model).lorasb_R["emmy"].requires_grad
-    for seed, name in enumerate(NAMES):
-        fill(model, name, seed)
-    want = answer(model, "emmy")
-    model.save_pretrained(str(tmp_path))
-    model.set_adapter("default")
-    model.delete_adapter("emmy")
-    model.load_adapter(str(tmp_path / "emmy"), "emmy")
-    check(answer(model, "emmy"), want, EXACT)
 
 
 def test_r_s_come_from_files_for_those_that_are_there_and_those_that_are_not(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import tolerances
 import torch
 import transformers
 from families import EXPERTS, FAMILIES, SIZES, causal, opt
-from models import batches_for, make
+from models import batches_for
 from torch import Tensor, nn
 from two_adapters import layers, two
 
@@ -158,12 +158,6 @@ def test_families_whose_layers_get_tokens_first_are_refused(kind: str) -> None:
     ids = torch.randint(5, 99, (4, 4), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="which cannot be mapped to rows of the batch"):
         model(input_ids=ids, adapter_names=["default", "second"] * 2)
-
-
-def test_rows_over_four_bits_get_their_adapters_too() -> None:
-    model = lorasb.patch(lorasb.quantize(make("llama")), r=4)
-    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    check_rows(model.eval(), batches_for("llama")[0], ["default", "__base__"])
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -21,7 +21,7 @@ from lorasb.serving import training
 from lorasb.serving.training import adapter_losses
 
 NAMES = ("ada", "emmy", "grace")
-RATES = {"ada": 1e-2, "emmy": 3e-3, "grace": 1e-3}
+RATES = {"ada": 1e-2, "emmy": 3e-3, "grace": 1e-3, "default": 1e-3}
 NORM = 0.05  # clips all of them
 
 
@@ -29,7 +29,7 @@ def rows(step: int) -> tuple[dict[str, Tensor], list[str]]:
     """A batch of four rows, and whose they are; not everybody has some in every step."""
     one, other = (batches_for("llama")[(step + i) % 3] for i in range(2))
     batch = {name: torch.cat((one[name], other[name])) for name in one}
-    owners = [["ada", "emmy", "ada", "grace"], ["grace", "ada", "__base__", "grace"], ["emmy", "emmy", "ada", "emmy"]]
+    owners = [["ada", "emmy", "ada", "grace"], ["grace", "ada", "__base__", "default"], ["emmy", "emmy", "ada", "emmy"]]
     return batch, owners[step % 3]
 
 
@@ -55,14 +55,15 @@ def train(model: PeftModel, names: tuple[str, ...]) -> None:
         optimizer.step()
 
 
-def test_together_is_as_alone() -> None:
+def test_together_is_as_alone_and_others_stay_frozen() -> None:
     together = with_users(*NAMES).double()
-    train(together, NAMES)
-    for name in NAMES:
+    train(together, tuple(RATES))
+    for name in RATES:
         alone = with_users(*NAMES).double()
-        before = cores(alone, name)[0].clone()
+        before = {other: cores(alone, other)[0].clone() for other in RATES}
         train(alone, (name,))
-        assert not torch.equal(cores(alone, name)[0], before)
+        assert [other for other in RATES if not torch.equal(cores(alone, other)[0], before[other])] == [name]
+        assert [other for other in RATES if a_layer(alone).lorasb_R[other].requires_grad] == [name]
         check(cores(together, name), cores(alone, name), FP64)
 
 
@@ -81,27 +82,6 @@ def test_recomputed_activations_have_their_rows_adapters(reentrant: bool) -> Non
         check_equal(cores(kept, name), cores(recomputed, name))
     left = [[len(module._forward_pre_hooks) for module in model.modules()] for model in (kept, recomputed)]
     assert left[0] == left[1]
-
-
-def test_a_loss_is_the_models_own_over_the_rows_of_an_adapter() -> None:
-    model = with_users(*NAMES)
-    batch, owners = rows(0)
-    labels = batch.pop("labels")
-    with torch.no_grad():
-        losses = lorasb.adapter_losses(model(**batch, adapter_names=owners).logits, labels, owners)
-        for name, loss in losses.items():
-            mine = [i for i, owner in enumerate(owners) if owner == name]
-            model.set_adapter(name)
-            alone = model(**{k: v[mine] for k, v in batch.items()}, labels=labels[mine]).loss
-            torch.testing.assert_close(loss, alone)
-
-
-def test_those_without_rows_make_no_step_and_others_stay_frozen() -> None:
-    model = with_users(*NAMES)
-    before = cores(model, "grace")[0].clone()
-    train(model, ("ada", "emmy"))
-    assert torch.equal(cores(model, "grace")[0], before)
-    assert not a_layer(model, "grace").lorasb_R["grace"].requires_grad
 
 
 def test_norms_are_those_of_each_and_are_clipped_apart() -> None:
@@ -241,18 +221,6 @@ def test_a_checkpoint_has_all_of_them_and_training_resumes_to_the_same_bits(tmp_
         check_equal(cores(whole, name), cores(resumed, name))
 
 
-def test_the_loss_and_the_clipping_are_given_back(tmp_path: Path) -> None:
-    model = with_users(*NAMES)
-    trainer = trainer_for(model, tmp_path, max_steps=1)
-    trainer.train()
-    assert trainer.args.max_grad_norm == NORM
-    model.train()
-    batch = batch_of(len(OWNERS))
-    assert model(**batch).loss.dim() == 0
-    losses = adapter_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"], ["ada"] * len(OWNERS))
-    torch.testing.assert_close(losses["ada"], model(**batch).loss)
-
-
 def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     before = {name: cores(model, name)[0].clone() for name in NAMES}
@@ -277,7 +245,7 @@ def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None
     assert not model._forward_pre_hooks
 
 
-def test_evaluation_has_the_models_own_loss(tmp_path: Path) -> None:
+def test_evaluation_has_the_models_own_loss_and_it_and_the_clipping_are_given_back(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     trainer = trainer_for(model, tmp_path, max_steps=1)
     trainer.add_callback(At(1, lambda: trainer.evaluate(examples()[:4])))  # while it has the training loss
@@ -287,6 +255,10 @@ def test_evaluation_has_the_models_own_loss(tmp_path: Path) -> None:
         want = model.eval()(**batch, adapter_names=list(OWNERS[:4])).loss
     shown = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert abs(shown - float(want)) < 1e-5
+    assert trainer.args.max_grad_norm == NORM
+    batch = batch_of(len(OWNERS))
+    losses = adapter_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"], ["ada"] * len(OWNERS))
+    torch.testing.assert_close(losses["ada"], model.train()(**batch).loss)
 
 
 def test_gradients_that_processes_averaged_are_divided_by_the_tokens_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
