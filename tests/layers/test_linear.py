@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -24,34 +23,20 @@ def make(dtype: torch.dtype = torch.float32, initialized: bool = True, **options
     torch.manual_seed(0)
     layer = LoRASBLinear(nn.Linear(16, 12, dtype=dtype), "default", 4, **options)
     if initialized:
-        fill(layer, "default", 1)
+        g = torch.Generator().manual_seed(1)
+        layer.set_factors("default", *(torch.randn(*s, generator=g) * 0.3 for s in ((12, 4), (4, 4), (4, 16))))
     return layer
 
 
-def fill(layer: LoRASBLinear, name: str, seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    r = layer.r[name]
-    layer.set_factors(name, *(torch.randn(*s, generator=g) * 0.3 for s in ((12, r), (r, r), (r, 16))))
+def by_hand(layer: LoRASBLinear, x: Tensor) -> Tensor:
+    a, core, b = (getattr(layer, f"lorasb_{part}")["default"].double() for part in "ARB")
+    weight = layer.base.parameter().double() + layer.scaling["default"] * b @ core @ a
+    return x.double() @ weight.t() + layer.bias.double()
 
 
-def trained(layer: LoRASBLinear) -> list[str]:
-    return [name for name, p in layer.named_parameters() if p.requires_grad and "base_layer" not in name]
-
-
-def by_hand(layer: LoRASBLinear, x: Tensor, *names: str) -> Tensor:
-    y = x.double() @ layer.base.parameter().double().t() + layer.bias.double()
-    for name in names:
-        a, core, b = (getattr(layer, f"lorasb_{part}")[name].double() for part in "ARB")
-        y = y + layer.scaling[name] * x.double() @ a.t() @ core.t() @ b.t()
-    return y
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_factors_have_the_bases_dtype_and_r_is_fp32(dtype: torch.dtype) -> None:
-    layer = make(dtype)
-    assert layer.lorasb_A["default"].dtype == layer.lorasb_B["default"].dtype == dtype
-    assert layer.lorasb_R["default"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert trained(layer) == ["lorasb_R.default"]
+def test_over_a_base_in_fp64_r_is_in_fp64_too() -> None:
+    layer = make(torch.float64)
+    assert {getattr(layer, f"lorasb_{part}")["default"].dtype for part in "ARB"} == {torch.float64}
 
 
 def test_an_uninitialized_layer_is_the_base_and_refuses_to_train() -> None:
@@ -71,7 +56,6 @@ def test_an_uninitialized_layer_is_the_base_and_refuses_to_train() -> None:
 def test_what_trained_before_adapters_were_off_trains_again() -> None:
     layer = make()
     layer.add_adapter("second", 4)
-    fill(layer, "second", 2)
     layer.set_adapter(["default"])
     layer.lorasb_R["second"].requires_grad_(True)  # as adapters that train together do
     for _ in range(2):
@@ -123,7 +107,7 @@ def test_loading_a_state_dict_initializes(assign: bool) -> None:
     target.load_state_dict(source.state_dict(), assign=assign)
     x = torch.randn(3, 16)
     assert torch.equal(source(x), target.train()(x))
-    assert trained(target) == ["lorasb_R.default"]
+    assert [n for n, p in target.named_parameters() if p.requires_grad and "lorasb" in n] == ["lorasb_R.default"]
 
 
 def test_ranks_that_a_layer_cannot_have_a_taken_name_and_factors_of_another_shape_change_nothing() -> None:
@@ -137,19 +121,6 @@ def test_ranks_that_a_layer_cannot_have_a_taken_name_and_factors_of_another_shap
     with pytest.raises(ValueError, match=r"expected a factor \[4, 16\], got \[4, 15\]"):
         layer.set_factors("default", torch.ones(12, 4), torch.ones(4, 4), torch.ones(4, 15))
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
-
-
-def test_several_adapters_add_up() -> None:
-    layer = make()
-    layer.add_adapter("second", 2, scaling=0.5)
-    fill(layer, "second", 2)
-    x = torch.randn(5, 16)
-    for active in (["default"], ["second"], ["default", "second"]):
-        layer.set_adapter(active)
-        tolerances.check(layer(x), by_hand(layer, x, *active), tolerances.fp32(32))
-    assert trained(layer) == ["lorasb_R.default", "lorasb_R.second"]
-    layer.delete_adapter("second")
-    tolerances.check(layer(x), by_hand(layer, x, "default"), tolerances.fp32(32))
 
 
 class Plus(nn.Linear):
@@ -176,9 +147,7 @@ def test_a_base_that_must_run_is_run(change: str) -> None:
     layer, x = make(), torch.randn(5, 16)
     CHANGES[change](layer.base_layer)
     plus = x.double() @ layer.base.parameter().double().t() if change == "pre-hook" else 1
-    want = by_hand(layer, x, "default") + plus
-    tolerances.check(layer(x), want, tolerances.fp32(32))
-    assert (want - by_hand(layer, x)).abs().max() > 0.5
+    tolerances.check(layer(x), by_hand(layer, x) + plus, tolerances.fp32(32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -194,19 +163,6 @@ def test_merge_and_unmerge(dtype: torch.dtype, safe: bool) -> None:
     tolerances.check(layer(x), want, tolerances.MERGE)
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
-
-
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_merge_that_is_not_finite_changes_nothing(safe: bool, value: float) -> None:
-    layer = make()
-    before = layer.base.parameter().detach().clone()
-    with torch.no_grad():
-        layer.lorasb_R["default"][1, 2] = value
-    with pytest.raises(ValueError, match=r"not finite in torch\.float32; the weights were left as they are"):
-        layer.merge(safe_merge=safe)
-    assert torch.equal(layer.base.parameter(), before)
-    assert not layer.merged
 
 
 def test_autocast_over_an_fp32_base() -> None:
@@ -228,7 +184,7 @@ def test_autocast_over_an_fp32_base() -> None:
 def test_dropout_acts_in_training_only() -> None:
     layer, x = make(lora_dropout=0.5), torch.randn(5, 16)
     layer.eval()
-    tolerances.check(layer(x), by_hand(layer, x, "default"), tolerances.fp32(32))
+    tolerances.check(layer(x), by_hand(layer, x), tolerances.fp32(32))
     layer.train()
     assert not torch.equal(layer(x), layer(x))
 
@@ -248,13 +204,7 @@ def test_former_dictionaries_by_adapter_name() -> None:
         layer.r["default"] = 2  # type: ignore[index]
 
 
-def old_weight_norm(layer: nn.Linear) -> nn.Module:
-    with warnings.catch_warnings():  # it is deprecated, and in models all the same
-        warnings.simplefilter("ignore")
-        return nn.utils.weight_norm(layer)
-
-
-@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, old_weight_norm], ids=["new", "old"])
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])
 def test_a_weight_that_is_computed_is_adapted_and_not_merged(norm: Callable[[nn.Linear], nn.Module]) -> None:
     net = nn.Sequential(OrderedDict(normed=norm(nn.Linear(16, 12)), plain=nn.Linear(12, 8)))
     model = lorasb.patch(net, r=4, init="kaiming", target_modules=["normed", "plain"])

@@ -139,7 +139,6 @@ def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
 
 
 def test_torchao_with_int8_activations_is_served_and_merged_but_not_trained() -> None:
-    """Its product has no gradient of x."""
     quantization = pytest.importorskip("torchao.quantization")
 
     def base() -> Any:
@@ -194,7 +193,6 @@ def matrices() -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_weight_is_copied(kind: str) -> None:
-    """After a training step nothing of W's size is alive that was not before, and dense weights are not cached."""
     KINDS[kind](nn.Linear(64, 64))  # skips at once where its package is not installed
     of_other_tests = matrices()
     model = initialized(kind)

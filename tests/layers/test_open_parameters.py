@@ -15,7 +15,7 @@ import transformers
 from adapters import layers
 from families import SIZES
 from gradients import autograd_sums
-from models import text
+from models import logits, text
 from tolerances import ENERGY, EXACT, FP64, MERGE, check
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -53,10 +53,6 @@ def patched(kind: str, **options: Any) -> Any:
 
 def slices(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {name: layer for name, layer in layers(model, AdaptedLayer).items() if "experts" in name}
-
-
-def logits(model: nn.Module) -> Tensor:
-    return model(**text(4, 12, 0)).logits
 
 
 @pytest.mark.parametrize("kind", MODELS)

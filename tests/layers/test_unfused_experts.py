@@ -74,8 +74,6 @@ def test_each_experts_factors_come_from_the_tokens_routed_to_it() -> None:
 def test_experts_without_a_token_start_from_their_weight_and_the_report_says_so() -> None:
     model = lorasb.patch(make("qwen3_moe"), r=4, target_parameters=EXPERTS)
     for block in model.base_model.model.model.layers:
-        block.mlp.gate.weight.data[3] = -1e3 * block.mlp.gate.weight.data[:3].abs().max()
-        block.mlp.gate.weight.data[3].sub_(block.mlp.gate.weight.data.abs().max())
         block.mlp.gate.register_forward_hook(_without_the_last)
     with pytest.warns(UserWarning, match="not reached by these samples"):
         report = lorasb.initialize(model, batches_for("qwen3_moe"), lr=2e-2, progress=False)
