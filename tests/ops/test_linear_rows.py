@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from measuring import threads
 
-import lorasb
 from lorasb.functional import lora_sb_linear
 
 GROUPS = ("group", "rows of a group")
@@ -60,19 +59,6 @@ def test_results_repeat_and_do_not_depend_on_threads(kernel: str) -> None:
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-def test_results_of_an_adapter_are_those_that_it_has_alone() -> None:
-    """dR_k sums t and u of its own rows, whatever stands between them."""
-    (case,), options = make_call("rows", torch.float32, (8,), 32, 32, 8)
-    with lorasb.backend("eager"):
-        y, dx, dcores = run(case, **options)
-        for k in range(3):
-            rows = [i for i, other in enumerate(INDEX) if other == k]
-            mine = replace(case, x=case.x[rows], dy=case.dy[rows], core=case.core[k : k + 1])
-            wanted = run(mine, index=[0] * len(rows))
-            for got, want, length in zip((y[rows], dx[rows], dcores[k : k + 1]), wanted, (32, 32, 16), strict=True):
-                tolerances.check(got, want, tolerances.fp32(length))
-
-
 def test_a_slice_of_a_larger_stack_is_read_where_it_lies(kernel: str) -> None:
     """A bank keeps R's of all layers of an adapter side by side: the stack of one layer has gaps."""
     (case,), options = make_call("rows", torch.float32, (1,))
@@ -106,7 +92,6 @@ def test_an_output_that_the_loss_does_not_use_adds_nothing(kernel: str, kind: st
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_results_of_a_member_are_those_that_it_has_alone(kernel: str, kind: str) -> None:
-    """To the bit: what the others hold does not matter."""
     cases, options = make_call(kind, torch.float32)
     found = run(*cases, **options)
     for j, case in enumerate(cases):

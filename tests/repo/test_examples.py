@@ -9,7 +9,6 @@ import re
 import runpy
 import shlex
 import sys
-import warnings
 from pathlib import Path
 
 import nbclient
@@ -45,15 +44,14 @@ def test_each_is_short_and_its_docstring_has_the_command_and_the_output() -> Non
         assert len(said.splitlines()) >= 4, example.name
 
 
+@pytest.mark.filterwarnings("ignore")  # of pinned memory without a GPU, and of what TRL prepares
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
 def test_it_runs(
     example: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [example.name, "3", str(tiny)])
-    with warnings.catch_warnings():  # of pinned memory without a GPU, and of what TRL prepares
-        warnings.simplefilter("ignore")
-        runpy.run_path(str(example), run_name="__main__")
+    runpy.run_path(str(example), run_name="__main__")
     printed = capsys.readouterr().out
     for text in PRINTED[example.stem]:
         assert text in printed

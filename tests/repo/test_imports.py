@@ -19,11 +19,8 @@ KNOWN = (
 ORDERS = (
     "import lorasb, peft",
     "import peft, lorasb",
-    "import lorasb.config.adapter",
     "import lorasb.layers.linear",
     "import lorasb.tuner",
-    "import lorasb.init",
-    "import lorasb.app.finetune",
     "import lorasb, importlib.util; importlib.util.find_spec('peft'); import peft",
     "import lorasb; lorasb.patch; lorasb.LoRASBConfig",
 )
