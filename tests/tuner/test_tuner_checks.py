@@ -12,7 +12,7 @@ import pytest
 import torch
 from adapters import layers
 from model_kinds import KINDS, Kind
-from tolerances import EXACT, EXPORT, MERGE, check
+from tolerances import EXACT, EXPORT, MERGE, check, check_scaled
 from torch import nn
 
 import lorasb
@@ -31,10 +31,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("kind", [pytest.param(kind, id=name, marks=marks[name]) for name, kind in KINDS.items()])
 
 
-def config(kind: Kind, seed: int = 0) -> lorasb.LoRASBConfig:
+def config(kind: Kind, seed: int = 0, dropout: float = 0.0) -> lorasb.LoRASBConfig:
     """An adapter that changes the output without data."""
     return lorasb.LoRASBConfig(
-        r=3, target_modules=kind.targets, init="kaiming", init_seed=seed, task_type=kind.task, modules_to_save=None
+        r=3, target_modules=kind.targets, init="kaiming", init_seed=seed, task_type=kind.task, lora_dropout=dropout
     )
 
 
@@ -56,8 +56,7 @@ def several(kind: Kind, *names: str) -> Any:
 
 def same(found: torch.Tensor, want: torch.Tensor) -> None:
     """Equal up to a rounding of the weights and another order of sums, over the largest entry."""
-    scale = max(1.0, float(want.detach().abs().max()))
-    check(found / scale, want / scale, MERGE)
+    check_scaled(found.detach(), want.detach(), MERGE, least=1.0)
 
 
 def layers_of(model: nn.Module) -> list[AdaptedLayer]:
@@ -204,21 +203,20 @@ def test_injection_and_state_dicts_work_below_peft_model(kind: Kind) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(kind: Kind, reentrant: bool) -> None:
-    gradients = []
+    found, bound = [], EXACT if kind is KINDS["decoder"] else EXPORT  # GPT-2 and T5 add up in another order
     for checkpointing in (False, True):
-        model = adapted(kind)
-        base = model.get_base_model()
-        if not hasattr(base, "gradient_checkpointing_enable"):
+        model: Any = peft.get_peft_model(kind.make(), config(kind, dropout=0.25)).train()
+        if not hasattr(model.get_base_model(), "gradient_checkpointing_enable"):
             pytest.skip("a transformers model has it")
         if checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        kind.out(model.train()).float().square().mean().backward()
-        gradients.append([layer.lorasb_R["default"].grad for layer in layers_of(model)])
-    assert any(grad is not None and grad.norm() > 0 for grad in gradients[0])
-    for one, other in zip(*gradients, strict=True):
-        if one is not None and other is not None:
-            check(other, one, EXPORT)
+        torch.manual_seed(5)
+        kind.out(model).float().square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any("lorasb_R" in name and gradient.norm() > 0 for name, gradient in found[0].items())
+    assert found[0].keys() == found[1].keys()
+    check(*(list(gradients.values()) for gradients in found), bound)
 
 
 def test_a_compiled_model_computes_the_same(kind: Kind) -> None:
