@@ -58,38 +58,38 @@ def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> flo
 @pytest.mark.parametrize("update", ["adamw", "sgd", "per-sample"])
 def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str) -> None:
     model, report = measured(family, update=update, scaling=0.5)
-    assert report.rate is not None
     change = change_by_an_aligned_step(model, family, report.rate)
     tolerances.check(torch.tensor(change), torch.tensor(auto_rate.RHO), tolerances.fp32(64))
 
 
-def test_the_start_belongs_to_the_rate() -> None:
-    """As if the rate had been given; R's length is proportional to η."""
-    model, report = measured()
+@pytest.fixture(scope="module")
+def usual() -> tuple[nn.Module, InitReport]:
+    """A Llama's measured start, and its report."""
+    return measured()
+
+
+def test_the_start_is_as_if_the_rate_had_been_given(usual: tuple[nn.Module, InitReport]) -> None:
+    model, report = usual
     again, other = started(lr=report.rate)
     assert other.rate is None
-    assert report.lr == other.lr
+    assert report.lr == other.lr == model.peft_config["default"].init_provenance["lr"]
     tolerances.check(cores(model), cores(again), tolerances.FACTORS)
-    assert model.peft_config["default"].init_provenance["lr"] == report.lr
 
 
-def test_a_warm_up_divides_the_first_step_and_not_the_rate() -> None:
+def test_a_warm_up_divides_the_first_step_and_not_the_rate(usual: tuple[nn.Module, InitReport]) -> None:
+    """R's length is proportional to the step's."""
     given = lorasb.first_step_lr("auto", 0.1, total_steps=50)
     assert given == AutoRate(5.0)
     model, report = measured(lr=given)
-    whole, other = measured()
-    assert report.rate == other.rate
+    assert report.rate == usual[1].rate
     assert report.lr == pytest.approx(report.rate / 5)
-    tolerances.check([5 * core for core in cores(model)], cores(whole), tolerances.FACTORS)
+    tolerances.check([5 * core for core in cores(model)], cores(usual[0]), tolerances.FACTORS)
 
 
-def test_scaling_and_rank_are_in_the_rate() -> None:
+def test_scaling_and_rank_are_in_the_rate(usual: tuple[nn.Module, InitReport]) -> None:
     """ρ counts s·r‖A x‖: half of s takes twice the rate, and more of the rank a smaller one."""
-    _, one = measured()
-    _, half = measured(scaling=0.5)
-    _, more = measured(r=8)
-    assert half.rate == pytest.approx(2 * one.rate, rel=1e-5)
-    assert more.rate < one.rate
+    assert measured(scaling=0.5)[1].rate == pytest.approx(2 * usual[1].rate, rel=1e-5)
+    assert measured(r=8)[1].rate < usual[1].rate
 
 
 def test_the_samples_of_a_cache_are_measured_too(tmp_path: Path) -> None:
@@ -113,28 +113,23 @@ def test_without_activations_there_is_a_stated_fallback() -> None:
         assert auto_rate.measured_rate(work) == auto_rate.FALLBACK
 
 
-def test_a_loss_of_the_users_is_called_for_the_forward() -> None:
-    _, own = measured()
+def test_a_loss_of_the_users_is_called_for_the_forward(usual: tuple[nn.Module, InitReport]) -> None:
     _, given = measured(loss_fn=lambda model, batch: model(**batch).loss)
-    assert given.rate == pytest.approx(own.rate, rel=0.2)  # other weights of samples give other signs
+    assert given.rate == pytest.approx(usual[1].rate, rel=0.2)  # other weights of samples give other signs
 
 
 def test_a_trainer_trains_r_at_the_rate(tmp_path: Path) -> None:
     callback = lorasb.InitCallback(lr="auto")
-    model = lorasb.patch(make("llama"), r=4)
-    trainer = train(model, tmp_path, [callback], warmup_steps=2)
-    assert callback.report is not None
-    assert callback.report.rate is not None
-    groups = trainer.optimizer.param_groups
-    assert all(group["initial_lr"] == callback.report.rate for group in groups if group["params"])
-    assert trainer.lr_scheduler.base_lrs[0] == callback.report.rate
+    trainer = train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], warmup_steps=2)
+    rate = callback.report.rate
+    assert all(group["initial_lr"] == rate for group in trainer.optimizer.param_groups if group["params"])
+    assert trainer.lr_scheduler.base_lrs[0] == rate
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert max(rates) <= callback.report.rate * (1 + 1e-6)
+    assert max(rates) <= rate * (1 + 1e-6)
 
 
-def test_a_head_keeps_the_rate_of_the_arguments() -> None:
-    model, report = measured()
-    assert report.rate is not None
+def test_a_head_keeps_the_rate_of_the_arguments(usual: tuple[nn.Module, InitReport]) -> None:
+    model, report = usual
     head = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW([{"params": head.parameters(), "lr": 0.5}, {"params": cores(model)}], lr=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))

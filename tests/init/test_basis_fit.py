@@ -14,7 +14,8 @@ TASK, OTHER = ([text(2, 12, seed) for seed in seeds] for seeds in (range(4), ran
 R = 4
 
 
-def on_a_basis() -> PeftModel:
+@pytest.fixture(scope="module")
+def model() -> PeftModel:
     return started(r=R, batches=TASK)[0]
 
 
@@ -27,8 +28,7 @@ def state(model: PeftModel) -> dict[str, object]:
     return found | {"adapters": (list(model.peft_config), list(model.active_adapters)), "mode": model.training}
 
 
-def test_shares_are_those_of_matrices() -> None:
-    model = on_a_basis()
+def test_shares_are_those_of_matrices(model: PeftModel) -> None:
     found = fit(model)
     own, _ = started(r=R, batches=OTHER, lr=1.0, longest_start=None)
     kept, whole, chance = 0.0, 0.0, 0.0
@@ -48,25 +48,24 @@ def test_shares_are_those_of_matrices() -> None:
     assert 0 < found.random < found.share < 1
 
 
-def test_a_basis_keeps_all_of_the_step_that_it_was_made_from() -> None:
-    assert fit(on_a_basis(), TASK).share == pytest.approx(1.0, abs=1e-5)
+def test_a_basis_keeps_all_of_the_step_that_it_was_made_from(model: PeftModel) -> None:
+    assert fit(model, TASK).share == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("init", ["random", "lora-xs"])
 def test_a_basis_without_data_keeps_a_part(init: str) -> None:
-    found = fit(lorasb.patch(make("llama"), r=R, init=init))
-    assert 0 < found.share < 0.5
+    assert 0 < fit(lorasb.patch(make("llama"), r=R, init=init)).share < 0.5
 
 
 @pytest.mark.parametrize("update", ["sgd", "per-sample"])
-def test_other_updates_have_other_first_steps(update: str) -> None:
-    model = on_a_basis()
-    assert 0 < fit(model, update=update).share < 1
-    assert fit(model, update=update).share != fit(model).share
+def test_other_updates_have_other_first_steps(model: PeftModel, update: str) -> None:
+    share = fit(model, update=update).share
+    assert 0 < share < 1
+    assert share != fit(model).share
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = on_a_basis().train()
+    model = started(r=R, batches=TASK)[0].train()
     model.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
     model.set_adapter("ada")
     before = state(model)
@@ -80,13 +79,11 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"basis": "nobody"}, "expected basis= to name an initialized adapter of the model, got 'nobody'"),
         ({"num_samples": 9}, "9"),
         ({"update": "luck"}, "update must be one of adamw, sgd, per-sample, got 'luck'"),
+        ({"model": lorasb.patch(make("llama"), r=R)}, "expected basis= to name an initialized adapter"),
     ],
 )
-def test_an_error_changes_nothing(options: dict[str, object], message: str) -> None:
-    model = on_a_basis()
+def test_an_error_changes_nothing(model: PeftModel, options: dict[str, object], message: str) -> None:
     before = state(model)
     with pytest.raises(ValueError, match=message):
-        fit(model, **options)
+        fit(**{"model": model} | options)
     assert state(model) == before
-    with pytest.raises(ValueError, match="expected basis= to name an initialized adapter"):
-        fit(lorasb.patch(make("llama"), r=R))

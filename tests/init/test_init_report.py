@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tolerances
@@ -12,6 +13,11 @@ from models import batches_for, make, patched, started, text
 
 import lorasb
 from lorasb.init import InitReport, LayerReport
+
+
+@pytest.fixture(scope="module")
+def report() -> InitReport:
+    return started(r=16)[1]
 
 
 def test_full_rank_keeps_all_energy_and_a_small_rank_less() -> None:
@@ -26,16 +32,14 @@ def test_full_rank_keeps_all_energy_and_a_small_rank_less() -> None:
     assert 0 < started(r=2)[1].energy_sign < report.energy_sign
 
 
-def test_a_report_is_printed_saved_and_loaded(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    _, report = started()
+def test_a_report_is_printed_saved_and_loaded(report: InitReport, tmp_path: Path) -> None:
     shown = str(report)
     assert "update initialization: 14 layers, 6 samples" in shown
     assert "model.layers.1.mlp.down_proj" in shown
     report.save(tmp_path / "report.json")
     assert InitReport.load(tmp_path / "report.json") == report
-    values = json.loads((tmp_path / "report.json").read_text())
     kept = {"shape", "rank", "energy_sign", "energy_grad", "singular_values", "zeros", "seconds"}
-    assert set(values["layers"][0]) >= kept
+    assert set(json.loads((tmp_path / "report.json").read_text())["layers"][0]) >= kept
 
 
 def test_provenance_goes_into_the_config() -> None:
@@ -43,11 +47,6 @@ def test_provenance_goes_into_the_config() -> None:
     assert facts.items() >= {"lr": 2e-2, "longest_start": 4.0, "num_samples": 6, "seed": 0}.items()
     assert len(facts["data_sha256"]) == 64
     assert set(facts["versions"]) == {"lorasb", "torch", "python", "transformers", "peft"}
-
-
-@pytest.fixture(scope="module")
-def report() -> InitReport:
-    return started(r=16)[1]
 
 
 def test_curves_are_the_energies_of_leading_subspaces(report: InitReport) -> None:
@@ -128,13 +127,13 @@ def test_stability_of_equal_halves_is_one() -> None:
     assert [layer.energy_sign for layer in plain.layers] == [layer.energy_sign for layer in other.layers]
 
 
-@pytest.mark.parametrize("kind", ["layers", "ranks", "spectrum"])
-def test_every_picture_is_a_png(report: InitReport, kind: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    report.plot(tmp_path / "a.png", kind)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="kind must be one of layers, ranks, spectrum, got 'pie'"):
-        report.plot(tmp_path / "b.png", "pie")
+def test_every_picture_is_a_png(report: InitReport, tmp_path: Path) -> None:
     data_free = lorasb.initialize(lorasb.patch(make("llama"), r=4, init="kaiming"), progress=False)
-    with pytest.raises(ValueError, match="takes no gradient: there is no energy to draw"):
-        data_free.plot(tmp_path / "b.png", kind)
-    assert not (tmp_path / "b.png").exists()
+    for kind in ("layers", "ranks", "spectrum"):
+        report.plot(tmp_path / f"{kind}.png", kind)
+        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+        with pytest.raises(ValueError, match="takes no gradient: there is no energy to draw"):
+            data_free.plot(tmp_path / "no.png", kind)
+    with pytest.raises(ValueError, match="kind must be one of layers, ranks, spectrum, got 'pie'"):
+        report.plot(tmp_path / "no.png", "pie")
+    assert not (tmp_path / "no.png").exists()

@@ -42,8 +42,7 @@ def test_what_does_not_fit_is_refused_with_what_would(strategy: str, monkeypatch
     assert not any(value.any() for value in factors(model).values())
     assert "Nothing was changed" in str(caught.value)
     ones = [text(1, 60, seed) for seed in range(48)]
-    if "num_samples" not in str(caught.value):
-        lorasb.initialize(model, ones, lr=1e-3, strategy=strategy, progress=False)
+    lorasb.initialize(model, ones, lr=1e-3, strategy=strategy, progress=False)
 
 
 def test_auto_takes_passes_where_boundaries_do_not_fit() -> None:

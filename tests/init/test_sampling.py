@@ -56,13 +56,9 @@ def test_a_loader_of_ready_batches_gives_as_many_samples_as_asked() -> None:
 @given(rows=st.lists(st.integers(1, 5), min_size=1, max_size=5), share=st.floats(0.01, 1), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_a_list_is_drawn_by_rows_without_repetition(rows: list[int], share: float, seed: int) -> None:
-    total, start, batches = sum(rows), 0, []
-    for count in rows:
-        batches.append({"x": torch.arange(start, start + count)})
-        start += count
-    wanted = max(1, int(total * share))
-    drawn = [value for batch in select(batches, wanted, seed) for value in batch["x"].tolist()]
-    again = [value for batch in select(batches, wanted, seed) for value in batch["x"].tolist()]
+    batches = [{"x": part} for part in torch.arange(sum(rows)).split(rows)]
+    wanted = max(1, int(sum(rows) * share))
+    drawn, again = (torch.cat([batch["x"] for batch in select(batches, wanted, seed)]).tolist() for _ in range(2))
     assert drawn == again
     assert len(drawn) == len(set(drawn)) == wanted
 

@@ -12,7 +12,7 @@ from lorasb.init import svd
 from lorasb.init.svd import SignBits, truncated_svd
 
 
-@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (64, 64), (40, 300)])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (64, 64), (40, 300), (500, 500)])
 @pytest.mark.parametrize("kind", ["signs", "decaying", "noise"])
 def test_svd_captures_the_optimal_energy(shape: tuple[int, int], kind: str) -> None:
     g = torch.Generator().manual_seed(0)
@@ -23,11 +23,11 @@ def test_svd_captures_the_optimal_energy(shape: tuple[int, int], kind: str) -> N
     elif kind == "decaying":
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
         matrix = u @ torch.diag(s * 0.8 ** torch.arange(len(s))) @ vt
+    energies = torch.linalg.svdvals(matrix.double()).square()
     for r in (1, 16, min(32, *shape), min(shape)):
         u, s, vt = truncated_svd(matrix, r, seed=0)
-        optimum = torch.linalg.svdvals(matrix.double())[:r].square().sum()
         inside = (u.double().t() @ matrix.double() @ vt.double().t()).square().sum()
-        assert inside / optimum >= tolerances.ENERGY
+        assert inside / energies[:r].sum() >= tolerances.ENERGY
         tolerances.check(u.t() @ u, torch.eye(r), tolerances.ORTHONORMAL)
         tolerances.check(vt @ vt.t(), torch.eye(r), tolerances.ORTHONORMAL)
         assert (s[:-1] >= s[1:] - 1e-4 * s[0]).all()
@@ -46,10 +46,10 @@ def test_factoring_takes_fp32_as_it_is_and_gives_the_callers_choice_back() -> No
         torch.set_float32_matmul_precision(chosen)
 
 
-@pytest.mark.parametrize("shape", [(300, 200), (200, 333), (70, 70), (1, 5), (64, 2050)])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 333), (70, 70), (1, 5), (64, 2050), (500, 500)])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_bits_give_the_svd_of_the_signs(shape: tuple[int, int], zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the size of the blocks that are unpacked: the Gram matrix of signs is one of whole numbers."""
+    """Whatever the blocks that are unpacked; the last shape is iterated on itself, without its Gram matrix."""
     g = torch.Generator().manual_seed(3)
     matrix = torch.randn(shape, generator=g)
     if zeros:
@@ -61,16 +61,6 @@ def test_bits_give_the_svd_of_the_signs(shape: tuple[int, int], zeros: bool, mon
     want = found.u.double().t() @ torch.sign(matrix).double() @ found.vt.double().t()
     tolerances.check(core, want, tolerances.fp32(max(shape)))
     assert found.s.square().sum() >= tolerances.ENERGY * dense.s.square().sum()
-
-
-def test_a_direct_iteration_agrees_with_the_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    bits = SignBits.pack(matrix @ torch.randn(8, 300, generator=torch.Generator().manual_seed(1)))
-    found = []
-    for cheaper in (True, False):
-        monkeypatch.setattr(svd, "_gram_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
-        found.append(truncated_svd(bits, 4, seed=0))
-    tolerances.check(found[0].s / found[0].s[0], found[1].s / found[0].s[0], tolerances.FACTORS)
 
 
 @given(m=st.integers(0, 9), n=st.integers(1, 70), zeros=st.booleans(), seed=st.integers(0, 99))
