@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,18 +26,38 @@ import lorasb
 from lorasb.checkpoints.adapter_file import group_by_layer, read_config, read_tensors
 from lorasb.utils.atomic_files import replacing_folder, write_json
 
+Tensors = dict[str, Tensor]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def edit(folder: Path, change: Callable[[Any], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    patched().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    """A copy of an adapter, which a test may damage."""
+    return Path(shutil.copytree(saved_once, tmp_path / "adapter"))
+
+
+def edit(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def check_refused(folder: Path, message: str, seed: int = 0) -> None:
+    """An adapter is not loaded, and the base stays as it was."""
+    base = make("llama", seed)
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(base, folder)
+    assert not layers(base)
+    check_equal(dict(base.state_dict()), dict(make("llama", seed).state_dict()))
 
 
 @pytest.mark.parametrize("ranks", [{"k_proj": 2}, {"q_proj": 8, ".*": 4}], ids=str)  # whose order counts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("dtype", "low_cpu_mem_usage"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: bool, ranks: dict[str, int]) -> None:
     model = patched(dtype=dtype, rank_pattern=ranks, scaling=0.5)
     model.save_pretrained(tmp_path)
@@ -55,8 +76,7 @@ def test_auto_peft_model_reloads_exactly(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(("trainable", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_transformers_load_adapter_is_exact(trainable: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     want, model = patched(dtype=dtype), make("llama", dtype=dtype)
     want.save_pretrained(tmp_path)
@@ -72,15 +92,11 @@ def test_transformers_load_adapter_is_exact(trainable: bool, dtype: torch.dtype,
 
 
 def test_the_file_holds_the_factors_and_nothing_else(saved: Path) -> None:
-    tensors = load_file(saved / WEIGHTS)
+    tensors, config = load_file(saved / WEIGHTS), json.loads((saved / CONFIG).read_text())
     found = group_by_layer(tensors)
-    assert len(found) == 14
+    assert (len(found), len(tensors)) == (14, 3 * 14)
     assert all(set(parts) == {"lorasb_A", "lorasb_R", "lorasb_B"} for parts in found.values())
-    assert len(tensors) == 3 * 14
-    config = json.loads((saved / CONFIG).read_text())
-    assert config["peft_type"] == "LORASB"
-    assert config["r"] == 4
-    assert config["init_provenance"]["num_samples"] == 6
+    assert (config["peft_type"], config["r"], config["init_provenance"]["num_samples"]) == ("LORASB", 4, 6)
 
 
 def test_an_uninitialized_adapter_is_saved_with_a_warning_and_loaded_as_one(tmp_path: Path) -> None:
@@ -97,24 +113,20 @@ def test_an_uninitialized_adapter_is_saved_with_a_warning_and_loaded_as_one(tmp_
     again.train()(**batches_for("llama")[0]).loss.backward()
 
 
-A, R, B = (f"base_model.model.model.layers.1.mlp.up_proj.lorasb_{part}" for part in "ARB")
-
-
-def make_plain_lora(tensors: dict[str, Tensor]) -> None:
-    names = list(group_by_layer(dict(tensors)))
-    tensors.clear()
-    for name in names:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(4, 64)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(64, 4)
-
-
-def rename(tensors: dict[str, Tensor], change: Callable[[str], str]) -> None:
-    found = {change(key): value for key, value in tensors.items()}
-    tensors.clear()
-    tensors.update(found)
-
-
 PREFIX = "base_model.model."
+A, R, B = (f"{PREFIX}model.layers.1.mlp.up_proj.lorasb_{part}" for part in "ARB")
+
+
+def without_r(tensors: Tensors) -> Tensors:
+    return {key: value for key, value in tensors.items() if key != R}
+
+
+def plain_lora(tensors: Tensors) -> Tensors:
+    parts = {"lora_A": (4, 64), "lora_B": (64, 4)}
+    names = group_by_layer(tensors)
+    return {f"{PREFIX}{name}.{part}.weight": torch.zeros(size) for name in names for part, size in parts.items()}
+
+
 IGNORED = r"the adapter file has '.*' and \d+ more, expected factors"
 UNNAMED = r"the adapter file has 'base_model.*expected factors of adapted layers"
 LAYER = "model.layers.0.self_attn.q_proj.base_layer"
@@ -126,18 +138,19 @@ FOREIGN = {  # which PEFT loads into the base, where `disable_adapter()` does no
     f"{LAYER}.bias": (4,),
     "model.warp": (4,),
 }
-DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "R in 16 bits": (lambda t: t.update({R: t[R].bfloat16()}), r"lorasb_R of layer .* is torch\.bfloat16 in the adapter file, expected one of torch\.float32"),
-    "NaN": (lambda t: t[B][0, :1].fill_(float("nan")), r"lorasb_B of layer .* has NaN or Inf values in the adapter file"),
-    "missing": (lambda t: t.pop(R), r"has no lorasb_R for layer 'model\.layers\.1\.mlp\.up_proj'.*holds 14 layers, this model has 14"),
-    "shape": (lambda t: t.update({R: torch.zeros(5, 5)}), r"lorasb_R of layer 'model\.layers\.1\.mlp\.up_proj' is \[5, 5\] in the adapter file, expected \[4, 4\]"),
-    "dtype": (lambda t: t.update({A: torch.zeros(4, 64, dtype=torch.int32)}), r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected one of"),
-    "extra": (lambda t: t.update({key.replace("layers.1", "layers.7"): torch.zeros(4, 4) for key in (A, R, B)}), r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
-    "mislabeled": (make_plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
+DAMAGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "R in 16 bits": (lambda t: t | {R: t[R].bfloat16()}, r"lorasb_R of layer .* is torch\.bfloat16 in the adapter file, expected one of torch\.float32"),
+    "NaN": (lambda t: t | {B: t[B].index_fill(0, torch.tensor([0]), float("nan"))}, r"lorasb_B of layer .* has NaN or Inf values in the adapter file"),
+    "missing": (without_r, r"has no lorasb_R for layer 'model\.layers\.1\.mlp\.up_proj'.*holds 14 layers, this model has 14"),
+    "shape": (lambda t: t | {R: torch.zeros(5, 5)}, r"lorasb_R of layer 'model\.layers\.1\.mlp\.up_proj' is \[5, 5\] in the adapter file, expected \[4, 4\]"),
+    "dtype": (lambda t: t | {A: torch.zeros(4, 64, dtype=torch.int32)}, r"lorasb_A of layer .* is torch\.int32 in the adapter file, expected one of"),
+    "extra": (lambda t: t | {key.replace("layers.1", "layers.7"): torch.zeros(4, 4) for key in (A, R, B)}, r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
+    "two keys": (lambda t: t | {R.removeprefix(PREFIX): 2 * t[R]}, "expected one lorasb_R for layer '.*', got a second one as"),
+    "mislabeled": (plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
     # PEFT would ignore these, and leave the model as the bare base, without a word
-    "without the prefix": (lambda t: rename(t, lambda key: key.removeprefix(PREFIX)), IGNORED),
-    "another adapter's": (lambda t: rename(t, lambda key: f"{key}.other"), IGNORED),
-    **{name: (lambda t, name=name: t.update({PREFIX + name: torch.full(FOREIGN[name], 3.0)}), UNNAMED) for name in FOREIGN},
+    "without the prefix": (lambda t: {key.removeprefix(PREFIX): value for key, value in t.items()}, IGNORED),
+    "another adapter's": (lambda t: {f"{key}.other": value for key, value in t.items()}, IGNORED),
+    **{name: (lambda t, name=name: t | {PREFIX + name: torch.full(FOREIGN[name], 3.0)}, UNNAMED) for name in FOREIGN},
 }  # fmt: skip
 
 
@@ -145,17 +158,13 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_a_damaged_file_says_what_is_wrong_and_leaves_the_base_as_it_was(saved: Path, name: str) -> None:
     change, message = DAMAGE[name]
     edit(saved, change)
-    base = make("llama")
-    with pytest.raises(ValueError, match=message):
-        peft.PeftModel.from_pretrained(base, saved)
-    assert not layers(base)
-    check_equal(dict(base.state_dict()), dict(make("llama").state_dict()))
+    check_refused(saved, message)
 
 
 @pytest.mark.parametrize("adapter", ["default", "second"])
 def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path, adapter: str) -> None:
     whole = (saved / WEIGHTS).read_bytes()
-    edit(saved, lambda tensors: tensors.pop(R))
+    edit(saved, without_r)
     model = patched()
     want, names = logits(model), [n for n, p in model.named_parameters() if p.requires_grad]
     with pytest.raises(ValueError, match="has no lorasb_R"):
@@ -187,12 +196,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) ->
 def test_a_truncated_file_is_refused_and_the_base_stays(saved: Path, share: float) -> None:
     whole = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
-    base = make("llama")
-    with pytest.raises(ValueError, match=r"is truncated or damaged: its header promises|is not a safetensors file"):
-        peft.PeftModel.from_pretrained(base, saved)
-    assert not layers(base)
-    with pytest.raises(ValueError, match=r"is truncated or damaged|is not a safetensors file"):
-        read_tensors(saved)
+    check_refused(saved, r"is truncated or damaged: its header promises|is not a safetensors file")
 
 
 def test_a_config_of_the_future_is_read_with_a_warning_and_those_that_cannot_be_say_why(saved: Path) -> None:
@@ -236,21 +240,14 @@ def save_until_killed(model: peft.PeftModel, folder: Path) -> None:
         os._exit(1)
 
 
-def test_two_keys_for_one_factor_are_refused(saved: Path) -> None:
-    edit(saved, lambda tensors: tensors.update({R.removeprefix(PREFIX): 2 * tensors[R]}))
-    for read in (read_tensors, lambda folder: peft.PeftModel.from_pretrained(make("llama"), folder)):
-        with pytest.raises(ValueError, match=r"expected one lorasb_R for layer '.*', got a second one as"):
-            read(saved)
-
-
 def test_embeddings_that_peft_saved_beside_the_adapter_are_left_out(saved: Path) -> None:
     """PEFT adds them where a target is an embedding; as long as they are the base's own they do no harm."""
     base, key = make("llama"), "base_model.model.model.embed_tokens.weight"
     own = base.get_input_embeddings().weight.detach().clone()
-    edit(saved, lambda tensors: tensors.update({key: own.bfloat16()}))
+    edit(saved, lambda tensors: tensors | {key: own.bfloat16()})
     loaded = peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16).float(), saved)
     assert torch.equal(loaded.get_input_embeddings().weight, own.bfloat16().float())
-    edit(saved, lambda tensors: tensors.update({key: own}))
+    edit(saved, lambda tensors: tensors | {key: own})
     assert torch.equal(peft.PeftModel.from_pretrained(base, saved).get_input_embeddings().weight, own)
 
 
@@ -268,11 +265,9 @@ FIELDS: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("field", "value", "message"), FIELDS)
 def test_fields_that_do_not_fit_the_file_or_stall_a_load(saved: Path, field: str, value: Any, message: str) -> None:
     reconfigure(saved, **{field: value})
-    base, started = make("llama"), time.perf_counter()
-    with pytest.raises(ValueError, match=message):
-        peft.PeftModel.from_pretrained(base, saved)
+    started = time.perf_counter()
+    check_refused(saved, message)
     assert time.perf_counter() - started < 5
-    assert not layers(base)
 
 
 def resized(folder: Path) -> Any:
@@ -307,7 +302,7 @@ def test_a_resized_vocabulary_in_modules_to_save_is_loaded(tmp_path: Path, modul
 
 
 @EMBEDDINGS
-def test_a_resized_vocabulary_that_nothing_names_is_told_of_at_the_save(tmp_path: Path) -> None:
+def test_a_resized_vocabulary_that_nothing_names_is_reported_at_the_save(tmp_path: Path) -> None:
     model = lorasb.patch(resized(tmp_path / "base"), r=4, target_modules=["q_proj"], init="kaiming")
     with pytest.warns(UserWarning, match="is in the adapter file, as the vocabulary was resized"):
         model.save_pretrained(tmp_path / "adapter")
@@ -323,18 +318,12 @@ def test_an_adapted_embedding_loads_on_a_base_in_another_precision(tmp_path: Pat
 
 
 def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) -> None:
-    base = make("llama", seed=1)
-    answer = logits(base)
-    message = r"this base is another one: 16 of 16 sampled weights of .*folder, check_base=False\)"
-    with pytest.raises(ValueError, match=message):
-        peft.PeftModel.from_pretrained(base, saved)
-    assert torch.equal(logits(base), answer)
-    assert not layers(base)
+    check_refused(saved, r"this base is another one: 16 of 16 sampled weights of .*folder, check_base=False\)", seed=1)
     with pytest.raises(ValueError, match="this base is another one"):
         make("llama", seed=1).load_adapter(str(saved))
-    for number, config in enumerate((None, lorasb.LoRASBConfig.from_pretrained(str(saved), check_base=False))):
+    config = lorasb.LoRASBConfig.from_pretrained(str(saved), check_base=False)
+    for number, options in enumerate(({"check_base": False}, {"config": config})):
         base, again = make("llama", seed=1), saved.parent / f"again-{number}"
-        options = {"check_base": False} if config is None else {"config": config}
         meant = peft.PeftModel.from_pretrained(base, saved, **options)
         meant.save_pretrained(again)
         want = logits(meant)
@@ -345,7 +334,7 @@ def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) 
 
 
 def test_an_adapter_saved_without_a_fingerprint_loads_on_any_base(tmp_path: Path) -> None:
-    patched("llama", check_base=False).save_pretrained(tmp_path)
+    patched(check_base=False).save_pretrained(tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["base_fingerprint"] is None
     peft.PeftModel.from_pretrained(make("llama", seed=1), tmp_path)
 

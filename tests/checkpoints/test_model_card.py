@@ -15,20 +15,24 @@ from lorasb.utils.atomic_files import write_json
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-llama")
-def test_the_model_card_states_where_the_adapter_comes_from(tmp_path: Path) -> None:
+def test_the_card_says_where_the_adapter_comes_from_and_how_to_use_it(tmp_path: Path) -> None:
     model = patched()
     model.peft_config["default"].base_model_name_or_path = "tiny-llama"
     model.peft_config["default"].init_provenance["data"] = "six sentences"
     for _ in range(2):  # saving again replaces the section
         model.save_pretrained(tmp_path)
+    add_usage(tmp_path, "```\nlorasb ask here\n```")
     card = (tmp_path / "README.md").read_text()
     facts = model.peft_config["default"].init_provenance
-    told = ("tiny-llama", "six sentences", "| seed | 0 |", "| η of the simulated step | 0.02 |", "| init samples | 6 |")
-    for value in (*told, facts["data_sha256"], f"torch {torch.__version__}", f"lorasb {lorasb.__version__}"):
+    said = ("tiny-llama", "six sentences", "| seed | 0 |", "| η of the simulated step | 0.02 |", "| init samples | 6 |")
+    for value in (*said, facts["data_sha256"], f"torch {torch.__version__}", f"lorasb {lorasb.__version__}"):
         assert value in card
     assert card.count("# A LoRA-SB adapter") == 1
     assert card.startswith("---\n")
     assert "\n- lora-sb\n" in card.partition("\n---\n")[0]  # a tag, in the front matter
+    section = card.partition("<!-- lorasb: start -->")[2].partition("<!-- lorasb: end -->")[0]
+    assert section.strip().splitlines()[2].startswith("**`import lorasb` first**")
+    assert "lorasb ask here" in section
 
 
 def test_the_card_of_a_baseline_says_so(tmp_path: Path) -> None:
@@ -58,15 +62,6 @@ def test_a_card_with_broken_or_odd_front_matter_is_repaired_and_keeps_its_text(t
     assert text.count("license") == (card in ODD)
     assert text.count("# A LoRA-SB adapter") == 1
     assert ("# mine" in text) == ("# mine" in card)
-
-
-def test_the_card_says_what_to_import_first_and_how_to_use_it(tmp_path: Path) -> None:
-    patched().save_pretrained(tmp_path)
-    add_usage(tmp_path, "```\nlorasb ask here\n```")
-    text = (tmp_path / "README.md").read_text()
-    section = text.partition("<!-- lorasb: start -->")[2].partition("<!-- lorasb: end -->")[0]
-    assert section.strip().splitlines()[2].startswith("**`import lorasb` first**")
-    assert "lorasb ask here" in section
 
 
 def test_the_card_names_the_hub_s_model_and_not_the_folder_of_its_conversion(tmp_path: Path) -> None:
