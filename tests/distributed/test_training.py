@@ -36,9 +36,6 @@ def accelerate(config: str, size: int = 2) -> list[object]:
     return ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / config, *wrap, "--num_processes", size]
 
 
-# Plain loops
-
-
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where one process and two left what they found, each way."""
@@ -57,9 +54,7 @@ def check_loops(folder: Path, way: str, size: int) -> None:
     for part, bound in (("start", tolerances.PROCESS_SUMS), ("moved", tolerances.STEPS)):
         assert alone[part].keys() == several[part].keys()
         for name, value in alone[part].items():
-            want = torch.tensor(value)
-            largest = want.abs().max()
-            tolerances.check(torch.tensor(several[part][name]) / largest, want / largest, bound)
+            tolerances.check_scaled(torch.tensor(several[part][name]), torch.tensor(value), bound)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -74,9 +69,6 @@ def test_four_ranks_train_as_one_process(loops: Path) -> None:
         check_loops(loops, way, 4)
 
 
-# Trainer
-
-
 def train(start: list[object], folder: Path, *options: object) -> dict[str, Any]:
     """A run of tests/support/trainer_ranks.py, in this process where nothing starts others, and what it found."""
     if start:
@@ -87,8 +79,7 @@ def train(start: list[object], folder: Path, *options: object) -> dict[str, Any]
 
 
 def found_in(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
-    return found
+    return json.loads((folder / "found.json").read_text())
 
 
 def kill(start: list[object], folder: Path, *options: object, cut: Path | None = None) -> None:
@@ -112,8 +103,7 @@ def same_factors(first: Path, second: Path, bound: tolerances.Tolerance, **optio
     ours, theirs = factors(first, **options), factors(second, **options)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        largest = theirs[name].abs().max()
-        tolerances.check(value / largest, theirs[name] / largest, bound)
+        tolerances.check_scaled(value, theirs[name], bound)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +180,7 @@ def test_trainer_on_four_ranks(runs: Path, alone: Any) -> None:
         same_factors(runs / f"{engine} of four" / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
 
 
-def test_factors_that_are_parted_are_not_left_out_of_a_file(tmp_path: Path) -> None:
+def test_factors_that_are_partitioned_are_not_left_out_of_a_file(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4)
     lorasb.initialize(model, [text(1, 12, 0)], lr=1e-3, progress=False)
     factor = next(p for name, p in model.named_parameters() if "lorasb_A" in name)
