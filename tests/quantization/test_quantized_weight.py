@@ -7,13 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from quantized_models import bnb, quantized, to_bitsandbytes
+from storages import storage
 from torch import nn
 
 import lorasb
 from lorasb.functional import dequantize
 from lorasb.layers.linear import LoRASBLinear
-from lorasb.quantization.quantized_weight import of_module
-from lorasb.quantization.quantizer import quantize_4bit
 
 
 def of_4_bits(**changes: object) -> nn.Module:
@@ -56,20 +55,8 @@ def test_a_storage_that_is_not_whole_is_refused_by_name_and_the_model_stays(harm
 
 def test_4_bits_take_little_more_than_a_quarter_of_16() -> None:
     for nested, bound in ((False, 0.2813), (True, 0.2585)):
-        dense = torch.randn(256, 1024).bfloat16()
-        packed, state = quantize_4bit(dense, "nf4", 64, nested)
-        parameter = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
-        layer = nn.Module()
-        layer.weight, layer.bias = parameter, None
-        found = of_module(layer)
-        constant = 64 + (256 * 4 if nested else 0)  # the tables, whatever the size
-        assert (found.nbytes - constant) / (dense.numel() * 2) <= bound
-
-
-def test_a_dense_base_is_no_quantized_weight() -> None:
-    layer = LoRASBLinear(nn.Linear(64, 32), "default", 4)
-    assert layer.quantized() is None
-    assert layer.base.dtype == torch.float32
+        tables = 64 + (256 * 4 if nested else 0)  # whatever the size
+        assert (storage(256, 1024, nested=nested).nbytes - tables) / (256 * 1024 * 2) <= bound
 
 
 def repacked(dtype: torch.dtype, nested: bool) -> bnb.nn.Linear4bit:
