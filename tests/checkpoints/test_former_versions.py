@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 import transformers
+from gradients import factors
 from safetensors.torch import load_file
 
 import lorasb
-from lorasb.constants import FACTORS
 from lorasb.init import provenance
 from lorasb.init.cache import read
 from lorasb.layers.lookup import adapted_layers
@@ -36,11 +36,7 @@ def samples() -> list[dict[str, torch.Tensor]]:
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The factors in a model, by their names in a file."""
-    return {
-        name.replace(".default", ""): value.detach()
-        for name, value in model.named_parameters()
-        if any(f".{factor}." in name for factor in FACTORS)
-    }
+    return {name.replace(".default", ""): value for name, value in factors(model).items()}
 
 
 @pytest.mark.parametrize("folder", ["adapter", "initialized", "checkpoint-4"])
