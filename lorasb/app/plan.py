@@ -12,7 +12,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import cast
 
 import psutil
 import torch
@@ -28,8 +28,8 @@ from ..compat.torch import fake_tensor_mode, storage_key
 from ..compat.transformers import from_config
 from ..distributed.process_group import Processes
 from ..init.block_recorder import NotAStackError, find_stack
-from ..init.plan import EFFICIENCY, Sizes, accumulate_memory, boundary_bytes, layerwise_memory, product_speed
-from ..init.task import InitOptions, Work
+from ..init.plan import EFFICIENCY, accumulate_memory, boundary_bytes, layerwise_memory, measure, product_speed
+from ..init.task import InitOptions, Piece, Work
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear4bit import LEFT_OUT
 from ..layers.lookup import adapted_layers
@@ -203,7 +203,9 @@ def count_step(model: PeftModel, batch: int, seq: int, checkpointing: bool = Fal
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained)
         static = live.now
-        loss = _loss(model, batch, seq)
+        ids = torch.zeros(batch, seq, dtype=torch.int64)
+        loss = model(input_ids=ids, labels=ids)["loss"]
+        del ids
         saved = live.now - static
         loss.backward()
         optimizer.step()
@@ -221,13 +223,6 @@ class _GroupedProducts(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         narrow = [a.bfloat16() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
         return func(*narrow, **(kwargs or {})).to(args[0].dtype)
-
-
-def _loss(model: PeftModel, batch: int, seq: int) -> torch.Tensor:
-    """In a function, so that nothing but the loss is held on to."""
-    ids = torch.zeros(batch, seq, dtype=torch.int64)
-    loss: torch.Tensor = model(input_ids=ids, labels=ids)["loss"]
-    return loss
 
 
 def _become_fake(model: nn.Module) -> tuple[int, int, int]:
@@ -299,12 +294,14 @@ class MemoryPlan(StepBytes):
 def plan_memory(request: Request) -> MemoryPlan:
     """Memory and time that a run needs."""
     model = patched(request)
-    work = Work(model, adapted_layers(model)[1], [], InitOptions(), Processes())
+    rows = torch.zeros(SAMPLES, request.seq, dtype=torch.int64, device="meta")
+    pieces = [Piece({"input_ids": part, "labels": part}) for part in rows.split(request.batch)]
+    work = Work(model, adapted_layers(model)[1], pieces, InitOptions(), Processes())
     _check_positions(model, request)
     quantized = _quantizable(model) if request.bits == 4 else []
     if request.bits == 4 and not quantized:
         raise ValueError(f"--bits 4: {request.model} has no linear layer that lorasb.quantize would take")
-    flops, (start, boundaries) = _flops(work, request), _initialization(work, request)
+    flops, (start, boundaries) = _flops(work, request), _initialization(work)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     try:
         counted = count_step(model, request.batch, request.seq, request.checkpointing)
@@ -364,10 +361,10 @@ def smaller_plans(refused: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
             return
 
 
-def _quantizable(model: Any) -> list[torch.Tensor]:
+def _quantizable(model: PeftModel) -> list[torch.Tensor]:
     """The weights that `lorasb.quantize` would put into 4 bits."""
-    head = model.get_base_model().get_output_embeddings()
-    layers = {name: m.get_base_layer() for name, m in model.named_modules() if hasattr(m, "lorasb_R")}
+    head = cast(transformers.PreTrainedModel, model.get_base_model()).get_output_embeddings()
+    layers = {name: m.get_base_layer() for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     return [
         layer.weight
         for name, layer in layers.items()
@@ -401,15 +398,9 @@ def _check_positions(model: PeftModel, request: Request) -> None:
             )
 
 
-def _initialization(work: Work, request: Request) -> tuple[float, float]:
+def _initialization(work: Work) -> tuple[float, float]:
     """Peak bytes of the initialization in micro-batches of the step's size, and those of the blocks' inputs."""
-    config = work.model.config.get_text_config()  # type: ignore[union-attr, operator]
-    itemsize = dtype_of(request).itemsize
-    width = getattr(config, "hidden_size", next(iter(work.layers.values())).in_features)
-    linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
-    tokens, largest = SAMPLES * request.seq, request.batch * request.seq
-    saved, head = linears * itemsize * 1.5, getattr(config, "vocab_size", 0) * (2 * itemsize + 8)
-    sizes = Sizes(tokens, largest, SAMPLES, request.batch, width, itemsize, saved, head, masks=0.0)
+    sizes = measure(work, work.model.config.get_text_config())  # type: ignore[union-attr, operator]
     try:
         stack = find_stack(work.model, work.layers)
     except NotAStackError:

@@ -72,13 +72,13 @@ def sum_budget(work: Work, sizes: Sizes) -> float:
     return max(0.0, budget - sizes.largest * (sizes.activations + sizes.head))
 
 
-def measure(work: Work) -> Sizes:
-    """Measure the micro-batches and the model; a collective."""
+def measure(work: Work, config: object = None) -> Sizes:
+    """Measure the micro-batches and the model, whose config may be another than its own; a collective."""
     # A rank with an empty share has no micro-batch, and takes part in the reduction all the same.
     counts = [tokens_of(piece.batch) for piece in work.pieces] or [0]
     rows = [batch_size(piece.batch) for piece in work.pieces] or [1]
     first = next(iter(work.layers.values()))
-    itemsize, config = first.base.dtype.itemsize, getattr(work.model, "config", None)
+    itemsize, config = first.base.dtype.itemsize, config or getattr(work.model, "config", None)
     # Blocks pass on hidden states; a model without a config is taken to be as wide as its first target.
     width = getattr(config, "hidden_size", None) or first.in_features
     linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
