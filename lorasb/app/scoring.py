@@ -25,21 +25,18 @@ POINTS = (0.7, -1.3, 2.1)
 NOT_ONE_EXPRESSION = re.compile(r"^[A-Za-z]{2,}$|\d\\frac")
 _comparing: subprocess.Popen[str] | None = None
 # Forms of one expression, in this order: units and sizes say nothing of its value.
-SAME_FORM = tuple(
-    (re.compile(pattern), form)
-    for pattern, form in (
-        (r"\\(?:text|mbox)\{\s[^}]*\}", ""),  # units begin with a space
-        (r"\\(?:text|mbox|textbf|mathrm)\{([^}]*)\}", r"\1"),
-        (r",\\!", ""),  # 10,\!000
-        (r"(?<!\\)\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;: $%]|[$%]", ""),
-        (r"\^\{?\\circ\}?", ""),
-        (r"\s", ""),
-        (r"\\[dt]frac", r"\\frac"),
-        (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
-        (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-        (r"^[a-zA-Z]=", ""),  # x=5
-        (r"^(-?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3"),
-    )
+SAME_FORM = (
+    (r"\\(?:text|mbox)\{\s[^}]*\}", ""),  # units begin with a space
+    (r"\\(?:text|mbox|textbf|mathrm)\{([^}]*)\}", r"\1"),
+    (r",\\!", ""),  # 10,\!000
+    (r"(?<!\\)\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;: $%]|[$%]", ""),
+    (r"\^\{?\\circ\}?", ""),
+    (r"\s", ""),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"^[a-zA-Z]=", ""),  # x=5
+    (r"^(-?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3"),
 )
 
 
@@ -64,7 +61,7 @@ def expression(text: str) -> str | None:
     if found is None:
         found = _after_mark(text).split(".\n")[0].strip().removesuffix(".")
     for pattern, form in SAME_FORM:
-        found = pattern.sub(form, found)
+        found = re.sub(pattern, form, found)
     number = _fraction(found)
     return str(number) if number is not None else found or None
 
@@ -179,23 +176,26 @@ def f1(pairs: Sequence[tuple[str, str]]) -> float:
     return 2 * hits / named if named else 0.0
 
 
+def pearson(pairs: Sequence[tuple[str, str]]) -> float:
+    """Pearson correlation of predicted and right numbers; 0 where either is constant."""
+    return _correlation([float(guess) for guess, _ in pairs], [float(value) for _, value in pairs])
+
+
 def spearman(pairs: Sequence[tuple[str, str]]) -> float:
     """Spearman correlation: Pearson's of the ranks, where equal values share the mean of theirs."""
-    sides = ([float(pair[side]) for pair in pairs] for side in (0, 1))
-    return pearson(list(zip(*(list(map(str, _ranks(side))) for side in sides), strict=True)))
+    return _correlation(_ranks([float(guess) for guess, _ in pairs]), _ranks([float(value) for _, value in pairs]))
+
+
+def _correlation(guesses: Sequence[float], values: Sequence[float]) -> float:
+    try:
+        return statistics.correlation(guesses, values)
+    except statistics.StatisticsError:
+        return 0.0
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
     ordered = sorted(values)
     return [(bisect_left(ordered, value) + bisect_right(ordered, value) - 1) / 2 for value in values]
-
-
-def pearson(pairs: Sequence[tuple[str, str]]) -> float:
-    """Pearson correlation of predicted and right numbers; 0 where either is constant."""
-    try:
-        return statistics.correlation(*zip(*((float(guess), float(value)) for guess, value in pairs), strict=True))
-    except statistics.StatisticsError:
-        return 0.0
 
 
 CORRELATIONS = {"matthews": matthews, "pearson": pearson, "spearman": spearman, "f1": f1}  # of all pairs at once
