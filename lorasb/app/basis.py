@@ -113,7 +113,8 @@ def card_of(settings: Settings) -> BasisCard:
     """The card of a run's basis; a ValueError if it was made on another model."""
     card = read_card(settings.basis or "")
     if card.model != settings.model:
-        raise ValueError(f"--basis {settings.basis} was made on --model {card.model}, got {settings.model}")
+        wrong = f"was made on --model {card.model}, got {settings.model}: leave --model out"
+        raise ValueError(f"--basis {settings.basis} {wrong}")
     return card
 
 

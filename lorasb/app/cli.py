@@ -55,7 +55,7 @@ class Command(TyperCommand):
         shown.params = params
         super(Command, shown).format_help(ctx, formatter)
         if folded:
-            console.print(f" [bold]lorasb {self.name} --help-all[/] explains these too; --no-NAME takes a switch back:")
+            console.print(f" [bold]lorasb {self.name} --help-all[/] explains these too; --no-NAME turns a switch off:")
         for panel in dict.fromkeys(one.rich_help_panel for one in folded):
             names = ", ".join(one.opts[0] for one in folded if one.rich_help_panel == panel)
             console.print(f" [bold]{panel}[/]: {names}", highlight=False)
@@ -84,7 +84,7 @@ def command(run: Callable[[Given], None], dataclass: type[Settings]) -> Callable
     if not init:  # which has fewer settings than a preset
         presets = f"Settings of one of the paper's tables: {', '.join(preset_names())}."
         parameters.append(_option("preset", str, presets, MAIN_PANEL))
-        code = "Allow --config to name a Python file as reward (rl)."
+        code = "Let the --config file name a Python file as the reward (rl), which the run executes."
         parameters.append(_option("allow_code", bool, code, "Run", "--allow-code"))
 
     def call(**given: Any) -> None:
@@ -174,7 +174,7 @@ def _finetune(values: Given) -> None:
 
 
 def _init(values: Given) -> None:
-    """Initialize an adapter, and show how much of the first full step each rank keeps."""
+    """Initialize an adapter without training it, and show how much of full fine-tuning's first step each rank keeps."""
     from . import tables
     from .adapter import run_init
 
@@ -333,12 +333,12 @@ def fit(
 
 @bench.command()
 def tune(
-    model: Annotated[str, Argument(help="Folder or hub id of the model whose layers are timed.")] = "smollm2-135m",
+    model: Annotated[str, Argument(help="Model folder or Hub ID whose layers are timed.")] = EMBEDDED,
     r: Annotated[int, Option(help="Rank.")] = 64,
     tokens: Annotated[str, Option(help="Tokens per call, comma-separated.")] = "1,16,512,2048",
     dtype: Annotated[str, Option(help="auto, bf16, fp16 or fp32.")] = "auto",
 ) -> None:
-    """Time the kernels' paths and tiles for all of a model's layers; they take the fastest from then on."""
+    """Time the GPU kernels' paths and tiles on all of a model's layers; the fastest are used from then on."""
     from .tune_kernels import tune_model
 
     console.print(tune_model(model, r, [int(count) for count in tokens.split(",")], dtype))

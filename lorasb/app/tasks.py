@@ -122,7 +122,7 @@ def text_of(values: Row, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError(f"{name} has to be a text, got {str(value)[:60]!r} ({type(value).__name__})")
     if not isinstance(value, str) and not -MAX_LABEL <= value <= MAX_LABEL:  # NaN, Infinity, 1e400
-        raise TypeError(f"{name} is a finite number, at most {MAX_LABEL:g}, got {value!r}")
+        raise TypeError(f"{name} has to be a finite number, at most {MAX_LABEL:g}, got {value!r}")
     return str(value)
 
 
@@ -134,7 +134,7 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
         raise ValueError(f"{where}: --adapter-column {column} is not there, got {', '.join(values)}")
     name = str(values[column])
     if name in TAKEN_NAMES or not re.fullmatch(ADAPTER_NAME, name):
-        wanted = f"an adapter's name in {column}, of letters, digits, - and _, not {' or '.join(TAKEN_NAMES)}"
+        wanted = f"an adapter's name in {column}, of letters, digits and _ - + @, not {' or '.join(TAKEN_NAMES)}"
         raise ValueError(f"{where}: expected {wanted}, got {name!r}")
     return replace(example, adapter=name)
 

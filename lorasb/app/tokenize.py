@@ -113,7 +113,7 @@ def _rendered(tokenizer: Tokenizer, turns: tuple[dict[str, str], ...], generatio
         roles = ", ".join(turn["role"] for turn in turns)
         raise ValueError(
             f"the tokenizer's chat template refuses a chat ({error}; roles: {roles}; it begins "
-            f"{turns[0]['content'][:60]!r}): change these messages, or take a --model whose template knows them"
+            f"{turns[0]['content'][:60]!r}): change these messages, or take a --model whose template accepts them"
         ) from None
 
 

@@ -297,8 +297,8 @@ def train(run: Run, make: Make, folder: RunFolder, checkpoint: str | None, stop:
     trainer.identity = folder.identity
     _put_callbacks(trainer, run, stop)
     console.print(announcement(run), highlight=False)
-    if Processes().world_size == 1 and torch.cuda.device_count() > 1:
-        line = f"one of {torch.cuda.device_count()} GPUs trains: start it by torchrun --nproc-per-node to take more"
+    if Processes().world_size == 1 and (count := torch.cuda.device_count()) > 1:
+        line = f"only one of {count} GPUs trains: torchrun --nproc-per-node {count} -m lorasb finetune ... takes all"
         console.print(line, highlight=False)
     stop.steps = True
     trainer.started = time.perf_counter() - (mark.seconds if mark else 0.0)

@@ -1,1 +1,1 @@
-"""Training-loop integration: initialization from the Trainer's data, and parameter groups for optimizers."""
+"""Beside a training loop: the callback that initializes, trials of rates, starts on rewards, the sampler in vLLM."""

@@ -144,7 +144,7 @@ def _restore(args: TrainingArguments, state: TrainerState, name: str, layers: La
     if not restore_factors(layers, name, folders) and needed:
         raise ValueError(
             "training resumes, and R alone was loaded: expected an adapter that has this R, with its A and B, in "
-            f"{' or '.join(map(str, folders))}, found none. If the checkpoint is elsewhere, name its folder to "
+            f"{' or '.join(map(str, folders))}, found none. If the checkpoint is elsewhere, pass its folder to "
             "TrainingArguments(resume_from_checkpoint=...) too, as to trainer.train(resume_from_checkpoint=...)"
         )
 

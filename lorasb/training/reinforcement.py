@@ -64,7 +64,7 @@ def reward_batches(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """Sample completions, and batches for `policy_loss`: one per prompt whose completions differ in reward.
+    """Sample completions and make batches for `policy_loss`: one per prompt whose completions differ in reward.
 
     Initialize on all of them:
 

@@ -54,8 +54,8 @@ class VLLMSampler:
         GRPOTrainer(..., rollout_func=lorasb.VLLMSampler("http://127.0.0.1:8000"))
 
     Args:
-        client: address of a vLLM server, or a `vllm.LLM` in this process; LORASB_BASIS named the basis that the
-            trained adapter has when it started.
+        client: address of a vLLM server, or a `vllm.LLM` in this process, both started with LORASB_BASIS set to the
+            basis of the trained adapter.
         name: of the adapter in vLLM; a new one by default, so that runs may share a server.
         folder: for the R's, which this process and vLLM can read; in memory by default, on the same machine.
         api_key: the server's.
@@ -227,5 +227,5 @@ def _refusal(address: str, error: urllib.error.HTTPError, folder: Path) -> str:
         text = str(json.loads(text)["error"]["message"])
     said = f"vLLM at {address} answered {error.code}: {text}"
     if "No adapter found" in text:
-        return f"{said}. The server does not see {folder}: name a folder= that it does"
+        return f"{said}. The server does not see {folder}: pass a folder= that it can read"
     return f"{said}. {START}" if error.code == 404 and "load_lora_adapter" in (error.url or "") else said
