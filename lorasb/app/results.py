@@ -36,7 +36,7 @@ from .config_file import CONFIG_NAME, read_config
 from .data import INSTRUCTION, STEP_BY_STEP
 from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
 from .prepare import Run, device, load_model, save_adapter
-from .run_folder import ANSWERS_NAME, SUMMARY_NAME, record
+from .run_folder import ANSWERS_NAME, SUMMARY_NAME, checked
 from .settings import EMBEDDED, Settings, listed
 from .tasks import Example
 from .terminal import console
@@ -147,14 +147,13 @@ def load(folder: Path) -> Result:
         rows = parse_json(read_text(folder / ANSWERS_NAME), ANSWERS_NAME)
         examples = [Example(**{name: row[name] for name in SAVED if name in row}) for row in rows]
         before, after = (
-            {name: summary[f"eval_{name}_{at}"] for name in ("loss", "accuracy")} | {"answers": [r[at] for r in rows]}
+            checked(Evaluation(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], [row[at] for row in rows]))
             for at in ("before", "after")
         )
-        report = load_report(folder)
-        return Result(summary, examples, record(Evaluation, before), record(Evaluation, after), report)
+        return Result(summary, examples, before, after, load_report(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder} has a finished run, but its files are incomplete ({error}): --resume never runs it again"
+            f"{folder} has a finished run, but its files are incomplete ({error}): run it again with --resume never"
         ) from None
 
 

@@ -68,19 +68,18 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
-def record(kind: type[T], values: Json) -> T:
-    """A dataclass from values of a file; a TypeError if they are not those of its fields."""
-    made = kind(**values)
-    for name, hint in get_type_hints(kind).items():
-        if not matches(getattr(made, name), hint):
+def checked(read: T) -> T:
+    """A dataclass of values from a file; a TypeError if one has another type than its field."""
+    for name, hint in get_type_hints(type(read)).items():
+        if not matches(getattr(read, name), hint):
             raise TypeError(f"{name} has another type")
-    return made
+    return read
 
 
 def read_record(kind: type[T], file: Path) -> T | None:
     """A dataclass, or a dict, from a JSON file; None if the file is missing or damaged."""
     with suppress(OSError, ValueError, TypeError):
-        return record(kind, read_json(file))
+        return checked(kind(**read_json(file)))
     return None
 
 
@@ -305,21 +304,17 @@ class MarkedCheckpoints(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        writes, error = self.args.should_save, None
+        writes = self.args.should_save
         if writes:
             # The folder is written again after a resume from before it: it must not count as complete meanwhile.
             (folder / MARK).unlink(missing_ok=True)
         try:
-            super()._save_checkpoint(model, trial)
-        except Exception as caught:  # a full disk: torch and safetensors raise types of their own
-            error = caught
-        try:
-            # The error is raised on every rank: the others would wait forever in the next collective.
-            Processes().raise_on_every_rank(error, "saving a checkpoint")
+            with Processes().together("saving a checkpoint"):
+                super()._save_checkpoint(model, trial)
             if writes:
                 share(folder)  # before the mark, which lists the files and their sizes
                 mark_complete(folder, time.perf_counter() - self.started, self.identity)
-        except Exception as caught:
+        except Exception as caught:  # a full disk: torch and safetensors raise types of their own
             if writes:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
