@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..utils.reading import parse_json, read_text
 from .settings import Settings
-from .tasks import HELD_OUT_SEED, Example, Row, generate, labeled, read_jsonl, text_of, with_adapter
+from .tasks import HELD_OUT_SEED, Example, Row, are_values, generate, labeled, read_jsonl, text_of, with_adapter
 
 
 def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
@@ -179,8 +179,7 @@ def _score_of_labels(examples: list[Example]) -> str:
     labels = [example.label for example in examples]
     if None in labels:
         return "exact"
-    numbers = all(isinstance(label, int | float) for label in labels)
-    return "pearson" if numbers and any(isinstance(label, float) for label in labels) else "label"
+    return "pearson" if are_values(labels) else "label"
 
 
 def _records(path: Path, adapter_column: str | None) -> list[Example]:

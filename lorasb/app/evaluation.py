@@ -20,7 +20,7 @@ from ..serving.training import token_losses
 from ..tuner.fresh_heads import missing_from_checkpoint
 from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
 from .settings import Settings
-from .tasks import Example
+from .tasks import Example, are_values
 from .tokenize import IGNORED, Collate, Collator, Encoded, EncodedText, Rows, collate_texts, encode, padded, positions
 
 T = TypeVar("T")
@@ -212,16 +212,15 @@ class Classification:
 
     @classmethod
     def of(cls, train: Sequence[Example], held_out: Sequence[Example]) -> Classification:
-        """The problem that labels make: numbers of which any has a point (2.5) are values, others are classes."""
-        labels = [example.label for example in train if example.label is not None]
-        if all(isinstance(label, int | float) for label in labels) and any(isinstance(v, float) for v in labels):
+        """The problem that labels make: of values, or of classes."""
+        if are_values([example.label for example in train]):
             for one in held_out:
                 if _number(one.completion) is None:
                     raise ValueError(f"the training labels are numbers, and a held-out one is {one.completion!r}")
                 if one.score not in OF_VALUES:
-                    raise ValueError(f"--score {one.score} counts equal labels, and these are values: --score pearson")
+                    raise ValueError(f"--score {one.score} counts equal labels, and these are values: take pearson")
             return cls(())
-        texts = {str(label) for label in labels}  # numbers come first, by their value
+        texts = {example.completion for example in train}  # numbers come first, by their value
         classes = sorted(texts, key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
         unknown = next((one.completion for one in held_out if one.completion not in classes), None)
         if unknown is not None:

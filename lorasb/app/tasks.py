@@ -142,3 +142,8 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
 def labeled(text: str, label: Label, pair: str = "") -> Example:
     """A text, or a pair of texts, with its label."""
     return Example(text, text_of({"label": label}, "label"), pair=pair, label=label, score="label")
+
+
+def are_values(labels: Sequence[Label | None]) -> bool:
+    """True if labels are numbers of which any has a point (2.5): values to learn, and no classes."""
+    return all(isinstance(label, int | float) for label in labels) and any(isinstance(v, float) for v in labels)
