@@ -15,6 +15,7 @@ import lorasb
 from ..distributed.process_group import Processes
 from ..init import InitReport, RankSuggestion
 from ..init.sampling import Batch
+from ..tuner.fresh_heads import missing_from_checkpoint
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from .config_file import CONFIG_NAME, write_config
@@ -34,7 +35,7 @@ def adapt(run: Run) -> InitReport | None:
         return patch_and_initialize(run)
     r = run.settings.r or LORA_RANK
     # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
-    heads = run.problem.heads(run.model) or None  # PEFT knows those of some names only
+    heads = missing_from_checkpoint(run.model) or None  # PEFT knows those of some names only
     config = peft.LoraConfig(
         r=r, lora_alpha=r, task_type=run.problem.task_type, modules_to_save=heads, **_common_options(run)
     )

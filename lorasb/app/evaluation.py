@@ -164,10 +164,6 @@ class LanguageModeling:
         """The model of a folder or hub id."""
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
-    def heads(self, model: nn.Module) -> list[str]:
-        """Modules that the checkpoint lacks: trained whole and saved, in fp32, never quantized. Here none."""
-        return []
-
     def encode(self, example: Example, tokenizer: Tokenizer, max_length: int, held_out: bool = False) -> Encoded:
         """See `tokenize.encode`."""
         return encode(example, tokenizer, max_length, held_out, self.template)
@@ -252,13 +248,9 @@ class Classification:
         def to_fp32(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
             return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
 
-        for name in self.heads(model):  # a step of training is lost on weights of 16 bits
+        for name in missing_from_checkpoint(model):  # the head is trained whole, and 16 bits would lose its steps
             model.get_submodule(name).float().register_forward_pre_hook(to_fp32)
         return model
-
-    def heads(self, model: nn.Module) -> list[str]:
-        """The head, and a pooler that the checkpoint lacks."""
-        return missing_from_checkpoint(model)
 
     def encode(self, example: Example, tokenizer: Tokenizer, max_length: int, held_out: bool = False) -> EncodedText:
         """A text or a pair, cut at `max_length` tokens, and its target."""

@@ -26,6 +26,7 @@ from ..compat.transformers import set_name_or_path
 from ..init.auto_rate import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis_adapters
+from ..tuner.fresh_heads import missing_from_checkpoint
 from ..tuner.targets import refuse_unknown_names
 from ..utils.atomic_files import cache_dir, write_json
 from ..utils.precision import Precision, resolve
@@ -235,8 +236,9 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
         refuse_unknown_names(model, names)
     model.to(device())  # type: ignore[arg-type]  # transformers wraps the method
     if settings.bits == 4:
-        heads = [n for head in problem.heads(model) for n, _ in model.get_submodule(head).named_modules(prefix=head)]
-        lorasb.quantize(model, "nf4", nested=True, exclude=[*LEFT_OUT, *heads])
+        heads = missing_from_checkpoint(model)
+        inside = [name for head in heads for name, _ in model.get_submodule(head).named_modules(prefix=head)]
+        lorasb.quantize(model, "nf4", nested=True, exclude=[*LEFT_OUT, *inside])
     contiguous_head(model)
     return tokenizer, model
 
