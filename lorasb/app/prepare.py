@@ -171,10 +171,6 @@ class Run:
         """Held-out loss, accuracy and answers of the current model."""
         return self.problem.evaluate(self.model, self.tokenizer, self.held_out, title)
 
-    def held_out_loss(self) -> float:
-        """The held-out loss alone."""
-        return self.problem.mean_loss(self.model, self.tokenizer, self.held_out)
-
     def order(self) -> ByLength:
         """The order of the training rows."""
         return ByLength([row_length(row) for row in self.rows], self.settings.batch_size, self.settings.seed)

@@ -150,8 +150,7 @@ class Saving(TrainerCallback):
     def __init__(self, save_steps: str, stop: Stop) -> None:
         self.save_steps = None if save_steps == "auto" else int(save_steps)
         self.stop, self.processes = stop, Processes()
-        self.last_saved = self.step_started = time.perf_counter()
-        self.longest_step = 0.0
+        self.last_saved = self.step_started = self.longest_step = 0.0
 
     def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         self.last_saved = time.perf_counter()
@@ -219,27 +218,35 @@ class Planning(TrainerCallback):
         return padded_tokens(rows, self.order.lengths, self.parts)
 
 
-class Watching(TrainerCallback):
-    """Sets the sampler's epoch, logs the held-out loss, and ends training at a loss or gradient that is not finite."""
+class Epochs(TrainerCallback):
+    """Sets the sampler's epoch: on resume, accelerate's loader that skips batches does not."""
 
-    def __init__(self, run: Run, trainer: MarkedCheckpoints) -> None:
-        self.run, self.trainer = run, trainer
+    def __init__(self, trainer: MarkedCheckpoints) -> None:
+        self.trainer = trainer
 
     def on_epoch_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
-        # On resume, accelerate's loader that skips batches does not pass set_epoch on to the sampler.
         self.trainer.set_epoch(int(state.epoch or 0))
 
+
+class HeldOutLoss(TrainerCallback):
+    """Logs the held-out loss every so many steps."""
+
+    def __init__(self, run: Run, trainer: MarkedCheckpoints, every: int) -> None:
+        self.run, self.trainer, self.every = run, trainer, every
+
     def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
-        """Evaluate and log, if `--eval-steps` asks for this step."""
-        every = self.run.settings.eval_steps
-        if every is not None and state.global_step % every == 0:
+        if state.global_step % self.every == 0:
+            loss = self.run.problem.mean_loss(self.run.model, self.run.tokenizer, self.run.held_out)
             # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
             should_log = control.should_log
-            self.trainer.log({"eval_loss": self.run.held_out_loss()})
+            self.trainer.log({"eval_loss": loss})
             control.should_log = should_log
 
+
+class FiniteLoss(TrainerCallback):
+    """Ends training by a ValueError at a loss or gradient that is not finite, before a checkpoint has it."""
+
     def on_log(self, args: object, state: State, control: Control, logs: Logs = None, **kwargs: object) -> None:
-        """Raise a ValueError for a loss or gradient that is not finite, before a checkpoint has it."""
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
             value = float((logs or {}).get(name, 0.0))
             if not math.isfinite(value):
@@ -272,9 +279,6 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix(shown, refresh=False)
 
 
-Make = Callable[[Run, Path], MarkedCheckpoints]  # of a run and the folder of its checkpoints, see `run_trainer`
-
-
 @dataclass(frozen=True)
 class Trained:
     """The trainer's log history, and the seconds of training over all starts of the run."""
@@ -283,7 +287,9 @@ class Trained:
     seconds: float
 
 
-def train(run: Run, make: Make, folder: RunFolder, checkpoint: str | None, stop: Stop) -> Trained:
+def train(
+    run: Run, make: Callable[[Run, Path], MarkedCheckpoints], folder: RunFolder, checkpoint: str | None, stop: Stop
+) -> Trained:
     """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` makes the trainer."""
     mark = read_mark(Path(checkpoint)) if checkpoint else None
     # Interrupted after the last step, before the results: only the weights and the log are needed.
@@ -385,8 +391,10 @@ def _put_callbacks(trainer: MarkedCheckpoints, run: Run, stop: Stop) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     planning = [Planning(run)] if run.settings.rl is None else []
+    every = run.settings.eval_steps
+    held_out = [HeldOutLoss(run, trainer, every)] if every else []
     saving = Saving(run.settings.save_steps, stop)
-    for callback in (Watching(run, trainer), Bar(), *planning, saving):
+    for callback in (Epochs(trainer), *held_out, FiniteLoss(), Bar(), *planning, saving):
         trainer.add_callback(callback)
 
 
