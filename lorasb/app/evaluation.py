@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -77,19 +77,17 @@ def batches_by_length(encoded: Sequence[Sized], size: int) -> list[list[int]]:
 @torch.no_grad()
 def _by_example(
     model: nn.Module,
-    encoded: Rows,
-    batch_size: int,
+    held_out: HeldOut,
     call: Callable[[Rows, tqdm], list[T]],
     title: str,
-    unit: str = "batch",
-    units: Callable[[Rows], int] = lambda rows: 1,
+    tokens: Callable[[Rows], int] | None = None,
 ) -> list[T]:
     """The results of `call` for each example, in order; the model is in eval mode, and in its former one afterwards."""
-    # Rank k computes batches k, k + world_size, ... The progress bar, which `call` advances, is over their units.
-    processes, chunks = Processes(), batches_by_length(encoded, batch_size)
-    own = [[encoded[i] for i in chunk] for chunk in chunks[processes.rank :: processes.world_size]]
-    hidden = processes.rank > 0 or not title
-    bar = tqdm(total=sum(map(units, own)), desc=title, unit=unit, leave=False, disable=hidden)
+    # Rank k computes batches k, k + world_size, ... `call` advances the progress bar, by batches or by their tokens.
+    processes, chunks = Processes(), batches_by_length(held_out.encoded, held_out.batch_size)
+    own = [[held_out.encoded[i] for i in chunk] for chunk in chunks[processes.rank :: processes.world_size]]
+    total, unit = (sum(map(tokens, own)), "token") if tokens else (len(own), "batch")
+    bar = tqdm(total=total, desc=title, unit=unit, leave=False, disable=processes.rank > 0 or not title)
     with bar, modes_restored(model):
         model.eval()
         found = processes.gather_json([call(rows, bar) for rows in own])
@@ -99,8 +97,9 @@ def _by_example(
     return [by_index[i] for i in range(len(by_index))]
 
 
-def _base_model(model: nn.Module) -> Any:
-    return getattr(model, "get_base_model", lambda: model)()
+def _base_model(model: nn.Module) -> PreTrainedModel:
+    """The model without PEFT's wrapper, whose forward lacks parameters of the base's (logits_to_keep)."""
+    return cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
 
 
 def adapters_of(model: nn.Module, rows: Sequence[Encoded]) -> dict[str, list[str]]:
@@ -155,7 +154,6 @@ class LanguageModeling:
     """Completions of prompts, in the tokenizer's chat template if `template` is true, and turns of assistants."""
 
     task_type = "CAUSAL_LM"  # PEFT's
-    takes_loss_arguments: bool | None = None  # of the model's forward, for Trainer; None if Trainer's own look is right
 
     def __init__(self, template: bool = False) -> None:
         self.template = template
@@ -178,21 +176,19 @@ class LanguageModeling:
         generate = partial(generate_answers, model, tokenizer, limit=limit)
         # Generation keeps no activations, so its batches may be larger than those of the loss.
         longest_row = max(len(ids.prompt) + token_limit([ids], limit) for ids in held_out.encoded)
-        size, title = max(held_out.batch_size, TOKENS_PER_BATCH // longest_row), f"{title}: answers"
-        tokens = partial(token_limit, limit=limit)
-        answers = _by_example(model, held_out.encoded, size, generate, title, "token", tokens)
+        wider = replace(held_out, batch_size=max(held_out.batch_size, TOKENS_PER_BATCH // longest_row))
+        answers = _by_example(model, wider, generate, f"{title}: answers", partial(token_limit, limit=limit))
         return Evaluation(loss, score_of(held_out.examples, answers), answers)
 
     def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str = "") -> float:
         """The mean loss alone, without generation; shows a progress bar if there is a title."""
-        # The signature of PeftModel.forward lacks logits_to_keep, so the collator looks at the base model's.
-        collate = Collator(tokenizer.pad_token_id, _base_model(model))
+        collate = self.collator(tokenizer, _base_model(model))
 
         def batch_losses(rows: list[Encoded], bar: tqdm) -> list[float]:
             bar.update(1)
             return example_losses(model, collate(rows) | adapters_of(model, rows))
 
-        losses = _by_example(model, held_out.encoded, held_out.batch_size, batch_losses, title)
+        losses = _by_example(model, held_out, batch_losses, title)
         return sum(losses) / len(losses)
 
 
@@ -200,8 +196,6 @@ class Classification:
     """One of `classes`, whose indices the model learns, or a number where there are none."""
 
     task_type = "SEQ_CLS"
-    # Its forward takes **kwargs and passes them to no loss, which is a mean over a batch: Trainer has to divide it.
-    takes_loss_arguments: bool | None = False
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
@@ -280,7 +274,7 @@ class Classification:
                 losses, answers = (logits[:, 0] - targets).square(), [str(value) for value in logits[:, 0].tolist()]
             return list(zip(losses.tolist(), answers, strict=True))
 
-        pairs = _by_example(model, held_out.encoded, held_out.batch_size, predict, title)
+        pairs = _by_example(model, held_out, predict, title)
         answers = [answer for _, answer in pairs]
         return Evaluation(sum(loss for loss, _ in pairs) / len(pairs), score_of(held_out.examples, answers), answers)
 

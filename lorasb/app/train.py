@@ -31,6 +31,7 @@ from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import find_lr, refine_rate
 from ..utils.precision import DTYPES, native, slowdown
 from ..utils.reading import Json, read_json
+from .evaluation import Classification
 from .prepare import Run, checkpoint_activations, device, load_adapters, save_adapter
 from .run_folder import MarkedCheckpoints, RunFolder, read_mark
 from .settings import Settings
@@ -328,8 +329,9 @@ def run_trainer(run: Run, folder: Path) -> _RunTrainer:
         optimizers=(optimizer, None),
         callbacks=[AdapterRowsCallback()] if run.adapters else [],
     )
-    if run.problem.takes_loss_arguments is not None:
-        trainer.model_accepts_loss_kwargs = run.problem.takes_loss_arguments
+    if isinstance(run.problem, Classification):
+        # The forward takes **kwargs and passes them to no loss, which is a mean over a batch: Trainer has to divide it.
+        trainer.model_accepts_loss_kwargs = False
     trainer.run = run
     return trainer
 
