@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import signal
+import textwrap
 import warnings
 from collections.abc import Callable
 from copy import copy
@@ -74,12 +75,9 @@ def command(run: Callable[[Given], None], dataclass: type[Settings]) -> Callable
 
     `run` is called with the values that were given: options go before the file of --config, and that before the preset.
     """
-    parameters: list[inspect.Parameter] = []
-    types: dict[str, object] = {}
-    init = dataclass is InitSettings
-    for setting, kind in listed(dataclass):
-        parameters.append(_parameter(setting, kind, setting.metadata["init" if init else "help"]))
-        types[setting.name] = kind
+    init, settings = dataclass is InitSettings, list(listed(dataclass))
+    types = {setting.name: kind for setting, kind in settings}
+    parameters = [_parameter(setting, kind, setting.metadata["init" if init else "help"]) for setting, kind in settings]
     parameters.append(_option("config", str, CONFIG_HELP, MAIN_PANEL))
     if not init:  # which has fewer settings than a preset
         presets = f"Settings of one of the paper's tables: {', '.join(preset_names())}."
@@ -96,8 +94,7 @@ def command(run: Callable[[Given], None], dataclass: type[Settings]) -> Callable
         if values.get("rl") not in (None, *REWARDS) and given.get("rl") is None and not allowed:
             what = f"rl is {values['rl']}, and the run would execute that file"
             raise ValueError(f"--config {file}: {what}: add --allow-code if you trust it")
-        named = {name: value for name, value in given.items() if value is not None}
-        run(values | {name: typed(value, types[name], option(name)) for name, value in named.items()})
+        run(values | {name: typed(one, types[name], option(name)) for name, one in given.items() if one is not None})
 
     # typer reads a function's signature and annotations to find its options; both are made here.
     call.__doc__ = run.__doc__
@@ -170,7 +167,9 @@ def _finetune(values: Given) -> None:
     console.print(_files(settings.output))
     if how is not None:
         lines = how_to(result.summary, Path(settings.output), result.examples[0].prompt)
-        typer.echo(tables.how_to_use(lines))  # not by the console, which would break long lines
+        shell, python = lines["command"], textwrap.indent(lines["python"], "  ")
+        # not by the console, which would break long lines
+        typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {shell}\n\nIn Python:\n\n{python}\n")
 
 
 def _init(values: Given) -> None:

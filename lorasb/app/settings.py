@@ -6,7 +6,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
@@ -350,4 +350,4 @@ def shown_default(item: Field) -> str:
         return "on" if item.default else "off"
     if isinstance(item.default, float):
         return f"{item.default:g}"
-    return "none" if item.default in (None, MISSING) else str(item.default)
+    return "none" if item.default is None else str(item.default)

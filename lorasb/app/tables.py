@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -149,14 +148,6 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
             cells.append(Text(f"{mark} {_short(answer) or '(empty)'}", style=style))
         table.add_row(*cells)
     return table
-
-
-def how_to_use(lines: dict[str, str]) -> str:
-    """Commands that ask the model now, in a shell and in Python."""
-    return (
-        f"\nAsk it (leave the question out to type several):\n\n  {lines['command']}\n\nIn Python:\n\n"
-        f"{textwrap.indent(lines['python'], '  ')}\n"
-    )
 
 
 def energies(report: InitReport) -> Table:
