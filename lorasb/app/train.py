@@ -236,6 +236,7 @@ class HeldOutLoss(TrainerCallback):
         self.run, self.trainer, self.every = run, trainer, every
 
     def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
+        """Evaluate and log, if it is one of these steps."""
         if state.global_step % self.every == 0:
             loss = self.run.problem.mean_loss(self.run.model, self.run.tokenizer, self.run.held_out)
             # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
