@@ -15,7 +15,7 @@ from .compat import torch as private
 from .ops import calls
 from .ops.adapted_linear import adapted_linear, direct
 from .ops.calls import DENSE, Operands, is_transformed
-from .ops.registry import backend_op, current_backend, direct_kernel, direct_kernels
+from .ops.registry import backend_op, current_backend, direct_kernels
 from .quantization.quantized_weight import QuantizedWeight, of_weight
 from .utils.deprecation import warn_renamed
 
@@ -115,7 +115,7 @@ def _call(
     tensors, layout = (weights, DENSE) if quantized is None else (quantized.tensors, quantized.layout(x.dtype))
     backend = current_backend()
     if plain and quantized is None:
-        kernels = direct_kernels(backend, x.device.type)
+        kernels = direct_kernels.get((backend, x.device.type))
     else:
         kernels = direct(backend, x, (tensors, a, cores, b, biases))
     if kernels and x.is_cpu and quantized is None and index is None and dropout == 0.0:
@@ -150,14 +150,13 @@ def _check_quantized(weight: QuantizedWeight, x: Tensor, a: Tensor, b: Tensor) -
 
 
 def _served(x: Tensor, weight: QuantizedWeight, *others: Tensor | float | None) -> Tensor | None:
-    """y of a call without gradients by the backend's `serve_quantized`, or None; `others`: A, R, B, the bias and s."""
+    """y of a call without gradients by `serve_quantized` of the extension; `others`: A, R, B, the bias and s."""
     if torch.is_grad_enabled() or not x.is_cpu or is_transformed():
         return None
     # For a single token, the checks and the choice of a kernel in Python take as long as the product itself.
-    serve = direct_kernel("serve_quantized", current_backend())
-    if serve is None:
+    if cpp.serve_quantized is None or current_backend() not in ("auto", "cpp"):
         return None
-    return serve(x, weight.tensors, weight.storage_layout, *weight.shape, *others)
+    return cpp.serve_quantized(x, weight.tensors, weight.layout(), *weight.shape, *others)
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

@@ -16,10 +16,9 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..ops import calls
-from ..ops.adapted_linear import kernels_of
-from ..ops.calls import DENSE, Operands
-from ..ops.registry import backend_op, register_backend, register_loaded
+from ..ops import registry
+from ..ops.adapted_linear import register_backend
+from ..ops.calls import DENSE, Operands, use_faster
 from . import eager
 
 DISABLE = "LORASB_NO_CSRC"  # environment variable: 1 runs without the extension
@@ -35,11 +34,10 @@ EXTENSION_OPS = (
     *("quantized_linear", "quantized_linear_backward", "linear_rows"),
     *("thin_product", "times_cores", "add_rows", "extended_product"),
 )
-# Ops whose kernels the extension registers itself.
-OPS = ("dequantize", "gradient_add", "gradient_signs", "serve_quantized")
 _reason: str | None = "not loaded yet"
 # The module, once loaded; besides its kernels it has functions that Python calls directly.
 extension: ModuleType | None = None
+serve_quantized: registry.Function | None = None  # the op, once loaded
 # The extension's ops, filled when it is loaded: to choose an overload in every call takes as long as a small product.
 _csrc = SimpleNamespace()
 
@@ -225,16 +223,15 @@ def register() -> None:
     global _reason
     _reason = _load()
     _forget()  # a call before this may have cached False
+    registry.missing["cpp"] = missing
     if _reason is None:
-        register_backend("cpp", kernels_of(forward, backward), ("CPU",))
+        register_backend(("cpp", "auto"), ("CPU",), forward, backward, {})
     else:
         logging.getLogger("lorasb").info("C++ kernels: %s; eager torch computes on the CPU", _reason)
-    # The registry has defined these ops, with or without an extension; `missing` decides whether they are recorded.
-    register_loaded("cpp", {op: backend_op(op, "cpp") for op in OPS}, missing)
 
 
 def _load() -> str | None:
-    global extension
+    global extension, serve_quantized
     if os.environ.get(DISABLE) == "1":
         return f"{DISABLE}=1 leaves them out"
     cap = os.environ.get(CAP) or CAPS[0]
@@ -248,8 +245,8 @@ def _load() -> str | None:
     try:
         loaded = importlib.import_module("lorasb._C")  # registers its ops
         vars(_csrc).update({name: getattr(torch.ops.lorasb_csrc, name).default for name in EXTENSION_OPS})
-        calls.use_faster(loaded.signature, loaded.metadata)
+        use_faster(loaded.signature, loaded.metadata)
     except (ImportError, AttributeError) as error:
         return f"{path.name} does not load, it was built for another torch or lorasb ({error}): install lorasb again"
-    extension = loaded
+    extension, serve_quantized = loaded, registry.backend_op("serve_quantized", "cpp")
     return None

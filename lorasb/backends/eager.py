@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ops.adapted_linear import kernels_of
+from ..ops.adapted_linear import register_backend
 from ..ops.calls import Member, Operands, no_autocast
 from ..ops.plain_ops import pack_words, words_of
-from ..ops.registry import Kernel, register_backend
 from ..quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
 
 # Bytes of x below which torch's own ops are faster than our autograd function, whose Python overhead in backward then
@@ -79,8 +78,10 @@ def backward(
 
 
 def _scale(one: Member, operands: Operands) -> float:
-    # inverted dropout: no scaling in evaluation
-    return one.scaling if one.seed is None else one.scaling / kept(operands.dropout)
+    if one.seed is None:  # inverted dropout: no scaling in evaluation
+        return one.scaling
+    dropout = kernel_dropout(operands.dropout) if getattr(_masks, "philox", False) else operands.dropout
+    return one.scaling / (1.0 - dropout)
 
 
 def _masked_dx(products: Products, rows: Tensor, w: Tensor, one: Member, dropout: float) -> Tensor:
@@ -214,10 +215,6 @@ def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.devi
     words = torch.stack((c0, c1, c2, c3), -1)
     halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(M, -1)[:, :n]
     return halves >= kernel_dropout(dropout) * 2**16
-
-
-def kept(dropout: float) -> float:
-    return 1.0 - (kernel_dropout(dropout) if getattr(_masks, "philox", False) else dropout)
 
 
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
@@ -363,11 +360,9 @@ def transformed(x: Tensor, one: Member, dropout: float, index: Tensor | None) ->
 
 EAGER = Products(thin, times_core, extended, extended_transposed)
 eager_forward, eager_backward = partial(forward, EAGER), partial(backward, EAGER)
-KERNELS = kernels_of(eager_forward, eager_backward) | {
-    one.__name__: Kernel(one) for one in (dequantize, gradient_add, gradient_signs)
-}
+PLAIN_OPS = {one.__name__: one for one in (dequantize, gradient_add, gradient_signs)}
 
 
 def register() -> None:
     """Register for every device; CompositeExplicitAutograd leaves autograd to the op's own formula."""
-    register_backend("eager", KERNELS, ("CompositeExplicitAutograd",))
+    register_backend(("eager", "auto"), ("CompositeExplicitAutograd",), eager_forward, eager_backward, PLAIN_OPS)

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from ..kernels import plan as plan_tables
 from ..kernels.plan import LaunchPlan, Shape
-from ..ops import calls
-from ..ops.adapted_linear import kernels_of
+from ..ops import calls, registry
+from ..ops.adapted_linear import register_backend
 from ..ops.calls import DENSE, Operands
-from ..ops.registry import Function, Kernel, register_backend
 from ..quantization.quantized_weight import INT8, QuantizedTensors
 from . import autotune, cpp, eager
 from .autotune import is_capturing
 from .eager import check_index, kernel_dropout, kernel_masks, shaped
-from .eager import dequantize as eager_dequantize
 
 if TYPE_CHECKING:
     from ..kernels.linear_quantized import Quantized
@@ -100,7 +98,7 @@ def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
     from lorasb.kernels import linear_quantized as kernels
 
     rows, members = rows_of(x), resolved(members_of(operands))
-    plan = plan_of("forward", rows, members.b, members.a[0], quant="4bit")
+    plan = plan_of("forward", rows, members, quant="4bit")
     y, u = kernels.forward(rows, _weight(operands), members, plan, mask_of(operands))
     return [shaped(y, x), u]
 
@@ -109,15 +107,13 @@ def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool
     from lorasb.kernels import linear_quantized as kernels
 
     rows, members = rows_of(dy), resolved(members_of(operands))
-    plan, mask = plan_of("backward", rows, members.b, members.a[0], quant="4bit"), mask_of(operands)
+    plan, mask = plan_of("backward", rows, members, quant="4bit"), mask_of(operands)
     dx, dcores = kernels.backward(rows, _weight(operands), members, u, plan, (need_dx, need_dcores), mask)
     return _gradients(dy, dx, dcores, operands.cores)
 
 
 def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor]:
     """With an R for each row; over a quantized weight the adapter is added to what kernels compute with R = 0."""
-    from lorasb.kernels import linear as kernels
-
     check_index(index, min(map(len, operands.cores)))
     base, of_rows = _without_cores(operands), _row_cores(operands, index)
     if operands.is_quantized:
@@ -125,16 +121,14 @@ def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor
         v = of_rows[0].times(u, True, u.new_empty((len(u), members_of(base).width)))
         return [y.add_(shaped(v[:, : u.shape[1]] @ operands.b[0].t(), y)), u]
     rows, members = rows_of(x), resolved(members_of(base))
-    plan = plan_of("forward", rows, members.b, members.a[0])
-    ys, us = kernels.forward(rows, members, plan, rows=of_rows)
+    plan = plan_of("forward", rows, members)
+    ys, us = _kernels().linear.forward(rows, members, plan, rows=of_rows)
     return [*(shaped(y, x) for y in ys), *us]
 
 
 def _backward_by_row(
     dys: list[Tensor], us: list[Tensor], operands: Operands, index: Tensor, need_dx: bool, need_dcores: bool
 ) -> list[Tensor]:
-    from lorasb.kernels import linear as kernels
-
     base, of_rows = _without_cores(operands), _row_cores(operands, index)
     rows, members = [rows_of(dy) for dy in dys], members_of(base)
     if operands.is_quantized:
@@ -145,8 +139,8 @@ def _backward_by_row(
             dx.addmm_(w[:, : t.shape[1]], operands.a[0])
         dcores = [of_rows[0].gradients(t, us[0])] if need_dcores else []
     else:
-        plan = plan_of("backward", rows[0], members.b, members.a[0])
-        dx, dcores = kernels.backward(rows, resolved(members), us, plan, need_dx, need_dcores, rows=of_rows)
+        plan = plan_of("backward", rows[0], members)
+        dx, dcores = _kernels().linear.backward(rows, resolved(members), us, plan, need_dx, need_dcores, rows=of_rows)
     return _gradients(dys[0], dx, dcores, operands.cores)
 
 
@@ -167,7 +161,7 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
     """W [rows, columns]. In 8 bits by eager torch, as there is no kernel."""
     tensors = QuantizedTensors(*quant)
     if tensors.kind == INT8:
-        return eager_dequantize(quant, layout, rows, columns, dtype)
+        return eager.dequantize(quant, layout, rows, columns, dtype)
     from lorasb.kernels.linear_quantized import Quantized, dequantized
 
     check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # the device; any dtype that the kernels have
@@ -180,7 +174,7 @@ def _is_int8(operands: Operands) -> bool:
 
 def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
     shape = operands.b[0].shape[0], operands.a[0].shape[1]
-    weight = eager_dequantize(list(operands.base), list(operands.layout), *shape, dtype)
+    weight = eager.dequantize(list(operands.base), list(operands.layout), *shape, dtype)
     return operands._replace(base=[weight], layout=DENSE)
 
 
@@ -238,7 +232,7 @@ def _first_plan(
     op: str, rows: Tensor, members: Members, mask: Mask, run: autotune.Run, check: autotune.Check
 ) -> LaunchPlan:
     """The plan of a call; at the first of its kind on a card checked and timed. A mask has no check."""
-    given = op, rows, members.b, members.a[0], "none", mask.dropout > 0.0
+    given = op, rows, members, "none", mask.dropout > 0.0
     if not rows.is_cuda or not rows.numel():
         return plan_of(*given)
     arch, sms = check_call(rows)
@@ -246,7 +240,7 @@ def _first_plan(
     return autotune.first_plan(_shape(*given), arch, sms, run, check, partial(autotune.CudaClock, rows.device))
 
 
-def or_eager(kernel: Function, plain: Function) -> Function:
+def or_eager(kernel: registry.Function, plain: registry.Function) -> registry.Function:
     """The kernel, or eager torch where this GPU or dtype has no kernels or one of them has failed."""
 
     def call(*arguments: Any) -> Any:
@@ -296,16 +290,13 @@ def interpreting() -> bool:
 def register() -> None:
     """Register for CUDA, and on the CPU for an explicit backend under Triton's interpreter."""
     plan_tables.read_user_tables_from(autotune.tables, autotune.machine)
-    plain = {kernel.__name__: kernel for kernel in (dequantize, gradient_add, gradient_signs)}
-    fallback = kernels_of(or_eager(forward, eager.eager_forward), or_eager(backward, eager.eager_backward))
-    register_backend(
-        "triton",
-        kernels_of(forward, backward) | {op: Kernel(kernel) for op, kernel in plain.items()},
-        ("CUDA", "CPU"),
-        auto=fallback | {op: Kernel(or_eager(kernel, eager.KERNELS[op].op)) for op, kernel in plain.items()},
-        auto_keys=("CUDA",) if importlib.util.find_spec("triton") else (),
-        missing=missing,
-    )
+    registry.missing["triton"] = missing
+    others: dict[str, registry.Function] = {one.__name__: one for one in (dequantize, gradient_add, gradient_signs)}
+    register_backend(("triton",), ("CUDA", "CPU"), forward, backward, others)
+    if importlib.util.find_spec("triton") is not None:
+        tried = or_eager(forward, eager.eager_forward), or_eager(backward, eager.eager_backward)
+        others = {op: or_eager(kernel, eager.PLAIN_OPS[op]) for op, kernel in others.items()}
+        register_backend(("auto",), ("CUDA",), *tried, others)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -340,17 +331,16 @@ def _kernels() -> ModuleType:
     return prepared_linear
 
 
-def plan_of(
-    op: str, rows: Tensor, b: Sequence[Tensor], a: Tensor, quant: str = "none", dropout: bool = False
-) -> LaunchPlan:
+def plan_of(op: str, rows: Tensor, members: Members, quant: str = "none", dropout: bool = False) -> LaunchPlan:
     """The tables' choice for this call."""
     arch, sms = check_call(rows)
-    return plan_tables.choice(_shape(op, rows, b, a, quant, dropout), arch, sms)
+    return plan_tables.choice(_shape(op, rows, members, quant, dropout), arch, sms)
 
 
-def _shape(op: str, rows: Tensor, b: Sequence[Tensor], a: Tensor, quant: str, dropout: bool) -> Shape:
+def _shape(op: str, rows: Tensor, members: Members, quant: str, dropout: bool) -> Shape:
     tokens, dtype = plan_tables.bucket(rows.shape[0]), plan_tables.DTYPES[rows.dtype]
-    return Shape(op, dtype, tokens, a.shape[1], sum(x.shape[0] for x in b), a.shape[0], len(b), quant, dropout)
+    (r, n), m = members.a[0].shape, sum(b.shape[0] for b in members.b)
+    return Shape(op, dtype, tokens, n, m, r, len(members.b), quant, dropout)
 
 
 def check_call(x: Tensor) -> tuple[str, int]:
@@ -380,7 +370,7 @@ def _is_capable(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= SMALLEST_CAPABILITY
 
 
-def call_key(kernel: Function, arguments: Sequence[object]) -> tuple[Hashable, ...]:
+def call_key(kernel: registry.Function, arguments: Sequence[object]) -> tuple[Hashable, ...]:
     """Key under which a failure is remembered: the kernel, dtypes, and shapes with the rows as plans see them."""
     tensors = list(_tensors(arguments))
     first = tensors[0]

@@ -5,7 +5,7 @@ x [..., n] -> y_j = x W_jᵀ + s_j·x A_jᵀ R_jᵀ B_jᵀ + bias_j [..., m_j], 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -59,7 +59,7 @@ def direct(backend: str, x: Tensor, lists: Sequence[Sequence[Tensor]]) -> regist
     for tensor in (x, *(one for tensors in lists for one in tensors)):
         if type(tensor) not in PLAIN or tensor.is_cpu != x.is_cpu:
             return None
-    return registry.direct_kernels(backend, x.device.type)
+    return registry.direct_kernels.get((backend, x.device.type))
 
 
 class Context(Protocol):
@@ -187,22 +187,14 @@ def _raise_second_derivative(ctx: object, *_: object) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _define() -> None:
-    """Define the op and its backward op for `auto` and every backend, whose formula calls the same backend's."""
-    registry.define(OP, _FORWARD, _forward_fake)
-    registry.define(BACKWARD_OP, _BACKWARD, _backward_fake)
-    registry.define(SERVE_OP, _SERVE, _serve_fake)
-    for owner in registry.BACKENDS:
-        forward, backward, serve = (f"lorasb::{registry.op_name(op, owner)}" for op in (OP, BACKWARD_OP, SERVE_OP))
-        library = registry.library
-        torch.library.register_autograd(forward, _derivative(owner), setup_context=_setup, lib=library)
-        torch.library.register_autograd(serve, _derivative(owner), setup_context=_serve_setup, lib=library)
-        # a formula that raises gives double backward a clear error
-        torch.library.register_autograd(backward, _raise_second_derivative, lib=library)
-
-
-def kernels_of(forward: registry.Forward, backward: registry.Backward) -> dict[str, registry.Kernel]:
-    """A backend's kernels by op name, of forward(x, operands) and backward(dys, us, operands, need_dx, need_dcores)."""
+def register_backend(
+    owners: Sequence[str],
+    keys: Sequence[str],
+    forward: registry.Forward,
+    backward: registry.Backward,
+    others: Mapping[str, registry.Function],  # kernels of other ops
+) -> None:
+    """Register kernels for dispatch keys, under the ops of a backend and of `auto`, or of one of the two."""
 
     def op(x: Tensor, *given: object) -> list[Tensor]:
         return list(forward(x, Operands._make(given)))
@@ -218,11 +210,15 @@ def kernels_of(forward: registry.Forward, backward: registry.Backward) -> dict[s
         base, biases = [] if weight is None else [weight], [] if bias is None else [bias]
         return forward(x, Operands(base, DENSE, [a], [core], [b], biases, [scaling]))[0]
 
-    return {
-        OP: registry.Kernel(op, forward),
-        BACKWARD_OP: registry.Kernel(backward_op, backward),
-        SERVE_OP: registry.Kernel(y_alone),
-    }
+    kernels: dict[str, registry.Function] = {OP: op, BACKWARD_OP: backward_op, SERVE_OP: y_alone, **others}
+    for owner in owners:
+        for name, kernel in kernels.items():
+            for key in keys:
+                registry.library.impl(registry.op_name(name, owner), kernel, key)
+        registry.record(owner, keys, forward, backward)
 
 
-_define()
+# The backward op first, as the others' formulas call it. Its formula raises: double backward gets a clear error.
+registry.define(BACKWARD_OP, _BACKWARD, _backward_fake, lambda _: _raise_second_derivative)
+registry.define(OP, _FORWARD, _forward_fake, _derivative, _setup)
+registry.define(SERVE_OP, _SERVE, _serve_fake, _derivative, _serve_setup)

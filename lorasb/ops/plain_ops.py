@@ -70,7 +70,7 @@ SIGNS = "(Tensor dy, Tensor x, Tensor(a!)? total, bool fresh) -> (Tensor, Tensor
 define("gradient_signs", SIGNS, _signs_fake)
 DEQUANTIZE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
 define("dequantize", DEQUANTIZE, _dequantize_fake)
-# y alone, for calls that record no gradient; takes `QuantizedWeight.storage_layout`, casts as autocast does and checks
+# y alone, for calls that record no gradient; takes `QuantizedWeight.layout()`, casts as autocast does and checks
 # its arguments itself. Not all backends have it.
 SERVE = (
     "(Tensor x, Tensor[] quant, int[] layout, int rows, int columns, Tensor? a, Tensor? core, Tensor? b, "

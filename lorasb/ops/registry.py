@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +21,12 @@ BACKENDS = ("auto", "eager", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "LORASB_BACKEND"
 
 library = torch.library.Library("lorasb", "DEF")
-DIRECT = ("CPU", "CUDA")  # dispatch keys of devices whose kernels are called directly where nothing intercepts an op
-# By such a key, then by op: the kernel that the dispatcher chooses for plain tensors there.
-_kernels: dict[str, dict[str, Function]] = {key: {} for key in DIRECT}
 _current: ContextVar[str] = ContextVar("lorasb_backend", default="")  # set by `backend`; empty: use LORASB_BACKEND
 # The same for torch.compile, which cannot trace a ContextVar but guards on globals: the latest choice of any thread.
 _latest = ""
 _from_environment = ""  # value of LORASB_BACKEND, once read
-# By backend: returns the reason why it cannot run here, or None. Registration replaces Triton's entry.
-_missing: dict[str, Callable[[], str | None]] = {"triton": lambda: "this build of lorasb has no Triton kernels"}
+# By backend that may not be there: returns the reason why it cannot run here, or None.
+missing: dict[str, Callable[[], str | None]] = {}
 
 
 def op_name(op: str, backend: str) -> str:
@@ -43,58 +39,20 @@ def backend_op(op: str, backend: str) -> Function:
 
 # Once per backend and once for `auto`, so that PyTorch's dispatcher chooses: `lorasb::adapted_linear` runs the kernel
 # for x's device, else eager's; `lorasb::adapted_linear_cpp` runs that backend's alone, and raises without one.
-def define(name: str, schema: str, fake: Function) -> None:
-    """Define an op for `auto` and every backend, with its fake kernel, which returns empty tensors."""
-    for owner in BACKENDS:
-        library.define(op_name(name, owner) + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"lorasb::{op_name(name, owner)}", fake, lib=library)
-
-
-class Kernel(NamedTuple):
-    """A kernel of an op, as the dispatcher calls it, and as Python does without the dispatcher, if that differs."""
-
-    op: Function
-    direct: Function | None = None
-
-
-def register_backend(
+def define(
     name: str,
-    kernels: dict[str, Kernel],
-    keys: Sequence[str],
-    auto: dict[str, Kernel] | None = None,  # kernels and keys of `auto`; those of the backend if None
-    auto_keys: Sequence[str] | None = None,
-    missing: Callable[[], str | None] | None = None,  # the reason why the backend cannot run here, or None if it can
+    schema: str,
+    fake: Function,
+    derivative: Callable[[str], Function] | None = None,  # from an owner to its op's formula
+    setup: Function | None = None,  # of the formula: saves what it needs
 ) -> None:
-    """Register a backend's kernels by op and dispatch key, under its own ops and those of `auto`."""
-    of_auto = "auto", auto or kernels, keys if auto_keys is None else auto_keys
-    for owner, table, dispatch_keys in ((name, kernels, keys), of_auto):
-        for op, kernel in table.items():
-            for key in dispatch_keys:
-                library.impl(op_name(op, owner), kernel.op, key)
-            _record(op_name(op, owner), kernel.direct or kernel.op, dispatch_keys)
-    _missing[name] = missing or (lambda: None)
-
-
-def _record(op: str, kernel: Function, keys: Sequence[str]) -> None:
-    """Record by the dispatcher's precedence: a kernel for a device before one for all devices, in either order."""
-    direct_kernels.cache_clear()
-    for device, kernels in _kernels.items():
-        if device in keys or ("CompositeExplicitAutograd" in keys and op not in kernels):
-            kernels[op] = kernel
-
-
-def register_loaded(name: str, kernels: dict[str, Function], missing: Callable[[], str | None]) -> None:
-    """Record kernels that a loaded library has registered for the CPU, unless `missing` returns a reason."""
-    _missing[name] = missing
-    if missing() is None:
-        for op, kernel in kernels.items():
-            for owner in (name, "auto"):
-                _record(op_name(op, owner), kernel, ("CPU",))
-
-
-def direct_kernel(op: str, backend: str) -> Function | None:
-    """The kernel that the dispatcher chooses for plain tensors on a CPU; None if there is none."""
-    return _kernels["CPU"].get(op_name(op, backend))
+    """Define an op for `auto` and every backend, with its fake kernel, which returns empty tensors, and its formula."""
+    for owner in BACKENDS:
+        op = op_name(name, owner)
+        library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"lorasb::{op}", fake, lib=library)
+        if derivative is not None:
+            torch.library.register_autograd(f"lorasb::{op}", derivative(owner), setup_context=setup, lib=library)
 
 
 class Kernels(NamedTuple):
@@ -105,23 +63,25 @@ class Kernels(NamedTuple):
     backward_op: Backward
 
 
+# By backend and type of device: the kernels that the dispatcher chooses for the adapted linear of plain tensors.
+direct_kernels: dict[tuple[str, str], Kernels] = {}
+
+
 def backward_op(backend: str) -> Backward:
     op = backend_op("adapted_linear_backward", backend)
     return lambda dys, us, operands, *need: op(dys, us, *operands, *need)
 
 
-@cache
-def direct_kernels(backend: str, device_type: str) -> Kernels | None:
-    """The kernels that the dispatcher chooses for the adapted linear of plain tensors; None if there are none."""
-    table = _kernels.get(device_type.upper(), {})
-    forward, backward = (table.get(op_name(op, backend)) for op in ("adapted_linear", "adapted_linear_backward"))
-    if forward is None or backward is None:
-        return None
-    return Kernels(forward, backward, backward_op(backend))
+def record(owner: str, keys: Sequence[str], forward: Forward, backward: Backward) -> None:
+    """Record kernels as the dispatcher chooses them: those for a device before those for all, in either order."""
+    for device in ("CPU", "CUDA"):
+        place = owner, device.lower()
+        if device in keys or ("CompositeExplicitAutograd" in keys and place not in direct_kernels):
+            direct_kernels[place] = Kernels(forward, backward, backward_op(owner))
 
 
 def unavailable(name: str) -> str | None:
-    return _missing[name]() if name in _missing else None
+    return missing[name]() if name in missing else None
 
 
 def current_backend() -> str:

@@ -124,13 +124,8 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
-    @property
-    def storage_layout(self) -> list[int]:
-        """[block, block2, rounding] for `serve_quantized`, whatever the dtype of the product."""
-        return [self.block, self.block2, ROUNDING[self.dtype]]
-
-    def layout(self, dtype: torch.dtype) -> list[int]:
-        """[block, block2, rounding] for a product in `dtype`."""
+    def layout(self, dtype: torch.dtype | None = None) -> list[int]:
+        """[block, block2, rounding] for a product in `dtype`; for `serve_quantized`, which rounds for any, if None."""
         # bitsandbytes dequantizes to W's own dtype and casts from there; W is computed in fp32 here
         needs_no_rounding = self.dtype in (dtype, torch.float32)
         return [self.block, self.block2, 0 if needs_no_rounding else ROUNDING[self.dtype]]

@@ -37,7 +37,7 @@ def test_the_forward_decides_for_its_backward(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_missing_backend_raises_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._missing, "cpp", lambda: "it is gone")
+    monkeypatch.setitem(registry.missing, "cpp", lambda: "it is gone")
     with pytest.raises(RuntimeError, match="backend 'cpp' is not available: it is gone"), lorasb.backend("cpp"):
         pass
 

@@ -189,7 +189,7 @@ def test_opcheck_of_what_records_no_gradient(backend: str) -> None:
         op = getattr(torch.ops.lorasb, f"dequantize_{backend}")
         torch.library.opcheck(op, (weight.tensors, weight.layout(dtype), 32, 64, dtype))
         if backend == "cpp":
-            served = c.x, weight.tensors, weight.storage_layout, 32, 64, c.a, c.core, c.b, c.bias, 0.7
+            served = c.x, weight.tensors, weight.layout(), 32, 64, c.a, c.core, c.b, c.bias, 0.7
             torch.library.opcheck(torch.ops.lorasb.serve_quantized_cpp, served)
 
 

@@ -101,7 +101,7 @@ def install(arch: str) -> Executor:
     launcher.run = executor.run  # type: ignore[attr-defined]
     prepared_launch.bind = executor.bind  # type: ignore[attr-defined]
     backend._device = lambda device: (arch, MULTIPROCESSORS[arch])  # type: ignore[assignment]
-    registry._missing["triton"] = lambda: None
+    registry.missing["triton"] = lambda: None
     choose = plan.choose
 
     def fused(shape: Any, name: str, sms: int) -> Any:
