@@ -14,18 +14,13 @@ from . import Private, find
 VERIFIED = "PEFT 0.21"
 
 
-class _Nothing:
-    """A class without instances."""
-
-
 def _own_features(layer: nn.Module) -> tuple[int | None, int | None]:
     return getattr(layer, "in_features", None), getattr(layer, "out_features", None)
 
 
-def _refuse_all_linear(config: Any, _: nn.Module) -> Any:
+def _refuse_all_linear(config: Any, _: nn.Module) -> None:
     if config.target_modules == "all-linear":
         raise ValueError(f'target_modules="all-linear" needs {VERIFIED}, this is another release: name the modules')
-    return config
 
 
 PRIVATE = {
@@ -39,7 +34,7 @@ PRIVATE = {
         "peft.tuners.tuners_utils._ExcludedModule",
         "tells modules in `exclude_modules` from others that do not match",
         "`exclude_modules` is ignored for experts of `target_parameters`",
-        _Nothing,
+        (),  # for isinstance: no class
     ),
     "include_all_linear": Private(
         "peft.tuners.tuners_utils._maybe_include_all_linear_layers",
@@ -120,5 +115,5 @@ def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
 
 # last: the first of them imports PEFT, whose registration calls the functions above
 in_out_features: Callable[[nn.Module], tuple[int | None, int | None]] = find(PRIVATE["in_out_features"])
-ExcludedModule: type = find(PRIVATE["ExcludedModule"])
+ExcludedModule: type | tuple[()] = find(PRIVATE["ExcludedModule"])
 include_all_linear: Callable[[object, nn.Module], object] = find(PRIVATE["include_all_linear"])

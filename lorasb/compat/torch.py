@@ -12,11 +12,7 @@ from torch.autograd import forward_ad
 from . import Private, find
 
 
-def _one(*_: object) -> int:
-    return 1
-
-
-def _always(*_: object) -> bool:
+def _yes(*_: object) -> bool:
     return True
 
 
@@ -28,28 +24,28 @@ BACKWARD_PRE_HOOKS, BACKWARD_HOOKS = "_backward_pre_hooks", "_backward_hooks"
 DISPATCHED = "every call goes through PyTorch's dispatcher"
 PRIVATE = {
     "any_autocast": Private(
-        "torch._C._is_any_autocast_enabled", "skips the query per device", "autocast is queried per device", _always
+        "torch._C._is_any_autocast_enabled", "skips the query per device", "autocast is queried per device", _yes
     ),
     "dispatch_modes": Private(
-        "torch._C._len_torch_dispatch_stack", "detects `TorchDispatchMode`, which has to see every op", DISPATCHED, _one
+        "torch._C._len_torch_dispatch_stack", "detects `TorchDispatchMode`, which has to see every op", DISPATCHED, _yes
     ),
     "function_modes": Private(
-        "torch._C._len_torch_function_stack", "detects `TorchFunctionMode`, which has to see every op", DISPATCHED, _one
+        "torch._C._len_torch_function_stack", "detects `TorchFunctionMode`, which has to see every op", DISPATCHED, _yes
     ),
     "transforms_active": Private(
         "torch._C._are_functorch_transforms_active",
         "detects `torch.func` transforms, which get composed torch operations",
         "every call computes by composed torch operations",
-        _always,
+        _yes,
     ),
     "forward_level": Private(
         "torch.autograd.forward_ad._current_level",
         "detects forward-mode differentiation",
         "forward mode raises PyTorch's error for an op without a rule",
     ),
-    "tracing_state": Private("torch._C._get_tracing_state", "detects `torch.jit.trace`", DISPATCHED, _one),
+    "tracing_state": Private("torch._C._get_tracing_state", "detects `torch.jit.trace`", DISPATCHED, _yes),
     "is_wrapped": Private(
-        "torch._C._functorch.is_functorch_wrapped_tensor", "detects tensors of ended transforms", DISPATCHED, _always
+        "torch._C._functorch.is_functorch_wrapped_tensor", "detects tensors of ended transforms", DISPATCHED, _yes
     ),
     "graph_task": Private(
         "torch._C._current_graph_task_id",
@@ -69,9 +65,9 @@ PRIVATE = {
         "`lorasb plan` raises an ImportError",
     ),
     "is_zerotensor": Private(
-        "torch.Tensor._is_zerotensor", "detects lazy zeros, which a kernel must not read", DISPATCHED, _always
+        "torch.Tensor._is_zerotensor", "detects lazy zeros, which a kernel must not read", DISPATCHED, _yes
     ),
-    "is_functional": Private("torch._is_functional_tensor", "detects functionalized tensors", DISPATCHED, _always),
+    "is_functional": Private("torch._is_functional_tensor", "detects functionalized tensors", DISPATCHED, _yes),
     "storage": Private(
         "torch.UntypedStorage._cdata",
         "tells whether tensors share a storage that has no address",

@@ -62,9 +62,7 @@ def _repeats(parsed: Any, depth: int = 0) -> float:
             if not single and high > 1:
                 return math.inf
             digits = single and str(body[0]) in DIGITS
-            total += (SMALL if high <= 1 or digits else float(low != high)) + (
-                0.0 if single else _repeats(body, depth + 1)
-            )
+            total += (SMALL if high <= 1 or digits else float(low != high)) + _repeats(body, depth + 1)
         else:
             total += _repeats(value, depth + 1)
     return total
@@ -89,8 +87,6 @@ def matches(value: Any, hint: Any) -> bool:
             return False
         key, item = arguments or (Any, Any)
         return all(matches(k, key) and matches(v, item) for k, v in value.items())
-    if hint in (None, type(None)):
-        return value is None
     if isinstance(hint, type) and issubclass(hint, Enum):
         return isinstance(value, str)
     if isinstance(value, bool):  # a number to Python
