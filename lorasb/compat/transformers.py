@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import Private
 
@@ -67,10 +67,6 @@ PRIVATE = {
 
 def is_loaded(parameter: object) -> bool:
     return bool(getattr(parameter, LOADED, False))
-
-
-def mark_loaded(parameter: Tensor) -> None:
-    setattr(parameter, LOADED, True)
 
 
 def computes_like_mixtral(experts: nn.Module) -> bool:

@@ -18,15 +18,7 @@ from ..constants import FACTORS
 from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.deprecation import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
-from .adapter_state import (
-    AdapterState,
-    Cores,
-    EquivalentGradient,
-    FrozenFactors,
-    has_values,
-    refuse_training,
-    shard_like,
-)
+from .adapter_state import AdapterState, Cores, EquivalentGradient, FrozenFactors, Scales, has_values, refuse_training
 from .base import Base
 from .opaque_base import make_base
 from .token_rows import Rows, other_length
@@ -46,18 +38,6 @@ class Group(Protocol):
 
     def take(self, layer: AdaptedLayer, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member; None if the layer has to be computed alone."""
-
-
-class _Scales(dict[str, float]):
-    """The s by adapter name, which may be set, as in PEFT's layers."""
-
-    def __init__(self, adapters: dict[str, AdapterState]) -> None:
-        super().__init__({name: state.scaling for name, state in adapters.items()})
-        self._adapters = adapters
-
-    def __setitem__(self, name: str, scaling: float) -> None:
-        self._adapters[name].scaling = scaling
-        super().__setitem__(name, scaling)
 
 
 def _former(name: str, field: str) -> property:
@@ -101,7 +81,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.adapters: dict[str, AdapterState] = {}  # state by adapter name
         self.siblings: Group | None = None  # set by `linear_group.form` once the model is patched
         self.stored_cores: StoredCores | None = None  # set by a bank of adapters
-        self._disable_adapters = False
         self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = adapter_name
@@ -181,7 +160,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if target.shape != value.shape:
                 raise ValueError(f"expected a factor {list(target.shape)}, got {list(value.shape)}")
         for target, value in pairs:
-            target.copy_(shard_like(target, value))
+            if hasattr(target, "device_mesh"):  # a DTensor of FSDP2
+                from torch.distributed.tensor import distribute_tensor
+
+                # src_data_rank=None: every rank has the same full tensor and takes its own shard, without communication
+                value = value.to(target.device, target.dtype)
+                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+            target.copy_(value)
         self.adapters[adapter_name].initialized = True
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -249,13 +234,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             core = core.float()
         if not torch.is_grad_enabled():
             return core
-        initialized = self.is_initialized(name)
-        if core.requires_grad and not initialized:
-            core = refuse_training(core, name, self.training)
-        # Not before initialization: A and B are zero then, and AAᵀ and BᵀB singular.
-        if self.adapters[name].equivalent and initialized:
-            found: Tensor = EquivalentGradient.apply(core, *self.preconditioner(name))
-            return found
+        if not self.is_initialized(name):  # A and B are zero, and AAᵀ and BᵀB singular
+            return refuse_training(core, name, self.training) if core.requires_grad else core
+        if self.adapters[name].equivalent:
+            core = EquivalentGradient.apply(core, *self.preconditioner(name))
         return core
 
     @torch.no_grad()
@@ -339,7 +321,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     @property
     def scaling(self) -> dict[str, float]:
         """The s by adapter name."""
-        return _Scales(self.adapters)
+        return Scales(self.adapters)
 
     lora_dropout, equivalent = _former("lora_dropout", "dropout"), _former("equivalent", "equivalent")
     wide_factors, first_scaling = _former("wide_factors", "wide_factors"), _former("first_scaling", "made_with")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from ..compat.transformers import is_loaded, mark_loaded
 from ..utils.precision import SIXTEEN_BIT
 
 
@@ -29,6 +28,18 @@ class AdapterState:
     basis: str | None = None  # the adapter whose A and B it has; None if they belong to it
     # of Theorem 3, with the state of A, B and s that it was computed from; None before
     preconditioner: tuple[object, Tensor, Tensor] | None = field(default=None, repr=False)
+
+
+class Scales(dict[str, float]):
+    """The s by adapter name, which may be set, as in PEFT's layers."""
+
+    def __init__(self, adapters: dict[str, AdapterState]) -> None:
+        super().__init__({name: state.scaling for name, state in adapters.items()})
+        self._adapters = adapters
+
+    def __setitem__(self, name: str, scaling: float) -> None:
+        self._adapters[name].scaling = scaling
+        super().__setitem__(name, scaling)
 
 
 class EquivalentGradient(torch.autograd.Function):
@@ -88,10 +99,9 @@ class Cores(nn.ParameterDict):
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Parameter) and value.dtype in SIXTEEN_BIT and name not in self.stored_16bit:
-            loaded = is_loaded(value)  # the new parameter has to carry the mark
+            marks = vars(value)  # set from outside, as transformers' loaded flag
             value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
-            if loaded:
-                mark_loaded(value)
+            vars(value).update(marks)
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
@@ -104,14 +114,3 @@ class Cores(nn.ParameterDict):
 
         super()._apply(move_only, recurse)
         return self
-
-
-def shard_like(target: Any, value: Tensor) -> Tensor:
-    """A full tensor sharded like the target, if that is a DTensor of FSDP2; else the tensor itself."""
-    if not hasattr(target, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    # src_data_rank=None: every rank has the same full tensor and takes its own shard, without communication.
-    value = value.to(target.device, target.dtype)
-    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
