@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +41,7 @@ EMBEDDING, CONVOLUTION, ATTENTION, SLICE = "embedding", "convolution", "attentio
 KINDS_WITH_WEIGHT = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@dataclass(frozen=True)
-class Unfolding:
+class Unfolding(NamedTuple):
     """A parameter seen as a matrix."""
 
     kind: str  # of the module
@@ -51,11 +49,8 @@ class Unfolding:
     stored: tuple[int, ...]  # its shape
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        if self.kind == EMBEDDING:
-            return self.stored[1], self.stored[0]
-        return self.stored[0], math.prod(self.stored[1:])
+    def largest_rank(self) -> int:
+        return min(self.stored[0], math.prod(self.stored[1:]))
 
 
 def unfoldings(module: nn.Module) -> list[Unfolding]:
@@ -82,10 +77,6 @@ class ParameterBase(Base):
     def __init__(self, module: nn.Module, unfolding: Unfolding) -> None:
         super().__init__(module)
         self.unfolding = unfolding
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.unfolding.shape
 
     def parameter(self) -> Tensor:
         return cast(Tensor, attrgetter(self.unfolding.path)(innermost(self.module)))
@@ -136,6 +127,14 @@ class _Around(nn.Module):
                 raise
             return getattr(self._modules["base_layer"], name)
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module without adapters, all of its parameters merged first if so asked; PEFT calls it."""
+        for layer in self.adapted() if merge else ():
+            layer.merge(safe_merge, adapter_names)
+        return cast(nn.Module, innermost(self))
+
 
 class LoRASBWeight(_Around, AdaptedLayer):
     """A module, or a `LoRASBWeight` of another of its parameters, with W [out, in] + s·B R A in place of W, unfolded.
@@ -144,13 +143,11 @@ class LoRASBWeight(_Around, AdaptedLayer):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, unfolding: Unfolding, **options: Any) -> None:
-        # before the parent is made: `nn.Module` has no attributes
-        self.__dict__.update({"unfolding": unfolding, "tap": None, SAME_WIDTHS: False})
+        self.unfolding = unfolding  # which parameter, and how it is a matrix
+        # set while an initialization sums gradients: W goes through it on its way into the module
+        self.tap: Callable[[Tensor], Tensor] | None = None
         super().__init__(base_layer, adapter_name, **options)
-
-    unfolding: Unfolding  # which parameter, and how it is a matrix
-    # set while an initialization sums gradients: W goes through it on its way into the module
-    tap: Callable[[Tensor], Tensor] | None
+        setattr(self, SAME_WIDTHS, False)
 
     def _make_base(self, module: nn.Module) -> Base:
         kind = EmbeddingBase if self.unfolding.kind == EMBEDDING else ParameterBase
@@ -163,6 +160,11 @@ class LoRASBWeight(_Around, AdaptedLayer):
         if isinstance(inner, LoRASBWeight) and adapter_name not in inner.lorasb_R:
             inner.add_adapter(adapter_name, *args, **options)
 
+    def adapted(self) -> list[LoRASBWeight]:
+        """This layer, and those of the module's other parameters."""
+        inner = self.base_layer
+        return [self, *(inner.adapted() if isinstance(inner, LoRASBWeight) else ())]
+
     def matrix_gradient(self, gradient: Tensor) -> Tensor:
         """dL/dW [out, in] from the parameter's gradient, fp32 or wider."""
         matrix = self.base.matrix(gradient)
@@ -172,24 +174,17 @@ class LoRASBWeight(_Around, AdaptedLayer):
         """The module's output with W + s·B R A of the active adapters."""
         if adapter_names is not None:
             return self._by_rows(adapter_names, *args, **kwargs)
-        self.unmerge_if_disabled()
         return self._with(self._names(), *args, **kwargs)
 
-    @property
-    def in_use(self) -> bool:
-        """True if the module has to compute with another weight than its own."""
-        return self.tap is not None or bool(self._names())
-
-    def current_weight(self) -> Tensor:
-        """W + s·B R A of the active adapters, in the parameter's layout."""
-        return self._weight(self._names())
-
-    def unmerge_if_disabled(self) -> None:
-        """Unmerge if adapters are disabled, as PEFT's layers do in a forward."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+    def changed_weight(self) -> Tensor | None:
+        """W + s·B R A of the active adapters, in the parameter's layout; None where the module computes with W."""
+        names = self._names()
+        return self._weight(names) if names or self.tap is not None else None
 
     def _names(self) -> list[str]:
+        """The active adapters; disabled ones are unmerged, as PEFT's layers do in a forward."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         return [] if self.disable_adapters or self.merged else self.active_here()
 
     def _with(self, names: list[str], *args: object, **kwargs: object) -> object:
@@ -244,17 +239,6 @@ class LoRASBWeight(_Around, AdaptedLayer):
             part = cast(Tensor, self._with([name], x[indices], *args, **kwargs))
             y = y.index_copy(0, indices, part.to(y.dtype))
         return y
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The module without adapters, all of its parameters merged first if so asked; PEFT calls it."""
-        layer: nn.Module = self
-        while isinstance(layer, LoRASBWeight):
-            if merge:
-                layer.merge(safe_merge, adapter_names)
-            layer = layer.base_layer
-        return layer
 
 
 class LoRASBEmbedding(LoRASBWeight):
@@ -314,13 +298,12 @@ class OpenParameters(_Around):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The module's output with the adapters of its parameters."""
-        for layer in self.adapted():
-            layer.unmerge_if_disabled()
         weights: dict[str, Tensor] = {}
         for name in self.opened:
             slices = self.slices(name)
-            if any(isinstance(one, LoRASBWeight) and one.in_use for one in slices):
-                matrices = [one.current_weight() if isinstance(one, LoRASBWeight) else one.weight for one in slices]
+            changed = [one.changed_weight() if isinstance(one, LoRASBWeight) else None for one in slices]
+            if any(new is not None for new in changed):
+                matrices = [one.weight if new is None else new for one, new in zip(slices, changed, strict=True)]
                 is_whole = self.base_layer.get_parameter(name).dim() == 2
                 weights[name] = matrices[0] if is_whole else torch.stack(matrices)
         return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
@@ -332,11 +315,3 @@ class OpenParameters(_Around):
     def adapted(self) -> list[LoRASBWeight]:
         """The matrices with adapters."""
         return [one for name in self.opened for one in self.slices(name) if isinstance(one, LoRASBWeight)]
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The module without adapters, merged first if so asked; PEFT calls it in place of `merge`."""
-        for layer in self.adapted() if merge else ():
-            layer.merge(safe_merge, adapter_names)
-        return self.base_layer

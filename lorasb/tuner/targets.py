@@ -72,8 +72,7 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
         config.rank_pattern = {re.escape(name): rank for name, rank in layers_named_in(state_dict).items()}
     for name, module in targets.items():
         base = base_of(module)
-        shapes = [one.shape for one in unfoldings(base)] or [make_base(base).shape]  # several of attention
-        limit = min(map(min, shapes))
+        limit = min([one.largest_rank for one in unfoldings(base)] or make_base(base).shape)  # several of attention
         if rank_for(config, name) <= limit:
             continue
         if not uses_default or get_pattern_key(list(config.rank_pattern), without_wrapper(name)) in config.rank_pattern:
