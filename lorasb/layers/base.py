@@ -101,19 +101,13 @@ class Base:
             return x
         return x.to(dtype) if self.casts else x
 
-    def bias(self, like: Tensor | None = None) -> Tensor | None:
-        """The module's bias, in the dtype of a tensor if given: a quantized module may store it in another."""
-        module = self.module
-        bias: Tensor | None = module._parameters["bias"] if type(module) is nn.Linear else module.bias
-        return bias if bias is None or like is None or bias.dtype == like.dtype else bias.to(like.dtype)
-
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
         """Operands of an op: x in the module's dtype, W [out, in] or its storage, and the bias."""
         parameters, weight = self.module._parameters, None
-        if type(self.module) is nn.Linear:  # every forward asks: `parameter` and `bias` for others
+        if type(self.module) is nn.Linear:  # every forward asks: `nn.Module.__getattr__` takes longer
             weight, bias = parameters.get("weight"), parameters["bias"]
         if weight is None:
-            weight, bias = self.parameter(), self.bias()
+            weight, bias = self.parameter(), self.module.bias
         x = x if x.dtype == weight.dtype else self.cast(x)
         return x, weight.t() if self.fan_in_fan_out else weight, bias
 
@@ -223,9 +217,10 @@ class QuantizedBase(Kept):
         return dtype if isinstance(dtype, torch.dtype) else found.dtype
 
     def operands(self, x: Tensor) -> tuple[Tensor, QuantizedWeight, Tensor | None]:
-        found = self.quantized()
+        found, bias = self.quantized(), self.module.bias
         x = x if x.dtype == self._dtype_of(found) else self.cast(x)
-        return x, found, self.bias(x)
+        # a quantized module may store its bias in another dtype
+        return x, found, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if args or kwargs or self.must_run():

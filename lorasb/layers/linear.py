@@ -83,8 +83,7 @@ def _own(layer: AdaptedLayer, rows: Rows) -> list[str]:
 def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = False) -> Tensor:
     """s·x_i Aᵀ R_kᵀ Bᵀ of all rows; `fused` with the base's product in the same call."""
     dtype, autocast = x.dtype, autocast_on(x.device.type)
-    x, weight, _ = layer.base.operands(x) if fused else (layer.base.cast(x), None, None)
-    bias = layer.base.bias(x) if fused else None
+    x, weight, bias = layer.base.operands(x) if fused else (layer.base.cast(x), None, None)
     if not fused and not autocast:
         x = x.to(part.a.dtype)  # fp32 factors with a base in 16 bits
     y = lora_sb_linear(x, weight, part.a, part.cores, part.b, bias, part.scaling, index=part.places)

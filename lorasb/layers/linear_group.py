@@ -20,9 +20,8 @@ from ..compat.accelerate import hook_of
 from ..functional import lora_sb_linear_group
 from ..ops.calls import autocast_on
 from ..utils.precision import SIXTEEN_BIT
-from . import linear
 from .adapted_layer import AdaptedLayer
-from .linear import LoRASBLinear
+from .linear import LoRASBLinear, in_one_call, of_rows
 from .token_rows import Rows
 
 
@@ -30,7 +29,7 @@ def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[T
     """y_i [..., out_i] of members with equal `group_key`."""
     index, dropout = None, 0.0
     if rows is not None:
-        parts = [linear.of_rows(member, rows) for member in members]
+        parts = [of_rows(member, rows) for member in members]
         adapters = [(part.a, part.cores, part.b, part.scaling) for part in parts]
         index = parts[0].places
     else:
@@ -53,7 +52,7 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
     weight = layer.weight
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
         return None
-    names = tuple(layer.active_adapters) if rows is None else linear.in_one_call(layer, rows)
+    names = tuple(layer.active_adapters) if rows is None else in_one_call(layer, rows)
     if not names or layer.any_wide or not all(name in layer.lorasb_R for name in names):
         return None
     # For an adapter that is trained before it is initialized, the layer's own forward raises the error.

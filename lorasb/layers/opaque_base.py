@@ -64,6 +64,9 @@ BACKENDS = {("optimum", "QLinear"): QuantoBackend, ("gptqmodel", "BaseQuantLinea
 class OpaqueBase(Kept):
     """Another quantizer's linear, or one that a probe finds linear: its own forward runs."""
 
+    shape: tuple[int, int] = (0, 0)  # known from the start, in place of the properties
+    dtype: torch.dtype = torch.float32
+
     def __init__(
         self,
         module: nn.Module,
@@ -73,15 +76,7 @@ class OpaqueBase(Kept):
         backend: QuantizationBackend | None,  # PEFT's or one of `BACKENDS`, for a quantizer's format
     ) -> None:
         super().__init__(module)
-        self.name, self._shape, self._dtype, self.backend = name, shape, dtype, backend
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self._shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
+        self.name, self.shape, self.dtype, self.backend = name, shape, dtype, backend
 
     @torch.no_grad()
     def weight(self) -> Tensor:
