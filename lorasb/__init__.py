@@ -41,11 +41,9 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
-    """Import the tuner, and hand it the data-free inits, which it must not import from `init`, a layer above.
-
-    No module of lorasb is half-imported at this point: packages whose modules import peft (`layers`, `tuner`, ...)
-    import it in their `__init__`, before any of their modules.
-    """
+    """Import the tuner, and hand it the data-free inits, which it must not import from `init`, a layer above."""
+    # No module of lorasb is half-imported here: packages whose modules import peft (`layers`, `tuner`, ...) import it
+    # in their `__init__`, before any of their modules.
     importlib.import_module(".tuner.model", __name__).register(_init_without_data)
 
 

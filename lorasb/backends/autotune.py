@@ -13,10 +13,10 @@ import re
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,8 +72,7 @@ class WrongResultError(RuntimeError):
     """Error of a kernel whose result differs from torch's."""
 
 
-@dataclass(frozen=True)
-class Tuned:
+class Tuned(NamedTuple):
     """The fastest plan of a shape, and the times in ms of the table's former choice and of this plan."""
 
     shape: Shape

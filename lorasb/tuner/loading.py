@@ -58,7 +58,7 @@ def with_factors(
     """A file's tensors with the A and B that its R belongs to, of the model where it has them."""
     expected_digest = shared_factors.referenced_digest(tensors)
     if expected_digest is None:
-        if share and layers and basis.make_room(layers, adapter_name, tensors):
+        if share and basis.make_room(layers, adapter_name, tensors):
             config.basis = None
         return tensors
     # R is meaningless with other factors, so the digest decides, not the shapes.
@@ -67,7 +67,7 @@ def with_factors(
         tensors = with_folder(tensors, *config.source)
     others = {key: value for key, value in tensors.items() if key != DIGEST}
     if found is None and any(shared_factors.is_factor(key) for key in others):  # from the folder
-        if share and layers:
+        if share:
             basis.make_room(layers, adapter_name, others)
         config.basis = None
         return others

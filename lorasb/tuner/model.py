@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import adapter_file
-from ..checkpoints.adapter_file import fingerprint
 from ..compat import peft as private
 from ..compat.bitsandbytes import keep_unpacked
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
@@ -70,7 +69,7 @@ class LoRASBModel(BaseTuner):
             config.layer_kinds = lookup.layer_kinds(layers)
             # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
             if config.check_base and config.base_fingerprint is None and not lookup.any_merged(model):
-                sampled = fingerprint({name: layer.base.parameter() for name, layer in layers.items()})
+                sampled = adapter_file.fingerprint({name: layer.base.parameter() for name, layer in layers.items()})
                 config.base_fingerprint = None if sampled is None else WrittenHere(sampled)
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
             if kwargs.get("state_dict") is None and targets.can_initialize_now(model, config, adapter_name, layers):

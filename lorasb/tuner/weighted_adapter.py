@@ -9,13 +9,14 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
+from ..config.adapter import LoRASBConfig
 from ..constants import MAX_RANK
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import any_merged, discard, layers_with, refuse_uninitialized
@@ -70,8 +71,7 @@ class SumOptions:
         return total
 
 
-@dataclass(frozen=True)
-class Combined:
+class Combined(NamedTuple):
     """One layer's new factors, B [out, r], R [r, r] without s, A [r, in], and ‖ΔW − s·B R A‖ / ‖ΔW‖."""
 
     b: Tensor
@@ -214,7 +214,7 @@ def _insert(
     tuner.set_adapter(active)
 
 
-def _config_like(template: Any, combined: dict[str, Combined]) -> Any:
+def _config_like(template: LoRASBConfig, combined: dict[str, Combined]) -> LoRASBConfig:
     config = copy.deepcopy(template).weights_follow()
     config.__dict__.pop("_asked", None)  # or `start_over` would restore the template's ranks and targets
     ranks = {name: factors.core.shape[0] for name, factors in combined.items()}

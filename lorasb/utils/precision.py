@@ -7,8 +7,8 @@ import logging
 import os
 import platform
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +27,7 @@ AMPERE = (8, 0)  # the first compute capability with bf16 products
 _warned_dtypes: set[torch.dtype] = set()
 
 
-@dataclass(frozen=True)
-class Precision:
+class Precision(NamedTuple):
     """A dtype by its torch name, and the reason in words why it suits a device."""
 
     name: str
