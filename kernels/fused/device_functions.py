@@ -59,7 +59,7 @@ def ordered_sum(partial, offsets, size, count, like):
 
 @triton.jit
 def sum_of_shares(acc, share, workspace, SPLIT: tl.constexpr, WIDE: tl.constexpr):
-    """Whether this program is the last of those that share the sum of a block, and if so that sum: else, its own share.
+    """Return (is_last, sum): True and the block's sum in the last program that shares it, else False and its share.
 
     workspace: (partial, counters, slot of the block, count of shares); without SPLIT there is one. WIDE: `partial` may
     need offsets of 64 bits.

@@ -1,1 +1,1 @@
-"""Beside a training loop: the callback that initializes, trials of rates, starts on rewards, the sampler in vLLM."""
+"""Parts of a training loop: the callback that initializes, trials of rates, starts on rewards, the sampler in vLLM."""

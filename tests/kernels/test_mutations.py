@@ -297,12 +297,12 @@ def test_orderings_that_are_taken_away_are_missed(
             except KernelError as error:
                 caught, said = True, str(error)
             name = f"{launch.name}: {mutant.what} #{mutant.number} {said}"
-            if effect:
+            if effect or "still in flight at the end" in said:  # a copy that nothing reads is a fault, too
                 killed += caught
                 survivors += [] if caught else [name]
             else:
                 idle += 1
-                wrong += [name] if caught and "still in flight at the end" not in said else []
+                wrong += [name] if caught else []
     assert killed >= 40
     assert idle < killed / 2
     assert not survivors, "\n".join(survivors)
