@@ -84,7 +84,7 @@ def initialize(
 ) -> InitReport:
     """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8; docs/method.md says more).
 
-    With ΔW = −η·sign(Σ_i ∇W L(x_i)) = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, scaled down to ‖Σ_r‖ ≤ longest_start·η·r.
+    −η·sign(Σ_i ∇W L(x_i)) = U Σ Vᵀ: B = U_r [out, r], A = V_rᵀ [r, in], R = Σ_r / s [r, r], ‖Σ_r‖ ≤ longest_start·η·r.
 
     Args:
         model: a patched model.
