@@ -64,7 +64,7 @@ class Command(TyperCommand):
 
 MAIN_PANEL, HELP_ALL = "Most used", "lorasb.help_all"  # a heading of the help; a key of click's context
 MOST_USED = {"model", "dtype", "bits", "task", "data", "eval_data", "method", "r"}  # settings under that heading
-MOST_USED |= {"lr", "epochs", "batch_size", "resume", "output"}
+MOST_USED |= {"adapter_column", "basis", "lr", "epochs", "batch_size", "output"}
 CONFIG_HELP = "YAML file of settings; options override it, and --no-NAME turns a switch off."
 # the headings of all other settings
 FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting, _ in listed(Settings)))
@@ -170,6 +170,8 @@ def _finetune(values: Given) -> None:
         shell, python = lines["command"], textwrap.indent(lines["python"], "  ")
         # not by the console, which would break long lines
         typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {shell}\n\nIn Python:\n\n{python}\n")
+        if settings.method != "lora" and result.summary["classes"] is None:
+            typer.echo(f"Serve it, by vLLM with the plugin (docs/serving.md):\n\n  {lines['serve']}\n")
 
 
 def _init(values: Given) -> None:

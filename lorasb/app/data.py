@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -170,7 +171,10 @@ def _file_or_source(name: str) -> Path | Source:
     if Path(name).is_file():
         return Path(name)
     if name not in NAMED:
-        raise ValueError(f"expected a JSONL file, found none at {name}; data sets by name are {', '.join(NAMED)}")
+        files = [str(one) for one in Path(name).parent.glob("*.json*")]
+        near = difflib.get_close_matches(name, [*files, *NAMED], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"data sets by name are {', '.join(NAMED)}"
+        raise ValueError(f"expected a JSONL file, found none at {name} in {Path.cwd()}; {hint}")
     return NAMED[name]
 
 

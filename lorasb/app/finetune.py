@@ -58,13 +58,13 @@ def run_finetune(settings: Settings) -> Result:
         if is_first_rank:
             folder.begin(state)
         processes.all_gather(0)  # barrier: no rank reads the folder before rank 0 has cleared an earlier run's files
-        before = folder.before() or run.evaluate("held-out problems, before")
+        before = folder.before() or run.evaluate("held-out examples, before")
         if is_first_rank:
             folder.save_before(before)
         report, seconds = _start(run, folder, is_first_rank)
         make = run_trainer if settings.rl is None else grpo_trainer
         trained = train(run, make, folder, state.checkpoint, stop)
-        after = run.evaluate("held-out problems, after")
+        after = run.evaluate("held-out examples, after")
         summary = results.summarize(run, before, after, seconds, trained) | {"identity": folder.identity}
         result = Result(summary, run.held_out.examples, before, after, report)
         if is_first_rank:

@@ -256,7 +256,12 @@ def _read(run: Path) -> tuple[Json, Settings]:
     """A finished run's summary and settings."""
     file = run / SUMMARY_NAME
     if not file.is_file():
-        raise ValueError(f"expected the folder of a finished run, found no {SUMMARY_NAME} in {run}")
+        found = f"has no {SUMMARY_NAME}: repeat the command that started it, which resumes it"
+        if not run.is_dir():
+            found = f"does not exist in {Path.cwd()}"
+        elif (run / WEIGHTS_NAME).is_file():
+            found = f"is an adapter: ask its run, {run.parent}"
+        raise ValueError(f"expected the folder of a finished run: {run} {found}")
     summary = read_json(file)
     if "prompt_format" not in summary:
         raise ValueError(f"{file} does not say how questions are put: an earlier version of lorasb wrote it")
@@ -279,7 +284,12 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION") -> dict[str,
     if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
         question = "QUESTION"
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
-    return {"command": command, "python": "\n".join(_python(summary, folder))}
+    adapter, base = folder / "adapter", summary["config"]["model"]
+    one = f"{names[0]}={adapter / names[0]}" if names else f"mine={adapter}"
+    basis = summary["config"].get("basis") or str(adapter)
+    basis, model, one = map(shlex.quote, (basis, "MODEL" if base == EMBEDDED else base, one))
+    serve = f"LORASB_BASIS={basis} vllm serve {model} --enable-lora --lora-modules {one}"
+    return {"command": command, "python": "\n".join(_python(summary, folder)), "serve": serve}
 
 
 def _python(summary: Json, folder: Path) -> Iterator[str]:

@@ -68,7 +68,7 @@ def check_layers(settings: Settings) -> None:
         check_pattern(pattern, "--target-modules")
     largest = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)
     if settings.method != "lora" and largest > MAX_RANK:  # plain LoRA has no such limit
-        raise ValueError(f"--r must be at most {MAX_RANK}, got {largest}: each layer trains r x r numbers")
+        raise ValueError(f"--r must be at most {MAX_RANK}, got {largest}: the kernels take no larger one")
 
 
 def check_packages(settings: Settings) -> None:

@@ -56,7 +56,7 @@ def properties_of(title: str | None, properties: Mapping[str, object], align: Ju
 
 def before_and_after(summary: Json) -> Table:
     """Held-out loss and accuracy before and after training."""
-    title = f"{summary['config']['method']}, r={summary['rank']}: {summary['eval_examples']} held-out problems"
+    title = f"{summary['config']['method']}, r={summary['rank']}: {summary['eval_examples']} held-out examples"
     table = table_of(title, "", "before", "after", "change")
     loss = summary["eval_loss_before"], summary["eval_loss_after"]
     unit = "" if set(summary["eval_scores"]) & set(LABEL_SCORES) else " (nats per token)"
@@ -98,7 +98,7 @@ def adapters(summary: Json) -> Table:
     found = summary["adapters"]
     more = f"; {len(found) - ADAPTERS_SHOWN} more in summary.json" if len(found) > ADAPTERS_SHOWN else ""
     columns = "adapter", "examples", "held out", "before", "after"
-    caption = f"right answers to each one's own problems{more}"
+    caption = f"right answers to each one's own questions{more}"
     table = table_of(f"{len(found)} adapters on one basis", *columns, caption=caption)
     # those that have scores first
     for name, facts in sorted(found.items(), key=lambda item: not item[1]["eval_examples"])[:ADAPTERS_SHOWN]:
@@ -127,13 +127,13 @@ def costs(summary: Json) -> Table:
 
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str | None) -> Table:
-    """Some held-out problems with their answers; `how` prompts were put, in words (`results.IN_WORDS`)."""
+    """Some held-out examples with their answers; `how` prompts were put, in words (`results.IN_WORDS`)."""
     every = list(zip(examples, before, after, strict=True))
     shown, others = every[:EXAMPLES_SHOWN], every[EXAMPLES_SHOWN:]
     wrong = [row for row in others if not is_right(row[2], row[0].completion, row[0].score)]
     if wrong and all(is_right(said, example.completion, example.score) for example, _, said in shown):
         shown[-1] = wrong[0]  # so that the table does not look better than the score
-    table = Table(title=f"{len(shown)} of the held-out problems", show_lines=True)
+    table = Table(title=f"{len(shown)} of the held-out examples", show_lines=True)
     if how is not None:
         table.caption = (
             f"before: the base model, asked {how} as the adapter is\n"

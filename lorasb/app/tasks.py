@@ -99,7 +99,7 @@ def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
         why = str(error).removeprefix(": ")
     else:
         return with_adapter(example, values, adapter_column, where)
-    wanted = "an object with prompt and completion, messages ending with the assistant's, or text and label"
+    wanted = "an object with prompt and completion, messages that end with the assistant's, or text and label"
     raise ValueError(f"{where}: expected {wanted}; {why}")
 
 
@@ -131,7 +131,7 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
     if column is None:
         return example
     if column not in values:
-        raise ValueError(f"{where}: --adapter-column {column} is not there, got {', '.join(values)}")
+        raise ValueError(f"{where}: there is no column {column} (--adapter-column), only {', '.join(values)}")
     name = str(values[column])
     if name in TAKEN_NAMES or not re.fullmatch(ADAPTER_NAME, name):
         wanted = f"an adapter's name in {column}, of letters, digits and _ - + @, not {' or '.join(TAKEN_NAMES)}"

@@ -70,7 +70,7 @@ class Executor:
     def _layerwise(self, stack: Stack, bar: tqdm, saved: Cache | None) -> Iterator[GradientSums]:
         """Yield sums: first of targets above the stack, then block by block from the last to the first."""
         work, steps = self.work, len(stack.blocks) - stack.lowest  # only blocks at or above the lowest target
-        bar.set_description(f"{len(stack.blocks)} blocks, one at a time")
+        bar.set_description(f"initializing {len(stack.blocks)} blocks")
         bar.reset(total=(1 + steps) * len(work.pieces))  # one forward to record, then one recomputation per block
         # Sums outside of the stack (the head's) are all taken in the first backward: as many as fit, from the last one
         # on, as only those above the stack are reached. The others are left to the passes.

@@ -107,7 +107,9 @@ def test_questions_are_read_line_by_line(finished: Callable[[str], Path], monkey
 def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((whole, " "), "expected a question, got an empty one"),
-        ((tmp_path, "x"), r"expected the folder of a finished run, found no summary\.json in"),
+        ((tmp_path, "x"), r"expected the folder of a finished run: .* has no summary\.json: repeat the command"),
+        ((tmp_path / "no", "x"), "expected the folder of a finished run: .* does not exist in"),
+        ((whole / "adapter", "x"), f"is an adapter: ask its run, {whole}"),
         ((whole, "x", "ann"), "--adapter has to name one of the run's adapters, got 'ann': it trained one"),
     ):
         with pytest.raises(ValueError, match=message):

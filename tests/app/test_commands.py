@@ -59,7 +59,8 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     assert summary["adapter_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert method == "lora" or summary["trainable_params"] == 14 * 8 * 8
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert all(text in printed for text in ("held-out problems", "exact answers", "lorasb ask"))
+    assert all(text in printed for text in ("held-out examples", "exact answers", "lorasb ask"))
+    assert (f"vllm serve {tiny} --enable-lora --lora-modules mine=" in printed) == (method != "lora")
 
 
 def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ BAD_CALLS = {
     "finetune --samples 0": "--samples must be positive, got 0",
     "finetune --data DATA --samples 500": "num_samples=500, but the batches hold 27 samples",
     "finetune --data DATA --basis nowhere": "a basis (lorasb basis make), found no basis.json in nowhere",
-    "finetune --data DATA --adapter-column user": "line 1: --adapter-column user is not there, got prompt, completion",
+    "finetune --data DATA --adapter-column user": "line 1: there is no column user (--adapter-column), only prompt, completion",
     "init --data DATA --strategy fast": "strategy must be one of auto, layerwise, accumulate, got 'fast'",
     "init --data DATA --energy 2": "--energy is a share in",
     "init --data DATA --energy 0.5 --parameters 100": "two ways to choose ranks",

@@ -96,7 +96,7 @@ def test_stopping_saves_and_going_on_ends_in_the_same_bits(
     evaluate = finetune.Run.evaluate
     monkeypatch.setattr(finetune.Run, "evaluate", lambda run, title: titles.append(title) or evaluate(run, title))
     run_finetune(own)
-    assert titles == ["held-out problems, after"]
+    assert titles == ["held-out examples, after"]
     assert_same(tmp_path, whole)
 
 

@@ -209,7 +209,7 @@ def test_a_config_of_the_future_is_read_with_a_warning_and_those_that_cannot_be_
     with pytest.raises(ValueError, match="holds an adapter of type 'LORA', expected 'LORASB'"):
         read_config(saved)
     (saved / CONFIG).write_text("{")
-    with pytest.raises(ValueError, match="this is no valid JSON"):
+    with pytest.raises(ValueError, match="this is not valid JSON"):
         read_config(saved)
 
 

@@ -36,7 +36,7 @@ def test_a_pasted_page_prints_what_it_says(name: str, tmp_path: Path) -> None:
     printed = python("-W", "ignore", "-c", code, cwd=tmp_path)
     assert said
     assert [line for line in printed.splitlines() if line in said] == said
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "runs" / "adapter" / "adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["api", "settings", "compatibility"])
