@@ -81,6 +81,7 @@ def entries() -> dict[str, Entry]:
         Entry("sign, R = 0", "LoRA-SB", {"longest_start": 0.0}),
         Entry("per-sample", "LoRA-SB", PER_SAMPLE),
         Entry("per-sample, rate measured", "LoRA-SB", {**PER_SAMPLE, "measured": True}, 2e-3, 0.0, swept=False),
+        Entry("sgd, rate measured", "LoRA-SB", {"update": "sgd", "measured": True}, 2e-3, 0.0, swept=False),
         Entry("whitened", "LoRA-SB", {"init": "random", "whitened": True}),
         Entry("sign, rotated", "LoRA-SB", {"rotated": True}),
         Entry("sign, later", "LoRA-SB", {"refresh": 0.1, "later_samples": 64}),
