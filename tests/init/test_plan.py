@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +65,13 @@ def test_fewer_samples_are_suggested_where_boundaries_are_what_is_too_much(monke
     count = int(str(caught.value).partition("num_samples=")[2].split()[0])
     _, report = started(batches=batches, strategy="layerwise", num_samples=count)
     assert report.num_samples == count < 400
+
+
+@pytest.mark.parametrize(("spare", "count"), [(0.5, 0), (2.5, 2), (99.0, 5)])
+def test_as_many_blocks_at_the_top_as_fit_are_not_recomputed(spare: float, count: int) -> None:
+    work: Any = SimpleNamespace(layers={}, processes=SimpleNamespace(is_distributed=False))
+    stack: Any = SimpleNamespace(blocks=[nn.Identity()] * 16, lowest=10)
+    assert plan.uncut_blocks(work, stack, 100.0 * spare, 100.0) == count
 
 
 def test_the_estimate_is_shown_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:

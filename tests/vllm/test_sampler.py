@@ -136,7 +136,9 @@ def test_what_the_server_refuses_is_one_line(server: Server) -> None:
     with pytest.raises(RuntimeError, match=r"answered 500: other A and B than the basis$"):
         lorasb.sync_to_vllm(model(), server.address)
     server.status, server.answer = 404, {"error": {"message": "No adapter found for policy"}}
-    with pytest.raises(RuntimeError, match=r"answered 404: No adapter found.* does not see .*pass a folder= that it can read"):
+    with pytest.raises(
+        RuntimeError, match=r"answered 404: No adapter found.* does not see .*pass a folder= that it can read"
+    ):
         lorasb.sync_to_vllm(model(), server.address)
     server.answer = {"detail": "Not Found"}
     with pytest.raises(RuntimeError, match=r"answered 404: .*Not Found.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve"):
