@@ -32,8 +32,7 @@ import triton
 import triton.language as tl
 
 from .dequantize_4bit import block_scales, rounded, storage_of, unpack
-from .device_functions import sum_of_shares
-from .reduction import Reduction, accumulate
+from .device_functions import Reduction, accumulate, sum_of_shares
 
 
 @triton.jit

@@ -30,12 +30,10 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The kernel's name."""
         return str(self.kernel.__name__)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The compiler's."""
         options: dict[str, Any] = {"num_warps": self.config.warps, "num_stages": self.config.stages}
         if private.is_compiled(self.kernel):
             if isinstance(self.config, GemmConfig) and self.config.registers:
