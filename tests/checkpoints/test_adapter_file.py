@@ -127,7 +127,7 @@ def plain_lora(tensors: Tensors) -> Tensors:
     return {f"{PREFIX}{name}.{part}.weight": torch.zeros(size) for name in names for part, size in parts.items()}
 
 
-IGNORED = r"the adapter file has '.*' and \d+ more, expected factors"
+IGNORED = r"the adapter file has '.*' and 41 more, expected factors"
 UNNAMED = r"the adapter file has 'base_model.*expected factors of adapted layers"
 LAYER = "model.layers.0.self_attn.q_proj.base_layer"
 FOREIGN = {  # which PEFT loads into the base, where `disable_adapter()` does not take it back
