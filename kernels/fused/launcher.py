@@ -34,6 +34,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
+        """The compiler's options."""
         options: dict[str, Any] = {"num_warps": self.config.warps, "num_stages": self.config.stages}
         if private.is_compiled(self.kernel):
             if isinstance(self.config, GemmConfig) and self.config.registers:

@@ -301,12 +301,12 @@ def test_a_resized_vocabulary_in_modules_to_save_is_loaded(tmp_path: Path, modul
     model.load_adapter(tmp_path / "adapter", "default", is_trainable=True)  # as Trainer does that resumes
 
 
-@EMBEDDINGS
 def test_weights_that_cannot_be_read_have_no_fingerprint() -> None:
     assert fingerprint({"a": torch.ones(2), "b": torch.ones(2)}) is not None
     assert fingerprint({"a": torch.ones(2), "b": torch.empty(2, device="meta")}) is None
 
 
+@EMBEDDINGS
 def test_a_resized_vocabulary_that_nothing_names_is_reported_at_the_save(tmp_path: Path) -> None:
     model = lorasb.patch(resized(tmp_path / "base"), r=4, target_modules=["q_proj"], init="kaiming")
     with pytest.warns(UserWarning, match="is in the adapter file, as the vocabulary was resized"):
