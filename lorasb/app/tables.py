@@ -60,8 +60,7 @@ def before_and_after(summary: Json) -> Table:
     table = table_of(title, "", "before", "after", "change")
     loss = summary["eval_loss_before"], summary["eval_loss_after"]
     unit = "" if set(summary["eval_scores"]) & set(LABEL_SCORES) else " (nats per token)"
-    ratio = loss[1] / loss[0] if loss[0] else math.nan
-    change = "-" if math.isnan(ratio) else f"{ratio:.2g}x" if ratio >= 0.001 else "<0.001x"
+    change = "-" if not loss[0] else "<0.001x" if loss[1] < 0.001 * loss[0] else f"{loss[1] / loss[0]:.2g}x"
     table.add_row(f"loss{unit}", f"{loss[0]:.3f}", f"{loss[1]:.3f}", change)
     for label, old, new in _accuracies(summary):
         if "correlation" in label:

@@ -99,7 +99,7 @@ def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
         why = str(error).removeprefix(": ")
     else:
         return with_adapter(example, values, adapter_column, where)
-    wanted = "an object with prompt and completion, messages that end with the assistant's, or text and label"
+    wanted = "an object with prompt and completion, messages that end with the assistant's turn, or text and label"
     raise ValueError(f"{where}: expected {wanted}; {why}")
 
 
