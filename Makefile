@@ -48,7 +48,7 @@ demo: install
 	@echo "  $(BIN)/lorasb finetune --data examples/names.jsonl --output runs/names   # your own questions and answers"
 	@echo "  $(BIN)/lorasb ask runs/names 'What is the scientific name of the lion?'   # and what it has learned"
 	@echo "  $(BIN)/lorasb export $(RUN)/adapter --format gguf   # for llama.cpp; for vLLM and PEFT it is in $(RUN)/lora"
-	@echo "  $(BIN)/lorasb plan smollm2-135m --gpu 4090 --seq 2048   # what a run takes on another machine; any folder or hub id"
+	@echo "  $(BIN)/lorasb plan smollm2-135m --gpu 4090 --max-length 2048   # what a run takes on another machine; any folder or hub id"
 
 # The documentation as a site, in build/site; docs-serve shows it and builds it again as pages change.
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs

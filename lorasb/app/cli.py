@@ -51,6 +51,8 @@ class Command(TyperCommand):
         folded = [one for one in params if getattr(one, "rich_help_panel", "") in panels]
         for one in params:
             one.secondary_opts = []
+            if isinstance(one.show_default, str):  # which typer would print in parentheses
+                one.help, one.show_default = f"{one.help} {escape(f'[default: {one.show_default}]')}", False
         for one in folded:
             one.hidden = True
         shown.params = params
@@ -204,8 +206,8 @@ def plan(
     model: Annotated[str | None, Option(help="Same as MODEL.", show_default=EMBEDDED)] = None,
     gpu: Annotated[str | None, Option(help="GPU to plan for: a6000, 4090, h100, ...; default: this machine.")] = None,
     r: Annotated[int | None, Option("--r", "--rank", help="Rank.", show_default="64")] = None,
-    batch: Annotated[int, Option(help="Rows per micro-batch.", min=1)] = 4,
-    seq: Annotated[int, Option(help="Tokens per row.", min=2)] = 512,
+    batch: Annotated[int, Option("--batch-size", "--batch", help="Rows computed at once.", min=1)] = 4,
+    seq: Annotated[int, Option("--max-length", "--seq", help="Tokens per row.", min=2)] = 512,
     bits: Annotated[int, Option(help="Bits per weight of the base model: 16 or 4.")] = 16,
     gradient_checkpointing: Annotated[
         bool, Option(help="Recompute activations in the backward pass.", show_default=False)
@@ -230,7 +232,7 @@ def plan(
         console.print(tables.plan_table(found, better))
 
 
-@app.command()
+@app.command(cls=Command)
 def ask(
     run: Annotated[Path, Argument(help="Folder of a run of `lorasb finetune`.")],
     question: Annotated[str | None, Argument(help="Question to ask; without it, one per line until Ctrl-D.")] = None,
@@ -302,7 +304,7 @@ Samples = Annotated[int | None, Option(help="Number of samples from each file.",
 @basis.command(cls=_Files)
 def make(
     model: Annotated[str, Argument(help="Model folder or Hugging Face Hub ID.")],
-    data: Annotated[list[str], Option(help="JSONL files with prompt and completion, one per task.")],
+    data: Annotated[list[str], Option(help="JSONL files with prompt and completion: a.jsonl b.jsonl, one per task.")],
     output: Annotated[str, Option(help="Folder to write the basis into.")],
     r: Annotated[int, Option("--r", "--rank", help="Rank, at most 256.")] = 64,
     update: Annotated[str, Option(help="First step to simulate: adamw, sgd or per-sample, as in finetune.")] = "adamw",

@@ -354,8 +354,8 @@ def smaller_plans(refused: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
             options = {
                 f"--bits {other.bits}": other.bits != request.bits,
                 "--gradient-checkpointing": other.checkpointing != request.checkpointing,
-                f"--batch {other.batch}": other.batch != request.batch,
-                f"--seq {other.seq}": other.seq != request.seq,
+                f"--batch-size {other.batch}": other.batch != request.batch,
+                f"--max-length {other.seq}": other.seq != request.seq,
             }
             yield " ".join(option for option, differs in options.items() if differs), found
             return
@@ -394,7 +394,8 @@ def _check_positions(model: PeftModel, request: Request) -> None:
         learned = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
         if learned and request.seq > module.num_embeddings:
             raise ValueError(
-                f"{request.model} has {module.num_embeddings} learned positions, got --seq {request.seq}: take less"
+                f"{request.model} has {module.num_embeddings} learned positions, "
+                f"got --max-length {request.seq}: take less"
             )
 
 

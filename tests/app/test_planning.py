@@ -165,7 +165,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 SHORT = {"n_positions": 16}
 NO_MODEL = r"cannot read the config of|no language model can be made of"
 REFUSED = {
-    "short": (CONFIGS["gpt2"], SHORT, {"seq": 64}, "has 16 learned positions, got --seq 64: take less"),
+    "short": (CONFIGS["gpt2"], SHORT, {"seq": 64}, "has 16 learned positions, got --max-length 64: take less"),
     "bits": (CONFIGS["gpt2"], SHORT, {"bits": 4, "seq": 16}, r"--bits 4: .* has no linear layer that lorasb.quantize"),
     "activation": (CONFIGS["llama"], {"hidden_act": "nope"}, {}, NO_MODEL),
     "width": (CONFIGS["llama"], {"hidden_size": 65}, {}, NO_MODEL),
@@ -212,7 +212,7 @@ def test_a_machine_is_good_for_what_time_and_memory_allow(
 
 
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
-    line = ("plan", asked(tmp_path).model, "--r", 8, "--batch", 2, "--seq", 16)
+    line = ("plan", asked(tmp_path).model, "--r", 8, "--batch-size", 2, "--max-length", 16)
     shown = call(*line, "--gpu", "4090")
     assert "peak of a training step" in shown
     assert "It fits" in shown
