@@ -27,9 +27,10 @@ from rich.table import Table
 from torch import Tensor
 
 import lorasb
-from benchmarks.common.csv_files import Row, read_csv, write_csv
+from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype, use_dtype
 from benchmarks.research.methods.problems import LINEARS, MAX_LENGTH
+from benchmarks.research.methods.rows import append
 from benchmarks.research.methods.run import WARMUP, rate_share, train_step
 from lorasb.app.basis import initialize_basis
 from lorasb.app.prepare import contiguous_head, demo_model
@@ -215,6 +216,11 @@ def cell(rows: Sequence[Row]) -> str:
     return f"{loss:.3f}" + (f" ({float(rows[0]['share']):.0%})" if rows[0]["share"] not in ("None", "1") else "")
 
 
+def is_there(path: Path, cell: Sequence[Any]) -> bool:
+    """Whether the file of results, read again, has a run's row."""
+    return list(map(shown, cell)) in [[row[key] for key in KEY] for row in read_csv(path)]
+
+
 def main() -> None:
     """Run what is missing, or show what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,12 +245,12 @@ def main() -> None:
         (t, k, r, s, f) for s in range(options.seeds) for t in options.task for k, r in kinds for f in options.factor
     ]
     for cell in () if options.table else dict.fromkeys(cells):
-        rows: list[Row] = read_csv(path)
-        if list(map(shown, cell)) in [[row[key] for key in KEY] for row in rows]:
+        if is_there(path, cell):
             continue
-        rows.append(run(*cell, options.data_dir))
-        write_csv(path, rows)
-        console.print(" ".join(f"{key}={rows[-1][key]}" for key in (*KEY, "rate", "loss", "loss_before", "share")))
+        row = run(*cell, options.data_dir)
+        if not is_there(path, cell):  # another process may have run it since
+            append(path, row, list(row))
+        console.print(" ".join(f"{key}={row[key]}" for key in (*KEY, "rate", "loss", "loss_before", "share")))
     for view in tables(read_csv(path)):
         console.print(view)
 
