@@ -27,7 +27,7 @@ ALIASES = {as_name(alias): one.name for one, _ in listed(Settings) for alias in 
 TYPES: dict[object, tuple[str, type | UnionType]] = {
     bool: ("true or false", bool),
     int: ("a whole number", int),
-    float: ("a number (lr, epochs and eta: or auto)", int | float | str),
+    float: ("a number, or auto for lr, epochs and eta", int | float | str),
     str: ("a text", str | int),
 }
 

@@ -30,6 +30,7 @@ T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
 FEW_STEPS, GOOD = 20, 0.9  # below which a small set of examples is not learned; a good score
+NEAR_CHANCE = 3.0  # times what a random basis keeps
 SCORE_NAMES = {
     "exact": "exact answers",
     "label": "right labels",
@@ -71,8 +72,10 @@ def before_and_after(summary: Json) -> Table:
 
 
 def basis_line(share: float, random: float) -> str:
-    """A sentence on the first step of a run's data: the share that its basis keeps."""
-    return f"The basis keeps {share:.1%} of the data's first step, a random one {random:.1%}."
+    """A sentence on the first step of a run's data: the share that its basis keeps, and a warning where it is small."""
+    line = f"The basis keeps {share:.1%} of the data's first step, a random one {random:.1%}."
+    warning = "[yellow]The data's first step is not in this basis:[/] train without --basis as well, and compare."
+    return f"{line} {warning}" if share < NEAR_CHANCE * random else line
 
 
 def _accuracies(summary: Json) -> Iterator[tuple[str, float, float]]:
@@ -238,7 +241,8 @@ def fit_table(found: BasisFit) -> RenderableType:
         table.add_row(kind, str(len(shares)), f"{sum(shares) / len(shares):.1%}", f"{min(shares):.1%}")
     table.add_section()
     table.add_row("all", str(len(found.by_layer)), f"{found.share:.1%}", f"{min(found.by_layer.values()):.1%}")
-    return Group(table, basis_line(found.share, found.random))
+    advice = "The share does not predict the loss after training: compare once with a run without --basis."
+    return Group(table, basis_line(found.share, found.random), advice)
 
 
 def by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:

@@ -62,7 +62,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
     if found is None:
         found = _kernels().linear.forward(rows_of(x), resolved(members), plan(), mask)
     ys, us = found
-    return [*(y if y.dim() == x.dim() else shaped(y, x) for y in ys), *us]
+    return [y if y.dim() == x.dim() else shaped(y, x) for y in ys] + us
 
 
 def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:

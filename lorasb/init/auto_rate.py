@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..distributed.process_group import sharded
 from ..layers.linear import LoRASBLinear
-from ..utils.checks import check_lr
+from ..utils.checks import MAX_LR, check_lr
 from .task import AutoRate, Work, frozen_base, to_device
 
 # Relative change of a layer's output by an aligned step. In the committed sweeps (SmolLM2, the sign's start at r = 4,
@@ -60,12 +60,13 @@ def measured_rate(work: Work) -> float:
                 work.options.loss_fn(work.model, batch)
     leverages = []
     for layer, (low, whole) in zip(layers, work.processes.all_reduce_sum(table).tolist(), strict=True):
-        if low > 0 and whole > 0 and math.isfinite(low / whole):
+        if low > 0 and whole > 0 and 0 < low / whole < math.inf:
             state = layer.adapters[adapter]
             leverages.append(state.scaling * state.r * math.sqrt(low / whole))
     if not leverages:
         return _fall_back("no activations of a linear layer are finite and not zero")
-    return RHO / statistics.median(leverages)
+    rate = RHO / statistics.median(leverages)
+    return rate if rate <= MAX_LR else _fall_back(f"the samples ask for {rate:.2g}, more than {MAX_LR:g}")
 
 
 def _fall_back(reason: str) -> float:

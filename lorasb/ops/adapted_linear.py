@@ -33,13 +33,13 @@ _BACKWARD = f"(Tensor[] dys, Tensor[] us, {_OPERANDS}, bool need_dx, bool need_d
 def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registry.Kernels | None) -> list[Tensor]:
     """The y_j [..., m_j] of x [..., n] by `kernels` (found by `direct`), else by the backend's op."""
     count = len(operands.a)
-    is_dense = not (operands.is_quantized or operands.row_index is not None or operands.dropout)
-    if kernels is None and count == 1 and is_dense and not torch.is_grad_enabled():
+    if kernels is None:
+        is_dense = not (operands.is_quantized or operands.row_index is not None or operands.dropout)
+        if count > 1 or not is_dense or torch.is_grad_enabled():
+            return list(registry.backend_op(OP, backend)(x, *operands)[:count])
         _, _, (a,), (core,), (b,), biases, (scaling,), *_ = operands
         weight, bias = operands.base[0] if operands.base else None, biases[0] if biases else None
         return [registry.backend_op(SERVE_OP, backend)(x, weight, a, core, b, bias, scaling)]
-    if kernels is None:
-        return list(registry.backend_op(OP, backend)(x, *operands)[:count])
     if not torch.is_grad_enabled():
         outputs = kernels.forward(x, operands)
         return list(outputs[:count])
@@ -62,13 +62,16 @@ def direct(backend: str, x: Tensor, lists: Sequence[Sequence[Tensor]]) -> regist
     return registry.direct_kernels.get((backend, x.device.type))
 
 
+# Numbers of base tensors and of biases, layout, scalings, dropout, and whether dx and each dR_j are needed.
+Rest = tuple[int, int, Sequence[int], Sequence[float], float, bool, list[bool]]
+
+
 class Context(Protocol):
     """The torch context of a call, and what backward needs of it."""
 
     saved_tensors: tuple[Tensor, ...]
     kernels: registry.Kernels
-    # numbers of base tensors and of biases, layout, scalings, dropout, and whether dx and each dR_j are needed
-    rest: tuple[int, int, Sequence[int], Sequence[float], float, bool, list[bool]]
+    rest: Rest
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
     def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
@@ -89,22 +92,25 @@ def _save(ctx: Context, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> 
 
 
 def _gradients(
-    backward: registry.Backward, ctx: Context, dys: Sequence[Tensor | None]
+    backward: registry.Backward, saved: tuple[Tensor, ...], rest: Rest, dys: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx and the dR_j, None for those that are not needed; the loss may use some of the y_j alone."""
-    a, _, layout, scalings, dropout, need_dx, need_dcores = ctx.rest
+    """dx and the dR_j, None for those that are not needed; the loss may use some of the y_j, the first `dys`, alone."""
+    a, _, layout, scalings, dropout, need_dx, need_dcores = rest
     count, any_dcores = len(need_dcores), True in need_dcores
-    given = {j: dy for j, dy in enumerate(dys) if dy is not None}
+    given = [j for j in range(count) if dys[j] is not None]
     if not given or not (need_dx or any_dcores):
         return None, [None] * count
-    saved, cores, b, us = ctx.saved_tensors, a + count, a + 2 * count, a + 3 * count
-    lists = saved[:a], layout, saved[a:cores], saved[cores:b], saved[b:us], (), scalings
-    operands = Operands(*lists, saved[-2], dropout, saved[-1])
-    if len(given) < count:
-        operands = operands.select([*given])
-    dx, *found = backward([*given.values()], [saved[us + j] for j in given], operands, need_dx, any_dcores)
-    dcores = dict(zip(given, found, strict=True))
-    return dx if need_dx else None, [dcores.get(j) if needed else None for j, needed in enumerate(need_dcores)]
+    cores, b, first = a + count, a + 2 * count, a + 3 * count
+    lists = saved[:a], layout, saved[a:cores], saved[cores:b], saved[b:first], (), scalings
+    operands, us = Operands(*lists, saved[-2], dropout, saved[-1]), saved[first : first + count]
+    if len(given) == count:
+        dx, *found = backward(list(dys[:count]), list(us), operands, need_dx, any_dcores)
+    else:
+        some = [dys[j] for j in given], [us[j] for j in given]
+        dx, *parts = backward(*some, operands.select(given), need_dx, any_dcores)
+        dcores = dict(zip(given, parts, strict=True))
+        found = [dcores.get(j) for j in range(count)]
+    return dx if need_dx else None, [core if needed else None for core, needed in zip(found, need_dcores, strict=True)]
 
 
 class _Function(torch.autograd.Function):
@@ -121,12 +127,13 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor | None) -> tuple[object, ...]:
-        base, biases, *_, need_dcores = ctx.rest
-        count = len(need_dcores)
+        rest = ctx.rest
+        base, biases, count = rest[0], rest[1], len(rest[-1])
         # The op itself under a functorch transform (`is_grads_batched=True`) and `create_graph=True`: it records a node
         # that raises on the paths from dy, R and u, which is an output here so that one from x leads to it.
         through_op = torch.is_grad_enabled() or private.transforms_active()
-        dx, dcores = _gradients(ctx.kernels.backward_op if through_op else ctx.kernels.backward, ctx, grads[:count])
+        backward = ctx.kernels.backward_op if through_op else ctx.kernels.backward
+        dx, dcores = _gradients(backward, ctx.saved_tensors, rest, grads)
         return dx, None, None, *[None] * (base + count), *dcores, *[None] * (count + biases)
 
 
@@ -147,9 +154,9 @@ def _derivative(owner: str) -> Callable[..., tuple[object, ...]]:
         base, biases, *_, need_dcores = ctx.rest
         count = len(need_dcores)
         if isinstance(grads, Tensor):
-            dx, dcores = _gradients(op, ctx, [grads])
+            dx, dcores = _gradients(op, ctx.saved_tensors, ctx.rest, [grads])
             return dx, None, None, dcores[0], None, None, None
-        dx, dcores = _gradients(op, ctx, grads[:count])
+        dx, dcores = _gradients(op, ctx.saved_tensors, ctx.rest, grads)
         none = [None] * count
         return dx, [None] * base, None, none, dcores, none, [None] * biases, *(None,) * 4
 

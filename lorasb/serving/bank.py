@@ -195,10 +195,17 @@ class AdapterBank:
         """Add or replace adapters from folders, each of one adapter, named like it, or of several; or by `name=folder`.
 
         Truncated files and adapters with other A and B are left out and named in the report.
+
+        Raises:
+            ValueError: two folders have one name; no adapter is loaded.
         """
         report = LoadReport()
         found = [(one.name, one) for folder in folders for one in adapters_in(Path(folder))]
         found += [(name, Path(folder)) for name, folder in named.items()]
+        paths = dict(reversed(found))
+        for name, path in found:
+            if path != paths[name]:
+                raise ValueError(f"two adapters are called {name!r}, {paths[name]} and {path}: load(other_name=folder)")
         with self._lock:
             wanted = len(self) + len(found)
             self._reserve(wanted if self.resident is None else min(wanted, self.resident))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from ..init import InitReport, first_step_lr, initialize
 from ..init.sampling import Batch, Loader, draw, rng_untouched, too_few
 from ..init.task import AutoRate, Layers
 from ..layers.lookup import adapted_layers
+from .rate_trials import JUDGED, PROBE_STEPS, refine_rate
 
 # DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
 # starts, the policy is the reference.
@@ -38,7 +40,8 @@ class InitCallback(TrainerCallback):
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
         seed: for sampling and the SVD; the trainer's `seed` by default.
         lr: η, instead of the one derived from the trainer's arguments; or "auto", which measures the peak learning rate
-            on the samples (docs/choosing.md) and sets it in the optimizer and the schedule, in place of the arguments'.
+            on the samples, doubles or halves it by two trials of four steps on the trainer's data (docs/choosing.md),
+            and sets it in the optimizer, which has to be an Adam, and the schedule, in place of the arguments'.
         samples: batches instead of the trainer's own data, or a function that makes them of the model when training
             begins: for reinforcement learning, whose data has prompts and no labels.
         share_factors: let the run's checkpoints share one file of A and B: each further one adds R and the optimizer's
@@ -105,9 +108,13 @@ class InitCallback(TrainerCallback):
             _refuse_copies(optimizer, layers, name)
         # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
         warmup = args.get_warmup_steps(state.max_steps)
-        given = first_step_lr("auto", warmup) if self.lr == "auto" else self.lr
+        given = self.lr
+        if given == "auto":
+            given = first_step_lr("auto", warmup) if _is_adam(optimizer, args.learning_rate) else None
         lr = given or first_step_lr(args.learning_rate, warmup)
         self.report = self._initialize(lr, args, model, train_dataloader)
+        if self.report.rate is not None and self.samples is None and not sharded(model):
+            self.report = self._refine(self.report, self.report.rate, args, model, train_dataloader)
         if self.report.rate is not None and optimizer is not None:
             _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
 
@@ -123,6 +130,34 @@ class InitCallback(TrainerCallback):
             else:  # all, in their order, unless a number is given
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
             return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
+
+    def _refine(
+        self, report: InitReport, rate: float, args: TrainingArguments, model: PeftModel, data: Loader
+    ) -> InitReport:
+        """The report with twice or half its rate, by trials on this process's data; R is scaled likewise."""
+        seed, size, parts = args.seed, args.per_device_train_batch_size, args.gradient_accumulation_steps
+        count = self.num_samples  # of a stream, whose head is read again
+        if _is_sized(data.dataset):
+            count = min(len(data.dataset), (PROBE_STEPS * parts + JUDGED) * size * Processes().world_size)
+        with rng_untouched():
+            held = list(_batches(data, size, count, seed))
+        loss_fn, progress = self.options.get("loss_fn"), self.options.get("progress", not args.disable_tqdm)
+        found = refine_rate(model, itertools.cycle(held), rate, accumulation=parts, loss_fn=loss_fn, progress=progress)
+        return replace(report, rate=found.lr, lr=None if report.lr is None else report.lr * found.lr / rate)
+
+
+def _is_adam(optimizer: object, rate: float) -> bool:
+    """True for AdamW and its relatives, whose steps lr="auto" predicts; a warning where the optimizer is another."""
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate wraps it
+    if optimizer is None or "adam" in kind.lower():
+        return True
+    stays = f"learning_rate={rate:g} stays"
+    warnings.warn(f"lr='auto' predicts steps of AdamW, and the optimizer is {kind}: {stays}", stacklevel=3)
+    return False
+
+
+def _is_sized(dataset: object) -> bool:
+    return hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
@@ -152,7 +187,7 @@ def _restore(args: TrainingArguments, state: TrainerState, name: str, layers: La
 def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int) -> Iterator[Batch]:
     """Batches of this process's share: random samples of a map-style data set, or the first of a stream."""
     dataset, processes = loader.dataset, Processes()
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+    if not _is_sized(dataset):
         if num_samples is None:
             raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
         # Every process reads the same head of the stream and takes every size-th item.

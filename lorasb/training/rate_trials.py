@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..compat.torch import uncompiled
 from ..distributed.process_group import Processes
+from ..init.loss import LossFn
 from ..init.sampling import Batch, rng_untouched
 from ..init.task import modes_restored, to_device
 from ..utils.checks import check_lr
@@ -35,7 +36,8 @@ class RateTrials:
 
     Attributes:
         lr: the rate of the least loss; of `refine_rate`, twice or half the measured one.
-        losses: rate -> mean loss after its trial, on batches that no trial trains on; infinite if it diverged.
+        losses: rate -> mean loss after its trial, on the first batches, which no trial trains on unless the batches
+            repeat; infinite if it diverged.
         steps: of each trial.
     """
 
@@ -92,15 +94,22 @@ def find_lr(
 
 
 def refine_rate(
-    model: nn.Module, batches: Iterable[Batch], rate: float, *, accumulation: int = 1, progress: bool = True
+    model: nn.Module,
+    batches: Iterable[Batch],
+    rate: float,
+    *,
+    accumulation: int = 1,
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
 ) -> RateTrials:
     """Double or halve a measured rate (`initialize(lr="auto")`), by which of itself and its half is better for 4 steps.
 
     The best rates of two tasks at one rank are up to 8 times apart. Whether the larger of two rates below the best is
     ahead after a few steps tells them apart; how far to go cannot be read from so few steps, where the best is too
-    small. R, initialized at `rate`, is left at the start of the rate that is returned. Raises the errors of `find_lr`.
+    small. R, initialized at `rate`, is left at the start of the rate that is returned. `loss_fn` of model and batch
+    replaces the model's loss. Raises the errors of `find_lr`.
     """
-    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation)
+    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, loss_fn)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
         losses = {tried: trial.loss(tried, ADAMW, bar) for tried in (rate / 2, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 2] else rate / 2
@@ -132,7 +141,14 @@ class _Trial:
     """Trains from the start of a model (whose R belongs to the rate `first`), judges, and restores."""
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Batch], first: float, steps: int, judged: int, accumulation: int
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        first: float,
+        steps: int,
+        judged: int,
+        accumulation: int,
+        loss_fn: LossFn | None = None,
     ) -> None:
         check_lr(first, "learning rate to try first")
         for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
@@ -146,7 +162,7 @@ class _Trial:
                 f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are "
                 f"{len(held)}: pass more, or steps={max(1, (len(held) - judged) // accumulation)}"
             )
-        self.model, self.first = uncompiled(model), first
+        self.model, self.first, self.loss_fn = uncompiled(model), first, loss_fn
         self.judge = held[:judged]
         self.train = [held[i : i + accumulation] for i in range(judged, wanted, accumulation)]
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -190,7 +206,8 @@ class _Trial:
         return mean if math.isfinite(mean) else math.inf
 
     def _loss(self, batch: Batch) -> Tensor:
-        loss: Tensor | None = self.model(**to_device(batch, self.trained[0].device)).loss
+        batch = to_device(batch, self.trained[0].device)
+        loss: Tensor | None = self.loss_fn(self.model, batch) if self.loss_fn else self.model(**batch).loss
         if loss is None:
             raise ValueError(f"the model gives no loss: batches need labels, and have {', '.join(batch)}")
         return loss

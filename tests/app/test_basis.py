@@ -21,6 +21,7 @@ import lorasb
 from lorasb.app import basis
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
+from lorasb.app.tables import basis_line
 
 FACTORS, WEIGHTS = "lorasb_factors.safetensors", "adapter_model.safetensors"
 
@@ -139,6 +140,11 @@ def test_fit_by_commands(made: Path, files: dict[str, str], settings: Settings, 
     fits = (call("basis", "fit", folder, "--data", files[name]) for name in ("copy", "mine"))
     own, other = (float(printed.split("The basis keeps ")[1].split("%")[0]) for printed in fits)
     assert own > other
+
+
+def test_a_share_near_chance_is_a_warning() -> None:
+    assert "not in this basis" in basis_line(0.02, 0.01)
+    assert "not in this basis" not in basis_line(0.04, 0.01)
 
 
 def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
+import transformers
 from adapters import layers
 from models import batches_for, make, patched, started
 from torch import Tensor, nn
-from trainer_runs import train
+from torch.utils.data import DataLoader
+from trainer_runs import ROWS, train
 
 import lorasb
 from lorasb.distributed.process_group import Processes
@@ -102,14 +104,23 @@ def test_the_samples_of_a_cache_are_measured_too(tmp_path: Path) -> None:
         lorasb.initialize(model, None, lr="auto", cache=file, progress=False)
 
 
-def test_without_activations_there_is_a_stated_fallback() -> None:
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (0.0, "no activations of a linear layer are finite"),
+        (math.inf, "no activations of a linear layer are finite"),
+        (1e9, r"the samples ask for .*, more than 10000"),
+    ],
+)
+def test_what_cannot_be_measured_has_a_stated_fallback(weight: float, reason: str) -> None:
     model = lorasb.patch(make("llama"), r=4)
     with torch.no_grad():
         for layer in layers(model).values():
-            layer.base_layer.weight.zero_()
+            layer.base_layer.weight.fill_(weight)
+            layer.lorasb_A["default"].fill_(1e-3)
     pieces = [Piece(batch) for batch in batches_for("llama")]
     work = auto_rate.Work(model, layers(model), pieces, InitOptions(adapter="default"), Processes())
-    with pytest.warns(UserWarning, match=r"lr='auto' takes 0.002, as no activations of a linear layer are finite"):
+    with pytest.warns(UserWarning, match=f"lr='auto' takes 0.002, as {reason}"):
         assert auto_rate.measured_rate(work) == auto_rate.FALLBACK
 
 
@@ -118,10 +129,29 @@ def test_a_loss_of_the_users_is_called_for_the_forward(usual: tuple[nn.Module, I
     assert given.rate == pytest.approx(usual[1].rate, rel=0.2)  # other weights of samples give other signs
 
 
-def test_a_trainer_trains_r_at_the_rate(tmp_path: Path) -> None:
-    callback = lorasb.InitCallback(lr="auto")
-    trainer = train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], warmup_steps=2)
+@pytest.mark.parametrize("option", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
+def test_a_trainer_trains_r_at_the_rate(tmp_path: Path, option: dict[str, object]) -> None:
+    """The measured rate is doubled or halved on the trainer's data, and R with it; random states stay."""
+    random_states = []
+
+    class Begin(transformers.TrainerCallback):
+        def on_train_begin(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+            random_states.append(torch.get_rng_state())
+            starts.append([core.detach().clone() for core in cores(model)])
+
+    starts: list[list[Tensor]] = []
+    callback = lorasb.InitCallback(lr="auto", num_samples=6)
+    callbacks = [Begin(), callback, Begin()]
+    trainer = train(lorasb.patch(make("llama"), r=4), tmp_path, callbacks, warmup_steps=2, **option)
+    assert torch.equal(*random_states)
+    given = lorasb.first_step_lr("auto", 2)
+    by_hand = lorasb.patch(make("llama"), r=4)
+    raw = lorasb.initialize(by_hand, DataLoader(ROWS, batch_size=3), lr=given, num_samples=6, seed=3, progress=False)
     rate = callback.report.rate
+    assert rate / raw.rate in (pytest.approx(0.5, rel=2e-2), pytest.approx(2.0, rel=2e-2))
+    assert callback.report.lr == pytest.approx(rate / 2)
+    if not option:
+        tolerances.check(starts[1], [core * rate / raw.rate for core in cores(by_hand)], tolerances.FACTORS)
     assert all(group["initial_lr"] == rate for group in trainer.optimizer.param_groups if group["params"])
     assert trainer.lr_scheduler.base_lrs[0] == rate
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
@@ -138,6 +168,17 @@ def test_a_head_keeps_the_rate_of_the_arguments(usual: tuple[nn.Module, InitRepo
     optimizer.step()
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, report.rate / 2])
+
+
+def test_other_optimizers_keep_the_rate_of_the_arguments(tmp_path: Path) -> None:
+    """Steps of SGD are proportional to the gradient, so that a rate for AdamW says nothing of theirs."""
+    model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(lr="auto")
+    optimizer = torch.optim.SGD(cores(model), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    with pytest.warns(UserWarning, match="predicts steps of AdamW, and the optimizer is SGD: learning_rate=0.01 stays"):
+        train(model, tmp_path, [callback], optimizers=(optimizer, schedule))
+    assert (callback.report.rate, callback.report.lr) == (None, 1e-2)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
 
 
 def test_an_initialized_adapter_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:

@@ -90,6 +90,10 @@ def test_loading_reads_folders_and_names_what_is_wrong(tmp_path: Path) -> None:
     assert set(report.failed) == {"cut", "poor", "other"}
     assert "has other A and B than the basis" in report.failed["other"]
     check(out(served, "ada", "grace"), want, MERGE)
+    with pytest.raises(
+        ValueError, match=r"two adapters are called 'ada', .*ada and .*other: load\(other_name=folder\)"
+    ):
+        bank.load(tmp_path / "good" / "ada", ada=tmp_path / "good" / "other")
 
 
 def test_memory_is_r_squared_times_layers_and_grows_by_blocks() -> None:
