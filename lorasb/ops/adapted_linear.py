@@ -97,20 +97,19 @@ def _gradients(
     """dx and the dR_j, None for those that are not needed; the loss may use some of the y_j, the first `dys`, alone."""
     a, _, layout, scalings, dropout, need_dx, need_dcores = rest
     count, any_dcores = len(need_dcores), True in need_dcores
-    given = [j for j in range(count) if dys[j] is not None]
+    given = [dy for dy in dys[:count] if dy is not None]
     if not given or not (need_dx or any_dcores):
         return None, [None] * count
     cores, b, first = a + count, a + 2 * count, a + 3 * count
     lists = saved[:a], layout, saved[a:cores], saved[cores:b], saved[b:first], (), scalings
-    operands, us = Operands(*lists, saved[-2], dropout, saved[-1]), saved[first : first + count]
-    if len(given) == count:
-        dx, *found = backward(list(dys[:count]), list(us), operands, need_dx, any_dcores)
-    else:
-        some = [dys[j] for j in given], [us[j] for j in given]
-        dx, *parts = backward(*some, operands.select(given), need_dx, any_dcores)
-        dcores = dict(zip(given, parts, strict=True))
-        found = [dcores.get(j) for j in range(count)]
-    return dx if need_dx else None, [core if needed else None for core, needed in zip(found, need_dcores, strict=True)]
+    operands, us = Operands(*lists, saved[-2], dropout, saved[-1]), list(saved[first : first + count])
+    used: Sequence[int] = range(count)
+    if len(given) < count:
+        used = [j for j in used if dys[j] is not None]
+        operands, us = operands.select(used), [us[j] for j in used]
+    dx, *dcores = backward(given, us, operands, need_dx, any_dcores)
+    found = dict(zip(used, dcores, strict=True))
+    return dx if need_dx else None, [found.get(j) if needed else None for j, needed in enumerate(need_dcores)]
 
 
 class _Function(torch.autograd.Function):

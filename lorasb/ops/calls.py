@@ -62,11 +62,11 @@ class Operands(NamedTuple):
             seeds = [self.seeds] if count == 1 else self.seeds.split(1)
         return list(map(Member, bases, self.a, self.cores, self.b, biases, self.scalings, seeds))
 
-    def select(self, members: list[int]) -> Operands:
+    def select(self, members: Sequence[int]) -> Operands:
         """The operands of some members, without biases."""
         fields = self.base, self.a, self.cores, self.b, self.scalings
         base, a, cores, b, scalings = ([field[j] for j in members] if field else [] for field in fields)
-        seeds = None if self.seeds is None else self.seeds[members]
+        seeds = None if self.seeds is None else self.seeds[list(members)]
         return Operands(base, self.layout, a, cores, b, [], scalings, self.row_index, self.dropout, seeds)  # type: ignore[arg-type]
 
 

@@ -108,10 +108,10 @@ class InitCallback(TrainerCallback):
             _refuse_copies(optimizer, layers, name)
         # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
         warmup = args.get_warmup_steps(state.max_steps)
-        given = self.lr
-        if given == "auto":
-            given = first_step_lr("auto", warmup) if _is_adam(optimizer, args.learning_rate) else None
-        lr = given or first_step_lr(args.learning_rate, warmup)
+        if self.lr == "auto" and _is_adam(optimizer, args.learning_rate):
+            lr: float | AutoRate = first_step_lr("auto", warmup)
+        else:
+            lr = self.lr if isinstance(self.lr, int | float) else first_step_lr(args.learning_rate, warmup)
         self.report = self._initialize(lr, args, model, train_dataloader)
         if self.report.rate is not None and self.samples is None and not sharded(model):
             self.report = self._refine(self.report, self.report.rate, args, model, train_dataloader)
