@@ -181,10 +181,10 @@ def test_a_model_that_trains_nothing_is_named_and_the_result_says_what_was_tried
 
 @pytest.mark.parametrize(("faster", "factor"), [(True, 2.0), (False, 0.5)])
 def test_a_measured_rate_is_doubled_or_halved(faster: bool, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By which of it and its half is ahead after four steps; R gets the start of the result."""
+    """By which of it and its quarter is ahead after four steps; R gets the start of the result."""
     model = patched()
     before = cores(model)
-    losses, rates = {1e-3: 1.0 if faster else 2.0, 5e-4: 1.5}, []
+    losses, rates = {1e-3: 1.0 if faster else 2.0, 2.5e-4: 1.5}, []
     monkeypatch.setattr(rate_trials._Trial, "_judged", lambda self: losses[rates.pop()])
     monkeypatch.setattr(rate_trials._Trial, "_steps", lambda self, opt, bar: rates.append(opt.param_groups[0]["lr"]))
     found = rate_trials.refine_rate(model, batches(8), 1e-3, progress=False)
@@ -197,7 +197,7 @@ def test_trials_of_a_measured_rate_train_and_restore() -> None:
     random = torch.get_rng_state()
     found = rate_trials.refine_rate(model, batches(8), 1e-3, progress=False)
     assert found.lr in (5e-4, 2e-3)
-    assert set(found.losses) == {5e-4, 1e-3}
+    assert set(found.losses) == {2.5e-4, 1e-3}
     assert torch.equal(torch.get_rng_state(), random)
     with pytest.raises(ValueError, match="trials of 4 steps take 8 batches"):
         rate_trials.refine_rate(model, batches(2), 1e-3, progress=False)
