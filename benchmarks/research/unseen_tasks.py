@@ -65,7 +65,7 @@ BASIS_FAMILIES = random.Random(0).sample(POOL, 16)
 COUNTS = (1, 2, 4, 8, 16)
 SHARED = {f"{count} families": count for count in COUNTS}
 OWN, RANDOM, LORA_XS, LORA, NONE = "own", "random", "lora-xs", "LoRA r=1", "base"
-KINDS = (OWN, RANDOM, LORA_XS, LORA, NONE, *SHARED)
+KINDS = (OWN, *SHARED, RANDOM, LORA_XS, LORA, NONE)
 RANKS = (8, 16, 32, 64, 128)
 TRAIN, HELD_OUT, TRAIN_STEPS, BATCH, SAMPLES = 600, 200, 75, 8, 32
 FILE = "unseen-tasks.csv"
@@ -196,27 +196,63 @@ def train(model: Any, batches: Iterator[dict[str, Any]], rate: float) -> None:
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """Mean loss over seeds by task and basis, for each rank; below, what each keeps of the first step."""
-    for r in sorted({int(row["r"]) for row in rows}):
-        at = [row for row in rows if int(row["r"]) == r and float(row["factor"]) == 1]
-        kinds = [kind for kind in KINDS if any(row["basis"] == kind for row in at)]
-        view = Table("task", *kinds, title=f"r = {r}: held-out loss (share of the task's first step that is kept)")
-        for task in (*UNSEEN, ARC):
-            cells = [[row for row in at if row["task"] == task and row["basis"] == kind] for kind in kinds]
-            if any(cells):
-                view.add_row(task, *map(cell, cells))
+    """A table a rank."""
+    for r in ranks_of(rows):
+        head, *body = by_task(rows, r)
+        view = Table(*head, title=f"r = {r}: held-out loss (share of the task's first step that the basis keeps)")
+        for line in body:
+            view.add_row(*line)
         yield view
 
 
+def ranks_of(rows: Sequence[Row]) -> list[int]:
+    """The ranks of R that have runs."""
+    return sorted({int(row["r"]) for row in rows if row["basis"] not in (LORA, NONE)})
+
+
+def runs(rows: Sequence[Row], task: str, kind: str, r: int) -> list[Row]:
+    """Runs of a task on a basis at the automatic rate; LoRA has one rank, whatever R's."""
+    wanted = task, kind, "1" if kind == LORA else str(r), "1"
+    return [row for row in rows if tuple(row[key] for key in ("task", "basis", "r", "factor")) == wanted]
+
+
+def before(rows: Sequence[Row], task: str) -> float:
+    """The held-out loss without an adapter, which every run of a task measures first."""
+    return statistics.fmean(float(row["loss_before"]) for row in rows if row["task"] == task)
+
+
+def by_task(rows: Sequence[Row], r: int) -> list[list[str]]:
+    """The head and the lines of a rank's table: each task's loss without an adapter, and by basis."""
+    tasks = [task for task in (*UNSEEN, ARC) if any(runs(rows, task, kind, r) for kind in KINDS if kind != LORA)]
+    kinds = [kind for kind in KINDS if kind != NONE and any(runs(rows, task, kind, r) for task in tasks)]
+    body = [[task, f"{before(rows, task):.3f}", *(cell(runs(rows, task, kind, r)) for kind in kinds)] for task in tasks]
+    return [["task", "no adapter", *kinds], *body]
+
+
 def cell(rows: Sequence[Row]) -> str:
-    """Mean loss of runs, and what their basis keeps of the first step; empty without runs."""
+    """Mean loss, the share of the first step that the basis keeps, and the seeds if several; empty without runs."""
     if not rows:
         return ""
-    loss = statistics.fmean(float(row["loss"]) for row in rows)
-    return f"{loss:.3f}" + (f" ({float(rows[0]['share']):.0%})" if rows[0]["share"] not in ("None", "1") else "")
+    loss, kept = statistics.fmean(float(row["loss"]) for row in rows), rows[0]["share"]
+    known = [f"{float(kept):.0%}"] if kept not in ("None", "1") else []
+    known += [f"{len(rows)} seeds"] if len(rows) > 1 else []
+    return f"{loss:.3f}" + (f" ({', '.join(known)})" if known else "")
 
 
-def is_there(path: Path, cell: Sequence[Any]) -> bool:
+Cell = tuple[str, str, int, int, float]  # as KEY
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """The runs that the command line selects, first seeds first."""
+    kinds = [(kind, r) for r in options.r for kind in options.basis]
+    kinds = [(kind, 1 if kind in (LORA, NONE) else r) for kind, r in kinds]  # which have no other rank
+    found = [
+        (t, k, r, s, f) for s in range(options.seeds) for t in options.task for k, r in kinds for f in options.factor
+    ]
+    return list(dict.fromkeys(found))
+
+
+def is_there(path: Path, cell: Cell) -> bool:
     """Whether the file of results, read again, has a run's row."""
     return list(map(shown, cell)) in [[row[key] for key in KEY] for row in read_csv(path)]
 
@@ -239,12 +275,8 @@ def main() -> None:
     use_dtype(options.dtype)
     torch.set_num_threads(options.threads)
     path, console = options.output / FILE, Console(width=160)
-    kinds = [(kind, r) for r in options.r for kind in options.basis]
-    kinds = [(kind, 1 if kind in (LORA, NONE) else r) for kind, r in kinds]  # which have no other rank
-    cells = [
-        (t, k, r, s, f) for s in range(options.seeds) for t in options.task for k, r in kinds for f in options.factor
-    ]
-    for cell in () if options.table else dict.fromkeys(cells):
+    asked = cells(options)
+    for cell in () if options.table else asked:
         if is_there(path, cell):
             continue
         row = run(*cell, options.data_dir)
@@ -253,6 +285,8 @@ def main() -> None:
         console.print(" ".join(f"{key}={row[key]}" for key in (*KEY, "rate", "loss", "loss_before", "share")))
     for view in tables(read_csv(path)):
         console.print(view)
+    missing = sum(not is_there(path, cell) for cell in asked)
+    console.print(f"missing: {missing} of the {len(asked)} runs that the options select")
 
 
 if __name__ == "__main__":

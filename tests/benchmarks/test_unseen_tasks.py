@@ -1,0 +1,52 @@
+"""Tasks that a basis was not made from: rows of several processes, and tables with the loss without an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common.csv_files import Row, read_csv
+from benchmarks.research import unseen_tasks
+from benchmarks.research.reporting import unseen
+from benchmarks.research.unseen_tasks import FILE, OWN, RANDOM, UNSEEN, by_task
+
+
+def row(task: str, basis: str, loss: float, share: str, seed: int = 0, r: int = 16) -> Row:
+    measured = {"rate": "0.01", "loss": loss, "loss_before": 6.0, "share": share, "trained": 256}
+    found = {"task": task, "basis": basis, "r": r, "seed": seed, "factor": "1"} | measured
+    return {name: str(value) for name, value in (found | {"version": "a", "machine": "b", "date": "c"}).items()}
+
+
+def test_rows_that_another_process_writes_during_a_run_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process runs one cell more, and the one that is running here."""
+    task = UNSEEN[0]
+
+    def run(name: str, kind: str, r: int, seed: int, factor: float, folder: Path | None) -> Row:
+        for other in (row(UNSEEN[1], OWN, 1.0, "1"), row(task, OWN, 2.0, "1")) if kind == OWN else ():
+            unseen_tasks.append(tmp_path / FILE, other, list(other))
+        return row(name, kind, 3.0, "1", seed, r)
+
+    monkeypatch.setattr(unseen_tasks, "run", run)
+    asked = ["--task", task, "--basis", OWN, RANDOM, "--r", "16", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["unseen_tasks", *asked])
+    unseen_tasks.main()
+    found = [(line["task"], line["basis"], line["loss"]) for line in read_csv(tmp_path / FILE)]
+    assert found == [(UNSEEN[1], OWN, "1.0"), (task, OWN, "2.0"), (task, RANDOM, "3.0")]
+
+
+def test_every_task_has_its_loss_without_an_adapter_and_counts_in_the_correlation() -> None:
+    losses = {(UNSEEN[0], "8 families"): ("1.5", "0.3"), (UNSEEN[1], "8 families"): ("2.0", "0.1")}
+    rows = [row(task, OWN, 1.0, "1", seed) for task in UNSEEN[:2] for seed in (0, 1)]
+    rows += [row(task, basis, float(loss), share) for (task, basis), (loss, share) in losses.items()]
+    rows.append(row(UNSEEN[0], RANDOM, 3.5, "0.0"))
+    assert by_task(rows, 16) == [
+        ["task", "no adapter", "own", "8 families", "random"],
+        [UNSEEN[0], "6.000", "1.000 (2 seeds)", "1.500 (30%)", "3.500 (0%)"],
+        [UNSEEN[1], "6.000", "1.000 (2 seeds)", "2.000 (10%)", ""],
+    ]
+    (sentence, _) = unseen._prediction(rows)
+    assert sentence.startswith("Over 3 runs")
+    assert sentence.endswith("The smallest gain is 50% of the gain on the own basis.")
