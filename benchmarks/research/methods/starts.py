@@ -42,14 +42,6 @@ def skewed(model: Any) -> None:
         layer.set_factors(ADAPTER, b.float() @ core.float(), torch.eye(len(core)), a)
 
 
-def weighted(model: Any) -> None:
-    """The same first step with B = U Σ/σ₁ and R = σ₁ I: under AdamW, steps of W in proportion to singular values."""
-    for layer in layers(model).values():
-        b, core, a = factors(layer)
-        largest = float(core.diagonal()[0])
-        layer.set_factors(ADAPTER, b.float() @ core.float() / largest, torch.eye(len(core)) * largest, a)
-
-
 def rotated(model: Any) -> None:
     """The same subspaces and first step in random bases: B Q, A turned by P, QᵀRPᵀ. AdamW is not invariant to it.
 
@@ -91,7 +83,7 @@ def _key(signs: dict[str, Any], name: str) -> str:
     return next(key for key in signs if name == key or name.endswith("." + key))
 
 
-STARTS = {"skewed": skewed, "weighted": weighted, "flat": flat, "unit": unit, "rotated": rotated}
+STARTS = {"skewed": skewed, "flat": flat, "unit": unit, "rotated": rotated}
 
 
 def change(model: Any, options: dict[str, Any], eta: float, seed: int, cache: Path | None) -> None:
