@@ -6,12 +6,14 @@
 
 All entries of a task see the same batches in the same order, by seed. Rates are chosen on the validation split by a
 seed that is not compared. Longer runs ("chain_sum, 300 steps", which --task has to name) take the rates of the short
-ones. Rows go to benchmarks/results/paired.csv as runs finish, and what is there is not run again.
+ones. Rows go to benchmarks/results/paired.csv as runs finish, and what is there is not run again. --table ends with the
+number of missing runs that --task, --entry, --r and --seeds select, without those that a sweep may add.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -20,21 +22,29 @@ from rich.table import Table
 from benchmarks.common.csv_files import Row
 from benchmarks.common.timing import use_dtype
 from benchmarks.research.methods import rows, runner
-from benchmarks.research.methods.grid import LONGER
+from benchmarks.research.methods.grid import LONGER, Cell
 from benchmarks.research.paired.compare import head, lines
 from benchmarks.research.paired.grid import RANKS, ROWS, SEEDS, TASKS, entries, wanted
 
 
 def tables(there: Sequence[Row], other: str) -> Iterator[Table]:
-    """A table a task: every entry's mean loss, and its difference to another entry over the same seeds."""
+    """A table a task: every entry's mean loss, and its difference from another entry over the same seeds."""
     for task in (*TASKS, *LONGER):
-        view = Table(title=f"{task}: loss on held-out examples, and less that of {other} (95% interval)")
+        view = Table(title=f"{task}: loss on held-out examples, and the difference from {other} (95% interval)")
         for column in head(other):
             view.add_column(column, justify="left" if column == "entry" else "right")
         for line in lines(there, f"{task} by loss", other):
             view.add_row(*line)
         if view.row_count:
             yield view
+
+
+def counts(missing: Sequence[Cell]) -> Iterator[str]:
+    """A line a task: how many runs are missing at each rank."""
+    for task in dict.fromkeys(cell.task for cell in missing):
+        at = Counter(cell.r for cell in missing if cell.task == task)
+        parts = ", ".join(f"{count} at r={r}" for r, count in sorted(at.items()))
+        yield f"{task}, missing runs: {parts}"
 
 
 def main() -> None:
@@ -44,18 +54,24 @@ def main() -> None:
     parser.add_argument("--entry", nargs="+", choices=list(entries()), default=list(entries()))
     parser.add_argument("--r", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--other", choices=list(entries()), default="sign", help="what entries are held against")
+    parser.add_argument("--other", choices=list(entries()), default="sign", help="what entries are compared with")
     runner.arguments(parser)
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
     parser.set_defaults(rows=ROWS)
     options = parser.parse_args()
     use_dtype(options.dtype)
     console = Console(width=120)
+
+    def selected(there: list[Row]) -> list[Cell]:
+        return wanted(options.task, options.entry, options.r, SEEDS[: options.seeds], there)
+
     if not options.table:
-        seeds = SEEDS[: options.seeds]
-        runner.run_all(lambda there: wanted(options.task, options.entry, options.r, seeds, there), options, console)
-    for table in tables(rows.read(options.output / ROWS), options.other):
+        runner.run_all(selected, options, console)
+    there = rows.read(options.output / ROWS)
+    for table in tables(there, options.other):
         console.print(table)
+    for line in counts(rows.missing(selected(there), there)):
+        console.print(line)
 
 
 if __name__ == "__main__":
