@@ -147,12 +147,27 @@ def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:
     assert (found.seeds, round(found.mean, 9), found.base) == (2, 0.05, 0.25)
 
 
-def test_spots_are_means_over_the_seeds_that_all_have(tmp_path: Path) -> None:
+def test_spots_are_means_over_each_entrys_own_seeds_with_their_interval(tmp_path: Path) -> None:
+    """Three seeds: t of two degrees of freedom, 4.303. The table also compares on the seeds that all have."""
     rows = [*swept("sign", 16), *seeds("sign", [0.3, 1.3, 2.3]), *swept("LoRA r=3", 3), *seeds("LoRA r=3", [0.2, 1.2])]
-    found = {spot.name: (spot.r, round(spot.loss, 9), spot.seeds) for spot in compare.spots_of(rows, TASK)}
-    assert found == {"sign": (16, 0.8, 2), "LoRA r=3": (3, 0.7, 2)}
-    assert "| chain_sum | LoRA r=3 | 3 | 256 | 0.7000 | 2 |" in list(paired.by_parameters(rows, tmp_path))
+    found = {spot.name: spot for spot in compare.spots_of(rows, TASK)}
+    assert {name: (spot.r, round(spot.loss, 9)) for name, spot in found.items()} == {
+        "sign": (16, 1.3),
+        "LoRA r=3": (3, 0.7),
+    }
+    assert found["sign"].bar == found["sign"].half == pytest.approx(4.303 / math.sqrt(3))
+    assert found["LoRA r=3"].bar == 0.5  # of two seeds, what they span
+    lines = list(paired.by_parameters(rows, tmp_path))
+    assert "| chain_sum | LoRA r=3 | 3 | 256 | 0.7000 ± 6.3530 | 2 | 0.7000 (2) |" in lines
+    assert "| chain_sum | sign | 16 | 256 | 1.3000 ± 2.4843 | 3 | 0.8000 (2) |" in lines
     assert (tmp_path / paired.PICTURE).is_file()
+
+
+def test_a_seed_far_above_the_others_is_named_and_not_in_the_mean() -> None:
+    rows = [*swept("LoRA-XS", 16), *seeds("LoRA-XS", [0.3, 0.5, 0.4, 4.9, math.nan])]
+    (spot,) = compare.spots_of(rows, TASK)
+    assert (round(spot.loss, 9), spot.left_out) == (0.4, {3: 4.9, 4: math.inf})
+    assert str(spot).endswith("(seed 3: 4.9000, seed 4: inf)")
 
 
 def test_missing_runs_are_those_that_nobody_ran_and_hours_those_of_rows() -> None:

@@ -55,6 +55,7 @@ def choosing(rows: Sequence[Row], task: str, path: Path) -> None:
     save_panels(figure, axes, path, dpi=130)
 
 
+FINEST, FINER = (tuple(1 + i / parts for i in range(9 * parts)) for parts in (10, 5))
 FINE, SOME, FEW = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0), (1.0, 2.0, 5.0), (1.0, 3.0)
 
 
@@ -68,7 +69,8 @@ def plain_log(axis: Any, decades: tuple[float, float] = (0.8, 1.6)) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     span = math.log10(high / low)
-    subs = FINE if span < decades[0] else SOME if span < decades[1] else FEW
+    limits = {0.06: FINEST, 0.2: FINER, decades[0]: FINE, decades[1]: SOME}
+    subs = next((found for limit, found in limits.items() if span < limit), FEW)
     axis.set_major_locator(LogLocator(subs=subs, numticks=40))  # more than there are: it thins to no plain numbers
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -12,7 +12,6 @@ from benchmarks.research.paired.compare import final_losses
 from benchmarks.research.paired.decision import RIVALS
 from benchmarks.research.paired.grid import LORA, RANKS, SEEDS, TASKS, Entry, entries, rates_to_try, swept
 
-HOURS = 16.0  # of one core, for all runs
 COMPARED = ("sign", *RIVALS, "per-sample", LORA)  # the rule's entries, and the start that comes nearest to it
 LONGER_RANK = 16
 

@@ -67,7 +67,7 @@ def losses_of(runs: Sequence[Row]) -> dict[int, float]:
 
 
 def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -> Difference | None:
-    """Of the seeds that both have; None where there are none. `other` may have a rank of its own."""
+    """Over the seeds that both have; None if there are none. `other` may have a fixed rank."""
     mine, theirs = (final_losses(rows, task, name, entries()[name].rank(r)) for name in (entry, other))
     shared = sorted(mine.keys() & theirs.keys())
     if not shared:
@@ -78,7 +78,7 @@ def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -
 
 
 def half_width(pairs: Sequence[float]) -> float:
-    """Half the 95% interval of the mean of differences."""
+    """Half the 95% interval of a mean, of differences or of losses."""
     freedom = len(pairs) - 1
     if freedom == 0 or not all(map(math.isfinite, pairs)):
         return math.inf
@@ -87,7 +87,7 @@ def half_width(pairs: Sequence[float]) -> float:
 
 def head(other: str) -> list[str]:
     """Of the table that `lines` has the body of."""
-    return ["r", "entry", "rate", "seeds", "machine", "trained", "loss", f"less {other}"]
+    return ["r", "entry", "rate", "seeds", "machine", "trained", "loss", f"difference from {other}"]
 
 
 def machines(rows: Sequence[Row]) -> dict[str, str]:
@@ -116,38 +116,66 @@ def ranks_of(rows: Sequence[Row]) -> list[int]:
 
 
 STARTS = ("sign", "per-sample")
+APART = 3  # times the median of an entry's seeds: a run that went wrong
 
 
 @dataclass(frozen=True)
 class Spot:
-    """An entry's mean loss on a task, over the seeds that all entries have, and how many parameters it trains."""
+    """An entry's losses on a task, and how many parameters it trains.
+
+    Attributes:
+        losses: by seed. left_out: those above `APART` times the median, which the mean does not count.
+    """
 
     name: str
     r: int
     trained: int
-    loss: float
-    seeds: int
+    losses: dict[int, float]
+    left_out: dict[int, float]
+
+    @property
+    def loss(self) -> float:
+        """The mean over seeds."""
+        return statistics.fmean(self.losses.values())
+
+    @property
+    def half(self) -> float:
+        """Half the 95% interval of the mean; infinite for one seed."""
+        return half_width(list(self.losses.values()))
+
+    @property
+    def bar(self) -> float:
+        """Half of what is drawn: the interval, of two seeds what they span, and nothing of one."""
+        low, high = min(self.losses.values()), max(self.losses.values())
+        return self.half if len(self.losses) > 2 else (high - low) / 2
+
+    def __str__(self) -> str:
+        half = f" ± {self.half:.4f}" if len(self.losses) > 1 else ""
+        return f"{self.loss:.4f}{half}{_named(self.left_out)}"
 
 
 def spots_of(rows: Sequence[Row], task: str) -> Iterator[Spot]:
     """The library's starts, LoRA-XS and PEFT's adapters that have test runs at the best rate of a sweep."""
-    found = {
-        (name, r): runs
-        for name, entry in entries().items()
-        if entry.only or name in (*STARTS, "LoRA-XS")
-        for r in ([entry.only] if entry.only else ranks_of(rows))
-        if (runs := finals(rows, task, name, r))
-    }
-    losses = {key: losses_of(runs) for key, runs in found.items()}
-    shared = set.intersection(*map(set, losses.values())) if losses else set()
-    for (name, r), runs in found.items():
-        mean = statistics.fmean(losses[name, r][seed] for seed in shared) if shared else math.inf
-        if math.isfinite(mean):
-            yield Spot(name, r, int(runs[0]["adapter_params"]), mean, len(shared))
+    for name, entry in entries().items():
+        for r in [entry.only] if entry.only else ranks_of(rows) if name in (*STARTS, "LoRA-XS") else []:
+            if runs := finals(rows, task, name, r):
+                kept, left_out = split_apart(losses_of(runs))
+                if kept:
+                    yield Spot(name, r, int(runs[0]["adapter_params"]), kept, left_out)
+
+
+def split_apart(losses: dict[int, float]) -> tuple[dict[int, float], dict[int, float]]:
+    """Losses by seed, and those that are above `APART` times the median or not finite."""
+    most = APART * statistics.median(losses.values())
+    kept = {seed: loss for seed, loss in losses.items() if loss <= most and math.isfinite(loss)}
+    return kept, {seed: loss for seed, loss in sorted(losses.items()) if seed not in kept}
 
 
 def shown_loss(losses: dict[int, float]) -> str:
-    """The mean over seeds, and those that ended at more than three times the median."""
-    most = 3 * statistics.median(losses.values())
-    apart = [f"seed {seed}: {loss:.4f}" for seed, loss in sorted(losses.items()) if loss > most]
-    return f"{statistics.fmean(losses.values()):.4f}" + (f" ({', '.join(apart)})" if apart else "")
+    """The mean over all seeds, and those far above the others."""
+    return f"{statistics.fmean(losses.values()):.4f}{_named(split_apart(losses)[1])}"
+
+
+def _named(losses: dict[int, float]) -> str:
+    """Losses in brackets, with their seeds; nothing where there are none."""
+    return f" ({', '.join(f'seed {seed}: {loss:.4f}' for seed, loss in losses.items())})" if losses else ""

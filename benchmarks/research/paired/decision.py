@@ -10,14 +10,14 @@ from benchmarks.common.csv_files import Row
 from benchmarks.research.paired.compare import Difference, difference
 from benchmarks.research.paired.grid import FIXED, LORA, RANKS, TASKS, entries
 
-RIVALS = (FIXED, "LoRA-XS", "LoRA-XS, output", "random")  # today's default, W's subspace and chance
+RIVALS = (FIXED, "LoRA-XS", "LoRA-XS, output", "random")  # a constant rate, W's subspace and random ones
 TASKS_TO_WIN, RANKS_TO_WIN, LEVEL_TASKS = 3, 2, 2
 LEVEL = 0.02  # of LoRA's loss: an interval inside of it is level with LoRA
 RULE = (
     f"An entry becomes the default if it is better than each of {', '.join(f'`{name}`' for name in RIVALS)} at the "
-    f"same rank on {TASKS_TO_WIN} tasks at {RANKS_TO_WIN} ranks, worse than none of them anywhere, and on "
-    f"{LEVEL_TASKS} tasks, at some rank, no more than {LEVEL:.0%} above the loss of `{LORA}`, the whole interval. "
-    "What has not been run, or for one seed alone, counts neither way; a loss that is not finite is worse than one "
+    f"same rank on {TASKS_TO_WIN} tasks at {RANKS_TO_WIN} ranks, nowhere worse than any of them, and if on "
+    f"{LEVEL_TASKS} tasks, at some rank, the whole interval of its loss is at most {LEVEL:.0%} above the loss of "
+    f"`{LORA}`. What was not run, or with one seed only, does not count; a loss that is not finite is worse than one "
     "that is."
 )
 
@@ -63,7 +63,7 @@ class Standing:
 
 
 def is_level(found: Difference) -> bool:
-    """Whether the interval lies within `LEVEL` of the other's loss, or below."""
+    """Whether the interval is within `LEVEL` of the other's loss, or below."""
     return found.mean + found.half <= LEVEL * found.base
 
 

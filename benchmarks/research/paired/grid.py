@@ -69,7 +69,7 @@ def _of_peft(name: str, rank: int, rate: float, **options: Any) -> Entry:
 
 
 def entries() -> dict[str, Entry]:
-    """By name; the first is what the library does unless told otherwise."""
+    """By name; the first is the default start, at the best rate of a sweep."""
     found = (
         Entry("sign", "LoRA-SB"),
         Entry(FIXED, "LoRA-SB", rate=2e-3, falls=0.0, swept=False),

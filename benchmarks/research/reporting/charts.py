@@ -46,35 +46,55 @@ def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     save_panels(figure, axes, path)
 
 
-LINES = {"sign": ("LoRA-SB", SIGN), "per-sample": ("LoRA-SB, per-sample", GRAD), "LoRA-XS": ("LoRA-XS", "#2a9d8f")}
+SERIES = {  # by entry: how it is drawn, beside others of the same size; LoRA has an entry for each rank
+    "sign": ("LoRA-SB", SIGN, "o-", 1.0),
+    "per-sample": ("LoRA-SB, per-sample", "#7fa6de", "o--", 1.12),
+    "LoRA-XS": ("LoRA-XS", "#2a9d8f", "^-", 0.89),
+    "LoRA": ("LoRA", GRAD, "s-", 1.0),
+}
 
 
 def draw_by_parameters(spots: Mapping[str, Sequence[Spot]], path: Path) -> None:
-    """A panel per task: loss over trained parameters, lines for methods of several ranks, and the others by name."""
+    """A panel per task: loss over trained parameters."""
     figure, axes = panels(1, len(spots), (5.5 * len(spots), 4.2))
     for one, (task, found) in zip(axes, spots.items(), strict=True):
-        for name, (text, color) in {**LINES, "LoRA r=": ("LoRA", INK)}.items():
-            line = sorted((spot for spot in found if _line(spot) == name), key=lambda spot: spot.trained)
-            one.plot([s.trained for s in line], [s.loss for s in line], "o-", color=color, ms=4, label=text)
-        for spot in found:
-            if _line(spot) is None:
-                one.plot(spot.trained, spot.loss, "x", color=MUTED, ms=5)
-                one.annotate(
-                    spot.name, (spot.trained, spot.loss), xytext=(4, 3), textcoords="offset points", fontsize=7
-                )
-        one.set_xscale("log")
-        one.set_yscale("log")
+        draw_spots(one, found, 4, 7)
         one.set_xlabel("trained parameters", fontsize=8)
         one.set_ylabel("held-out loss (lower is better)", fontsize=8)
         one.set_title(task, fontsize=10)
-        plain_log(one.yaxis)
     axes[0].legend(fontsize=8, frameon=False)
     save_panels(figure, axes, path)
 
 
-def _line(spot: Spot) -> str | None:
-    """The line that a spot is on: LoRA's, or that of its start."""
-    return "LoRA r=" if spot.name.startswith("LoRA r=") else spot.name if spot.name in LINES else None
+def draw_spots(axes: Any, spots: Sequence[Spot], size: float, font: float, ink: str = INK) -> None:
+    """Draw lines of methods that have several ranks, and the others by name."""
+    for name, (text, color, style, shift) in SERIES.items():
+        if line := sorted((spot for spot in spots if series_of(spot) == name), key=lambda spot: spot.trained):
+            axes.plot([shift * s.trained for s in line], [s.loss for s in line], style[1:], color=color, lw=size / 4)
+            axes.plot([], [], style, color=color, ms=size, lw=size / 4, label=text)
+            for spot in line:
+                _bar(axes, spot, shift * spot.trained, color, style[0], size)
+    for spot in spots:
+        if series_of(spot) is None:
+            _bar(axes, spot, spot.trained, MUTED, "D", size)
+            at, beside = (spot.trained, spot.loss), {"xytext": (6, 3), "textcoords": "offset points"}
+            axes.annotate(spot.name, at, fontsize=font, color=ink, **beside)
+    axes.set_xscale("log")
+    plain_log(axes.yaxis)
+
+
+def _bar(axes: Any, spot: Spot, x: float, color: str, marker: str, size: float) -> None:
+    """A spot with the bar of its seeds; hollow below three seeds."""
+    fill = color if len(spot.losses) > 2 else "none"
+    low = min(spot.bar, 0.9 * spot.loss)  # the axis is logarithmic
+    bars = {"ecolor": color, "capsize": size / 2, "elinewidth": size / 6}
+    axes.errorbar(x, spot.loss, [[low], [spot.bar]], fmt=marker, color=color, ms=size, mfc=fill, **bars)
+
+
+def series_of(spot: Spot) -> str | None:
+    """The line that a spot is on; None for those that stand alone."""
+    name = "LoRA" if spot.name.startswith("LoRA r=") else spot.name
+    return name if name in SERIES else None
 
 
 def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:

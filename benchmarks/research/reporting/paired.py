@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research.methods.grid import LONGER, task_named
-from benchmarks.research.paired.budget import COMPARED, HOURS, LONGER_RANK, bills
-from benchmarks.research.paired.compare import difference, head, lines, machines, ranks_of, spots_of
+from benchmarks.research.paired.budget import COMPARED, LONGER_RANK, bills
+from benchmarks.research.paired.compare import APART, Spot, difference, head, lines, machines, ranks_of, spots_of
 from benchmarks.research.paired.decision import LEVEL, RIVALS, RULE, Standing, standings
 from benchmarks.research.paired.grid import (
     FIXED,
@@ -31,13 +32,12 @@ PLAIN = "sign"
 PICTURE = "loss-by-parameters.png"
 LORA_XS = "LoRA-XS", "LoRA-XS, output"  # by the side that Σ is on
 INTRODUCTION = f"""\
-Two entries of a task see the same batches in the same order, seed by seed, and are judged by loss on at least 1,000
-held-out examples. `{PLAIN}` is the library as it is. Rates are chosen by one more seed on the validation split: three
-around a rule's, then outward for as long as the best is the last one tried. Beside each mean stands the mean difference
-of the same seeds, with the 95% interval of a paired t-test: a tie where the interval holds zero.
-A letter says which machine ran an entry; the line below a table names it. `python -m benchmarks.research.paired
---data-dir DATA` runs what is missing; what has not been run is not in the tables, and *What the runs took* says how
-much that is."""
+For each seed, all entries of a task see the same batches in the same order, and are judged by loss on at least 1,000
+held-out examples. `{PLAIN}` is LoRA-SB's default start. Rates are chosen with one more seed on the validation split:
+three around a rule's, then further ones for as long as the best is the last one tried. Beside each mean is the mean
+difference over the same seeds, with the 95% interval of a paired t-test: a tie if the interval contains zero. A letter
+says which machine ran an entry; the line below a table names it. `python -m benchmarks.research.paired --data-dir DATA`
+runs what is missing; the tables have only what was run, and *What the runs took* says what is left."""
 
 
 def section(results: Path) -> list[str]:
@@ -59,10 +59,10 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
     chosen = f" Rates are those of {sweep_of(name)}." if sweep_of(name) != name else ""
     of_one = f"{size.model}; {size.steps} steps of {size.batch}; {size.test} examples; up to {len(SEEDS)} seeds."
     yield from (of_one + chosen, "")
-    yield from table(head(PLAIN), body)
+    yield from table(head(PLAIN), body, left=2)
     against = [line for line in lines(rows, name, LORA) if line[-1]]
     if against:
-        yield from ("", f"Against {LORA}:", "", *table(head(LORA), against))
+        yield from ("", f"Against {LORA}:", "", *table(head(LORA), against, left=2))
     mine = [row for row in rows if row["task"] == name and row["split"] == "test"]
     yield from ("", where_rows(mine, machines(rows)), "")
 
@@ -76,17 +76,27 @@ def by_parameters(rows: Sequence[Row], results: Path) -> Iterator[str]:
     draw_by_parameters(shown, results / PICTURE)
     yield from ("### By trained parameters", "")
     yield (
-        "Each method at its best rate of a sweep, as above: the mean held-out loss over the seeds that all have. "
-        "PEFT's other adapters have their documented defaults but for what their name says; LoRA's scaling is 1."
+        "Each method at the best rate of its sweep, as above: the mean held-out loss over its own seeds, and the 95% "
+        "interval of that mean by Student's t, which is wide for two seeds. The bars in the picture are these "
+        "intervals; for two seeds they span both (hollow marks); marks of equal size are drawn side by side. Compare "
+        "entries with different seeds by the last column, or by the paired differences above. A seed above "
+        f"{APART} times the median of its entry is left out and named. PEFT's other adapters have their documented "
+        "defaults except for what their name says; LoRA's scaling is 1."
     )
     yield from picture("Held-out loss against trained parameters", f"results/{PICTURE}")
-    body = [
-        [task, spot.name, str(spot.r), f"{spot.trained:,}", f"{spot.loss:.4f}", str(spot.seeds)]
-        for task, spots in shown.items()
-        for spot in sorted(spots, key=lambda one: one.trained)
-    ]
-    yield from table(["task", "entry", "r", "trained", "loss", "seeds"], body)
+    columns = ["task", "entry", "r", "trained", "loss (95% interval)", "seeds", "loss on the seeds that all have (n)"]
+    body = (line for task, spots in shown.items() for line in _by_parameters(task, spots))
+    yield from table(columns, body, left=2)
     yield ""
+
+
+def _by_parameters(task: str, spots: Sequence[Spot]) -> Iterator[list[str]]:
+    """A row an entry and rank, the smallest first."""
+    common = set.intersection(*(set(spot.losses) for spot in spots))
+    for spot in sorted(spots, key=lambda one: one.trained):
+        seeds = [spot.losses[seed] for seed in sorted(common)]
+        same = f"{statistics.fmean(seeds):.4f} ({len(seeds)})" if seeds else ""
+        yield [task, spot.name, str(spot.r), f"{spot.trained:,}", str(spot), str(len(spot.losses)), same]
 
 
 def rates(rows: Sequence[Row]) -> Iterator[str]:
@@ -95,16 +105,16 @@ def rates(rows: Sequence[Row]) -> Iterator[str]:
         rows,
         MEASURED,
         '### Learning rates measured (`lr="auto"`)',
-        f"The default start at the rate 2e-3 (`{FIXED}`, if it was run), at the rate that `lorasb finetune` measures "
-        f"on the samples and refines by two trials of 4 steps (`{MEASURED}`), and at the best of a sweep of whole runs "
-        f"(`{PLAIN}`).",
+        f"The default start at the constant rate 2e-3 (`{FIXED}`, if it was run), at the rate that `lorasb finetune` "
+        f"measures on the samples and refines with two trials of 4 steps (`{MEASURED}`), and at the best rate of a "
+        f"sweep of whole runs (`{PLAIN}`).",
     )
     yield from _rates(
         rows,
         FOUND,
         "### Learning rates found by trials (`lorasb.find_lr`)",
-        f"The default start at the rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps find from there on "
-        f"the run's own first batches (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
+        f"The default start at the constant rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps on the run's "
+        f"first batches find from there (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
     )
 
 
@@ -122,8 +132,8 @@ def _rates(rows: Sequence[Row], entry: str, title: str, text: str) -> Iterator[s
                 body.append([*line, str(fixed or ""), at[1], str(swept or "")])
     if body:
         yield from (title, "", text, "")
-        columns = ["task", "r", "seeds", "loss at 2e-3", "at the found rate", "found", "less that at 2e-3"]
-        yield from table([*columns, "at the best of a sweep", "less that"], body)
+        columns = ["task", "r", "seeds", "loss at 2e-3", "at the found rate", "found rate", "difference from 2e-3"]
+        yield from table([*columns, "at the best of a sweep", "difference from that"], body)
         yield ""
 
 
@@ -140,23 +150,23 @@ def sides(rows: Sequence[Row]) -> Iterator[str]:
     if body:
         yield from ("### Σ of LoRA-XS in A or in B", "")
         yield from (
-            f"LoRA-XS's authors factor Wᵀ = UΣVᵀ and give UΣ to the input's side, A (`{LORA_XS[0]}` here, "
-            f'`init="lora-xs"`); `{LORA_XS[1]}` (`"lora-xs-output"`) has Σ in B, as LoRA-XS has in *Methods side by '
+            f"LoRA-XS's authors factor Wᵀ = UΣVᵀ and put UΣ on the input side, A (`{LORA_XS[0]}` here, "
+            f'`init="lora-xs"`); `{LORA_XS[1]}` (`"lora-xs-output"`) has Σ in B, like LoRA-XS in *Methods side by '
             "side*. AdamW's steps of R differ between the two.",
             "",
         )
-        columns = ["task", "r", "seeds", "rate, Σ in A", "Σ in B", "loss, Σ in A", "Σ in B", "less Σ in B"]
+        columns = ["task", "r", "seeds", "rate, Σ in A", "Σ in B", "loss, Σ in A", "Σ in B", "difference, A from B"]
         yield from table(columns, body)
         yield ""
 
 
 def what_wins(rows: Sequence[Row]) -> Iterator[str]:
-    """How far each entry comes towards being the default."""
+    """How close each entry comes to the rule for a new default."""
     found = list(standings(rows))
     if not found:
         return
     yield from ("### What wins", "", RULE, "")
-    yield "Tasks and ranks on which an entry is better / tied / worse by the interval, of those that have been run:"
+    yield "Number of tasks and ranks at which an entry is better / tied / worse by the interval, of those run:"
     yield ""
     body = [[one.entry, *(tally(one, other) for other in (*RIVALS, LORA)), str(one.level)] for one in found]
     yield from table(
@@ -165,14 +175,14 @@ def what_wins(rows: Sequence[Row]) -> Iterator[str]:
     winners = [f"`{one.entry}`" for one in found if one.wins]
     yield ""
     if winners:
-        yield f"The rule holds for {', '.join(winners)}."
+        yield f"The rule is satisfied by {', '.join(winners)}."
     else:
-        yield "The rule holds for none, so that the default stays as it is; what is better on some tasks is an option."
+        yield "No entry satisfies the rule, so the default stays as it is; what is better on some tasks is an option."
     yield from ("", *nearest(max(found, key=lambda one: one.lead)), "")
 
 
 def nearest(one: Standing) -> Iterator[str]:
-    """Every difference of the entry that comes nearest, with its interval; below zero is better."""
+    """Every difference of the entry that comes closest, with its interval; below zero is better."""
     apart = {(d.task, d.r, other): d for other, found in one.against.items() for d in found}
     others = (*RIVALS, LORA)
     body = [
@@ -181,8 +191,8 @@ def nearest(one: Standing) -> Iterator[str]:
         for r in RANKS
         if any((f"{task} by loss", r, other) in apart for other in others)
     ]
-    yield from (f"`{one.entry}` comes nearest. Its loss less that of each, with 95% intervals:", "")
-    yield from table(["task", "r", *(f"less {other}" for other in others)], body)
+    yield from (f"`{one.entry}` comes closest. Its loss minus that of each other entry, with 95% intervals:", "")
+    yield from table(["task", "r", *others], body)
 
 
 def tally(one: Standing, other: str) -> str:
@@ -201,11 +211,10 @@ def what_runs_took(rows: Sequence[Row]) -> Iterator[str]:
     names = ", ".join(f"`{name}`" for name in COMPARED)
     yield from ("### What the runs took", "")
     yield from (
-        f"All runs had {HOURS:.0f} hours of a core (eight of two). Those below took {used:.1f}; runs that were stopped "
-        f"or repeated on another machine, are not in it. Eight seeds of {names} at r = {', '.join(map(str, RANKS))}, "
-        f"and at r = {LONGER_RANK} for the longer runs, are about {rest:.0f} hours more at what a run took so far (a "
-        "longer run that never ran: by its steps). So the runs went to what decides the rule first: ranks at which the "
-        "tasks tell entries apart, all entries with few seeds, then finalists with eight.",
+        f"The runs below took {used:.1f} core-hours, without those that were stopped or repeated on another machine. "
+        f"Eight seeds of {names} at r = {', '.join(map(str, RANKS))}, and at r = {LONGER_RANK} for the longer runs, "
+        f"would take about {rest:.0f} more at the mean cost of a run so far (for a longer task that never ran: by its "
+        "steps). [Research](research/README.md) says which of them come first.",
         "",
     )
     columns = ["task", "runs", "core-hours", "seconds a run", "runs missing", "core-hours they would take"]
@@ -226,8 +235,8 @@ def how_long(results: Path) -> Iterator[str]:
         return
     yield from ("### How long a subspace holds the gradient (`lasting`)", "")
     yield from (
-        "Subspaces are made at W0 from 32 samples; G is that of 32 others, before and during full fine-tuning of "
-        "SmolLM2-135M; ‖UᵀGV‖²/‖G‖², all layers together.",
+        "The subspaces are made at W0 from 32 samples; G is the gradient of 32 other samples, before and during full "
+        "fine-tuning of SmolLM2-135M. The table has ‖UᵀGV‖²/‖G‖² over all layers.",
         "",
     )
     yield from table(list(lasting.HEAD), lasting.shown(found))
