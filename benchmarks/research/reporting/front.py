@@ -11,13 +11,16 @@ from typing import Any
 from benchmarks.common.csv_files import read_csv
 from benchmarks.common.figures import panels, save_panels
 from benchmarks.research.methods import runner
+from benchmarks.research.methods.grid import SEEDS
 from benchmarks.research.methods.pictures import plain_log
-from benchmarks.research.paired.compare import Spot, spots_of
+from benchmarks.research.paired.compare import spots_of
 from benchmarks.research.paired.grid import ROWS
+from benchmarks.research.reporting.charts import draw_spots
 from benchmarks.research.reporting.markdown import read_json
 from benchmarks.serving import vllm
 from benchmarks.serving.economics import Sizes
 from lorasb.app.results import smoothed
+from lorasb.init.initialization import LONGEST_START
 from lorasb.utils.plotting import GRAD, MUTED, SIGN
 
 DOCS = runner.RESULTS.parents[1] / "docs"
@@ -38,48 +41,37 @@ def megabytes(axis: Any, ink: str) -> str:
     axis.barh(list(bars), list(bars.values()), color=[MUTED, MUTED, SIGN], height=0.62)
     axis.set_xscale("log")
     axis.set_xlim(0.1, 6000)
+    axis.set_xticks([0.1, 1, 10, 100, 1000], ["0.1", "1", "10", "100", "1,000"])
+    axis.minorticks_off()
     for i, value in enumerate(bars.values()):
         text = f" {value:.0f} MB" if value > 100 else f" {value:.1f} MB"
         axis.text(value, i, text, va="center", fontsize=19, fontweight="bold", color=ink)
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
-    axis.xaxis.set_visible(False)
-    axis.spines[["bottom", "left"]].set_visible(False)
-    return f"One of {COUNT:,} adapters of {MODEL} (log scale)"
+    axis.spines[["left"]].set_visible(False)
+    axis.set_xlabel(f"MB per adapter of {MODEL}, fp32 (log scale)")
+    _, smallest, ours = bars.values()
+    return f"{COUNT:,} adapters: each {smallest / ours:.0f}x smaller than the smallest LoRA"
 
 
 def parameters(axis: Any, ink: str) -> str:
-    """Held-out loss of every method against what it trains."""
-    spots = list(spots_of(read_csv(runner.RESULTS / ROWS), "word_sequence_reversal by loss"))
-    series = {"LoRA-SB": (SIGN, "o"), "LoRA": (GRAD, "s"), "others": (MUTED, "x")}
-    for name, (color, marker) in series.items():
-        found = sorted((spot for spot in spots if _series(spot) == name), key=lambda spot: spot.trained)
-        line = "-" if name != "others" else ""
-        points = [spot.trained for spot in found], [spot.loss for spot in found]
-        axis.plot(
-            *points, line + marker, color=color, ms=9, lw=2.5, label=name if name != "others" else "other methods"
-        )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    plain_log(axis.yaxis)
-    axis.set_xlabel("trained parameters (word reversal, SmolLM2-135M)")
+    """Held-out loss of every method against the number of its trained parameters."""
+    draw_spots(axis, list(spots_of(read_csv(runner.RESULTS / ROWS), "word_sequence_reversal by loss")), 9, 12, ink)
+    axis.set_xlabel("trained parameters (word reversal, SmolLM2-135M)\nbars: 95% over seeds; hollow: span of two seeds")
     axis.set_ylabel("held-out loss")
     axis.legend(frameon=False, fontsize=SMALL, labelcolor=ink)
-    return "R goes below LoRA's smallest size"
-
-
-def _series(spot: Spot) -> str:
-    return "LoRA-SB" if spot.name == "sign" else "LoRA" if spot.name.startswith("LoRA r=") else "others"
+    return "LoRA-SB goes below LoRA's smallest size"
 
 
 def tokens(axis: Any, ink: str) -> str:
     """Tokens per second of a batch in vLLM by the number of different adapters in it."""
     found, counts = read_json(runner.RESULTS / vllm.FILE)["speed"], vllm.COUNTS
     most: list[float] = []  # tokens per second with the most adapters
-    for way, text, color in ((vllm.PLUGIN, "R on a basis", SIGN), (vllm.STOCK, "plain LoRAs", GRAD)):
+    for way, text, color in ((vllm.PLUGIN, "R on one basis", SIGN), (vllm.STOCK, "plain LoRAs", GRAD)):
         speeds = [vllm.tokens_per_second(found[vllm.way_title(way, count)]) for count in counts]
         most.append(speeds[-1])
         axis.plot(counts, speeds, "o-", color=color, ms=9, lw=2.5)
+        text = f"{text}, r = {vllm.RANK}"
         axis.annotate(text, (1, speeds[0]), xytext=(0, -24), textcoords="offset points", fontsize=SMALL, color=ink)
     bare = vllm.tokens_per_second(found[vllm.BARE])
     axis.axhline(bare, color=MUTED, lw=2, ls="--")
@@ -105,23 +97,22 @@ def tokens(axis: Any, ink: str) -> str:
 def start(axis: Any, ink: str) -> str:
     """Training loss from its first point on."""
     rows = [row for row in read_csv(runner.RESULTS / "figure-2.csv") if row["task"] == "chain_sum"]
-    for name, text, color in (("LoRA-SB", "LoRA-SB", SIGN), ("LoRA-XS", "LoRA-XS (SVD of the weight)", GRAD)):
+    firsts = []
+    ours = f"LoRA-SB (start of up to {LONGEST_START:g} steps)"
+    for name, text, color in (("LoRA-SB", ours, SIGN), ("LoRA-XS", "LoRA-XS (SVD of the weight)", GRAD)):
         losses = [float(row["loss"]) for row in rows if row["method"] == name]
         steps = [(i + 0.5) * STEPS / len(losses) for i in range(len(losses))]
+        firsts.append(f"{losses[0]:.2f}")
         axis.plot(steps, losses, "-", color=color, lw=2.5, label=text)
         axis.plot(steps[0], losses[0], "o", color=color, ms=11)
-        axis.annotate(
-            f"{losses[0]:.2f}",
-            (steps[0], losses[0]),
-            xytext=(10, 2),
-            textcoords="offset points",
-            color=ink,
-            fontsize=SMALL,
-        )
-    axis.set_xlabel("step")
+        place = {"xytext": (-10, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+        axis.annotate(firsts[-1], (steps[0], losses[0]), color=ink, fontsize=SMALL, **place)
+    axis.set_xlim(left=-8)
+    axis.set_xticks(range(0, STEPS, 10))
+    axis.set_xlabel(f"step (sums, r = {rows[0]['r']}, mean of {len(SEEDS)} seeds)")
     axis.set_ylabel("training loss")
     axis.legend(frameon=False, fontsize=SMALL, labelcolor=ink)
-    return "R starts one full step ahead, and ends level"
+    return f"LoRA-SB starts at {firsts[0]} instead of {firsts[1]}; both end level"
 
 
 def bits(axis: Any, ink: str) -> str:
@@ -140,7 +131,7 @@ def bits(axis: Any, ink: str) -> str:
     return "A 4-bit base ends at nearly the same loss"
 
 
-PICTURES: dict[Callable[[Any, str], str], float] = {megabytes: 3.0, parameters: 4.2, tokens: 4.2, start: 4.2, bits: 4.2}
+PICTURES: dict[Callable[[Any, str], str], float] = {megabytes: 3.4, parameters: 4.6, tokens: 4.2, start: 4.2, bits: 4.2}
 
 
 def main() -> None:
