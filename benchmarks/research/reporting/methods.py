@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,30 @@ from benchmarks.research.methods.tables import Line, lines, plus_minus, spread
 from benchmarks.research.reporting.charts import draw_rates, draw_scores
 from benchmarks.research.reporting.labels import label, short
 from benchmarks.research.reporting.markdown import committed_picture, picture, table, where, where_rows
-from benchmarks.research.reporting.verdicts import Verdict, against_others, against_xs
+from benchmarks.research.reporting.verdicts import SMALLEST, Verdict, against_lora, against_others, against_xs
 from benchmarks.research.reporting.why import explanation
 
 INTRODUCTION = """\
-Every method sees the same examples in the same order, the same schedule (10% warm-up, then linear to zero), AdamW
-without weight decay (LoRA-Pro's own AdamW) and clipping at norm 1. Learning rates are searched by one seed on a
-validation split: three for each method, then further ones for as long as the best is at the end of those tried. Best is
-the least loss (on CoLA the highest score, as the loss of a model that overfits rises before its score falls). Three
-seeds at the best rate then run on the test split. `trained` counts the adapters alone. Times are not to be compared
-between rows: two runs share two cores, and runs of one table may be of several processors, which stand under it.
+Every method sees the same examples in the same order, with the same schedule (10% warm-up, then linear to zero), AdamW
+without weight decay (LoRA-Pro has its own AdamW) and clipping at norm 1. Learning rates are searched with one seed on a
+validation split: three per method, then further ones for as long as the best is the last one tried. Best means the
+lowest loss, on CoLA the highest score, because there the loss of an overfitting model rises before its score falls.
+Three seeds at the best rate then run on the test split. `trained` counts the adapters alone. Do not compare times
+between rows: two runs share two cores, and the runs of a table may come from several processors, named below it.
 `python -m benchmarks.research.methods --data-dir DATA` runs it.
 
-LoRA, rsLoRA, PiSSA, DoRA and LoRA-GA are those of PEFT, LoRA-Pro is `lora-pro-adamw` over PEFT's LoRA; alpha = r for
-all. PEFT's LoRA-GA scales its factors differently from the authors' code. On language models the base is bf16: PEFT
-computes its adapters in fp32, LoRA-SB and LoRA-XS keep A and B in bf16 and R in fp32, and full fine-tuning keeps fp32
-weights and trains under autocast. `LoRA-SB (sgd)` is LoRA-SB with `update="sgd"`: factors from the mean gradient, not
-from its sign; `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the start of the paper's text. The
-paper's code starts closer to zero: for η it divides by batches of the estimation in place of training steps, 10 times
-as many on Mistral-7B (`first_step_lr(rule="published")`); a limit of 4 steps gives about that start there. LoRA-XS has
-its Σ in B here; its authors have it in A (`python -m benchmarks.research.paired` has both)."""
-VERDICTS = """\
-Level is a difference of the means within one standard deviation of the difference of two runs (± below). With
-three seeds each, one or two of ten such verdicts come by chance:"""
+LoRA, rsLoRA, PiSSA, DoRA and LoRA-GA are PEFT's, LoRA-Pro is `lora-pro-adamw` on PEFT's LoRA; alpha = r for all. PEFT's
+LoRA-GA scales its factors differently from the authors' code. Language models have a bf16 base: PEFT computes its
+adapters in fp32, LoRA-SB and LoRA-XS keep A and B in bf16 and R in fp32, and full fine-tuning keeps fp32 weights and
+trains under autocast. `LoRA-SB (sgd)` is LoRA-SB with `update="sgd"`: factors from the mean gradient instead of its
+sign. `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the start of the paper's text. The paper's code
+starts closer to zero: to get η it divides by the batches of the estimation instead of the training steps, of which
+there are a tenth as many on Mistral-7B (`first_step_lr(rule="published")`); a limit of 4 steps gives about that start
+there. LoRA-XS has its Σ in B here; its authors have it in A (`python -m benchmarks.research.paired` has both)."""
+VERDICTS = f"""\
+Two means are *level* if they differ by no more than one standard deviation of the difference of two runs (± below) or,
+for scores, by no more than {SMALLEST:g} (two answers of 200). With three seeds each, one or two of ten equal pairs come
+out better or worse by chance:"""
 LINEARS = "all linear layers"
 ADAPTED = {"cola": "an encoder of 22.7M parameters, its self-attention and a new head, fp32"}  # others: LINEARS
 HEAD = ("method", "r", "best lr", "seeds", "trained", "loss", "init s", "train s", "peak MB")
@@ -43,7 +44,7 @@ HEAD = ("method", "r", "best lr", "seeds", "trained", "loss", "init s", "train s
 
 def section(rows: Sequence[Row], folder: Path) -> list[str]:
     """All tasks that have test runs."""
-    out = ["## Methods side by side", "", INTRODUCTION, ""]
+    out = ["## Methods side by side", "", INTRODUCTION, "", *in_short(rows), ""]
     drawn = [task for task in TASKS.values() if lines(rows, task.name)]
     if drawn:
         draw_scores(rows, drawn, folder / "methods.png")
@@ -115,7 +116,7 @@ def _spread(values: Sequence[float]) -> str:
 
 def sentence(verdict: Verdict) -> str:
     """A verdict as a list item: the difference is LoRA-SB's figure less the other's."""
-    fewer = f", {verdict.fewer:.1f}x fewer trained" if verdict.fewer > 1.05 else ""
+    fewer = f", {verdict.trained:.2g}x the trained parameters" if verdict.trained < 0.95 else ""
     lower = verdict.measure == "loss" or not TASKS[verdict.task].higher_is_better
     measure = "loss" if verdict.measure == "loss" else TASKS[verdict.task].metric
     return (
@@ -148,7 +149,43 @@ def headline(rows: Sequence[Row]) -> list[str]:
         if "LoRA-SB" in of:
             arrow = "more" if TASKS[task].higher_is_better else "less"
             body.append([f"{task}: {TASKS[task].metric} ({arrow} is better)", *(_cell(of.get(name)) for name in shown)])
-    return table(["", *(names[name] for name in shown)], body)
+    return [*table(["", *(names[name] for name in shown)], body), "", *in_short(rows)]
+
+
+NAMES = {"chain_sum": "sums", "word_sequence_reversal": "word reversal", "cola": "CoLA"}  # others: as they are
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
+OUTCOMES = {"worse": "beats our default on", "level": "ties on", "better": "loses on"}  # LoRA's, by our verdict
+
+
+def in_short(rows: Sequence[Row]) -> Iterator[str]:
+    """A sentence on the default against LoRA on all tasks, with models and seeds; nothing before they have run."""
+    if not (found := against_lora(rows)):
+        return
+    names = {verdict: NAMES.get(verdict.task, verdict.task) for verdict in found}
+    times, other_times = _usual({names[v]: _number(1 / v.trained) for v in found})
+    model, other_models = _usual({names[v]: TASKS[v.task].model for v in found})
+    by_word = {word: [names[v] for v in found if v.word == word] for word in OUTCOMES}
+    outcomes = ", and ".join(f"{OUTCOMES[word]} {_listed(tasks)}" for word, tasks in by_word.items() if tasks)
+    sizes = f"{times} times our parameters" + (f" ({', '.join(other_times)})" if other_times else "")
+    where_run = "; ".join([model, *other_models, f"{_number(len(found[0].ours.scores))} seeds"])
+    tie = f"within one standard deviation of the difference of two runs, or within {SMALLEST:g}"
+    yield f"LoRA with {sizes} {outcomes} ({where_run}; a tie is {tie})."
+
+
+def _usual(by_task: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The most frequent value, and the tasks that have another one."""
+    usual = statistics.mode(by_task.values())
+    return usual, [f"{task}: {value}" for task, value in by_task.items() if value != usual]
+
+
+def _number(value: float) -> str:
+    """A whole number, in words up to twelve."""
+    return NUMBERS[round(value)] if round(value) < len(NUMBERS) else f"{value:.0f}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """As in a sentence."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _cell(line: Line | None) -> str:
@@ -159,12 +196,12 @@ def _cell(line: Line | None) -> str:
 
 
 def floors(found: dict[str, Any]) -> Iterator[str]:
-    """Tasks at the floor."""
+    """Tasks with few right answers."""
     if not found:
         return
-    yield from ("## Tasks at the floor", "")
-    yield "One run each with LoRA-SB, no sweep and no seeds. What counts is answers, before and after; chance is about"
-    yield "0.25 on ARC-Easy. Losses are of the same task's first test examples."
+    yield from ("## Tasks that are too hard for the model", "")
+    yield "One run each with LoRA-SB, without a sweep of rates and with one seed. What counts is the share of right"
+    yield "answers before and after; chance is about 0.25 on ARC-Easy. Losses are of the task's first test examples."
     yield ""
     head = ["task", "r", "lr", "examples", "n", "answers before", "after", "loss before", "after"]
     yield from table(head, (_floor(row) for row in found["rows"]))

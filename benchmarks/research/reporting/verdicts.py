@@ -11,6 +11,8 @@ from benchmarks.research.methods.grid import CORE, METHODS, SEEDS, TASKS
 from benchmarks.research.methods.tables import Line
 from benchmarks.research.methods.tables import lines as all_lines
 
+SMALLEST = 0.01  # difference of scores that counts: two answers of 200
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -20,7 +22,7 @@ class Verdict:
         measure: "score" or "loss".
         gain: how much better LoRA-SB's mean is; positive is better whatever the measure.
         deviation: of the difference of two runs, sqrt(sd² + sd²).
-        fewer: how many times fewer trained parameters LoRA-SB has.
+        trained: LoRA-SB's trained parameters over the other's.
     """
 
     task: str
@@ -29,12 +31,13 @@ class Verdict:
     measure: str
     gain: float
     deviation: float
-    fewer: float
+    trained: float
 
     @property
     def word(self) -> str:
-        """ "better", "level" or "worse", by one standard deviation of the difference."""
-        if abs(self.gain) <= self.deviation:
+        """ "better" or "worse"; "level" within one standard deviation of the difference, or below `SMALLEST`."""
+        is_score = self.measure == "score" and TASKS[self.task].higher_is_better
+        if abs(self.gain) <= max(self.deviation, SMALLEST if is_score else 0.0):
             return "level"
         return "better" if self.gain > 0 else "worse"
 
@@ -49,7 +52,7 @@ def compare(task: str, ours: Line, theirs: Line, measure: str) -> Verdict:
     (mine, sd), (other, other_sd) = getattr(ours, measure), getattr(theirs, measure)
     sign = 1 if measure == "score" and TASKS[task].higher_is_better else -1
     return Verdict(
-        task, ours, theirs, measure, sign * (mine - other), math.hypot(sd, other_sd), theirs.params / ours.params
+        task, ours, theirs, measure, sign * (mine - other), math.hypot(sd, other_sd), ours.params / theirs.params
     )
 
 
@@ -74,4 +77,14 @@ def against_others(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> l
         for line in others
         for r in TASKS[task].ranks
         if (method, r) in found and (line.method == "LoRA" or r == TASKS[task].ranks[-1])
+    ]
+
+
+def against_lora(rows: Sequence[Row]) -> list[Verdict]:
+    """LoRA-SB at its largest rank over LoRA, on every task that both have run."""
+    return [
+        verdict
+        for task, of in TASKS.items()
+        for verdict in against_others(rows, task)
+        if verdict.theirs.method == "LoRA" and verdict.ours.r == of.ranks[-1]
     ]
