@@ -185,7 +185,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
         ratio = one["p50"] / times[ONE_4BIT]["p50"] if name == BATCH_4BIT else one["ratio"]  # of the same run
         step = one["p50"] / Steps.COUNT
         spread = f"{step:.0f} ms ({one['p20'] / Steps.COUNT:.0f} to {one['p80'] / Steps.COUNT:.0f})"
-        yield [name, spread, f"{1e3 * ROWS / step:.0f}", f"{ratio:.2f}"]
+        yield [name, spread, f"{1e3 * ROWS / step:.0f}", f"{ratio:.2f}x"]
 
 
 def sentences(found: dict[str, Any]) -> Iterator[str]:
@@ -200,9 +200,9 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
     for tokens, times in found["training"].items():
         apart, together, alone = (times[name]["p50"] for name in (APART, TOGETHER, ALONE))
         yield (
-            f"A training step of {TRAINED} adapters, {tokens} tokens of each, takes {together:.0f} ms in one batch and "
-            f"{apart:.0f} ms one after the other, {apart / together:.1f} times as long; the same batch of one adapter "
-            f"takes {alone:.0f} ms."
+            f"A training step of {TRAINED} adapters, {tokens} tokens of each, takes {together:.0f} ms in one batch, "
+            f"{together / apart:.2f}x the {apart:.0f} ms that they take one after the other; the same batch of one "
+            f"adapter takes {alone:.0f} ms."
         )
 
 

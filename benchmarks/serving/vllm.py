@@ -244,7 +244,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
     """Lines of the table of speeds."""
     for name, one in found["speed"].items():
         rate = [tokens_per_second(one, p) for p in ("p50", "p80", "p20")]
-        yield [name, f"{rate[0]:.0f} ({rate[1]:.0f} to {rate[2]:.0f})", f"{one['ratio']:.2f}"]
+        yield [name, f"{rate[0]:.0f} ({rate[1]:.0f} to {rate[2]:.0f})", f"{one['ratio']:.2f}x"]
 
 
 def sentences(found: dict[str, Any]) -> Iterator[str]:
@@ -252,13 +252,13 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
     slots, added, resident = found["slot_bytes"], found["add_ms"], found["resident"]
     yield (
         f"A slot takes {slots[PLUGIN] / 1e6:.2f} MB in the plugin and {slots[STOCK] / 1e6:.1f} MB in vLLM, and an "
-        f"adapter is added in {added[PLUGIN]:.1f} ms, {added[STOCK]:.0f} ms. {MANY} adapters are resident in "
+        f"adapter is added in {added[PLUGIN]:.1f} ms and {added[STOCK]:.0f} ms. {MANY} adapters are resident in "
         f"{(resident[PLUGIN] - resident[BARE]) / 1e9:.2f} GB more than the bare model; as plain LoRAs their slots "
         f"would take {MANY * slots[STOCK] / 1e9:.0f} GB, and vLLM keeps a second copy."
     )
     yield (
         f"Where a process may allocate {MEMORY >> 30} GiB, the plugin holds {found['held'][PLUGIN]:,} adapters and "
-        f"vLLM {found['held'][STOCK]:,}; with a tenth more neither starts."
+        f"vLLM {found['held'][STOCK]:,}; with 10% more, neither starts."
     )
     parts = [f"{name} {one['bytes'] / 1e6:.1f} MB and {one['ms']:.0f} ms" for name, one in found["sync"].items()]
     yield f"After a step a trainer writes, and the sampler loads: {', '.join(parts)}."

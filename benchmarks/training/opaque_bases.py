@@ -103,9 +103,9 @@ def cells(ways: dict[str, dict[str, Any]]) -> list[str]:
     """A base's row."""
     theirs, ours = ways[PEFT], ways[OURS]
     times = f"{theirs['p50']:.0f} ms", f"{ours['p50']:.0f} ms"
-    ratio = f"{ours['ratio']:.2f} ({ours['ratio_p20']:.2f} to {ours['ratio_p80']:.2f})"
+    ratio = f"{ours['ratio']:.2f}x ({ours['ratio_p20']:.2f} to {ours['ratio_p80']:.2f})"
     peaks = (f"{one['peak_bytes'] / 1e6:.0f} MB" for one in (theirs, ours))
-    return [*times, ratio, *peaks, f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}"]
+    return [*times, ratio, *peaks, f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}x"]
 
 
 def main() -> None:

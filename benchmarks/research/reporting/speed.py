@@ -16,8 +16,9 @@ from benchmarks.training import initialization, opaque_bases, reinforcement, ste
 
 ORDINARY = "avx2"  # folder of results on such a processor
 INTRODUCTION = """\
-`make bench` measures all of this on a CPU within twenty minutes; ratios are medians of rounds in which each way has its
-turn, with the 20th and 80th percentile where a range is given. Below 1 is less than the peer."""
+`make bench` measures all of this on a CPU within twenty minutes. Ratios are ours over the baseline's unless a column
+says otherwise, so below 1x is better: the median over rounds in which all ways run in turn, which may differ from the
+ratio of the medians beside it, with the 20th and 80th percentile where a range is given."""
 
 
 def section(folder: Path) -> list[str]:
@@ -43,17 +44,17 @@ def layers(folder: Path) -> Iterator[str]:
     yield from ("### A layer on a CPU", "", where(at), "", f"{suite_report.summary(rows)}.", "")
     chosen = [row for row in rows if row["direction"] == "forward+backward" and row["M"] == 512 and row["r"] == 96]
     head = ["in", "out", "dtype", "eager chain", "PEFT LoRA r=32", "ours", "kept for backward: PEFT / ours"]
-    yield "Forward and backward of 512 tokens, r=96, over the bare linear:"
+    yield "Forward and backward of 512 tokens, r=96, over the linear without an adapter:"
     yield ""
     yield from table(head, (_layer(*case) for case in suite_report.by_case(chosen)), left=3)
-    yield from picture("Forward and backward over the bare linear, by shape", "results/cpu.png")
+    yield from picture("Forward and backward over the linear without an adapter, by shape", "results/cpu.png")
 
 
 def _layer(first: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
     ours = found.get("ours, grouped", found["ours"])
     peft = next(row for name, row in found.items() if "LoRA" in name)
     ratios = [
-        f"{row['ratio']:.3f} ({row['ratio_p20']:.2f}-{row['ratio_p80']:.2f})" for row in (found["chain"], peft, ours)
+        f"{row['ratio']:.3f}x ({row['ratio_p20']:.2f}-{row['ratio_p80']:.2f})" for row in (found["chain"], peft, ours)
     ]
     kept = " / ".join(suite_report.size(row["saved_bytes"]) for row in (peft, ours))
     return [str(first["n"]), str(first["m"]), str(first["dtype"]), *ratios, kept]
@@ -67,7 +68,7 @@ def four_bits(folder: Path) -> Iterator[str]:
         yield from ("### 4-bit bases on a CPU", "", where({**found, "commit": commits, "date": dates}), "")
         yield from four_bits_table.table(found)
     if curve := read_json(folder / "four-bits-curve.json"):
-        yield from ("", "What four bits cost in loss, on the demo's task:", "", where(curve), "")
+        yield from ("", "Loss over a 16-bit and a 4-bit base, on the demo's task:", "", where(curve), "")
         head = ["bits", "seeds", "held-out loss before", "after", "exact answers after"]
         yield from table(head, (_bits(curve["runs"], bits) for bits in (16, 4)))
 
@@ -100,7 +101,7 @@ def training_step(folder: Path) -> Iterator[str]:
 
 
 def other_quantizers(folder: Path) -> Iterator[str]:
-    """A step over layers that compute by themselves."""
+    """A step over other quantizers' layers."""
     if found := read_json(folder / opaque_bases.FILE):
         yield from ("### A training step over other quantizers' layers, on a CPU", "", where(found), "")
         dtype = found["machine"].get("dtype", "bf16")
@@ -125,7 +126,7 @@ def many(folder: Path) -> Iterator[str]:
         yield from ("### Many adapters on one basis, on a CPU", "", where(found), "")
         dtype = found["machine"].get("dtype", "bf16")
         yield f"SmolLM2-135M, {dtype}, r={many_adapters.RANK}; a step decodes one token of {many_adapters.ROWS} rows."
-        yield "Ratios are over one adapter of the same run; those of 64 adapters in 4 bits over one in 4 bits:"
+        yield "The last column is over the time of one adapter in the same run (64 adapters in 4 bits: one in 4 bits)."
         yield ""
         yield from table(list(many_adapters.HEAD), many_adapters.rows(found))
         for sentence in many_adapters.sentences(found):
@@ -140,7 +141,8 @@ def in_vllm(folder: Path) -> Iterator[str]:
         yield from ("### Many adapters in vLLM, on a CPU", "", where(found), "")
         sizes = f"{vllm.ROWS} rows of 8 tokens and {vllm.TOKENS} more"
         yield f"SmolLM2-135M, r={vllm.RANK}; {sizes}; the engines answer in turns. vLLM's CPU build"
-        yield "gathers A and B for every token, which its GPU kernels do not: the ratio to it is that of CPUs."
+        yield "gathers A and B for every token, which its GPU kernels do not, so the ratio to it holds on CPUs only."
+        yield "The last column is the median of each round's own ratio, not the ratio of the two median speeds."
         yield ""
         yield from table(list(vllm.HEAD), vllm.rows(found))
         for sentence in vllm.sentences(found):
@@ -148,7 +150,7 @@ def in_vllm(folder: Path) -> Iterator[str]:
 
 
 def ordinary(folder: Path) -> Iterator[str]:
-    """What was measured again where nothing multiplies 16 bits."""
+    """What was measured again on a processor without 16-bit products."""
     found = [line for part in (four_bits, starts, many) for line in (*part(folder / ORDINARY), "")]
     if any(found):
         yield from ("### On a processor without bf16 products", "")
@@ -159,8 +161,9 @@ def joint(folder: Path) -> Iterator[str]:
     """Four tasks on one basis, and each on its own."""
     if found := read_csv(folder / joint_basis.FILE):
         yield from ("### Four tasks on one basis", "")
-        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the rate that is best on own bases. Losses"
-        yield "and scores with deviations over seeds, the difference with its 95% interval; *kept*: of the first step."
+        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the best rate on a separate basis (own)."
+        yield "Losses and scores ± standard deviation over seeds, the difference ± its 95% interval; *kept*: share of"
+        yield "the first step's energy that the joint basis keeps."
         yield ""
         yield from table(list(joint_basis.HEAD), joint_basis.lines(found))
         yield from ("", where_rows(found), "")
@@ -184,10 +187,10 @@ def startup(folder: Path) -> Iterator[str]:
         yield from table(["", "median"], medians)
         yield from (
             "",
-            f"`import torch, lorasb` over `import torch`: {found['ratio']:.3f}x; it imports nothing else yet.",
+            f"`import torch, lorasb` over `import torch`: {found['ratio']:.3f}x; its parts are imported on first use.",
         )
         if (ratio := found.get("patch over peft")) is not None:
-            yield f"With the first name that is needed, `lorasb.patch`, over `import torch, peft`: {ratio:.3f}x."
+            yield f"With such a first use, `lorasb.patch`, over `import torch, peft`: {ratio:.3f}x."
 
 
 def gpus(folder: Path) -> Iterator[str]:
@@ -201,16 +204,16 @@ def gpus(folder: Path) -> Iterator[str]:
             cards += 1
             yield from (f"{suite_report.place(machine)}: {suite_report.summary(rows)}.", "")
             yield from picture(
-                f"Forward and backward over the bare linear: {machine['gpu']}", f"results/{path.stem}.png"
+                f"Forward and backward over the linear without an adapter: {machine['gpu']}", f"results/{path.stem}.png"
             )
     if not cards:
         yield (
-            "No card has been measured yet. `make bench-gpu` runs the GPU tests and measures within eight minutes what "
-            "this report and the documentation say of a GPU, on whatever card is there, RTX A6000 (sm_86) first of "
-            "all; `make bench-gpu-suite` has the layers and sibling groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and "
-            "RoBERTa-large at 1 to 8192 tokens, r = 32, 64, 96. Until then there is a roofline on paper: `python -m "
-            "benchmarks.kernels.roofline --gpu a6000`."
+            "No card has been measured yet. `make bench-gpu` runs the GPU tests and measures, within eight minutes and "
+            "on any card, what this report and the documentation say of a GPU; `make bench-gpu-suite` measures the "
+            "layers and sibling groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and RoBERTa-large at 1 to 8192 tokens, "
+            "r = 32, 64, 96. Until then there is a calculated roofline: `python -m benchmarks.kernels.roofline --gpu "
+            "a6000`."
         )
         yield from committed_picture(
-            "Roofline on paper: overhead over the bare linears, RTX A6000", folder, "roofline.png"
+            "Calculated roofline: overhead over the linears without adapter, RTX A6000", folder, "roofline.png"
         )
