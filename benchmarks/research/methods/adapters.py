@@ -115,7 +115,7 @@ def sample_count(problem: Problem, options: dict[str, Any]) -> int:
 
 
 def begin_again(model: Any, problem: Problem, cell: Cell, batches: Batches, warmup: int) -> None:
-    """A second SVD in the middle of training: what was learned goes into the base weights, and R starts anew."""
+    """A second SVD in the middle of training: what was learned goes into the base weights, and R starts again."""
     for layer in starts.layers(model).values():
         layer.base.parameter().data = layer.merged_weight([starts.ADAPTER])
     begin(model, problem, cell, batches, lorasb.first_step_lr(cell.lr, warmup))
@@ -123,7 +123,7 @@ def begin_again(model: Any, problem: Problem, cell: Cell, batches: Batches, warm
 
 
 def refresh(model: Any, problem: Problem, cell: Cell, batches: Batches, opt: Any) -> list[nn.Parameter]:
-    """Subspaces of the gradient where training has come to, kept beside what was learned; moments begin anew.
+    """Subspaces of the gradient at this point of training, beside what was learned; moments are reset.
 
     Returns:
         What trains from here on.

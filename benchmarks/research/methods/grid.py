@@ -129,7 +129,7 @@ SIZES: dict[str, dict[str, Any]] = {
     # the modules that the authors adapt: at r = 8 in RoBERTa-large they are the paper's 6,144 numbers
     "cola": {"steps": 450, "targets": r".*(self\.(query|value)|output\.dense)"},
 }
-LENGTHS = (300, 1200)  # steps, each on examples of its own
+LENGTHS = (300, 1200)  # steps, each on different examples
 LONGER: dict[str, tuple[str, dict[str, Any]]] = {  # the task that each is a longer run of
     f"{name}, {steps} steps": (name, {"steps": steps, "examples": steps * SIZES[name]["batch"]})
     for name in ("chain_sum", "word_sequence_reversal")

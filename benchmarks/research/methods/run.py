@@ -38,7 +38,7 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     dtype = measured_dtype() if method.family != FULL and task.name != "cola" else torch.float32
     problem = load(task, folder, dtype)
     splits = ("validation", "test") if twice(cell) else (cell.split,)
-    # the same for every run of a task: where runs are many it is not taken anew
+    # the same for every run of a task: not measured again for tasks with many runs
     before = {} if cell.task in BY_LOSS else {split: problem.loss(problem.model, split) for split in splits}
     warmup = round(WARMUP * task.steps)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)

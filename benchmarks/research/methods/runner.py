@@ -1,4 +1,4 @@
-"""Runs cells side by side, each in a process of its own, and writes their rows as they finish."""
+"""Runs cells side by side, each in its own process, and writes their rows as they finish."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Wanted = Callable[[list[dict[str, str]]], Sequence[Cell]]  # from the rows that 
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What all that runs cells may be told."""
+    """Options of every command that runs cells."""
     parser.add_argument("--data-dir", type=Path, help="folder of cola.*.jsonl and gsm8k.*.jsonl")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.set_defaults(rows=ROWS)
@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One run in a process of its own, or what a run of the sweep has found already: the row, and a spare one at most.
+    """One run in its own process, or what a run of the sweep has found already: the row, and a spare one at most.
 
     Raises:
         RuntimeError: it failed; the message ends with what it said.
@@ -56,7 +56,7 @@ def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> None:
-    """Run what is missing until nothing is, or the minutes are over; a run that fails is told and left out."""
+    """Run what is missing until nothing is, or the minutes are over; a run that fails is reported and left out."""
     end = time.monotonic() + 60 * options.minutes
     running: dict[Future[list[dict[str, Any]]], Cell] = {}
     failed: set[Cell] = set()

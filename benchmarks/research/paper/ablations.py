@@ -137,7 +137,7 @@ def _starts(r: int, lr: float) -> Iterator[tuple[Variant, Variant]]:
 ABLATIONS = {
     "starts": Ablation(
         "table-5",
-        "Truncated SVD of what (Table 5)",
+        "Truncated SVD of ΔW, with noise, or of random weights (Table 5)",
         _against(
             PAPER,
             Variant("Kaiming", {"init": "kaiming"}, method=WHOLE),
@@ -164,7 +164,7 @@ ABLATIONS = {
     ),
     "start": Ablation(
         "start",
-        "How far R's start may be from zero, in AdamW's steps of R",
+        "Limit of the start, in AdamW's steps of R",
         tuple(pair for r, lr in STARTS for pair in _starts(r, lr)),
     ),
     "update": Ablation(
@@ -178,7 +178,7 @@ ABLATIONS = {
     ),
     "subspace": Ablation(
         "subspace",
-        "Factors of which matrix, each at a rate of its own",
+        "Factors of G, sign(G) or W, each at its best rate",
         tuple(pair for r, rates in SUBSPACES.items() for pair in _subspaces(r, *rates)),
     ),
     "again": Ablation(

@@ -1,7 +1,7 @@
 """Does a subspace that keeps more of the gradient train better? Energy captured against the final loss.
 
 The reference is G over problems of no split (chain_sum, the model before training), by plain autograd in
-fp32. Of every start, the share of ‖G‖² and of ‖sign(G)‖² that lies in its subspace, ‖QᵦᵀG Qₐ‖²/‖G‖² with orthonormal
+fp32. Of every start, the share of ‖G‖² and of ‖sign(G)‖² within its subspace, ‖QᵦᵀG Qₐ‖²/‖G‖² with orthonormal
 bases of B's columns and A's rows, beside the validation loss after training with it.
 """
 

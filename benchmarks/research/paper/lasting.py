@@ -2,7 +2,7 @@
 
 Subspaces are made at W0 from 32 samples: leading singular vectors of sign(G), G and W, leading eigenvectors of the
 samples' second moments, and random ones; those eigenvectors again from the same samples at step 10. Full fine-tuning
-of SmolLM2-135M goes on over chain_sum; at some steps the gradient G of 32 other samples is summed, and ‖UᵀGV‖² over
+of SmolLM2-135M continues over chain_sum; at some steps the gradient G of 32 other samples is summed, and ‖UᵀGV‖² over
 ‖G‖² is taken, all layers together. Minutes.
 """
 

@@ -1,8 +1,8 @@
 """Theorem 5: how W moves does not depend on s, if R's step is scaled as the theorem says.
 
 LoRA-SB on CoLA's encoder in fp32, the same batches and s = 0.1, 1 and 10. With SGD and the gradient over s² the losses
-coincide; AdamW's step has a length of its own, so there it is the learning rate over s; with the same rate for all, a
-step of W scales with s.
+coincide; the length of AdamW's step does not depend on s, so there it is the learning rate over s; with the same rate
+for all, a step of W scales with s.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> 
 
 
 def picture(title: str, path: str) -> list[str]:
-    """A picture on a line of its own."""
+    """A picture, with empty lines around it."""
     return ["", f"![{title}]({path})", ""]
 
 
@@ -52,4 +52,4 @@ def where_rows(rows: Sequence[Row], letters: Mapping[str, str] | None = None) ->
     named = ", ".join(machines) if letters is None else "; ".join(f"{letters[name]}: {name}" for name in machines)
     dates = sorted({row["date"] for row in rows})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"*{named}, one thread a run, two at a time; commits {', '.join(versions)}; {span}.*"
+    return f"*{named}, one thread per run, two runs at a time; commits {', '.join(versions)}; {span}.*"

@@ -18,7 +18,7 @@ from lorasb.init import first_step_lr
 
 
 def section(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Everything that has been run; pictures and CSVs are written anew."""
+    """Everything that was run; its pictures and CSVs are written, too."""
     out = ["## The paper's tables and figures at this scale", ""]
     out += ["Each is `python -m benchmarks.research.paper NAME --data-dir DATA`, with NAME as in its heading.", ""]
     for part in (
@@ -29,7 +29,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
         theorem,
     ):
         out += [*part(rows, folder), ""]
-    out += ["## What the paper does not ask", ""]
+    out += ["## Beyond the paper", ""]
     for part in (
         step_lengths,
         *(_ablation(name) for name in ("start", "update", "subspace", "again", "rounding", "cola")),
@@ -44,7 +44,8 @@ def figure_2(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     if lines := curves.render(rows, curves.read(folder / runner.CURVES), folder):
         yield from ("### Figure 2: training loss of LoRA-SB and LoRA-XS (`curves`)", "")
         yield from (
-            "Each at the best rate of its sweep, mean of three seeds, test runs; nats per token or example.",
+            "Each method at the best rate of its sweep, mean of three seeds, test runs, in nats per token (CoLA: per "
+            "example).",
             "",
         )
         yield from table(curves.HEAD, curves.ends(lines))
@@ -61,7 +62,7 @@ def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
         yield from (f"### {ablation.title} (`{name}`)", "")
         yield f"{ablation.size}; mean ± standard deviation over seeds:"
         yield ""
-        head = ["", "r", "lr", "seeds", "loss", "over the plain run of the same seed", ablation.task.metric]
+        head = ["", "r", "lr", "seeds", "loss", "difference from the plain run, by seed", ablation.task.metric]
         yield from table(head, (_variant(line) for line in lines))
         mine = [row for variant in ablation.variants for row in results(variant, rows).values()]
         yield from ("", where_rows(mine))
@@ -77,26 +78,26 @@ def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
 ETA = first_step_lr(LR, round(WARMUP * TASKS["chain_sum"].steps))
 NOTES = {
     "starts": f"ΔW's entries are ±η = {ETA:.3g}: noise of 1e-5 is {1e-5 / ETA:.2f} η, of 1e-2 {1e-2 / ETA:.0f} η.",
-    "orthonormal": "The first step is the same in all. With B = U Σ a step of R moves W Σ times less.",
-    "update": "Both at the same rate. R starts at η Σ, of the mean gradient or of its sign.",
-    "subspace": "Rates are the best of each one's sweep by one seed; for W with B = U those beside it stand here too. "
-    "LoRA-XS's own B is U Σ of W: its steps are longer in W's leading directions. AdamW's steps have one length "
-    "whatever the gradient, and where factors have less of it a higher rate does best.",
-    "rounding": "R corrected: R starts with Bᵀ(W − Q)Aᵀ/s more, of what NF4 has lost of W the best that the subspaces "
-    "can hold (`starts.corrected`).",
-    "again": "What R has learned is rounded into the bf16 base, AdamW's moments start anew, and a second first step is "
-    "taken from 32 other samples at η of the schedule's peak; there is no second warm-up.",
+    "orthonormal": "The first step is the same for all. With B = U Σ, the change of W by a step of R is scaled by Σ.",
+    "update": "Both at the same rate. R starts at η Σ, with the Σ of the mean gradient or of its sign.",
+    "subspace": "Each at the best rate of a sweep with one seed; W with B = U at the neighboring rates, too. "
+    "LoRA-XS itself has B = U Σ of W: its steps are longer in W's leading directions. The length of AdamW's steps does "
+    "not depend on the gradient, and factors that hold less of the gradient do best at a higher rate.",
+    "rounding": "R corrected: Bᵀ(W − Q)Aᵀ/s is added to the start of R, the best approximation within the subspaces of "
+    "what NF4 rounds off W (`starts.corrected`).",
+    "again": "What R has learned is merged into the bf16 base (and rounded), AdamW's moments are reset, and the first "
+    "step is simulated again from 32 other samples with η at the schedule's peak; there is no second warm-up.",
 }
 
 
 def begun(ablation: Ablation, rows: Sequence[Row]) -> str:
-    """The losses where training begins, of the variants that differ there."""
+    """The losses at the start of training, of the variants that differ there."""
     means = {
         variant.label: statistics.fmean(float(row["loss_before"]) for row in found)
         for variant in ablation.variants
         if variant.options and (found := list(results(variant, rows).values()))
     }
-    return f"Loss where training begins: {', '.join(f'{label} {mean:.4f}' for label, mean in means.items())}."
+    return f"Loss at the start of training: {', '.join(f'{label} {mean:.4f}' for label, mean in means.items())}."
 
 
 def _variant(line: Mapping[str, Any]) -> list[str]:
@@ -114,7 +115,8 @@ def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
         yield from ("### Table 7: what the initialization costs (`overhead`)", "")
         yield from table(overhead.HEAD, (overhead.shown(line) for line in lines))
         yield ""
-        yield "Overhead is LoRA-SB's seconds less LoRA-XS's, on one core; of an epoch with n/1000 samples, at least 32."
+        yield "Overhead: LoRA-SB's seconds minus LoRA-XS's, on one core. An epoch is one of the whole training set, at"
+        yield "this run's seconds per example (gsm8k: of at most 192 tokens); generated tasks have no such set."
         yield from (
             "The paper's text says 1.1% to 1.3% of an epoch, its Table 7 1.10%, 1.49% and 1.32%.",
             "",
@@ -129,7 +131,7 @@ def costs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     if not found:
         return
     yield from ("### Table 8: parameters, MACs and FLOPs of four architectures (`costs`)", "")
-    yield from ("Counted on the meta device, 256 tokens, billions; * apart by more than the last digit.", "")
+    yield from ("Counted on the meta device for 256 tokens, in billions; * differs by more than the last digit.", "")
     head = ["model", "method", "r", "trained", "MACs", "published", "FLOPs", "published"]
     yield from table(head, (_cost(row) for row in found), left=2)
     yield ""
@@ -183,7 +185,7 @@ def step_lengths(rows: Sequence[Row], folder: Path) -> Iterator[str]:
         return
     yield from ("### The whole first step in AdamW's steps of R (`lengths`)", "")
     task = TASKS[found[0]["task"]]
-    yield from (f"{task.name}, {task.model}, 32 samples; ‖Σ_r‖/r of sign(G), at least one, over layers:", "")
+    yield from (f"{task.name}, {task.model}, 32 samples; ‖Σ_r‖/r of sign(G), counted as at least 1, over layers:", "")
     yield from table(list(lengths.HEAD), (lengths.shown(line) for line in found))
     yield from ("", where_rows(found))
 
@@ -223,8 +225,8 @@ def _by_matrix(found: Sequence[Row]) -> Iterator[str]:
             kept, ends = ", ".join(f"{e:.1%}" for e in energies), ", ".join(f"{loss:.3f}" for loss in losses)
             least = energies[losses.index(min(losses))]
             yield (
-                f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {ends}: those "
-                f"that keep {least:.1%} end best."
+                f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {ends}; the "
+                f"lowest loss is that of the factors that keep {least:.1%}."
             )
 
 
@@ -236,4 +238,4 @@ def _by_loss_of_energy(found: Sequence[Row]) -> Iterator[str]:
             most, least = (f"{float(row['energy_grad']):.1%}" for row in rows)
             before, after = (f"{float(row['loss']):.3f}" for row in rows)
             kept = f"factors of sign(G) keep {most} and {least}"
-            yield f"- {kind}, {first} to {last}: {kept}, and end at {before} and {after}."
+            yield f"- {kind}, {first} to {last}: {kept} of G's energy, and end at losses of {before} and {after}."

@@ -16,19 +16,19 @@ from benchmarks.research.reporting.verdicts import compare, lines
 from lorasb.init.initialization import LONGEST_START
 
 CHAIN = TASKS["chain_sum"]
-SUBSPACES_TELL = (  # what it tells that one subspace is ahead of another at every rank
-    (" G is ahead of its sign at both.", "G", "sign(G)"),
-    (" LoRA-XS owes its loss to Σ, not to W's subspace alone.", "W with its Σ", "W without its Σ"),
+CONCLUSIONS = (  # what follows if one subspace has a lower loss than another at every rank
+    (" At both ranks G has a lower loss than its sign.", "G", "sign(G)"),
+    (" At both ranks LoRA-XS has a lower loss with Σ than without.", "W with its Σ", "W without its Σ"),
 )
-STARTS_OF_IT = {WHOLE: "with the whole first step as its start", SGD: 'with `update="sgd"`'}
+STARTS_OF_IT = {WHOLE: "started with the whole first step", SGD: 'with `update="sgd"`'}
 
 
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
-    """A list of what is known; each item has an experiment behind it."""
+    """A list of explanations, each with its experiment."""
     own = [*by_loss(rows, task), *own_runs(rows, task), *length(rows, task), *rates(rows, task)]
     ablated = [*beginnings(rows), *subspaces(rows), *signs(rows)]
     if ablated and task is not CHAIN:
-        ablated = [f"Ablations of the subspace and of the sign were made on {CHAIN.name}: its *why not* has them."]
+        ablated = [f"Subspace and sign were varied on {CHAIN.name} only: see its *why not*."]
     return [f"- {item}" for item in (*ablated, *own)] or ["No experiment explains it yet."]
 
 
@@ -43,10 +43,10 @@ def subspaces(rows: Sequence[Row]) -> Iterator[str]:
     for r, of in zip(SUBSPACES, by_rank, strict=True):
         ordered = sorted(of.items(), key=lambda item: item[1]["loss"])
         parts.append(f"r={r}: " + ", ".join(f"{n} {plus_minus(v['loss'], v['loss_sd'])}" for n, v in ordered))
-    told = "".join(text for text, less, more in SUBSPACES_TELL if all(_apart(of[less], of[more]) for of in by_rank))
+    follows = "".join(text for text, less, more in CONCLUSIONS if all(_apart(of[less], of[more]) for of in by_rank))
     yield (
-        "Loss by the matrix that B and A are of, each at the best of the rates tried for it, least first "
-        f"({CHAIN.name}, validation, `subspace` below): {'; '.join(parts)}.{told}"
+        "Loss by the matrix whose singular vectors are B and A, lowest first, each at the best rate tried for it "
+        f"({CHAIN.name}, validation, `subspace` below): {'; '.join(parts)}.{follows}"
     )
 
 
@@ -56,7 +56,7 @@ def _apart(less: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
 
 
 def beginnings(rows: Sequence[Row]) -> Iterator[str]:
-    """How long the start was, which was ours, and is mended."""
+    """What limiting the length of the start changes."""
     found = {line["variant"]: line for line in summary(ABLATIONS["start"], rows)}
     parts = [
         f"{line['over']:+.3f} ± {line['over_sd']:.3f} at r={r}, lr {lr:g}"
@@ -65,15 +65,15 @@ def beginnings(rows: Sequence[Row]) -> Iterator[str]:
     ]
     if parts:
         yield (
-            "How far R starts: with η the rate of R's first step, the whole first step of full fine-tuning is many of "
-            "AdamW's steps of R long (`lengths` below), and where it points the wrong way training has to undo it. "
-            f"`longest_start` keeps it to {LONGEST_START:g}. Starting with the whole of "
-            f"it changes the loss on {CHAIN.name} by {', '.join(parts)} (same seeds and rate; `start` below)."
+            "Length of the start: with η equal to the rate of R's first step, the whole first step of full fine-tuning "
+            "is as long as many AdamW steps of R (`lengths` below), and where it points the wrong way, training has to "
+            f"undo it. `longest_start` limits it to {LONGEST_START:g} steps. Starting with the whole step changes the "
+            f"loss on {CHAIN.name} by {', '.join(parts)} (same seeds and rate; `start` below)."
         )
 
 
 def signs(rows: Sequence[Row]) -> Iterator[str]:
-    """sign(G) against G, from starts of like length."""
+    """sign(G) against G, from starts of similar length."""
     found = {line["variant"]: line for line in summary(ABLATIONS["update"], rows)}
     parts = [
         f"{found[name]['over']:+.3f} ± {found[name]['over_sd']:.3f} at r={r}"
@@ -82,15 +82,15 @@ def signs(rows: Sequence[Row]) -> Iterator[str]:
     ]
     if parts:
         yield (
-            'The sign itself: taken from the mean gradient (`update="sgd"`), the factors lead to a loss on '
-            f"{CHAIN.name} that differs from the sign's by {', '.join(parts)} (same seeds and rate; `update` below). A "
-            "few samples' G has a low rank and its sign has not: G's leading r directions keep nearly all of G, those "
-            "of sign(G) far less."
+            'The sign: factors from the mean gradient (`update="sgd"`) change the loss on '
+            f"{CHAIN.name} by {', '.join(parts)} (same seeds and rate; `update` below). The gradient G of a few "
+            "samples has a low rank, its sign does not: the leading r directions of G keep nearly all of G, those of "
+            "sign(G) far less."
         )
 
 
 def by_loss(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """Where score and loss order LoRA-SB and LoRA differently."""
+    """Where score and loss rank LoRA-SB and LoRA differently."""
     found = {line.method: line for line in lines(rows, task.name)}  # the largest rank is the last
     mine, lora = found.get("LoRA-SB"), found.get("LoRA")
     if mine is None or lora is None:
@@ -98,13 +98,13 @@ def by_loss(rows: Sequence[Row], task: Task) -> Iterator[str]:
     score, loss = (compare(task.name, mine, lora, measure).word for measure in ("score", "loss"))
     if score == "worse" and loss != "worse":
         yield (
-            f"In loss LoRA-SB is {loss} {'with' if loss == 'level' else 'than'} LoRA on the same test runs: "
+            f"By loss LoRA-SB is {loss} {'with' if loss == 'level' else 'than'} LoRA on the same test runs: "
             f"{plus_minus(*mine.loss)} at r={mine.r} against {plus_minus(*lora.loss)}."
         )
 
 
 def own_runs(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """LoRA-SB's other starts on this task's test split, and how much of G the factors keep."""
+    """LoRA-SB's other starts on this task's test split, and how much of G their factors keep."""
     found = {(line.method, line.r): line for line in lines(rows, task.name)}
     for r in task.ranks:
         mine = found.get(("LoRA-SB", r))
@@ -115,7 +115,7 @@ def own_runs(rows: Sequence[Row], task: Task) -> Iterator[str]:
         ]
         if mine and parts:
             yield (
-                f"On this task's test split at r={r}, each at its own best rate, LoRA-SB has a loss of "
+                f"Test loss at r={r}, each at its best rate: LoRA-SB "
                 f"{plus_minus(*mine.loss)}, {', '.join(parts)}.{_kept(mine, found.get((SGD, r)))}"
             )
 
@@ -123,8 +123,8 @@ def own_runs(rows: Sequence[Row], task: Task) -> Iterator[str]:
 def _kept(mine: Line, gradient: Line | None) -> str:
     if gradient is None or not (mine.kept and gradient.kept):
         return ""
-    kept = f"{mine.kept:.1%} of the energy of the samples' G, the gradient's own {gradient.kept:.1%}"
-    return f" The sign's factors keep {kept}."
+    kept = f"{mine.kept:.1%} of the energy of the samples' G, those of G {gradient.kept:.1%}"
+    return f" The factors of sign(G) keep {kept}."
 
 
 def length(rows: Sequence[Row], task: Task) -> Iterator[str]:
@@ -137,20 +137,20 @@ def length(rows: Sequence[Row], task: Task) -> Iterator[str]:
     if all(name in found for of in ("LoRA-SB", "LoRA") for name in (of, f"{of}, {steps} steps")):
         scores = {name: plus_minus(line["score"], line["score_sd"]) for name, line in found.items()}
         yield (
-            f"These runs are of {task.steps * task.batch / task.examples:.0f} epochs; the paper trains on CoLA for 30. "
-            f"Twice the steps take LoRA-SB from {scores['LoRA-SB']} to {scores[f'LoRA-SB, {steps} steps']} and LoRA "
-            f"from {scores['LoRA']} to {scores[f'LoRA, {steps} steps']} (`cola` below)."
+            f"These runs train for {task.steps * task.batch / task.examples:.0f} epochs, the paper's on CoLA for 30. "
+            f"Twice as many steps take LoRA-SB from {scores['LoRA-SB']} to {scores[f'LoRA-SB, {steps} steps']} and "
+            f"LoRA from {scores['LoRA']} to {scores[f'LoRA, {steps} steps']} (`cola` below)."
         )
 
 
 def rates(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """How far the best rates lie apart, and what a method loses beside them."""
+    """How different the best rates are, and what a method loses at other rates."""
     lines = [(method, r) for method in ("LoRA-SB", "LoRA-XS") for r in task.ranks]
     best = {(method, r): grid.best_rate(task, METHODS[method], r, rows) for method, r in lines}
     tried = [len(grid.swept(task, METHODS[method], r, rows)) for (method, r), rate in best.items() if rate is not None]
     parts = [f"{method} r={r}: {rate:g}" for (method, r), rate in best.items() if rate is not None]
     if parts:
-        searched = f"Rates were searched ({statistics.fmean(tried):.1f} of each on average)"
+        searched = f"{statistics.fmean(tried):.1f} rates were tried per method and rank on average"
         yield f"{searched}; the best are {'; '.join(parts)}. {_elsewhere(rows, task)}"
 
 
@@ -166,5 +166,5 @@ def _elsewhere(rows: Sequence[Row], task: Task) -> str:
             worst = worst_of(near, key=lambda lr: near[lr])
             parts.append(f"{method} from {found[rate]:.3f} to {near[worst]:.3f} (at {worst:g})")
     name = task.metric if measure == "score" else "loss"
-    told = f"Of the rates within a factor of four of the best at r={r} (validation), the worst takes the {name} of"
-    return f"{told} {' and that of '.join(parts)}." if parts else ""
+    text = f"The worst rate within a factor of four of the best takes the validation {name} at r={r} of"
+    return f"{text} {' and that of '.join(parts)}." if parts else ""
