@@ -1,6 +1,7 @@
 """Names used in files and models, and limits, shared by all packages. Importing this module imports nothing."""
 
 VERSION = "0.3.0"  # of the package, and in every saved adapter
+DOCS = "https://github.com/lorasb/lorasb/tree/main/docs"  # as in pyproject.toml; a wheel has no docs/
 
 MAX_RANK = 256  # largest r that the kernels support
 

@@ -21,7 +21,7 @@ from rich.markup import escape
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from ..constants import VERSION, WEIGHTS_NAME
+from ..constants import DOCS, VERSION, WEIGHTS_NAME
 from .config_file import Given, find_preset, preset_names, read_config, typed
 from .data import check_names
 from .settings import DEFAULT_TASK, EMBEDDED, REWARDS, InitSettings, Settings, listed, option, shown_default
@@ -62,6 +62,8 @@ class Command(TyperCommand):
         for panel in dict.fromkeys(one.rich_help_panel for one in folded):
             names = ", ".join(one.opts[0] for one in folded if one.rich_help_panel == panel)
             console.print(f" [bold]{panel}[/]: {names}", highlight=False)
+        if any("(docs/" in (one.help or "") for one in params):
+            console.print(f" docs/: {DOCS}", highlight=False, soft_wrap=True)
 
 
 MAIN_PANEL, HELP_ALL = "Most used", "lorasb.help_all"  # a heading of the help; a key of click's context
@@ -173,7 +175,7 @@ def _finetune(values: Given) -> None:
         # not by the console, which would break long lines
         typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {shell}\n\nIn Python:\n\n{python}\n")
         if settings.method != "lora" and result.summary["classes"] is None:
-            typer.echo(f"Serve it, by vLLM with the plugin (docs/serving.md):\n\n  {lines['serve']}\n")
+            typer.echo(f"Serve it, by vLLM with the plugin ({DOCS}/serving.md):\n\n  {lines['serve']}\n")
 
 
 def _init(values: Given) -> None:

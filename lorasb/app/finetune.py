@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 import lorasb
 
+from ..constants import DOCS
 from ..distributed.process_group import Processes
 from ..init import InitReport
 from ..ops.registry import current_backend
@@ -125,7 +126,7 @@ def joined() -> Iterator[Processes]:
                 if os.environ.get(variable, "").lower() in ("1", "true"):
                     raise ValueError(
                         f"lorasb finetune trains whole models side by side (DDP), and this launch asks for {engine}: "
-                        "write a script with Trainer and lorasb.InitCallback() for that (docs/several-gpus.md)"
+                        f"write a script with Trainer and lorasb.InitCallback() for that ({DOCS}/several-gpus.md)"
                     )
             # chooses the backend (nccl, gloo) and the device of this rank, and is the state that Trainer uses
             PartialState(cpu=not torch.cuda.is_available())

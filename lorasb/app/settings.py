@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
-from ..constants import MAX_RANK
+from ..constants import DOCS, MAX_RANK
 from ..utils.checks import MAX_LR, check_pattern
 from .scoring import SCORES
 from .tasks import TASKS
@@ -92,7 +92,7 @@ def check_reinforcement(settings: Settings) -> None:
     if settings.rl_start == "rewards" and settings.method != "lora-sb":
         raise ValueError(f"--rl-start rewards is a start of --method lora-sb, got {settings.method}: leave it out")
     if settings.sampler is not None and settings.basis is None:
-        raise ValueError("--sampler needs --basis: start the server with LORASB_BASIS=BASIS (docs/serving.md)")
+        raise ValueError(f"--sampler needs --basis: start the server with LORASB_BASIS=BASIS ({DOCS}/serving.md)")
     for name in ("packing", "find_lr", "adapter_column"):
         if getattr(settings, name):
             raise ValueError(f"{option(name)} does not go with --rl, which samples completions: leave one of them out")
@@ -172,7 +172,9 @@ class Settings:
         None, f"Task to generate when --data is not given: {', '.join(TASKS)}.", init="same", shown=DEFAULT_TASK
     )
     data: str | None = DATA(
-        None, "JSONL with prompt/completion, messages or text/label; Alpaca JSON; a name (docs/data.md).", init="same"
+        None,
+        "JSONL with prompt/completion, messages or text/label, Alpaca JSON, or a data set's name (docs/data.md).",
+        init="same",
     )
     eval_data: str | None = DATA(
         None, "Held-out data in the same formats; separate several with commas.", shown="a tenth of --data"
@@ -232,7 +234,7 @@ class Settings:
     )
     start: str = ADAPTER(
         "limited",
-        "Start of R: the whole first step (paper), at most four optimizer steps (limited), or zero.",
+        "Start of R: the whole first step (paper), up to four optimizer steps (limited, tuned on chain_sum), or zero.",
         init="same",
         choices=("limited", "paper", "zero"),
     )
@@ -324,7 +326,9 @@ class InitSettings(Settings):
 
     output: str = RUN("runs/init", "Folder for all files of the run.", init="same", check=FOLDER)
     strategy: str = INIT("auto", "How to sum gradients: layerwise (by blocks), accumulate (whole model), or auto.")
-    memory_budget: str | None = INIT(None, "On top of the model, such as 6GB.", shown="a training step of 32 samples")
+    memory_budget: str | None = INIT(
+        None, "Memory for the initialization beyond the model, such as 6GB.", shown="a training step of 32 samples"
+    )
     cache: str | None = INIT(None, "File to keep the gradients' signs in, for an initialization at any rank later.")
     stability: bool = INIT(False, "Also compare the subspaces of two halves of the samples.")
     energy: float | None = INIT(None, "Suggest ranks that keep this share of sign(G), up to 1.", check=ENERGY)
