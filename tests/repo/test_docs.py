@@ -16,6 +16,7 @@ from command import call
 from processes import ROOT, python
 
 import lorasb
+from lorasb import constants
 from lorasb.app import cli
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -105,6 +106,10 @@ def test_the_commands_of_quick_start_run(tiny: Path, tmp_path: Path, monkeypatch
     assert call(*shlex.split(ask, comments=True))
     assert call(*shlex.split(export, comments=True))
     assert (tmp_path / "runs/names/adapter-lora/adapter.gguf").is_file()
+
+
+def test_messages_link_to_the_documentation_of_the_package() -> None:
+    assert f'Documentation = "{constants.DOCS}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["api", "settings", "compatibility"])
