@@ -267,7 +267,7 @@ void pack_bf16(const Packed& w, const PanelBlock& block, uint16_t* dst) {
   clear_pairs(pair, block, dst);
 }
 
-// D's rows as columns of C: two neighbors of a row are a pair as they lie.
+// D's rows as columns of C: two neighbors of a row are a pair already.
 void pack_bf16_dense_transposed(const Bf16Matrix& d, const PanelBlock& block, uint16_t* dst) {
   clear_pairs(0, block, dst);
   const int64_t count = d.columns - block.k0 < block.kc ? d.columns - block.k0 : block.kc;

@@ -1,4 +1,4 @@
-// Tokens against dense matrices as they lie, by tiles; included inside AMX's target region.
+// Tokens against dense matrices that are not packed, by tiles; included inside AMX's target region.
 //
 // A row of W is a row of the tile's first operand: yᵀ = W xᵀ reads W once from memory, in place, and only x, which is
 // small, is brought into pairs. Rows of W, 32 at a time, are summed over all terms in four registers for each panel of

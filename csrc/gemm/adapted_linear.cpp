@@ -11,7 +11,7 @@ Tensor scaled(const Layer& layer) {
   return layer.scale == 1.0 ? core : core * layer.scale;
 }
 
-// Few tokens and a dense W, or none: products that pack nothing.
+// The unpacked path: few tokens, and a dense W or none.
 bool is_few(int64_t tokens, const Layer& layer) {
   return tokens <= kFewRows && (!layer.w.has_value() || layer.w->packed == nullptr);
 }

@@ -2,7 +2,7 @@
 //
 //   u = x Aᵀ,  v = u coreᵀ,  y = x Wᵀ + v Bᵀ + bias
 //
-// W, A, core and B are read from memory once, as they lie; tokens alone are arranged, x once for A and for W. y is one
+// W, A, core and B are read from memory once, in their own layout; x alone is packed, once for A and for W. y is one
 // sum in fp32, rounded once; u and v are rounded to bf16. The BLAS packs W again in every call, and takes four calls:
 // on two cores of an Emerald Rapids this takes 0.35 to 0.8 of their time for up to 128 tokens, and up to 64 less than
 // W's product alone.

@@ -3,9 +3,9 @@
 //   forward    u = x Aᵀ,  v_i = s·u_i R_kᵀ    y  = x Wᵀ + v Bᵀ + bias        with k = index[i]
 //   backward   t = dy B,  c_i = s·t_i R_k     dx = dy W + c A
 //
-// Forward is one call; composed in Python it takes 20 microseconds a layer more (Zen 3). Backward is composed of these
-// parts in Python (backends/eager.py). y and dx are one sum wherever the op with one R computes them as
-// one, but over a quantized base in bf16 for a few tokens, where the adapter's part is added to the base's in bf16.
+// Forward is one call; composed in Python it takes 20 microseconds more per layer (Zen 3). Backward is composed of
+// these parts in Python (backends/eager.py). y and dx are one sum wherever the op with one R computes them as one, but
+// over a quantized base in bf16 for a few tokens, where the adapter's part is added to the base's in bf16.
 #pragma once
 
 #include "gemm/tensors.h"

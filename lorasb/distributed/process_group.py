@@ -110,7 +110,7 @@ class Processes:
         if self.is_distributed:  # a rank that continued alone would wait in the next collective forever
             failed = [rank for rank, bad in enumerate(self.all_gather(int(error is not None))) if bad]
             if failed and error is None:
-                raise RuntimeError(f"{doing} failed on rank {failed[0]}, which shows why: nothing was changed")
+                raise RuntimeError(f"{doing} failed on rank {failed[0]} (see its log); the model is unchanged")
         if error is not None:
             raise error
 

@@ -63,7 +63,7 @@ def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Facto
 
 
 def random_subspace(shape: tuple[int, int], r: int, seed: int) -> Factors:
-    """Orthonormal B [out, r] and A [r, in] that know nothing of W or of the data, and R = 0: what chance gives."""
+    """Random control: orthonormal B [out, r] and A [r, in], independent of W and of the data, and R = 0."""
     # Uniform over the subspaces: Q of the QR of a Gaussian matrix, drawn on the CPU.
     generator = torch.Generator().manual_seed(seed)
     b, a = (torch.linalg.qr(torch.randn(side, r, generator=generator, dtype=torch.float32)).Q for side in shape)

@@ -204,7 +204,8 @@ class InitReport:
         if self.stability is not None:
             caption += f"; overlap of two halves of the samples {_percent(self.stability)}"
         if self.start is not None and self.start < 1.0:
-            caption += f"; R starts {self.longest_start:g} of its steps away, {_percent(self.start)} of the first step"
+            distance = f"{self.longest_start:g} optimizer steps from 0"
+            caption += f"; R starts {distance}, {_percent(self.start)} of the first step"
         if self.rate is not None:
             caption += f"; learning rate {self.rate:.2g}"
         caption += "".join(f"\nleft alone: {line}" for line in self.left)

@@ -67,13 +67,13 @@ def test_a_long_start_is_as_long_as_so_many_steps_of_adamw(scaling: float) -> No
             assert float(core.norm()) <= steps * step * (1 + 1e-4)
             assert share == 1.0 or float(core.norm()) == pytest.approx(steps * step, rel=1e-4)
         assert min(shares.values()) < 1.0
-        assert f"R starts {steps:g} of its steps away" in str(report)
+        assert f"R starts {steps:g} optimizer steps from 0" in str(report)
 
 
 def test_starts_without_a_limit_and_without_a_start() -> None:
     whole, report = cores(None)
     assert all(layer.start == 1.0 for layer in report.layers)
-    assert "steps away" not in str(report)
+    assert "steps from 0" not in str(report)
     tolerances.check_equal(cores(1e6)[0], whole)
     assert not any(core.any() for core in cores(0.0)[0].values())
     tolerances.check_equal(cores(0.0, "sgd")[0], cores(None, "sgd")[0])
