@@ -10,7 +10,7 @@ from lorasb.kernels.linear_quantized import Quantized, dequantized
 from lorasb.kernels.linear_quantized import backward as backward_quantized
 from lorasb.kernels.linear_quantized import forward as forward_quantized
 from lorasb.kernels.plan import DTYPES, LaunchPlan, Shape, bucket, choice
-from lorasb.kernels.row_cores_launch import RowCores
+from lorasb.kernels.row_cores_launch import RowProducts
 from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
 SEED = 1 << 40  # of dropout: the library draws 63 bits, which a kernel takes as an i64
@@ -79,7 +79,7 @@ def record_gradient(dtype: torch.dtype, M: int, n: int, m: int, arch: str) -> li
 def record_rows(plan: LaunchPlan, dtype: torch.dtype, n: int, m: int, r: int, rows: int, tokens: int) -> list[Launch]:
     """The launches of one forward and backward of rows with an R each that are not those of one R."""
     layer, M = members(n, (m,), r, dtype), rows * tokens
-    of_rows = RowCores(empty(rows, r, r), torch.arange(rows), 1.0)
+    of_rows = RowProducts(empty(rows, r, r), torch.arange(rows), 1.0)
     with observed(dry=True) as launches:
         forward(empty(M, n, dtype=dtype), layer, plan, rows=[of_rows])
         dy, u = empty(M, m, dtype=dtype), empty(M, r, dtype=dtype)

@@ -20,13 +20,13 @@ from .block_sizes import prep_members
 from .launcher import Launch, launch
 from .operands import Mask, Members, on_device, unit_rows
 from .plan import LaunchPlan
-from .row_cores_launch import RowCores
+from .row_cores_launch import RowProducts
 
 NO_DROPOUT = Mask()
 
 
 def forward(
-    x: Tensor, members: Members, plan: LaunchPlan, mask: Mask = NO_DROPOUT, rows: Sequence[RowCores] = ()
+    x: Tensor, members: Members, plan: LaunchPlan, mask: Mask = NO_DROPOUT, rows: Sequence[RowProducts] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y_i = x W_iᵀ + s_i·u_i R_iᵀ B_iᵀ + bias_i [M, m_i] and u_i = x A_iᵀ [M, r].
 
@@ -91,7 +91,7 @@ def backward(
     need_dx: bool,
     need_dcore: bool,
     mask: Mask = NO_DROPOUT,
-    rows: Sequence[RowCores] = (),
+    rows: Sequence[RowProducts] = (),
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx = Σ_i dy_i W_i + s_i·dy_i B_i R_i A_i [M, n] and dR_i = s_i·(dy_i B_i)ᵀ u_i [r, r], for dy_i [M, m_i].
 

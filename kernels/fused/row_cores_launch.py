@@ -20,7 +20,7 @@ STEP = 32  # tokens of a step of dR
 _copies: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()  # as it was read, and its copy
 
 
-class RowCores(NamedTuple):
+class RowProducts(NamedTuple):
     """R's [K, r, r] in any floating-point dtype, the place of each row's R among them or -1 [n], and s.
 
     `index` is int64 in [-1, K): on the CPU, or on the rows' device, where it is read by the kernel alone.

@@ -30,7 +30,7 @@ from .eager import check_index, kernel_dropout, kernel_masks, shaped
 if TYPE_CHECKING:
     from ..kernels.linear_quantized import Quantized
     from ..kernels.operands import Mask, Members
-    from ..kernels.row_cores_launch import RowCores
+    from ..kernels.row_cores_launch import RowProducts
 
 INTERPRET = "TRITON_INTERPRET"
 HAVE_KERNELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: a weight in 4 bits
@@ -115,7 +115,7 @@ def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool
 def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor]:
     """With an R for each row; over a quantized weight the adapter is added to what kernels compute with R = 0."""
     check_index(index, min(map(len, operands.cores)))
-    base, of_rows = _without_cores(operands), _row_cores(operands, index)
+    base, of_rows = _without_cores(operands), _row_products(operands, index)
     if operands.is_quantized:
         y, u = forward(x, base)
         v = of_rows[0].times(u, True, u.new_empty((len(u), members_of(base).width)))
@@ -129,7 +129,7 @@ def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor
 def _backward_by_row(
     dys: list[Tensor], us: list[Tensor], operands: Operands, index: Tensor, need_dx: bool, need_dcores: bool
 ) -> list[Tensor]:
-    base, of_rows = _without_cores(operands), _row_cores(operands, index)
+    base, of_rows = _without_cores(operands), _row_products(operands, index)
     rows, members = [rows_of(dy) for dy in dys], members_of(base)
     if operands.is_quantized:
         t, dx = rows[0] @ operands.b[0], None
@@ -150,11 +150,11 @@ def _without_cores(operands: Operands) -> Operands:
     return operands._replace(cores=cores, scalings=[1.0] * len(cores), row_index=None)
 
 
-def _row_cores(operands: Operands, index: Tensor) -> list[RowCores]:
-    from lorasb.kernels.row_cores_launch import RowCores
+def _row_products(operands: Operands, index: Tensor) -> list[RowProducts]:
+    from lorasb.kernels.row_cores_launch import RowProducts
 
     pairs = zip(operands.cores, operands.scalings, strict=True)
-    return [RowCores(stack, index, float(scaling)) for stack, scaling in pairs]
+    return [RowProducts(stack, index, float(scaling)) for stack, scaling in pairs]
 
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:

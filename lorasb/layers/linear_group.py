@@ -94,7 +94,7 @@ class Pending:
 
     x: Tensor  # the input of all members
     rows: Rows | None  # the adapters of its rows, where they differ by row
-    state: tuple[object, ...]  # `Siblings._state` at the computation; results are valid while it is unchanged
+    state: tuple[object, ...]  # `FusedGroup._state` at the computation; results are valid while it is unchanged
     results: dict[int, Tensor]  # y [..., out] by the member's index in the group
 
     def is_for(self, x: Tensor, rows: Rows | None) -> bool:
@@ -113,11 +113,11 @@ class Forward:
     pending: Pending | None = None  # results that were computed in it
 
 
-class Siblings:
+class FusedGroup:
     """Two or more children of one parent, with the same `in_features`, that are expected to read the same x.
 
     Their results belong to one autograd node: to call backward on them one after another, keep the graph
-    (`retain_graph=True`) or dissolve the groups with `dissolve(model)`.
+    (`retain_graph=True`) or separate the layers with `detach(model)`.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
@@ -134,7 +134,7 @@ class Siblings:
             parent.register_forward_hook(self._parent_ends, always_call=True).id,
         )
         for member in self.members:
-            member.siblings = self
+            member.fused_group = self
 
     @property
     def members(self) -> list[LoRASBLinear]:
@@ -143,7 +143,7 @@ class Siblings:
         children = [parent._modules.get(name) for name in self.names] if parent is not None else []
         return [child for child in children if isinstance(child, LoRASBLinear)]
 
-    def take(self, layer: AdaptedLayer, x: Tensor, rows: Rows | None = None) -> Tensor | None:
+    def fused_output(self, layer: AdaptedLayer, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """y of one member, from the pending results or computed with the others'; None: compute it alone."""
         # A compiled graph cannot carry results from one layer to another, and inference tensors have no version.
         if torch.compiler.is_compiling() or x.is_inference():
@@ -160,7 +160,7 @@ class Siblings:
                 return pending.results.pop(index)
             # This layer got another x, or the state changed: separate those that have not taken their results.
             if self._separate(pending.results, forward):
-                return layer.siblings.take(layer, x, rows) if layer.siblings is not None else None
+                return layer.fused_group.fused_output(layer, x, rows) if layer.fused_group is not None else None
             forward.pending = None
             return None
         if pending is not None and pending.is_for(x, rows):
@@ -177,11 +177,11 @@ class Siblings:
         forward.pending = Pending(x, rows, self._state(members, x), results)
         return y
 
-    def dissolve(self) -> None:
+    def detach(self) -> None:
         """Detach the members and remove the hooks from the parent."""
         self._forwards = {}
         for member in self.members:
-            member.siblings = None
+            member.fused_group = None
         parent = self._parent() if self._parent is not None else None
         if parent is not None:
             private.remove_forward_hooks(parent, *self._hooks)
@@ -213,10 +213,10 @@ class Siblings:
         groups: tuple[list[str], list[str]] = ([], [])
         for i, name in enumerate(self.names):
             groups[i in untaken].append(name)
-        self.dissolve()
+        self.detach()
         for names in groups:
             if len(names) > 1 and parent is not None and (module := parent()) is not None:
-                group = Siblings(module, names)
+                group = FusedGroup(module, names)
                 if forward is not None:  # the parent's pre-hook has run
                     group._forwards[threading.get_ident()] = Forward(forward.saving)
 
@@ -242,13 +242,13 @@ class Siblings:
         if forward is not None and forward.pending is not None and forward.pending.results and result is not None:
             self._separate(forward.pending.results, forward, ended=True)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Siblings | None:
+    def __deepcopy__(self, memo: dict[int, object]) -> FusedGroup | None:
         """A copy for the copied parent; None if a layer is copied without its parent."""
         parent = memo.get(id(self._parent())) if self._parent is not None else None
         if not isinstance(parent, nn.Module):
             return None
         # Not by __init__: the parent's hook dictionaries are copied as well, under the same ids.
-        memo[id(self)] = new = object.__new__(Siblings)
+        memo[id(self)] = new = object.__new__(FusedGroup)
         new.names, new._hooks, new._parent = self.names, self._hooks, weakref.ref(parent)
         new._forwards, new._apart = {}, self._apart
         return new
@@ -263,8 +263,8 @@ def wanted(group: bool | None) -> bool:
     return torch.cuda.is_available() if group is None else group
 
 
-def form(model: nn.Module) -> None:
-    """Form the groups of a model that has none."""
+def attach(model: nn.Module) -> None:
+    """Attach groups to the layers of a model that has none."""
     for parent in model.modules():
         for names in NAMES:
             by_in_features: dict[int, list[str]] = {}  # cross-attention's k and v may read a wider input than its q
@@ -274,12 +274,12 @@ def form(model: nn.Module) -> None:
                     by_in_features.setdefault(child.in_features, []).append(name)
             for members in by_in_features.values():
                 if len(members) > 1:
-                    Siblings(parent, members)
+                    FusedGroup(parent, members)
 
 
-def dissolve(model: nn.Module) -> None:
-    """Dissolve all groups of a model."""
+def detach(model: nn.Module) -> None:
+    """Detach the layers of all groups of a model, which are then computed alone."""
     for module in model.modules():
-        siblings = getattr(module, "siblings", None)
-        if isinstance(siblings, Siblings):
-            siblings.dissolve()
+        group = getattr(module, "fused_group", None)
+        if isinstance(group, FusedGroup):
+            group.detach()

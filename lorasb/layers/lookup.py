@@ -101,7 +101,7 @@ def discard(model: Any, adapter_name: str) -> None:
                 module.delete_adapter(adapter_name, new_active_adapters=None)
         return
     # The only adapter: the model becomes what it was before `lorasb.patch`.
-    linear_group.dissolve(model)
+    linear_group.detach(model)
     for parent in list(model.modules()):  # lists: children are replaced while iterating
         for name, child in list(parent.named_children()):
             if isinstance(child, AdaptedLayer):

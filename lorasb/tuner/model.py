@@ -77,9 +77,9 @@ class LoRASBModel(BaseTuner):
                 reports: dict[str, object] = self.__dict__.setdefault("init_reports", {})
                 reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
             # last: a group refers to the layers that were put in
-            linear_group.dissolve(model)
+            linear_group.detach(model)
             if any(linear_group.wanted(cast(LoRASBConfig, one).group) for one in self.peft_config.values()):
-                linear_group.form(model)
+                linear_group.attach(model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool | re.Match[str] | None:
@@ -217,7 +217,7 @@ class LoRASBModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             targets.check_mergeable(self.model, kwargs.get("adapter_names"))
-        linear_group.dissolve(self.model)  # its pre-hooks would stay on the plain model
+        linear_group.detach(self.model)  # its pre-hooks would stay on the plain model
         with lookup.places_known(self):
             model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         unfused_experts.close(model)

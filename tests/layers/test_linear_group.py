@@ -68,8 +68,8 @@ class TestStaysAlone:
         for _ in range(3):
             tolerances.check(cross(x, memory), want, tolerances.fp32(16))
         assert [len(group.members) for group in groups(model)] == [2]
-        assert cross.q_proj.siblings is None
-        assert cross.k_proj.siblings is cross.v_proj.siblings
+        assert cross.q_proj.fused_group is None
+        assert cross.k_proj.fused_group is cross.v_proj.fused_group
 
     def test_a_tensor_changed_in_place_is_another(self) -> None:
         class Changing(Two):
@@ -271,7 +271,7 @@ def test_one_that_is_not_initialized_raises_where_it_would_be_trained() -> None:
 def test_a_forward_that_raises_leaves_nothing_for_a_later_one(error: type[BaseException], elsewhere: bool) -> None:
     """Ctrl-C skips the hooks that see every other end of a forward, in this thread or another."""
     block, x = prepared(Two(), 16).base_model.model, torch.randn(3, 16)
-    group, block.raises = block.q_proj.siblings, error
+    group, block.raises = block.q_proj.fused_group, error
     with ThreadPoolExecutor(1) as thread, pytest.raises(error):
         thread.submit(block, x).result() if elsewhere else block(x)
     assert len(group._forwards) == (error is KeyboardInterrupt)
@@ -280,7 +280,7 @@ def test_a_forward_that_raises_leaves_nothing_for_a_later_one(error: type[BaseEx
         block.k_proj.lorasb_R["default"].mul_(100.0)
     tolerances.check(block(x), alone(block)(x), tolerances.fp32(16))
     assert not group._forwards
-    assert block.q_proj.siblings is group
+    assert block.q_proj.fused_group is group
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -299,8 +299,8 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
 def test_a_copied_model_has_groups_of_its_own() -> None:
     model = patched("llama")
     part = attention(model)
-    assert copy.deepcopy(part.q_proj).siblings is None  # a layer alone
-    assert part.q_proj.siblings is part.k_proj.siblings is not None
+    assert copy.deepcopy(part.q_proj).fused_group is None  # a layer alone
+    assert part.q_proj.fused_group is part.k_proj.fused_group is not None
     other = copy.deepcopy(model)
     assert {id(g) for g in groups(model)}.isdisjoint(id(g) for g in groups(other))
     assert [len(g.members) for g in groups(other)] == [3, 2, 3, 2]
@@ -370,7 +370,7 @@ def test_compiles_without_a_graph_break() -> None:
 def test_memory_kept_for_backward_is_u_alone() -> None:
     model = patched("llama")
     part = attention(model)
-    x, group = torch.randn(40, 64, requires_grad=True), part.q_proj.siblings
+    x, group = torch.randn(40, 64, requires_grad=True), part.q_proj.fused_group
     group._parent_begins(part, ())
     with kept_for_backward(part.parameters()) as kept:
         part.q_proj(x), part.k_proj(x), part.v_proj(x)

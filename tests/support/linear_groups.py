@@ -25,14 +25,14 @@ def step(
     return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if "lorasb_R" in n}
 
 
-def groups(model: nn.Module) -> list[linear_group.Siblings]:
-    found = {id(layer.siblings): layer.siblings for layer in layers(model).values() if layer.siblings}
+def groups(model: nn.Module) -> list[linear_group.FusedGroup]:
+    found = {id(layer.fused_group): layer.fused_group for layer in layers(model).values() if layer.fused_group}
     return list(found.values())
 
 
 def alone(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
-    linear_group.dissolve(model)
+    linear_group.detach(model)
     return model
 
 
@@ -56,7 +56,7 @@ def prepared(module: nn.Module, features: int) -> nn.Module:
 
 
 class Two(nn.Module):
-    """A parent of two siblings."""
+    """A parent of two layers that share x."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -102,7 +102,7 @@ def test_the_kernel_reads_an_index_of_64_bits_where_it_is(monkeypatch: pytest.Mo
     monkeypatch.setattr(row_cores_launch, "_places", lambda index, device: index)  # as on a card
     torch.manual_seed(0)
     u, cores, index = torch.randn(5, 16), torch.randn(3, 16, 16), torch.tensor([2, -1, 0, 0, 1])
-    out = row_cores_launch.RowCores(cores, index, 1.0).times(u, True, torch.empty(5, padded_rank(16)))
+    out = row_cores_launch.RowProducts(cores, index, 1.0).times(u, True, torch.empty(5, padded_rank(16)))
     check(out[:, :16], slots.times_cores(u, cores, index), MERGE)
 
 
