@@ -109,10 +109,8 @@ def padded_rank(r: int) -> int:
 
 
 def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: int) -> int:
-    """Double the splits until the grid has `wanted` programs or a split would have fewer than `least_steps` steps.
-
-    `wanted` is a constant, not the number of multiprocessors: the order of a sum depends on the splits.
-    """
+    """Double the splits until the grid has `wanted` programs or a split would have fewer than `least_steps` steps."""
+    # `wanted` is a constant, not the number of multiprocessors: the order of a sum depends on the splits.
     splits = 1
     while programs * splits < wanted and steps >= splits * 2 * least_steps:
         splits *= 2

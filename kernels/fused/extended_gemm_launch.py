@@ -142,11 +142,8 @@ def _common_arguments(arguments: Arguments, members: Members, config: GemmConfig
 
 
 def _weights(members: Members | None, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The weights with contiguous rows, and the lengths of the base reductions: 0 for the dummy of a missing weight.
-
-    Without members, dummies for what no program reads.
-    """
-    if members is None:
+    """The weights with contiguous rows, and the lengths of the base reductions: 0 for the dummy of a missing weight."""
+    if members is None:  # dummies, which no program reads
         return inputs, tuple(x.shape[1] for x in inputs)
     if members.weights[0] is None:
         return tuple(inputs[0] for _ in members.weights), tuple(0 for _ in inputs)

@@ -133,15 +133,12 @@ class Prepared:
         return self._raw
 
     def _allocate(self, index: int, itemsize: int, calls: Sequence[Launch], inner: Sequence[Tensor]) -> int:
-        """Lay out the scratch: the inner tensors, then one workspace for all launches, which run one after another.
-
-        Returns its size in elements of `itemsize` bytes.
-        """
+        """Lay out the scratch, the inner tensors and a workspace; its size in elements of `itemsize` bytes."""
         size = 0
         for tensor in inner:
             self._origins[_storage(tensor)] = (index, size)
             size += cdiv(tensor.numel() * tensor.element_size(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-        for call in calls:
+        for call in calls:  # one workspace for all, which run one after another
             self._origins[_storage(call.arguments[PARTIAL])] = (index, size)
         return (size + 4 * max((0, *(_elements(call, PARTIAL) for call in calls)))) // itemsize
 
