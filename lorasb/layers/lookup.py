@@ -132,21 +132,3 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
-
-
-Place = tuple[nn.Module, str]  # an owner, and the child's name in it
-
-
-@contextmanager
-def places_known(tuner: Any) -> Iterator[None]:
-    """Give a tuner the places of its model's shared modules, as `shared`, while PEFT replaces modules one by one."""
-    places: dict[nn.Module, list[Place]] = {}
-    for owner in tuner.model.modules():  # one pass, as models of experts have thousands of targets
-        for name, child in owner._modules.items():
-            if child is not None:
-                places.setdefault(child, []).append((owner, name))
-    tuner.shared = {child: found for child, found in places.items() if len(found) > 1}
-    try:
-        yield
-    finally:
-        tuner.shared = {}

@@ -44,7 +44,8 @@ class LoRASBModel(BaseTuner):
     tuner_layer_cls = AdaptedLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
     init_without_data: InitWithoutData  # set by `register`: `tuner` must not import `init`
-    shared: dict[nn.Module, list[lookup.Place]] = {}  # noqa: RUF012  set by `places_known` while modules are replaced
+    # the places (an owner, and the child's name in it) of shared modules, set by `_places_known`
+    shared: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # noqa: RUF012
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check every target, then replace them all; takes the arguments of PEFT's method."""
@@ -63,7 +64,7 @@ class LoRASBModel(BaseTuner):
             known = config.from_file or kwargs.get("state_dict") is not None
             unfused_experts.open_all(model, config, by_old_names=not known)
             self._plan(model, config, kwargs.get("state_dict"))
-            with lookup.places_known(self):
+            with self._places_known():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = lookup.layers_with(model, adapter_name)
             config.layer_kinds = lookup.layer_kinds(layers)
@@ -81,11 +82,25 @@ class LoRASBModel(BaseTuner):
             if any(linear_group.wanted(cast(LoRASBConfig, one).group) for one in self.peft_config.values()):
                 linear_group.attach(model)
 
+    @contextmanager
+    def _places_known(self) -> Iterator[None]:
+        """Have the places of the model's shared modules in `shared` while PEFT replaces modules one by one."""
+        places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for owner in self.model.modules():  # one pass, as models of experts have thousands of targets
+            for name, child in owner._modules.items():
+                if child is not None:
+                    places.setdefault(child, []).append((owner, name))
+        self.shared = {child: found for child, found in places.items() if len(found) > 1}
+        try:
+            yield
+        finally:
+            self.shared = {}
+
     @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> bool | re.Match[str] | None:
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
         """Match target_modules as PEFT does, extended to the experts of target_parameters."""
         peft_match = BaseTuner._check_target_module_exists(peft_config, key)
-        names = peft_config.target_parameters
+        names = cast(LoRASBConfig, peft_config).target_parameters
         if not names or isinstance(peft_match, private.ExcludedModule):
             return peft_match
         if unfused_experts.is_target(key, names):  # the list of a parameter's matrices, by the parameter's name
@@ -93,9 +108,11 @@ class LoRASBModel(BaseTuner):
         parameter, _, index = key.rpartition(".")  # a matrix of one: `...gate_up_proj.3`
         return peft_match or (index.isdecimal() and unfused_experts.is_target(parameter, names))
 
-    def _inject_parameters(self, peft_config: Any, model: nn.Module, *args: object, **kwargs: object) -> list[str]:
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, *args: object, **kwargs: object
+    ) -> list[str]:
         """Replace PEFT's wrapping of 3-D parameters: `inject_adapter` has opened the experts into linears."""
-        return unfused_experts.open_targets(model, peft_config.target_parameters)
+        return unfused_experts.open_targets(model, cast(LoRASBConfig, peft_config).target_parameters or [])
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: object, **kwargs: Any) -> Iterator[None]:
@@ -171,7 +188,7 @@ class LoRASBModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -179,12 +196,13 @@ class LoRASBModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        rank = targets.rank_for(peft_config, current_key)
-        options: dict[str, Any] = {"r": rank, "scaling": peft_config.scaling_for(rank)}
+        config = cast(LoRASBConfig, peft_config)
+        rank = targets.rank_for(config, current_key)
+        options: dict[str, Any] = {"r": rank, "scaling": config.scaling_for(rank)}
         for name in ("lora_dropout", "equivalent_gradient", "wide_factors"):
-            options[name] = getattr(peft_config, name)
+            options[name] = getattr(config, name)
         if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
-            options |= basis.options_for(target, peft_config)
+            options |= basis.options_for(target, config)
             target.add_adapter(adapter_name, **options)
             return
         layer = adapt_weights(target, adapter_name, **options) or LoRASBLinear(
@@ -218,7 +236,7 @@ class LoRASBModel(BaseTuner):
         if merge:
             targets.check_mergeable(self.model, kwargs.get("adapter_names"))
         linear_group.detach(self.model)  # its pre-hooks would stay on the plain model
-        with lookup.places_known(self):
+        with self._places_known():
             model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         unfused_experts.close(model)
         return model
@@ -273,19 +291,19 @@ class LoRASBModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        layers = lookup.layers_with(model, adapter_name)
+        ours, layers = cast(LoRASBConfig, config), lookup.layers_with(model, adapter_name)
         try:
-            state_dict = loading.with_factors(state_dict, adapter_name, layers, config, share=True)
+            state_dict = loading.with_factors(state_dict, adapter_name, layers, ours, share=True)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
-            state_dict = loading.without_foreign(state_dict, model, config, adapter_name, layers)
+            state_dict = loading.without_foreign(state_dict, model, ours, adapter_name, layers)
         except ValueError:
             # PEFT injected the adapter for this file only; one that was there before stays
-            if config.awaits_weights or not any(layer.is_initialized(adapter_name) for layer in layers.values()):
+            if ours.awaits_weights or not any(layer.is_initialized(adapter_name) for layer in layers.values()):
                 lookup.discard(model, adapter_name)
             raise
-        config.awaits_weights = False
+        ours.awaits_weights = False
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -9,9 +9,10 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
@@ -82,7 +83,7 @@ class Combined(NamedTuple):
 
 @torch.no_grad()
 def combine(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, options: SumOptions
+    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, options: SumOptions
 ) -> dict[str, float]:
     """Add the adapter `adapter_name` = Σ weights · adapters to a model; see `LoRASBModel.add_weighted_adapter`."""
     options.check()
@@ -113,7 +114,10 @@ def combine(
     return errors
 
 
-def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> dict[str, AdaptedLayer]:
+def _check(
+    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> dict[str, AdaptedLayer]:
+    configs = _configs(tuner)
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"expected a weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights")
     if adapter_name in tuner.peft_config:
@@ -126,10 +130,10 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
         if not found:
             raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
         refuse_uninitialized(found, name)
-        if tuner.peft_config[name].trainable_token_indices:
+        if configs[name].trainable_token_indices:
             raise ValueError(f"adapter {name!r} has trained rows of an embedding, which cannot be added: leave it out")
         layers |= found
-    with_modules = [name for name in dict.fromkeys(adapters) if tuner.peft_config[name].modules_to_save]
+    with_modules = [name for name in dict.fromkeys(adapters) if configs[name].modules_to_save]
     if len(with_modules) > 1:
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
@@ -137,6 +141,10 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
             "most one may, and the new one takes them over"
         )
     return layers
+
+
+def _configs(tuner: BaseTuner) -> dict[str, LoRASBConfig]:
+    return cast("dict[str, LoRASBConfig]", tuner.peft_config)
 
 
 def _share_factors(layers: dict[str, AdaptedLayer], adapters: Sequence[str]) -> bool:
@@ -190,14 +198,18 @@ def _truncated_svd(layer: AdaptedLayer, weighted: list[tuple[float, str]], rank:
 
 
 def _insert(
-    tuner: Any, adapters: Sequence[str], adapter_name: str, layers: dict[str, AdaptedLayer], sums: dict[str, Combined]
+    tuner: BaseTuner,
+    adapters: Sequence[str],
+    adapter_name: str,
+    layers: dict[str, AdaptedLayer],
+    sums: dict[str, Combined],
 ) -> None:
-    active = list(tuner.active_adapters)  # injection may change which adapters are active
-    template = next((name for name in adapters if tuner.peft_config[name].modules_to_save), adapters[0])
-    tuner.peft_config[adapter_name] = _config_like(tuner.peft_config[template], sums)
+    active, configs = list(tuner.active_adapters), _configs(tuner)  # injection may change which adapters are active
+    template = next((name for name in adapters if configs[name].modules_to_save), adapters[0])
+    configs[adapter_name] = _config_like(configs[template], sums)
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
-        tuner.peft_config[adapter_name].awaits_weights = False  # no file is loaded
+        configs[adapter_name].awaits_weights = False  # no file is loaded
         for name, factors in sums.items():
             layer = layers[name]
             # the core includes every s_i; the layer multiplies by its own s again

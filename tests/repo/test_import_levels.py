@@ -114,6 +114,33 @@ def test_public_functions_have_docstrings() -> None:
     assert [name for name in missing if name.rpartition(" ")[2] not in nested] == []
 
 
+OURS = {  # parameters of these names have these classes
+    **{"bank": "AdapterBank", "config": "LoRASBConfig", "layer": "AdaptedLayer"},
+    **{
+        "operands": "Operands",
+        "peft_config": "LoRASBConfig",
+        "plan": "InitPlan",
+        "report": "InitReport",
+        "rows": "Rows",
+    },
+    **{"run": "Run", "settings": "Settings", "tuner": "LoRASBModel", "unfolding": "Unfolding"},
+}
+OTHERS = {  # and where one is `Any`, why
+    "lorasb.compat.peft.config": "LoRASBConfig is of a level above",
+    "lorasb.compat.transformers.config": "the base model's, of any class",
+    "lorasb.export.gguf.config": "the base model's, of any class",
+}
+
+
+def test_parameters_of_our_classes_have_their_types() -> None:
+    """Or those of a base class or protocol where ours is of a level above; `Any` would hide what a function needs."""
+    nodes = [(name, node) for name, path in MODULES.items() for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    assert set(OURS.values()) <= {node.name for _, node in nodes if isinstance(node, ast.ClassDef)}
+    named = [(name, node) for name, node in nodes if isinstance(node, ast.arg) and node.arg in OURS and node.annotation]
+    untyped = {f"{name}.{node.arg}" for name, node in named if ast.unparse(node.annotation) == "Any"}
+    assert untyped == set(OTHERS)
+
+
 def test_wheel_has_every_module(tmp_path: Path) -> None:
     code = "import setuptools; setuptools.setup = lambda **k: print(*k['packages'], k['package_dir'], k['package_data'], sep=';'); import runpy; runpy.run_path('setup.py')"
     found = python("-c", code).strip().split(";")
