@@ -75,8 +75,6 @@ class LoRASBConfig(PeftConfig):
             orthonormal; with LoRA-SB's own it changes nothing but s.
         wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in fp32, as PEFT's LoRA
             does, for more memory and time.
-        group: compute linears that read the same input (q, k and v; gate and up) in one call. None: on machines with a
-            GPU, where it halves the host's time per layer; on CPUs it gained nothing.
         modules_to_save: modules that are trained and saved in full. Modules that are missing from the base's
             checkpoint, such as a classification head, are added automatically.
         trainable_token_indices: rows of the input embedding that are trained with the adapter, or rows by the name of
@@ -88,6 +86,8 @@ class LoRASBConfig(PeftConfig):
         base_fingerprint: written when a model is patched: sampled weights that identify the base model.
         check_base: compare the base model with a loaded adapter's fingerprint, and write one when a model is patched.
             `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
+        group: compute linears that read the same input (q, k and v; gate and up) in one call. None: on machines with a
+            GPU, where it halves the host's time per layer; on CPUs it gained nothing.
 
     Raises:
         ValueError: a field has a value that no model can use; the message says which are allowed.
@@ -110,7 +110,6 @@ class LoRASBConfig(PeftConfig):
     lora_alpha: float | None = None
     equivalent_gradient: bool = False
     wide_factors: bool = False
-    group: bool | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
@@ -118,6 +117,7 @@ class LoRASBConfig(PeftConfig):
     layer_kinds: dict[str, list[Any]] | None = None
     base_fingerprint: dict[str, str] | None = None
     check_base: bool = True
+    group: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
