@@ -10,11 +10,11 @@ MODULES = (torch, transformers, peft, triton, bitsandbytes, accelerate, vllm)
 
 HEAD = """# Private names of other packages
 
-lorasb uses private names where a package has no public one, and replaces a few functions. The tables list those of
-`lorasb/compat/`, what each is for, and what happens if a release no longer has it (″: as above). A name with `()` is an
-attribute of instances. `lorasb/compat/peft_import.py` puts an importer into `sys.meta_path`, which registers the method
-when PEFT is imported. CI runs the tests with the oldest and the newest versions.
-`python docs/make_compatibility.py` writes this page.
+lorasb uses private names where a package has no public one, and replaces or overrides a few functions. The tables, made
+from `lorasb/compat/`, give the use of each, and what happens if a release no longer has it (″: as above). A name with
+`()` is an attribute of instances. `lorasb/compat/peft_import.py` puts an importer into `sys.meta_path`, which registers
+the method when PEFT is imported. CI looks the names up (`tests/compat`) on torch 2.10, 2.11 and 2.13 with the newest
+release of each other package, and tests both versions of vLLM. `python docs/make_compatibility.py` writes this page.
 """
 
 
@@ -27,9 +27,12 @@ def page() -> str:
 def _table(verified: str, names: dict[str, Private]) -> str:
     rows = []
     for absent in dict.fromkeys(one.absent for one in names.values()):
-        same = [one for one in names.values() if one.absent == absent]
-        rows += [f"| `{one.name}` | {one.use} | {'″' if i else absent} |" for i, one in enumerate(same)]
-    return "\n".join([f"## {verified}", "", "| name | use | without it |", "|---|---|---|", *rows, ""])
+        uses: dict[str, list[str]] = {}
+        for one in names.values():
+            if one.absent == absent:
+                uses.setdefault(one.use, []).append(f"`{one.name}`")
+        rows += [f"|{'<br>'.join(same)}|{use}|{'″' if i else absent}|" for i, (use, same) in enumerate(uses.items())]
+    return "\n".join([f"## {verified}", "", "|name|use|without it|", "|---|---|---|", *rows, ""])
 
 
 if __name__ == "__main__":

@@ -12,11 +12,16 @@ class Private(NamedTuple):
     """A private name of another package."""
 
     # dotted, from an importable module; `()` after the class of an attribute that instances alone have:
-    # `nn.Module()._forward_hooks`
+    # `nn.Module()._forward_hooks`; or the file of a C++ header
     name: str
     use: str  # purpose
     absent: str  # what lorasb does if a release of the package no longer has the name
     fallback: object = None  # object that then replaces it; None where the caller has to do without one
+
+
+def several(use: str, absent: str, *names: str) -> dict[str, Private]:
+    """Names that share the use, by themselves."""
+    return {name: Private(name, use, absent) for name in names}
 
 
 def find(private: Private) -> Any:

@@ -9,9 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import Private, find
+from . import Private, find, several
 
 VERIFIED = "PEFT 0.21"
+TUNER, LAYER = "peft.tuners.tuners_utils.BaseTuner", "peft.tuners.tuners_utils.BaseTunerLayer"
+HOOKS = (
+    *(f"{TUNER}._check_target_module_exists", f"{TUNER}._inject_parameters", f"{TUNER}._create_and_replace"),
+    *(f"{TUNER}._replace_module", f"{TUNER}._mark_only_adapters_as_trainable", f"{TUNER}._cast_adapter_dtype"),
+    *(f"{TUNER}._unload_and_optionally_merge", f"{TUNER}._get_adapter_state_dict"),
+    *(f"{TUNER}._remap_adapter_state_dict_for_load", f"{LAYER}._move_adapter_to_device_of_base_layer"),
+)
 
 
 def _own_features(layer: nn.Module) -> tuple[int | None, int | None]:
@@ -59,6 +66,34 @@ PRIVATE = {
         "peft.config.PeftConfig._get_peft_type",
         "tells whose adapter `hotswap_adapter` is to load",
         "`hotswap_adapter` raises an AttributeError",
+    ),
+    **several(
+        "overridden: patching, saving, loading and unloading",
+        "PEFT's own runs, which raises, or trains A and B",
+        *HOOKS,
+    ),
+    **several(
+        "calls the tuner's, which handles `adapter_names`",
+        "`adapter_names` raises a TypeError in the model",
+        "peft.peft_model.PeftModel._enable_peft_forward_hooks",
+    ),
+    **several(
+        "called: modules that follow a saved input embedding",
+        "`ensure_weight_tying` raises an AttributeError",
+        "peft.tuners.lora.LoraModel._add_modules_to_save_to_tie",
+    ),
+    **several(
+        "set while gradients are taken, without unmerging",
+        "`lorasb.initialize` raises an AttributeError",
+        f"{LAYER}._disable_adapters",
+    ),
+    **several(
+        "set by a new layer, restored after a failed patch", "layers have no active adapter", f"{LAYER}._active_adapter"
+    ),
+    **several(
+        "tells that new adapters have modules trained in full",
+        "`lorasb.add_adapters` raises an AttributeError",
+        "peft.utils.other.AuxiliaryTrainingWrapper()._adapters",
     ),
 }
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, UntypedStorage, nn
 from torch.autograd import forward_ad
 
-from . import Private, find
+from . import Private, find, several
 
 
 def _yes(*_: object) -> bool:
@@ -22,6 +22,13 @@ SAME_WIDTHS = "_qkv_same_embed_dim"
 PRE_HOOKS, HOOKS = "_forward_pre_hooks", "_forward_hooks"
 BACKWARD_PRE_HOOKS, BACKWARD_HOOKS = "_backward_pre_hooks", "_backward_hooks"
 DISPATCHED = "every call goes through PyTorch's dispatcher"
+PLANS = "`lorasb plan` counts a step without memory for it"
+FSDP = "torch.distributed.fsdp.FullyShardedDataParallel()._fsdp_wrapped_module"
+NO_PLAN, NO_FORWARD = "`lorasb plan` raises an ImportError", "every module's forward raises an AttributeError"
+HEADERS = (
+    *("torch/csrc/autograd/python_variable.h", "ATen/PythonTorchFunctionTLS.h"),
+    *("c10/core/impl/TorchDispatchModeTLS.h", "c10/core/impl/LocalDispatchKeySet.h"),
+)
 PRIVATE = {
     "any_autocast": Private(
         "torch._C._is_any_autocast_enabled", "skips the query per device", "autocast is queried per device", _yes
@@ -59,10 +66,17 @@ PRIVATE = {
         "such layers are computed separately",
         lambda _: object(),  # equal to no other
     ),
-    "FakeTensorMode": Private(
-        "torch._subclasses.fake_tensor.FakeTensorMode",
-        "`lorasb plan` counts a step without memory for it",
-        "`lorasb plan` raises an ImportError",
+    "FakeTensorMode": Private("torch._subclasses.fake_tensor.FakeTensorMode", PLANS, NO_PLAN),
+    **several(PLANS, NO_PLAN, "torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_leaves"),
+    **several(
+        "finds the tensors of a quantizer's weight, to fingerprint it",
+        "`lorasb.initialize` raises an ImportError",
+        "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
+    ),
+    **several(
+        "reshapes a result that callers may change in place",
+        "composed calls raise an AttributeError",
+        "torch.ops.aten._unsafe_view",
     ),
     "is_zerotensor": Private(
         "torch.Tensor._is_zerotensor", "detects lazy zeros, which a kernel must not read", DISPATCHED, _yes
@@ -81,7 +95,28 @@ PRIVATE = {
     "forward_hooks": Private(
         "torch.nn.Module()._forward_hooks",
         "with the other dictionaries of hooks: tells that a module is observed, and must run its own forward",
-        "every module's forward raises an AttributeError",
+        NO_FORWARD,
+    ),
+    **several(
+        "read past slow attribute lookup", NO_FORWARD, "torch.nn.Module()._parameters", "torch.nn.Module()._modules"
+    ),
+    **several("detects changes of a tensor in place", NO_FORWARD, "torch.Tensor._version"),
+    **several(
+        "overridden: statistics of 4-bit weights, which factors a checkpoint has",
+        "4-bit weights are saved without statistics, and loaded factors count as not initialized",
+        *("torch.nn.Module._save_to_state_dict", "torch.nn.Module._load_from_state_dict"),
+    ),
+    **several(
+        "tells that `model.compile()` was called", "such a model is not refused", "torch.nn.Module._compiled_call_impl"
+    ),
+    **several("removed from names of layers", "names do not match layers under FSDP1", FSDP),
+    **several(
+        "tells that torch multiplies bf16 in hardware",
+        "`--dtype auto` is fp32",
+        *("torch.cpu._is_amx_tile_supported", "torch.cpu._is_avx512_bf16_supported"),
+    ),
+    **several(
+        "C++ extension: unpacks tensors, and detects modes that intercept their ops", "eager torch computes", *HEADERS
     ),
     "same_widths": Private(
         f"torch.nn.MultiheadAttention().{SAME_WIDTHS}",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import Private
+from . import Private, several
 
 VERIFIED = "transformers 5.24, TRL 1.16"
 LOADED = "_is_hf_initialized"
@@ -56,6 +56,11 @@ PRIVATE = {
         "transformers.Trainer._get_train_sampler",
         "overridden: batches of examples of similar length, in an order that a resumed run has too",
         "batches are longer, and a resumed run has others",
+    ),
+    **several(
+        "overridden: several adapters on one basis, all at once",
+        "`lorasb finetune` cannot resume a run with several adapters",
+        *("transformers.Trainer._save", "transformers.Trainer._load_from_checkpoint"),
     ),
     "n_gpu": Private(
         "transformers.TrainingArguments()._n_gpu",

@@ -23,6 +23,9 @@ PRIVATE = {
     "device_caches": Private(
         "triton.runtime.jit.JITFunction().device_caches", "tells compiled kernels from interpreted ones", ORDINARY
     ),
+    "driver": Private(
+        "triton.runtime.driver.DriverConfig().active", "the current stream of a device", "prepared launches raise"
+    ),
     "launch_hooks": Private(
         "triton.knobs.runtime.launch_enter_hook", "tells that a profiler observes launches", ORDINARY
     ),

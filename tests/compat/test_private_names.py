@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,7 +15,10 @@ import torch
 import transformers.modeling_utils as core_model_loading
 from linear_groups import same, step
 from models import make, patched
+from peft.tuners import tuners_utils
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.fsdp import fully_sharded_data_parallel
 from triton.runtime import jit
 
 import lorasb
@@ -25,14 +30,19 @@ from lorasb.compat import peft as private_peft
 from lorasb.compat import torch as private_torch
 from lorasb.compat import transformers as private_transformers
 from lorasb.compat import triton as private_triton
+from lorasb.layers.adapted_layer import AdaptedLayer
+from lorasb.tuner.model import LoRASBModel
 
 MODULES = (private_torch, private_transformers, private_peft, private_triton, private_bitsandbytes, private_accelerate)
-NAMES = [(m, name) for m in MODULES for name, one in m.PRIVATE.items() if "()" not in one.name]
+HEADERS = [one.name for one in private_torch.PRIVATE.values() if one.name.endswith(".h")]
+NAMES = [(m, name) for m in MODULES for name, one in m.PRIVATE.items() if not {"(", "/"} & set(one.name)]
 ATTRIBUTES = [(m, name) for m in MODULES for name, one in m.PRIVATE.items() if "()" in one.name]
 SOURCES = {
     "packing_format": lambda bnb: bnb.functional,
     "loaded": lambda _: core_model_loading,
     "device_caches": lambda _: jit,
+    "driver": lambda _: sys.modules["triton.runtime.driver"],  # whose name is the driver's in its package
+    private_torch.FSDP: lambda _: fully_sharded_data_parallel,
 }
 GONE = object()
 FALLBACKS = {name: one.fallback for name, one in private_torch.PRIVATE.items() if one.fallback is not None}
@@ -41,6 +51,21 @@ FALLBACKS = {name: one.fallback for name, one in private_torch.PRIVATE.items() i
 @pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda one: getattr(one, "__name__", one))
 def test_the_installed_version_has_the_name(module: ModuleType, name: str) -> None:
     assert compat.find(module.PRIVATE[name]._replace(fallback=GONE)) is not GONE
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_the_installed_torch_has_the_header(name: str) -> None:
+    assert (Path(torch.__file__).parent / "include" / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(LoRASBModel, tuners_utils.BaseTuner), (AdaptedLayer, tuners_utils.BaseTunerLayer)]
+)
+def test_every_overridden_hook_is_listed(ours: type, theirs: type) -> None:
+    found = {name for name in vars(ours) if re.match("_[a-z]", name) and callable(getattr(theirs, name, None))}
+    listed = {one.name.rpartition(".")[2] for one in private_peft.PRIVATE.values()}
+    assert found
+    assert found <= listed
 
 
 @pytest.mark.parametrize("name", ["no_such_package.name", "torch.no_such_module.name", "torch._C._no_such_name"])
@@ -118,6 +143,9 @@ def test_instances_have_the_attributes() -> None:
         "OptimizedModule": torch.compile(nn.Linear(2, 2)),
         "supports_repacking": quantized,
         "hook": offloaded,
+        "torch.nn.Module()._parameters": nn.Linear(2, 2),
+        "torch.nn.Module()._modules": nn.Linear(2, 2),
+        "peft.utils.other.AuxiliaryTrainingWrapper()._adapters": ModulesToSaveWrapper(nn.Linear(2, 2), "default"),
     }
     for module, name in ATTRIBUTES:
         attribute = module.PRIVATE[name].name.partition("().")[2]
