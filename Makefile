@@ -61,13 +61,13 @@ docs-serve: install
 # Two processes of one thread each: a file's tests stay together, and the longest files come first (tests/conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Of these, make test leaves fp32 to make test-ptx: its products take the interpreter longest.
+# Of these, make test leaves fp32, whose products take the interpreter longest, and other ARCHES to make test-ptx.
+ARCHES ?= sm_86
 COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_executed_work.py
 test: install $(QUANTIZERS)/.installed
 	$(PYTEST)
-	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) tests/layers/test_opaque_base.py
-	$(PYTEST) --ptx sm_86 -k "not float32" $(COMPILED_TESTS)
-	$(PYTEST) --ptx sm_90 -k "not float32" $(COMPILED_TESTS)
+	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) --dist load tests/layers/test_opaque_base.py
+	for arch in $(ARCHES); do $(PYTEST) --dist load --ptx $$arch -k "not float32" $(COMPILED_TESTS) || exit 1; done
 
 # The kernel tests on compiled code, every instruction executed and checked: make test-ptx ARCH=sm_90. Minutes.
 ARCH ?= sm_86
@@ -103,7 +103,7 @@ test-vllm: install $(VENV)/vllm-$(VLLM)/.installed
 # Those that make test leaves out, too: every configuration of every kernel compiled, four ranks, 4-bit shards that are
 # killed, fifty prompts through llama.cpp.
 test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
-	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) tests/layers/test_opaque_base.py
+	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) --dist load tests/layers/test_opaque_base.py
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	command -v chromium chromedriver | grep -q driver || (apt-get update -q && apt-get install -y -q chromium chromium-driver)
 	LORASB_TRITONS=$(abspath $(TRITONS)) LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"

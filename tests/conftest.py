@@ -22,9 +22,11 @@ pytest.register_assert_rewrite("finetune_runs", "linear_groups", "twins")  # the
 HERE = Path(__file__).parent
 LONGEST = (
     "kernels/test_static_report.py",
+    "repo/test_docs.py",
     "distributed/test_training.py",
     "app/test_commands.py",
     "distributed/test_process_group.py",
+    "repo/test_examples.py",
     "export/test_gguf.py",
     "repo/test_imports.py",
     "kernels/test_linear.py",

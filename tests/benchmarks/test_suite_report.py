@@ -38,6 +38,7 @@ def results(path: Path, gpu: str = "A card", skip: int = 0) -> Path:
     return path
 
 
+@pytest.mark.long  # starts pytest
 def test_make_finds_the_suite() -> None:
     command = re.search(r"^BENCH = \$\(BIN\)/python (.+) \$\(SECONDS\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert command

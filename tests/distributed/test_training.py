@@ -135,7 +135,7 @@ def test_trainer_gets_what_one_process_gets(engine: str, runs: Path, alone: Any,
     same_factors(runs / engine / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
 def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(engine: str, runs: Path, whole: Any) -> None:
     start = torchrun(2) if engine == "ddp" else accelerate("fsdp2.yaml")
     folder = runs / f"{engine} killed"
