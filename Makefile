@@ -126,7 +126,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
-	! grep -rnEiw "$(VAGUE)" --include=*.py --include=*.md --include=*.h --include=*.cpp lorasb kernels csrc docs *.md
+	! grep -rnEIiw "$(VAGUE)" --exclude-dir=research --exclude-dir=results --exclude=REPORT.md \
+	  lorasb kernels csrc docs examples benchmarks .github *.md
 
 # The C++ kernels' tests with every memory access and every undefined step watched, by a separate build of the extension.
 sanitize: install

@@ -54,7 +54,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how long: the device, seconds per case, and the factor by which shapes are divided."""
+    """The device, seconds per case, and the factor by which shapes are divided."""
 
     device: str
     seconds: float
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def rank(self) -> int:
-        """r of ours."""
+        """Rank of our adapters."""
         return RANK // min(self.divisor, 8)
 
 
@@ -213,7 +213,7 @@ def training(run: Run) -> Iterator[Row]:
 
 
 def host(run: Run) -> Iterator[Row]:
-    """What launches cost the host, with CUDA stubbed out."""
+    """CPU time of launches, with CUDA stubbed out."""
     command = [sys.executable, "-m", "benchmarks.kernels.host_time", "--json", "--calls", str(200 // run.divisor)]
     done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     if done.returncode:

@@ -41,7 +41,7 @@ batches = [batch_of(city) for city in CITIES]
 report = lorasb.initialize(model, batches, lr="auto", longest_start=0.0, progress=False)  # R = 0
 model.save_pretrained("runs/new_user/basis")
 
-# For each new user, in a process of its own if need be: R alone, on the basis.
+# For each new user, also in another process: R alone, on the basis.
 model = peft.PeftModel.from_pretrained(fresh(), "runs/new_user/basis")
 lorasb.add_adapters(model, ["zoe"])
 model.set_adapter("zoe")

@@ -3,7 +3,7 @@
     python -m benchmarks.common.compare BEFORE.json AFTER.json [--all] [--fail]
 
 Compared are ratios to the peer that ran in turns with ours in the same run, so that another machine's speed cancels.
-A change is told where the ranges from 20th to 80th percentile of the two runs are apart. `--fail` exits with 1 where
+A change is reported if the ranges from 20th to 80th percentile of the two runs do not overlap. `--fail` exits with 1 if
 anything became slower.
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("row", "case", "name", "fullname")  # what tells an entry of a list from others
+NAMES = ("row", "case", "name", "fullname")  # keys that identify an entry of a list
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A ratio and where 60% of its rounds lie."""
+    """A ratio, and the range of the middle 60% of its rounds."""
 
     ratio: float
     low: float
@@ -46,14 +46,14 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """ "slower", "faster", or "" where the ranges meet."""
+        """ "slower", "faster", or "" if the ranges overlap."""
         if self.after.low > self.before.high:
             return "slower"
         return "faster" if self.after.high < self.before.low else ""
 
 
 def figures(found: Any, name: str = "") -> Iterator[tuple[str, Measured]]:
-    """Every ratio in a file of results, by the path of names to it; the peers' own, 1 to 1, are left out."""
+    """Yield every ratio in a file of results with the path of names to it, without the peers' own, which are 1."""
     if isinstance(found, dict):
         if {"ratio", "ratio_p20", "ratio_p80"} <= found.keys():
             if (found["ratio_p20"], found["ratio_p80"]) != (1.0, 1.0):
@@ -64,25 +64,25 @@ def figures(found: Any, name: str = "") -> Iterator[tuple[str, Measured]]:
             yield from figures(value, name if plain else f"{name} {key}".strip())
     elif isinstance(found, list):
         for value in found:
-            told = " ".join(str(value[key]) for key in NAMES[:3] if key in value) if isinstance(value, dict) else ""
-            yield from figures(value, f"{name} {told}".strip())
+            own = " ".join(str(value[key]) for key in NAMES[:3] if key in value) if isinstance(value, dict) else ""
+            yield from figures(value, f"{name} {own}".strip())
 
 
 def compare(before: Any, after: Any) -> tuple[list[Change], list[str]]:
-    """What both have, and the names that one of them lacks."""
+    """Return the changes of figures in both runs, and the names of those in one run only."""
     first, second = dict(figures(before)), dict(figures(after))
     changes = [Change(name, first[name], second[name]) for name in first if name in second]
     return changes, sorted(first.keys() ^ second.keys())
 
 
 def view(changes: list[Change], apart: list[str], everything: bool) -> Table:
-    """The changes beyond noise, the largest first; or all."""
-    told = [change for change in changes if everything or change.verdict]
+    """Table of the changes beyond noise, or of all, the largest first."""
+    shown = [change for change in changes if everything or change.verdict]
     title = f"{len(changes)} figures in both, {sum(bool(change.verdict) for change in changes)} changed beyond noise"
     table = Table(title=title)
     for name in ("figure", "before", "after", "after / before", ""):
         table.add_column(name, justify="left" if name in ("figure", "") else "right")
-    for change in sorted(told, key=lambda one: abs(one.factor - 1), reverse=True):
+    for change in sorted(shown, key=lambda one: abs(one.factor - 1), reverse=True):
         cells = (f"{one.ratio:.3f} ({one.low:.3f}-{one.high:.3f})" for one in (change.before, change.after))
         table.add_row(change.name, *cells, f"{change.factor:.3f}", change.verdict)
     if apart:
@@ -91,10 +91,10 @@ def view(changes: list[Change], apart: list[str], everything: bool) -> Table:
 
 
 def read(path: Path) -> Any:
-    """A file of results.
+    """Read a file of results.
 
     Raises:
-        SystemExit: it is none; the message says what was expected.
+        SystemExit: the file has no results; the message says what was expected.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -83,7 +83,7 @@ def _percentile(values: list[float], p: int) -> float:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Most bytes that a call holds at once beyond what was there before."""
+    """Peak bytes that a call allocates beyond those allocated before it."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -153,7 +153,7 @@ def measured_dtype(device: str = "cpu") -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype | None = None) -> str:
-    """Its name, or the name of another one."""
+    """Name of a dtype, by default of the one that is measured in."""
     return str(dtype or measured_dtype()).removeprefix("torch.")
 
 
@@ -164,7 +164,7 @@ def provenance(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
 
 
 def provenance_columns() -> dict[str, str]:
-    """The same for a row of a CSV."""
+    """Version, machine and date, for a row of a CSV."""
     return {"version": commit(), "machine": machine_name(dtype_name()), "date": time.strftime("%Y-%m-%d")}
 
 

@@ -48,7 +48,7 @@ def launch_work(launch: Launch, arch: str) -> Work:
 
 
 def shares(launch: Launch) -> Iterator[Share]:
-    """A grid as the programs that are executed for all."""
+    """Yield the programs of a grid that are executed in place of all."""
     a = launch.arguments
     if launch.name == "prep_forward":
         yield Share(range(a["splits"]), launch.grid / a["splits"])
@@ -66,7 +66,7 @@ def shares(launch: Launch) -> Iterator[Share]:
 
 
 def _counted(launch: Launch, share: Share, arch: str) -> Work:
-    """Executed as it is, or where that is long, at two lengths of its reduction."""
+    """Count the work by executing the launch, or a long one at two shorter lengths of its reduction."""
     compiled, steps = compile_launch(launch, _driver(arch)), _steps(launch)
     is_core = share.programs.start < launch.arguments.get("core_programs", 0)
     if is_core or steps <= sum(SHORT):

@@ -43,7 +43,7 @@ LAYER, GROUP = "ours, a layer", "ours, a group of 3"
 
 
 class StubDriver:
-    """As much of Triton's driver as a launch asks for; launching does nothing."""
+    """The parts of Triton's driver that a launch uses; launching does nothing."""
 
     def __init__(self, arch: str) -> None:
         self.target = GPUTarget("cuda", int(arch[3:]), 32)
@@ -90,7 +90,7 @@ def adapted_calls() -> dict[str, Call]:
 
 
 def chain_calls() -> dict[str, Call]:
-    """The same by plain torch ops, one layer or three that read the same x, over tiny tensors."""
+    """Forward and backward by plain torch ops over tiny tensors: one layer, and three that read the same x."""
     x, dy = (torch.randn(1, 8).bfloat16() for _ in range(2))
     W, A, B = (torch.randn(*shape).bfloat16() for shape in ((8, 8), (4, 8), (8, 4)))
     R = [torch.randn(4, 4).requires_grad_() for _ in range(3)]
@@ -109,7 +109,7 @@ def chain_calls() -> dict[str, Call]:
 
 
 def _ordinary() -> AbstractContextManager[Any]:
-    """Every launch is Triton's own."""
+    """Launch by Triton's own code, without prepared launches."""
     from lorasb.kernels import prepared_linear
 
     return mock.patch.object(prepared_linear, "_is_ready", return_value=False)
@@ -117,7 +117,7 @@ def _ordinary() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _keys_in_python() -> Iterator[None]:
-    """Calls are described and tensors allocated without the extension."""
+    """Compute launch keys and allocate tensors without the extension."""
     from lorasb.kernels import prepared_launch
     from lorasb.ops import calls
 
@@ -156,7 +156,7 @@ def microseconds(calls: dict[str, Way], count: int) -> dict[str, list[float]]:
 
 
 def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
-    """Every way: µs, its ratio to the same work by plain ops, and how many tensors it allocates."""
+    """Measure every way: µs, its ratio to the same work by plain ops, and how many tensors it allocates."""
     import lorasb
     from lorasb.backends import triton as backend
 
@@ -194,7 +194,7 @@ def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
 
 
 def view(arch: str, found: dict[str, dict[str, float]]) -> Table:
-    """For people."""
+    """The results as a table."""
     table = Table(title=f"Host time of forward and backward, {arch}, CUDA stubbed out: CPU time of one thread")
     for column in ("", "µs", "over plain ops (20th-80th percentile)", "tensors allocated"):
         table.add_column(column, justify="right" if column else "left")

@@ -36,7 +36,7 @@ def members(n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype, bias: bool 
 def plan_for(
     op: str, dtype: torch.dtype, M: int, n: int, ms: tuple[int, ...], r: int, arch: str, sms: int, quant: str = "none"
 ) -> LaunchPlan:
-    """What the library would choose."""
+    """The launch plan that the library would choose."""
     return choice(Shape(op, DTYPES[dtype], bucket(M), n, sum(ms), r, len(ms), quant), arch, sms)
 
 
@@ -63,10 +63,7 @@ def record(
 
 
 def record_gradient(dtype: torch.dtype, M: int, n: int, m: int, arch: str) -> list[Launch]:
-    """The launches of a sum of gradients [m, n]: added to for the last time; where nothing is cut off, the others too.
-
-    Those are: added to, and of one call alone.
-    """
+    """Record a sum of gradients [m, n]: its last call; for even tiles, an earlier call and a single one too."""
     dy, x, total = empty(M, m, dtype=dtype), empty(M, n, dtype=dtype), empty(m, n)
     with observed(dry=True) as launches:
         gradient_signs(dy, x, total, False, arch)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels.recompilations [--arch sm_86] [--json]
 
-Triton compiles a kernel anew for every set of constants, and for every divisibility by 16 of its integers. Each takes a
-second or three, in the middle of somebody's training.
+Triton compiles a kernel again for every set of constants, and for every divisibility by 16 of its integers. Each
+compilation takes a few seconds, in the middle of training.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Cost:
 
 
 def demand(launch: Launch, gpu: Gpu, again: bool = False) -> Demand:
-    """Of one of our launches, executed; the GEMM reads what the thin pass has just read and written.
+    """The demand of one of our launches, by execution; the GEMM reads what the thin pass has just read and written.
 
     `again`: a sibling has just read x.
     """

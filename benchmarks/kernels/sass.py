@@ -105,7 +105,7 @@ def instructions(sass: str) -> Code:
 
 
 def loops_of(code: Code) -> list[tuple[int, int]]:
-    """Where loops begin and end: at a branch to somewhere before it."""
+    """Find where loops begin and end: at a branch to an earlier instruction."""
     place = {one.address: i for i, one in enumerate(code)}
     loops = []
     for i, one in enumerate(code):
@@ -135,7 +135,7 @@ def _weight(one: Instruction) -> float:
 
 @dataclass
 class Warp:
-    """Where a warp of the simulation is."""
+    """The state of a simulated warp."""
 
     program: int
     at: int = 0

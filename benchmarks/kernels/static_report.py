@@ -124,7 +124,7 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
                     yield Job(op, variant, dtype, arch, LaunchPlan("fused", plan.prep, plan.gemm))
                     if arch == "sm_90" and dtype != torch.float32:
                         yield Job(op, variant, dtype, arch, LaunchPlan("tma", plan.prep, TMA_GEMMS[0]))
-                    if variant.dropout:  # the masked term is a kernel of its own beside cuBLAS
+                    if variant.dropout:  # the masked term is a separate kernel
                         yield Job(op, variant, dtype, arch, LaunchPlan("addmm", plan.prep, plan.gemm))
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
                 yield gradient_job(variant, dtype, arch)
@@ -199,7 +199,7 @@ def _row(item: tuple[Job, int]) -> Row:
 
 
 def _instructions_a_weight(launch: Launch, loop: int) -> float | None:
-    """Of a step that decodes BLOCK_N x BLOCK_K weights in 4 bits."""
+    """Instructions per weight of a step that decodes BLOCK_N x BLOCK_K weights in 4 bits."""
     if launch.name != "quantized_gemm":
         return None
     threads = 32 * launch.options["num_warps"]

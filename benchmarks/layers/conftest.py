@@ -20,13 +20,13 @@ def device() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long a case is measured."""
+    """Add --seconds and --dtype."""
     parser.addoption("--seconds", type=float, default=2.0 if device() == "cpu" else 0.5, help="per case, all variants")
     parser.addoption("--dtype", choices=("auto", *DTYPES), default="auto", help="beside float32 on a CPU; see timing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Cases are made from it."""
+    """Set the dtype that cases are made with."""
     use_dtype(config.getoption("--dtype"))
 
 
@@ -65,7 +65,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Problem
 
 
 def case_of(problem: Problem, direction: str) -> dict[str, Any]:
-    """What the JSON says of a problem."""
+    """A problem as the JSON has it."""
     return {
         "n": problem.n,
         "ms": list(problem.ms),

@@ -54,7 +54,7 @@ def without_gradients(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable
 
 
 def cases(features: int, seconds: float) -> list[dict[str, Any]]:
-    """Every number of tokens, forward and both ways."""
+    """Measure forward, and forward and backward, at every number of tokens."""
     dense = nn.Linear(features, features, bias=False).requires_grad_(False)
     layers = {name: ours(nn.Linear(features, features, bias=False, dtype=dtype)) for name, dtype in DTYPES.items()}
     bare = nn.Linear(features, features, bias=False, dtype=torch.bfloat16).requires_grad_(False)
@@ -89,7 +89,7 @@ def view(found: list[dict[str, Any]], features: int) -> Table:
 
 
 def markdown(found: list[dict[str, Any]]) -> list[str]:
-    """The same for docs/kernels.md: both ways at every number of tokens, as times over torch's fp32."""
+    """Lines of the table in docs/kernels.md: forward and backward by tokens, relative to torch's fp32."""
     ways = [f"ours {name}, r={RANK}" for name in DTYPES]
     lines = [f"| f+b | torch fp32, bare | {' | '.join(ways)} |", "|---|---:|---:|---:|---:|"]
     for one in found:

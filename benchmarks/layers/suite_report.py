@@ -105,7 +105,7 @@ def size(count: int) -> str:
 
 
 def place(machine: dict[str, Any]) -> str:
-    """Where it was measured."""
+    """The machine and versions of a measurement, in words."""
     kind = f" ({machine['class']})" if "class" in machine else ""
     where = machine.get("gpu") or f"{machine['cpu']}{kind}, {machine['threads']} threads"
     return f"{where}, torch {machine['torch']}, peft {machine['peft']}"

@@ -58,7 +58,7 @@ class Problem:
 
 
 def variants(problem: Problem) -> dict[str, Forward]:
-    """Every way, the bare linears first. On a CPU ours is the addmm form, so that it stands there once."""
+    """Every way, the bare linears first. On a CPU ours is the addmm form, which is listed once."""
     p = problem
     found: dict[str, Forward] = {
         "bare": lambda x: [linear(x, w) for w in p.weights],
@@ -74,7 +74,7 @@ def variants(problem: Problem) -> dict[str, Forward]:
 
 
 def _chain(p: Problem, i: int, x: Tensor) -> Tensor:
-    """As anybody would write it."""
+    """An adapted linear by plain torch calls."""
     return linear(x, p.weights[i]) + linear(linear(linear(x, p.a[i]), p.cores[i].to(x.dtype)), p.b[i])
 
 

@@ -68,7 +68,7 @@ def _plain(value: Any) -> tuple[str, str]:
 
 @contextmanager
 def neighbors(count: int) -> Iterator[None]:
-    """So many processes beside this one, each of which keeps a core busy."""
+    """Run `count` processes that keep a core busy each."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield

@@ -54,7 +54,7 @@ def training_step(way: str) -> Callable[[], None]:
 
 
 def step(seconds: float) -> Iterator[dict[str, Any]]:
-    """A training step of SmolLM2; its memory beyond the model, each in a process of its own."""
+    """Measure a training step of SmolLM2, and in a separate process each its memory beyond the model."""
     calls = {way: training_step(way) for way in ("PEFT QLoRA r=32", "ours")}
     stats = measure({way: lambda _, call=call: call() for way, call in calls.items()}, "cpu", 4 * seconds)  # type: ignore[misc]
     memory = {way: _elsewhere("step_memory", way)["bytes"] for way in calls}

@@ -41,7 +41,7 @@ def decoding(seconds: float) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Of a table, for people and the report."""
+    """Yield the rows of the table, for the screen and the report."""
     for rows, times in found["decoding"].items():
         cells = []
         for name in (ALONE, PEFT, OURS):

@@ -48,11 +48,11 @@ class Sizes:
         return ((group.n, m) for _ in range(blocks) for group in groups for m in group.ms)
 
     def lora(self, r: int) -> int:
-        """A LoRA, which is also A and B of a basis of its rank."""
+        """Bytes of a LoRA, or of A and B of a basis of its rank."""
         return FP32 * r * sum(n + m for n, m in self._layers())
 
     def core(self, r: int) -> int:
-        """R of every layer."""
+        """Bytes of R of every layer."""
         return FP32 * r * r * sum(1 for _ in self._layers())
 
     def on_basis(self, r: int, count: int) -> int:
@@ -84,7 +84,7 @@ def table(model: str) -> Table:
 
 
 def crossovers(model: str) -> Iterator[str]:
-    """From how many adapters on each basis takes less than LoRAs."""
+    """Yield for each basis the number of adapters from which it takes less memory than LoRAs."""
     for r in RANKS:
         found = {lora_r: Sizes(model).crossover(r, lora_r) for lora_r in LORA_RANKS}
         parts = (f"LoRA r={a}: {'never' if n is None else f'from {n} on'}" for a, n in found.items())

@@ -1,10 +1,10 @@
-"""Four tasks of one model: an adapter of each on a basis of its own, and on one basis for all four.
+"""Four tasks of one model: an adapter of each on a separate basis, and on one basis for all four.
 
     python -m benchmarks.serving.joint_basis [--r 4 16 64] [--task gcd ...] [--workers 2]
     python -m benchmarks.serving.joint_basis --table
 
 Both see the same batches in the same order, by seed, start from as many samples of their task, and train at the same
-rate: the best for adapters of their own, by the loss on the validation split, on a seed that is not compared. Rows go
+rate: the best for separate adapters, by the loss on the validation split, on a seed that is not compared. Rows go
 to benchmarks/results/joint-basis.csv as runs finish, and what is there is not run again.
 """
 

@@ -45,7 +45,7 @@ def base() -> Any:
 
 
 def ours(four_bits: bool = False) -> Any:
-    """With a basis whose R is not zero."""
+    """The base with a basis whose R is not zero."""
     model = base()
     model = lorasb.patch(lorasb.quantize(model) if four_bits else model, r=RANK, init="random").eval()
     for name, parameter in model.named_parameters():

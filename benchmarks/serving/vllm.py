@@ -174,7 +174,7 @@ def merged(model: Any, file: Path) -> None:
 
 
 def measured(python: str, seconds: float) -> dict[str, Any]:
-    """Everything, with the folders in memory."""
+    """Measure everything, with the folders in memory."""
     root = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=root) as place:
         folder = Path(place)
@@ -248,7 +248,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def sentences(found: dict[str, Any]) -> Iterator[str]:
-    """What an adapter, a thousand of them and a step take."""
+    """Yield sentences on the cost of an adapter, of a thousand and of a step."""
     slots, added, resident = found["slot_bytes"], found["add_ms"], found["resident"]
     yield (
         f"A slot takes {slots[PLUGIN] / 1e6:.2f} MB in the plugin and {slots[STOCK] / 1e6:.1f} MB in vLLM, and an "

@@ -2,8 +2,8 @@
 
     python -m benchmarks.training.initialization [--rounds 5] [--output benchmarks/results]
 
-Memory is what a process needs on top of the loaded model. Times and memory are measured in turns, each in a process of
-its own, as an initialization is. Samples are 192 tokens of generated problems, one per batch, in fp32, as far as a row
+Memory is what a process needs on top of the loaded model. Times and memory are measured in turns, each in a fresh
+process, as an initialization is. Samples are 192 tokens of generated problems, one per batch, in fp32, as far as a row
 says nothing else.
 """
 
@@ -81,7 +81,7 @@ def patched(dtype: torch.dtype = torch.float32, blocks: int | None = None) -> An
 
 
 def new_memory(call: Callable[[], Any]) -> int:
-    """Most bytes of resident memory that a call needs beyond what was there before."""
+    """Peak bytes of resident memory that a call adds."""
     before, peak, done = _resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -101,7 +101,7 @@ def _resident() -> int:
 
 
 def init_memory(blocks: int, **options: Any) -> dict[str, Any]:
-    """Of an initialization."""
+    """New memory of an initialization."""
     found, batches = patched(blocks=blocks), samples()
     with torch.no_grad():
         found(input_ids=batches[0]["input_ids"])
@@ -109,7 +109,7 @@ def init_memory(blocks: int, **options: Any) -> dict[str, Any]:
 
 
 def train_memory(rows: int) -> dict[str, Any]:
-    """Of one AdamW step with PEFT's LoRA on every linear."""
+    """New memory of an AdamW step with PEFT's LoRA on every linear."""
     import peft
 
     config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -215,7 +215,7 @@ MEMORY = tuple(name for name in WORKERS if "blocks" in name or "step" in name)
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Run a worker in a process of its own; where memory is measured, one that gives freed memory back at once."""
+    """Run a worker in a fresh process; where memory is measured, one that returns freed memory at once."""
     command = [sys.executable, "-m", "benchmarks.training.initialization", "--worker", name]
     limits = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"} if name in MEMORY else {}
     done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True)
@@ -225,7 +225,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def collect(rounds: int) -> dict[str, Any]:
-    """Everything: times and memory several times each, in turns."""
+    """Measure times and memory several times each, in turns."""
     memory: dict[str, list[int]] = {name: [] for name in MEMORY}
     times: dict[str, list[float]] = {"layerwise": [], "all sums": [], "per-sample": []}
     for i in range(rounds):
@@ -243,7 +243,7 @@ def boundary_growth() -> int:
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """What, measured, against what, ratio."""
+    """Rows of the table: figure, ours, the peer's, ratio."""
     memory = {name: statistics.median(values) for name, values in found["memory"].items()}
     ours, sums = memory["layerwise, 30 blocks"], memory["all sums, 30 blocks"]
     a_sample = statistics.median(found["epoch"]["seconds_a_sample"])
@@ -295,7 +295,7 @@ def _time_row(what: str, times: dict[str, list[float]], ours: str, other: str, s
 
 
 def _per_sample(times: dict[str, list[float]], memory: dict[str, float]) -> Iterator[tuple[str, str, str, str]]:
-    """Its cost beside the default start's; nothing where it was not measured."""
+    """Yield rows on per-sample's cost against the default start's, if it was measured."""
     if "per-sample" in times:
         mine, theirs = memory["per-sample, 30 blocks"], memory["layerwise, 30 blocks"]
         yield _time_row('update="per-sample": time, s', times, "per-sample", "layerwise", 'update="adamw"')
@@ -312,7 +312,7 @@ def _mb(size: float) -> str:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """The rows, for people."""
+    """The rows as a table."""
     where = found["machine"]
     title = f"Initialization of SmolLM2-135M, {SAMPLES} x {TOKENS} tokens, r={RANK}, fp32"
     view = Table(title=title, caption=f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.training.opaque_bases [--base hqq ...] [--seconds 40] [--output benchmarks/results]
 
-SmolLM2-135M, 4 x 128 tokens, AdamW, all linear layers; --dtype is auto. Both adapters stand beside the same layers,
-which compute by themselves. Memory: the most that a step holds beyond the model and the optimizer's state.
+SmolLM2-135M, 4 x 128 tokens, AdamW, all linear layers; --dtype is auto. Both adapters are added to the same layers,
+which compute their own product. Memory: the most that a step holds beyond the model and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def run(base: str, seconds: float) -> dict[str, dict[str, Any]]:
 
 
 def view(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    """For people, with ratios to PEFT's."""
+    """The results as a table, with ratios to PEFT's."""
     table = Table(title=f"a training step of SmolLM2-135M on other quantizers' layers, {dtype_name()}, 4 x 128 tokens")
     for name in ("base", *HEAD):
         table.add_column(name, justify="left" if name == "base" else "right")

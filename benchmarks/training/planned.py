@@ -3,7 +3,7 @@
     python -m benchmarks.training.planned [--json] [--output FILE] [--repeats 5]
 
 Each model trains three steps in bf16 and in fp32, each in a separate process, whose resident memory is read from
-the kernel (VmHWM), less that before the model is made. Twice: with glibc told to return freed memory at once, so that
+the kernel (VmHWM), less that before the model is made. Twice: with glibc set to return freed memory at once, so that
 resident is what is alive, against the plan's live bytes; and as it is, against the plan with what allocators hold.
 Where small objects fall between a heap's tensors differs from run to run, and so does what it holds: the median of
 several runs is compared.
@@ -107,7 +107,7 @@ def child(folder: str, dtype_name: str, checkpointing: bool) -> int:
 
 
 def alive(found: MemoryPlan) -> int:
-    """What a plan counts without what allocators hold."""
+    """Planned bytes without those that allocators hold."""
     return found.step - found.reserve
 
 
@@ -120,7 +120,7 @@ def compare(name: str, folder: str, dtype: str, checkpointing: bool, repeats: in
 
 
 def machine() -> str:
-    """This one, and its own dtype."""
+    """This machine and its dtype."""
     return machine_name(dtype_name(dtype_of(Request(EMBEDDED))))
 
 
@@ -148,7 +148,7 @@ def view(found: list[Found]) -> Table:
 
 
 def page(results: dict[str, Any]) -> list[str]:
-    """The same as lines of Markdown, from a file of results."""
+    """The table as lines of Markdown, from a file of results."""
     return list(markdown(list(HEAD), (line(Found(**run)) for run in results["runs"])))
 
 

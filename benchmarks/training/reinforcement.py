@@ -50,7 +50,7 @@ HEAD = "entry", "trained", "bytes per step", "rate", "seeds", "chance", "gained"
 
 @dataclass(frozen=True)
 class Entry:
-    """What trains, and the middle of its rates."""
+    """A method with its rank, start and the middle of its rates."""
 
     method: str
     r: int
@@ -96,7 +96,7 @@ def started(work: Path) -> Path:
 
 
 def known_at_first(work: Path) -> list[float]:
-    """What the model that all begin from knows of the held-out sums; measured once."""
+    """Chance and greedy score of the common starting model on the held-out sums; measured once."""
     file = work / "base" / "known.json"
     if not file.is_file():
         found = sums.known(*sums.loaded(started(work)), sums.problems(work, PROMPTS)["held_out"])
@@ -105,7 +105,7 @@ def known_at_first(work: Path) -> list[float]:
 
 
 def run(entry: Entry, lr: float, seed: int, work: Path) -> dict[str, Any]:
-    """One run, by the command."""
+    """Run `lorasb finetune` once."""
     output, files = work / f"{entry.method}-{entry.r}-{entry.start}-{lr:g}-{seed}", sums.problems(work, PROMPTS)
     given = {
         "--model": started(work), "--data": files["prompts"], "--eval-data": files["held_out"], "--eval-examples": 8,
@@ -179,7 +179,7 @@ def best_rate(rows: Sequence[Row], entry: Entry) -> float | None:
 
 
 def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
-    """A row an entry that has seeds."""
+    """Yield a row per entry that has seeds."""
     for entry in ENTRIES.values():
         rate = best_rate(rows, entry)
         mine = [r for r in rows if r["entry"] == entry.name and float(r["lr"]) == rate and int(r["seed"]) < SWEEP_SEED]

@@ -1,8 +1,8 @@
-"""What a person waits for before anything is learned: imports, and patching a model.
+"""Time before training begins: imports, and patching a model.
 
     python -m benchmarks.training.startup [--rounds 9] [--output benchmarks/results]
 
-Imports in turns, each in a process of its own: `import torch`; `import torch, lorasb`, which imports nothing else yet;
+Imports in turns, each in a fresh process: `import torch`; `import torch, lorasb`, which imports nothing else yet;
 `import torch, peft`; and `import torch, lorasb; lorasb.patch`, the first name that is needed, which imports PEFT and
 transformers. `lorasb.patch` of SmolLM2 (30 blocks, 210 linears) and of a Mistral-7B on the meta device (32 blocks, 224
 linears), both after one that is not timed.
@@ -35,7 +35,7 @@ IMPORTS = {
 
 
 def seconds_of(code: str) -> float:
-    """Of a statement in a fresh process; the interpreter's own start is not counted."""
+    """Seconds of a statement in a fresh process, without the interpreter's own start."""
     script = f"import time; started = time.perf_counter()\n{code}\nprint(time.perf_counter() - started)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     return float(done.stdout)
@@ -84,7 +84,7 @@ def patching(make: Callable[[], Any], rounds: int) -> list[float]:
 
 
 def view(rows: dict[str, list[float]], ratios: tuple[float, float]) -> Table:
-    """For people."""
+    """The results as a table."""
     table = Table(title="seconds, median (least - most)")
     table.add_column("what")
     table.add_column("s", justify="right")

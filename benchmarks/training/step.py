@@ -72,7 +72,7 @@ class Training:
         self.ids = torch.randint(3, 49000, (4, 128), generator=torch.Generator().manual_seed(0))
 
     def loss(self) -> Tensor:
-        """A forward."""
+        """The loss of a forward."""
         loss: Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
         return loss
 
@@ -82,7 +82,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def kept_bytes(self) -> int:
-        """What autograd keeps between forward and backward, parameters and buffers left out."""
+        """Bytes that autograd keeps between forward and backward, without parameters and buffers."""
         own = {tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
         return saved_bytes(self.loss, own)
 
@@ -93,7 +93,7 @@ class Training:
 
 
 def run(seconds: float) -> dict[str, dict[str, Any]]:
-    """Every figure of all ways."""
+    """Measure every figure of all ways."""
     ways = {way: Training(way) for way in (PEFT, EQUAL, OURS)}
     stats = measure(dict(ways), "cpu", seconds, least=6)
     return {
@@ -121,7 +121,7 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def view(found: dict[str, dict[str, Any]]) -> Table:
-    """For people."""
+    """The results as a table."""
     table = Table(title=f"a training step of SmolLM2-135M, {dtype_name()}, 4 x 128 tokens")
     for name in HEAD:
         table.add_column(name, justify="right" if name else "left")
