@@ -1,4 +1,4 @@
-"""Package folders and the C++ extension; everything else is in pyproject.toml.
+"""Package folders, the readme and the C++ extension; everything else is in pyproject.toml.
 
 The extension is built against the installed torch, so build without isolation. Without a compiler or torch, or with
 LORASB_NO_CSRC=1, lorasb is installed without it and computes in eager torch.
@@ -6,6 +6,7 @@ LORASB_NO_CSRC=1, lorasb is installed without it and computes in eager torch.
 
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -53,8 +54,17 @@ def extension():
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrLeaveOut.with_options(use_ninja=parallel)}}
 
 
+def description():
+    """The README with absolute links and pictures, as relative ones lead nowhere on PyPI."""
+    text, main = Path("README.md").read_text(encoding="utf-8"), "https://github.com/lorasb/lorasb/{}/main/"
+    text = re.sub(r'(!\[[^]]*\]\(|src(?:set)?=")(?!https?:)', rf"\1{main.format('raw')}", text)
+    return re.sub(r"(\]\()(?!https?:|#)", rf"\1{main.format('blob')}", text)
+
+
 # lorasb/py.typed needs no line below: setuptools puts it into the wheel by itself. `__init__.pyi` is read at runtime.
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     packages=[
         *find_packages(include=["lorasb", "lorasb.*"]),
         "lorasb.kernels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import site
 import sys
@@ -16,6 +17,21 @@ from processes import python as run_python
 ROOT = Path(__file__).parents[2]
 SOURCE = "csrc", "lorasb", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"
 NO_COMPILER = {"CC": "false", "CXX": "false"}
+
+
+def test_links_and_pictures_of_the_readme_are_absolute_on_pypi(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, str] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **options: given.update(options))
+    monkeypatch.setenv("LORASB_NO_CSRC", "1")
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    text = given["long_description"]
+    assert all(link.startswith("https://") for link in re.findall(r'(?:\]\(|src="|srcset=")([^)"#\s]+)', text))
+    found = re.findall(r'lorasb/lorasb/(raw|blob)/main/([^)"#\s]+)', text)
+    assert {kind for kind, _ in found} == {"raw", "blob"}
+    for kind, path in found:
+        assert (ROOT / path).exists(), path
+        assert (kind == "raw") == path.endswith(".png"), path
 
 
 @pytest.mark.long
@@ -34,6 +50,8 @@ def test_the_quick_start_runs_from_a_wheel(environment: dict[str, str], tmp_path
     (wheel,) = (source / "dist").glob("*.whl")
     compiled = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("lorasb/_C")]
     assert bool(compiled) == (not environment)
+    metadata = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    assert b"lorasb/raw/main/docs/" in zipfile.ZipFile(wheel).read(metadata)
 
     # requirements come from this environment, whose own lorasb a .pth file does not reach
     run_python("-m", "venv", "clean", cwd=tmp_path)
