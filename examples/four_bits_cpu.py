@@ -3,13 +3,12 @@
 python examples/four_bits_cpu.py [STEPS [MODEL]]
 
 blocks: 425 MB in 32 bits, 53 MB in 4
-step 0: loss 0.782
-step 19: loss 0.058
-138 tokens a second
+held-out loss 7.415 -> 0.743
 """
 
+import itertools
+import random
 import sys
-import time
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,11 +18,12 @@ import lorasb
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
 tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def megabytes(module: torch.nn.Module) -> float:
-    """Of all parameters, packed ones too."""
+    """Megabytes of all parameters, packed ones too."""
     return sum(p.numel() * p.element_size() for p in module.parameters()) / 1e6
 
 
@@ -32,19 +32,22 @@ lorasb.quantize(model, "nf4", nested=True)  # bit for bit what bitsandbytes stor
 print(f"blocks: {dense:.0f} MB in 32 bits, {megabytes(model.model.layers):.0f} MB in 4")
 model = lorasb.patch(model, r=32)
 
-text = "The quick brown fox jumps over the lazy dog. " * 4
-ids = tokenizer(text, return_tensors="pt")["input_ids"].repeat(4, 1)
-batch = {"input_ids": ids, "labels": ids}
-lorasb.initialize(model, [batch], lr=2e-4, progress=False)
+lists = list(itertools.permutations(("red", "blue", "green", "cat", "dog", "horse"), 3))
+random.Random(0).shuffle(lists)
+texts = [f"Reverse: {' '.join(words)}\nAnswer: {' '.join(reversed(words))}\n" for words in lists]
+rows = dict(tokenizer(texts, return_tensors="pt", padding=True))
+rows["labels"] = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+held_out, *batches = ({name: value[i : i + 8] for name, value in rows.items()} for i in range(0, len(lists), 8))
+with torch.no_grad():
+    before = model(**held_out).loss.item()
+lorasb.initialize(model, batches[:4], lr=2e-4, progress=False)
 optimizer = torch.optim.AdamW(lorasb.parameter_groups(model, lr=2e-3))
 model.train()
-started = time.perf_counter()
 for step in range(steps):
-    loss = model(**batch).loss
-    loss.backward()
+    model(**batches[step % len(batches)]).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if step in (0, steps - 1):
-        print(f"step {step}: loss {loss.item():.3f}")
-print(f"{steps * ids.numel() / (time.perf_counter() - started):.0f} tokens a second")
+with torch.no_grad():
+    after = model.eval()(**held_out).loss.item()
+print(f"held-out loss {before:.3f} -> {after:.3f}")
 model.save_pretrained("runs/four_bits/adapter")  # R, A and B: the base stays where it is

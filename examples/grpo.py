@@ -2,7 +2,7 @@
 
 python examples/grpo.py [STEPS [MODEL]]
 
-mean reward 0.366 -> 0.500, by 13,440 trained numbers
+mean reward on held-out prompts 0.284 -> 0.566, by 13,440 trained numbers
 """
 
 import sys
@@ -19,6 +19,7 @@ folder = sys.argv[2] if len(sys.argv) > 2 else lorasb.demo_model()
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 prompts = [f"The {a} and the {b}" for a in ("cat", "dog", "king", "sea") for b in ("moon", "road", "child", "bird")]
+held_out = [f"The {a} and the {b}" for a in ("boy", "ship") for b in ("river", "star", "house", "tree")]
 
 
 def reward(completions: list[str], **columns: object) -> list[float]:
@@ -37,13 +38,12 @@ trainer = GRPOTrainer(
         max_completion_length=16,
         learning_rate=2e-1,
         gradient_checkpointing=False,  # TRL's default, True, computes each forward twice
-        logging_steps=max(1, steps // 4),
         save_strategy="no",
-        report_to="none",
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
     ),
-    train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+    train_dataset=Dataset.from_dict({"prompt": prompts}),
+    eval_dataset=Dataset.from_dict({"prompt": held_out}),
     processing_class=tokenizer,
     peft_config=lorasb.LoRASBConfig(r=8),
     callbacks=[
@@ -53,7 +53,7 @@ trainer = GRPOTrainer(
         )
     ],
 )
+before = trainer.evaluate()["eval_reward"]
 trainer.train()
-rewards = [entry["rewards/reward/mean"] for entry in trainer.state.log_history if "rewards/reward/mean" in entry]
-trained = trainer.model.num_parameters(only_trainable=True)
-print(f"mean reward {float(rewards[0]):.3f} -> {float(rewards[-1]):.3f}, by {trained:,} trained numbers")
+after, trained = trainer.evaluate()["eval_reward"], trainer.model.num_parameters(only_trainable=True)
+print(f"mean reward on held-out prompts {before:.3f} -> {after:.3f}, by {trained:,} trained numbers")

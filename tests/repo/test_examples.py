@@ -14,23 +14,27 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+import torch
 from command import call
 from processes import python
+from safetensors.torch import load_file
+
+from lorasb.app.data import load_examples
+from lorasb.app.settings import Settings
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES, NOTEBOOKS = sorted(FOLDER.glob("*.py")), sorted(FOLDER.glob("*.ipynb"))
 # What each prints, of a tiny model too.
 PRINTED = {
     "export": ["plain LoRA of rank 16", "LoraModel gives the same logits within"],
-    "four_bits_cpu": ["MB in 4", "step 0: loss", "tokens a second"],
+    "four_bits_cpu": ["MB in 4", "held-out loss"],
     "lora_at_equal_parameters": ["LoRA r=3: ", "LoRA-SB r=64: ", "held-out loss"],
     "new_user": ["basis: ", "zoe: "],
-    "grpo": ["mean reward", "trained numbers"],
+    "grpo": ["mean reward on held-out prompts", "trained numbers"],
     "personal_adapters": ["mean loss", "20 adapters, ", "of 40 answers right"],
-    "several_processes": ["1 process(es); the norm of a layer's R is"],
-    "trainer": ["numbers were trained", "of 16 held-out lists right"],
+    "trainer": ["of 16 held-out lists right"],
     "vllm_server": ["LORASB_BASIS=runs/vllm_server python -m vllm"],
-    "trl_sft": ["What color is milk?"],
+    "trl_sft": ["What color is milk?", "of 4 held-out answers in the trained style"],
 }
 
 
@@ -59,13 +63,22 @@ def test_it_runs(
 
 @pytest.mark.long
 def test_two_processes_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
-    command = (FOLDER / "several_processes.py", 3, tiny)
-    printed = (
-        python("-W", "ignore", *launcher, *command, cwd=tmp_path, OMP_NUM_THREADS="1", PYTHONPATH=str(FOLDER.parent))
-        for launcher in ((), ("-m", "torch.distributed.run", "--nproc-per-node", 2))
-    )
-    one, two = (float(text.strip().rpartition(" ")[2]) for text in printed)
-    assert one == pytest.approx(two, rel=1e-2)
+    for name, launcher in {"one": (), "two": ("-m", "torch.distributed.run", "--nproc-per-node", 2)}.items():
+        (tmp_path / name).mkdir()
+        options = {"cwd": tmp_path / name, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+        python("-W", "ignore", *launcher, FOLDER / "trainer.py", 3, tiny, **options)
+    file = "runs/trainer/adapter/adapter_model.safetensors"
+    one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-2 * float(value.abs().max()))
+
+
+def test_a_row_of_each_of_the_people_is_held_out_by_default() -> None:
+    train, held_out = load_examples(Settings(data=str(FOLDER / "people.jsonl"), adapter_column="user"))
+    assert sorted(example.adapter for example in held_out) == ["ada", "alan", "grace"]
+    known = {(example.adapter, example.completion) for example in train}
+    assert all((example.adapter, example.completion) in known for example in held_out)  # in other words
 
 
 def test_what_the_demo_says_comes_next_are_commands_that_parse_and_files_that_are_there() -> None:
