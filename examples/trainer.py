@@ -23,10 +23,9 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
 
 def row(words: tuple[str, ...]) -> dict[str, list[int]]:
-    """A prompt and its answer; the answer's tokens alone are learned."""
     prompt = tokenizer(f"Reverse: {' '.join(words)}\nAnswer:")["input_ids"]
     answer = tokenizer(" " + " ".join(reversed(words)))["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}  # the answer alone is learned
 
 
 lists = list(itertools.permutations(("red", "blue", "green", "white", "cat", "dog", "horse", "parrot"), 3))
@@ -43,6 +42,7 @@ trainer = Trainer(
         warmup_steps=0.1,
         save_strategy="no",
         disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),  # without it processes on a CPU would train apart
         ddp_find_unused_parameters=False,
     ),
     train_dataset=[row(words) for words in lists[16:]],

@@ -66,12 +66,13 @@ def test_two_processes_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
     for name, launcher in {"one": (), "two": ("-m", "torch.distributed.run", "--nproc-per-node", 2)}.items():
         (tmp_path / name).mkdir()
         options = {"cwd": tmp_path / name, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
-        python("-W", "ignore", *launcher, FOLDER / "trainer.py", 3, tiny, **options)
+        printed = python("-W", "ignore", *launcher, FOLDER / "trainer.py", 3, tiny, **options)
+        assert printed.count("held-out lists right") == 1
     file = "runs/trainer/adapter/adapter_model.safetensors"
     one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-2 * float(value.abs().max()))
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
 
 
 def test_a_row_of_each_of_the_people_is_held_out_by_default() -> None:
