@@ -35,11 +35,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
+from ..compat import find
+from ..compat.triton import PRIVATE
 from .dequantize_4bit import dequantize_bytes, storage_of
 from .device_functions import pick
 from .projection import PrepConstants, block_ranks, project, store_sums, times_core
+
+gdc_launch_dependents = find(PRIVATE["gdc_launch_dependents"])
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..compat.triton import is_compiled
+from ..compat.triton import has_tma, is_compiled
 from .block_sizes import cdiv, prep_splits, rank_blocks
 from .launcher import Launch
 from .low_rank import prep_backward, prep_forward
@@ -93,6 +93,6 @@ def _common_arguments(members: Members, plan: LaunchPlan, dtype: torch.dtype) ->
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_J=32 if width % 32 == 0 else 16,  # has to divide R_PADDED, a multiple of 16
-        OVERLAPPED=plan.path == "tma" and is_compiled(prep_forward),
+        OVERLAPPED=plan.path == "tma" and has_tma() and is_compiled(prep_forward),
         **WITHOUT_WEIGHT,
     )

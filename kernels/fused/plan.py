@@ -1,4 +1,4 @@
-"""Which path and which blocks: rules from JSON tables, a user's first, then the shipped ones, then a safe default.
+"""Which path and which blocks: rules from JSON tables, a user's first, then the shipped ones.
 
 A rule holds where all its conditions do: `op`, `dtype`, `card` and `driver` by name, `dropout` by truth, `M`, `n`, `m`,
 `r`, `sms` and `triton` by range [low, high]. `triton` is 100 times its major version plus the minor. Up to 3.7 Triton
@@ -13,22 +13,21 @@ user's table. A shipped table states in `measured` and `basis` what its rules re
 from __future__ import annotations
 
 import json
-import warnings
+import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..compat.triton import installed
-from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
+from ..compat.triton import installed, warn_once
+from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig, is_executed, quantized_config
 
 TABLES = Path(__file__).parent / "tables"
 CHOICES = {"path": ("fused", "addmm", "tma"), "weights": ("inline", "scratch")}
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
-OF_THE_MACHINE = ("sms", "triton", "card", "driver")  # conditions besides a shape's fields
 BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # what reading a table that is none raises
 _user_tables: Callable[[], Path | None] | None = None
 _machine: Callable[[], dict[str, object]] = dict  # the card and its driver
@@ -50,6 +49,10 @@ class Shape:
     members: int = 1
     quant: str = "none"
     dropout: bool = False
+
+
+# what conditions name: a shape's fields, and the machine
+VALUES = asdict(Shape("", "", 0, 0, 0, 0)) | {"sms": 0, "triton": 0, "card": "", "driver": ""}
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,12 @@ class Rule:
         for name, known in CHOICES.items():
             if entry.get(name) not in (None, *known):
                 raise ValueError(f"expected {name} {' or '.join(known)}, got {entry[name]!r}")
-        unknown = set(conditions) - {*Shape.__dataclass_fields__, *OF_THE_MACHINE}
-        if unknown:
+        if unknown := set(conditions) - set(VALUES):
             raise ValueError(f"unknown conditions {sorted(unknown)}")
+        for name, wanted in conditions.items():
+            _inside(VALUES[name], wanted)  # raises for what is no range
+        if not all(isinstance(size, int | None) for blocks in (prep or {}, gemm or {}) for size in blocks.values()):
+            raise ValueError(f"expected whole numbers, got prep {prep} and gemm {gemm}")
         return cls(
             conditions,
             entry.get("path"),
@@ -104,21 +110,39 @@ class Rule:
 def _inside(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, list):
         low, high = wanted
-        return value >= low and (high is None or value <= high)
+        return all((value >= low, high is None or value <= high))
     return bool(value == wanted)
 
 
 def choose(shape: Shape, arch: str, sms: int) -> LaunchPlan:
-    """The plan for a shape on an architecture ("sm_86") with so many multiprocessors; "interpreter" on the CPU."""
-    rules = [rule for rule in (*user_rules(arch), *shipped_rules(arch)) if rule.holds(shape, sms)]
+    """The plan for a shape on an architecture ("sm_86") with so many multiprocessors; "interpreter" on the CPU.
+
+    Of a user's rules those that `has_executed_code` refuses are left out. An unknown architecture takes cuBLAS.
+    """
+    shipped = shipped_rules(arch)
+    if arch == INTERPRETER:
+        weights = "inline" if shape.M <= DECODE_ROWS else "scratch"
+        return replace(_by_rules(shipped, shape, sms), path="fused", weights=weights)
+    if not is_known(arch):
+        warn_once(f"lorasb's kernels were not tested for {arch}: cuBLAS computes all products but the thin ones")
+        return replace(_by_rules(shipped, shape, sms), path="addmm", weights="scratch")
+    chosen = _by_rules((*user_rules(arch), *shipped), shape, sms)
+    return chosen if has_executed_code(chosen, shape, arch) else _by_rules(shipped, shape, sms)
+
+
+def _by_rules(rules: tuple[Rule, ...], shape: Shape, sms: int) -> LaunchPlan:
+    holding = [rule for rule in rules if rule.holds(shape, sms)]
     names = ("path", "prep", "gemm", "weights")
-    first = {name: next((v for rule in rules if (v := getattr(rule, name))), None) for name in names}
-    return LaunchPlan(
-        first["path"] or ("fused" if arch == INTERPRETER or shape.M <= DECODE_ROWS else "addmm"),
-        first["prep"] or default_prep(shape),
-        first["gemm"] or default_gemm(shape),
-        first["weights"] or ("inline" if shape.M <= DECODE_ROWS else "scratch"),
-    )
+    first: dict[str, Any] = {name: next((v for rule in holding if (v := getattr(rule, name))), None) for name in names}
+    return LaunchPlan(first["path"], first["prep"], first["gemm"], first["weights"] or "scratch")
+
+
+def has_executed_code(chosen: LaunchPlan, shape: Shape, arch: str) -> bool:
+    """True if tests execute the code of a plan's kernels: TMA on sm_90 alone, tcgen05 nowhere."""
+    code, blocks = family(arch), [chosen.prep.block_m, chosen.gemm.block_m]
+    if shape.quant != "none" and chosen.weights == "inline":
+        blocks.append(quantized_config(shape.M, 4 if shape.dtype == "fp32" else 2).block_m)
+    return (chosen.path != "tma" or code == "sm_90") and all(is_executed(rows, code) for rows in blocks)
 
 
 @lru_cache(maxsize=4096)
@@ -132,32 +156,40 @@ def bucket(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
+@lru_cache
 def family(arch: str) -> str:
-    """The architecture whose table and code another one shares: "sm_100" of "sm_103", "sm_120" of "sm_121"."""
-    number = arch.removeprefix("sm_")
-    if number.isdecimal() and int(number) >= 100:
-        return "sm_120" if int(number) >= 120 else "sm_100"
-    return arch
+    """The architecture whose table and code another one shares: "sm_100" of "sm_103", "sm_120" of "sm_121".
+
+    "sm_86" of the interpreter; "sm_100" of an unknown one, as its blocks compile to mma.sync, which all have.
+    """
+    if arch == INTERPRETER:
+        return "sm_86"
+    return re.sub(r"(?<=sm_1[02])\d$", "0", arch) if is_known(arch) else "sm_100"
+
+
+def is_known(arch: str) -> bool:
+    """True if kernels were executed as compiled for an architecture, or for another one with its instructions."""
+    return arch == INTERPRETER or bool(re.fullmatch(r"sm_(8[069]|90|1[02]\d)", arch))
 
 
 @lru_cache
 def shipped_rules(arch: str) -> tuple[Rule, ...]:
-    path = TABLES / f"{family(arch)}.json"
-    return read_rules(path) if path.is_file() else ()
+    return read_rules(TABLES / f"{family(arch)}.json")
 
 
 @lru_cache
 def user_rules(arch: str) -> tuple[Rule, ...]:
-    """Read the table that `lorasb bench tune` wrote for this architecture; warn of a broken one, and leave it out."""
+    """Read the table that was measured for this architecture; warn of one that cannot be read, and leave it out."""
     path = user_table(arch)
-    if path is None or not path.is_file():
-        return ()
     try:
-        return read_rules(path)
-    except BROKEN as error:
-        warnings.warn(
-            f"{path} is not a table of kernels ({error}): taking the shipped one. `lorasb bench tune` writes a new one",
-            stacklevel=2,
+        return () if path is None else read_rules(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except (OSError, *BROKEN) as error:
+        why = getattr(error, "strerror", None) or error
+        warn_once(
+            f"{path} cannot be read as a table of kernels ({why}): taking the shipped one. Delete it, or let `lorasb "
+            "bench tune` write a new one"
         )
         return ()
 
@@ -190,26 +222,3 @@ def forget() -> None:
     generation += 1
     for cached in (choice, shipped_rules, user_rules):
         cached.cache_clear()
-
-
-def default_prep(shape: Shape) -> PrepConfig:
-    """Blocks that compile without spilling on sm_80 to sm_90, for what has no table.
-
-    What takes registers are fp32 sums, block_m x (padded ranks of all members), and in fp32 the operands: more ranks or
-    members take fewer columns of x per step, or fewer rows.
-    """
-    if shape.M <= DECODE_ROWS:
-        return PrepConfig(16, 32 if shape.members > 2 else 64, 4, 3)
-    if shape.dtype == "fp32" or shape.r > 128:
-        return PrepConfig(32, 16, 4, 3)
-    wide = shape.op == "forward" and shape.members > 2
-    return PrepConfig(64, 16 if wide else 32 if shape.members > 1 else 64, 4, 4 if wide else 3)
-
-
-def default_gemm(shape: Shape) -> GemmConfig:
-    """Blocks that compile without spilling on sm_80 to sm_90; two programs per multiprocessor in 16 bits."""
-    if shape.M <= DECODE_ROWS:
-        return GemmConfig(16, 64, 64, 1, 4, 3)
-    if shape.dtype == "fp32":
-        return GemmConfig(128, 64, 16, 8, 8, 3)
-    return GemmConfig(128, 128, 32, 8, 8, 4, registers=128) if shape.M > 64 else GemmConfig(64, 64, 32, 8, 4, 4)

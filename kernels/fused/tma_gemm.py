@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..compat.triton import is_compiled
+from ..compat import find
+from ..compat.triton import PRIVATE, has_tma, is_compiled
 from .block_sizes import GemmConfig, cdiv
 from .extended_gemm import tile_coordinates
 from .launcher import Launch
 from .operands import kernel_biases
 
+gdc_wait, TensorDescriptor = find(PRIVATE["gdc_wait"]), find(PRIVATE["TensorDescriptor"])
 ALIGNMENT = 16  # bytes, of pointers and strides
 MULTIPROCESSORS = 132  # of an H100, for tensors that are not on a card
 
@@ -104,7 +105,7 @@ def call_of(
 
 def has_descriptors(operands: Sequence[Tensor | None]) -> bool:
     """True if every operand can have a descriptor: 16 bits, contiguous rows, and 16 bytes of alignment."""
-    return all(
+    return has_tma() and all(
         matrix is not None
         and matrix.element_size() == 2
         and matrix.stride(-1) == 1
@@ -114,7 +115,7 @@ def has_descriptors(operands: Sequence[Tensor | None]) -> bool:
     )
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 

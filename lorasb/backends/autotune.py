@@ -1,8 +1,9 @@
 """Autotuning of the Triton kernels: candidates are timed in turns, and the choice stays in the user's table.
 
-At the first call of a kind on a card, one tile of its result is compared with torch's, and from `LEAST_TOKENS` on paths
-and tiles are timed: about 10 ms, besides compiling them. LORASB_TUNE=cached takes what earlier runs measured and times
-nothing, as under CUDA graph capture and `torch.use_deterministic_algorithms`; LORASB_TUNE=off takes the shipped tables.
+At the first call of a kind on a card, one tile of each result is compared with torch's, and from `LEAST_TOKENS` on
+paths and tiles are timed: about 10 ms, or three rounds, besides compiling them. LORASB_TUNE=cached takes what earlier
+runs measured and times nothing, as under CUDA graph capture and `torch.use_deterministic_algorithms`; LORASB_TUNE=off
+takes the shipped tables.
 """
 
 from __future__ import annotations
@@ -21,24 +22,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..compat.triton import installed
+from ..compat.triton import installed, warn_once
 from ..kernels import plan
-from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig, is_executed, quantized_config
+from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 from ..kernels.plan import LaunchPlan, Shape
 from ..utils.atomic_files import cache_dir, write_text
 from ..utils.reading import Json
+from .eager import philox_mask
 
 if TYPE_CHECKING:
-    from ..kernels.operands import Members
+    from ..kernels.operands import Mask, Members
 
 MODE = "LORASB_TUNE"  # environment variable
 MODES = ("on", "cached", "off")
 DRIVER = Path("/proc/driver/nvidia/version")  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  ..."
 LEAST_TOKENS = 256  # fewer are bound by reading W with any tiles
-BUDGET = 10.0  # ms of timing per kind
-MOST_ROUNDS = 10
+BUDGET = 10.0  # ms of timing per kind, beyond the least rounds
+LEAST_ROUNDS, MOST_ROUNDS = 3, 10
+WIDE = 0.2  # of the median: times that differ by more, without a quarter at either end, decide nothing
 WORTH = 0.97  # another plan is taken where it takes less than this share of the table's time
-FLUSHED = 1 << 26  # bytes written before every call, more than any L2 has
+FLUSHED = 1 << 28  # bytes written before every call, where torch does not give L2's size: more than twice any
 # Paths and tiles in addition to the table's choice. What needs more registers or shared memory than the card has does
 # not compile, and is left out.
 PREPS = (PrepConfig(32, 64, 4, 3), PrepConfig(64, 64, 4, 3), PrepConfig(64, 32, 4, 4), PrepConfig(128, 32, 8, 3))
@@ -48,6 +51,7 @@ GEMMS = (
     GemmConfig(128, 256, 64, 8, 8, 3),
     GemmConfig(128, 256, 32, 8, 8, 3),
     GemmConfig(128, 128, 64, 8, 8, 3),
+    GemmConfig(128, 128, 64, 8, 4, 2),
     GemmConfig(128, 64, 64, 8, 4, 3),
     GemmConfig(64, 64, 32, 8, 4, 4),
 )
@@ -61,6 +65,7 @@ DECODE_GEMMS = (GemmConfig(16, 64, 64, 1, 4, 3), GemmConfig(16, 32, 128, 1, 4, 4
 TOLERANCES = {torch.bfloat16: 0.04, torch.float16: 0.01, torch.float32: 0.01}
 TILE_ROWS, TILE_COLUMNS = 16, 64
 
+Gradients = tuple[Tensor | None, Sequence[Tensor]]  # dx, dR_j
 Call = Callable[[], object]
 Run = Callable[[LaunchPlan], Any]  # computes a call by a plan
 Check = Callable[[Any], None]  # raises a `WrongResultError` for a wrong result of it
@@ -115,13 +120,16 @@ def first_plan(shape: Shape, arch: str, sms: int, run: Run, check: Check, clock:
     chosen = plan.choice(shape, arch, sms)
     if kind in _first or is_capturing():
         return _first.get(kind, chosen)
-    check(run(chosen))
-    if _is_timed(shape, arch, sms):
-        plans = candidates(shape, chosen, arch, FIRST_WIDE_GEMMS if arch == "sm_90" else FIRST_GEMMS)
-        tuned = fastest(shape, plans, run, check, clock())
-        if tuned is not None:
-            chosen = tuned.best
-            _remember(tuned, arch, sms)
+    try:
+        check(run(chosen))
+        if _is_timed(shape, arch, sms):
+            plans = candidates(shape, chosen, arch, FIRST_WIDE_GEMMS if arch == "sm_90" else FIRST_GEMMS)
+            tuned = fastest(shape, plans, run, check, clock())
+            if tuned is not None:
+                chosen = tuned.best
+                _remember(tuned, arch, sms)
+    except torch.OutOfMemoryError:  # raised again by the call itself, if that does not fit either
+        warn_once("the card has too little free memory to time the kernels: calls take the shipped tables' plans")
     _first[kind] = chosen
     return chosen
 
@@ -132,9 +140,10 @@ def is_capturing() -> bool:
 
 
 def _is_timed(shape: Shape, arch: str, sms: int) -> bool:
-    if mode() != "on" or shape.M < LEAST_TOKENS or torch.are_deterministic_algorithms_enabled():
+    if mode() != "on" or shape.M < LEAST_TOKENS or not plan.is_known(arch):
         return False
-    return not any(rule.path and rule.holds(shape, sms) for rule in plan.user_rules(arch))
+    is_measured = any(rule.path and rule.holds(shape, sms) for rule in plan.user_rules(arch))
+    return not is_measured and not torch.are_deterministic_algorithms_enabled()
 
 
 def candidates(
@@ -142,24 +151,27 @@ def candidates(
 ) -> Iterator[LaunchPlan]:
     """The table's choice, then plans with another path and with `gemms`; without these, all tiles and thin products."""
     yield chosen
-    if shape.quant != "none":
-        weights = "scratch" if chosen.weights == "inline" else "inline"
-        if weights == "scratch" or is_executed(quantized_config(shape.M, 2).block_m, plan.family(arch)):
-            yield replace(chosen, weights=weights)
+    for one in dict.fromkeys(_others(shape, chosen, gemms)):
+        if one != chosen and plan.has_executed_code(one, shape, arch):
+            yield one
+
+
+def _others(shape: Shape, chosen: LaunchPlan, gemms: Sequence[GemmConfig] | None) -> Iterator[LaunchPlan]:
+    if shape.quant != "none":  # read inline, they have one path
+        yield replace(chosen, weights="inline")
+        yield (chosen := replace(chosen, weights="scratch"))
     yield replace(chosen, path="addmm" if chosen.path == "fused" else "fused")
-    code, all_tiles = plan.family(arch), DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
-    tiles = [gemm for gemm in (all_tiles if gemms is None else gemms) if is_executed(gemm.block_m, code)]
-    yield from (replace(chosen, path="fused", gemm=gemm) for gemm in tiles if gemm != chosen.gemm)
-    if code == "sm_90" and shape.M > DECODE_ROWS and shape.dtype != "fp32" and shape.quant == "none":
+    all_tiles = DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
+    yield from (replace(chosen, path="fused", gemm=gemm) for gemm in (all_tiles if gemms is None else gemms))
+    if shape.M > DECODE_ROWS and shape.dtype != "fp32" and shape.quant == "none":
         by_tma = TMA_GEMMS if gemms is None else TMA_GEMMS[:1]
         yield from (replace(chosen, path="tma", gemm=gemm) for gemm in by_tma)
     if gemms is None and shape.M > DECODE_ROWS:
-        preps = [prep for prep in PREPS if is_executed(prep.block_m, code)]
-        yield from (replace(chosen, prep=prep) for prep in preps if prep != chosen.prep)
+        yield from (replace(chosen, prep=prep) for prep in PREPS)
 
 
 def fastest(shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Check, clock: Clock) -> Tuned | None:
-    """Time plans in turns, the table's choice first; those that do not run are left out. None if none runs."""
+    """Time plans in turns, the table's choice first, without those that do not run; None where times decide nothing."""
     plans = list(plans)
     running: dict[LaunchPlan, Call] = {}
     for one in plans:
@@ -171,20 +183,33 @@ def fastest(shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Check, c
     if not running:
         return None
     rounds = [clock(list(running.values()))]
-    while len(rounds) < MOST_ROUNDS and (len(rounds) + 1) * sum(rounds[0]) <= BUDGET:
+    while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and (len(rounds) + 1) * sum(rounds[0]) <= BUDGET):
         rounds.append(clock(list(running.values())))
-    times = dict(zip(running, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+    by_plan = dict(zip(running, zip(*rounds, strict=True), strict=True))
+    times = {one: statistics.median(taken) for one, taken in by_plan.items()}
     best, before = min(times, key=times.__getitem__), times.get(plans[0], float("inf"))
+    if any(_is_wide(by_plan[one]) for one in (best, plans[0]) if one in by_plan):
+        warn_once(
+            f"the card is busy: times of one kernel differ by more than {WIDE:.0%}, so calls take the tables' plans. "
+            "`lorasb bench tune MODEL` times the kernels when nothing else runs"
+        )
+        return None
     if times[best] > WORTH * before:
         best = plans[0]
     return Tuned(shape, best, before, times[best])
+
+
+def _is_wide(times: Sequence[float]) -> bool:
+    ordered, cut = sorted(times), len(times) // 4
+    return ordered[-1 - cut] - ordered[cut] > WIDE * statistics.median(times)
 
 
 class CudaClock:
     """Times by CUDA events, each call with a cold L2; writing the L2 takes long enough to hide the host's launches."""
 
     def __init__(self, device: torch.device) -> None:
-        self.flushed = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+        size = 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", FLUSHED // 2)
+        self.flushed = torch.empty(size, dtype=torch.uint8, device=device)
 
     def __call__(self, calls: Sequence[Call]) -> list[float]:
         marks = []
@@ -230,9 +255,9 @@ def _remember(tuned: Tuned, arch: str, sms: int) -> None:
     try:
         write([tuned], arch, sms)
     except OSError as error:
-        warnings.warn(
-            f"the kernels' timings cannot be kept ({error}). Set LORASB_CACHE to a writable folder, or {MODE}=cached",
-            stacklevel=2,
+        warn_once(  # without the name of the temporary file, which differs every time
+            f"the kernels' timings cannot be kept in {cache_dir() / 'kernels'} ({error.strerror or error}). "
+            f"Set LORASB_CACHE to a writable folder, or {MODE}=cached"
         )
 
 
@@ -241,15 +266,15 @@ def _rule(tuned: Tuned, sms: int) -> dict[str, object]:
     s, best, (major, minor) = tuned.shape, tuned.best, installed()
     conditions = asdict(s) | {"M": [s.M // 2 + 1, s.M], "sms": sms, "triton": [100 * major + minor] * 2} | machine()
     gemm = {k: v for k, v in asdict(best.gemm).items() if v is not None}
-    rule = {"if": conditions, "path": best.path, "prep": asdict(best.prep), "gemm": gemm}
+    rule: dict[str, object] = {"if": conditions, "path": best.path, "prep": asdict(best.prep), "gemm": gemm}
     return rule | ({} if s.quant == "none" else {"weights": best.weights})
 
 
 def unchecked(_: object) -> None:
-    """No check, of calls whose mask torch does not know and of timings on random tensors."""
+    """No check, of timings on random tensors."""
 
 
-def check_forward(x: Tensor, members: Members, found: tuple[list[Tensor], object]) -> None:
+def check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[Sequence[Tensor], object]) -> None:
     """Compare the first rows and columns of every y_j [M, m_j] with torch's, in fp32.
 
     Raises:
@@ -257,8 +282,8 @@ def check_forward(x: Tensor, members: Members, found: tuple[list[Tensor], object
     """
     ys, _ = found
     rows = x[:TILE_ROWS].float()
-    for y, weight, a, core, b, bias, scale in zip(ys, *members, strict=True):
-        v, b = scale * (rows @ a.float().mT) @ core.float().mT, b[:TILE_COLUMNS].float()
+    for y, keep, weight, a, core, b, bias, scale in zip(ys, _kept(mask, x, members), *members, strict=True):
+        v, b = scale * ((rows * keep) @ a.float().mT) @ core.float().mT, b[:TILE_COLUMNS].float()
         want, size = v @ b.mT, (v.square() @ b.mT.square()).sqrt()
         if weight is not None:
             w = weight[:TILE_COLUMNS].float()
@@ -268,9 +293,15 @@ def check_forward(x: Tensor, members: Members, found: tuple[list[Tensor], object
         _check("y", y[:TILE_ROWS, :TILE_COLUMNS], want, size)
 
 
-def check_backward(
-    dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], found: tuple[Tensor | None, Sequence[Tensor]]
-) -> None:
+def _kept(mask: Mask, rows: Tensor, members: Members) -> list[Tensor]:
+    """Of each member: 1 where dropout keeps an element of x's first rows, and 0 elsewhere."""
+    if mask.dropout == 0.0:
+        return [torch.ones((1, 1), device=rows.device)] * len(members.a)
+    shape = torch.Size((min(TILE_ROWS, len(rows)), members.a[0].shape[1]))
+    return [philox_mask(shape, mask.dropout, seed, rows.device).float() for seed in mask.seeds]
+
+
+def check_backward(dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask, found: Gradients) -> None:
     """Compare the first rows and columns of dx [M, n], and the first entries of every dR_j, with torch's.
 
     Raises:
@@ -279,10 +310,10 @@ def check_backward(
     dx, dcores = found
     if dx is not None:
         want = size = torch.zeros((), device=dx.device)
-        for dy, weight, a, core, b, _, scale in zip(dys, *members, strict=True):
+        for dy, keep, weight, a, core, b, _, scale in zip(dys, _kept(mask, dys[0], members), *members, strict=True):
             rows, a = dy[:TILE_ROWS].float(), a[:, :TILE_COLUMNS].float()
             w = scale * (rows @ b.float()) @ core.float()
-            want, size = want + w @ a, size + (w.square() @ a.square()).sqrt()
+            want, size = want + keep[:, :TILE_COLUMNS] * (w @ a), size + (w.square() @ a.square()).sqrt()
             if weight is not None:
                 part = weight[:, :TILE_COLUMNS].float()
                 want, size = want + rows @ part, size + (rows.square() @ part.square()).sqrt()

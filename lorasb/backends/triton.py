@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 import re
+import subprocess
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cache, lru_cache, partial
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..compat.triton import VERIFIED
 from ..kernels import plan as plan_tables
 from ..kernels.plan import LaunchPlan, Shape
 from ..ops import calls, registry
@@ -40,6 +42,10 @@ FAULTS = re.compile(
     r"illegal (memory access|address|instruction)|misaligned address|device-side assert|launch failure|hardware error"
 )
 _broken: dict[Hashable, str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
+EVERY = "every kernel"  # key of what no kernel runs with
+# Triton's errors where it cannot build its launchers, and what helps
+BUILDS = re.compile(r"C compiler|libcuda|\bPython\.h\b")
+HELP = f"Triton takes a C compiler with Python's headers (apt-get install gcc python3-dev), and lorasb {VERIFIED}"
 
 
 class CaptureError(RuntimeError):
@@ -97,19 +103,33 @@ def _gradients(like: Tensor, dx: Tensor | None, dcores: Sequence[Tensor], cores:
 def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
     from lorasb.kernels import linear_quantized as kernels
 
-    rows, members = rows_of(x), resolved(members_of(operands))
-    plan = plan_of("forward", rows, members, quant="4bit")
-    y, u = kernels.forward(rows, _weight(operands), members, plan, mask_of(operands))
+    rows, members, mask = rows_of(x), resolved(members_of(operands)), mask_of(operands)
+    run = partial(kernels.forward, rows, _weight(operands), members, mask=mask)
+
+    def check(found: tuple[Tensor, Tensor]) -> None:
+        autotune.check_forward(rows, _dense_members(operands, members, rows), mask, ([found[0]], found[1]))
+
+    y, u = run(_first_plan("forward", rows, members, mask, run, check, "4bit"))
     return [shaped(y, x), u]
 
 
 def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:
     from lorasb.kernels import linear_quantized as kernels
 
-    rows, members = rows_of(dy), resolved(members_of(operands))
-    plan, mask = plan_of("backward", rows, members, quant="4bit"), mask_of(operands)
-    dx, dcores = kernels.backward(rows, _weight(operands), members, u, plan, (need_dx, need_dcores), mask)
+    rows, members, mask = rows_of(dy), resolved(members_of(operands)), mask_of(operands)
+    run = partial(kernels.backward, rows, _weight(operands), members, u, mask=mask)
+
+    def check(found: autotune.Gradients) -> None:
+        autotune.check_backward([rows], _dense_members(operands, members, rows), [u], mask, found)
+
+    plan = _first_plan("backward", rows, members, mask, partial(run, need=(True, need_dcores)), check, "4bit")
+    dx, dcores = run(plan, need=(need_dx, need_dcores))
     return _gradients(dy, dx, dcores, operands.cores)
+
+
+def _dense_members(operands: Operands, members: Members, rows: Tensor) -> Members:
+    """The members with W as eager torch dequantizes it, to check a first call."""
+    return members._replace(weights=_dense_operands(operands, rows.dtype).base)
 
 
 def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor]:
@@ -219,24 +239,24 @@ def mask_of(operands: Operands) -> Mask:
 def _forward_plan(x: Tensor, members: Members, mask: Mask) -> LaunchPlan:
     rows, members = rows_of(x), resolved(members)
     run = partial(_kernels().linear.forward, rows, members, mask=mask)
-    return _first_plan("forward", rows, members, mask, run, partial(autotune.check_forward, rows, members))
+    return _first_plan("forward", rows, members, mask, run, partial(autotune.check_forward, rows, members, mask))
 
 
 def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask) -> LaunchPlan:
     rows, members = [rows_of(dy) for dy in dys], resolved(members)
     run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=True, mask=mask)
-    return _first_plan("backward", rows[0], members, mask, run, partial(autotune.check_backward, rows, members, us))
+    check = partial(autotune.check_backward, rows, members, us, mask)
+    return _first_plan("backward", rows[0], members, mask, run, check)
 
 
 def _first_plan(
-    op: str, rows: Tensor, members: Members, mask: Mask, run: autotune.Run, check: autotune.Check
+    op: str, rows: Tensor, members: Members, mask: Mask, run: autotune.Run, check: autotune.Check, quant: str = "none"
 ) -> LaunchPlan:
-    """The plan of a call; at the first of its kind on a card checked and timed. A mask has no check."""
-    given = op, rows, members, "none", mask.dropout > 0.0
+    """The plan of a call; at the first of its kind on a card checked and timed."""
+    given = op, rows, members, quant, mask.dropout > 0.0
     if not rows.is_cuda or not rows.numel():
         return plan_of(*given)
     arch, sms = check_call(rows)
-    check = check if mask.dropout == 0.0 else autotune.unchecked
     return autotune.first_plan(_shape(*given), arch, sms, run, check, partial(autotune.CudaClock, rows.device))
 
 
@@ -247,14 +267,14 @@ def or_eager(kernel: registry.Function, plain: registry.Function) -> registry.Fu
         x = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
         if x.dtype not in HAVE_KERNELS or not _is_capable(x.device):
             return plain(*arguments)
-        if not _broken or call_key(kernel, arguments) not in _broken:
+        if not _broken or not (EVERY in _broken or call_key(kernel, arguments) in _broken):
             try:
                 return kernel(*arguments)
             except (torch.OutOfMemoryError, CaptureError):
                 raise
             except Exception as error:
                 _raise_if_nothing_else_runs(error)
-                _give_up(call_key(kernel, arguments), error)
+                _give_up(EVERY if _stops_all(error) else call_key(kernel, arguments), error)
         with kernel_masks():
             return plain(*arguments)
 
@@ -387,16 +407,23 @@ def _tensors(value: object) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _give_up(key: tuple[Hashable, ...], error: Exception) -> None:
-    """Warn, and leave this kernel alone for such calls from now on: others may well run."""
-    from lorasb.kernels import prepared_linear, workspace
+def _stops_all(error: Exception) -> bool:
+    """True if every kernel fails as this one: Triton lacks a name, or cannot build its launcher."""
+    return isinstance(error, ImportError | subprocess.CalledProcessError) or bool(BUILDS.search(str(error)))
 
-    workspace.forget()
-    prepared_linear.forget()
+
+def _give_up(key: Any, error: Exception) -> None:
+    """Warn, and leave this kernel alone for such calls from now on, as others may well run; or all kernels."""
+    if not isinstance(error, ImportError):  # else there is nothing to forget, and this would raise it again
+        from lorasb.kernels import prepared_linear, workspace
+
+        workspace.forget()
+        prepared_linear.forget()
     _broken[key] = f"{type(error).__name__}: {error}"
+    calls = f". {HELP}" if key == EVERY else f", for calls like this one ({key[1]}, {key[3]} features, {key[2]})"
     warnings.warn(
-        f"lorasb's fused kernels do not run here ({_broken[key]}): eager torch computes instead, from now on, "
-        f"for calls like this one ({key[1]}, {key[3]} features, {key[2]}). lorasb.backend('triton') raises the error",
+        f"lorasb's fused kernels do not run here ({_broken[key]}): eager torch computes instead, from now on{calls}. "
+        "lorasb.backend('triton') raises the error",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from . import Private
+from . import Private, find
 
 VERIFIED = "Triton 3.6 to 3.9"
 FIRST, LAST = (3, 6), (3, 9)
 ORDINARY = "every launch is Triton's own, which takes 17 µs more"
+NO_TMA = "cuBLAS multiplies in place of the kernel by TMA"
 PRIVATE = {
     "run": Private("triton.runtime.jit.JITFunction.run", "compiles a kernel without launching it", ORDINARY),
     "compiled": Private(
@@ -28,6 +30,11 @@ PRIVATE = {
     ),
     "launch_hooks": Private(
         "triton.knobs.runtime.launch_enter_hook", "tells that a profiler observes launches", ORDINARY
+    ),
+    "TensorDescriptor": Private("triton.tools.tensor_descriptor.TensorDescriptor", "copies blocks by TMA", NO_TMA),
+    "gdc_wait": Private("triton.language.extra.cuda.gdc_wait", "waits for the launch before, while both run", NO_TMA),
+    "gdc_launch_dependents": Private(
+        "triton.language.extra.cuda.gdc_launch_dependents", "lets the next launch begin before the end", NO_TMA
     ),
 }
 
@@ -48,6 +55,18 @@ def is_verified() -> bool:
     return FIRST <= installed() <= LAST
 
 
+@cache
+def has_tma() -> bool:
+    """True if Triton has the names that the kernel by TMA uses."""
+    return all(find(PRIVATE[name]) is not None for name in ("TensorDescriptor", "gdc_wait", "gdc_launch_dependents"))
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warn, once in a process."""
+    warnings.warn(text, stacklevel=3)
+
+
 def is_compiled(kernel: object) -> bool:
     """True if Triton compiles this kernel; its interpreter, which takes no compiler options, runs it otherwise."""
     return hasattr(kernel, "device_caches")
@@ -55,10 +74,17 @@ def is_compiled(kernel: object) -> bool:
 
 def may_repeat(kernel: object) -> bool:
     """True if launches of a kernel may be prepared: Triton compiles it, is verified, and nothing observes it."""
-    if not is_verified() or not is_compiled(kernel):
+    if not is_compiled(kernel):
+        return False
+    if not is_verified():
+        found = ".".join(map(str, installed()))
+        warn_once(f"lorasb was tested with {VERIFIED}, and this is Triton {found}: {ORDINARY}")
         return False
     runtime = _runtime()
-    return not (_is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook))
+    if _is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook):
+        warn_once(f"another tool observes kernel launches (triton.knobs.runtime.launch_enter_hook): {ORDINARY}")
+        return False
+    return True
 
 
 def _is_hooked(hook: object) -> bool:

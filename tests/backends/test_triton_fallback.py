@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +17,14 @@ import reference
 import tolerances
 import torch
 from calls import operands_of
+from lines import one_line
+from processes import python
 
 import lorasb
-from lorasb.backends import eager
+from lorasb.backends import autotune, eager
 from lorasb.backends import triton as fused
 from lorasb.backends.autotune import WrongResultError
+from lorasb.compat.triton import warn_once
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
@@ -36,6 +42,7 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Operand
 @pytest.fixture(autouse=True)
 def whole() -> Iterator[None]:
     """Kernels count as whole again after each test."""
+    warn_once.cache_clear()
     yield
     fused._broken.clear()
     plan.forget()
@@ -76,6 +83,55 @@ def test_a_failure_stays_with_its_kernel_and_shape(monkeypatch: pytest.MonkeyPat
     dy, u = torch.randn(20, 16), torch.randn(20, 4)
     fused.or_eager(fused.backward, eager.eager_backward)([dy], [u], operands, True, True)
     assert len(taken) == 4
+
+
+NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(NO_COMPILER),
+        subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]),
+        ImportError("cannot import name 'driver' from 'triton.runtime'"),
+    ],
+    ids=["no compiler", "no headers", "a name that moved"],
+)
+def test_what_stops_all_kernels_is_said_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for every kernel and shape; where Triton's names moved, lorasb's modules cannot be imported either."""
+    if isinstance(error, ImportError):
+        monkeypatch.setattr(fused, "_kernels", Mock(side_effect=error))
+        monkeypatch.setitem(sys.modules, "lorasb.kernels.prepared_linear", None)
+    break_kernels(monkeypatch, error)
+    x, operands = arguments()
+    with one_line(r"do not run here .*: eager torch .*C compiler.*Triton 3\.6 to"):
+        for rows in (x, torch.cat((x, x))):
+            ys = auto(rows, operands)
+            tolerances.check_equal(ys, eager.eager_forward(rows, operands))
+            fused.or_eager(fused.backward, eager.eager_backward)(ys[:1], ys[1:], operands, True, True)
+
+
+def test_without_tmas_names_cublas_takes_its_place() -> None:
+    """In a process whose Triton lacks them."""
+    script = """
+import triton.language.extra.cuda as cuda, triton.tools.tensor_descriptor as tools
+descriptor = tools.TensorDescriptor
+del cuda.gdc_wait, cuda.gdc_launch_dependents, tools.TensorDescriptor
+import torch
+from dataclasses import replace
+from lorasb.compat.triton import has_tma
+from lorasb.kernels import launcher, linear, plan
+assert not has_tma()
+tools.TensorDescriptor = descriptor  # which the interpreter reads
+torch.manual_seed(0)
+members = linear.Members([torch.randn(48, 64).half()], [torch.randn(8, 64).half()], [torch.randn(8, 8)],
+                         [torch.randn(48, 8).half()], [None], [1.0])
+chosen = replace(plan.choose(plan.Shape("forward", "fp16", 32, 64, 48, 8), plan.INTERPRETER, 1), path="tma")
+with launcher.observed() as launches:
+    linear.forward(torch.randn(32, 64).half(), members, chosen)
+print([one.name for one in launches])
+"""
+    assert python("-c", script).strip() == "['prep_forward']"
 
 
 def test_auto_takes_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,15 +225,11 @@ def test_cublas_multiplies_where_triton_does_not_prefetch(
     paths = {}
     for version in ((3, 7), (3, 8)):
         monkeypatch.setattr(plan, "installed", lambda version=version: version)
-        for M in (256, 512):
+        for M in (128, 256):
             shape = plan.Shape("forward", "bf16", M, 4096, 4096, 96)
             paths[version[1], M] = plan.choose(shape, arch, 84).path
-    assert paths == {(7, 256): "fused", (7, 512): "addmm" if slow else "fused", (8, 256): "fused", (8, 512): "fused"}
-
-
-def test_an_unknown_gpu_gets_a_safe_default() -> None:
-    chosen = plan.choose(SHAPE, "sm_99", 200)
-    assert chosen == plan.LaunchPlan("addmm", plan.default_prep(SHAPE), plan.default_gemm(SHAPE))
+    assert paths == {(7, 128): "fused", (7, 256): "addmm" if slow else "fused", (8, 128): "fused", (8, 256): "fused"}
+    assert plan.bucket(autotune.LEAST_TOKENS // 2 + 1) == 256  # from 129 tokens on calls are timed
 
 
 def write_table(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +251,38 @@ def test_a_users_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"rules": [{"path": "magic"}]}', '{"rules": [{"if": {"N": 3}}]}', '{"rules": [{"gemm": {}}]}']
+    "text",
+    [
+        "",
+        "[]",
+        '{"rules": [{"path": "magic"}]}',
+        '{"rules": [{"if": {"N": 3}}]}',
+        '{"rules": [{"gemm": {}}]}',
+        '{"rules": [{"if": {"M": [1]}, "path": "addmm"}]}',
+        '{"rules": [{"if": {"M": ["1", null]}, "path": "addmm"}]}',
+        '{"rules": [{"if": {"M": [1, "2"]}, "path": "addmm"}]}',
+        '{"rules": [{"if": [], "path": "addmm"}]}',
+        '{"rules": [{"prep": {"block_m": "16", "block_k": 64, "warps": 4, "stages": 3}}]}',
+    ],
 )
 def test_a_broken_table_is_left_out_and_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(text, tmp_path, monkeypatch)
-    with pytest.warns(UserWarning, match=r"sm_86\.json is not a table of kernels .*bench tune"):
+    with one_line(r"sm_86\.json cannot be read as a table of kernels .*bench tune"):
+        for M in (1024, 2048):
+            assert plan.choose(replace(SHAPE, M=M), "sm_86", 84).path == "fused"
+
+
+def test_an_unreadable_table_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table('{"rules": [{"path": "addmm"}]}', tmp_path, monkeypatch)
+    read = plan.read_rules
+
+    def refuse(path: Path) -> tuple[plan.Rule, ...]:
+        if path.parent != plan.TABLES:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(plan, "read_rules", refuse)
+    with pytest.warns(UserWarning, match=r"sm_86\.json cannot be read as a table of kernels \(Permission denied\)"):
         assert plan.choose(SHAPE, "sm_86", 84).path == "fused"
 
 

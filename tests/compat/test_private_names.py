@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -196,4 +197,12 @@ def test_launches_that_something_observes_are_ordinary(
     monkeypatch.setattr(private_triton, "is_verified", lambda: version_is_known)
     monkeypatch.setattr(private_triton, "_runtime", lambda: hooks if version_is_known else pytest.fail("asked"))
     observed = hook is print or (hook is not None and bool(hook.calls))
-    assert private_triton.may_repeat(SimpleNamespace(device_caches={})) is (version_is_known and not observed)
+    private_triton.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert private_triton.may_repeat(SimpleNamespace(device_caches={})) is (version_is_known and not observed)
+    line = "another tool observes" if version_is_known else "lorasb was tested with Triton 3.6 to 3.9"
+    expected = [line] if observed or not version_is_known else []
+    assert [str(one.message)[: len(line)] for one in said] == expected  # one, of two calls
+    assert not private_triton.may_repeat(print)  # interpreted: without a line

@@ -86,7 +86,7 @@ def test_dropout_masks_are_the_dense_kernels_own(way: str) -> None:
 
 
 def test_the_tables_choose_by_tokens() -> None:
-    limits = {"sm_80": 256, "sm_86": 256, "sm_89": 256, "sm_90": 64, "sm_100": 32, "sm_120": 256, "sm_75": 16}
+    limits = {"sm_80": 256, "sm_86": 256, "sm_89": 256, "sm_90": 64, "sm_100": 32, "sm_120": 256}
     for arch, limit in limits.items():
         for M, weights in ((1, "inline"), (limit, "inline"), (2 * limit, "scratch")):
             shape = plan.Shape("forward", "bf16", M, 4096, 4096, 96, 1, "4bit")

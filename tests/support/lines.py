@@ -1,0 +1,19 @@
+"""Lines to the user: warnings, counted."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def one_line(pattern: str) -> Iterator[None]:
+    """The block warns once, however often its code does something of a kind."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    found = [str(one.message) for one in said]
+    assert len(found) == 1, found
+    assert re.search(pattern, found[0]), found
