@@ -4,7 +4,8 @@
 
 Each section is written to CARD.json as soon as it is measured. A second run of the same commit measures what is
 missing; another commit starts again. Times are milliseconds by CUDA events, medians with percentiles, and ratios to the
-section's first way within the same round. `--tiny` runs all sections on a CPU in shapes that mean nothing, as a test.
+section's first way within the same round. What does not fit into the card's memory is left out, and the row says so.
+`--tiny` runs all sections on a CPU in shapes that mean nothing, as a test.
 """
 
 from __future__ import annotations
@@ -15,26 +16,29 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common.shapes import MODELS
 from benchmarks.common.timing import Stats, commit, measure, measured_dtype, peak_bytes, provenance
 from benchmarks.layers.variants import Forward, Problem, calls, check, variants
 from benchmarks.quantized.ways import PEFT_RANK, with_peft
 from benchmarks.quantized.ways import ours as adapted
+from lorasb.backends.autotune import TMA_GEMMS
+from lorasb.kernels import plan
 from lorasb.utils.atomic_files import write_json
 from lorasb.utils.reading import read_json
 
 MODEL, RANK, TOKENS, DROPOUT = "mistral-7b", 96, 2048, 0.05
 FEW = (1, 16, 64)  # tokens
 DIRECTIONS = ("forward", "forward+backward")
+NO_MEMORY = "out of memory: the card has too little for the rest of this section"
 # Llama-3.2-1B's sizes, with random weights: nothing is downloaded.
 ONE_BILLION: dict[str, Any] = {
     "hidden_size": 2048,
@@ -84,8 +88,29 @@ def compared(run: Run, n: int, ms: tuple[int, ...], M: int, direction: str, drop
     if drop:
         ways = _with_dropout(problem, ways, drop)
     else:
+        ways["addmm, unsloth's order"] = lambda x: [_BaseFirst.apply(x, *parts) for parts in _parts(problem)]
         check(problem, ways)
     return measure(calls(problem, ways, direction), run.device, run.seconds)
+
+
+class _BaseFirst(torch.autograd.Function):
+    """The adapted linear in unsloth's order: base products first, and the adapter's are added onto them in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, core: Tensor, b: Tensor) -> Tensor:
+        u, r = x @ a.t(), core.to(x.dtype)
+        ctx.save_for_backward(u, weight, a, r, b)
+        return (x @ weight.t()).addmm_(u @ r.t(), b.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, a, r, b = ctx.saved_tensors
+        t = dy @ b
+        return (dy @ weight).addmm_(t @ r, a), None, None, (t.t() @ u).float(), None
+
+
+def _parts(p: Problem) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    return zip(p.weights, p.a, p.cores, p.b, strict=True)
 
 
 def _with_dropout(p: Problem, ways: dict[str, Forward], drop: float) -> dict[str, Forward]:
@@ -93,9 +118,9 @@ def _with_dropout(p: Problem, ways: dict[str, Forward], drop: float) -> dict[str
 
     from lorasb.functional import lora_sb_linear
 
-    parts = p.weights[0], p.a[0], p.cores[0], p.b[0]
+    (parts,) = _parts(p)
 
-    def chain(x: torch.Tensor) -> list[torch.Tensor]:
+    def chain(x: Tensor) -> list[Tensor]:
         weight, a, core, b = parts
         return [linear(x, weight) + linear(linear(linear(dropout(x, drop), a), core.to(x.dtype)), b)]
 
@@ -130,6 +155,32 @@ def groups(run: Run) -> Iterator[Row]:
                 yield row(f"{'/'.join(group.names)}, {run.tokens} tokens, {direction}", stats)
 
 
+def paths(run: Run) -> Iterator[Row]:
+    """Each linear and group on every path, whatever the tables say, by ordinary launches."""
+    from lorasb.app.tune_kernels import OPS, run_of
+
+    arch, sms, least = plan.INTERPRETER, 1, 1
+    if run.device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        arch, sms, least = f"sm_{card.major}{card.minor}", card.multi_processor_count, 10
+    dtype = plan.DTYPES[measured_dtype(run.device)]
+    for n, ms in dict.fromkeys((g.n, ms) for g in MODELS[MODEL] for ms in (*((m,) for m in g.ms), g.ms)):
+        parts = tuple(m // run.divisor for m in ms)
+        for op in OPS:
+            shape = plan.Shape(op, dtype, run.tokens, n // run.divisor, sum(parts), run.rank, len(parts))
+            call, chosen = run_of(shape, parts, run.device), plan.choice(shape, arch, sms)
+            plans = {path: replace(chosen, path=path) for path in ("addmm", "fused")}
+            if arch == "sm_90":
+                plans["tma"] = replace(chosen, path="tma", gemm=TMA_GEMMS[0])
+
+            def by(one: plan.LaunchPlan, call: Any = call) -> Callable[[int], Any]:
+                return lambda _: call(one)
+
+            ways = {path: by(one) for path, one in plans.items()}
+            stats = measure(ways, run.device, run.seconds, least)
+            yield row(f"{n} x {'/'.join(map(str, ms))}, {run.tokens} tokens, {op}", stats, chosen=chosen.path)
+
+
 def with_dropout(run: Run) -> Iterator[Row]:
     """One layer with dropout."""
     for direction in DIRECTIONS:
@@ -157,7 +208,7 @@ def four_bits(run: Run) -> Iterator[Row]:
     for M in (*FEW, run.tokens):
         x = torch.randn(M, size, dtype=dtype, device=run.device, requires_grad=True)
 
-        def call(layer: Any, x: torch.Tensor = x) -> Callable[[int], Any]:
+        def call(layer: Any, x: Tensor = x) -> Callable[[int], Any]:
             return lambda _: layer(x).sum().backward()
 
         timed = {name: call(layer) for name, layer in ways.items()}
@@ -172,7 +223,7 @@ def _model(run: Run) -> Any:
     return model.to(run.device, measured_dtype(run.device))
 
 
-def _batch(run: Run, model: Any) -> dict[str, torch.Tensor]:
+def _batch(run: Run, model: Any) -> dict[str, Tensor]:
     ids = torch.randint(3, model.config.vocab_size, (4, run.tokens // 4), device=run.device)
     return {"input_ids": ids, "labels": ids}
 
@@ -221,15 +272,47 @@ def host(run: Run) -> Iterator[Row]:
     yield {"case": "µs of one thread", "host": json.loads(done.stdout)["rows"]}
 
 
-# section -> what measures it, and the places that its figures replace
-SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], str]] = {
-    "linears": (linears, "docs/kernels.md: the roofline's table of a block, first four rows; README: the row of GPUs"),
-    "few tokens": (few_tokens, "docs/kernels.md: a new table of decoding"),
-    "groups": (groups, "docs/kernels.md: the same table, q/k/v and gate/up together"),
-    "dropout": (with_dropout, "docs/kernels.md: a new row of dropout"),
-    "4 bits": (four_bits, "docs/quantized.md: a table beside the CPU's"),
-    "training": (training, "docs/kernels.md and docs/planner.md: bytes and time of a step; REPORT.md: the GPU section"),
-    "host": (host, "docs/kernels-without-a-gpu.md: what a launch costs the host"),
+def measured(section: Callable[[Run], Iterator[Row]], run: Run) -> list[Row]:
+    """The rows of a section, as far as the card's memory goes."""
+    rows: list[Row] = []
+    try:
+        for one in section(run):
+            rows.append(one)
+    except torch.OutOfMemoryError:
+        rows.append({"case": NO_MEMORY})
+    if run.device == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+BLOCK, NOT_RUN = "docs/kernels.md", "not yet run on a card"
+# section -> what measures it, and what its figures replace: texts of files. A new table goes beside the text.
+SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str], ...]]] = {
+    "linears": (linears, ((BLOCK, "| eager chain |"), ("README.md", "No GPU timings yet"))),
+    "paths": (
+        paths,
+        (
+            (BLOCK, "| our thin pass + cuBLAS twice |"),
+            (BLOCK, "| fused |"),
+            (BLOCK, "| thin pass + cuBLAS, q/k/v and gate/up together |"),
+            (BLOCK, "| fused, q/k/v and gate/up together |"),
+            # by the rules that `lorasb bench tune MODEL` writes
+            ("kernels/fused/tables/sm_86.json", '"measured": false'),
+        ),
+    ),
+    "few tokens": (few_tokens, ((BLOCK, "**No GPU has been measured yet**"),)),
+    "groups": (groups, ((BLOCK, "| what the shipped tables choose |"), ("docs/comparison.md", NOT_RUN))),
+    "dropout": (with_dropout, ((BLOCK, "**No GPU has been measured yet**"),)),
+    "4 bits": (four_bits, (("docs/quantized.md", NOT_RUN),)),
+    "training": (
+        training,
+        (
+            ("docs/planner.md", "has not been compared with a card yet"),
+            ("docs/initialization.md", NOT_RUN),
+            ("benchmarks/research/reporting/speed.py", "No card has been measured yet."),
+        ),
+    ),
+    "host": (host, (("docs/kernels-without-a-gpu.md", "With CUDA stubbed out"),)),
 }
 
 
@@ -239,6 +322,8 @@ def table(section: str, rows: list[Row]) -> Table:
     for name in ("case", "way", "ms (20th-80th percentile)", "ratio to the first"):
         view.add_column(name, justify="right" if name.startswith(("ms", "ratio")) else "left")
     for one in rows:
+        if one["case"] == NO_MEMORY:
+            view.add_row(NO_MEMORY)
         for way, s in one.get("ways", {}).items():
             times, ratio = f"{s['p50']:.3f} ({s['p20']:.3f}-{s['p80']:.3f})", f"{s['ratio']:.3f}"
             view.add_row(one["case"], way, times, ratio)
@@ -263,14 +348,16 @@ def main() -> None:
     found = read_json(path) if path.is_file() else {}
     if found.get("commit") != commit():
         found = provenance(run.device) | {"sections": {}}
-    for section, (measure_section, replaces) in SECTIONS.items():
+    if options.tiny:
+        os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
+    for section, (measure_section, places) in SECTIONS.items():
         if options.only and section not in options.only:
             continue
         if section not in found["sections"] or options.only:
-            found["sections"][section] = {"replaces": replaces, "rows": list(measure_section(run))}
+            found["sections"][section] = {"replaces": places, "rows": measured(measure_section, run)}
             write_json(path, found)
         console.print(table(section, found["sections"][section]["rows"]))
-        console.print(f"replaces {replaces}\n")
+        console.print(*(f"replaces {text!r} of {file}" for file, text in places), "", sep="\n", markup=False)
 
 
 if __name__ == "__main__":

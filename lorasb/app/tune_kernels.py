@@ -59,7 +59,7 @@ def tune(cases: Sequence[Case], arch: str, sms: int, device: str, clock: Clock) 
     found = []
     for shape, ms in cases:
         try:
-            run = _run_of(shape, ms, device)
+            run = run_of(shape, ms, device)
         except torch.OutOfMemoryError:
             continue
         plans = autotune.candidates(shape, plan.choose(shape, arch, sms), arch)
@@ -67,7 +67,7 @@ def tune(cases: Sequence[Case], arch: str, sms: int, device: str, clock: Clock) 
     return [one for one in found if one is not None]
 
 
-def _run_of(shape: Shape, ms: Sequence[int], device: str) -> Run:
+def run_of(shape: Shape, ms: Sequence[int], device: str) -> Run:
     """A function of a plan that computes one forward or backward on random tensors, made here, once."""
     dtype = next(kind for kind, name in plan.DTYPES.items() if name == shape.dtype)
     mask = Mask(DROPOUT, (SEED,) * len(ms)) if shape.dropout else Mask()

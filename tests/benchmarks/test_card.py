@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import python
+import torch
+from processes import ROOT, python
 
 from benchmarks import card
 
@@ -28,10 +30,42 @@ def test_sections_are_kept_and_say_what_they_replace(tmp_path: Path, monkeypatch
     assert found["machine"]["device"] == "cpu"
     assert found["sections"]["few tokens"] == before["sections"]["few tokens"]
     for kept in found["sections"].values():
-        assert kept["replaces"].startswith(("docs/", "README"))
+        assert kept["replaces"]
         for row in kept["rows"]:
             assert {"bare", "chain", "ours"} <= set(row["ways"])
             assert all(0 < way["p20"] <= way["p50"] <= way["p80"] for way in row["ways"].values())
+    assert "addmm, unsloth's order" in before["sections"]["few tokens"]["rows"][0]["ways"]  # its gradients were checked
+
+
+def test_what_is_replaced_is_there() -> None:
+    for _, places in card.SECTIONS.values():
+        for file, text in places:
+            assert text in (ROOT / file).read_text(encoding="utf-8"), file
+
+
+def test_a_card_that_is_too_small_goes_to_the_next_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a second run try again."""
+    ran: list[str] = []
+
+    def large(run: card.Run) -> Iterator[card.Row]:
+        ran.append("large")
+        yield {"case": "first", "ways": {}}
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def small(run: card.Run) -> Iterator[card.Row]:
+        ran.append("small")
+        yield {"case": "second", "ways": {}}
+
+    monkeypatch.setattr(card, "SECTIONS", {"large": (large, ()), "small": (small, ())})
+    monkeypatch.setattr("sys.argv", ["card", "--tiny", "--output", str(tmp_path)])
+    for _ in range(2):
+        card.main()
+        assert "out of memory" in capsys.readouterr().out
+    rows = {name: [row["case"] for row in kept["rows"]] for name, kept in found_in(tmp_path)["sections"].items()}
+    assert rows == {"large": ["first", card.NO_MEMORY], "small": ["second"]}
+    assert ran == ["large", "small"]
 
 
 @pytest.mark.long
@@ -40,4 +74,5 @@ def test_every_section_runs(tmp_path: Path) -> None:
     found = found_in(tmp_path)
     assert list(found["sections"]) == list(card.SECTIONS)
     assert len(found["sections"]["linears"]["rows"]) == 14
+    assert all({"addmm", "fused"} <= set(row["ways"]) for row in found["sections"]["paths"]["rows"])
     assert set(found["sections"]["training"]["rows"][1]["bytes"]) == {"PEFT LoRA r=32", "ours"}
