@@ -109,8 +109,11 @@ test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	LORASB_TRITONS=$(abspath $(TRITONS)) LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
 	for version in 0.31 0.32; do $(MAKE) test-vllm VLLM=$$version || exit 1; done
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
-	  $(MAKE) test-ptx ARCH=$$arch && $(PYTEST) --ptx $$arch -m long tests/kernels/test_every_kernel.py || exit 1; done
-	$(PYTEST) --ptx sm_100 tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_weight_gradient.py
+	  $(MAKE) test-ptx ARCH=$$arch && \
+	  $(PYTEST) --ptx $$arch -m long tests/kernels/test_every_kernel.py tests/kernels/test_tma_gemm.py || exit 1; done
+	$(PYTEST) --ptx sm_100 tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_weight_gradient.py \
+	  tests/kernels/test_linear_quantized.py
+	$(PYTEST) --ptx sm_100 -m long tests/kernels/test_every_kernel.py
 
 # How many of lorasb's statements the suite runs; the last line of the table is the total. Not watched are processes that
 # tests start (ranks, compilers, fresh interpreters), so the tests that do little else are left out, as are those of
@@ -198,10 +201,11 @@ bench-init: install
 bench-4bit: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.quantized.cpu --output $(RESULTS)
 
-# What needs no GPU: registers, spills and occupancy of every kernel, and the roofline on paper.
-bench-kernels: install
+# What needs no GPU: registers, spills and occupancy of every kernel, the roofline on paper, and a launch's host time.
+bench-kernels: install $(TRITONS)/.installed
 	$(BIN)/python -m benchmarks.kernels.static_report
 	$(BIN)/python -m benchmarks.kernels.roofline
+	$(BIN)/python -m benchmarks.kernels.host_time --tritons $(TRITONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -17,7 +17,8 @@ class Gpu:
         sms: multiprocessors. clock: their Hz, at which `flops` is reached.
         flops: dense bf16 FLOP/s with fp32 sums; tf32 has half of it.
         dram, l2: bytes/s. l2_size: bytes.
-        share: of cuBLAS's rate on the tensor cores that our main loops reach at least, by `main_loops` (Triton 3.9).
+        share: of cuBLAS's rate on the tensor cores that our main loops reach at least, by `main_loops` (Triton 3.9);
+            1.0 where wgmma runs beside the instructions that are simulated.
     """
 
     name: str
@@ -52,7 +53,8 @@ MODEL = f"""The model (no GPU was measured for this table):
  - DRAM moves the operands and results of a launch once; what was just read or written, and fits into half of L2, is
    not read from DRAM again;
  - our GEMM reaches the share of cuBLAS's rate that its main loops do in simulation (benchmarks.kernels.main_loops), and
-   cuBLAS's where theirs are not slower than CUTLASS's;
+   cuBLAS's where theirs are not slower than CUTLASS's; on sm_90, whose wgmma is neither simulated nor measured,
+   cuBLAS's is assumed;
  - cuBLAS, for the bare base too, is bound by tensor cores or DRAM, thin products (256 or less on a side) by L2
    besides, in tiles of 128 x 128; launches do not overlap;
  - the eager chain's scaling is applied to the [M, out] product, as PEFT does;

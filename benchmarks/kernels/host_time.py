@@ -1,12 +1,13 @@
 """What a launch costs the host: Python's time of a layer's and a group's forward and backward. No GPU needed.
 
-    python -m benchmarks.kernels.host_time [--arch sm_86] [--calls 200] [--json]
+    python -m benchmarks.kernels.host_time [--arch sm_86] [--calls 200] [--json] [--tritons .venv/tritons]
 
 CUDA is stubbed out: kernels are compiled and specialized, and the driver's launch does nothing; tensors lie on the CPU.
 Beside them, on tensors so small that arithmetic is nothing, the chain of plain torch ops that the kernels replace.
 Two more ways show what the shortcuts save: ordinary launches, in place of prepared ones, and keys and allocation in
 Python, in place of the C++ extension's.
-Microseconds of CPU time of one thread, medians over rounds in turns, and ratios within a round.
+Microseconds of CPU time of one thread, medians over rounds in turns, and ratios within a round. `--tritons` measures
+every version of Triton in a folder (`make bench-kernels` installs the tested ones), each in a separate process.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -40,6 +44,7 @@ M, FEATURES, RANK, ROUNDS, SCALE = 32, 128, 32, 9, 0.7
 Call = Callable[[], Any]
 Way = tuple[Call, Callable[[], AbstractContextManager[Any]]]  # a call, and what is in force while it is timed
 LAYER, GROUP = "ours, a layer", "ours, a group of 3"
+Rows = dict[str, dict[str, float]]
 
 
 class StubDriver:
@@ -155,7 +160,7 @@ def microseconds(calls: dict[str, Way], count: int) -> dict[str, list[float]]:
     return found
 
 
-def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
+def measure(arch: str, count: int) -> Rows:
     """Measure every way: µs, its ratio to the same work by plain ops, and how many tensors it allocates."""
     import lorasb
     from lorasb.backends import triton as backend
@@ -193,9 +198,23 @@ def measure(arch: str, count: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def view(arch: str, found: dict[str, dict[str, float]]) -> Table:
+def by_version(folder: Path, arch: str, count: int) -> dict[str, Rows]:
+    """The rows of each version of Triton in a folder, oldest first."""
+    found = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        command = ("-m", "benchmarks.kernels.host_time", "--json", "--arch", arch, "--calls", str(count))
+        paths = os.pathsep.join(filter(None, (str(path.resolve()), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": paths}
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        found[path.name] = json.loads(done.stdout)["rows"]
+    return found
+
+
+def view(title: str, found: Rows) -> Table:
     """The results as a table."""
-    table = Table(title=f"Host time of forward and backward, {arch}, CUDA stubbed out: CPU time of one thread")
+    table = Table(title=f"Host time of forward and backward, {title}, CUDA stubbed out: CPU time of one thread")
     for column in ("", "µs", "over plain ops (20th-80th percentile)", "tensors allocated"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in found.items():
@@ -210,16 +229,22 @@ def main() -> None:
     parser.add_argument("--arch", choices=list(ARCHS), default="sm_86")
     parser.add_argument("--calls", type=int, default=200, help="a round")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tritons", type=Path, help="a folder with one folder per version of Triton")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    versions = by_version(options.tritons, options.arch, options.calls) if options.tritons else {}
     found = measure(options.arch, options.calls)
     if options.json:
         from lorasb.backends import cpp
 
         extension = cpp.missing() is None  # has the functions that every call makes
-        print(json.dumps({"arch": options.arch, "extension": extension, "rows": found} | provenance(), indent=1))
-    else:
-        Console(width=120).print(view(options.arch, found))
+        kept = {"arch": options.arch, "extension": extension, "rows": found, "tritons": versions}
+        print(json.dumps(kept | provenance(), indent=1))
+        return
+    console = Console(width=120)
+    for version, rows in versions.items():
+        console.print(view(f"{options.arch}, Triton {version}", rows))
+    console.print(view(options.arch, found))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ class Row:
     shared_bytes: int
     ctas_per_sm: int
     mma: int
+    tcgen05: int
     mma_share: float
     loop: int
     a_weight: float | None
@@ -131,9 +132,7 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
             for variant in ROWS if bf16 and not brief else ROWS[:1]:
                 yield Job("rows", variant, dtype, arch, _plan("forward", variant, dtype, arch))
             for variant in QUANTIZED if bf16 and not brief else (QUANTIZED[0], QUANTIZED[-1]):
-                plan = _plan("forward", variant, dtype, arch, "4bit")
-                weights = "scratch" if variant.label.endswith("scratch") else "inline"
-                yield Job("quantized", variant, dtype, arch, LaunchPlan(plan.path, plan.prep, plan.gemm, weights))
+                yield Job("quantized", variant, dtype, arch, _plan("forward", variant, dtype, arch, "4bit"))
 
 
 def gradient_job(variant: Variant, dtype: torch.dtype, arch: str) -> Job:
@@ -191,6 +190,7 @@ def _row(item: tuple[Job, int]) -> Row:
         shared_bytes=shared,
         ctas_per_sm=programs,
         mma=mma,
+        tcgen05=sum(one.opcode.startswith("UTC") for one in code),
         mma_share=share,
         loop=loop,
         a_weight=_instructions_a_weight(launch, loop),

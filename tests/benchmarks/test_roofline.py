@@ -175,8 +175,14 @@ def test_a_block_compiles_few_kernels_whatever_the_tokens() -> None:
         assert sum(kernels.values()) <= 48
 
 
-def test_it_measures_what_launches_cost() -> None:
-    rows = json.loads(python("-m", "benchmarks.kernels.host_time", "--calls", "2", "--json"))["rows"]
+def test_it_measures_what_launches_cost(tmp_path: Path) -> None:
+    """With the installed Triton, and with every one in a folder: here the installed one again."""
+    (tmp_path / "3.0.0").mkdir()
+    command = ("-m", "benchmarks.kernels.host_time", "--calls", "2", "--json", "--tritons", tmp_path)
+    found = json.loads(python(*command))
+    rows = found["rows"]
+    assert found["tritons"].keys() == {"3.0.0"}
+    assert found["tritons"]["3.0.0"].keys() == rows.keys()
     ours = [
         f"{name}{way}"
         for name in ("ours, a layer", "ours, a group of 3")

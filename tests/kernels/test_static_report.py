@@ -103,6 +103,12 @@ def test_every_kernel_and_architecture_is_there(rows: list[Row], request: pytest
 
 
 @pytest.mark.long
+def test_what_the_tables_choose_on_sm_100_has_no_tcgen05(whole: list[Row]) -> None:
+    """Which nothing has executed."""
+    assert names([row for row in whole if row["tcgen05"] and row["arch"] == "sm_100"]) == []
+
+
+@pytest.mark.long
 def test_every_dtype_and_shipped_configuration_is_there(whole: list[Row]) -> None:
     configs: dict[str, set[str]] = defaultdict(set)
     for row in whole:
