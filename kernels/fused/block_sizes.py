@@ -45,20 +45,22 @@ class GemmConfig:
     stages: int
     registers: int | None = None
 
-    def fitted(self, even: bool, dropout: bool) -> GemmConfig:
+    def fitted(self, even: bool, dropout: bool, alone: bool = False, add: bool = False) -> GemmConfig:
         """Config without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
 
-        So the cap on registers goes, dropout takes tiles of 64 x 64 and three stages at most, and both take eight warps
-        where the table has 128 x 128. tests/kernels/test_static_report.py holds the results to zero spills.
+        So the cap on registers goes, and both take eight warps where the table has 128 x 128. Dropout takes three
+        stages at most and tiles of 64 x 64; of a layer `alone`, of even lengths, four warps, and 64 x 128 unless it
+        `add`s to dx. tests/kernels/test_static_report.py holds the results to zero spills.
         """
         if even and not dropout:
             return self
-        warps = max(8, self.warps) if self.block_m * self.block_n >= 128 * 128 else self.warps
-        config = replace(self, registers=None, warps=warps)
+        is_large, stages = self.block_m * self.block_n >= 128 * 128, min(3, self.stages) if dropout else self.stages
+        config = replace(self, registers=None, warps=max(8, self.warps) if is_large else self.warps, stages=stages)
         if not dropout:
             return config
-        sides = {"block_m": min(64, self.block_m), "block_n": min(64, self.block_n)}
-        return replace(config, **sides, stages=min(3, self.stages))
+        if is_large and even and alone:
+            return replace(config, block_m=64, block_n=64 if add else 128, warps=4)
+        return replace(config, block_m=min(64, self.block_m), block_n=min(64, self.block_n))
 
 
 DEQUANTIZE = PrepConfig(0, 0, 4, 1)  # of the dequantization on its own, which has no blocks of x

@@ -66,7 +66,7 @@ def backward_call(
     """dx = Σ_i dy_i W_i + w_i A_i unless it is None, and dR_i = s_i·t_iᵀ u_i into `dcores` unless that is empty."""
     M, dropout = t.shape[0], mask.dropout > 0.0
     weights, Ks = _weights(members if dx is not None and not add else None, *dys)
-    even, config = _fitted_config(plan, Ks, members.r, dropout)
+    even, config = _fitted_config(plan, Ks, members.r, dropout, add)
     columns = () if dx is None else (dx.shape[1],)
     # masked terms have K loops of their own, which are not split
     tiles, splits = _tiles(M, columns, (*Ks, *[members.r] * len(Ks)), config, split=not dropout)
@@ -150,7 +150,9 @@ def _weights(members: Members | None, *inputs: Tensor) -> tuple[tuple[Tensor, ..
     return tuple(unit_rows(w) for w in members.weights if w is not None), tuple(x.shape[1] for x in inputs)
 
 
-def _fitted_config(plan: LaunchPlan, Ks: Sequence[int], r: int, dropout: bool) -> tuple[bool, GemmConfig]:
-    """EVEN_K, and the plan's blocks as they compile without spills."""
+def _fitted_config(
+    plan: LaunchPlan, Ks: Sequence[int], r: int, dropout: bool, add: bool = False
+) -> tuple[bool, GemmConfig]:
+    """EVEN_K, and the plan's blocks as they compile without spills: 64 x 128 for few ranks of one layer."""
     even = all(k % plan.gemm.block_k == 0 for k in (*Ks, r))
-    return even, plan.gemm.fitted(even, dropout)
+    return even, plan.gemm.fitted(even, dropout, len(Ks) == 1 and r < 128, add)

@@ -106,7 +106,7 @@ def refine_rate(
 
     The best rates of two tasks at one rank are up to 8 times apart. Whether the larger of two rates is ahead after a
     few steps tells them apart; how far to go cannot be read from so few steps, where the best is too small. Of rates
-    twice apart the worse one was ahead in two of 17 probes (SmolLM2 and MiniLM on three tasks), of these in none.
+    twice apart the worse one was ahead in three of 17 probes (SmolLM2 and MiniLM on three tasks), of these in none.
 
     R, initialized at `rate`, is left at the start of the rate that is returned. `loss_fn` of model and batch replaces
     the model's loss. Raises the errors of `find_lr`.

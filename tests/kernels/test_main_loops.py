@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -75,23 +76,31 @@ def test_warps_of_a_program_meet_at_a_barrier() -> None:
     assert 16 / share(meeting) == pytest.approx(16 + sass.BARRIER_LATENCY, abs=8)
 
 
-# (kernel, architecture) -> the least bound under the better policy, at the layer and tokens of `main_loops`. The worse
-# policy is held to 0.12 less. From Triton 3.8 on; 3.6 and 3.7 do not prefetch, and cuBLAS multiplies there.
+# (kernel, architecture) -> the least bound of all its configurations under both policies, at the layer and tokens of
+# `main_loops`. From Triton 3.8 on; 3.6 and 3.7 do not prefetch, and cuBLAS multiplies there.
 LEAST = {
-    ("extended_gemm", "sm_86"): 0.97,
     ("extended_gemm", "sm_80"): 0.88,
-    ("extended_gemm backward", "sm_86"): 0.95,
+    ("extended_gemm", "sm_86"): 0.97,
+    ("extended_gemm", "sm_89"): 0.97,
+    ("extended_gemm", "sm_120"): 0.92,
     ("extended_gemm backward", "sm_80"): 0.78,
+    ("extended_gemm backward", "sm_86"): 0.95,
+    ("extended_gemm backward", "sm_89"): 0.95,
+    ("extended_gemm backward", "sm_120"): 0.92,
+    ("grad_sign", "sm_80"): 0.65,
     ("grad_sign", "sm_86"): 0.93,
-    ("grad_sign", "sm_80"): 0.75,
+    ("grad_sign", "sm_89"): 0.93,
+    ("grad_sign", "sm_120"): 0.9,
 }
-SLACK = 0.12
+BETTER = {("grad_sign", "sm_80"): 0.75}  # under the better policy, where the policies differ
+GRADIENT_KERNELS = 3  # that are added to, that end, and of one call
 MOST_TMA_INSTRUCTIONS = 12  # per 64x128x16; the extended GEMM has 31 forward, CUTLASS 6
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    command = ("-m", "benchmarks.kernels.main_loops", "--json", "--arch", "sm_86", "--arch", "sm_80", "--arch", "sm_90")
+    archs = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+    command = ("-m", "benchmarks.kernels.main_loops", "--json", *(word for arch in archs for word in ("--arch", arch)))
     found: dict[str, Any] = json.loads(python(*command, TRITON_INTERPRET="0"))
     return found
 
@@ -100,12 +109,21 @@ def report() -> dict[str, Any]:
 @pytest.mark.skipif(installed() < (3, 8), reason="Triton 3.6 and 3.7 do not prefetch: cuBLAS multiplies there")
 def test_no_main_loop_got_slower(report: dict[str, Any]) -> None:
     rows = [row for row in report["rows"] if row["variant"] in ("default", "gradient")]
-    checked = {(row["kernel"], row["arch"]): row["bound"] for row in rows if (row["kernel"], row["arch"]) in LEAST}
-    assert checked.keys() == LEAST.keys()
+    bounds: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
+    for row in rows:
+        bounds[row["kernel"], row["arch"]].append(row["bound"])
+    counts = {key: len(bounds[key]) for key in LEAST}
+    assert counts == {key: GRADIENT_KERNELS if key[0] == "grad_sign" else 1 for key in LEAST}
     slower = {
-        key: bound for key, bound in checked.items() if max(bound) < LEAST[key] or min(bound) < LEAST[key] - SLACK
+        key: found
+        for key, least in LEAST.items()
+        if (found := bounds[key]) and (min(map(min, found)) < least or min(map(max, found)) < BETTER.get(key, least))
     }
     assert slower == {}
+    masked = [
+        row for row in report["rows"] if row["kernel"] == "extended_gemm backward" and row["variant"] == "dropout"
+    ]
+    assert max(min(row["bound"]) for row in masked) >= 0.94  # of a layer; the other adds to what cuBLAS wrote
     by_tma = [row["per_mma"] for row in rows if row["kernel"].startswith("tma_gemm")]
     assert len(by_tma) == 2
     assert max(by_tma) <= MOST_TMA_INSTRUCTIONS
