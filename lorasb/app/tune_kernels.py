@@ -55,15 +55,15 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 
 def tune(cases: Sequence[Case], arch: str, sms: int, device: str, clock: Clock) -> list[Tuned]:
-    """Time every candidate of every case; candidates that do not compile or run are skipped."""
+    """Time every candidate of every case; what does not compile, run or fit into memory is skipped."""
     found = []
     for shape, ms in cases:
         try:
             run = run_of(shape, ms, device)
+            plans = autotune.candidates(shape, plan.choose(shape, arch, sms), arch)
+            found.append(autotune.fastest(shape, plans, run, autotune.unchecked, clock))
         except torch.OutOfMemoryError:
             continue
-        plans = autotune.candidates(shape, plan.choose(shape, arch, sms), arch)
-        found.append(autotune.fastest(shape, plans, run, autotune.unchecked, clock))
     return [one for one in found if one is not None]
 
 

@@ -52,6 +52,14 @@ def test_every_case_runs_with_its_candidates(monkeypatch: pytest.MonkeyPatch) ->
     assert all(one.before == one.after == 10.0 for one in found)
 
 
+def test_a_case_that_the_cards_memory_does_not_hold_is_skipped() -> None:
+    def small(calls: Sequence[autotune.Call]) -> list[float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    cases = list(tune_kernels.cases_of([(64, (48,))], 8, [1], "fp32"))[:1]
+    assert tune_kernels.tune(cases, plan.INTERPRETER, 1, "cpu", small) == []
+
+
 def test_layers_of_a_model() -> None:
     sizes = {64: ((64,), (32,), (64, 32, 32), (96,), (96, 96)), 96: ((64,),)}
     found = tune_kernels.layers_of(make("llama").model.layers[0])
