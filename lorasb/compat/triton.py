@@ -13,28 +13,22 @@ from . import Private, find
 
 VERIFIED = "Triton 3.6 to 3.9"
 FIRST, LAST = (3, 6), (3, 9)
-ORDINARY = "every launch is Triton's own, which takes 17 µs more"
-NO_TMA = "cuBLAS multiplies in place of the kernel by TMA"
+ORDINARY = "launches are Triton's own, and take 17 µs more"
+NO_TMA = "cuBLAS multiplies"
 PRIVATE = {
-    "run": Private("triton.runtime.jit.JITFunction.run", "compiles a kernel without launching it", ORDINARY),
+    "run": Private("triton.runtime.jit.JITFunction.run", "compiles without launching", ORDINARY),
     "compiled": Private(
         "triton.compiler.CompiledKernel.run",
-        "launches a compiled kernel by position; with it `function` and `packed_metadata`",
+        "launches by position; with `function` and `packed_metadata`",
         ORDINARY,
     ),
-    "device_caches": Private(
-        "triton.runtime.jit.JITFunction().device_caches", "tells compiled kernels from interpreted ones", ORDINARY
-    ),
-    "driver": Private(
-        "triton.runtime.driver.DriverConfig().active", "the current stream of a device", "prepared launches raise"
-    ),
-    "launch_hooks": Private(
-        "triton.knobs.runtime.launch_enter_hook", "tells that a profiler observes launches", ORDINARY
-    ),
-    "TensorDescriptor": Private("triton.tools.tensor_descriptor.TensorDescriptor", "copies blocks by TMA", NO_TMA),
-    "gdc_wait": Private("triton.language.extra.cuda.gdc_wait", "waits for the launch before, while both run", NO_TMA),
+    "device_caches": Private("triton.runtime.jit.JITFunction().device_caches", "compiled or interpreted", ORDINARY),
+    "driver": Private("triton.runtime.driver.DriverConfig().active", "a device's stream", "prepared launches raise"),
+    "launch_hooks": Private("triton.knobs.runtime.launch_enter_hook", "a profiler observes launches", ORDINARY),
+    "TensorDescriptor": Private("triton.tools.tensor_descriptor.TensorDescriptor", "TMA", NO_TMA),
+    "gdc_wait": Private("triton.language.extra.cuda.gdc_wait", "overlapping launches", NO_TMA),
     "gdc_launch_dependents": Private(
-        "triton.language.extra.cuda.gdc_launch_dependents", "lets the next launch begin before the end", NO_TMA
+        "triton.language.extra.cuda.gdc_launch_dependents", "overlapping launches", NO_TMA
     ),
 }
 
