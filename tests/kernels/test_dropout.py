@@ -12,7 +12,7 @@ from calls import check_dropout_follows_the_global_seed, operands_of
 from calls import run_kernels as run
 from kernel_cases import check_follows_mask, group_cases, mask_of, planned
 
-from lorasb.backends import eager
+from lorasb.backends import autotune, eager
 from lorasb.backends import triton as backend
 from lorasb.kernels import linear as launch
 from lorasb.kernels.launcher import observed
@@ -48,6 +48,16 @@ def test_without_a_base_the_masked_term_is_all_there_is() -> None:
     tolerances.check(y_alone + case.x @ case.weight.t(), y.double(), tolerances.fp32(80))
     tolerances.check(dx_alone + case.dy @ case.weight, dx.double(), tolerances.fp32(80))
     assert torch.equal(dcore, dcore_alone)
+
+
+@pytest.mark.parametrize(("path", "columns"), [("fused", 128), ("addmm", 64)])
+def test_a_layer_alone_has_large_tiles_of_even_lengths(path: str, columns: int) -> None:
+    case = reference.make_case((70,), 144, 64, 32, torch.float32, bias=False)
+    with planned(path=path, gemm=autotune.GEMMS[0]), observed() as launches:
+        check_follows_mask(case, 0.4, tolerances.fp32(150))
+    (gemm,) = (one for one in launches if one.name == "extended_gemm" and one.arguments["BACKWARD"])
+    blocks = [gemm.arguments[f"BLOCK_{side}"] for side in "MNK"]
+    assert (blocks, gemm.config.warps) == ([64, columns, 32], 4)
 
 
 @pytest.mark.parametrize(
