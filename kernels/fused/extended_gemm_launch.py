@@ -19,7 +19,7 @@ def forward_call(x: Tensor, members: Members, v: Tensor, ys: list[Tensor], plan:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i of all members."""
     M, Ns = x.shape[0], tuple(y.shape[1] for y in ys)
     weights, Ks = _weights(members, x)
-    even, config = _fitted_config(plan, Ks, members.r, False)
+    even, config = _fitted_config(plan, Ks, members.r, False, False)
     tiles, splits = _tiles(M, Ns, (*Ks, members.r), config)
     partial, counters = allocate_workspace(x, tiles * splits * config.block_m * config.block_n, tiles, splits)
     has_bias, biases = kernel_biases(members.biases, ys)
@@ -150,9 +150,7 @@ def _weights(members: Members | None, *inputs: Tensor) -> tuple[tuple[Tensor, ..
     return tuple(unit_rows(w) for w in members.weights if w is not None), tuple(x.shape[1] for x in inputs)
 
 
-def _fitted_config(
-    plan: LaunchPlan, Ks: Sequence[int], r: int, dropout: bool, add: bool = False
-) -> tuple[bool, GemmConfig]:
+def _fitted_config(plan: LaunchPlan, Ks: Sequence[int], r: int, dropout: bool, add: bool) -> tuple[bool, GemmConfig]:
     """EVEN_K, and the plan's blocks as they compile without spills: 64 x 128 for few ranks of one layer."""
     even = all(k % plan.gemm.block_k == 0 for k in (*Ks, r))
     return even, plan.gemm.fitted(even, dropout, len(Ks) == 1 and r < 128, add)

@@ -133,8 +133,8 @@ def choose(shape: Shape, arch: str, sms: int) -> LaunchPlan:
 def _by_rules(rules: tuple[Rule, ...], shape: Shape, sms: int) -> LaunchPlan:
     holding = [rule for rule in rules if rule.holds(shape, sms)]
     names = ("path", "prep", "gemm", "weights")
-    first: dict[str, Any] = {name: next((v for rule in holding if (v := getattr(rule, name))), None) for name in names}
-    return LaunchPlan(first["path"], first["prep"], first["gemm"], first["weights"] or "scratch")
+    path, prep, gemm, weights = (next((v for rule in holding if (v := getattr(rule, name))), None) for name in names)
+    return LaunchPlan(path, prep, gemm, weights or "scratch")
 
 
 def has_executed_code(chosen: LaunchPlan, shape: Shape, arch: str) -> bool:
@@ -158,9 +158,9 @@ def bucket(tokens: int) -> int:
 
 @lru_cache
 def family(arch: str) -> str:
-    """The architecture whose table and code another one shares: "sm_100" of "sm_103", "sm_120" of "sm_121".
+    """The architecture whose table and code another one shares: "sm_100" of "sm_103", "sm_86" of the interpreter.
 
-    "sm_86" of the interpreter; "sm_100" of an unknown one, as its blocks compile to mma.sync, which all have.
+    "sm_100" of an unknown one, too: its blocks compile to mma.sync, which all have.
     """
     if arch == INTERPRETER:
         return "sm_86"
@@ -195,11 +195,7 @@ def user_rules(arch: str) -> tuple[Rule, ...]:
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
-    """The rules of a table.
-
-    Raises:
-        ValueError: it is not a table, or names a path or a condition that does not exist.
-    """
+    """The rules of a table; a ValueError if it is none, or names a path or a condition that does not exist."""
     return tuple(Rule.from_json(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rules"])
 
 
