@@ -57,8 +57,7 @@ VALUES = asdict(Shape("", "", 0, 0, 0, 0)) | {"sms": 0, "triton": 0, "card": "",
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """`fused`: prep and the extended GEMM; `addmm`: prep, then cuBLAS twice, the second onto the first; `tma`: prep and
-    `tma_gemm`.
+    """Path `fused` is prep and the extended GEMM, `addmm` prep and two calls of cuBLAS, `tma` prep and `tma_gemm`.
 
     `weights`, where they have 4 bits: dequantized `inline` by a separate GEMM, or into a `scratch` by prep.
     """
@@ -115,10 +114,7 @@ def _inside(value: Any, wanted: Any) -> bool:
 
 
 def choose(shape: Shape, arch: str, sms: int) -> LaunchPlan:
-    """The plan for a shape on an architecture ("sm_86") with so many multiprocessors; "interpreter" on the CPU.
-
-    Of a user's rules those that `has_executed_code` refuses are left out. An unknown architecture takes cuBLAS.
-    """
+    """The plan for a shape on an architecture ("sm_86") with so many multiprocessors; "interpreter" on the CPU."""
     shipped = shipped_rules(arch)
     if arch == INTERPRETER:
         weights = "inline" if shape.M <= DECODE_ROWS else "scratch"

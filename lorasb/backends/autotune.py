@@ -294,7 +294,7 @@ def check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[Sequence
 
 
 def _kept(mask: Mask, rows: Tensor, members: Members) -> list[Tensor]:
-    """Of each member: 1 where dropout keeps an element of x's first rows, and 0 elsewhere."""
+    """Return 1 per member where dropout keeps an element of x's first rows, and 0 elsewhere."""
     if mask.dropout == 0.0:
         return [torch.ones((1, 1), device=rows.device)] * len(members.a)
     shape = torch.Size((min(TILE_ROWS, len(rows)), members.a[0].shape[1]))
