@@ -307,7 +307,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str],
     "training": (
         training,
         (
-            ("docs/planner.md", "has not been compared with a card yet"),
+            ("docs/planner.md", "has not been compared with a GPU yet"),
             ("docs/initialization.md", NOT_RUN),
             ("benchmarks/research/reporting/speed.py", "No card has been measured yet."),
         ),
