@@ -27,9 +27,12 @@ ALIASES = {as_name(alias): one.name for one, _ in listed(Settings) for alias in 
 TYPES: dict[object, tuple[str, type | UnionType]] = {
     bool: ("true or false", bool),
     int: ("a whole number", int),
-    float: ("a number, or auto for lr, epochs and eta", int | float | str),
+    float: ("a number", int | float | str),
     str: ("a text", str | int),
 }
+
+
+AUTO = tuple(one.name for one, kind in listed(Settings) if kind is float and one.default is None)  # found from the data
 
 
 def read_config(path: str | Path, known: Mapping[str, object]) -> Given:
@@ -72,7 +75,8 @@ def typed(value: object, kind: Any, where: str) -> Any:
     if isinstance(value, TYPES[kind][1]) and isinstance(value, bool) == (kind is bool):  # bool is a subclass of int
         with suppress(ValueError):
             return kind(value)
-    raise ValueError(f"{where} expects {TYPES[kind][0]}, got {value!r}")
+    what = TYPES[kind][0] + (" or auto" if where.endswith(AUTO) else "")
+    raise ValueError(f"{where} expects {what}, got {value!r}")
 
 
 def _ranks(value: object, where: str) -> dict[str, int]:

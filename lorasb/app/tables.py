@@ -74,8 +74,8 @@ def before_and_after(summary: Json) -> Table:
 def basis_line(share: float, random: float) -> str:
     """A sentence on the first step of a run's data: the share that its basis keeps, and a warning where it is small."""
     line = f"The basis keeps {share:.1%} of the data's first step, a random one {random:.1%}."
-    warning = "[yellow]The data's first step is not in this basis:[/] train without --basis as well, and compare."
-    return f"{line} {warning}" if share < NEAR_CHANCE * random else line
+    warning = "[yellow]That is little more than chance:[/] train without --basis as well, and compare."
+    return f"{line} {warning}" if share < min(NEAR_CHANCE * random, 0.5) else line
 
 
 def _accuracies(summary: Json) -> Iterator[tuple[str, float, float]]:

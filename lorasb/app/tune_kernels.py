@@ -108,11 +108,14 @@ def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
         raise ValueError(f"unknown dtype {dtype!r}: expected one of auto, {', '.join(plan.DTYPES.values())}")
     properties = torch.cuda.get_device_properties(0)
     arch, sms = f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+    if not plan.is_known(arch):
+        raise RuntimeError(f"{properties.name} ({arch}) takes cuBLAS, as lorasb's kernels were not tested for it")
     cases = list(cases_of(layers_of(on_meta(model, torch.float32)), r, tokens, dtype))
     tuned = tune(cases, arch, sms, "cuda", CudaClock(torch.device("cuda")))
     path = autotune.write(tuned, arch, sms)
     plan.forget()  # and let the next call read it
-    return _summary(tuned, f"{properties.name}: {len(tuned)} shapes in {path}")
+    left = f"; {len(cases) - len(tuned)} left out, whose times varied" if len(tuned) < len(cases) else ""
+    return _summary(tuned, f"{properties.name}: {len(tuned)} shapes in {path}{left}")
 
 
 def _summary(tuned: Sequence[Tuned], title: str) -> Table:

@@ -1,7 +1,7 @@
 """Autotuning of the Triton kernels: candidates are timed in turns, and the choice stays in the user's table.
 
 At the first call of a kind on a card, one tile of each result is compared with torch's, and from `LEAST_TOKENS` on
-paths and tiles are timed: about 10 ms, or three rounds, besides compiling them. LORASB_TUNE=cached takes what earlier
+paths and tiles are timed: about 10 ms, or five rounds, besides compiling them. LORASB_TUNE=cached takes what earlier
 runs measured and times nothing, as under CUDA graph capture and `torch.use_deterministic_algorithms`; LORASB_TUNE=off
 takes the shipped tables.
 """
@@ -38,10 +38,10 @@ MODES = ("on", "cached", "off")
 DRIVER = Path("/proc/driver/nvidia/version")  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  ..."
 LEAST_TOKENS = 256  # fewer are bound by reading W with any tiles
 BUDGET = 10.0  # ms of timing per kind, beyond the least rounds
-LEAST_ROUNDS, MOST_ROUNDS = 3, 10
+LEAST_ROUNDS, MOST_ROUNDS = 5, 10
 WIDE = 0.2  # of the median: times that differ by more, without a quarter at either end, decide nothing
 WORTH = 0.97  # another plan is taken where it takes less than this share of the table's time
-FLUSHED = 1 << 28  # bytes written before every call, where torch does not give L2's size: more than twice any
+FLUSHED = 1 << 26  # bytes written before every call, which takes longer than a launch; twice L2 where that is more
 # Paths and tiles in addition to the table's choice. What needs more registers or shared memory than the card has does
 # not compile, and is left out.
 PREPS = (PrepConfig(32, 64, 4, 3), PrepConfig(64, 64, 4, 3), PrepConfig(64, 32, 4, 4), PrepConfig(128, 32, 8, 3))
@@ -157,8 +157,9 @@ def candidates(
 
 
 def _others(shape: Shape, chosen: LaunchPlan, gemms: Sequence[GemmConfig] | None) -> Iterator[LaunchPlan]:
-    if shape.quant != "none":  # read inline, they have one path
-        yield replace(chosen, weights="inline")
+    if shape.quant != "none":  # read inline, they have one path, which needs whole bytes and has no mask
+        if not shape.dropout and shape.n % 2 == 0:
+            yield replace(chosen, weights="inline")
         yield (chosen := replace(chosen, weights="scratch"))
     yield replace(chosen, path="addmm" if chosen.path == "fused" else "fused")
     all_tiles = DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
@@ -208,7 +209,7 @@ class CudaClock:
     """Times by CUDA events, each call with a cold L2; writing the L2 takes long enough to hide the host's launches."""
 
     def __init__(self, device: torch.device) -> None:
-        size = 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", FLUSHED // 2)
+        size = max(FLUSHED, 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", FLUSHED))
         self.flushed = torch.empty(size, dtype=torch.uint8, device=device)
 
     def __call__(self, calls: Sequence[Call]) -> list[float]:

@@ -45,7 +45,7 @@ _broken: dict[Hashable, str] = {}  # kernel and shapes -> why `auto` no longer t
 EVERY = "every kernel"  # key of what no kernel runs with
 # Triton's errors where it cannot build its launchers, and what helps
 BUILDS = re.compile(r"C compiler|libcuda|\bPython\.h\b")
-HELP = f"Triton takes a C compiler with Python's headers (apt-get install gcc python3-dev), and lorasb {VERIFIED}"
+HELP = f"Triton needs a C compiler and Python's headers (apt-get install gcc python3-dev); tested with {VERIFIED}"
 
 
 class CaptureError(RuntimeError):

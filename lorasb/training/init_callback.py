@@ -18,6 +18,7 @@ from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes, sharded
 from ..distributed.sharded_factors import keep_factors, restore_factors
 from ..init import InitReport, first_step_lr, initialize
+from ..init.loss import labeled_rows
 from ..init.sampling import Batch, Loader, draw, rng_untouched, too_few
 from ..init.task import AutoRate, Layers
 from ..layers.lookup import adapted_layers
@@ -40,8 +41,9 @@ class InitCallback(TrainerCallback):
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
         seed: for sampling and the SVD; the trainer's `seed` by default.
         lr: η, instead of the one derived from the trainer's arguments; or "auto", which measures the peak learning rate
-            on the samples, doubles or halves it by two trials of four steps on the trainer's data (docs/choosing.md),
-            and sets it in the optimizer, which has to be an Adam, and the schedule, in place of the arguments'.
+            on the samples, doubles or halves it by two trials of four steps on the trainer's data (docs/choosing.md;
+            not with `samples`, nor if the model is sharded), and sets it in the optimizer, which has to be an Adam, and
+            the schedule, in place of the arguments'.
         samples: batches instead of the trainer's own data, or a function that makes them of the model when training
             begins: for reinforcement learning, whose data has prompts and no labels.
         share_factors: let the run's checkpoints share one file of A and B: each further one adds R and the optimizer's
@@ -108,13 +110,13 @@ class InitCallback(TrainerCallback):
             _refuse_copies(optimizer, layers, name)
         # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
         warmup = args.get_warmup_steps(state.max_steps)
+        lr: float | AutoRate | None = None if self.lr == "auto" else self.lr
         if self.lr == "auto" and _is_adam(optimizer, args.learning_rate):
-            lr: float | AutoRate = first_step_lr("auto", warmup)
-        else:
-            lr = self.lr if isinstance(self.lr, int | float) else first_step_lr(args.learning_rate, warmup)
+            lr = first_step_lr("auto", warmup)
+        lr = first_step_lr(args.learning_rate, warmup) if lr is None else lr
         self.report = self._initialize(lr, args, model, train_dataloader)
         if self.report.rate is not None and self.samples is None and not sharded(model):
-            self.report = self._refine(self.report, self.report.rate, args, model, train_dataloader)
+            self.report = self._refine(self.report, self.report.rate, name, args, model, train_dataloader)
         if self.report.rate is not None and optimizer is not None:
             _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
 
@@ -132,17 +134,24 @@ class InitCallback(TrainerCallback):
             return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
 
     def _refine(
-        self, report: InitReport, rate: float, args: TrainingArguments, model: PeftModel, data: Loader
+        self, report: InitReport, rate: float, name: str, args: TrainingArguments, model: PeftModel, data: Loader
     ) -> InitReport:
         """The report with twice or half its rate, by trials on this process's data; R is scaled likewise."""
-        seed, size, parts = args.seed, args.per_device_train_batch_size, args.gradient_accumulation_steps
-        count = self.num_samples  # of a stream, whose head is read again
+        size, parts, loss_fn = (
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            self.options.get("loss_fn"),
+        )
+        seed, count = args.seed + 1, self.num_samples  # other samples than the initialization's; a stream's head again
         if _is_sized(data.dataset):
             count = min(len(data.dataset), (PROBE_STEPS * parts + JUDGED) * size * Processes().world_size)
-        with rng_untouched():
-            held = list(_batches(data, size, count, seed))
-        loss_fn, progress = self.options.get("loss_fn"), self.options.get("progress", not args.disable_tqdm)
-        found = refine_rate(model, itertools.cycle(held), rate, accumulation=parts, loss_fn=loss_fn, progress=progress)
+        with Processes().together("reading batches for trials of the rate"), rng_untouched():
+            held = [batch for batch in _batches(data, size, count, seed) if loss_fn or labeled_rows(batch)]
+            if not held:
+                raise ValueError("expected labels in the trainer's batches, found none to try rates on: give lr=")
+        progress = self.options.get("progress", not args.disable_tqdm)
+        batches = itertools.cycle(held)
+        found = refine_rate(model, batches, rate, accumulation=parts, adapter=name, loss_fn=loss_fn, progress=progress)
         return replace(report, rate=found.lr, lr=None if report.lr is None else report.lr * found.lr / rate)
 
 

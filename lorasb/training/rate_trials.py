@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def find_lr(
     with _bar(progress) as bar:
         losses = _search(lr, lambda rate: trial.loss(rate, optimizer or ADAMW, bar))
     best = min(losses, key=lambda rate: losses[rate])
-    trial.scale_start(best)
+    trial.keep(best)
     return RateTrials(best, losses, steps)
 
 
@@ -99,6 +100,7 @@ def refine_rate(
     rate: float,
     *,
     accumulation: int = 1,
+    adapter: str | None = None,
     loss_fn: LossFn | None = None,
     progress: bool = True,
 ) -> RateTrials:
@@ -108,14 +110,17 @@ def refine_rate(
     few steps tells them apart; how far to go cannot be read from so few steps, where the best is too small. Of rates
     twice apart the worse one was ahead in three of 17 probes (SmolLM2 and MiniLM on three tasks), of these in none.
 
-    R, initialized at `rate`, is left at the start of the rate that is returned. `loss_fn` of model and batch replaces
-    the model's loss. Raises the errors of `find_lr`.
+    R of `adapter`, or of all, initialized at `rate`, is left at the start of the rate that is returned. `loss_fn` of
+    model and batch replaces the model's loss. Raises the errors of `find_lr`.
     """
-    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, loss_fn)
+    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, adapter, loss_fn)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
         losses = {tried: trial.loss(tried, ADAMW, bar) for tried in (rate / 4, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 4] else rate / 2
-    trial.scale_start(best)
+    if not math.isfinite(min(losses.values())):
+        warnings.warn(f"no trial of learning rates has a finite loss: {rate:.2g} stays as measured", stacklevel=2)
+        best = rate
+    trial.keep(best)
     return RateTrials(best, losses, PROBE_STEPS)
 
 
@@ -150,6 +155,7 @@ class _Trial:
         steps: int,
         judged: int,
         accumulation: int,
+        adapter: str | None = None,
         loss_fn: LossFn | None = None,
     ) -> None:
         check_lr(first, "learning rate to try first")
@@ -171,12 +177,23 @@ class _Trial:
         if not named:
             raise ValueError("no parameter requires a gradient: model.set_adapter(name), or lorasb.patch(model)")
         self.trained = [parameter for _, parameter in named]
-        self.cores = [parameter for name, parameter in named if "lorasb_R" in name]
+        # by adapter, whose name is the last part of its R's
+        cores = [(name.rpartition(".")[2], parameter) for name, parameter in named if "lorasb_R" in name]
+        self.adapters = {name for name, _ in cores if adapter in (None, name)}
+        self.cores = [parameter for name, parameter in cores if name in self.adapters]
 
     @torch.no_grad()
     def scale_start(self, rate: float) -> None:
         for core in self.cores:
             core.mul_(rate / self.first)
+
+    def keep(self, rate: float) -> None:
+        """Leave R at the start of a rate, and η in the adapters' configurations with it."""
+        self.scale_start(rate)
+        configs = getattr(self.model, "peft_config", {})
+        for provenance in (getattr(configs.get(name), "init_provenance", None) for name in self.adapters):
+            if provenance and provenance.get("lr"):
+                provenance["lr"] *= rate / self.first
 
     def loss(self, rate: float, make: MakeOptimizer, bar: tqdm) -> float:
         """The mean loss of the held-out batches after a trial at a rate."""

@@ -150,6 +150,7 @@ def test_a_trainer_trains_r_at_the_rate(tmp_path: Path, option: dict[str, object
     rate = callback.report.rate
     assert rate / raw.rate in (pytest.approx(0.5, rel=2e-2), pytest.approx(2.0, rel=2e-2))
     assert callback.report.lr == pytest.approx(rate / 2)
+    assert trainer.model.peft_config["default"].init_provenance["lr"] == pytest.approx(callback.report.lr)
     if not option:
         tolerances.check(starts[1], [core * rate / raw.rate for core in cores(by_hand)], tolerances.FACTORS)
     assert all(group["initial_lr"] == rate for group in trainer.optimizer.param_groups if group["params"])

@@ -192,6 +192,33 @@ def test_a_measured_rate_is_doubled_or_halved(faster: bool, factor: float, monke
     check_equal(cores(model), {name: value * factor for name, value in before.items()})
 
 
+def test_trials_without_a_finite_loss_keep_a_measured_rate() -> None:
+    """And a loss of the caller's takes the place of the model's."""
+    model, seen = patched(), []
+    before = cores(model)
+
+    def broken(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        seen.append(batch)
+        return model(**batch).loss * math.nan
+
+    with pytest.warns(UserWarning, match="no trial of learning rates has a finite loss: 0.001 stays as measured"):
+        found = rate_trials.refine_rate(model, batches(8), 1e-3, loss_fn=broken, progress=False)
+    assert (found.lr, len(seen)) == (1e-3, 2 * (rate_trials.PROBE_STEPS + rate_trials.JUDGED))
+    check_equal(cores(model), before)
+
+
+def test_only_the_adapter_of_a_measured_rate_is_scaled() -> None:
+    model = patched()
+    model.add_adapter("other", lorasb.LoRASBConfig(r=4, init="random"))
+    model.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        for name, core in model.named_parameters():
+            if "lorasb_R.other" in name:
+                core.fill_(1.0)
+    rate_trials.refine_rate(model, batches(8), 1e-3, adapter="default", progress=False)
+    assert all(bool((core == 1.0).all()) for name, core in model.named_parameters() if "lorasb_R.other" in name)
+
+
 def test_trials_of_a_measured_rate_train_and_restore() -> None:
     model = patched()
     random = torch.get_rng_state()
