@@ -123,7 +123,7 @@ coverage: install
 	$(PYTEST) $(addprefix --ignore=tests/,$(UNWATCHED)) --cov=lorasb --cov-report=term
 
 # Words that make a reader guess; rule 10 of CONTRIBUTING.md names better ones.
-VAGUE = told|lies|mends?|mended|parted|anew|need be|for ever|stands? on|is had|had of|goes on|of its own|is asked
+VAGUE = beside|told|lies|mends?|mended|parted|anew|need be|for ever|stands? on|is had|had of|goes on|of its own|is asked
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

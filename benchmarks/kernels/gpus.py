@@ -18,7 +18,7 @@ class Gpu:
         flops: dense bf16 FLOP/s with fp32 sums; tf32 has half of it.
         dram, l2: bytes/s. l2_size: bytes.
         share: of cuBLAS's rate on the tensor cores that our main loops reach at least, by `main_loops` (Triton 3.9);
-            1.0 where wgmma runs beside the instructions that are simulated.
+            1.0 where wgmma runs next to the instructions that are simulated.
     """
 
     name: str

@@ -3,7 +3,7 @@
     python -m benchmarks.kernels.host_time [--arch sm_86] [--calls 200] [--json] [--tritons .venv/tritons]
 
 CUDA is stubbed out: kernels are compiled and specialized, and the driver's launch does nothing; tensors lie on the CPU.
-Beside them, on tensors so small that arithmetic is nothing, the chain of plain torch ops that the kernels replace.
+Next to them, on tensors so small that arithmetic is nothing, the chain of plain torch ops that the kernels replace.
 Two more ways show what the shortcuts save: ordinary launches, in place of prepared ones, and keys and allocation in
 Python, in place of the C++ extension's.
 Microseconds of CPU time of one thread, medians over rounds in turns, and ratios within a round. `--tritons` measures

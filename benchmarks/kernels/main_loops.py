@@ -1,4 +1,4 @@
-"""The kernels' main loops in machine code, beside CUTLASS: what bounds the tensor cores. No GPU needed.
+"""The kernels' main loops in machine code, next to CUTLASS: what bounds the tensor cores. No GPU needed.
 
     python -m benchmarks.kernels.main_loops [--arch sm_86] [--json] [--output FILE]
 

@@ -111,7 +111,7 @@ def parts_of(group: Group, grouped: bool) -> list[tuple[int, ...]]:
 
 
 def ours(group: Group, ms: tuple[int, ...], r: int, M: int, gpu: Gpu, op: str, path: str, again: bool) -> list[Demand]:
-    """One call of the library on one path: our launches, and cuBLAS's products beside them on "addmm"."""
+    """One call of the library on one path: our launches, and cuBLAS's products next to them on "addmm"."""
     demands = [demand(one, gpu, again) for one in calls(op, group.n, ms, r, M, gpu.arch, gpu.sms, path)]
     if path == "fused":
         return demands

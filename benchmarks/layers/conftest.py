@@ -22,7 +22,7 @@ def device() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --seconds and --dtype."""
     parser.addoption("--seconds", type=float, default=2.0 if device() == "cpu" else 0.5, help="per case, all variants")
-    parser.addoption("--dtype", choices=("auto", *DTYPES), default="auto", help="beside float32 on a CPU; see timing")
+    parser.addoption("--dtype", choices=("auto", *DTYPES), default="auto", help="next to float32 on a CPU; see timing")
 
 
 def pytest_configure(config: pytest.Config) -> None:

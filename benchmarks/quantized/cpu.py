@@ -4,7 +4,7 @@
 
 Rows: dequantize, train, evaluate, block, memory (layers.py), step, decode (models.py). Ours has r=96 (64 in SmolLM2,
 whose default it is), PEFT's LoRA r=32. Layers are 4096 x 4096, NF4 in blocks of 64, plain statistics; --dtype is auto.
-Beside the peers run what no way can do without: reading the packed bytes, writing a dense W, or the dense product.
+It also times what no way can do without: reading the packed bytes, writing a dense W, or the dense product.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Initialization, a training step and start-up of a real model, each beside a peer."""
+"""Initialization, a training step and start-up of a real model, each against a peer."""

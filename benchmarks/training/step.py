@@ -2,8 +2,8 @@
 
     python -m benchmarks.training.step [--seconds 60] [--output benchmarks/results]
 
-4 x 128 tokens, AdamW, all linear layers, in turns in one run; --dtype is auto. Beside the times: bytes that autograd
-keeps for backward, bytes of the optimizer's state, trained parameters.
+4 x 128 tokens, AdamW, all linear layers, in turns in one run; --dtype is auto. It also counts the bytes that autograd
+keeps for backward, the bytes of the optimizer's state, and trained parameters.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ HOOK, PARTITIONED = "_hf_hook", "ds_id"
 PRIVATE = {
     "hook": Private(
         f"torch.nn.Module().{HOOK}",
-        "loads an offloaded module's weights around what reads them beside its forward, and names its device",
+        "loads an offloaded module's weights for what reads them outside of its forward; names its device",
         "offloaded models raise: their weights are on the meta device",
     ),
     "ds_id": Private(

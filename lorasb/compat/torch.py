@@ -89,7 +89,7 @@ PRIVATE = {
     ),
     "conv_forward": Private(
         "torch.nn.Conv1d._conv_forward",
-        "computes a convolution's adapter beside the base, without its bias",
+        "computes a convolution's adapter, without its bias",
         "adapters of convolutions raise an AttributeError",
     ),
     "forward_hooks": Private(

@@ -211,7 +211,7 @@ class LoRASBWeight(_Around, AdaptedLayer):
         if self.base.parameter().is_meta or any(self.lorasb_A[name].is_meta for name in names):
             raise RuntimeError(
                 f"a {type(self.get_base_layer()).__name__} under an adapter cannot be offloaded, as its weight is read "
-                "beside its own forward: keep it on its device, or name it in exclude_modules"
+                "outside of its forward: keep it on its device, or name it in exclude_modules"
             )
 
     def _convolved_beside(self, names: list[str], input: Tensor) -> Tensor:

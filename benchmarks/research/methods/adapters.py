@@ -123,7 +123,7 @@ def begin_again(model: Any, problem: Problem, cell: Cell, batches: Batches, warm
 
 
 def refresh(model: Any, problem: Problem, cell: Cell, batches: Batches, opt: Any) -> list[nn.Parameter]:
-    """Subspaces of the gradient at this point of training, beside what was learned; moments are reset.
+    """Subspaces of the gradient at this point of training, in addition to what was learned; moments are reset.
 
     Returns:
         What trains from here on.

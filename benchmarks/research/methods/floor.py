@@ -3,7 +3,7 @@
     python -m benchmarks.research.methods.floor --data-dir DATA
 
 Answers to GSM8K (the number after ####, greedy) and ARC-Easy (the answer whose words are the least surprising, of up to
-five), before and after training with LoRA-SB at the largest rank, with the held-out losses beside.
+five), before and after training with LoRA-SB at the largest rank, and the held-out losses.
 """
 
 from __future__ import annotations

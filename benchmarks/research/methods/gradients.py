@@ -17,7 +17,7 @@ from lorasb.init.initialization import LONGEST_START
 from lorasb.init.loss import backward_over_samples
 from lorasb.init.svd import leading_triplets
 
-LATER = "later"  # the adapter beside the first one, whose R stays as it was
+LATER = "later"  # the adapter next to the first one, whose R stays as it was
 
 
 def summed(model: Any, layers: Mapping[str, nn.Module], samples: Sequence[Batch], sketches: Any = None) -> GradientSums:
@@ -126,7 +126,7 @@ def rows(batch: Batch) -> list[Batch]:
 
 
 def take_again(model: Any, r: int, seed: int, samples: Sequence[Batch]) -> list[nn.Parameter]:
-    """Go on in the subspaces of sign(G) at the weights reached; what was learned stays, beside the base.
+    """Go on in the subspaces of sign(G) at the weights reached; what was learned stays in the base.
 
     The first adapter's R is frozen as it is, a second adapter with R = 0 has the new subspaces: no weight is rounded.
 

@@ -14,7 +14,7 @@ FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # a constant rate, and the one 
 MEASURED = "sign, rate measured"  # lr="auto", the default
 PER_SAMPLE = {"update": "per-sample", "longest_start": 0.0}
 LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
-ROWS = "paired.csv"  # beside the other results
+ROWS = "paired.csv"  # next to the other results
 SEEDS = tuple(range(8))
 SWEEP_SEED = 100  # rates are chosen on another seed and another split than what is compared
 RANKS = (2, 4, 8, 16, 64)

@@ -5,7 +5,7 @@
     costs        Table 8: parameters, MACs and FLOPs of real architectures against the published figures
     scale        Theorem 5: training does not depend on s
     curves       Figure 2: training loss of LoRA-SB and LoRA-XS
-    overhead     Table 7: the initialization beside an epoch
+    overhead     Table 7: the initialization against an epoch
     starts       Table 5: truncated SVD of Kaiming, of ΔW with noise, and of ΔW
     samples      Table 6: samples of the initialization
     orthonormal  Figure 3: B orthonormal or not

@@ -34,7 +34,7 @@ class Variant:
     Attributes:
         label: on tables and pictures.
         options: of `benchmarks.research.methods.adapters.put_in`; none is LoRA-SB as it is.
-        seeds: one where the variant only shows that a rate beside it is better.
+        seeds: one where the variant only shows that a rate next to it is better.
     """
 
     label: str

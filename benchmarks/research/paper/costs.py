@@ -178,7 +178,7 @@ def count(layers: dict[str, tuple[int, int]], targets: str, method: str, r: int)
 
 
 def rows() -> list[dict[str, Any]]:
-    """Every line of the table, ours beside the paper's."""
+    """Every line of the table, ours next to the paper's."""
     found = []
     for model in MODELS:
         with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 The reference is G over problems of no split (chain_sum, the model before training), by plain autograd in
 fp32. Of every start, the share of ‖G‖² and of ‖sign(G)‖² within its subspace, ‖QᵦᵀG Qₐ‖²/‖G‖² with orthonormal
-bases of B's columns and A's rows, beside the validation loss after training with it.
+bases of B's columns and A's rows, next to the validation loss after training with it.
 """
 
 from __future__ import annotations

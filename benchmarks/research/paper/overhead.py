@@ -1,4 +1,4 @@
-"""Table 7: what the initialization costs beside an epoch of training.
+"""Table 7: what the initialization costs against an epoch of training.
 
 From the runs of `benchmarks.research.methods` at the largest r: seconds of putting LoRA-SB in (patching, gradients,
 SVDs) minus those of LoRA-XS (patching, SVDs of W), over the training of this run, and over an epoch where the task has
@@ -109,7 +109,7 @@ def main(options: argparse.Namespace) -> None:
     """Write, draw and print."""
     if not (found := render(rows.read(options.output / runner.ROWS), options.output)):
         raise SystemExit("no task has both LoRA-SB and LoRA-XS yet: python -m benchmarks.research.methods first")
-    table = Table(title="Initialization beside training (Table 7), on one core")
+    table = Table(title="Initialization against training (Table 7), on one core")
     for name in HEAD:
         table.add_column(name)
     for line in found:

@@ -46,7 +46,7 @@ def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     save_panels(figure, axes, path)
 
 
-SERIES = {  # by entry: how it is drawn, beside others of the same size; LoRA has an entry for each rank
+SERIES = {  # by entry: how it is drawn among others of the same size; LoRA has an entry for each rank
     "sign": ("LoRA-SB", SIGN, "o-", 1.0),
     "per-sample": ("LoRA-SB, per-sample", "#7fa6de", "o--", 1.12),
     "LoRA-XS": ("LoRA-XS", "#2a9d8f", "^-", 0.89),
@@ -77,8 +77,8 @@ def draw_spots(axes: Any, spots: Sequence[Spot], size: float, font: float, ink: 
     for spot in spots:
         if series_of(spot) is None:
             _bar(axes, spot, spot.trained, MUTED, "D", size)
-            at, beside = (spot.trained, spot.loss), {"xytext": (6, 3), "textcoords": "offset points"}
-            axes.annotate(spot.name, at, fontsize=font, color=ink, **beside)
+            at, offset = (spot.trained, spot.loss), {"xytext": (6, 3), "textcoords": "offset points"}
+            axes.annotate(spot.name, at, fontsize=font, color=ink, **offset)
     axes.set_xscale("log")
     plain_log(axes.yaxis)
 

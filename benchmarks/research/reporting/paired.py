@@ -34,7 +34,7 @@ LORA_XS = "LoRA-XS", "LoRA-XS, output"  # by the side that Σ is on
 INTRODUCTION = f"""\
 For each seed, all entries of a task see the same batches in the same order, and are judged by loss on at least 1,000
 held-out examples. `{PLAIN}` is LoRA-SB's default start. Rates are chosen with one more seed on the validation split:
-three around a rule's, then further ones for as long as the best is the last one tried. Beside each mean is the mean
+three around a rule's, then further ones for as long as the best is the last one tried. Next to each mean is the mean
 difference over the same seeds, with the 95% interval of a paired t-test: a tie if the interval contains zero. A letter
 says which machine ran an entry; the line below a table names it. `python -m benchmarks.research.paired --data-dir DATA`
 runs what is missing; the tables have only what was run, and *What the runs took* says what is left."""

@@ -1,4 +1,4 @@
-"""Speed and memory, each beside a peer in the same run."""
+"""Speed and memory, each against a peer in the same run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORDINARY = "avx2"  # folder of results on such a processor
 INTRODUCTION = """\
 `make bench` measures all of this on a CPU within twenty minutes. Ratios are ours over the baseline's unless a column
 says otherwise, so below 1x is better: the median over rounds in which all ways run in turn, which may differ from the
-ratio of the medians beside it, with the 20th and 80th percentile where a range is given."""
+ratio of the medians next to it, with the 20th and 80th percentile where a range is given."""
 
 
 def section(folder: Path) -> list[str]:
