@@ -299,7 +299,8 @@ def _python(summary: Json, folder: Path) -> Iterator[str]:
         load = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={max(1, len(classes))})"
     yield "import lorasb, peft, transformers  # lorasb registers its method with PEFT"
     yield f"base = {'lorasb.demo_model()' if base == EMBEDDED else repr(base)}"
-    yield f"model = peft.PeftModel.from_pretrained(transformers.{load}, {str(folder / 'adapter')!r})"
+    trained = Path("adapter", *sorted(summary["adapters"] or ())[:1])  # of several adapters the first
+    yield f"model = peft.PeftModel.from_pretrained(transformers.{load}, {str(folder / trained)!r})"
     yield "tokenizer = transformers.AutoTokenizer.from_pretrained(base)"
     if classes is not None:
         yield 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'

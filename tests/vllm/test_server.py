@@ -398,7 +398,7 @@ def examples(tmp_path: Path) -> Path:
 def test_the_commands_of_the_page_serve_a_trained_run(people: People, examples: Path) -> None:
     terminals = [part.partition("```")[0].splitlines() for part in PAGE.split("```bash\n")[1:3]]
     (train, model, serve), (ask, load) = terminals
-    _shell(f"{train} --epochs 12", examples)
+    _shell(f"{train.replace('examples/', '')} --epochs 12", examples)
     assert _shell(f"{model}\necho $MODEL", examples).strip() == lorasb.demo_model()
     assert serve.startswith("LORASB_BASIS=people/adapter VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve $MODEL --enable")
     options = serve.partition("--enable-lora ")[2].replace("people/", f"{examples}/people/").split()
