@@ -134,4 +134,6 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     ]
     assert not (tmp_path / "PWNED").exists()
     assert ask.how_to(summary, tmp_path / "run")["command"].endswith(" QUESTION")
+    of_several = ask.how_to(summary | {"adapters": {"grace": {}, "ada": {}}}, Path("run"))
+    assert "'run/adapter/ada'" in of_several["python"]  # not the basis
     assert ask.how_to(summary | {"prompt_format": ask.INSTRUCTED}, tmp_path, question)["command"].endswith(" QUESTION")
