@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from ..utils.reading import parse_json, read_text
+from .config_file import nearest
 from .settings import Settings
 from .tasks import HELD_OUT_SEED, Example, Row, are_values, generate, labeled, read_jsonl, text_of, with_adapter
 
@@ -171,10 +171,9 @@ def _file_or_source(name: str) -> Path | Source:
     if Path(name).is_file():
         return Path(name)
     if name not in NAMED:
-        files = [str(one) for one in Path(name).parent.glob("*.json*")]
-        near = difflib.get_close_matches(name, [*files, *NAMED], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"data sets by name are {', '.join(NAMED)}"
-        raise ValueError(f"expected a JSONL file, found none at {name} in {Path.cwd()}; {hint}")
+        files = map(str, Path(name).parent.glob("*.json*"))
+        hint = nearest(name, {*files, *NAMED}, f"data sets by name are {', '.join(NAMED)}", cutoff=0.6)
+        raise ValueError(f"expected a JSONL file, found none at {name} in {Path.cwd()}{hint}")
     return NAMED[name]
 
 

@@ -284,23 +284,22 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION") -> dict[str,
     if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
         question = "QUESTION"
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
-    adapter, base = folder / "adapter", summary["config"]["model"]
-    one = f"{names[0]}={adapter / names[0]}" if names else f"mine={adapter}"
-    basis = summary["config"].get("basis") or str(adapter)
+    adapter, base = Path(folder, "adapter", *names[:1]), summary["config"]["model"]  # of several the first
+    basis = summary["config"].get("basis") or str(folder / "adapter")
+    one = f"{names[0] if names else 'mine'}={adapter}"
     basis, model, one = map(shlex.quote, (basis, "MODEL" if base == EMBEDDED else base, one))
     serve = f"LORASB_BASIS={basis} vllm serve {model} --enable-lora --lora-modules {one}"
-    return {"command": command, "python": "\n".join(_python(summary, folder)), "serve": serve}
+    return {"command": command, "python": "\n".join(_python(summary, adapter)), "serve": serve}
 
 
-def _python(summary: Json, folder: Path) -> Iterator[str]:
+def _python(summary: Json, adapter: Path) -> Iterator[str]:
     base, classes, kind = summary["config"]["model"], summary["classes"], summary["prompt_format"]
     load = "AutoModelForCausalLM.from_pretrained(base)"
     if classes is not None:
         load = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={max(1, len(classes))})"
     yield "import lorasb, peft, transformers  # lorasb registers its method with PEFT"
     yield f"base = {'lorasb.demo_model()' if base == EMBEDDED else repr(base)}"
-    trained = Path("adapter", *sorted(summary["adapters"] or ())[:1])  # of several adapters the first
-    yield f"model = peft.PeftModel.from_pretrained(transformers.{load}, {str(folder / trained)!r})"
+    yield f"model = peft.PeftModel.from_pretrained(transformers.{load}, {str(adapter)!r})"
     yield "tokenizer = transformers.AutoTokenizer.from_pretrained(base)"
     if classes is not None:
         yield 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'

@@ -326,9 +326,7 @@ class InitSettings(Settings):
 
     output: str = RUN("runs/init", "Folder for all files of the run.", init="same", check=FOLDER)
     strategy: str = INIT("auto", "How to sum gradients: layerwise (by blocks), accumulate (whole model), or auto.")
-    memory_budget: str | None = INIT(
-        None, "Memory for the initialization beyond the model, such as 6GB.", shown="a training step of 32 samples"
-    )
+    memory_budget: str | None = INIT(None, "Memory beyond the model, e.g. 6GB.", shown="a training step of 32 samples")
     cache: str | None = INIT(None, "File to keep the gradients' signs in, for an initialization at any rank later.")
     stability: bool = INIT(False, "Also compare the subspaces of two halves of the samples.")
     energy: float | None = INIT(None, "Suggest ranks that keep this share of sign(G), up to 1.", check=ENERGY)

@@ -272,7 +272,7 @@ def _rule(tuned: Tuned, sms: int) -> dict[str, object]:
 
 
 def unchecked(_: object) -> None:
-    """No check, of timings on random tensors."""
+    """Check nothing: the tensors are random, and only times count."""
 
 
 def check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[Sequence[Tensor], object]) -> None:

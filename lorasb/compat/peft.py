@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from . import Private, find, several
 
 VERIFIED = "PEFT 0.21"
+MODEL, LORA = "peft.peft_model.PeftModel", "peft.tuners.lora.LoraModel"
+WRAPPER = "peft.utils.other.AuxiliaryTrainingWrapper()"
 TUNER, LAYER = "peft.tuners.tuners_utils.BaseTuner", "peft.tuners.tuners_utils.BaseTunerLayer"
 HOOKS = (
     *(f"{TUNER}._check_target_module_exists", f"{TUNER}._inject_parameters", f"{TUNER}._create_and_replace"),
@@ -67,34 +69,14 @@ PRIVATE = {
         "tells whose adapter `hotswap_adapter` is to load",
         "`hotswap_adapter` raises an AttributeError",
     ),
-    **several(
-        "overridden: patching, saving, loading and unloading",
-        "PEFT's own runs, which raises, or trains A and B",
-        *HOOKS,
-    ),
-    **several(
-        "calls the tuner's, which handles `adapter_names`",
-        "`adapter_names` raises a TypeError in the model",
-        "peft.peft_model.PeftModel._enable_peft_forward_hooks",
-    ),
-    **several(
-        "called: modules that follow a saved input embedding",
-        "`ensure_weight_tying` raises an AttributeError",
-        "peft.tuners.lora.LoraModel._add_modules_to_save_to_tie",
-    ),
-    **several(
-        "set while gradients are taken, without unmerging",
-        "`lorasb.initialize` raises an AttributeError",
-        f"{LAYER}._disable_adapters",
-    ),
+    **several("overridden: patching, saving, loading", "PEFT's own runs, which raises, or trains A and B", *HOOKS),
+    **several("handles `adapter_names`", "these raise a TypeError", f"{MODEL}._enable_peft_forward_hooks"),
+    **several("finds tied modules", "`ensure_weight_tying` raises", f"{LORA}._add_modules_to_save_to_tie"),
+    **several("set while gradients are taken", "`lorasb.initialize` raises", f"{LAYER}._disable_adapters"),
     **several(
         "set by a new layer, restored after a failed patch", "layers have no active adapter", f"{LAYER}._active_adapter"
     ),
-    **several(
-        "tells that new adapters have modules trained in full",
-        "`lorasb.add_adapters` raises an AttributeError",
-        "peft.utils.other.AuxiliaryTrainingWrapper()._adapters",
-    ),
+    **several("tells that modules are trained in full", "`lorasb.add_adapters` raises", f"{WRAPPER}._adapters"),
 }
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
 

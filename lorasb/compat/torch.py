@@ -23,6 +23,7 @@ PRE_HOOKS, HOOKS = "_forward_pre_hooks", "_forward_hooks"
 BACKWARD_PRE_HOOKS, BACKWARD_HOOKS = "_backward_pre_hooks", "_backward_hooks"
 DISPATCHED = "every call goes through PyTorch's dispatcher"
 PLANS = "`lorasb plan` counts a step without memory for it"
+DISPATCH, NO_INITIALIZE = "torch.utils._python_dispatch", "`lorasb.initialize` raises an ImportError"
 FSDP = "torch.distributed.fsdp.FullyShardedDataParallel()._fsdp_wrapped_module"
 NO_PLAN, NO_FORWARD = "`lorasb plan` raises an ImportError", "every module's forward raises an AttributeError"
 HEADERS = (
@@ -67,17 +68,9 @@ PRIVATE = {
         lambda _: object(),  # equal to no other
     ),
     "FakeTensorMode": Private("torch._subclasses.fake_tensor.FakeTensorMode", PLANS, NO_PLAN),
-    **several(PLANS, NO_PLAN, "torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_leaves"),
-    **several(
-        "finds the tensors of a quantizer's weight, to fingerprint it",
-        "`lorasb.initialize` raises an ImportError",
-        "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
-    ),
-    **several(
-        "reshapes a result that callers may change in place",
-        "composed calls raise an AttributeError",
-        "torch.ops.aten._unsafe_view",
-    ),
+    **several(PLANS, NO_PLAN, f"{DISPATCH}.TorchDispatchMode", "torch.utils._pytree.tree_leaves"),
+    **several("finds a quantizer's tensors", NO_INITIALIZE, f"{DISPATCH}.is_traceable_wrapper_subclass"),
+    **several("reshapes a result that callers may change", "composed calls raise", "torch.ops.aten._unsafe_view"),
     "is_zerotensor": Private(
         "torch.Tensor._is_zerotensor", "detects lazy zeros, which a kernel must not read", DISPATCHED, _yes
     ),
@@ -97,18 +90,14 @@ PRIVATE = {
         "with the other dictionaries of hooks: tells that a module is observed, and must run its own forward",
         NO_FORWARD,
     ),
-    **several(
-        "read past slow attribute lookup", NO_FORWARD, "torch.nn.Module()._parameters", "torch.nn.Module()._modules"
-    ),
+    **several("skips attribute lookup", NO_FORWARD, "torch.nn.Module()._parameters", "torch.nn.Module()._modules"),
     **several("detects changes of a tensor in place", NO_FORWARD, "torch.Tensor._version"),
     **several(
         "overridden: statistics of 4-bit weights, which factors a checkpoint has",
         "4-bit weights are saved without statistics, and loaded factors count as not initialized",
         *("torch.nn.Module._save_to_state_dict", "torch.nn.Module._load_from_state_dict"),
     ),
-    **several(
-        "tells that `model.compile()` was called", "such a model is not refused", "torch.nn.Module._compiled_call_impl"
-    ),
+    **several("detects `model.compile()`", "such a model is not refused", "torch.nn.Module._compiled_call_impl"),
     **several("removed from names of layers", "names do not match layers under FSDP1", FSDP),
     **several(
         "tells that torch multiplies bf16 in hardware",

@@ -60,7 +60,7 @@ def measured_rate(work: Work) -> float:
                 work.options.loss_fn(work.model, batch)
     leverages = []
     for layer, (low, whole) in zip(layers, work.processes.all_reduce_sum(table).tolist(), strict=True):
-        if low > 0 and whole > 0 and 0 < low / whole < math.inf:
+        if whole > 0 and 0 < low / whole < math.inf:
             state = layer.adapters[adapter]
             leverages.append(state.scaling * state.r * math.sqrt(low / whole))
     if not leverages:

@@ -137,18 +137,15 @@ class InitCallback(TrainerCallback):
         self, report: InitReport, rate: float, name: str, args: TrainingArguments, model: PeftModel, data: Loader
     ) -> InitReport:
         """The report with twice or half its rate, by trials on this process's data; R is scaled likewise."""
-        size, parts, loss_fn = (
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            self.options.get("loss_fn"),
-        )
-        seed, count = args.seed + 1, self.num_samples  # other samples than the initialization's; a stream's head again
+        size, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        seed = 1 + (args.seed if self.seed is None else self.seed)  # other samples than the initialization's
+        loss_fn, count = self.options.get("loss_fn"), self.num_samples  # of a stream, whose head is read again
         if _is_sized(data.dataset):
             count = min(len(data.dataset), (PROBE_STEPS * parts + JUDGED) * size * Processes().world_size)
         with Processes().together("reading batches for trials of the rate"), rng_untouched():
             held = [batch for batch in _batches(data, size, count, seed) if loss_fn or labeled_rows(batch)]
             if not held:
-                raise ValueError("expected labels in the trainer's batches, found none to try rates on: give lr=")
+                raise ValueError("expected labels in the trainer's batches, found none to try rates on: pass lr=NUMBER")
         progress = self.options.get("progress", not args.disable_tqdm)
         batches = itertools.cycle(held)
         found = refine_rate(model, batches, rate, accumulation=parts, adapter=name, loss_fn=loss_fn, progress=progress)

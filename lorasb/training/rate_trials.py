@@ -37,8 +37,7 @@ class RateTrials:
 
     Attributes:
         lr: the rate of the least loss; of `refine_rate`, twice or half the measured one.
-        losses: rate -> mean loss after its trial, on the first batches, which no trial trains on unless the batches
-            repeat; infinite if it diverged.
+        losses: rate -> mean loss of the batches that judge, after its trial; infinite if it diverged.
         steps: of each trial.
     """
 
@@ -86,7 +85,7 @@ def find_lr(
         ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
             unchanged.
     """
-    trial = _Trial(model, batches, lr, steps, judged, accumulation)
+    trial = _Trial(model, lr, *_read(batches, lr, steps, judged, accumulation))
     with _bar(progress) as bar:
         losses = _search(lr, lambda rate: trial.loss(rate, optimizer or ADAMW, bar))
     best = min(losses, key=lambda rate: losses[rate])
@@ -106,14 +105,14 @@ def refine_rate(
 ) -> RateTrials:
     """Double or halve a measured rate (`initialize(lr="auto")`): double it if it beats its quarter after 4 steps.
 
-    The best rates of two tasks at one rank are up to 8 times apart. Whether the larger of two rates is ahead after a
-    few steps tells them apart; how far to go cannot be read from so few steps, where the best is too small. Of rates
-    twice apart the worse one was ahead in three of 17 probes (SmolLM2 and MiniLM on three tasks), of these in none.
+    The best rates of two tasks at one rank are up to 8 times apart. After a few steps, whether the larger of two rates
+    is ahead tells such tasks apart, but not how far the best rate is: few steps favor small ones. Comparing with half
+    the rate chose wrongly in three of 17 probes (SmolLM2 and MiniLM, three tasks), with a quarter in none.
 
-    R of `adapter`, or of all, initialized at `rate`, is left at the start of the rate that is returned. `loss_fn` of
-    model and batch replaces the model's loss. Raises the errors of `find_lr`.
+    R (of `adapter`, or of every adapter) has to be initialized at `rate`, and is scaled to the rate that is returned.
+    `loss_fn` of model and batch replaces the model's loss. Raises the errors of `find_lr`.
     """
-    trial = _Trial(model, batches, rate, PROBE_STEPS, JUDGED, accumulation, adapter, loss_fn)
+    trial = _Trial(model, rate, *_read(batches, rate, PROBE_STEPS, JUDGED, accumulation), adapter, loss_fn)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
         losses = {tried: trial.loss(tried, ADAMW, bar) for tried in (rate / 4, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 4] else rate / 2
@@ -144,35 +143,39 @@ def _search(first: float, loss: Callable[[float], float]) -> dict[float, float]:
     return losses
 
 
+def _read(
+    batches: Iterable[Batch], first: float, steps: int, judged: int, accumulation: int
+) -> tuple[list[Batch], list[list[Batch]]]:
+    """The batches that judge a trial, and those of each of its steps, from checked numbers."""
+    check_lr(first, "learning rate to try first")
+    for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
+        if value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value!r}")
+    wanted = steps * accumulation + judged
+    with rng_untouched():  # a DataLoader draws its order
+        held = list(islice(iter(batches), wanted))
+    if len(held) < wanted:
+        raise ValueError(
+            f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are "
+            f"{len(held)}: pass more, or steps={max(1, (len(held) - judged) // accumulation)}"
+        )
+    return held[:judged], [held[i : i + accumulation] for i in range(judged, wanted, accumulation)]
+
+
 class _Trial:
     """Trains from the start of a model (whose R belongs to the rate `first`), judges, and restores."""
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Batch],
         first: float,
-        steps: int,
-        judged: int,
-        accumulation: int,
+        judge: list[Batch],
+        train: list[list[Batch]],
         adapter: str | None = None,
         loss_fn: LossFn | None = None,
     ) -> None:
-        check_lr(first, "learning rate to try first")
-        for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
-            if value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value!r}")
-        wanted = steps * accumulation + judged
-        with rng_untouched():  # a DataLoader draws its order
-            held = list(islice(iter(batches), wanted))
-        if len(held) < wanted:
-            raise ValueError(
-                f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are "
-                f"{len(held)}: pass more, or steps={max(1, (len(held) - judged) // accumulation)}"
-            )
         self.model, self.first, self.loss_fn = uncompiled(model), first, loss_fn
-        self.judge = held[:judged]
-        self.train = [held[i : i + accumulation] for i in range(judged, wanted, accumulation)]
+        self.judge, self.train = judge, train
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("no parameter requires a gradient: model.set_adapter(name), or lorasb.patch(model)")
