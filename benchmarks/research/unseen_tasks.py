@@ -6,7 +6,7 @@
 
 Bases are made from the first steps of 1 to 16 families of reasoning-gym, drawn once; tasks are other families, and
 ARC-Easy from DATA. Every run takes the automatic rate (measured on 32 samples, refined by two trials), times --factor.
-LoRA, which has no such rule, takes the best rate of trials of 12 steps. Rows go to benchmarks/results/unseen-tasks.csv
+LoRA, which has no such rule, takes the best rate of trials of 12 steps. Rows go to results/unseen-tasks.csv
 as runs finish, and what is there is not run again.
 """
 
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--factor", nargs="+", type=float, default=[1.0], help="times the automatic rate")
     parser.add_argument("--data-dir", type=Path, help="folder of arc_easy.*.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/research/results"))
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from benchmarks.research import joint_basis
+from benchmarks.research.joint_basis import JOINT, OWN
 from benchmarks.research.methods.grid import BY_SCORE
-from benchmarks.serving import joint_basis
-from benchmarks.serving.joint_basis import JOINT, OWN
-from benchmarks.training.reinforcement import ENTRIES, best_rate, rates_to_try, wanted
+from benchmarks.research.reinforcement import ENTRIES, best_rate, rates_to_try, wanted
 
 ENTRY = ENTRIES["lora-sb-8"]
 

@@ -19,7 +19,8 @@ from benchmarks.research.reporting import __main__ as report
 from benchmarks.research.reporting import methods, verdicts
 from benchmarks.training import planned
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS, RESEARCH = BENCHMARKS / "results", BENCHMARKS / "research" / "results"
 TASK = TASKS["chain_sum"]
 LOSSES = {
     "LoRA-SB": {16: 0.40, 64: 0.30, 96: 0.31},
@@ -73,35 +74,37 @@ def test_the_comparison_with_lora_is_one_sentence_over_all_tasks(tmp_path: Path)
                 rows.append(tmp_path / "methods.csv", found | {"adapter_params": params})
     (sentence,) = methods.in_short(rows.read(tmp_path / "methods.csv"))
     assert sentence == (
-        "LoRA with five times our parameters (CoLA: eleven) beats our default on sums and CoLA, and ties on word "
-        "reversal (SmolLM2-135M; CoLA: MiniLM; three seeds; a tie is within one standard deviation of the difference of "
+        "LoRA of rank 32, with five times the parameters of our r = 96 (CoLA: eleven), beats it on sums and CoLA, and "
+        "ties on word reversal (SmolLM2-135M; CoLA: MiniLM; three seeds; a tie is within one standard deviation of the difference of "
         "two runs, or within 0.01)."
     )
 
 
 def test_pictures_are_drawn_and_a_better_rank_is_no_reason(tmp_path: Path) -> None:
     fill(tmp_path / "methods.csv")
-    page = report.compose(tmp_path)
+    page = report.compose(tmp_path, tmp_path)
     assert "worse than LoRA-XS at equal r in score, r=96" in page
     assert "score, r=16" not in page
     assert {"methods.png", "rates.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_nothing_run_is_nothing_said(tmp_path: Path) -> None:
-    page = report.compose(tmp_path)
+    page = report.compose(tmp_path, tmp_path)
     assert "why not" not in page.removeprefix(report.HEAD)
     assert "No card has been measured yet" in page
     assert "![" not in page
 
 
 def test_the_committed_page_is_what_the_results_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(RESULTS, tmp_path / "results")
+    for folder in (RESULTS, RESEARCH):
+        shutil.copytree(folder, tmp_path / folder.parent.name)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
-    assert report.compose(tmp_path / "results") == (RESULTS.parent / "REPORT.md").read_text(encoding="utf-8")
+    page = report.compose(tmp_path / "research", tmp_path / "benchmarks")
+    assert page == (BENCHMARKS / "REPORT.md").read_text(encoding="utf-8")
 
 
 def page_of(name: str) -> str:
-    return (RESULTS.parents[1] / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    return (BENCHMARKS.parent / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def result(name: str) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def result(name: str) -> dict[str, Any]:
 
 
 def test_the_tables_of_the_pages_are_the_results() -> None:
-    assert report.into_readme(page_of("evidence"), RESULTS) == page_of("evidence")
+    assert report.into_readme(page_of("evidence"), RESEARCH) == page_of("evidence")
     four_bits, planner = four_bits_table.table(result("four-bits-cpu.json"))[-6:], result(planned.FILE)
     ratios = re.findall(r"\d\.\d+x|\b0\.\d{3}\b", "".join(four_bits))
     assert len(ratios) == 7
@@ -122,13 +125,13 @@ def test_the_tables_of_the_pages_are_the_results() -> None:
 
 def test_table_8_is_what_is_counted() -> None:
     counted = [{name: str(value) for name, value in row.items()} for row in costs.rows()]
-    assert counted == read_csv(RESULTS / "costs.csv")
+    assert counted == read_csv(RESEARCH / "costs.csv")
 
 
 def test_every_file_of_results_says_where_and_when() -> None:
-    for line in read_csv(RESULTS / "methods.csv"):
+    for line in read_csv(RESEARCH / "methods.csv"):
         assert all(line[name] for name in ("version", "machine", "date")), line
         assert "dirty" not in line["version"], line
-    for path in RESULTS.glob("*.json"):
-        found = result(path.name)
+    for path in BENCHMARKS.glob("**/results/*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
         assert found.get("machine") or found.get("machine_info"), path

@@ -5,7 +5,7 @@
     python -m benchmarks.research.methods --table
 
 Learning rates are swept on the validation split by one seed, then three seeds run at the best rate on the test split.
-Runs go two at a time, one thread each, in processes of their own; rows go to benchmarks/results/methods.csv as they
+Runs go two at a time, one thread each, in processes of their own; rows go to results/methods.csv as they
 finish, and what is there is not run again: stop and go on as you like. The grid takes some ten hours of two cores.
 """
 

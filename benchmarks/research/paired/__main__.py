@@ -6,7 +6,7 @@
 
 All entries of a task see the same batches in the same order, by seed. Rates are chosen on the validation split by a
 seed that is not compared. Longer runs ("chain_sum, 300 steps", which --task has to name) take the rates of the short
-ones. Rows go to benchmarks/results/paired.csv as runs finish, and what is there is not run again. --table ends with the
+ones. Rows go to results/paired.csv as runs finish, and what is there is not run again. --table ends with the
 number of missing runs that --task, --entry, --r and --seeds select, without those that a sweep may add.
 """
 

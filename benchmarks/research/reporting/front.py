@@ -23,7 +23,8 @@ from lorasb.app.results import smoothed
 from lorasb.init.initialization import LONGEST_START
 from lorasb.utils.plotting import GRAD, MUTED, SIGN
 
-DOCS = runner.RESULTS.parents[1] / "docs"
+BENCHMARKS = runner.RESULTS.parents[1]
+DOCS = BENCHMARKS.parent / "docs"
 INKS = {"light": "#1b1b1b", "dark": "#e6e6e6"}  # of text, on either background
 TEXT, SMALL = 17, 15  # points, of 7.6 inches: legible on a telephone
 MODEL, RANK, COUNT = "Mistral-7B", 16, 1000
@@ -39,17 +40,15 @@ def megabytes(axis: Any, ink: str) -> str:
         f"R on a shared basis,\nr = {RANK}": sizes.on_basis(RANK, COUNT) / COUNT / 1e6,
     }
     axis.barh(list(bars), list(bars.values()), color=[MUTED, MUTED, SIGN], height=0.62)
-    axis.set_xscale("log")
-    axis.set_xlim(0.1, 6000)
-    axis.set_xticks([0.1, 1, 10, 100, 1000], ["0.1", "1", "10", "100", "1,000"])
-    axis.minorticks_off()
+    axis.set_xlim(0, 1.35 * max(bars.values()))
+    axis.set_xticks([])
     for i, value in enumerate(bars.values()):
         text = f" {value:.0f} MB" if value > 100 else f" {value:.1f} MB"
         axis.text(value, i, text, va="center", fontsize=19, fontweight="bold", color=ink)
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
     axis.spines[["left"]].set_visible(False)
-    axis.set_xlabel(f"MB per adapter of {MODEL}, fp32 (log scale)")
+    axis.set_xlabel(f"MB per adapter of {MODEL}, fp32")
     _, smallest, ours = bars.values()
     return f"{COUNT:,} adapters: each {smallest / ours:.0f}x smaller than the smallest LoRA"
 
@@ -65,7 +64,7 @@ def parameters(axis: Any, ink: str) -> str:
 
 def tokens(axis: Any, ink: str) -> str:
     """Tokens per second of a batch in vLLM by the number of different adapters in it."""
-    found, counts = read_json(runner.RESULTS / vllm.FILE)["speed"], vllm.COUNTS
+    found, counts = read_json(BENCHMARKS / "results" / vllm.FILE)["speed"], vllm.COUNTS
     most: list[float] = []  # tokens per second with the most adapters
     for way, text, color in ((vllm.PLUGIN, "R on one basis", SIGN), (vllm.STOCK, "plain LoRAs", GRAD)):
         speeds = [vllm.tokens_per_second(found[vllm.way_title(way, count)]) for count in counts]
@@ -117,7 +116,7 @@ def start(axis: Any, ink: str) -> str:
 
 def bits(axis: Any, ink: str) -> str:
     """Training loss over a base in 16 and in 4 bits."""
-    found = read_json(runner.RESULTS / "four-bits-curve.json")
+    found = read_json(BENCHMARKS / "results" / "four-bits-curve.json")
     for one in found["runs"]:
         color = SIGN if one["bits"] == 4 else GRAD
         losses = smoothed(tuple(one["train_losses"]))

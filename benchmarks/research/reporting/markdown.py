@@ -16,14 +16,14 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> 
     return [f"| {' | '.join(line)} |" for line in (head, marks, *body)]
 
 
-def picture(title: str, path: str) -> list[str]:
-    """A picture, with empty lines around it."""
-    return ["", f"![{title}]({path})", ""]
+def picture(title: str, name: str, folder: str = "research/results") -> list[str]:
+    """A picture in a folder of benchmarks/, with empty lines around it."""
+    return ["", f"![{title}]({folder}/{name})", ""]
 
 
 def committed_picture(title: str, folder: Path, name: str) -> list[str]:
     """A picture among the results that the report does not draw itself; nothing where the folder lacks it."""
-    return picture(title, f"results/{name}") if (folder / name).is_file() else []
+    return picture(title, name, "results") if (folder / name).is_file() else []
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.csv_files import Row
+from benchmarks.common.csv_files import Row, read_csv
+from benchmarks.research import reinforcement
 from benchmarks.research.methods.grid import CORE, METHODS, SGD, TASKS, Task
 from benchmarks.research.methods.tables import Line, lines, plus_minus, spread
 from benchmarks.research.reporting.charts import draw_rates, draw_scores
 from benchmarks.research.reporting.labels import label, short
-from benchmarks.research.reporting.markdown import committed_picture, picture, table, where, where_rows
+from benchmarks.research.reporting.markdown import picture, table, where, where_rows
 from benchmarks.research.reporting.verdicts import SMALLEST, Verdict, against_lora, against_others, against_xs
 from benchmarks.research.reporting.why import explanation
 
@@ -49,13 +50,22 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
     if drawn:
         draw_scores(rows, drawn, folder / "methods.png")
         draw_rates(rows, drawn, folder / "rates.png")
-        out += picture("Test score of every method, mean and standard deviation over seeds", "results/methods.png")
-        out += picture("Validation loss, or score, by learning rate", "results/rates.png")
-        out += committed_picture("chain_sum: validation loss by rate, rank and samples", folder, "choosing.png")
+        out += picture("Test score of every method, mean and standard deviation over seeds", "methods.png")
+        out += picture("Validation loss, or score, by learning rate", "rates.png")
         out += ["The best of the rates tried:", "", *best_rates(rows, drawn), ""]
     for task in drawn:
         out += one_task(rows, task)
-    return out
+    return [*out, *rewards(folder)]
+
+
+def rewards(folder: Path) -> Iterator[str]:
+    """GRPO by rank, where seeds have been run."""
+    found = read_csv(folder / reinforcement.FILE)
+    body = list(reinforcement.lines(found))
+    if body:
+        yield from ("### Reinforcement learning by rank", "", f"{reinforcement.title(found)}.", "")
+        yield from table(list(reinforcement.HEAD), body)
+        yield from ("", where_rows(found), "")
 
 
 def best_rates(rows: Sequence[Row], tasks: Sequence[Task]) -> list[str]:
@@ -154,7 +164,7 @@ def headline(rows: Sequence[Row]) -> list[str]:
 
 NAMES = {"chain_sum": "sums", "word_sequence_reversal": "word reversal", "cola": "CoLA"}  # others: as they are
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
-OUTCOMES = {"worse": "beats our default on", "level": "ties on", "better": "loses on"}  # LoRA's, by our verdict
+OUTCOMES = {"worse": "beats it on", "level": "ties on", "better": "loses on"}  # LoRA's, by our verdict
 
 
 def in_short(rows: Sequence[Row]) -> Iterator[str]:
@@ -166,10 +176,12 @@ def in_short(rows: Sequence[Row]) -> Iterator[str]:
     model, other_models = _usual({names[v]: TASKS[v.task].model for v in found})
     by_word = {word: [names[v] for v in found if v.word == word] for word in OUTCOMES}
     outcomes = ", and ".join(f"{OUTCOMES[word]} {_listed(tasks)}" for word, tasks in by_word.items() if tasks)
-    sizes = f"{times} times our parameters" + (f" ({', '.join(other_times)})" if other_times else "")
+    (theirs, _), (ours, _) = (_usual({names[v]: str(getattr(v, side).r) for v in found}) for side in ("theirs", "ours"))
+    others = f" ({', '.join(other_times)})" if other_times else ""
+    sizes = f"of rank {theirs}, with {times} times the parameters of our r = {ours}{others},"
     where_run = "; ".join([model, *other_models, f"{_number(len(found[0].ours.scores))} seeds"])
     tie = f"within one standard deviation of the difference of two runs, or within {SMALLEST:g}"
-    yield f"LoRA with {sizes} {outcomes} ({where_run}; a tie is {tie})."
+    yield f"LoRA {sizes} {outcomes} ({where_run}; a tie is {tie})."
 
 
 def _usual(by_task: Mapping[str, str]) -> tuple[str, list[str]]:

@@ -83,7 +83,7 @@ def by_parameters(rows: Sequence[Row], results: Path) -> Iterator[str]:
         f"{APART} times the median of its entry is left out and named. PEFT's other adapters have their documented "
         "defaults except for what their name says; LoRA's scaling is 1."
     )
-    yield from picture("Held-out loss against trained parameters", f"results/{PICTURE}")
+    yield from picture("Held-out loss against trained parameters", PICTURE)
     columns = ["task", "entry", "r", "trained", "loss (95% interval)", "seeds", "loss on the seeds that all have (n)"]
     body = (line for task, spots in shown.items() for line in _by_parameters(task, spots))
     yield from table(columns, body, left=2)
@@ -241,4 +241,4 @@ def how_long(results: Path) -> Iterator[str]:
     )
     yield from table(list(lasting.HEAD), lasting.shown(found))
     yield from ("", where_rows(found))
-    yield from picture("Energy of the gradient in each start's subspace, by steps of training", "results/lasting.png")
+    yield from picture("Energy of the gradient in each start's subspace, by steps of training", "lasting.png")

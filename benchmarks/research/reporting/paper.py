@@ -51,7 +51,7 @@ def figure_2(rows: Sequence[Row], folder: Path) -> Iterator[str]:
         yield from table(curves.HEAD, curves.ends(lines))
         mine = [row for row in rows if row["split"] == "test" and row["method"] in curves.COLORS]
         yield from ("", where_rows(mine))
-        yield from picture("Training loss of LoRA-SB and LoRA-XS", "results/figure-2.png")
+        yield from picture("Training loss of LoRA-SB and LoRA-XS", "figure-2.png")
 
 
 def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
@@ -70,7 +70,7 @@ def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
             yield from ("", NOTES[name])
         if name == "rounding":
             yield from ("", begun(ablation, rows))
-        yield from picture(ablation.title, f"results/{ablation.file}.png")
+        yield from picture(ablation.title, f"{ablation.file}.png")
 
     return part
 
@@ -122,7 +122,7 @@ def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
             "",
             where_rows(rows),
         )
-        yield from picture("Cost of the initialization as a share of an epoch", "results/table-7.png")
+        yield from picture("Cost of the initialization as a share of an epoch", "table-7.png")
 
 
 def costs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
@@ -164,7 +164,7 @@ def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     yield from (about, "")
     yield from table(["", *(f"s = {s:g}" for s in scale.SCALES), "largest difference of any step"], _by_way(found))
     yield from ("", where_rows(found))
-    yield from picture("Training loss for s = 0.1, 1 and 10", "results/scale.png")
+    yield from picture("Training loss for s = 0.1, 1 and 10", "scale.png")
 
 
 def _by_way(found: Sequence[Row]) -> Iterator[list[str]]:
@@ -200,7 +200,7 @@ def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
     order = sorted(found, key=lambda row: (int(row["r"]), float(row["loss"])))
     yield from table(head, (_energy(row) for row in order))
     yield from ("", where_rows(found), "", *_by_matrix(found), *_by_loss_of_energy(found))
-    yield from picture("Energy of unseen samples' gradient in the subspace against the loss", "results/energy.png")
+    yield from picture("Energy of unseen samples' gradient in the subspace against the loss", "energy.png")
 
 
 def _energy(row: Row) -> list[str]:

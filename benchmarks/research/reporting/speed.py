@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.csv_files import read_csv
 from benchmarks.layers import suite_report
 from benchmarks.quantized import table as four_bits_table
-from benchmarks.research.reporting.markdown import committed_picture, picture, read_json, table, where, where_rows
-from benchmarks.serving import decoding, joint_basis, many_adapters, vllm
-from benchmarks.training import initialization, opaque_bases, reinforcement, step
+from benchmarks.research.reporting.markdown import committed_picture, picture, read_json, table, where
+from benchmarks.serving import decoding, many_adapters, vllm
+from benchmarks.training import initialization, opaque_bases, step
 
 ORDINARY = "avx2"  # folder of results on such a processor
 INTRODUCTION = """\
@@ -24,7 +23,7 @@ ratio of the medians next to it, with the 20th and 80th percentile where a range
 def section(folder: Path) -> list[str]:
     """Every file of results that is there."""
     out = ["## Speed and memory", "", INTRODUCTION, ""]
-    of_models = starts, training_step, decoded, other_quantizers, many, in_vllm, joint, rewards, startup
+    of_models = starts, training_step, decoded, other_quantizers, many, in_vllm, startup
     parts = layers, four_bits, *of_models, ordinary, gpus
     for part in parts:
         out += [*part(folder), ""]
@@ -47,7 +46,7 @@ def layers(folder: Path) -> Iterator[str]:
     yield "Forward and backward of 512 tokens, r=96, over the linear without an adapter:"
     yield ""
     yield from table(head, (_layer(*case) for case in suite_report.by_case(chosen)), left=3)
-    yield from picture("Forward and backward over the linear without an adapter, by shape", "results/cpu.png")
+    yield from picture("Forward and backward over the linear without an adapter, by shape", "cpu.png", "results")
 
 
 def _layer(first: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
@@ -157,28 +156,6 @@ def ordinary(folder: Path) -> Iterator[str]:
         yield from (f"#{line}" if line.startswith("### ") else line for line in found)
 
 
-def joint(folder: Path) -> Iterator[str]:
-    """Four tasks on one basis, and each on its own."""
-    if found := read_csv(folder / joint_basis.FILE):
-        yield from ("### Four tasks on one basis", "")
-        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the best rate on a separate basis (own)."
-        yield "Losses and scores ± standard deviation over seeds, the difference ± its 95% interval; *kept*: share of"
-        yield "the first step's energy that the joint basis keeps."
-        yield ""
-        yield from table(list(joint_basis.HEAD), joint_basis.lines(found))
-        yield from ("", where_rows(found), "")
-
-
-def rewards(folder: Path) -> Iterator[str]:
-    """GRPO by rank, where seeds have been run."""
-    found = read_csv(folder / reinforcement.FILE)
-    body = list(reinforcement.lines(found))
-    if body:
-        yield from ("### Reinforcement learning by rank", "", f"{reinforcement.title(found)}.", "")
-        yield from table(list(reinforcement.HEAD), body)
-        yield from ("", where_rows(found), "")
-
-
 def startup(folder: Path) -> Iterator[str]:
     """Importing and patching."""
     if found := read_json(folder / "startup-cpu.json"):
@@ -204,7 +181,9 @@ def gpus(folder: Path) -> Iterator[str]:
             cards += 1
             yield from (f"{suite_report.place(machine)}: {suite_report.summary(rows)}.", "")
             yield from picture(
-                f"Forward and backward over the linear without an adapter: {machine['gpu']}", f"results/{path.stem}.png"
+                f"Forward and backward over the linear without an adapter: {machine['gpu']}",
+                f"{path.stem}.png",
+                "results",
             )
     if not cards:
         yield (

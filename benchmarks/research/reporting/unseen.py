@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
+from benchmarks.research import joint_basis
 from benchmarks.research.reporting.markdown import table, where_rows
 from benchmarks.research.unseen_tasks import FILE, OWN, RANDOM, SHARED, before, by_task, ranks_of, runs
 
@@ -20,15 +21,27 @@ brackets: the share of the task's first step that the basis keeps (`lorasb basis
 
 
 def section(results: Path) -> list[str]:
-    """A table per rank, and the correlation."""
+    """A table per rank, and the correlation; then tasks that a basis was made from."""
     rows = read_csv(results / FILE)
     if not rows:
-        return []
+        return [*joint(results)]
     out = ["## Tasks that a basis was not made from", "", INTRODUCTION, ""]
     for r in ranks_of(rows):
         head, *body = by_task(rows, r)
         out += [f"### r = {r}", "", *table(head, body), ""]
-    return [*out, *_rates(rows), *_prediction(rows), where_rows(rows), ""]
+    return [*out, *_rates(rows), *_prediction(rows), where_rows(rows), "", *joint(results)]
+
+
+def joint(folder: Path) -> Iterator[str]:
+    """Four tasks on one basis, and each on its own."""
+    if found := read_csv(folder / joint_basis.FILE):
+        yield from ("### Four tasks on one basis", "")
+        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the best rate on a separate basis (own)."
+        yield "Losses and scores ± standard deviation over seeds, the difference ± its 95% interval; *kept*: share of"
+        yield "the first step's energy that the joint basis keeps."
+        yield ""
+        yield from table(list(joint_basis.HEAD), joint_basis.lines(found))
+        yield from ("", where_rows(found), "")
 
 
 def _loss(found: Sequence[Row]) -> float:

@@ -1,13 +1,13 @@
 """GRPO with few trained numbers: what is known before and after, by rank, against LoRA; and bytes to a sampler a step.
 
-    python -m benchmarks.training.reinforcement [--entry lora-sb-8 ...] [--seeds 3] [--work runs/rl]
-    python -m benchmarks.training.reinforcement --table
+    python -m benchmarks.research.reinforcement [--entry lora-sb-8 ...] [--seeds 3] [--work runs/rl]
+    python -m benchmarks.research.reinforcement --table
 
 SmolLM2-135M learns sums from 640 examples, the adapter is merged, and from there every entry trains by `lorasb finetune
 --rl exact` with the same prompts, steps and seeds. Two things are measured on 500 held-out sums: the mean probability
 of the right answer, which is what GRPO climbs, and the share of right greedy answers. Rates are chosen by the first on
 another seed: three around the entry's own, a factor of four apart, and outward for as long as the best is the last one;
-the other starts take the rate of the first. Rows go to benchmarks/results/rl.csv as runs finish, and what is there is
+the other starts take the rate of the first. Rows go to results/rl.csv as runs finish, and what is there is
 not run again: several processes with entries of their own share the work. A sampler in another process needs what was
 trained after each step: R alone, or LoRA's A and B.
 """
@@ -32,8 +32,8 @@ from rich.table import Table
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.common.timing import commit, machine_name
+from benchmarks.research import sums
 from benchmarks.research.methods.runner import RESULTS
-from benchmarks.training import sums
 
 FILE = "rl.csv"
 SWEEP_SEED = 100

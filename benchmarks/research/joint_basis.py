@@ -1,11 +1,11 @@
 """Four tasks of one model: an adapter of each on a separate basis, and on one basis for all four.
 
-    python -m benchmarks.serving.joint_basis [--r 4 16 64] [--task gcd ...] [--workers 2]
-    python -m benchmarks.serving.joint_basis --table
+    python -m benchmarks.research.joint_basis [--r 4 16 64] [--task gcd ...] [--workers 2]
+    python -m benchmarks.research.joint_basis --table
 
 Both see the same batches in the same order, by seed, start from as many samples of their task, and train at the same
 rate: the best for separate adapters, by the loss on the validation split, on a seed that is not compared. Rows go
-to benchmarks/results/joint-basis.csv as runs finish, and what is there is not run again.
+to benchmarks/research/results/joint-basis.csv as runs finish, and what is there is not run again.
 """
 
 from __future__ import annotations
