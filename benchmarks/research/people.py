@@ -1,0 +1,161 @@
+"""Many people on one basis, against each of them alone and one LoRA for all: held-out answers and time.
+
+    python -m benchmarks.research.people [--people 200] [--alone 24] [--work runs/people-compared] [--output FOLDER]
+
+The people of `make demo-many`, by `lorasb finetune`: all together on a basis of r = 16, an R each; some alone on
+the same basis, like somebody who comes later; and one LoRA for all, whose prompts say who asks. All answer the
+wordings that were not trained on. Runs that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.timing import dtype_option, provenance, use_dtype
+from benchmarks.research.methods.runner import RESULTS
+from benchmarks.serving.people import rows
+from lorasb.utils.atomic_files import write_json
+
+FILE = "people.json"
+RANK = 16
+TOGETHER, ALONE, LORA = f"together, R of r = {RANK} each", f"alone, R of r = {RANK}", "one LoRA for all, r = 32"
+RATES = (2e-3, 4e-3)  # of the LoRA, which measures no rate; the best is taken
+SHARED = ("--template", "none", "--eval-examples", "100000")
+ALL = ("--batch-size", "64", "--epochs", "5")  # of demo-many
+ONE = ("--batch-size", "4", "--epochs", "8")  # of its newcomer
+HEAD = (
+    "way",
+    "people",
+    "held-out answers",
+    "right",
+    "right, of the people who also trained alone",
+    "seconds per person",
+)
+
+
+def write_rows(file: Path, found: Sequence[Mapping[str, str]]) -> Path:
+    """A JSONL file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(map(json.dumps, found)) + "\n")
+    return file
+
+
+def named(found: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows whose prompts say who asks, for one adapter."""
+    return [{"prompt": f"I am {row['user']}. {row['prompt']}", "completion": row["completion"]} for row in found]
+
+
+def finetune(folder: Path, train: Sequence[Any], held_out: Sequence[Any], *options: str) -> dict[str, Any]:
+    """The summary of a run, with the seconds of the whole command, and its answers."""
+    if not (folder / "timed.json").is_file():
+        files = (
+            *("--data", write_rows(folder / "train.jsonl", train)),
+            *("--eval-data", write_rows(folder / "held_out.jsonl", held_out)),
+            *("--output", folder / "run"),
+        )
+        started = time.perf_counter()
+        lorasb("finetune", *map(str, files), *SHARED, *options)
+        write_json(folder / "timed.json", {"seconds": time.perf_counter() - started})
+    summary, answers = (json.loads((folder / "run" / name).read_text()) for name in ("summary.json", "answers.json"))
+    return {**summary, **json.loads((folder / "timed.json").read_text()), "answers": answers}
+
+
+def lorasb(*words: str) -> None:
+    """A command of lorasb, in a process."""
+    subprocess.run([sys.executable, "-m", "lorasb", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def run(work: Path, people: int, alone: int) -> dict[str, Any]:
+    """Train all ways: the shares of right answers, of everybody and of those who also train alone, and the seconds."""
+    users = [f"person-{i}" for i in range(people)]
+    everybody = {user: rows(user) for user in users}
+    some = users[:: max(1, people // alone)][:alone]
+    train, held_out = ([row for user in users for row in everybody[user][part]] for part in (0, 1))
+    if not (work / "basis").is_dir():
+        data = str(write_rows(work / "people.jsonl", train))
+        lorasb("basis", "make", "smollm2-135m", "--data", data, "--r", str(RANK), "--output", str(work / "basis"))
+    on_basis = ("--basis", str(work / "basis"))
+    together = finetune(work / "together", train, held_out, *on_basis, "--adapter-column", "user", *ALL)
+    found = {TOGETHER: scored(together, users, some)}
+    runs = {user: finetune(work / user, *everybody[user], *on_basis, "--adapter-column", "user", *ONE) for user in some}
+    found[ALONE] = scored(joined(list(runs.values())), some, some)
+    for lr in RATES:
+        lora = finetune(
+            work / f"lora-{lr:g}",
+            named(train),
+            named(held_out),
+            "--method",
+            "lora",
+            "--r",
+            "32",
+            "--lr",
+            f"{lr:g}",
+            *ALL,
+        )
+        for answer in lora["answers"]:
+            answer["adapter"] = answer["prompt"].partition(".")[0].removeprefix("I am ")
+        one = scored(lora, users, some) | {"lr": lr}
+        if LORA not in found or one["right"] > found[LORA]["right"]:
+            found[LORA] = one
+    return found
+
+
+def joined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one person each, as one."""
+    answers = [answer for one in summaries for answer in one["answers"]]
+    return {"answers": answers, "seconds": sum(one["seconds"] for one in summaries)}
+
+
+def scored(summary: Mapping[str, Any], users: Sequence[str], some: Sequence[str]) -> dict[str, Any]:
+    """A line of the table."""
+    right: dict[str, list[bool]] = {user: [] for user in users}
+    for one in summary["answers"]:
+        right[one["adapter"]].append(one["after"].strip() == one["completion"])
+    of_some = [statistics.fmean(right[user]) for user in some]
+    answers = sum(map(len, right.values()))
+    share = statistics.fmean(statistics.fmean(found) for found in right.values())
+    found = {"people": len(users), "answers": answers, "right": share, "right_of_some": statistics.fmean(of_some)}
+    return {**found, "by_person": of_some, "seconds_per_person": summary["seconds"] / len(users)}
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Rows of the table, for the screen and the report."""
+    for way, one in found["ways"].items():
+        rate = f" (rate {one['lr']:g}, the best of {len(RATES)})" if "lr" in one else ""
+        shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}"
+        yield [way + rate, str(one["people"]), str(one["answers"]), *shares, f"{one['seconds_per_person']:.1f}"]
+
+
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, default=200)
+    parser.add_argument("--alone", type=int, default=24, help="people who also train alone")
+    parser.add_argument("--work", type=Path, default=Path("runs/people-compared"))
+    parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder of {FILE}")
+    dtype_option(parser)
+    options = parser.parse_args()
+    use_dtype(options.dtype)
+    found = {**provenance(), "ways": run(options.work, options.people, options.alone)}
+    table = Table(title="people on one basis, SmolLM2-135M")
+    for name in HEAD:
+        table.add_column(name)
+    for line in lines(found):
+        table.add_row(*line)
+    Console(width=140).print(table)
+    write_json(options.output / FILE, found)
+
+
+if __name__ == "__main__":
+    main()
