@@ -1,5 +1,6 @@
-"""Arguments of prepared launches against those of ordinary ones, as Triton's own launcher hands them to the driver: of
-the installed Triton, and in `make test-all` of every verified version in the folder LORASB_TRITONS.
+"""What a prepared launch keeps of its first call, and its arguments against those of ordinary launches, as Triton's own
+launcher hands them to the driver: of the installed Triton, and in `make test-all` of every verified version in the folder
+LORASB_TRITONS.
 """
 
 from __future__ import annotations
@@ -9,18 +10,27 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from processes import ROOT, python
+from torch import Tensor
 
-TRITONS = "LORASB_TRITONS"  # environment variable: a folder with one folder per version
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="Triton's launcher needs a C compiler")
+from lorasb.kernels import prepared_launch
+from lorasb.kernels.block_sizes import PrepConfig
+from lorasb.kernels.launcher import Launch
+from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedLaunch
+
+TRITONS = os.environ.get("LORASB_TRITONS")  # a folder with one folder per version
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The libcuda that records."""
+    if shutil.which("cc") is None:
+        pytest.skip("Triton's launcher needs a C compiler")
     path = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
     flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libcuda.so.1"]
     subprocess.run(["cc", *flags, "-o", path, ROOT / "tests" / "support" / "recording_cuda.c"], check=True)
@@ -51,8 +61,7 @@ def test_a_wrong_argument_is_found(library: Path) -> None:
 
 
 def versions() -> list[Path]:
-    folder = os.environ.get(TRITONS)
-    return sorted(path for path in Path(folder).iterdir() if path.is_dir()) if folder else []
+    return sorted(path for path in Path(TRITONS).iterdir() if path.is_dir()) if TRITONS else []
 
 
 @pytest.mark.long
@@ -63,3 +72,50 @@ def test_with_every_verified_version(triton: Path, arch: str, library: Path) -> 
     assert found["triton"] == triton.name
     assert found["launches"] >= 20
     assert found["differences"] == []
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def prepared(tensors: list[Tensor], **arguments: object) -> Prepared:
+    """A launch with as much of a kernel as preparing asks for."""
+    kernel = SimpleNamespace(params=[SimpleNamespace(name=name) for name in arguments], __name__="kernel")
+    return Prepared([Launch(kernel, 1, arguments, PrepConfig(16, 16, 4, 1))], tensors)
+
+
+def test_seeds_and_counters_are_those_of_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout a seed stays the number that was compiled."""
+    x, partial, counters = meta(4, 8), meta(100), meta(3, dtype=torch.int32)
+    known = prepared([x], x=x, partial=partial, counters=counters, seeds=(0,), DROPOUT=False)
+    taken: list[dict[str, Any]] = []
+
+    def bind(launch: PreparedLaunch) -> Any:
+        return lambda stream, values, tensors: taken.append(
+            dict(zip(launch.call.arguments, launch.take(values + launch.constants), strict=True))
+        )
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 0))
+    monkeypatch.setattr(prepared_launch, "bind", bind)
+    monkeypatch.setattr(prepared_launch, "driver", driver)
+    for seed in (0, 5, 2**62):
+        known.repeat([torch.zeros(4, 8)], (seed,))
+    assert [one["seeds"] for one in taken] == [(0,)] * 3
+    assert len({one["counters"] for one in taken}) == 1
+
+
+X, OTHER, THIRD = meta(4, 8), meta(4, 8), meta(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tensors", "message"),
+    [
+        # what a launcher copied (rows that were not contiguous) would be missed by a repetition
+        ({"x": X, "v": OTHER}, [X], "v of kernel is a copy"),
+        ({"xs": (X, THIRD)}, [X, OTHER, THIRD], "stand together"),
+    ],
+    ids=["a copy", "tensors of one argument apart"],
+)
+def test_what_is_not_prepared(arguments: dict[str, Any], tensors: list[Tensor], message: str) -> None:
+    with pytest.raises(NotPreparedError, match=message):
+        prepared(tensors, **arguments, **dict.fromkeys(("partial", "counters"), meta(1)))
