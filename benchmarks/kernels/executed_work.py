@@ -19,8 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
 from ptx.launch import FakeDriver, compile_launch
-from ptx.metered import work_of
-from ptx.work import Work
+from ptx.work import Work, work_of
 
 from benchmarks.kernels.static_report import launch_key
 from lorasb.kernels.block_sizes import cdiv

@@ -1,4 +1,8 @@
-"""What is counted of compiled launches: against arithmetic on their tilings, and a few programs against all of them."""
+"""What is counted of compiled launches: against arithmetic on their tilings, and a few programs against all of them.
+
+Of every kernel of every shipped configuration the first and the last program, over memory without bytes: no instruction
+is unknown and every check holds, but for those of values.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ import environment
 import pytest
 import torch
 from ptx.launch import compile_launch
-from ptx.metered import work_of
 from ptx.plugin import Executor
-from ptx.work import Work
+from ptx.work import Work, work_of
 
+from benchmarks.kernels import static_report
 from benchmarks.kernels.executed_work import launch_work, shares
 from benchmarks.kernels.launches import plan_for, record
+from benchmarks.kernels.static_report import DTYPES, config_name, launch_key
 from benchmarks.kernels.traffic import traffic
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import LaunchPlan
@@ -76,3 +81,19 @@ def test_a_long_reduction_is_continued_as_a_line(executor: Executor) -> None:
     gemm = gemm._replace(grid=1, arguments=gemm.arguments | {"splits": 1, "SPLIT": False})
     every = work_of(gemm, compile_launch(gemm, executor.driver), range(1))
     assert close(launch_work(gemm, executor.arch), every, 1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_every_kernel_executes(dtype: str, executor: Executor) -> None:
+    jobs = [job for job in static_report.jobs([executor.arch]) if DTYPES[job.dtype] == dtype]
+    different = {launch_key(launch): (job, launch) for job in jobs for launch in static_report.launches_of(job)}
+    failed = []
+    for job, launch in different.values():
+        try:
+            work = work_of(launch, compile_launch(launch, executor.driver), sorted({0, launch.grid - 1}))
+            assert work.issue_slots > 0
+        except Exception as error:
+            failed.append(f"{launch.name} ({job.variant.label}, {config_name(launch)}): {error}")
+    assert not failed, "\n".join(failed)
+    assert len(different) >= 20

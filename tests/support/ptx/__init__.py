@@ -7,7 +7,7 @@ and what is not: docs/kernels-without-a-gpu.md.
 - `global_memory` and `shared_memory` hold bytes and check accesses.
 - `tensor_cores` has mma, ldmatrix, stmatrix and wgmma; `tensor_copies` has TMA and mbarriers.
 - `thread_block` runs one program, `launch` a grid of them over tensors.
-- `work` counts what a program asks of a card, `metered` that of a launch of any size from a few of its programs.
+- `work` counts what a launch of any size asks of a card, from a few of its programs.
 - `plugin` lets the kernel tests run on it: `pytest --ptx sm_86`.
 """
 
