@@ -63,7 +63,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loa
 
 # Of these, make test leaves fp32, whose products take the interpreter longest, and other ARCHES to make test-ptx.
 ARCHES ?= sm_86
-COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_executed_work.py
+COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_executed_work.py
 test: install $(QUANTIZERS)/.installed
 	$(PYTEST)
 	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) --dist load tests/layers/test_opaque_base.py
@@ -111,7 +111,7 @@ test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
 	  $(MAKE) test-ptx ARCH=$$arch && \
 	  $(PYTEST) --ptx $$arch -m long tests/kernels/test_executed_work.py tests/kernels/test_tma_gemm.py || exit 1; done
-	$(PYTEST) --ptx sm_100 tests/kernels/test_compiled.py tests/kernels/test_prepared_linear.py tests/kernels/test_weight_gradient.py \
+	$(PYTEST) --ptx sm_100 tests/kernels/test_compiled.py tests/kernels/test_weight_gradient.py \
 	  tests/kernels/test_linear_quantized.py
 	$(PYTEST) --ptx sm_100 -m long tests/kernels/test_executed_work.py
 

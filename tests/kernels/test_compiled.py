@@ -1,31 +1,37 @@
-"""Compiled kernels, executed: what `make test` runs of `pytest --ptx ARCH` (sm_86, sm_90), small and of every kind."""
+"""Compiled kernels, executed: what `make test` runs of `pytest --ptx ARCH` (sm_86, sm_90), small and of every kind.
+
+Prepared launches of the adapted linear have the bits of ordinary ones.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import environment
 import pytest
 import reference
-import tolerances
 import torch
-from calls import dense, exact, run_kernels
-from kernel_cases import INDEX, check_follows_mask, checked, planned, row_cases
+from calls import check, dense, exact, outputs, run_kernels
+from kernel_cases import INDEX, check_follows_mask, checked, group_cases, planned, row_cases
 from ptx.plugin import Executor
 from reference import make_case
 from storages import bits_of, storage
 from storages import exact as dequantized
+from tolerances import BF16_FEW, HALF_FEW, check_equal, check_half, check_scaled, fp32
+from tolerances import check as close
+from torch import Tensor
 
 import lorasb
 from lorasb.functional import dequantize
-from lorasb.kernels import linear as launch
-from lorasb.kernels import plan
+from lorasb.kernels import linear, plan, prepared_linear
 from lorasb.kernels.launcher import observed
 from lorasb.ops.plain_ops import unpack_words
 from lorasb.ops.registry import backend_op
 
 pytestmark = pytest.mark.skipif(not environment.PTX, reason="executes compiled kernels: pytest --ptx sm_86")
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {
     "decode": (3, 128, 80, 16),
     "aligned": (64, 128, 128, 64),
@@ -35,15 +41,45 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.fixture(autouse=True)
+def nothing_prepared() -> Iterator[None]:
+    prepared_linear.forget()
+    yield
+    prepared_linear.forget()
+
+
+def kinds() -> int:
+    """How many kinds of calls are prepared."""
+    return len(prepared_linear._forwards) + len(prepared_linear._backwards)
+
+
+def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
+    """The results of a call by prepared launches, and of one that repeats them: those of ordinary launches."""
+    prepared_linear.forget()
+    torch.manual_seed(3)
+    with observed():  # who watches launches gets ordinary ones
+        wanted = call()
+    assert not kinds()
+    with patch.context() as inner:
+        for way in (linear.forward, linear.backward):
+            inner.setattr(linear, way.__name__, lambda *_: pytest.fail("an ordinary launch"))
+        for _ in range(2):
+            torch.manual_seed(3)
+            results = call()
+            check_equal(results, wanted)
+    assert kinds()
+    return results
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
+def test_a_layer(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     M, n, m, r = SHAPES[shape]
     case = make_case((M,), n, m, r, dtype)
-    launches = checked(case)
-    assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
-    if shape == "long reduction":
-        assert max(one.arguments["splits"] for one in launches) > 1
+    check(same_bits(lambda: run_kernels(case), monkeypatch), case)
+    others = make_case((M,), n, m, r, dtype, seed=9)
+    check(run_kernels(others), others)  # a repetition with other tensors
+    assert kinds() == 2  # one forward, one backward
 
 
 @pytest.mark.parametrize(
@@ -51,39 +87,39 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype) -> None:
     [(1, 160, (144,), 16), (19, 160, (144,), 40), (3, 160, (144,), 144), (3, 96, (80, 48), 24)],
 )
 def test_rows_with_an_r_each(tokens: int, n: int, ms: tuple[int, ...], r: int) -> None:
-    cases = row_cases(tokens, n, ms, r, torch.bfloat16)
-    tolerances.check_scaled(run_kernels(*cases, index=INDEX), exact(*cases, index=INDEX), tolerances.BF16_FEW)
+    cases = row_cases(tokens, n, ms, r, BF16)
+    check_scaled(run_kernels(*cases, index=INDEX), exact(*cases, index=INDEX), BF16_FEW)
 
 
 def test_the_order_of_programs_does_not_matter(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Split sums, in as many orders as there are programs: each in turn comes last. The executor compares the bits."""
     monkeypatch.setattr(executor, "every_last", True)
-    case = make_case((5,), 512, 48, 16, torch.bfloat16)
+    case = make_case((5,), 512, 48, 16, BF16)
     launches = checked(case)
     assert max(one.arguments["splits"] for one in launches) > 1
     assert all(not one.arguments["counters"].any() for one in launches if one.arguments["splits"] > 1)
 
 
 def test_dropout_follows_its_mask() -> None:
-    check_follows_mask(make_case((24,), 64, 48, 8, torch.bfloat16, bias=False), 0.4, tolerances.HALF_FEW)
+    check_follows_mask(make_case((24,), 64, 48, 8, BF16, bias=False), 0.4, HALF_FEW)
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("rows", "way"), [(5, "inline"), (40, "scratch")])
 def test_4_bits_inline_and_by_a_scratch(rows: int, way: str, nested: bool) -> None:
     """A GEMM that dequantizes as it goes, or a scratch that is filled beside the thin products."""
-    case = replace(make_case((rows,), 64, 48, 16, torch.bfloat16), weight=storage(48, 64, "nf4", 64, nested))
+    case = replace(make_case((rows,), 64, 48, 16, BF16), weight=storage(48, 64, "nf4", 64, nested))
     with planned(weights=way), observed() as launches:
         found = run_kernels(case)
     assert ("quantized_gemm" in {one.name for one in launches}) == (way == "inline")
-    tolerances.check_scaled(found, reference.by_formulas(dense(case).double()), tolerances.HALF_FEW)
+    check_scaled(found, reference.by_formulas(dense(case).double()), HALF_FEW)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_dequantization_is_exact(kind: str) -> None:
-    weight = storage(33, 62, kind, 32, True, torch.float32)
+    weight = storage(33, 62, kind, 32, True, FP32)
     with lorasb.backend("triton"):
-        assert torch.equal(bits_of(dequantize(weight, torch.bfloat16)), bits_of(dequantized(weight, torch.bfloat16)))
+        assert torch.equal(bits_of(dequantize(weight, BF16)), bits_of(dequantized(weight, BF16)))
 
 
 def test_gradient_signs() -> None:
@@ -93,22 +129,101 @@ def test_gradient_signs() -> None:
     before = total.double()
     words, nonzero, _ = backend_op("gradient_signs", "triton")(dy, x, total, False)
     want = before + dy.double().t() @ x.double()
-    tolerances.check(total, want, tolerances.fp32(71))
-    found = unpack_words(words, 130, -1.0, 1.0, torch.float32) * unpack_words(nonzero, 130, 0.0, 1.0, torch.float32)
+    close(total, want, fp32(71))
+    found = unpack_words(words, 130, -1.0, 1.0, FP32) * unpack_words(nonzero, 130, 0.0, 1.0, FP32)
     assert torch.equal(found, torch.sign(total))
 
 
 def test_the_core_is_not_cut_to_tf32() -> None:
     """v = u Rᵀ of a 16-bit x is as near to fp64 as an fp32 product's: R goes through the tensor cores in two parts."""
     M, r = 64, 64
-    case = make_case((M,), 64, 64, r, torch.float16, bias=False)
-    eye = torch.eye(64, dtype=torch.float16)
-    members = launch.Members([None], [eye], [case.core], [eye], [None], [1.0])
+    case = make_case((M,), 64, 64, r, FP16, bias=False)
+    eye = torch.eye(64, dtype=FP16)
+    members = linear.Members([None], [eye], [case.core], [eye], [None], [1.0])
     chosen = plan.choose(plan.Shape("forward", "fp16", M, 64, 64, r), environment.PTX, 1)
-    (y,), (u,) = launch.forward(case.x, members, chosen, launch.Mask())
+    (y,), (u,) = linear.forward(case.x, members, chosen, linear.Mask())
     assert torch.equal(u, case.x)
     want = case.x.double() @ case.core.double().t()
     plain = (case.x.float() @ case.core.t()).half()
-    tolerances.check_half(y, plain, want)
+    check_half(y, plain, want)
     bias = float((y.double() * want).sum() / want.square().sum()) - 1.0
     assert abs(bias) < abs(float((plain.double() * want).sum() / want.square().sum()) - 1.0) + 2e-5
+
+
+CALLS = {
+    "group without padding": group_cases(20, 96, (80, 64, 72), 64, BF16),
+    "dimensions": [make_case((2, 3, 4), 64, 48, 8, BF16)],
+    "group": group_cases(20, 96, (80, 64, 72), 24, BF16),  # beside cuBLAS, ranks are padded
+    "group in fp16": group_cases(20, 64, (48, 32, 40), 24, FP16),
+    "no W": [replace(make_case((20,), 64, 48, 8, BF16, bias=False), weight=None)],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"), [*((kind, "addmm") for kind in list(CALLS)[:3]), *((kind, "fused") for kind in list(CALLS)[1:])]
+)
+def test_kinds_of_calls(kind: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = CALLS[kind]
+    with planned(path=path):
+        check(same_bits(lambda: run_kernels(*cases), monkeypatch), *cases)
+        same_bits(lambda: run_kernels(*cases, dropout=0.4), monkeypatch)
+
+
+def test_each_call_has_a_seed_of_its_own() -> None:
+    case = make_case((2, 3, 4), 64, 48, 8, BF16)
+    assert not torch.equal(*(run_kernels(case, dropout=0.4)[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("needed", ["dx", "dR"])
+def test_one_gradient_alone(needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((20,), 64, 48, 8, BF16)
+
+    def call() -> list[Tensor]:
+        x, core = case.x.clone().requires_grad_(needed == "dx"), case.core.clone().requires_grad_(needed == "dR")
+        with lorasb.backend("triton"):
+            (y,) = outputs([case], x, [core])
+        return list(torch.autograd.grad(y, x if needed == "dx" else core, case.dy))
+
+    same_bits(call, monkeypatch)
+
+
+def test_what_cannot_be_repeated_is_launched_the_ordinary_way() -> None:
+    case = make_case((20,), 64, 48, 8, BF16)
+    wanted = run_kernels(case)
+    shifted = torch.empty(20 * 64 + 1, dtype=BF16)[1:].view(20, 64).copy_(case.x)
+    for x in (shifted, torch.empty(64, 20, dtype=BF16).t().copy_(case.x)):  # not aligned; no rows
+        check_equal(run_kernels(case, x=x.detach()), wanted)
+    turned = replace(case, core=case.core.t().contiguous().t())  # the kernels take a copy of it
+    check(run_kernels(turned), turned)
+    check(run_kernels(turned), turned)
+
+
+def test_nothing_is_launched_before_all_pointers_are_known_to_be_aligned() -> None:
+    """A is read after cuBLAS alone, where dropout's masked term is added to its dx."""
+    case = make_case((20,), 64, 48, 8, BF16)
+    shifted = torch.empty(8 * 64 + 1, dtype=BF16)[1:].view(8, 64).copy_(case.a)
+    with planned(path="addmm"):
+        check_equal(*(run_kernels(replace(case, a=a), dropout=0.3, seed=3) for a in (case.a, shifted)))
+
+
+def test_a_gradient_that_is_one_number_is_no_matrix_of_rows() -> None:
+    case = make_case((20,), 64, 48, 8, BF16)
+    case.dy = torch.ones(()).to(BF16).expand(20, 48)
+    check(run_kernels(case), case)
+
+
+def test_new_tables_prepare_anew() -> None:
+    case = make_case((20,), 64, 48, 8, BF16)
+    run_kernels(case)
+    before = kinds()
+    plan.forget()
+    run_kernels(case)
+    assert kinds() == 2 * before
+
+
+def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_linear, "MOST_KINDS", 2)
+    for M in (1, 2, 3):
+        case = make_case((M,), 32, 32, 8, BF16)
+        check(run_kernels(case), case)
+        assert kinds() <= 2
