@@ -13,7 +13,7 @@ import torch
 from calls import run_kernels as run
 from kernel_cases import DTYPES, checked, group_cases, planned
 from ptx import KernelError, execute
-from ptx.launch import Report, compile_launch
+from ptx.launch import compile_launch
 from ptx.plugin import Executor
 
 from lorasb.backends import autotune
@@ -138,7 +138,7 @@ def test_it_waits_for_the_launch_that_it_overlaps(k_major: bool, by_tma: GemmCon
     launch, _, _ = launched(k_major, by_tma)
     compiled = compile_launch(launch, executor.driver)
     late = launch.arguments["lefts"][0][1].base
-    before = Report("prep", written={late.untyped_storage().data_ptr()})
+    before = {late.untyped_storage().data_ptr()}
     execute(launch, compiled, [list(range(launch.grid))], before=before)
     without = replace(compiled, ptx=re.sub(r"griddepcontrol\.wait\s*;", "", compiled.ptx))
     assert without.ptx != compiled.ptx

@@ -58,8 +58,7 @@ def executed(body: str, width: int = 32) -> tuple[ThreadBlock, np.ndarray[Any, A
     target = memory.allocate(np.zeros(MATRIX.nbytes, np.uint8))
     box = (32, 16) if width == 32 else (16, 32)
     maps = [TensorMap(start, MATRIX.shape, COLUMNS, box, 2, width) for start in (source, target)]
-    values = {one.place: value for one, value in zip(program.parameters, (maps[0], 0, maps[1]), strict=True)}
-    block = ThreadBlock(program, memory, 16384, values, 0, 1)
+    block = ThreadBlock(program, memory, 16384, program.placed((maps[0], 0, maps[1])), 0, 1)
     block.run()
     return block, memory.content(target, MATRIX.nbytes).view(np.uint16).reshape(MATRIX.shape)
 

@@ -42,9 +42,8 @@ def run(
     for i, array in enumerate(arrays):
         content = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         starts.append(memory.allocate(content, np.zeros(len(content), bool) if i in fresh else None))
-    values = {parameter.place: start for parameter, start in zip(program.parameters, starts, strict=True)}
     for i in order if order is not None else range(blocks):
-        ThreadBlock(program, memory, 4096, values, i, blocks).run()
+        ThreadBlock(program, memory, 4096, program.placed(starts), i, blocks).run()
     return [
         memory.content(start, array.nbytes).view(array.dtype).reshape(array.shape).copy()
         for start, array in zip(starts, arrays, strict=True)

@@ -11,8 +11,7 @@ and what is not: docs/kernels-without-a-gpu.md.
 - `plugin` lets the kernel tests run on it: `pytest --ptx sm_86`.
 """
 
-from .faults import KernelError
-from .launch import Report, execute
-from .program import Program
+from .launch import execute
+from .program import KernelError
 
-__all__ = ["KernelError", "Program", "Report", "execute"]
+__all__ = ["KernelError", "execute"]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .faults import KernelError
 from .formats import Array, pieces
+from .program import KernelError
 
 if TYPE_CHECKING:
     from .thread_block import ThreadBlock

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import arithmetic, formats, tensor_copies, tensor_cores
-from .faults import KernelError
 from .formats import BITS, Array
-from .program import Instruction, Operand, members
+from .program import Instruction, KernelError, Operand, members
 
 if TYPE_CHECKING:
     from .thread_block import ThreadBlock
@@ -114,7 +113,8 @@ def _copy(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
         block.shared.copies.commit()
         return
     if kind in ("wait_group", "wait_all"):
-        block.shared.wait_for_copies(instruction.number() if kind == "wait_group" else 0)
+        pending = instruction.number() if kind == "wait_group" else 0
+        block.shared.arrive(block.shared.copies.wait(pending))
         return
     target, source, _, *given = instruction.operands
     size, threads = instruction.number(2), block.chosen(active)

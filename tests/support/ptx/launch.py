@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -11,23 +11,14 @@ import numpy as np
 import torch
 
 from .allocations import Tracker, bytes_of
-from .faults import KernelError
 from .formats import Array
 from .global_memory import ALIGNMENT, RED_ZONE, GlobalMemory
-from .program import Program
+from .program import KernelError, Program
 from .tensor_copies import TensorMap
 from .thread_block import ThreadBlock
 
 MOST_PROGRAMS = 4096  # at about a millisecond to a second each
 MOST_BYTES = 1 << 30
-
-
-@dataclass
-class Report:
-    """What was executed."""
-
-    name: str
-    written: set[int] = field(default_factory=set)  # pointers of storages
 
 
 class FakeDriver:
@@ -86,13 +77,13 @@ def execute(
     compiled: Compiled,
     orders: Iterable[Sequence[int]],
     tracker: Tracker | None = None,
-    before: Report | None = None,
-) -> Report:
-    """Run a launch on its CPU tensors, in place; `before`: the launch that it may overlap."""
-    program, report = parsed(compiled.ptx), Report(str(launch.kernel.__name__))
+    before: Collection[int] = (),
+) -> set[int]:
+    """Run a launch on its CPU tensors; the storages that it wrote, by pointers. `before`: of the launch it may overlap."""
+    program, written = parsed(compiled.ptx), set[int]()
     if launch.grid > MOST_PROGRAMS:
         raise KernelError(
-            f"{report.name} has {launch.grid} programs, more than the interpreter executes ({MOST_PROGRAMS}): "
+            f"{launch.name} has {launch.grid} programs, more than the interpreter executes ({MOST_PROGRAMS}): "
             "run it on a smaller shape"
         )
     arguments = flattened(launch, compiled.signature)
@@ -102,27 +93,27 @@ def execute(
     size = sum(storage.nbytes() + RED_ZONE + 2 * ALIGNMENT for storage in storages.values()) + 4 * RED_ZONE
     if size > MOST_BYTES:
         raise KernelError(
-            f"{report.name} needs {size:,} bytes, more than the interpreter's {MOST_BYTES:,}: run a smaller shape"
+            f"{launch.name} needs {size:,} bytes, more than the interpreter's {MOST_BYTES:,}: run a smaller shape"
         )
     final: dict[int, Array] | None = None
     for order in orders:
         memory, places = _arena(storages, size, tracker)
-        memory.pending = {places[pointer] for pointer in (before.written if before else ()) if pointer in places}
+        memory.pending = {places[pointer] for pointer in before if pointer in places}
         values = parameter_values(program, arguments, compiled.descriptors, partial(_address, places))
         for i in order:
             ThreadBlock(program, memory, compiled.shared, values, i, launch.grid).run()
-        _check_counters(memory, report.name)
-        report.written.update(_written(memory, places))
+        _check_counters(memory, launch.name)
+        written.update(_written(memory, places))
         results = {p: memory.content(places[p], s.nbytes()).copy() for p, s in storages.items()}
         if final is not None and any(not np.array_equal(results[p], final[p]) for p in _written(memory, places)):
-            raise KernelError(f"{report.name}: the result depends on the order in which programs run")
+            raise KernelError(f"{launch.name}: the result depends on the order in which programs run")
         final = final or results
     for pointer, content in (final or {}).items():
         bytes_of(storages[pointer])[:] = content
         if tracker is not None:
             flags = memory.initialized[places[pointer] : places[pointer] + len(content)]
             tracker.update(pointer, flags)
-    return report
+    return written
 
 
 def flattened(launch: Any, signature: dict[str, Any]) -> list[Any]:
@@ -160,10 +151,7 @@ def parameter_values(
             given += [*argument.shape, *argument.strides]
         else:
             given.append(argument)
-    return {
-        parameter.place: float(value) if parameter.kind == "f32" else value
-        for parameter, value in zip(program.parameters, [*given, 0, 0], strict=True)
-    }
+    return program.placed([*given, 0, 0])
 
 
 def tensor_map(descriptor: Any, start: int, box: dict[str, Any]) -> TensorMap:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .allocations import Tracker
-from .faults import KernelError
-from .launch import Compiled, FakeDriver, Report, compile_launch, execute, orders_of
+from .launch import FakeDriver, compile_launch, execute, orders_of
+from .program import KernelError
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
-ARCHITECTURES = tuple(MULTIPROCESSORS)
 
 
 class Executor:
@@ -28,14 +27,16 @@ class Executor:
         self.launches = self.programs = 0
         self.kernels: set[str] = set()
         self.every_last = False  # run every launch in as many orders as it has programs
-        self.last: Report | None = None  # launch
+        self.written: set[int] = set()  # storages, by the last launch
         self._seeds = itertools.count()
 
     def run(self, launch: Any) -> None:
         """In place of `lorasb.kernels.launcher.run`."""
-        compiled, orders = self.compile(launch), orders_of(launch.grid, next(self._seeds), self.every_last)
-        before = self.last if launch.options.get("launch_pdl") else None
-        self.last = execute(launch, compiled, orders, self.tracker, before)
+        compiled = compile_launch(launch, self.driver)
+        self.kernels.add(compiled.ptx)
+        orders = orders_of(launch.grid, next(self._seeds), self.every_last)
+        before = self.written if launch.options.get("launch_pdl") else ()
+        self.written = execute(launch, compiled, orders, self.tracker, before)
         self.launches += 1
         self.programs += launch.grid
 
@@ -51,12 +52,6 @@ class Executor:
             self.run(call._replace(arguments=arguments))
 
         return raw
-
-    def compile(self, launch: Any) -> Compiled:
-        """The kernel of a launch; Triton keeps what it compiled."""
-        compiled = compile_launch(launch, self.driver)
-        self.kernels.add(compiled.ptx)
-        return compiled
 
     def summary(self) -> str:
         """One line."""
@@ -89,7 +84,7 @@ def specialized(kernel: Any, arguments: dict[str, Any], options: dict[str, Any])
 def install(arch: str) -> Executor:
     """Let `backend("triton")` execute compiled kernels on CPU tensors, from now on."""
     if arch not in MULTIPROCESSORS:
-        raise ValueError(f"--ptx knows {', '.join(ARCHITECTURES)}, got {arch!r}")
+        raise ValueError(f"--ptx knows {', '.join(MULTIPROCESSORS)}, got {arch!r}")
     from dataclasses import replace
 
     from lorasb.backends import triton as backend

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .faults import KernelError
 from .formats import TYPES
 
 IGNORED = (".loc", ".reg", ".file", ".pragma", ".section", ".target", ".version", ".address_size")
+
+
+class KernelError(Exception):
+    """A kernel did what the hardware leaves undefined, or what the interpreter does not know. Names the instruction."""
 
 
 class Address(NamedTuple):
@@ -32,13 +36,6 @@ class Block(NamedTuple):
 Operand = str | Address | Block | tuple[str, ...]
 
 
-class Guard(NamedTuple):
-    """The predicate of `@%p1` or `@!%p1`."""
-
-    register: str
-    negated: bool
-
-
 @dataclass(frozen=True)
 class Instruction:
     """One instruction: `@guard opcode.modifiers operands`."""
@@ -47,7 +44,7 @@ class Instruction:
     opcode: str
     parts: tuple[str, ...]
     operands: tuple[Operand, ...]
-    guard: Guard | None
+    guard: str | None  # "%p1" or "!%p1"
 
     @property
     def kind(self) -> str:
@@ -63,11 +60,9 @@ class Instruction:
         return KernelError(f"the interpreter does not know {self.opcode}")
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A kernel parameter: its name, type, and place among the bytes of all."""
+class Parameter(NamedTuple):
+    """A kernel parameter: its type, and its place among the bytes of all."""
 
-    name: str
     kind: str
     place: int
 
@@ -79,13 +74,8 @@ class Program:
     name: str
     instructions: list[Instruction]
     labels: dict[str, int]
-    parameters: list[Parameter]
+    parameters: dict[str, Parameter]
     threads: int
-
-    @cached_property
-    def places(self) -> dict[str, int]:
-        """Places of the parameters by their names."""
-        return {parameter.name: parameter.place for parameter in self.parameters}
 
     @cached_property
     def targets(self) -> frozenset[str]:
@@ -93,6 +83,11 @@ class Program:
         firsts = (i.operands[0] for i in self.instructions if i.operands)
         names = (name for first in firsts if not isinstance(first, Address | Block) for name in members(first))
         return frozenset(part for name in names for part in name.split("|"))
+
+    def placed(self, values: Iterable[Any]) -> dict[int, Any]:
+        """Values of the parameters, given in their order, by their places."""
+        pairs = zip(self.parameters.values(), values, strict=True)
+        return {one.place: float(value) if one.kind == "f32" else value for one, value in pairs}
 
     @classmethod
     def parse(cls, ptx: str) -> Program:
@@ -112,15 +107,15 @@ def members(operand: Any) -> tuple[str, ...]:
     return operand if isinstance(operand, tuple) else (operand,)
 
 
-def _parameters(signature: str) -> list[Parameter]:
+def _parameters(signature: str) -> dict[str, Parameter]:
     """Naturally aligned, or as they say, one after another."""
-    parameters, end = [], 0
+    parameters, end = {}, 0
     pattern = r"\.param (?:\.align (\d+) )?\.(\w+)[^,\n]*?\s(\w+_param_\d+)(?:\[(\d+)\])?"
     for alignment, kind, name, count in re.findall(pattern, signature):
         one = np.dtype(TYPES[kind]).itemsize
         size, aligned = one * int(count or 1), int(alignment or one)
         place = -(-end // aligned) * aligned
-        parameters.append(Parameter(name, kind, place))
+        parameters[name] = Parameter(kind, place)
         end = place + size
     return parameters
 
@@ -160,18 +155,15 @@ def _closed(lines: list[str]) -> bool:
 def parse_instruction(text: str) -> Instruction:
     """`@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+16]`."""
     guard, rest = None, text
-    if match := re.match(r"@(!?)(%?\w+)\s+", text):
-        guard, rest = Guard(match[2], bool(match[1])), text[match.end() :]
+    if match := re.match(r"@(!?%?\w+)\s+", text):
+        guard, rest = match[1], text[match.end() :]
     opcode, _, operands = rest.partition(" ")
-    return Instruction(text, opcode, tuple(opcode.split(".")), tuple(map(_operand, _split(operands))), guard)
-
-
-def _split(operands: str) -> list[str]:
-    """At commas outside of brackets."""
-    return [one.strip() for one in re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,])+", operands)]
+    parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,])+", operands)  # at commas outside of brackets
+    return Instruction(text, opcode, tuple(opcode.split(".")), tuple(map(_operand, parts)), guard)
 
 
 def _operand(text: str) -> Operand:
+    text = text.strip()
     if text.startswith("{"):
         return tuple(name.strip() for name in text[1:-1].split(","))
     if match := re.fullmatch(r"\[\s*(%\w+)\s*,\s*\{(.*)\}\s*\]", text):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .faults import KernelError
 from .formats import BITS, Array, pieces
+from .program import KernelError
 
 if TYPE_CHECKING:
     from .tensor_copies import Barrier
@@ -102,11 +102,8 @@ class SharedMemory:
         self.in_flight[granules] += 1
         self.copies.open.append(Copy(granules, pieces(addresses, size, words.itemsize), words, warps))
 
-    def wait_for_copies(self, pending: int) -> None:
-        """cp.async.wait_group."""
-        self._arrive(self.copies.wait(pending))
-
-    def _arrive(self, copies: list[Copy]) -> None:
+    def arrive(self, copies: list[Copy]) -> None:
+        """Copies that were waited for write."""
         for copy in copies:
             self.bytes.view(copy.words.dtype)[copy.places] = copy.words
             self.in_flight[copy.granules] -= 1
@@ -169,10 +166,6 @@ class SharedMemory:
             raise KernelError("a copy overwrites what was written without fence.proxy.async")
         self.in_flight[granules] += 1
         barrier.copies.append(Copy(granules, places // values.itemsize, values))
-
-    def land(self, barrier: Barrier) -> None:
-        """An mbarrier's copies arrive."""
-        self._arrive(barrier.land())
 
     def finish(self) -> None:
         if not self.copies.idle:

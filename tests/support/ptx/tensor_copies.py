@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .faults import KernelError
 from .formats import BITS, Array
-from .program import Block, Instruction, Operand
+from .program import Block, Instruction, KernelError, Operand
 from .shared_memory import MANY, Copy
 from .tensor_cores import SWIZZLES
 
@@ -132,7 +131,7 @@ def _waited(block: ThreadBlock, operands: tuple[Operand, ...], active: Array | N
         found.tried = True
         return np.zeros(block.threads, bool)
     if found.phase % 2 == parity[0]:
-        block.shared.land(found)
+        block.shared.arrive(found.land())
     if found.phase % 2 == parity[0]:
         missing = f"{found.pending} arrivals and {found.expected} bytes are missing"
         raise KernelError(f"a wait that nothing ends: {missing}")

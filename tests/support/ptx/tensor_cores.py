@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import formats
-from .faults import KernelError
 from .formats import Array
+from .program import KernelError
 from .shared_memory import SharedMemory
 
 # Type of an operand's elements -> their bits, and these as the fp32 that a tensor core reads

@@ -14,11 +14,10 @@ import numpy as np
 
 from . import arithmetic, formats
 from .arithmetic import FUNCTIONS
-from .faults import KernelError
 from .formats import BITS, TYPES, Array
 from .global_memory import GlobalMemory
 from .instructions import HANDLERS, WARP
-from .program import Instruction, Program
+from .program import Instruction, KernelError, Program
 from .shared_memory import Pipeline, SharedMemory
 
 STEPS = 10**7  # more are an endless loop
@@ -125,8 +124,7 @@ class ThreadBlock:
         """The threads that execute it; None for all."""
         if instruction.guard is None:
             return here
-        mask = self.predicate(instruction.guard.register)
-        mask = ~mask if instruction.guard.negated else mask
+        mask = self.predicate(instruction.guard)
         return mask if here is None else mask & here
 
     def _go(self, active: Array | None, here: Array | None, target: int, at: int) -> int:
@@ -181,8 +179,8 @@ class ThreadBlock:
     def _constant(self, name: str, dtype: Any) -> Any:
         if name == DYNAMIC_SHARED:
             return dtype(0)
-        if name in self.program.places:
-            return dtype(self.program.places[name])
+        if name in self.program.parameters:
+            return dtype(self.program.parameters[name].place)
         return formats.immediate(name, dtype)
 
     def predicate(self, operand: Any) -> Array:
