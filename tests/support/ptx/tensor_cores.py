@@ -8,7 +8,7 @@ truncated, as the hardware reads them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +34,8 @@ def operand(registers: Array, kind: str) -> Array:
     """
     dtype, convert = READ[kind]
     values, eights = convert(np.ascontiguousarray(registers).view(dtype)), registers.shape[2] // 2
-    parts = values.reshape(
-        len(registers), 8, 4, 2, eights, -1
-    )  # row, column, half of the columns, eight rows, neighbor
+    # row, column, half of the columns, eight rows, neighbor
+    parts = values.reshape(len(registers), 8, 4, 2, eights, -1)
     return parts.transpose(0, 4, 1, 3, 2, 5).reshape(len(registers), 8 * eights, -1)
 
 
@@ -67,39 +66,28 @@ def to_rows(registers: Array, transposed: bool) -> Array:
     return rows.mT if transposed else rows
 
 
-class Descriptor(NamedTuple):
-    """Where wgmma's operand lies in shared memory."""
-
-    start: int
-    leading: int
-    stride: int
-    width: int
-
-    @classmethod
-    def decode(cls, bits: int) -> Descriptor:
-        """From the 64 bits of the matrix descriptor (PTX ISA, "Matrix Descriptor Format")."""
-        mode = bits >> 62
-        if mode == 0 or (bits >> 49) & 7:
-            raise KernelError("a wgmma descriptor without swizzle, or with a base offset, is not known")
-        start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-        return cls(start, leading, stride, {1: 128, 2: 64, 3: 32}[mode])
-
-    def addresses(self, rows: int, columns: int, size: int, major: bool) -> Array:
-        """Byte addresses [rows (of M or N), columns (of K)] of elements of `size` bytes."""
-        row, k = np.arange(rows)[:, None], np.arange(columns)[None, :]
-        if major:
-            per_row = self.width // size
-            address = self.start + (row // per_row) * self.leading + (k // 8) * self.stride
-            address = address + (k % 8) * self.width + (row % per_row) * size
-        else:
-            address = self.start + (row // 8) * self.stride + (row % 8) * self.width + k * size
-        return address ^ (((address >> 7) & SWIZZLES[self.width]) << 4)
+def described(bits: int, rows: int, columns: int, size: int, major: bool) -> Array:
+    """Byte addresses [rows (of M or N), columns (of K)] of a wgmma operand's elements of `size` bytes, by the 64 bits of
+    its matrix descriptor (PTX ISA, "Matrix Descriptor Format")."""
+    mode = bits >> 62
+    if mode == 0 or (bits >> 49) & 7:
+        raise KernelError("a wgmma descriptor without swizzle, or with a base offset, is not known")
+    start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    width = {1: 128, 2: 64, 3: 32}[mode]
+    row, k = np.arange(rows)[:, None], np.arange(columns)[None, :]
+    if major:
+        per_row = width // size
+        address = start + (row // per_row) * leading + (k // 8) * stride
+        address = address + (k % 8) * width + (row % per_row) * size
+    else:
+        address = start + (row // 8) * stride + (row % 8) * width + k * size
+    return address ^ (((address >> 7) & SWIZZLES[width]) << 4)
 
 
 def load_operand(shared: SharedMemory, bits: int, rows: int, columns: int, kind: str, major: bool) -> Array:
     """A wgmma operand [rows, columns] in fp32 from shared memory."""
     dtype, convert = READ[kind]
     size = np.dtype(dtype).itemsize
-    addresses = Descriptor.decode(bits).addresses(rows, columns, size, major)
+    addresses = described(bits, rows, columns, size, major)
     shared.use(addresses, size)
     return convert(shared.bytes.view(dtype)[addresses // size])
