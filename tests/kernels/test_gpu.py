@@ -8,10 +8,10 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import run, run_kernels
+from calls import outputs, run, run_kernels
+from reference import make_case
 from torch import Tensor
 
-from lorasb.functional import lora_sb_linear
 from lorasb.kernels.launcher import observed
 
 pytestmark = pytest.mark.skipif(
@@ -29,15 +29,10 @@ SHAPES = [
 ]
 
 
-def on_gpu(case: reference.Case) -> reference.Case:
-    tensors = [t.cuda() for t in (case.x, case.weight, case.a, case.core, case.b)]
-    return reference.Case(*tensors, None if case.bias is None else case.bias.cuda(), case.scaling, case.dy.cuda())
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "n", "m", "r"), SHAPES)
 def test_no_further_from_fp64_than_the_chain(M: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
-    case = on_gpu(reference.make_case((M,), n, m, r, dtype))
+    case = make_case((M,), n, m, r, dtype).to("cuda")
     wanted = reference.by_formulas(case.double())
     results = run_kernels(case)
     for got, chain, want in zip(results, reference.plain_chain(case), wanted, strict=True):
@@ -46,7 +41,7 @@ def test_no_further_from_fp64_than_the_chain(M: int, n: int, m: int, r: int, dty
 
 
 def test_auto_takes_the_kernels_two_launches_a_direction() -> None:
-    case = on_gpu(reference.make_case((16,), 4096, 4096, 96, torch.bfloat16))
+    case = make_case((16,), 4096, 4096, 96, torch.bfloat16).to("cuda")
     with observed() as launches:
         run(case)
     assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
@@ -54,14 +49,14 @@ def test_auto_takes_the_kernels_two_launches_a_direction() -> None:
 
 @pytest.mark.parametrize("M", [16, 512, 3000])
 def test_bitwise_repeatable(M: int) -> None:
-    cases = [on_gpu(reference.make_case((M,), 1024, m, 96, torch.bfloat16, bias=False)) for m in (1024, 512)]
+    cases = [make_case((M,), 1024, m, 96, torch.bfloat16, bias=False).to("cuda") for m in (1024, 512)]
     first = run_kernels(*cases)
     for _ in range(249):
         tolerances.check_equal(run_kernels(*cases), first)
 
 
 def test_cuda_graphs() -> None:
-    case = on_gpu(reference.make_case((40,), 1024, 512, 64, torch.bfloat16))
+    case = make_case((40,), 1024, 512, 64, torch.bfloat16).to("cuda")
     run(case)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -69,20 +64,19 @@ def test_cuda_graphs() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        y = lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, case.bias, case.scaling)
+        (y,) = outputs([case], case.x, [case.core])
     for _ in range(3):
         case.x.copy_(torch.randn_like(case.x))
         graph.replay()
-        want = lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, case.bias, case.scaling)
-        assert torch.equal(y, want)
+        assert torch.equal(y, outputs([case], case.x, [case.core])[0])
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiles_without_a_graph_break(mode: str) -> None:
-    case = on_gpu(reference.make_case((40,), 256, 128, 16, torch.bfloat16))
+    case = make_case((40,), 256, 128, 16, torch.bfloat16).to("cuda")
 
     def function(x: Tensor) -> Tensor:
-        return torch.relu(lora_sb_linear(x, case.weight, case.a, case.core, case.b, case.bias, case.scaling))
+        return torch.relu(outputs([case], x, [case.core])[0])
 
     compiled = torch.compile(function, fullgraph=True, mode=mode)
     for rows in (40, 41, 16, 40, 41, 16):
@@ -90,7 +84,7 @@ def test_compiles_without_a_graph_break(mode: str) -> None:
 
 
 def test_rows_do_not_leak() -> None:
-    case = on_gpu(reference.make_case((300,), 512, 256, 32, torch.bfloat16))
+    case = make_case((300,), 512, 256, 32, torch.bfloat16).to("cuda")
     want = run(case)[0]
     case.x[7, 3] = float("nan")
     got = run(case)[0]
@@ -100,10 +94,10 @@ def test_rows_do_not_leak() -> None:
 
 
 def test_capturing_dropout_is_refused() -> None:
-    case = on_gpu(reference.make_case((40,), 256, 128, 16, torch.bfloat16))
+    case = make_case((40,), 256, 128, 16, torch.bfloat16).to("cuda")
     with (
         pytest.raises(RuntimeError, match="would repeat one mask"),
         torch.no_grad(),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        lora_sb_linear(case.x, case.weight, case.a, case.core, case.b, dropout=0.1)
+        outputs([case], case.x, [case.core], dropout=0.1)

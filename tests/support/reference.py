@@ -23,11 +23,12 @@ class Case:
     scaling: float
     dy: Tensor
 
+    def to(self, target: torch.dtype | str) -> Case:
+        """The same numbers in a dtype, or on a device."""
+        return replace(self, **{name: t.to(target) for name, t in vars(self).items() if isinstance(t, Tensor)})
+
     def double(self) -> Case:
-        """The same numbers in fp64."""
-        bias = None if self.bias is None else self.bias.double()
-        tensors = (t.double() for t in (self.x, self.weight, self.a, self.core, self.b))
-        return Case(*tensors, bias, self.scaling, self.dy.double())
+        return self.to(torch.float64)
 
 
 def make_case(
