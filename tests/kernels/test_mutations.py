@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -38,20 +39,11 @@ MUTATIONS = (
 )
 
 
-class Call(NamedTuple):
-    """Tokens, in and out features and rank of a call in which every loop of the kernels goes round several times."""
-
-    M: int
-    n: int
-    ms: tuple[int, ...]
-    r: int
-    dropout: float = 0.0
-
-
-CALLS = {
-    "a layer": Call(40, 512, (112,), 96),
-    "one token": Call(1, 4096, (512,), 96),
-    "a group with dropout": Call(40, 512, (112, 208), 96, dropout=0.25),
+# tokens, in and out features, rank and dropout of calls in which every loop of the kernels goes round several times
+CALLS: dict[str, tuple[int, int, tuple[int, ...], int, float]] = {
+    "a layer": (40, 512, (112,), 96, 0.0),
+    "one token": (1, 4096, (512,), 96, 0.0),
+    "a group with dropout": (40, 512, (112, 208), 96, 0.25),
 }
 
 
@@ -62,11 +54,6 @@ class Mutant:
     what: str
     number: int
     ptx: str
-
-    @property
-    def opcode(self) -> str:
-        """Of the ordering."""
-        return self.what.split(" ")[0].rstrip(";")
 
 
 def mutants(text: str) -> Iterator[Mutant]:
@@ -211,8 +198,7 @@ class Effects(ThreadBlock):
 
     def _close(self, key: int | None) -> None:
         """The interval between two barriers ends."""
-        pipeline = self.shared.copies
-        copies = [copy for group in (*pipeline.groups, pipeline.open) for copy in group]
+        copies = self.shared.copies.unfinished
         new = [copy for copy in copies if not any(copy is one for one in self._former)]
         interval = Interval.of(self.shared, new, self._atomics, self._accesses)
         if self._barrier is not None and self._barrier[1].conflicts(interval):
@@ -223,7 +209,8 @@ class Effects(ThreadBlock):
 
 def has_effect(program: Program, mutant: Mutant) -> bool:
     """True if the ordering that a mutant lacks ordered something in the unchanged kernel."""
-    like = [one for one in program.instructions if one.opcode.startswith(mutant.opcode)]
+    opcode = mutant.what.split(" ")[0].rstrip(";")
+    like = [one for one in program.instructions if one.opcode.startswith(opcode)]
     return id(like[mutant.number]) in Effects.effective
 
 
@@ -249,14 +236,8 @@ def launches(request: pytest.FixtureRequest, executor: Executor) -> list[Launch]
 
 
 def _with_copies(launch: Launch) -> Launch:
-    return launch._replace(arguments={name: _copied(value) for name, value in launch.arguments.items()})
-
-
-def _copied(value: object) -> object:
-    """Tensors as they are before the launch."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    return tuple(map(_copied, value)) if isinstance(value, tuple) else value
+    """Its tensors as they are now."""
+    return launch._replace(arguments=deepcopy(launch.arguments))
 
 
 def outputs(launch: Launch) -> list[Tensor]:

@@ -57,8 +57,8 @@ class Pipeline:
         return finished
 
     @property
-    def idle(self) -> bool:
-        return not self.open and not any(self.groups)
+    def unfinished(self) -> list[Any]:
+        return [operation for group in (*self.groups, self.open) for operation in group]
 
 
 class SharedMemory:
@@ -168,11 +168,11 @@ class SharedMemory:
         barrier.copies.append(Copy(granules, places // values.itemsize, values))
 
     def finish(self) -> None:
-        if not self.copies.idle:
+        if self.copies.unfinished:
             raise KernelError("a cp.async is still in flight at the end of the kernel")
-        if not self.products.idle:
+        if self.products.unfinished:
             raise KernelError("a wgmma is still in flight at the end of the kernel")
-        if not self.stores.idle or any(barrier.copies for barrier in self.barriers.values()):
+        if self.stores.unfinished or any(barrier.copies for barrier in self.barriers.values()):
             raise KernelError("a copy by descriptor is still in flight at the end of the kernel")
 
     def _read_by_all(self, granules: Array) -> None:

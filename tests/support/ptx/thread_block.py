@@ -40,9 +40,8 @@ class Fragments(Pipeline):
     def wait(self, pending: int) -> list[Any]:
         """wgmma.wait_group: what is left is that of the last groups."""
         finished = super().wait(pending)
-        left = [product for group in (*self.groups, self.open) for product in group]
-        self.sums = {name for sums, _ in left for name in sums}
-        self.operands = {name for _, operands in left for name in operands}
+        self.sums = {name for sums, _ in self.unfinished for name in sums}
+        self.operands = {name for _, operands in self.unfinished for name in operands}
         return finished
 
 
