@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ptx import KernelError, thread_block
-from ptx.program import Program, parse_instruction
+from ptx.program import Program
 from ptx_bench import Array, run
 
 ARRAYS = np.arange(256, dtype=np.uint32), np.zeros(64, np.uint32)  # read and written by 64 threads
@@ -179,20 +179,6 @@ def test_a_loop_that_threads_leave_one_after_another() -> None:
 def test_an_endless_loop_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_block, "STEPS", 1000)
     fails("$LOOP:\nbra.uni $LOOP;", "more than 1000 steps: an endless loop")
-
-
-@pytest.mark.parametrize(
-    ("text", "guard", "operands"),
-    [
-        ("@!%p3 ld.global.cg.v2.b32 { %r1, %r2 }, [ %rd4 + 16 ]", ("%p3", True), (("%r1", "%r2"), ("%rd4", 16))),
-        ("mov.b64 %rd1, {%r1, %r2}", None, ("%rd1", ("%r1", "%r2"))),
-        ("st.global.b32 [%rd2+-8], 0f3F800000", None, (("%rd2", -8), "0f3F800000")),
-        ("bra.uni $L__BB0_3", None, ("$L__BB0_3",)),
-    ],
-)
-def test_instructions_are_parsed(text: str, guard: tuple[str, bool] | None, operands: tuple[Any, ...]) -> None:
-    found = parse_instruction(text)
-    assert (found.guard, found.operands) == (guard, operands)
 
 
 @pytest.mark.parametrize(
