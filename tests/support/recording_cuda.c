@@ -25,32 +25,22 @@ void set_capability(int major, int minor) {
   Result name(void) { return SUCCESS; }
 #define ANSWER(name, type, value) \
   Result name(type* answer) { return *answer = value, SUCCESS; }
-NOTHING(cuInit) NOTHING(cuDevicePrimaryCtxRelease) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit)
-NOTHING(cuCtxSynchronize) NOTHING(cuStreamSynchronize) NOTHING(cuMemFree_v2) NOTHING(cuModuleUnload)
+NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuModuleUnload)
 NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
 NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col)
 ANSWER(cuDriverGetVersion, int, 13000) ANSWER(cuDeviceGetCount, int, 1) ANSWER(cuCtxGetDevice, int, 0)
 ANSWER(cuDevicePrimaryCtxRetain, Handle, (Handle)1) ANSWER(cuCtxGetCurrent, Handle, (Handle)1)
 ANSWER(cuCtxGetLimit, size_t, 1 << 20) ANSWER(cuOccupancyMaxActiveClusters, int, 1)
 Result cuGetErrorString(Result error, const char** text) { return *text = "recorded", SUCCESS; }
-Result cuGetErrorName(Result error, const char** text) { return *text = "recorded", SUCCESS; }
 Result cuDeviceGet(int* device, int index) { return *device = index, SUCCESS; }
 Result cuStreamIsCapturing(Handle stream, int* status) { return *status = 0, SUCCESS; }
 Result cuPointerGetAttribute(void* out, int attribute, uint64_t pointer) { return *(uint64_t*)out = pointer, SUCCESS; }
-Result cuMemAlloc_v2(uint64_t* pointer, size_t bytes) { return *pointer = (uint64_t)malloc(bytes), SUCCESS; }
 
 Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   int large = major_version == 9 || major_version == 10, a100 = major_version == 8 && minor_version == 0;
   switch (attribute) {
-    case 8: *value = 48 * 1024; break;                                   // shared memory of a block, without asking
-    case 97: *value = large ? 232448 : a100 ? 166912 : 101376; break;    // the most of a block
-    case 81: *value = 102400; break;                                     // of a multiprocessor
-    case 10: *value = 32; break;                                         // threads of a warp
-    case 12: *value = 65536; break;                                      // registers of a block
-    case 13: *value = 1800000; break;                                    // clock, kHz
-    case 16: *value = 84; break;                                         // multiprocessors
-    case 36: *value = 8000000; break;                                    // clock of the memory, kHz
-    case 37: *value = 384; break;                                        // bits of its bus
+    case 97: *value = large ? 232448 : a100 ? 166912 : 101376; break;  // shared memory of a block
+    case 81: *value = 102400; break;  // of a multiprocessor
     case 75: *value = major_version; break;
     case 76: *value = minor_version; break;
     default: *value = 1;
@@ -91,9 +81,6 @@ static void read_parameters(const uint8_t* at, const uint8_t* end, int function)
 }
 
 Result cuModuleLoadData(Handle* module, const void* image) { return *module = (Handle)image, SUCCESS; }
-Result cuModuleLoadDataEx(Handle* module, const void* image, unsigned count, void* options, void* values) {
-  return cuModuleLoadData(module, image);
-}
 
 Result cuModuleGetFunction(Handle* function, Handle module, const char* name) {
   const uint8_t* elf = module;
@@ -152,12 +139,6 @@ Result cuLaunchKernelEx(const Config* config, Handle function, void** parameters
   }
   append("\n");
   return SUCCESS;
-}
-
-Result cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                      unsigned shared, Handle stream, void** parameters, void** extra) {
-  Config config = {{gx, gy, gz}, {bx, by, bz}, shared, stream, 0, 0};
-  return cuLaunchKernelEx(&config, function, parameters, extra);
 }
 
 const char* recorded_launches(void) { return launches ? launches : ""; }
