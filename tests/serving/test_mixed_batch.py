@@ -6,10 +6,10 @@ import pytest
 import tolerances
 import torch
 import transformers
+from adapters import layers, two
 from families import EXPERTS, FAMILIES, SIZES, causal, opt
 from models import batches_for
 from torch import Tensor, nn
-from two_adapters import layers, two
 
 import lorasb
 from lorasb.serving import rows as mixed_batch

@@ -1,11 +1,16 @@
-"""Which layers of a model are adapted, and which of its parameters train."""
+"""Which layers of a model are adapted, which of its parameters train, and a model with two adapters."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
+import torch
+from models import batches_for, patched
 from torch import nn
 
+import lorasb
 from lorasb.layers.linear import LoRASBLinear
 
 
@@ -20,3 +25,21 @@ def adapted(model: nn.Module) -> set[str]:
 
 def trained(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@functools.cache
+def _two(family: str, shared: bool, targets: tuple[str, ...] | None) -> nn.Module:
+    model = patched(family)
+    model.add_adapter("second", lorasb.LoRASBConfig(r=4 if shared else 3, target_modules=targets and list(targets)))
+    if shared:
+        for layer in layers(model).values():
+            core = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) * 0.05
+            layer.set_factors("second", layer.lorasb_B["default"], core, layer.lorasb_A["default"])
+    else:
+        lorasb.initialize(model, batches_for(family)[1:], lr=5e-2, adapter_name="second", progress=False)
+    return model.eval()
+
+
+def two(family: str = "llama", shared: bool = False, target_modules: tuple[str, ...] | None = None) -> nn.Module:
+    """A model with two adapters that do different things; `shared`: on the same A and B."""
+    return copy.deepcopy(_two(family, shared, target_modules))

@@ -8,10 +8,9 @@ import peft
 import pytest
 import tolerances
 import torch
-from adapters import layers
+from adapters import layers, two
 from models import batches_for, logits, make, patched
 from torch import Tensor
-from two_adapters import two
 from unfolded_models import Net
 
 import lorasb
