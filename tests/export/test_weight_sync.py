@@ -10,9 +10,9 @@ import pytest
 import torch
 from families import EXPERTS
 from models import batches_for, logits, make, patched
+from networks import Net
 from safetensors.torch import load_file
 from tolerances import EXPORT, check, check_equal
-from unfolded_models import Net
 
 import lorasb
 

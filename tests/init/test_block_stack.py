@@ -10,8 +10,8 @@ import tolerances
 import torch
 from families import causal
 from gradients import autograd_sums, check_sums, factors, library_sums
-from mixtures import Mixture, loss_of
 from models import text
+from networks import Mixture, loss_of
 from torch import Tensor, nn
 
 import lorasb

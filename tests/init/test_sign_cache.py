@@ -15,8 +15,8 @@ import pytest
 import torch
 from adapters import layers
 from gradients import factors
-from mixtures import Mixture, loss_of
 from models import batches_for, make, started
+from networks import Mixture, loss_of
 from safetensors.torch import save
 from tolerances import check_equal
 from torch import nn

@@ -14,10 +14,10 @@ import torch
 from adapters import layers, trained
 from families import opt
 from models import llama, logits, make, text
+from networks import PARAMETERS, TARGETS, Net, batch, loss
 from tolerances import BF16_FEW, ENERGY, EXACT, EXPORT, FP64, MERGE, check
 from torch import Tensor, nn
 from torch.func import functional_call
-from unfolded_models import PARAMETERS, TARGETS, Net, batch, loss
 
 import lorasb
 from lorasb.layers.adapted_layer import AdaptedLayer

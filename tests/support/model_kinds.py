@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from families import encoder
 from models import make, text
+from networks import TARGETS, Net
+from networks import batch as net_batch
 from torch import Tensor, nn
-from unfolded_models import TARGETS, Net
-from unfolded_models import batch as net_batch
 
 
 def bert(task: str, **more: Any) -> nn.Module:

@@ -10,8 +10,8 @@ import tolerances
 import torch
 from adapters import layers, two
 from models import batches_for, logits, make, patched
+from networks import Net
 from torch import Tensor
-from unfolded_models import Net
 
 import lorasb
 from lorasb.layers.linear import LoRASBLinear

@@ -1,4 +1,4 @@
-"""A small network of an embedding, convolutions with and without groups, attention and a linear."""
+"""Small networks that are no transformers models: one of layers whose W is no matrix, and a mixture of experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PARAMETERS |= {"attention": "attention.in_proj_weight", "attention.base_layer": 
 
 
 class Net(nn.Module):
-    """Token ids [n, t] -> [n, t, 4]."""
+    """Token ids [n, t] -> [n, t, 4], by an embedding, convolutions with and without groups, attention and a linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,9 +32,44 @@ class Net(nn.Module):
 
 
 def batch(seed: int = 0, rows: int = 6) -> dict[str, Tensor]:
+    """For `Net`."""
     g = torch.Generator().manual_seed(seed)
     return {"ids": torch.randint(0, 20, (rows, 7), generator=g), "target": torch.randn(rows, 7, 4, generator=g)}
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Of `Net`."""
     return (model(batch["ids"]) - batch["target"]).square().mean()
+
+
+class Experts(nn.Module):
+    """A mixture of experts: the router sends every token to the first two, and none to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.experts = nn.ModuleList(nn.Linear(40, 40) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x plus the experts that were routed to."""
+        self.experts[3](x[:0])  # as loops over all experts do
+        return x + sum(torch.tanh(expert(x)) for expert in self.experts[:2])
+
+
+class Mixture(nn.Module):
+    """Two blocks of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Experts() for _ in range(2))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """A squared error."""
+        for layer in self.layers:
+            x = layer(x)
+        return {"loss": (x.mean(-1) - labels).square().mean()}
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Of a model that returns a dictionary."""
+    return model(**batch)["loss"]
