@@ -14,8 +14,7 @@ import tolerances
 import torch
 from adapters import layers
 from basis_models import base, with_users
-from families import EXPERTS
-from models import batches_for, logits, make, patched
+from models import EXPERTS, batches_for, logits, make, patched
 from processes import python
 from safetensors.torch import load_file, save_file
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from families import EXPERTS
-from models import batches_for, logits, make, patched
+from models import EXPERTS, batches_for, logits, make, patched
 from networks import Net
 from safetensors.torch import load_file
 from tolerances import EXPORT, check, check_equal

@@ -8,9 +8,8 @@ from collections import OrderedDict
 import pytest
 import tolerances
 import torch
-from families import causal
 from gradients import autograd_sums, check_sums, factors, library_sums
-from models import text
+from models import causal, text
 from networks import Mixture, loss_of
 from torch import Tensor, nn
 

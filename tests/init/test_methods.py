@@ -11,9 +11,8 @@ import pytest
 import tolerances
 import torch
 from adapters import layers
-from families import EXPERTS
 from gradients import factors
-from models import batches_for, logits, make
+from models import EXPERTS, batches_for, logits, make
 from torch import nn
 from twins import check_training
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 import transformers
 from adapters import layers
-from families import SIZES
 from gradients import autograd_sums
-from models import logits, text
+from models import SIZES, logits, text
 from tolerances import ENERGY, EXACT, FP64, MERGE, check
 from torch import Tensor, nn
 from torch.func import functional_call

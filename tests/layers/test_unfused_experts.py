@@ -9,9 +9,8 @@ import pytest
 import tolerances
 import torch
 from basis_models import reconfigure
-from families import EXPERTS, causal
 from gradients import autograd_sums
-from models import batches_for, logits, make
+from models import EXPERTS, batches_for, causal, logits, make
 from peft import PeftModel
 from torch import Tensor, nn
 

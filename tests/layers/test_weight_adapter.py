@@ -12,8 +12,7 @@ import peft
 import pytest
 import torch
 from adapters import layers, trained
-from families import opt
-from models import llama, logits, make, text
+from models import llama, logits, make, opt, text
 from networks import PARAMETERS, TARGETS, Net, batch, loss
 from tolerances import BF16_FEW, ENERGY, EXACT, EXPORT, FP64, MERGE, check
 from torch import Tensor, nn

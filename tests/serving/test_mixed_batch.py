@@ -7,8 +7,7 @@ import tolerances
 import torch
 import transformers
 from adapters import layers, two
-from families import EXPERTS, FAMILIES, SIZES, causal, opt
-from models import batches_for
+from models import EXPERTS, FAMILIES, SIZES, batches_for, causal, opt
 from torch import Tensor, nn
 
 import lorasb

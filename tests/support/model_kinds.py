@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from families import encoder
-from models import make, text
+from models import encoder, make, text
 from networks import TARGETS, Net
 from networks import batch as net_batch
 from torch import Tensor, nn

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import environment  # noqa: F401  before anything reads it
 import torch
 import transformers
-from families import FAMILIES, SIZES, llama
 from torch import Tensor, nn
 
 import lorasb
@@ -13,7 +15,82 @@ import lorasb
 transformers.utils.logging.disable_progress_bar()
 
 Batch = dict[str, Tensor]
-__all__ = ["FAMILIES", "SIZES", "llama"]
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+
+
+def causal(family: str, **more: object) -> nn.Module:
+    """A language model of a family whose configuration has Llama's names."""
+    config = getattr(transformers, f"{family}Config")(**SIZES | {"num_key_value_heads": 2, "pad_token_id": 0} | more)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def encoder(family: str, task: str = "ForSequenceClassification", **more: object) -> nn.Module:
+    """A model of a family whose configuration has BERT's names."""
+    config = getattr(transformers, f"{family}Config")(**SIZES | {"num_labels": 3, "max_position_embeddings": 64} | more)
+    return getattr(transformers, f"{family}{task}")(config)
+
+
+def llama(**more: object) -> nn.Module:
+    return causal("Llama", tie_word_embeddings=True, **more)
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0, pad_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def gemma3() -> nn.Module:
+    config = transformers.Gemma3TextConfig(
+        num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, **SIZES
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def opt(**more: object) -> nn.Module:
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = transformers.OPTConfig(vocab_size=99, max_position_embeddings=64, **sizes, **more)
+    return transformers.OPTForCausalLM(config)
+
+
+def vit() -> nn.Module:
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    config = transformers.ViTConfig(image_size=16, patch_size=4, num_labels=3, **sizes)
+    return transformers.ViTForImageClassification(config)
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "gemma2": partial(causal, "Gemma2", head_dim=16, sliding_window=8),
+    "roberta": partial(encoder, "Roberta", pad_token_id=1),
+    "gpt2": gpt2,
+    "mistral": partial(causal, "Mistral", sliding_window=8),
+    "qwen3": partial(causal, "Qwen3", head_dim=16),
+    "phi3": partial(causal, "Phi3"),
+    "t5": t5,
+    "qwen2": partial(causal, "Qwen2", tie_word_embeddings=True),
+    "gemma3": gemma3,
+    "bert": partial(encoder, "Bert"),
+    "deberta": partial(encoder, "DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "vit": vit,
+    "mixtral": partial(causal, "Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": partial(
+        causal, "Qwen3Moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+    ),
+}
 
 
 def text(rows: int, tokens: int, seed: int) -> Batch:

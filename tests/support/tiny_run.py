@@ -9,7 +9,7 @@ from pathlib import Path
 import environment  # noqa: F401  before anything reads it
 import torch
 import transformers
-from families import llama
+from models import llama
 
 WORDS = ["one", "two", "three", "four", "red", "blue", "green", "cat", "dog", "tree"]
 

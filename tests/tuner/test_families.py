@@ -10,8 +10,7 @@ import pytest
 import tolerances
 import torch
 from adapters import layers
-from families import EXPERTS
-from models import FAMILIES, batches_for, logits, make
+from models import EXPERTS, FAMILIES, batches_for, logits, make
 
 import lorasb
 
