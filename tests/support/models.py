@@ -18,10 +18,10 @@ Batch = dict[str, Tensor]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
 
-def causal(family: str, **more: object) -> nn.Module:
+def causal(family: str, config: str = "", **more: object) -> nn.Module:
     """A language model of a family whose configuration has Llama's names."""
-    config = getattr(transformers, f"{family}Config")(**SIZES | {"num_key_value_heads": 2, "pad_token_id": 0} | more)
-    return getattr(transformers, f"{family}ForCausalLM")(config)
+    fields = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0} | more
+    return getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{config or family}Config")(**fields))
 
 
 def encoder(family: str, task: str = "ForSequenceClassification", **more: object) -> nn.Module:
@@ -46,22 +46,10 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
-def gemma3() -> nn.Module:
-    config = transformers.Gemma3TextConfig(
-        num_key_value_heads=2, head_dim=16, sliding_window=8, pad_token_id=0, **SIZES
-    )
-    return transformers.Gemma3ForCausalLM(config)
-
-
 def opt(**more: object) -> nn.Module:
-    sizes = {
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "word_embed_proj_dim": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    config = transformers.OPTConfig(vocab_size=99, max_position_embeddings=64, **sizes, **more)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "vocab_size": 99}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    config = transformers.OPTConfig(**sizes, **layers, **more)
     return transformers.OPTForCausalLM(config)
 
 
@@ -82,7 +70,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "phi3": partial(causal, "Phi3"),
     "t5": t5,
     "qwen2": partial(causal, "Qwen2", tie_word_embeddings=True),
-    "gemma3": gemma3,
+    "gemma3": partial(causal, "Gemma3", "Gemma3Text", head_dim=16, sliding_window=8),
     "bert": partial(encoder, "Bert"),
     "deberta": partial(encoder, "DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
     "vit": vit,
