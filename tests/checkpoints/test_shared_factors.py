@@ -12,11 +12,11 @@ import pytest
 import tolerances
 import transformers
 from gradients import factors
-from models import Rows, logits, make
+from models import logits, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from trainer_runs import arguments
+from trainer_runs import ROWS, arguments
 
 import lorasb
 from lorasb.checkpoints.shared_factors import FACTORS_NAME, share
@@ -26,7 +26,7 @@ def trainer(folder: Path, steps: int = 3, model: Any = None, callback: Any = Non
     model = lorasb.patch(make("llama"), r=4) if model is None else model
     callbacks = [callback or lorasb.InitCallback(num_samples=4)]
     given = arguments(folder, max_steps=steps, per_device_train_batch_size=2, warmup_steps=1, save_steps=1)
-    return transformers.Trainer(model, given, train_dataset=Rows(), eval_dataset=Rows(), callbacks=callbacks)
+    return transformers.Trainer(model, given, train_dataset=ROWS, eval_dataset=ROWS, callbacks=callbacks)
 
 
 @pytest.fixture(scope="module")
