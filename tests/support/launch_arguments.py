@@ -117,21 +117,13 @@ def call_of(case: Case, library: ctypes.CDLL) -> Callable[[], list[Recorded]]:
     return run
 
 
-def differences(prepared: list[Recorded], ordinary: list[Recorded], launches: list[Launch]) -> list[str]:
-    """What differs between two ways of the same call."""
-    if [one.kernel for one in prepared] != [one.kernel for one in ordinary]:
-        return [f"kernels {[one.kernel for one in prepared]} for {[one.kernel for one in ordinary]}"]
+def lines(calls: list[Recorded], launches: list[Launch]) -> list[str]:
+    """What is compared of launches, a line each."""
     found = []
-    for one, other, launch in zip(prepared, ordinary, launches, strict=True):
-        names = parameter_names(launch)
-        if not len(one.parameters) == len(other.parameters) == len(names):
-            found.append(f"{one.kernel}: {len(one.parameters)} parameters for {len(other.parameters)}")
-            continue
-        if one.shape != other.shape:
-            found.append(f"{one.kernel}: {one.shape} for {other.shape}")
-        for name, mine, theirs in zip(names, one.parameters, other.parameters, strict=True):
-            if mine != theirs and not name.startswith(UNUSED):
-                found.append(f"{one.kernel} {name}: {mine} for {theirs}")
+    for one, launch in zip(calls, launches, strict=True):
+        found.append(f"{one.kernel}: {one.shape}")
+        named = zip(parameter_names(launch), one.parameters, strict=True)
+        found += [f"{one.kernel} {name}: {value}" for name, value in named if not name.startswith(UNUSED)]
     return found
 
 
@@ -142,7 +134,8 @@ def compare(case: Case, library: ctypes.CDLL) -> tuple[int, list[str]]:
     prepared, again = run(), run()
     with mock.patch.object(prepared_linear, "_is_ready", return_value=False), observed() as launches:
         ordinary = run()
-    found = differences(prepared, ordinary, launches)
+    pairs = zip(lines(prepared, launches), lines(ordinary, launches), strict=True)
+    found = [f"{mine} for {theirs}" for mine, theirs in pairs if mine != theirs]
     return len(ordinary), found + ([] if prepared == again else ["a repetition differs from the one before"])
 
 
