@@ -8,7 +8,7 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import check_dropout_follows_the_global_seed, operands_of
+from calls import operands_of
 from calls import run_kernels as run
 from kernel_cases import check_follows_mask, group_cases, mask_of, planned
 
@@ -125,8 +125,3 @@ def test_none_is_none_whatever_the_seed() -> None:
     (y, u), (want, want_u) = (op(case.x, operands) for op in (backend.forward, eager.eager_forward))
     tolerances.check(y, want.double(), tolerances.fp32(80))
     tolerances.check(u, want_u.double(), tolerances.fp32(80))
-
-
-def test_it_follows_the_global_seed() -> None:
-    case = reference.make_case((20,), 40, 24, 4, torch.float32)
-    check_dropout_follows_the_global_seed(case, "triton")
