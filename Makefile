@@ -110,10 +110,10 @@ test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	for version in 0.31 0.32; do $(MAKE) test-vllm VLLM=$$version || exit 1; done
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
 	  $(MAKE) test-ptx ARCH=$$arch && \
-	  $(PYTEST) --ptx $$arch -m long tests/kernels/test_executed_work.py tests/kernels/test_tma_gemm.py || exit 1; done
+	  $(PYTEST) --ptx $$arch -m long tests/kernels/test_executed_work.py tests/kernels/test_tma_gemm.py tests/ptx/test_oracle.py || exit 1; done
 	$(PYTEST) --ptx sm_100 tests/kernels/test_compiled.py tests/kernels/test_weight_gradient.py \
 	  tests/kernels/test_linear_quantized.py
-	$(PYTEST) --ptx sm_100 -m long tests/kernels/test_executed_work.py
+	$(PYTEST) --ptx sm_100 -m long tests/kernels/test_executed_work.py tests/ptx/test_oracle.py
 
 # How many of lorasb's statements the suite runs; the last line of the table is the total. Not watched are processes that
 # tests start (ranks, compilers, fresh interpreters), so the tests that do little else are left out, as are those of

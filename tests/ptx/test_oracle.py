@@ -6,74 +6,60 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
+import environment
 import pytest
-from processes import python
+import torch
+from ptx.launch import Compiled, compile_launch, flattened, parsed
+from ptx.plugin import Executor
 
-pytest.importorskip("sentryward", reason="pip install sentryward finds races of kernels")
-pytestmark = pytest.mark.long
-BAR = re.compile(r"\n\s*bar\.sync\s+0;")
-
-# in a process of its own: kernels are compiled only where Triton does not interpret them
-COMPILE = """
-import sys, json, torch
-from pathlib import Path
-from benchmarks.kernels.executed_work import FakeDriver, compile_launch
 from benchmarks.kernels.launches import record
 from lorasb.kernels.block_sizes import GemmConfig, PrepConfig
+from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import LaunchPlan
-from ptx.launch import flattened
-folder, driver = Path(sys.argv[1]), FakeDriver(int(sys.argv[2]))
-for stages in (1, 3):
+
+pytest.importorskip("sentryward", reason="pip install sentryward finds races of kernels")
+ARCHS = ("sm_86", "sm_90", "sm_100")
+pytestmark = [
+    pytest.mark.skipif(environment.PTX not in ARCHS, reason="reads compiled kernels: pytest --ptx sm_86 -m long"),
+    pytest.mark.long,
+]
+BAR = re.compile(r"\n\s*bar\.sync\s+0;")
+
+
+def extended_gemm(op: str, stages: int, executor: Executor) -> tuple[Launch, Compiled]:
     plan = LaunchPlan("fused", PrepConfig(16, 32, 4, stages), GemmConfig(16, 32, 32, 1, 4, stages))
-    for op in ("forward", "backward"):
-        *_, launch = record(op, plan, torch.bfloat16, 16, 128, (64,), 16)
-        compiled = compile_launch(launch, driver)
-        arguments = flattened(launch, compiled.signature)
-        values = [None if isinstance(one, torch.Tensor) else one for one in arguments]
-        (folder / f"{op}-{stages}.ptx").write_text(compiled.ptx)
-        facts = {"grid": launch.grid, "shared": compiled.shared, "values": values}
-        (folder / f"{op}-{stages}.json").write_text(json.dumps(facts))
-"""
+    *_, launch = record(op, plan, torch.bfloat16, 16, 128, (64,), 16)
+    return launch, compile_launch(launch, executor.driver)
 
 
-@pytest.fixture(scope="module", params=[86, 90, 100])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    python("-c", COMPILE, folder, request.param, TRITON_INTERPRET="0")
-    return folder
-
-
-def verdict(folder: Path, name: str, ptx: str) -> str:
+def verdict(launch: Launch, compiled: Compiled, ptx: str, folder: Path) -> str:
     """What the oracle says of a kernel at its launch."""
     from sentryward import verify
 
-    facts = json.loads((folder / f"{name}.json").read_text())
-    kinds = re.findall(r"\.param \.(\w+)(?: \.ptr \.global \.align \d+)? \w+", ptx)
+    parameters = parsed(compiled.ptx).parameters.values()
+    pairs = zip(parameters, flattened(launch, compiled.signature), strict=False)  # and two of Triton's own
     arguments = [
-        {"parameter": i, "type": kind, "value": value}
-        for i, (kind, value) in enumerate(zip(kinds, facts["values"], strict=False))  # and two of Triton's own
-        if value is not None
+        {"parameter": i, "type": parameter.kind, "value": value}
+        for i, (parameter, value) in enumerate(pairs)
+        if not isinstance(value, torch.Tensor)
     ]
-    launch = {
-        "grid_dim": [facts["grid"], 1, 1],
-        "block_dim": [128, 1, 1],
-        "cluster_dim": [1, 1, 1],
-        "dynamic_shared_bytes": facts["shared"],
-    }
+    dimensions = {"grid_dim": [launch.grid, 1, 1], "block_dim": [128, 1, 1], "cluster_dim": [1, 1, 1]}
+    given = {"launch": dimensions | {"dynamic_shared_bytes": compiled.shared}, "arguments": arguments}
     (folder / "kernel.ptx").write_text(ptx)
-    configuration = {"schema": "spverify.kernel-input/v1", "launch": launch, "arguments": arguments}
-    (folder / "input.json").write_text(json.dumps(configuration))
+    (folder / "input.json").write_text(json.dumps({"schema": "spverify.kernel-input/v1"} | given))
     return str(verify(folder / "kernel.ptx", input=folder / "input.json", timeout_seconds=120)["result"])
 
 
-@pytest.mark.parametrize("name", ["forward-1", "forward-3", "backward-1", "backward-3"])
-def test_no_schedule_of_the_extended_gemm_has_a_race(name: str, kernels: Path) -> None:
-    assert verdict(kernels, name, (kernels / f"{name}.ptx").read_text()) == "race_free"
+@pytest.mark.parametrize(("op", "stages"), product(("forward", "backward"), (1, 3)))
+def test_no_schedule_of_the_extended_gemm_has_a_race(op: str, stages: int, executor: Executor, tmp_path: Path) -> None:
+    launch, compiled = extended_gemm(op, stages, executor)
+    assert verdict(launch, compiled, compiled.ptx, tmp_path) == "race_free"
 
 
-def test_it_finds_the_race_that_a_barrier_prevents(kernels: Path) -> None:
-    ptx = (kernels / "forward-1.ptx").read_text()
-    assert BAR.search(ptx)
-    assert verdict(kernels, "forward-1", BAR.sub("\n", ptx)) == "potential_race"
+def test_it_finds_the_race_that_a_barrier_prevents(executor: Executor, tmp_path: Path) -> None:
+    launch, compiled = extended_gemm("forward", 1, executor)
+    assert BAR.search(compiled.ptx)
+    assert verdict(launch, compiled, BAR.sub("\n", compiled.ptx), tmp_path) == "potential_race"
