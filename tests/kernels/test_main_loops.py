@@ -76,22 +76,14 @@ def test_warps_of_a_program_meet_at_a_barrier() -> None:
     assert 16 / share(meeting) == pytest.approx(16 + sass.BARRIER_LATENCY, abs=8)
 
 
-# (kernel, architecture) -> the least bound of all its configurations under both policies, at the layer and tokens of
+# Kernel -> architecture -> the least bound of all its configurations under both policies, at the layer and tokens of
 # `main_loops`. From Triton 3.8 on; 3.6 and 3.7 do not prefetch, and cuBLAS multiplies there.
-LEAST = {
-    ("extended_gemm", "sm_80"): 0.88,
-    ("extended_gemm", "sm_86"): 0.97,
-    ("extended_gemm", "sm_89"): 0.97,
-    ("extended_gemm", "sm_120"): 0.92,
-    ("extended_gemm backward", "sm_80"): 0.78,
-    ("extended_gemm backward", "sm_86"): 0.95,
-    ("extended_gemm backward", "sm_89"): 0.95,
-    ("extended_gemm backward", "sm_120"): 0.92,
-    ("grad_sign", "sm_80"): 0.65,
-    ("grad_sign", "sm_86"): 0.93,
-    ("grad_sign", "sm_89"): 0.93,
-    ("grad_sign", "sm_120"): 0.9,
+BOUNDS = {
+    "extended_gemm": {"sm_80": 0.88, "sm_86": 0.97, "sm_89": 0.97, "sm_120": 0.92},
+    "extended_gemm backward": {"sm_80": 0.78, "sm_86": 0.95, "sm_89": 0.95, "sm_120": 0.92},
+    "grad_sign": {"sm_80": 0.65, "sm_86": 0.93, "sm_89": 0.93, "sm_120": 0.9},
 }
+LEAST = {(kernel, arch): least for kernel, row in BOUNDS.items() for arch, least in row.items()}
 BETTER = {("grad_sign", "sm_80"): 0.75}  # under the better policy, where the policies differ
 GRADIENT_KERNELS = 3  # that are added to, that end, and of one call
 MOST_TMA_INSTRUCTIONS = 12  # per 64x128x16; the extended GEMM has 31 forward, CUTLASS 6
