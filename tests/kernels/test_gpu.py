@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-import reference
 import tolerances
 import torch
 from calls import outputs, run, run_kernels
-from reference import make_case
+from reference import by_formulas, make_case, plain_chain
 from torch import Tensor
 
 from lorasb.kernels.launcher import observed
@@ -33,9 +32,9 @@ SHAPES = [
 @pytest.mark.parametrize(("M", "n", "m", "r"), SHAPES)
 def test_no_further_from_fp64_than_the_chain(M: int, n: int, m: int, r: int, dtype: torch.dtype) -> None:
     case = make_case((M,), n, m, r, dtype).to("cuda")
-    wanted = reference.by_formulas(case.double())
+    wanted = by_formulas(case.double())
     results = run_kernels(case)
-    for got, chain, want in zip(results, reference.plain_chain(case), wanted, strict=True):
+    for got, chain, want in zip(results, plain_chain(case), wanted, strict=True):
         if got.numel() >= tolerances.POOL:
             tolerances.check_half(got, chain, want)
 
