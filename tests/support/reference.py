@@ -85,29 +85,21 @@ def plain_chain(c: Case) -> tuple[Tensor, Tensor, Tensor]:
     x, core = c.x.clone().requires_grad_(True), c.core.clone().requires_grad_(True)
     y = torch.nn.functional.linear(x, c.weight, c.bias)
     y = y + c.scaling * (((x @ c.a.t()) @ core.t().to(x.dtype)) @ c.b.t())
-    y.backward(c.dy)
-    assert x.grad is not None
-    assert core.grad is not None
-    return y.detach(), x.grad, core.grad
+    return y.detach(), *torch.autograd.grad(y, (x, core), c.dy)
 
 
 def by_rows(compute: Callable[[Case], tuple[Tensor, ...]], cases: list[Case], index: list[int] | None) -> list[Tensor]:
     """The y_j, dx and the dR_j of layers that read the same x, a member at a time; with an index, and a row at a time."""
-    ys, dxs, dcores = [], [], []
-    for case in cases:
+
+    def of(case: Case) -> tuple[Tensor, ...]:
         if index is None:
-            y, dx, dcore = compute(case)
-        else:
-            rows = [
-                replace(case, x=x, core=case.core[k] * (k >= 0), dy=dy)
-                for x, k, dy in zip(case.x, index, case.dy, strict=True)
-            ]
-            found = [compute(row) for row in rows]
-            y, dx = (torch.stack([one[i] for one in found]) for i in range(2))
-            dcore = torch.zeros_like(case.core)
-            for k, one in zip(index, found, strict=True):
-                dcore[k] += one[2] * (k >= 0)
-        ys.append(y)
-        dxs.append(dx)
-        dcores.append(dcore)
+            return compute(case)
+        rows = zip(case.x, index, case.dy, strict=True)
+        found = [compute(replace(case, x=x, core=case.core[k] * (k >= 0), dy=dy)) for x, k, dy in rows]
+        dcore = torch.zeros_like(case.core)
+        for k, one in zip(index, found, strict=True):
+            dcore[k] += one[2] * (k >= 0)
+        return torch.stack([one[0] for one in found]), torch.stack([one[1] for one in found]), dcore
+
+    ys, dxs, dcores = zip(*map(of, cases), strict=True)
     return [*ys, torch.stack(dxs).sum(0), *dcores]
