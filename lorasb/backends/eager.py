@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..ops.adapted_linear import register_backend
 from ..ops.calls import Member, Operands, no_autocast
-from ..ops.plain_ops import pack_words, words_of
+from ..ops.registry import pack_words, words_of
 from ..quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
 
 # Bytes of x below which torch's own ops are faster than our autograd function, whose Python overhead in backward then

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from .. import backends  # noqa: F401  registers the ops of every backend
 from ..layers.weight_adapter import SLICE, LoRASBWeight
-from ..ops.plain_ops import BAD, SQUARES, ZEROS
-from ..ops.registry import backend_op, current_backend
+from ..ops.registry import BAD, SQUARES, ZEROS, backend_op, current_backend
 from .svd import MomentSketch, SignBits, energies
 
 

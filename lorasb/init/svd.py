@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.plain_ops import WORD, pack_words, unpack_words, words_of
+from ..ops.registry import WORD, pack_words, unpack_words, words_of
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,3 @@
 """The torch ops: schema, fake kernel and autograd formula, shared by all backends, and the choice of backend."""
 
 from . import adapted_linear as adapted_linear
-from . import plain_ops as plain_ops

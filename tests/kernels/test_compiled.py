@@ -27,8 +27,7 @@ import lorasb
 from lorasb.functional import dequantize
 from lorasb.kernels import linear, plan, prepared_linear
 from lorasb.kernels.launcher import observed
-from lorasb.ops.plain_ops import unpack_words
-from lorasb.ops.registry import backend_op
+from lorasb.ops.registry import backend_op, unpack_words
 
 pytestmark = pytest.mark.skipif(not environment.PTX, reason="executes compiled kernels: pytest --ptx sm_86")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

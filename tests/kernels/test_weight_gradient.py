@@ -14,8 +14,7 @@ from models import batches_for, make
 from torch import Tensor
 
 import lorasb
-from lorasb.ops.plain_ops import BAD, SQUARES, ZEROS, unpack_words
-from lorasb.ops.registry import backend_op
+from lorasb.ops.registry import BAD, SQUARES, ZEROS, backend_op, unpack_words
 
 SHAPES = [(1, 1, 1), (5, 3, 7), (63, 59, 123), (64, 64, 128), (70, 65, 130), (33, 128, 256), (0, 40, 40), (7, 0, 4)]
 HALVES = (torch.float16, torch.bfloat16)
