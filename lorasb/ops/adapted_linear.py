@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from ..compat import torch as private
 from . import registry
@@ -66,16 +67,12 @@ def direct(backend: str, x: Tensor, lists: Sequence[Sequence[Tensor]]) -> regist
 Rest = tuple[int, int, Sequence[int], Sequence[float], float, bool, list[bool]]
 
 
-class Context(Protocol):
+class Context(FunctionCtx):
     """The torch context of a call, and what backward needs of it."""
 
     saved_tensors: tuple[Tensor, ...]
     kernels: registry.Kernels
     rest: Rest
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
-    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 def _save(ctx: Context, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> None:
@@ -86,7 +83,7 @@ def _save(ctx: Context, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> 
     need_dcores = [core.requires_grad for core in cores]
     if True not in need_dcores:  # empty ones free the memory, and keep the number of saved tensors fixed
         us = [u.new_empty((0, u.shape[1])) for u in us]
-    ctx.save_for_backward(*base, *a, *cores, *b, *us, row_index, seeds)
+    ctx.save_for_backward(*base, *a, *cores, *b, *us, row_index, seeds)  # type: ignore[arg-type]
     # one attribute: each takes as long as a small tensor's allocation
     ctx.rest = len(base), len(biases), layout, scalings, dropout, x.requires_grad, need_dcores
 
@@ -136,11 +133,11 @@ class _Function(torch.autograd.Function):
         return dx, None, None, *[None] * (base + count), *dcores, *[None] * (count + biases)
 
 
-def _setup(ctx: Context, inputs: tuple[object, ...], output: list[Tensor]) -> None:
+def _setup(ctx: Context, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     operands = Operands._make(inputs[1:])
     us = output[len(operands.a) :]
     ctx.mark_non_differentiable(*us)
-    _save(ctx, cast(Tensor, inputs[0]), operands, us)
+    _save(ctx, inputs[0], operands, us)
 
 
 def _derivative(owner: str) -> Callable[..., tuple[object, ...]]:
@@ -166,10 +163,7 @@ def _serve_fake(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Te
     return x.new_empty((*x.shape[:-1], b.shape[0]))
 
 
-_ServeInputs = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, float]
-
-
-def _serve_setup(ctx: Context, inputs: _ServeInputs, output: Tensor) -> None:
+def _serve_setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
     """For a graph that was captured without gradients and runs with them; u is computed again."""
     x, weight, a, core, b, _, scaling = inputs
     base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()

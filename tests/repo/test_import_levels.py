@@ -165,7 +165,6 @@ def attributes(node: ast.ClassDef) -> set[str]:
 
 # a protocol with one implementation in the package: why it is there
 SINGLE_PROTOCOLS = {
-    "Context": "torch's FunctionCtx with the attributes that backward reads, which torch has no type for",
     "Group": "`FusedGroup` of layers/linear_group.py, which imports the layers that refer to it",
     "StoredCores": "layers read from a bank of serving/, a level above",
 }
