@@ -126,13 +126,12 @@ def _keys_in_python() -> Iterator[None]:
     from lorasb.kernels import prepared_launch
     from lorasb.ops import calls
 
-    kept = calls.signature_of, calls.metadata
-    calls.use_faster(calls.signature_in_python, calls.metadata_in_python)
-    try:
-        with mock.patch.object(prepared_launch, "allocate", prepared_launch.allocate_in_python):
-            yield
-    finally:
-        calls.use_faster(*kept)
+    with (
+        mock.patch.object(calls, "signature_of", calls.signature_in_python),
+        mock.patch.object(calls, "metadata", calls.metadata_in_python),
+        mock.patch.object(prepared_launch, "allocate", prepared_launch.allocate_in_python),
+    ):
+        yield
 
 
 def ways() -> dict[str, Way]:

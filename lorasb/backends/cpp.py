@@ -16,9 +16,9 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..ops import registry
+from ..ops import calls, registry
 from ..ops.adapted_linear import register_backend
-from ..ops.calls import DENSE, Operands, use_faster
+from ..ops.calls import DENSE, Operands
 from . import eager
 
 DISABLE = "LORASB_NO_CSRC"  # environment variable: 1 runs without the extension
@@ -245,7 +245,7 @@ def _load() -> str | None:
     try:
         loaded = importlib.import_module("lorasb._C")  # registers its ops
         vars(_csrc).update({name: getattr(torch.ops.lorasb_csrc, name).default for name in EXTENSION_OPS})
-        use_faster(loaded.signature, loaded.metadata)
+        calls.signature_of, calls.metadata = loaded.signature, loaded.metadata
     except (ImportError, AttributeError) as error:
         return f"{path.name} does not load, it was built for another torch or lorasb ({error}): install lorasb again"
     extension, serve_quantized = loaded, registry.backend_op("serve_quantized", "cpp")
