@@ -18,11 +18,9 @@ from torch import Tensor
 from . import extended_gemm_launch, low_rank_launch, tma_gemm
 from .block_sizes import prep_members
 from .launcher import Launch, launch
-from .operands import Mask, Members, on_device, unit_rows
+from .operands import NO_DROPOUT, Mask, Members, on_device, unit_rows
 from .plan import LaunchPlan
 from .row_cores_launch import RowProducts
-
-NO_DROPOUT = Mask()
 
 
 def forward(

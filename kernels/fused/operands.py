@@ -75,6 +75,9 @@ class Mask(NamedTuple):
         return Mask(self.dropout, self.seeds[indices]) if self.dropout > 0.0 else self
 
 
+NO_DROPOUT = Mask()
+
+
 def unit_rows(matrix: Tensor) -> Tensor:
     """The matrix with a contiguous last dimension, which every kernel presumes; copied only if necessary."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +25,11 @@ from torch import Tensor
 from ..compat.triton import installed, warn_once
 from ..kernels import plan
 from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
+from ..kernels.operands import Mask, Members
 from ..kernels.plan import LaunchPlan, Shape
 from ..utils.atomic_files import cache_dir, write_text
 from ..utils.reading import Json
 from .eager import philox_mask
-
-if TYPE_CHECKING:
-    from ..kernels.operands import Mask, Members
 
 MODE = "LORASB_TUNE"  # environment variable
 MODES = ("on", "cached", "off")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..compat.triton import VERIFIED
 from ..kernels import plan as plan_tables
+from ..kernels.operands import NO_DROPOUT, Mask, Members
 from ..kernels.plan import LaunchPlan, Shape
 from ..ops import calls, registry
 from ..ops.adapted_linear import register_backend
@@ -31,7 +32,6 @@ from .eager import check_index, kernel_dropout, kernel_masks, shaped
 
 if TYPE_CHECKING:
     from ..kernels.linear_quantized import Quantized
-    from ..kernels.operands import Mask, Members
     from ..kernels.row_cores_launch import RowProducts
 
 INTERPRET = "TRITON_INTERPRET"
@@ -64,7 +64,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
         return _forward_quantized(x, operands)
     members, mask = members_of(operands), mask_of(operands)
     plan = partial(_forward_plan, x, members, mask)
-    found = _kernels().forward(x, members, plan, mask, calls.metadata(x, *members[:5]))
+    found = _kernels().prepared_linear.forward(x, members, plan, mask, calls.metadata(x, *members[:5]))
     if found is None:
         found = _kernels().linear.forward(rows_of(x), resolved(members), plan(), mask)
     ys, us = found
@@ -84,7 +84,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
     members, mask = members_of(operands), mask_of(operands)
     plan = partial(_backward_plan, dys, members, us, mask)
     signature = calls.metadata(dys, us, *members[:4])
-    found = _kernels().backward(dys, members, us, plan, need_dx, need_dcores, mask, signature)
+    found = _kernels().prepared_linear.backward(dys, members, us, plan, need_dx, need_dcores, mask, signature)
     if found is None:
         rows = [rows_of(dy) for dy in dys]
         found = _kernels().linear.backward(rows, resolved(members), us, plan(), need_dx, need_dcores, mask)
@@ -101,10 +101,8 @@ def _gradients(like: Tensor, dx: Tensor | None, dcores: Sequence[Tensor], cores:
 
 
 def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
-    from lorasb.kernels import linear_quantized as kernels
-
     rows, members, mask = rows_of(x), resolved(members_of(operands)), mask_of(operands)
-    run = partial(kernels.forward, rows, _weight(operands), members, mask=mask)
+    run = partial(_kernels().linear_quantized.forward, rows, _weight(operands), members, mask=mask)
 
     def check(found: tuple[Tensor, Tensor]) -> None:
         autotune.check_forward(rows, _dense_members(operands, members, rows), mask, ([found[0]], found[1]))
@@ -114,10 +112,8 @@ def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
 
 
 def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:
-    from lorasb.kernels import linear_quantized as kernels
-
     rows, members, mask = rows_of(dy), resolved(members_of(operands)), mask_of(operands)
-    run = partial(kernels.backward, rows, _weight(operands), members, u, mask=mask)
+    run = partial(_kernels().linear_quantized.backward, rows, _weight(operands), members, u, mask=mask)
 
     def check(found: autotune.Gradients) -> None:
         autotune.check_backward([rows], _dense_members(operands, members, rows), [u], mask, found)
@@ -171,10 +167,8 @@ def _without_cores(operands: Operands) -> Operands:
 
 
 def _row_products(operands: Operands, index: Tensor) -> list[RowProducts]:
-    from lorasb.kernels.row_cores_launch import RowProducts
-
     pairs = zip(operands.cores, operands.scalings, strict=True)
-    return [RowProducts(stack, index, float(scaling)) for stack, scaling in pairs]
+    return [_kernels().row_cores_launch.RowProducts(stack, index, float(scaling)) for stack, scaling in pairs]
 
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -182,10 +176,9 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
     tensors = QuantizedTensors(*quant)
     if tensors.kind == INT8:
         return eager.dequantize(quant, layout, rows, columns, dtype)
-    from lorasb.kernels.linear_quantized import Quantized, dequantized
-
     check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # the device; any dtype that the kernels have
-    return dequantized(Quantized(tensors, tuple(layout), rows, columns), dtype)
+    kernels = _kernels().linear_quantized
+    return kernels.dequantized(kernels.Quantized(tensors, tuple(layout), rows, columns), dtype)
 
 
 def _is_int8(operands: Operands) -> bool:
@@ -199,24 +192,18 @@ def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
 
 
 def _weight(operands: Operands) -> Quantized:
-    from lorasb.kernels.linear_quantized import Quantized
-
     shape = operands.b[0].shape[0], operands.a[0].shape[1]
-    return Quantized(QuantizedTensors(*operands.base), tuple(operands.layout), *shape)
+    return _kernels().linear_quantized.Quantized(QuantizedTensors(*operands.base), tuple(operands.layout), *shape)
 
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
     """total [m, n] fp32 (+)= dyᵀ x."""
-    from lorasb.kernels import weight_gradient as kernels
-
-    kernels.gradient_add(dy.to(x.dtype), x, total, fresh, _check_gradient(x, total))
+    _kernels().weight_gradient.gradient_add(dy.to(x.dtype), x, total, fresh, _check_gradient(x, total))
 
 
 def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Signs and nonzero places of total + dyᵀ x, as words; and Σ G², zeros, not finite."""
-    from lorasb.kernels import weight_gradient as kernels
-
-    return kernels.gradient_signs(dy.to(x.dtype), x, total, fresh, _check_gradient(x, total))
+    return _kernels().weight_gradient.gradient_signs(dy.to(x.dtype), x, total, fresh, _check_gradient(x, total))
 
 
 def _check_gradient(x: Tensor, total: Tensor | None) -> str:
@@ -230,10 +217,10 @@ def _check_gradient(x: Tensor, total: Tensor | None) -> str:
 def mask_of(operands: Operands) -> Mask:
     """Dropout's probability, and its seeds as numbers."""
     if operands.seeds is None or operands.dropout <= 0.0:
-        return _kernels().linear.NO_DROPOUT
+        return NO_DROPOUT
     if is_capturing():  # replays would repeat the mask
         raise CaptureError("a CUDA graph would repeat one mask: set lora_dropout=0 or call model.eval() before capture")
-    return _kernels().Mask(kernel_dropout(operands.dropout), tuple(operands.seeds.tolist()))
+    return Mask(kernel_dropout(operands.dropout), tuple(operands.seeds.tolist()))
 
 
 def _forward_plan(x: Tensor, members: Members, mask: Mask) -> LaunchPlan:
@@ -338,17 +325,20 @@ def members_of(operands: Operands) -> Members:
     if dropout > 0.0:
         scales = [scale / (1.0 - kernel_dropout(dropout)) for scale in scales]
     weights = base if base and not layout[1] else [None] * len(a)
-    return _kernels().Members(weights, a, cores, b, biases if biases else [None] * len(a), scales)
+    return Members(weights, a, cores, b, biases if biases else [None] * len(a), scales)
 
 
 @cache
 def _kernels() -> ModuleType:
-    """Imported at the first call, as they import triton; kept, as an import statement costs a microsecond per call."""
-    from lorasb.kernels import prepared_launch, prepared_linear
+    """The package, whose modules import triton: at the first call. Kept: an import statement takes a microsecond."""
+    import lorasb.kernels.linear_quantized
+    import lorasb.kernels.prepared_launch
+    import lorasb.kernels.prepared_linear
+    import lorasb.kernels.weight_gradient
 
     if cpp.extension is not None:
-        prepared_launch.allocate = cpp.extension.allocate
-    return prepared_linear
+        lorasb.kernels.prepared_launch.allocate = cpp.extension.allocate
+    return lorasb.kernels
 
 
 def plan_of(op: str, rows: Tensor, members: Members, quant: str = "none", dropout: bool = False) -> LaunchPlan:
@@ -415,10 +405,8 @@ def _stops_all(error: Exception) -> bool:
 def _give_up(key: Any, error: Exception) -> None:
     """Warn, and leave this kernel alone for such calls from now on, as others may well run; or all kernels."""
     if not isinstance(error, ImportError):  # else there is nothing to forget, and this would raise it again
-        from lorasb.kernels import prepared_linear, workspace
-
-        workspace.forget()
-        prepared_linear.forget()
+        _kernels().workspace.forget()
+        _kernels().prepared_linear.forget()
     _broken[key] = f"{type(error).__name__}: {error}"
     calls = f". {HELP}" if key == EVERY else f", for calls like this one ({key[1]}, {key[3]} features, {key[2]})"
     warnings.warn(
