@@ -107,13 +107,7 @@ def machine() -> dict[str, object]:
 
 
 def first_plan(shape: Shape, arch: str, sms: int, run: Run, check: Check, clock: Callable[[], Clock]) -> LaunchPlan:
-    """The plan of a kind of call, checked and timed at its first.
-
-    Args:
-        arch: "sm_86".
-        sms: number of multiprocessors.
-        clock: makes what times calls.
-    """
+    """The plan of a kind of call, checked and timed at its first; `clock` makes what times calls."""
     kind = shape, arch, sms, plan.generation
     chosen = plan.choice(shape, arch, sms)
     if kind in _first or is_capturing():
@@ -224,11 +218,7 @@ class CudaClock:
 
 
 def write(tuned: Sequence[Tuned], arch: str, sms: int) -> Path:
-    """Write the user's table: new rules, then the rules that it had for other shapes.
-
-    Raises:
-        OSError: the table cannot be written.
-    """
+    """Write the user's table: new rules, then those that it had for other shapes; an OSError if that is impossible."""
     path = cache_dir() / "kernels" / f"{arch}.json"
     rules = [_rule(result, sms) for result in tuned]
     new_conditions = [rule["if"] for rule in rules]
@@ -274,11 +264,7 @@ def unchecked(_: object) -> None:
 
 
 def check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[Sequence[Tensor], object]) -> None:
-    """Compare the first rows and columns of every y_j [M, m_j] with torch's, in fp32.
-
-    Raises:
-        WrongResultError: they differ by more than rounding.
-    """
+    """Raise where the first rows and columns of a y_j [M, m_j] differ from torch's, in fp32, by more than rounding."""
     ys, _ = found
     rows = x[:TILE_ROWS].float()
     for y, keep, weight, a, core, b, bias, scale in zip(ys, _kept(mask, x, members), *members, strict=True):
@@ -301,11 +287,7 @@ def _kept(mask: Mask, rows: Tensor, members: Members) -> list[Tensor]:
 
 
 def check_backward(dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask, found: Gradients) -> None:
-    """Compare the first rows and columns of dx [M, n], and the first entries of every dR_j, with torch's.
-
-    Raises:
-        WrongResultError: they differ by more than rounding.
-    """
+    """Raise where those of dx [M, n] differ, or the first entries of a dR_j."""
     dx, dcores = found
     if dx is not None:
         want = size = torch.zeros((), device=dx.device)
