@@ -73,20 +73,15 @@ def serves(dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> bool:
     return _multiplies(dtype) and (dtype != torch.float32 or any(one.numel() >= LARGE_WEIGHT for one in weights))
 
 
-def serves_few(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """True if the extension computes forward in bf16 for as few tokens as x [..., in] has."""
-    # contiguous W's [out, in] are read in place, in one call; the BLAS packs each again every time, in four
-    if x.dtype != torch.bfloat16 or not weights:
-        return False
-    width = x.shape[-1]
-    return all(w.is_contiguous() and 0 < x.numel() <= most_tokens(w.numel()) * width for w in weights)
-
-
 def computes(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """True if the extension computes a dense forward; eager torch computes all others, by the BLAS."""
     if _multiplies(x.dtype):
         return serves(x.dtype, weights)
-    return x.dtype == torch.bfloat16 and serves_few(x, weights)
+    if x.dtype != torch.bfloat16 or not weights:
+        return False
+    # few tokens: contiguous W's [out, in] are read in place, in one call; the BLAS packs each again every time, in four
+    width = x.shape[-1]
+    return all(w.is_contiguous() and 0 < x.numel() <= most_tokens(w.numel()) * width for w in weights)
 
 
 @lru_cache

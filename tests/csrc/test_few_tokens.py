@@ -54,7 +54,7 @@ def test_as_near_to_fp64_as_the_plain_chain(kernel: str, rows: int, n: int, m: i
     if rows > cpp.most_tokens(m * n):
         pytest.skip(f"torch computes {rows} tokens on {kernel}")
     case = make(rows, n, m, r)
-    assert cpp.serves_few(case.x, [case.weight])
+    assert cpp.computes(case.x, [case.weight])
     check_pooled(rows, n, m, r, BF16, bias=bias)
 
 
@@ -114,16 +114,16 @@ def test_a_group_and_rows_have_the_same_bits_as_layers_and_adapters_alone(kernel
 def test_what_is_left_to_torch(kernel: str) -> None:
     most, weight = cpp.most_tokens(32 * 64), torch.zeros(32, 64, dtype=BF16)
     x = torch.zeros(most, 64, dtype=BF16)
-    assert cpp.serves_few(x, [weight])
-    assert cpp.serves_few(x.view(1, most, 64), [weight, weight])
-    assert not cpp.serves_few(torch.zeros(most + 1, 64, dtype=BF16), [weight])
-    assert not cpp.serves_few(x[:0], [weight])
-    assert not cpp.serves_few(x, [weight, torch.zeros(64, 32, dtype=BF16).t()])
-    assert not cpp.serves_few(x, [])
+    assert cpp.computes(x, [weight])
+    assert cpp.computes(x.view(1, most, 64), [weight, weight])
+    assert not cpp.computes(torch.zeros(most + 1, 64, dtype=BF16), [weight])
+    assert not cpp.computes(x[:0], [weight])
+    assert not cpp.computes(x, [weight, torch.zeros(64, 32, dtype=BF16).t()])
+    assert not cpp.computes(x, [])
     if kernel != "AMX":  # without tiles, the BLAS is faster from a number of products on
         assert [cpp.most_tokens(elements) for elements in (2**19, 2**21, 2**30)] == [128, 47, 16]
-        assert not cpp.serves_few(x, [weight, weight.expand(2**16, 32, 64).reshape(-1, 64)])
-    assert not cpp.serves_few(x.float(), [weight.float()])
+        assert not cpp.computes(x, [weight, weight.expand(2**16, 32, 64).reshape(-1, 64)])
+    assert not cpp.computes(x.float(), [weight.float()])
 
 
 def test_a_weight_that_is_stored_transposed_goes_to_torch(kernel: str) -> None:
