@@ -29,7 +29,7 @@ TABLES = Path(__file__).parent / "tables"
 CHOICES = {"path": ("fused", "addmm", "tma"), "weights": ("inline", "scratch")}
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
 BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # what reading a table that is none raises
-_user_tables: Callable[[], Path | None] | None = None
+_user_tables: Callable[[], Path | None] = lambda: None  # their folder, if they are read
 _machine: Callable[[], dict[str, object]] = dict  # the card and its driver
 generation = 0  # how often the tables were forgotten; a plan holds as long as it has not changed
 # the names of dtypes in tables, and the dtypes that the kernels have
@@ -176,9 +176,12 @@ def shipped_rules(arch: str) -> tuple[Rule, ...]:
 @lru_cache
 def user_rules(arch: str) -> tuple[Rule, ...]:
     """Read the table that was measured for this architecture; warn of one that cannot be read, and leave it out."""
-    path = user_table(arch)
+    folder = _user_tables()
+    if folder is None:
+        return ()
+    path = folder / f"{arch}.json"
     try:
-        return () if path is None else read_rules(path)
+        return read_rules(path)
     except (FileNotFoundError, NotADirectoryError):
         return ()
     except (OSError, *BROKEN) as error:
@@ -200,12 +203,6 @@ def read_user_tables_from(folder: Callable[[], Path | None], machine: Callable[[
     global _user_tables, _machine
     _user_tables, _machine = folder, machine
     forget()
-
-
-def user_table(arch: str) -> Path | None:
-    """Path of a user's own table for an architecture; None if no table of a user is read."""
-    folder = None if _user_tables is None else _user_tables()
-    return None if folder is None else folder / f"{arch}.json"
 
 
 def forget() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -85,14 +84,14 @@ def call_of(
     The first `base` pairs of an output do not depend on the launch before.
     """
     m, n, k = config.block_m, config.block_n, config.block_k
-    block = (n, k) if k_major else (k, n)
+    block, descriptor = [n, k] if k_major else [k, n], TensorDescriptor.from_tensor
     tiles = sum(cdiv(y.shape[0], m) * cdiv(y.shape[1], n) for y in ys)
     waits = is_compiled(tma_gemm) and base < len(pairs[0])  # what never waits might end before the launch before it
     has_bias, filled = kernel_biases(biases, ys)
     arguments = dict(
-        lefts=tuple(tuple(_descriptor(left, m, k) for left, _ in some) for some in pairs),
-        rights=tuple(tuple(_descriptor(right, *block) for _, right in some) for some in pairs),
-        ys=tuple(_descriptor(y, m, n) for y in ys),
+        lefts=tuple(tuple(descriptor(left, [m, k]) for left, _ in some) for some in pairs),
+        rights=tuple(tuple(descriptor(right, block) for _, right in some) for some in pairs),
+        ys=tuple(descriptor(y, [m, n]) for y in ys),
         biases=filled,
         K_MAJOR=k_major,
         HAS_BIAS=has_bias,
@@ -113,10 +112,6 @@ def has_descriptors(operands: Sequence[Tensor | None]) -> bool:
         and matrix.numel() > 0
         for matrix in operands
     )
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
 @lru_cache
