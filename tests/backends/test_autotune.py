@@ -1,4 +1,4 @@
-"""Autotuning with a clock of its own: what is chosen, kept and refused at the first call of a kind."""
+"""Autotuning with a clock of its own: what is chosen, kept and refused at the first call of a kind; and the tables."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from lorasb.compat.triton import installed, warn_once
 from lorasb.kernels import linear as launch
 from lorasb.kernels import plan
 from lorasb.kernels.block_sizes import quantized_config
-from lorasb.kernels.operands import Mask
+from lorasb.kernels.operands import NO_DROPOUT, Mask
 from lorasb.kernels.plan import LaunchPlan
 from lorasb.utils.atomic_files import CACHE_VARIABLE
 
 SHAPE = plan.Shape("forward", "fp32", 512, 64, 48, 8)
+LARGE = plan.Shape("forward", "bf16", 2048, 4096, 4096, 96)
 ARCH, SMS = "sm_86", 84
 
 
@@ -46,6 +47,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     plan.forget()
     yield tmp_path
     plan.forget()
+
+
+def write_table(folder: Path, text: str, arch: str = ARCH) -> Path:
+    """A user's table."""
+    path = folder / "kernels" / f"{arch}.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    return path
 
 
 class Clock:
@@ -201,8 +210,7 @@ UNEXECUTED = (
 @pytest.mark.parametrize("M", [1, 64, 512])
 def test_only_code_that_was_executed_is_chosen(arch: str, M: int, rule: dict[str, Any], folder: Path) -> None:
     """tcgen05 is for blocks of 64 rows and more: neither our tables nor a user's have them."""
-    (folder / "kernels").mkdir()
-    (folder / "kernels" / f"{arch}.json").write_text(json.dumps({"rules": [rule]}))
+    write_table(folder, json.dumps({"rules": [rule]}), arch)
     for op, dtype, quant in itertools.product(("forward", "backward"), ("bf16", "fp32"), ("none", "4bit")):
         shape = plan.Shape(op, dtype, M, 4096, 4096, 96, quant=quant)
         chosen = plan.choose(shape, arch, 148)
@@ -255,14 +263,14 @@ def test_what_does_not_run_or_is_wrong_is_left_out() -> None:
     assert autotune.fastest(shape, plans[2:], run, check, Clock("fused")) is None
 
 
-def test_a_cache_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written(folder: Path) -> None:
     (folder / "kernels").write_text("a file, where a folder has to be")
     with pytest.warns(UserWarning, match=r"the kernels' timings cannot be kept .*Set LORASB_CACHE"):
         assert first(Clock("addmm")).path == "fused"
     assert first(Clock("fused")).path == "fused"  # this process keeps it
 
 
-def test_a_read_only_cache_is_named_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write fails with another temporary name."""
     names = itertools.count()
 
@@ -276,14 +284,76 @@ def test_a_read_only_cache_is_named_once(folder: Path, monkeypatch: pytest.Monke
     assert next(names) == 2
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"rules": [{"path": "magic"}]}'])
-@pytest.mark.filterwarnings("ignore:.*cannot be read as a table of kernels")
-def test_a_broken_table_is_overwritten(text: str, folder: Path) -> None:
-    path = folder / "kernels" / f"{ARCH}.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    assert first(Clock("addmm")).path == "fused"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"rules": [{"path": "magic"}]}',
+        '{"rules": [{"if": {"N": 3}}]}',
+        '{"rules": [{"gemm": {}}]}',
+        '{"rules": [{"if": {"M": [1]}, "path": "addmm"}]}',
+        '{"rules": [{"if": {"M": ["1", null]}, "path": "addmm"}]}',
+        '{"rules": [{"if": {"M": [1, "2"]}, "path": "addmm"}]}',
+        '{"rules": [{"if": [], "path": "addmm"}]}',
+        '{"rules": [{"prep": {"block_m": "16", "block_k": 64, "warps": 4, "stages": 3}}]}',
+    ],
+)
+def test_a_broken_table_is_left_out_and_named_and_overwritten(text: str, folder: Path) -> None:
+    path = write_table(folder, text)
+    with one_line(r"sm_86\.json cannot be read as a table of kernels .*bench tune"):
+        for M in (1024, 2048):
+            assert plan.choose(replace(LARGE, M=M), ARCH, SMS).path == "fused"
+        assert first(Clock("addmm")).path == "fused"
     assert len(plan.read_rules(path)) == 1
+
+
+def test_an_unreadable_table_is_left_out_and_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(folder, '{"rules": [{"path": "addmm"}]}')
+    read = plan.read_rules
+
+    def refuse(path: Path) -> tuple[plan.Rule, ...]:
+        if path.parent != plan.TABLES:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(plan, "read_rules", refuse)
+    with pytest.warns(UserWarning, match=r"sm_86\.json cannot be read as a table of kernels \(Permission denied\)"):
+        assert plan.choose(LARGE, ARCH, SMS).path == "fused"
+
+
+def test_a_users_table_comes_first(folder: Path) -> None:
+    rule = {"if": {"M": [1025, 2048], "n": 4096, "sms": 84}, "path": "addmm"}
+    write_table(folder, json.dumps({"arch": ARCH, "rules": [rule]}))
+    shipped, chosen = plan.choose(LARGE, ARCH, 80), plan.choose(LARGE, ARCH, 84)
+    assert (shipped.path, chosen.path) == ("fused", "addmm")
+    assert chosen.gemm == shipped.gemm
+
+
+def test_every_shipped_table_is_read() -> None:
+    archs = sorted(path.stem for path in plan.TABLES.glob("sm_*.json"))
+    assert archs == ["sm_100", "sm_120", "sm_80", "sm_86", "sm_89", "sm_90"]
+    for arch in archs:
+        assert json.loads((plan.TABLES / f"{arch}.json").read_text())["arch"] == arch
+        assert plan.choose(LARGE, arch, 84).gemm in {rule.gemm for rule in plan.shipped_rules(arch)}
+
+
+@pytest.mark.parametrize(("arch", "slow"), [("sm_80", True), ("sm_86", True), ("sm_89", True), ("sm_120", False)])
+def test_cublas_multiplies_where_triton_does_not_prefetch(
+    arch: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {}
+    for version, M in itertools.product(((3, 7), (3, 8)), (128, 256)):
+        monkeypatch.setattr(plan, "installed", lambda version=version: version)
+        paths[version[1], M] = plan.choose(replace(LARGE, M=M), arch, 84).path
+    assert paths == {(7, 128): "fused", (7, 256): "addmm" if slow else "fused", (8, 128): "fused", (8, 256): "fused"}
+    assert plan.bucket(autotune.LEAST_TOKENS // 2 + 1) == 256  # from 129 tokens on calls are timed
+
+
+def test_buckets() -> None:
+    tokens = (0, 1, 2, 3, 16, 17, 2048, 2049)
+    assert [plan.bucket(count) for count in tokens] == [1, 1, 2, 4, 16, 32, 2048, 4096]
 
 
 def test_a_second_shape_keeps_the_first(folder: Path) -> None:
@@ -294,22 +364,24 @@ def test_a_second_shape_keeps_the_first(folder: Path) -> None:
 
 
 @functools.cache
-def computed(dtype: torch.dtype, ms: int, weight: bool) -> Any:
+def computed(dtype: torch.dtype, ms: int, weight: bool, mask: Mask) -> Any:
     cases = group_cases(40, 96, [80 - 16 * j for j in range(ms)], 24, dtype)
     if not weight:
         cases = [replace(case, weight=None) for case in cases]
     x = cases[0].x
     members = fused.members_of(operands_of(*cases))
     chosen = plan.choose(plan.Shape("forward", "fp32", 64, 96, 80, 24, ms), plan.INTERPRETER, 1)
-    ys, us = launch.forward(x, members, chosen, Mask())
+    ys, us = launch.forward(x, members, chosen, mask)
     dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for y in ys]
-    gradients = launch.backward(dys, members, us, chosen, True, True, Mask())
+    gradients = launch.backward(dys, members, us, chosen, True, True, mask)
     return x, members, (ys, us), dys, gradients
 
 
-def kernels_case(dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool = True) -> Any:
+def kernels_case(
+    dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool = True, mask: Mask = NO_DROPOUT
+) -> Any:
     """x, members, dy and u of a call, with the launchers' results by a safe plan, which a test may spoil."""
-    return copy.deepcopy(computed(dtype, ms, weight))
+    return copy.deepcopy(computed(dtype, ms, weight, mask))
 
 
 @pytest.mark.parametrize(
@@ -318,21 +390,17 @@ def kernels_case(dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool =
 )
 def test_right_results_pass(dtype: torch.dtype, ms: int, weight: bool) -> None:
     x, members, outputs, dys, gradients = kernels_case(dtype, ms, weight)
-    autotune.check_forward(x, members, Mask(), outputs)
-    autotune.check_backward(dys, members, outputs[1], Mask(), gradients)
+    autotune.check_forward(x, members, NO_DROPOUT, outputs)
+    autotune.check_backward(dys, members, outputs[1], NO_DROPOUT, gradients)
 
 
 def test_masked_results_pass_by_their_mask_alone() -> None:
     """Two members with a seed each."""
-    x, members, *_ = kernels_case(ms=2)
-    chosen = plan.choose(plan.Shape("forward", "fp32", 64, 96, 80, 24, 2), plan.INTERPRETER, 1)
-    mask, other = Mask(0.5, (3, 1 << 40)), Mask(0.5, (3, 4))
-    outputs = launch.forward(x, members, chosen, mask)
-    dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) for y in outputs[0]]
-    gradients = launch.backward(dys, members, outputs[1], chosen, True, True, mask)
+    mask = Mask(0.5, (3, 1 << 40))
+    x, members, outputs, dys, gradients = kernels_case(ms=2, mask=mask)
     autotune.check_forward(x, members, mask, outputs)
     autotune.check_backward(dys, members, outputs[1], mask, gradients)
-    for wrong in (other, Mask()):
+    for wrong in (Mask(0.5, (3, 4)), NO_DROPOUT):
         with pytest.raises(autotune.WrongResultError):
             autotune.check_forward(x, members, wrong, outputs)
         with pytest.raises(autotune.WrongResultError, match="dx"):
@@ -373,9 +441,9 @@ SPOILS = {"zero": torch.Tensor.zero_, "NaN": lambda y: y.fill_(torch.nan), "scal
 def test_wrong_results_are_found(what: str, kind: str) -> None:
     x, members, outputs, dys, gradients = kernels_case(ms=2)
     SPOILS[kind]({"y": outputs[0][1], "dx": gradients[0], "dR": gradients[1][1]}[what])
-    check = functools.partial(autotune.check_forward, x, members, Mask(), outputs)
+    check = functools.partial(autotune.check_forward, x, members, NO_DROPOUT, outputs)
     if what != "y":
-        check = functools.partial(autotune.check_backward, dys, members, outputs[1], Mask(), gradients)
+        check = functools.partial(autotune.check_backward, dys, members, outputs[1], NO_DROPOUT, gradients)
     with pytest.raises(autotune.WrongResultError, match=f"{what} differs from torch's by up to"):
         check()
 
@@ -383,7 +451,7 @@ def test_wrong_results_are_found(what: str, kind: str) -> None:
 def test_no_judgment_where_torch_has_infinities() -> None:
     x, members, (ys, us), *_ = kernels_case()
     x[0, 0] = torch.inf
-    autotune.check_forward(x, members, Mask(), ([ys[0].clone()], us))
+    autotune.check_forward(x, members, NO_DROPOUT, ([ys[0].clone()], us))
     ys[0].zero_()
     with pytest.raises(autotune.WrongResultError):  # of the other rows
-        autotune.check_forward(x, members, Mask(), (ys, us))
+        autotune.check_forward(x, members, NO_DROPOUT, (ys, us))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -21,15 +18,12 @@ from lines import one_line
 from processes import python
 
 import lorasb
-from lorasb.backends import autotune, eager
+from lorasb.backends import eager
 from lorasb.backends import triton as fused
 from lorasb.backends.autotune import WrongResultError
-from lorasb.compat.triton import warn_once
 from lorasb.functional import lora_sb_linear
 from lorasb.kernels import linear as launch
-from lorasb.kernels import plan
 from lorasb.ops.calls import Operands
-from lorasb.utils.atomic_files import CACHE_VARIABLE
 
 auto = fused.or_eager(fused.forward, eager.eager_forward)
 
@@ -42,10 +36,8 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Operand
 @pytest.fixture(autouse=True)
 def whole() -> Iterator[None]:
     """Kernels count as whole again after each test."""
-    warn_once.cache_clear()
     yield
     fused._broken.clear()
-    plan.forget()
 
 
 REFUSED = RuntimeError("ptxas: no such instruction")
@@ -204,90 +196,3 @@ def test_without_gpu_and_interpreter_triton_is_not_available(monkeypatch: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="triton is not installed: pip install triton"), lorasb.backend("triton"):
         pass
-
-
-SHAPE = plan.Shape("forward", "bf16", 2048, 4096, 4096, 96)
-
-
-def test_every_shipped_table_is_read() -> None:
-    archs = sorted(path.stem for path in plan.TABLES.glob("sm_*.json"))
-    assert archs == ["sm_100", "sm_120", "sm_80", "sm_86", "sm_89", "sm_90"]
-    for arch in archs:
-        table = json.loads((plan.TABLES / f"{arch}.json").read_text())
-        assert table["arch"] == arch
-        assert plan.choose(SHAPE, arch, 84).gemm in {rule.gemm for rule in plan.shipped_rules(arch)}
-
-
-@pytest.mark.parametrize(("arch", "slow"), [("sm_80", True), ("sm_86", True), ("sm_89", True), ("sm_120", False)])
-def test_cublas_multiplies_where_triton_does_not_prefetch(
-    arch: str, slow: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = {}
-    for version in ((3, 7), (3, 8)):
-        monkeypatch.setattr(plan, "installed", lambda version=version: version)
-        for M in (128, 256):
-            shape = plan.Shape("forward", "bf16", M, 4096, 4096, 96)
-            paths[version[1], M] = plan.choose(shape, arch, 84).path
-    assert paths == {(7, 128): "fused", (7, 256): "addmm" if slow else "fused", (8, 128): "fused", (8, 256): "fused"}
-    assert plan.bucket(autotune.LEAST_TOKENS // 2 + 1) == 256  # from 129 tokens on calls are timed
-
-
-def write_table(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's table of sm_86."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
-    path = plan.user_table("sm_86")
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    plan.forget()
-
-
-def test_a_users_table_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = {"if": {"M": [1025, 2048], "n": 4096, "sms": 84}, "path": "addmm"}
-    write_table(json.dumps({"arch": "sm_86", "rules": [rule]}), tmp_path, monkeypatch)
-    shipped = plan.choose(SHAPE, "sm_86", 80)
-    chosen = plan.choose(SHAPE, "sm_86", 84)
-    assert (shipped.path, chosen.path) == ("fused", "addmm")
-    assert chosen.gemm == shipped.gemm
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        '{"rules": [{"path": "magic"}]}',
-        '{"rules": [{"if": {"N": 3}}]}',
-        '{"rules": [{"gemm": {}}]}',
-        '{"rules": [{"if": {"M": [1]}, "path": "addmm"}]}',
-        '{"rules": [{"if": {"M": ["1", null]}, "path": "addmm"}]}',
-        '{"rules": [{"if": {"M": [1, "2"]}, "path": "addmm"}]}',
-        '{"rules": [{"if": [], "path": "addmm"}]}',
-        '{"rules": [{"prep": {"block_m": "16", "block_k": 64, "warps": 4, "stages": 3}}]}',
-    ],
-)
-def test_a_broken_table_is_left_out_and_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_table(text, tmp_path, monkeypatch)
-    with one_line(r"sm_86\.json cannot be read as a table of kernels .*bench tune"):
-        for M in (1024, 2048):
-            assert plan.choose(replace(SHAPE, M=M), "sm_86", 84).path == "fused"
-
-
-def test_an_unreadable_table_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_table('{"rules": [{"path": "addmm"}]}', tmp_path, monkeypatch)
-    read = plan.read_rules
-
-    def refuse(path: Path) -> tuple[plan.Rule, ...]:
-        if path.parent != plan.TABLES:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read(path)
-
-    monkeypatch.setattr(plan, "read_rules", refuse)
-    with pytest.warns(UserWarning, match=r"sm_86\.json cannot be read as a table of kernels \(Permission denied\)"):
-        assert plan.choose(SHAPE, "sm_86", 84).path == "fused"
-
-
-@pytest.mark.parametrize(
-    ("tokens", "wanted"), [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (2048, 2048), (2049, 4096)]
-)
-def test_buckets(tokens: int, wanted: int) -> None:
-    assert plan.bucket(tokens) == wanted
