@@ -10,7 +10,7 @@ from lorasb.kernels.linear_quantized import Quantized, dequantized
 from lorasb.kernels.linear_quantized import backward as backward_quantized
 from lorasb.kernels.linear_quantized import forward as forward_quantized
 from lorasb.kernels.plan import DTYPES, LaunchPlan, Shape, bucket, choice
-from lorasb.kernels.row_cores_launch import RowProducts
+from lorasb.kernels.row_cores import RowProducts
 from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
 SEED = 1 << 40  # of dropout: the library draws 63 bits, which a kernel takes as an i64

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import extended_gemm_launch, low_rank_launch, tma_gemm
+from . import extended_gemm, low_rank, tma_gemm
 from .block_sizes import prep_members
 from .launcher import Launch, launch
 from .operands import NO_DROPOUT, Mask, Members, on_device, unit_rows
 from .plan import LaunchPlan
-from .row_cores_launch import RowProducts
+from .row_cores import RowProducts
 
 
 def forward(
@@ -54,7 +54,7 @@ def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: L
     some = [slice(i, i + step) for i in range(0, len(us), step)]
     vs = [v[:, part.start * members.width :] for part in some]
     return [
-        low_rank_launch.forward_call(x, members.select(part), us[part], v_part, plan, mask.select(part))
+        low_rank.forward_call(x, members.select(part), us[part], v_part, plan, mask.select(part))
         for part, v_part in zip(some, vs, strict=True)
     ]
 
@@ -63,7 +63,7 @@ def after_prep(x: Tensor, members: Members, v: Tensor, plan: LaunchPlan) -> list
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i."""
     if is_fused(plan, members):
         ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
-        launch(extended_gemm_launch.forward_call(x, members, v, ys, plan))
+        launch(extended_gemm.forward_call(x, members, v, ys, plan))
         return ys
     return unfused(x, members, v, plan)
 
@@ -106,14 +106,14 @@ def backward(
     t = dys[0].new_empty((M, members.width * len(dys)))
     w = torch.empty_like(t) if need_dx else t  # a dummy: without NEED_DX nothing is stored in it
     with on_device(t):
-        launch(low_rank_launch.backward_call(dys, members, t, w, plan, need_dx))
+        launch(low_rank.backward_call(dys, members, t, w, plan, need_dx))
         ts = [t[:, i * members.width : i * members.width + members.r] for i in range(len(rows))]
         if need_dx:
             for i, of_rows in enumerate(rows):
                 of_rows.times(ts[i], False, w[:, i * members.width : (i + 1) * members.width])
             dx = after_prep_backward(dys, members, us, (t, w), dcores, plan, mask)
         elif dcores:
-            launch(extended_gemm_launch.backward_call(dys, members, us, t, w, None, dcores, plan, mask))
+            launch(extended_gemm.backward_call(dys, members, us, t, w, None, dcores, plan, mask))
         if rows and need_dcore:
             dcores = [of_rows.gradients(t_i, u) for of_rows, t_i, u in zip(rows, ts, us, strict=True)]
     return dx, dcores
@@ -138,7 +138,7 @@ def after_prep_backward(
         unfused_backward(dys, members, None if adds else w, dx, plan)
     if fused or adds or dcores:
         written = dx if fused or adds else None
-        launch(extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, plan, mask, adds))
+        launch(extended_gemm.backward_call(dys, members, us, t, w, written, dcores, plan, mask, adds))
     return dx
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import extended_gemm_launch, low_rank_launch
+from . import extended_gemm, low_rank
 from . import linear as dense
 from .block_sizes import DEQUANTIZE, DEQUANTIZE_BYTES, cdiv, gemm_splits, quantized_config
 from .dequantize_4bit import dequantize
@@ -59,10 +59,10 @@ def forward(x: Tensor, weight: Quantized, members: Members, plan: LaunchPlan, ma
     v = x.new_empty((M, members.width))
     with on_device(x):
         if weight.is_inline(plan, mask):
-            launch(low_rank_launch.forward_call(x, members, [u], v, plan, mask))
+            launch(low_rank.forward_call(x, members, [u], v, plan, mask))
             return _gemm(x, weight, v, members, bias, x.new_empty((M, weight.m)), False), u
         scratch = x.new_empty((weight.m, weight.n))  # W for the length of this call; backward dequantizes again
-        prep = low_rank_launch.forward_call(x, members, [u], v, plan, mask)
+        prep = low_rank.forward_call(x, members, [u], v, plan, mask)
         _launch_prep_and_dequantize(prep, weight, scratch)
         (y,) = dense.after_prep(x, members._replace(weights=[scratch]), v, plan)
     return y, u
@@ -80,11 +80,11 @@ def backward(
     t = dy.new_empty((M, members.width))
     w, dcores = torch.empty_like(t), [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     with on_device(dy):
-        prep = low_rank_launch.backward_call([dy], members, t, w, plan, True)
+        prep = low_rank.backward_call([dy], members, t, w, plan, True)
         if weight.is_inline(plan, mask):
             launch(prep)
             if dcores:
-                launch(extended_gemm_launch.backward_call([dy], members, [u], t, w, None, dcores, plan, mask))
+                launch(extended_gemm.backward_call([dy], members, [u], t, w, None, dcores, plan, mask))
             dx = _gemm(dy, weight, w, members, None, dy.new_empty((M, weight.n)), True)
         else:
             scratch = dy.new_empty((weight.m, weight.n))

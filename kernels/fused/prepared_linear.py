@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..compat import triton as private
-from . import extended_gemm_launch, launcher, linear, low_rank_launch, prepared_launch
+from . import extended_gemm, launcher, linear, low_rank, prepared_launch
 from . import plan as plan_tables
-from .extended_gemm import extended_gemm
 from .operands import INT32_LIMIT, Mask, Members, fp32_precision, on_device
 from .plan import LaunchPlan
 from .prepared_launch import NotPreparedError, Prepared
@@ -117,7 +116,7 @@ class Forward:
         calls = linear.prep_calls(x, members, us, v, self.plan, mask)
         if not self.is_fused:  # cuBLAS reads v
             return Prepared(calls, [*tensors, v])
-        calls.append(extended_gemm_launch.forward_call(x, members, v, ys, self.plan))
+        calls.append(extended_gemm.forward_call(x, members, v, ys, self.plan))
         return Prepared(calls, tensors, inner=[v])
 
 
@@ -196,13 +195,13 @@ class Backward:
         t = dys[0].new_empty(self.t_shape)
         w = torch.empty_like(t) if self.need_dx else t
         tensors = self._tensors(dys, members, us, dx, dcores)
-        calls = [low_rank_launch.backward_call(dys, members, t, w, self.plan, self.need_dx)]
+        calls = [low_rank.backward_call(dys, members, t, w, self.plan, self.need_dx)]
         if self.adds_masked and dx is not None:
-            gemm = extended_gemm_launch.backward_call(dys, members, us, t, w, dx, dcores, self.plan, mask, add=True)
+            gemm = extended_gemm.backward_call(dys, members, us, t, w, dx, dcores, self.plan, mask, add=True)
             return Prepared(calls, [*tensors, w, t]), Prepared([gemm], [*tensors, w, t])
         if self.is_fused or dcores:
             written = _rows(dx) if self.is_fused and dx is not None else None
-            calls.append(extended_gemm_launch.backward_call(dys, members, us, t, w, written, dcores, self.plan, mask))
+            calls.append(extended_gemm.backward_call(dys, members, us, t, w, written, dcores, self.plan, mask))
         if self.has_addmm:
             return Prepared(calls, [*tensors, w], inner=[t]), None
         return Prepared(calls, tensors, inner=[t, w] if self.need_dx else [t]), None
@@ -216,7 +215,7 @@ def forget() -> None:
 
 def _is_ready(x: Tensor) -> bool:
     """True if a launch on x's device can be repeated now."""
-    if launcher.is_watched() or not private.may_repeat(extended_gemm):
+    if launcher.is_watched() or not private.may_repeat(extended_gemm.extended_gemm):
         return False
     return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 

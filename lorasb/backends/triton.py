@@ -32,7 +32,7 @@ from .eager import check_index, kernel_dropout, kernel_masks, shaped
 
 if TYPE_CHECKING:
     from ..kernels.linear_quantized import Quantized
-    from ..kernels.row_cores_launch import RowProducts
+    from ..kernels.row_cores import RowProducts
 
 INTERPRET = "TRITON_INTERPRET"
 HAVE_KERNELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: a weight in 4 bits
@@ -168,7 +168,7 @@ def _without_cores(operands: Operands) -> Operands:
 
 def _row_products(operands: Operands, index: Tensor) -> list[RowProducts]:
     pairs = zip(operands.cores, operands.scalings, strict=True)
-    return [_kernels().row_cores_launch.RowProducts(stack, index, float(scaling)) for stack, scaling in pairs]
+    return [_kernels().row_cores.RowProducts(stack, index, float(scaling)) for stack, scaling in pairs]
 
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:

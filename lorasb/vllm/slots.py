@@ -93,7 +93,7 @@ class CoreSlots:
 def times_cores(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:
     """R_k u_i [T, r] of u [T, r] and cores [K, r, r], k = index[i]; zero where that is -1. Without gradients."""
     if u.is_cuda and unavailable("triton") is None:
-        from ..kernels.row_cores_launch import RowProducts
+        from ..kernels.row_cores import RowProducts
 
         out = RowProducts(cores, index, 1.0).times(u, True, u.new_empty((len(u), padded_rank(cores.shape[1]))))
         return out[:, : u.shape[1]]

@@ -19,7 +19,7 @@ from kernel_cases import DTYPES, checked, group_cases, planned
 
 import lorasb
 from lorasb.functional import lora_sb_linear
-from lorasb.kernels import extended_gemm_launch, operands, plan
+from lorasb.kernels import extended_gemm, operands, plan
 from lorasb.kernels import linear as fused
 from lorasb.kernels.block_sizes import GemmConfig, PrepConfig, gemm_splits, prep_members, prep_splits, rank_blocks
 from lorasb.kernels.launcher import observed
@@ -197,7 +197,7 @@ def test_bitwise_repeatable(rows: int) -> None:
 
 
 def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extended_gemm_launch, "CORE_CHUNK", 64)
+    monkeypatch.setattr(extended_gemm, "CORE_CHUNK", 64)
     case = reference.make_case((150,), 64, 48, 40, torch.float32)
     launches = checked(case)
     assert launches[3].arguments["core_chunks"] == 3

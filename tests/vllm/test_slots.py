@@ -21,7 +21,7 @@ from torch import Tensor
 from lorasb.backends import eager
 from lorasb.compat import vllm as private
 from lorasb.constants import WEIGHTS_NAME
-from lorasb.kernels import row_cores_launch
+from lorasb.kernels import row_cores
 from lorasb.kernels.block_sizes import padded_rank
 from lorasb.serving.basis_adapters import save_adapters
 from lorasb.vllm import plugin, slots
@@ -99,10 +99,10 @@ def test_torchs_operations_give_the_kernels_product(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_kernel_reads_an_index_of_64_bits_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_cores_launch, "_places", lambda index, device: index)  # as on a card
+    monkeypatch.setattr(row_cores, "_places", lambda index, device: index)  # as on a card
     torch.manual_seed(0)
     u, cores, index = torch.randn(5, 16), torch.randn(3, 16, 16), torch.tensor([2, -1, 0, 0, 1])
-    out = row_cores_launch.RowProducts(cores, index, 1.0).times(u, True, torch.empty(5, padded_rank(16)))
+    out = row_cores.RowProducts(cores, index, 1.0).times(u, True, torch.empty(5, padded_rank(16)))
     check(out[:, :16], slots.times_cores(u, cores, index), MERGE)
 
 
