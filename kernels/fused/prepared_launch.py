@@ -116,7 +116,9 @@ class Prepared:
         for index, offset in self._derived:  # addresses within a tensor, after those of the tensors
             addresses.append(addresses[index] + offset)
         values = (*addresses, seeds)
-        for raw in self._raw or self._bind():
+        if not self._raw:
+            self._raw = [bind(launch) for launch in self.launches]
+        for raw in self._raw:
             raw(stream, values, tensors)
         return True
 
@@ -127,10 +129,6 @@ class Prepared:
         if self._own_zeros is None:
             self._own_zeros = workspace.counters(like.device, self._count)  # gives side streams theirs, too
         return self._own_zeros
-
-    def _bind(self) -> list[Raw]:
-        self._raw = [bind(launch) for launch in self.launches]
-        return self._raw
 
     def _allocate(self, index: int, itemsize: int, calls: Sequence[Launch], inner: Sequence[Tensor]) -> int:
         """Lay out the scratch, the inner tensors and a workspace; its size in elements of `itemsize` bytes."""
