@@ -13,7 +13,7 @@ from torch import Tensor
 from .backends import cpp, eager  # importing the package registers all backends
 from .compat import torch as private
 from .ops import calls
-from .ops.adapted_linear import adapted_linear, direct
+from .ops.adapted_linear import adapted_linear
 from .ops.calls import DENSE, Operands, is_transformed
 from .ops.registry import backend_op, current_backend, direct_kernels
 from .quantization.quantized_weight import QuantizedWeight, of_weight
@@ -96,7 +96,8 @@ def _call(
     lists = weights, a, cores, b, biases
     # torch.compile takes the checks apart, and would guard on all signatures that are known.
     compiling = torch.compiler.is_compiling()
-    signature = None if compiling else calls.signature_of(x, *lists, index)
+    stored = None if quantized is None else quantized.tensors
+    signature = None if compiling else calls.signature_of(x, *lists, index, stored)
     plain = signature is not None  # plain tensors on one device, and nothing intercepts their ops
     if not plain or signature not in calls.known or len(scalings) != len(a):
         calls.check(x, lists, scalings, index)
@@ -114,10 +115,8 @@ def _call(
         return [eager.transformed(x, one, dropout, index) for one in operands.members()]
     tensors, layout = (weights, DENSE) if quantized is None else (quantized.tensors, quantized.layout(x.dtype))
     backend = current_backend()
-    if plain and quantized is None:
-        kernels = direct_kernels.get((backend, x.device.type))
-    else:
-        kernels = direct(backend, x, (tensors, a, cores, b, biases))
+    # Plain tensors skip the dispatcher: two passes through it and back take as long as a small layer's adapter.
+    kernels = direct_kernels.get((backend, x.device.type)) if plain else None
     if kernels and x.is_cpu and quantized is None and index is None and dropout == 0.0:
         # Small dense calls are faster composed of torch's own ops, where these would compute them in any case.
         forward = kernels.forward

@@ -66,7 +66,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
     plan = partial(_forward_plan, x, members, mask)
     found = _kernels().prepared_linear.forward(x, members, plan, mask, calls.metadata(x, *members[:5]))
     if found is None:
-        found = _kernels().linear.forward(rows_of(x), resolved(members), plan(), mask)
+        found = _kernels().linear.forward(rows_of(x), members, plan(), mask)
     ys, us = found
     return [y if y.dim() == x.dim() else shaped(y, x) for y in ys] + us
 
@@ -87,7 +87,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
     found = _kernels().prepared_linear.backward(dys, members, us, plan, need_dx, need_dcores, mask, signature)
     if found is None:
         rows = [rows_of(dy) for dy in dys]
-        found = _kernels().linear.backward(rows, resolved(members), us, plan(), need_dx, need_dcores, mask)
+        found = _kernels().linear.backward(rows, members, us, plan(), need_dx, need_dcores, mask)
     dx, dcores = found
     return _gradients(dys[0], dx, dcores, operands.cores)
 
@@ -101,7 +101,7 @@ def _gradients(like: Tensor, dx: Tensor | None, dcores: Sequence[Tensor], cores:
 
 
 def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
-    rows, members, mask = rows_of(x), resolved(members_of(operands)), mask_of(operands)
+    rows, members, mask = rows_of(x), members_of(operands), mask_of(operands)
     run = partial(_kernels().linear_quantized.forward, rows, _weight(operands), members, mask=mask)
 
     def check(found: tuple[Tensor, Tensor]) -> None:
@@ -112,7 +112,7 @@ def _forward_quantized(x: Tensor, operands: Operands) -> list[Tensor]:
 
 
 def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:
-    rows, members, mask = rows_of(dy), resolved(members_of(operands)), mask_of(operands)
+    rows, members, mask = rows_of(dy), members_of(operands), mask_of(operands)
     run = partial(_kernels().linear_quantized.backward, rows, _weight(operands), members, u, mask=mask)
 
     def check(found: autotune.Gradients) -> None:
@@ -136,7 +136,7 @@ def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor
         y, u = forward(x, base)
         v = of_rows[0].times(u, True, u.new_empty((len(u), members_of(base).width)))
         return [y.add_(shaped(v[:, : u.shape[1]] @ operands.b[0].t(), y)), u]
-    rows, members = rows_of(x), resolved(members_of(base))
+    rows, members = rows_of(x), members_of(base)
     plan = plan_of("forward", rows, members)
     ys, us = _kernels().linear.forward(rows, members, plan, rows=of_rows)
     return [*(shaped(y, x) for y in ys), *us]
@@ -156,7 +156,7 @@ def _backward_by_row(
         dcores = [of_rows[0].gradients(t, us[0])] if need_dcores else []
     else:
         plan = plan_of("backward", rows[0], members)
-        dx, dcores = _kernels().linear.backward(rows, resolved(members), us, plan, need_dx, need_dcores, rows=of_rows)
+        dx, dcores = _kernels().linear.backward(rows, members, us, plan, need_dx, need_dcores, rows=of_rows)
     return _gradients(dys[0], dx, dcores, operands.cores)
 
 
@@ -224,13 +224,13 @@ def mask_of(operands: Operands) -> Mask:
 
 
 def _forward_plan(x: Tensor, members: Members, mask: Mask) -> LaunchPlan:
-    rows, members = rows_of(x), resolved(members)
+    rows = rows_of(x)
     run = partial(_kernels().linear.forward, rows, members, mask=mask)
     return _first_plan("forward", rows, members, mask, run, partial(autotune.check_forward, rows, members, mask))
 
 
 def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask) -> LaunchPlan:
-    rows, members = [rows_of(dy) for dy in dys], resolved(members)
+    rows = [rows_of(dy) for dy in dys]
     run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=True, mask=mask)
     check = partial(autotune.check_backward, rows, members, us, mask)
     return _first_plan("backward", rows[0], members, mask, run, check)
@@ -312,11 +312,6 @@ def rows_of(x: Tensor) -> Tensor:
     # reshape(-1, 0) is ambiguous
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
     return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def resolved(members: Members) -> Members:
-    """Members with their signs applied in memory: torch negates lazily (the imaginary part of a conjugate)."""
-    return members.map(Tensor.resolve_neg)
 
 
 def members_of(operands: Operands) -> Members:

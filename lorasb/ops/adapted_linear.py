@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..compat import torch as private
 from . import registry
-from .calls import DENSE, PLAIN, Operands, is_intercepted
+from .calls import DENSE, Operands
 
 # `serve_dense` computes one dense layer where no gradient is recorded and returns y alone: lists cost 20 µs through the
 # dispatcher. A compiled layer of 576 features takes 121 µs per token by the op, 89 µs by it (bf16, AMX, two cores).
@@ -32,35 +32,23 @@ _BACKWARD = f"(Tensor[] dys, Tensor[] us, {_OPERANDS}, bool need_dx, bool need_d
 
 
 def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registry.Kernels | None) -> list[Tensor]:
-    """The y_j [..., m_j] of x [..., n] by `kernels` (found by `direct`), else by the backend's op."""
+    """The y_j [..., m_j] of x [..., n] by `kernels`, where the operands are plain, else by the backend's op."""
     count = len(operands.a)
     if kernels is None:
         is_dense = not (operands.is_quantized or operands.row_index is not None or operands.dropout)
-        if count > 1 or not is_dense or torch.is_grad_enabled():
-            return list(registry.backend_op(OP, backend)(x, *operands)[:count])
-        _, _, (a,), (core,), (b,), biases, (scaling,), *_ = operands
-        weight, bias = operands.base[0] if operands.base else None, biases[0] if biases else None
-        return [registry.backend_op(SERVE_OP, backend)(x, weight, a, core, b, bias, scaling)]
-    if not torch.is_grad_enabled():
+        if count == 1 and is_dense and not torch.is_grad_enabled():
+            _, _, (a,), (core,), (b,), biases, (scaling,), *_ = operands
+            weight, bias = operands.base[0] if operands.base else None, biases[0] if biases else None
+            return [registry.backend_op(SERVE_OP, backend)(x, weight, a, core, b, bias, scaling)]
+        outputs = registry.backend_op(OP, backend)(x, *operands)
+    elif torch.is_grad_enabled():
+        # An autograd function sees only tensors that are arguments themselves.
+        tensors = *operands.base, *operands.a, *operands.cores, *operands.b, *operands.biases
+        # Past `Function.apply`, which prepares for functorch: no transform is active where kernels are given.
+        outputs = super(torch.autograd.Function, _Function).apply(x, operands, kernels, *tensors)
+    else:
         outputs = kernels.forward(x, operands)
-        return list(outputs[:count])
-    # An autograd function sees only tensors that are arguments themselves.
-    tensors = *operands.base, *operands.a, *operands.cores, *operands.b, *operands.biases
-    # Past `Function.apply`, which prepares for functorch: `direct` has seen that no transform is active.
-    outputs = super(torch.autograd.Function, _Function).apply(x, operands, kernels, *tensors)
     return list(outputs[:count])
-
-
-# Plain tensors skip the dispatcher: two passes through it and back into Python take as long as a small layer's adapter.
-def direct(backend: str, x: Tensor, lists: Sequence[Sequence[Tensor]]) -> registry.Kernels | None:
-    """The kernels to call without the dispatcher; None if something has to intercept the op itself."""
-    if torch.compiler.is_compiling() or is_intercepted() or private.is_wrapped(x):
-        return None
-    # by exact type: subclasses (DTensor, FakeTensor) intercept ops in __torch_dispatch__
-    for tensor in (x, *(one for tensors in lists for one in tensors)):
-        if type(tensor) not in PLAIN or tensor.is_cpu != x.is_cpu:
-            return None
-    return registry.direct_kernels.get((backend, x.device.type))
 
 
 # Numbers of base tensors and of biases, layout, scalings, dropout, and whether dx and each dR_j are needed.

@@ -90,13 +90,6 @@ def cast_lists(x: Tensor, lists: list[list[Tensor]]) -> tuple[Tensor, list[list[
     return cast_one(x), [list(map(cast_one, tensors)) for tensors in lists]
 
 
-def is_intercepted() -> bool:
-    """True under a dispatch or function mode, a transform or torch.jit.trace: kernels must not be called."""
-    if private.dispatch_modes() or private.function_modes() or private.tracing_state() is not None:
-        return True
-    return private.transforms_active() or private.forward_level() >= 0
-
-
 def is_transformed() -> bool:
     """True under a functorch transform (`torch.func`) or forward-mode AD, for which the ops have no rules."""
     return private.transforms_active() or private.forward_level() >= 0
@@ -125,12 +118,13 @@ metadata: Callable[..., Hashable] = metadata_in_python
 
 
 def signature_in_python(x: Tensor, *others: Tensor | Sequence[Tensor | None] | None) -> Hashable:
-    """The metadata of a call's operands; None, too, where something intercepts ops, or x meets more than kernels."""
+    """The metadata of a call's operands; None, too, where a mode, a transform or torch.jit.trace intercepts ops."""
     # The dispatcher unwraps such an x, or fills it with zeros, before a kernel.
     unwrapped = type(x) not in PLAIN or not (
         private.is_wrapped(x) or private.is_zerotensor(x) or private.is_functional(x)
     )
-    return metadata_in_python(x, *others) if unwrapped and not is_intercepted() else None
+    intercepted = private.dispatch_modes() or private.function_modes() or private.tracing_state() is not None
+    return metadata_in_python(x, *others) if unwrapped and not (intercepted or is_transformed()) else None
 
 
 signature_of: Callable[..., Hashable] = signature_in_python

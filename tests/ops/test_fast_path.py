@@ -7,14 +7,12 @@ import reference
 import torch
 from calls import KINDS, make_call, run
 from tolerances import check_equal
-from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorasb import functional
-from lorasb.backends import cpp, eager
+from lorasb.backends import eager
 from lorasb.functional import lora_sb_linear
-from lorasb.ops import adapted_linear
 
 
 @pytest.fixture
@@ -25,7 +23,6 @@ def case(monkeypatch: pytest.MonkeyPatch) -> reference.Case:
 
 
 def by_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "direct", lambda *_: None)
     monkeypatch.setattr(functional, "direct_kernels", {})
 
 
@@ -102,15 +99,3 @@ def test_a_checkpoint_recomputes_what_a_mode_saw_forward(case: reference.Case) -
         y = checkpoint(call, x, use_reentrant=False)
     y.sum().backward()
     assert x.grad is not None
-
-
-def test_transforms_and_modes_meet_the_op(case: reference.Case) -> None:
-    direct, lists = adapted_linear.direct, [[case.weight], [case.a], [case.core], [case.b]]
-    assert direct("auto", case.x, lists) is not None
-    assert (direct("cpp", case.x, lists) is None) == (cpp.missing() is not None)
-    assert direct("auto", case.x.to("meta"), lists) is None
-    with FakeTensorMode():
-        assert direct("auto", case.x, lists) is None
-    seen = []
-    torch.func.grad(lambda x: seen.append(direct("auto", case.x, lists)) or x.sum())(case.x)
-    assert seen == [None]
