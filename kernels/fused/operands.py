@@ -83,6 +83,11 @@ def unit_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def whole(cores: Tensor) -> Tensor:
+    """Cores [K, r, r] with contiguous R's, which may have gaps between them, as a bank's; copied only if necessary."""
+    return cores if cores.stride()[1:] == (cores.shape[2], 1) else cores.contiguous()
+
+
 def kernel_biases(biases: Sequence[Tensor | None], ys: Sequence[Tensor]) -> tuple[bool, tuple[Tensor, ...]]:
     """HAS_BIAS, which holds for all outputs, and a bias for each: zeros for one without; dummies if none has one."""
     if all(bias is None for bias in biases):

@@ -34,7 +34,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .block_sizes import CORE_BLOCK, PrepConfig, cdiv, padded_rank, rank_blocks
 from .launcher import Launch, launch
-from .operands import core_precision, on_device, precision, unit_rows
+from .operands import core_precision, on_device, precision, unit_rows, whole
 from .projection import CoreConstants, times_core
 
 SHORT, LONG = PrepConfig(16, 0, 4, 2), PrepConfig(32, 0, 4, 2)  # a token a row, as in decoding, or a sequence
@@ -127,7 +127,7 @@ class RowProducts(NamedTuple):
         """out [M, padded r] = s·left_i R_kᵀ, or s·left_i R_k, of left [M, r], both of x's dtype; zero where k = -1."""
         if len(left) == 0 or len(self.cores) == 0:
             return out.zero_()
-        tokens, left, cores = len(left) // len(self.index), unit_rows(left), _whole(self.cores)
+        tokens, left, cores = len(left) // len(self.index), unit_rows(left), whole(self.cores)
         config = SHORT if tokens <= SHORT.block_m else LONG
         arguments = dict(
             source=left,
@@ -181,11 +181,6 @@ class RowProducts(NamedTuple):
         with on_device(t):
             launch(Launch(row_core_gradients, len(present) * cdiv(width, CORE_BLOCK) ** 2, arguments, LONG))
         return gradients
-
-
-def _whole(cores: Tensor) -> Tensor:
-    """The R's with contiguous entries, each in place; copied only if necessary."""
-    return cores if cores.stride()[1:] == (cores.shape[2], 1) else cores.contiguous()
 
 
 def _places(index: Tensor, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
+from ..kernels.operands import whole
 from ..ops import calls, registry
 from ..ops.adapted_linear import register_backend
 from ..ops.calls import DENSE, Operands
@@ -152,7 +153,7 @@ def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
     by_torch = bool(operands.base) and not operands.is_quantized and not serves(x.dtype, operands.base)
     results = []
     for one in operands.members():
-        given = one.a, _dense(one.core), one.b, one.bias, operands.row_index, one.scaling, by_torch
+        given = one.a, whole(one.core), one.b, one.bias, operands.row_index, one.scaling, by_torch
         results.append(_csrc.linear_rows(x, *_storage(one.base), *given))
     return _flat(results)
 
@@ -161,17 +162,12 @@ def times_core(left: Tensor, core: Tensor, index: Tensor | None, scale: float, t
     """s·left_i R_kᵀ of every row, or s·left_i R_k, each R read in place; zero where k = -1."""
     if index is None or torch.float64 in (left.dtype, core.dtype):
         return eager.times_core(left, core, index, scale, transposed)
-    return _csrc.times_cores(left, _dense(core), index, scale, not transposed)
+    return _csrc.times_cores(left, whole(core), index, scale, not transposed)
 
 
 def add_rows(y: Tensor, x: Tensor, a: Tensor, cores: Tensor, b: list[Tensor], first: list[int], index: Tensor) -> None:
     """y [T, m] += B R_k A x of a layer's parts, in place: a [parts·r, n], cores [K, parts, r, r], a B for each."""
     _csrc.add_rows(y, x, a, cores, b, first, index)
-
-
-def _dense(cores: Tensor) -> Tensor:
-    """Cores [K, r, r], each R contiguous; a bank's have gaps between them."""
-    return cores if cores.stride(2) == 1 and cores.stride(1) == cores.shape[2] else cores.contiguous()
 
 
 def _thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:

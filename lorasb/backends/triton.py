@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..compat.triton import VERIFIED
 from ..kernels import plan as plan_tables
-from ..kernels.operands import NO_DROPOUT, Mask, Members
+from ..kernels.operands import NO_DROPOUT, Mask, Members, unit_rows
 from ..kernels.plan import LaunchPlan, Shape
 from ..ops import calls, registry
 from ..ops.adapted_linear import register_backend
@@ -311,7 +311,7 @@ def rows_of(x: Tensor) -> Tensor:
     x = x.resolve_neg()
     # reshape(-1, 0) is ambiguous
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return unit_rows(rows)
 
 
 def members_of(operands: Operands) -> Members:
