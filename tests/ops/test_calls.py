@@ -73,16 +73,10 @@ def test_what_is_no_plain_tensor_has_no_signature(ways: tuple[Signature, Signatu
         assert way(plain, [plain], None) is not None
 
 
-def leaked(x: Tensor) -> Tensor:
-    """A wrapper of torch.func that outlives its transform."""
-    kept: list[Tensor] = []
-    torch.func.vmap(lambda y: kept.append(y) or y)(x)
-    return kept[0]
-
-
 def test_an_x_that_meets_more_than_kernels_has_none(ways: tuple[Signature, Signature]) -> None:
-    plain, (of, _) = torch.ones(2, 2), ways
-    for x in (leaked(plain), torch._efficientzerotensor(2, 2), torch._to_functional_tensor(plain)):
+    plain, (of, _), leaked = torch.ones(2, 2), ways, []
+    torch.func.vmap(lambda y: leaked.append(y) or y)(plain)  # a wrapper that outlives its transform
+    for x in (leaked[0], torch._efficientzerotensor(2, 2), torch._to_functional_tensor(plain)):
         assert of(x, plain) is None
 
 
