@@ -1,4 +1,6 @@
-"""Signatures of calls: equal where checks and kernels are the same, from Python and from the extension alike."""
+"""Signatures of calls, equal where checks and kernels are the same; and plain calls on the CPU, which skip the dispatcher:
+what comes out is the op's, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,17 @@ import pytest
 import reference
 import torch
 import torch._dynamo.testing
+from calls import KINDS, make_call, run
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import check_equal
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasb.backends import cpp
+from lorasb import functional
+from lorasb.backends import cpp, eager
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
 from lorasb.ops import calls
 
@@ -100,8 +106,9 @@ def test_nothing_is_known_where_ops_are_intercepted(ways: tuple[Signature, Signa
 
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> reference.Case:
-    """Nothing has passed yet."""
+    """Of a call that has a backward of our own, where nothing has passed yet."""
     monkeypatch.setattr(calls, "known", set())
+    monkeypatch.setattr(eager, "SMALL_BYTES", 0)
     return reference.make_case((5,), 24, 20, 4, torch.float32)
 
 
@@ -166,3 +173,82 @@ def test_tensors_by_one_call() -> None:
     for bad, error in ((([2],), TypeError), ((("a",),), TypeError), (((-1,),), RuntimeError), (3, TypeError)):
         with pytest.raises(error):
             cpp.extension.allocate(like, bad)
+
+
+def by_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "direct_kernels", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "dropout"])
+def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "SMALL_BYTES", 0)
+    cases, options = make_call(kind, dtype)
+    results = []
+    for _ in range(2):
+        results.append(run(*cases, **options, seed=1))
+        by_the_op(monkeypatch)
+    check_equal(*results)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_second_derivative_is_refused_as_by_the_op(
+    case: reference.Case, constant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of y.sum(), too, whose gradient is a constant, yet dx depends on R: silence would be a wrong number."""
+    for _ in range(2):
+        x, core = case.x.clone().requires_grad_(True), case.core.clone().requires_grad_(constant)
+        y = lora_sb_linear(x, case.weight, case.a, core, case.b)
+        loss = (y if constant else y.square()).sum()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, x, create_graph=True)[0].square().sum().backward()
+        by_the_op(monkeypatch)
+
+
+def test_many_gradients_at_once(case: reference.Case) -> None:
+    x = case.x.clone().requires_grad_(True)
+    y = lora_sb_linear(x, case.weight, case.a, case.core, case.b)
+    dys = torch.stack([case.dy, 2 * case.dy])
+    (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    (single,) = torch.autograd.grad(y, x, case.dy)
+    assert torch.allclose(batched[0], single)
+    assert torch.allclose(batched[1], 2 * single)
+
+
+def test_a_gradient_that_is_not_there_leaves_none(case: reference.Case) -> None:
+    class Absorb(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> None:
+            return None
+
+    core = case.core.clone().requires_grad_(True)
+    Absorb.apply(lora_sb_linear(case.x, case.weight, case.a, core, case.b)).sum().backward()
+    assert core.grad is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_frozen_tensors_get_no_gradients(kind: str, composed: bool, backend: str) -> None:
+    cases, options = make_call(kind, torch.float32)
+    frozen = [t for c in cases for t in (c.weight, c.a, c.b, c.bias) if isinstance(t, Tensor)]
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    run(*cases, backend=backend, **options)
+    assert [tensor.grad for tensor in frozen] == [None] * len(frozen)
+
+
+def test_a_checkpoint_recomputes_what_a_mode_saw_forward(case: reference.Case) -> None:
+    """The op and the fast path save as many tensors, the seed of dropout among them."""
+    x = case.x.clone().requires_grad_(True)
+
+    def call(x: Tensor) -> Tensor:
+        return lora_sb_linear(x, case.weight, case.a, case.core, case.b, dropout=0.5)
+
+    with FlopCounterMode(display=False):
+        y = checkpoint(call, x, use_reentrant=False)
+    y.sum().backward()
+    assert x.grad is not None
