@@ -29,20 +29,16 @@ class PrepConfig:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Blocks of the extended GEMM: [block_m, block_n] of y per program, block_k of the reduction per step.
-
-    Attributes:
-        group: row blocks that share a sweep over the columns, for L2.
-        registers: cap on a thread's registers, where the compiler would take a few more than leave room for another
-            program on the multiprocessor: 65536 / (128 · 256 threads) = 2.
-    """
+    """Blocks of the extended GEMM: [block_m, block_n] of y per program, block_k of the reduction per step."""
 
     block_m: int
     block_n: int
     block_k: int
-    group: int
+    group: int  # row blocks that share a sweep over the columns, for L2
     warps: int
     stages: int
+    # cap on a thread's registers, where the compiler would take a few more than leave room for another program on the
+    # multiprocessor: 65536 / (128 · 256 threads) = 2
     registers: int | None = None
 
     def fitted(self, even: bool, dropout: bool, alone: bool = False, add: bool = False) -> GemmConfig:

@@ -26,14 +26,9 @@ from .row_cores import RowProducts
 def forward(
     x: Tensor, members: Members, plan: LaunchPlan, mask: Mask = NO_DROPOUT, rows: Sequence[RowProducts] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """y_i = x W_iᵀ + s_i·u_i R_iᵀ B_iᵀ + bias_i [M, m_i] and u_i = x A_iᵀ [M, r].
+    """y_i = x W_iᵀ + s_i·u_i R_iᵀ B_iᵀ + bias_i [M, m_i] and u_i = x A_iᵀ [M, r] of x [M, n], contiguous in its rows.
 
-    Args:
-        x: [M, n] with a contiguous last dimension.
-        members: the layers; with dropout, s_i is to hold the factor 1 / (1 - p).
-        plan: path and blocks.
-        mask: dropout of the adapters' x.
-        rows: R's of the rows, for each member.
+    With dropout, s_i is to hold the factor 1 / (1 - p). rows: R's of the rows, for each member.
     """
     M = x.shape[0]
     us = [x.new_empty((M, members.r)) for _ in members.a]

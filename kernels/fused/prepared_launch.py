@@ -44,17 +44,11 @@ class NotPreparedError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Source of a pointer: bytes after the start of one of the call's tensors.
+    """Source of a pointer: bytes after the start of one of the call's tensors."""
 
-    Attributes:
-        index: of the tensor.
-        offset: in bytes.
-        like: the argument on `meta`, of the same shape, strides and dtype.
-    """
-
-    index: int
-    offset: int
-    like: Tensor
+    index: int  # of the tensor
+    offset: int  # in bytes
+    like: Tensor  # the argument on `meta`, of the same shape, strides and dtype
 
 
 Places = dict[str, Place | tuple[Place, ...]]  # by an argument's name
@@ -62,19 +56,12 @@ Places = dict[str, Place | tuple[Place, ...]]  # by an argument's name
 
 @dataclass(frozen=True)
 class PreparedLaunch:
-    """One launch.
+    """One launch."""
 
-    Attributes:
-        call: as it was made on `meta`.
-        places: of arguments that are tensors or tuples of tensors.
-        constants: all other arguments but the seeds of dropout.
-        take: all arguments in their order, from (*addresses, seeds, *constants).
-    """
-
-    call: Launch
-    places: Places
-    constants: Values
-    take: Callable[[Values], Values]
+    call: Launch  # as it was made on `meta`
+    places: Places  # of arguments that are tensors or tuples of tensors
+    constants: Values  # all other arguments but the seeds of dropout
+    take: Callable[[Values], Values]  # all arguments in their order, from (*addresses, seeds, *constants)
 
 
 class Prepared:

@@ -29,11 +29,8 @@ _backwards: dict[Hashable, Backward] = {}
 def forward(x: Tensor, members: Members, plan: Callable[[], LaunchPlan], mask: Mask, signature: Hashable) -> Ys | None:
     """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
 
-    Args:
-        x: [..., n].
-        members, mask: as of `linear.forward`.
-        plan: called for a new kind of call alone.
-        signature: equal for calls whose tensors differ in their values alone; None where that is not known.
+    x is [..., n]; `plan` is called for a new kind of call alone; `signature` is equal for calls whose tensors differ in
+    their values alone, and None where that is not known.
     """
     if signature is None or not _is_ready(x):
         return None

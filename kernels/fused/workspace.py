@@ -12,17 +12,11 @@ SIDE_STREAMS, SIDE_COUNTERS = 16, 16384  # of a device: 1 MB
 
 @dataclass
 class Bank:
-    """Counters of one device.
+    """Counters of one device."""
 
-    Attributes:
-        own: of the default stream; grows.
-        side: [SIDE_STREAMS, SIDE_COUNTERS] for other streams, made with `own` and never again.
-        rows: stream -> its row of `side`.
-    """
-
-    own: Tensor
-    side: Tensor
-    rows: dict[int, int] = field(default_factory=dict)
+    own: Tensor  # of the default stream; grows
+    side: Tensor  # [SIDE_STREAMS, SIDE_COUNTERS] for other streams, made with `own` and never again
+    rows: dict[int, int] = field(default_factory=dict)  # stream -> its row of `side`
 
 
 _banks: dict[torch.device, Bank] = {}
