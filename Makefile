@@ -139,7 +139,7 @@ sanitize: install
 	  LORASB_LDFLAGS="-fsanitize=address,undefined" $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	mkdir -p build/sanitize/lorasb/kernels && cp -r kernels/fused/. build/sanitize/lorasb/kernels/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(abspath build/sanitize) $(BIN)/python -m pytest tests/csrc/test_extension.py tests/csrc/test_few_tokens.py tests/kernels/test_weight_gradient.py tests/quantization/test_dequantize.py tests/ops/test_linear_quantized.py tests/ops/test_linear.py \
+	  PYTHONPATH=$(abspath build/sanitize) $(BIN)/python -m pytest tests/csrc/test_extension.py tests/csrc/test_dense_halves.py tests/kernels/test_weight_gradient.py tests/quantization/test_dequantize.py tests/ops/test_linear_quantized.py tests/ops/test_linear.py \
 	  -p no:cacheprovider -k "not bitsandbytes and not threads_are_torchs and not compiles and not opcheck and not mapping and not without_the_extension and not triton and not initialization"
 
 format: install
