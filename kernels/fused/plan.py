@@ -29,7 +29,7 @@ TABLES = Path(__file__).parent / "tables"
 CHOICES = {"path": ("fused", "addmm", "tma"), "weights": ("inline", "scratch")}
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
 BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # what reading a table that is none raises
-_user_tables: Callable[[], Path | None] = lambda: None  # their folder, if they are read
+_user_tables: Callable[[], Path | None] | None = None  # their folder, if they are read
 _machine: Callable[[], dict[str, object]] = dict  # the card and its driver
 generation = 0  # how often the tables were forgotten; a plan holds as long as it has not changed
 # the names of dtypes in tables, and the dtypes that the kernels have
@@ -176,7 +176,7 @@ def shipped_rules(arch: str) -> tuple[Rule, ...]:
 @lru_cache
 def user_rules(arch: str) -> tuple[Rule, ...]:
     """Read the table that was measured for this architecture; warn of one that cannot be read, and leave it out."""
-    folder = _user_tables()
+    folder = None if _user_tables is None else _user_tables()
     if folder is None:
         return ()
     path = folder / f"{arch}.json"

@@ -368,9 +368,7 @@ def computed(dtype: torch.dtype, ms: int, weight: bool, mask: Mask) -> Any:
     return x, members, (ys, us), dys, gradients
 
 
-def kernels_case(
-    dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool = True, mask: Mask = NO_DROPOUT
-) -> Any:
+def kernels_case(dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool = True, mask: Mask = NO_DROPOUT) -> Any:
     """x, members, dy and u of a call, with the launchers' results by a safe plan, which a test may spoil."""
     return copy.deepcopy(computed(dtype, ms, weight, mask))
 
