@@ -6,10 +6,11 @@ It is dense, quantized (in storage that our kernels read) or opaque (another qua
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..compat.accelerate import HOOK, PARTITIONED, hook_of
@@ -256,35 +257,21 @@ def innermost(module: nn.Module) -> Any:
 @contextmanager
 def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[Tensor]]:
     """The factors of an offloaded adapter on their execution device; offloaded again afterwards."""
-    # accelerate's hooks load a module's parameters around its forward, but a `ParameterDict` has no forward to wrap:
-    # the hooks are called here.
+    # accelerate's hooks load a module's parameters around its forward, which a `ParameterDict` does not have.
     if torch.is_grad_enabled() and any(c._parameters[name].requires_grad for c in containers):  # type: ignore[union-attr]
         raise RuntimeError(
             f"adapter {name!r} was offloaded with its base and cannot train so: offload the base model first, then "
             "call lorasb.patch, which leaves A, R and B where the model runs; or evaluate under torch.no_grad()"
         )
-    hooks = [hook for hook in map(hook_of, containers) if hook is not None]
-    if len(hooks) < len(containers):
+    if any(hook_of(container) is None for container in containers):
         raise RuntimeError(f"adapter {name!r} is on the meta device: load a saved adapter, or move the model")
-    try:
-        for hook, container in zip(hooks, containers, strict=True):
-            hook.pre_forward(container)
+    with ExitStack() as stack:
+        for container in containers:
+            stack.enter_context(align_module_device(container))
         yield [c._parameters[name] for c in containers]  # type: ignore[misc]
-    finally:
-        for hook, container in zip(hooks, containers, strict=True):
-            hook.post_forward(container, None)
 
 
-@contextmanager
-def weight_present(base: nn.Module) -> Iterator[None]:
-    """Inside, an offloaded weight of a base layer is on its execution device; other weights are not touched."""
-    hook = hook_of(base)
+def weight_present(base: nn.Module) -> AbstractContextManager[None]:
+    """A block in which an offloaded weight of a base layer is on its execution device; others are not touched."""
     weight = base._parameters.get("weight")
-    if hook is None or weight is None or not weight.is_meta:
-        yield
-        return
-    hook.pre_forward(base)
-    try:
-        yield
-    finally:
-        hook.post_forward(base, None)
+    return align_module_device(base) if weight is not None and weight.is_meta else nullcontext()
