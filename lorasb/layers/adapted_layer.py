@@ -174,8 +174,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if not enabled and not self._disable_adapters:
             self._trained_before = [name for name, core in self.lorasb_R.items() if core.requires_grad]
         super().enable_adapters(enabled)
-        for name in {*self._trained_before} & {*self.lorasb_R} if enabled else ():
-            self.lorasb_R[name].requires_grad_(True)
+        if enabled:
+            self.set_requires_grad(self._trained_before)
 
     def stand_on(self, adapter_name: str, basis: str) -> None:
         """Give an adapter the A and B of another one."""
@@ -187,17 +187,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def copy_adapter(self, adapter_name: str, name: str) -> None:
         """Add an adapter like another one on a basis: the same A and B, and a copy of R, which does not train yet."""
-        frozen = (self.lorasb_A, self.lorasb_B)
         try:
             self.adapters[name] = replace(self.adapters[adapter_name], preconditioner=None)
-            for factors in frozen:
-                factors[name] = factors[adapter_name]
+            self.stand_on(name, cast(str, self.adapters[name].basis))
             if adapter_name in self.lorasb_R.stored_16bit:
                 self.lorasb_R.stored_16bit.add(name)
             self.lorasb_R[name] = nn.Parameter(self.lorasb_R[adapter_name].detach().clone(), requires_grad=False)
         except BaseException:  # Ctrl-C, too
             self.lorasb_R.stored_16bit.discard(name)
-            for values in (self.adapters, *frozen, self.lorasb_R):
+            for values in (self.adapters, self.lorasb_A, self.lorasb_B, self.lorasb_R):
                 with suppress(KeyError, AttributeError):  # a ParameterDict may have the key, and no parameter yet
                     del values[name]
             raise
