@@ -15,7 +15,7 @@ from ..quantization.quantizer import quantize_4bit
 from ..utils.deprecation import renamed_method
 from ..utils.precision import QUANTIZABLE
 from .adapted_layer import AdaptedLayer
-from .opaque_base import OpaqueBase
+from .opaque_base import OpaqueBase, has_dense_weight
 
 # dtypes that packed bytes may be viewed as
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -216,7 +216,7 @@ def requantize(model: nn.Module, bases: dict[str, QuantizedWeight | OpaqueBase])
     errors = {}
     for name, old in bases.items():
         layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
+        if type(layer) is not nn.Linear or not has_dense_weight(layer):  # of an adapter that was not merged
             continue
         weight = layer.weight.detach()
         new: nn.Module
@@ -232,6 +232,8 @@ def requantize(model: nn.Module, bases: dict[str, QuantizedWeight | OpaqueBase])
         errors[name] = float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0
     # layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), Q being W, the merged weight, after quantization
     model.requantization_errors = errors  # type: ignore[assignment]
+    if not errors:
+        return
     worst = max(errors, key=errors.__getitem__)
     average = sum(errors.values()) / len(errors)
     message = "requantized %d layers: relative error of a weight %.3f on average, %.3f at most (%s)"

@@ -92,6 +92,15 @@ def test_requantizing_needs_something_to_requantize() -> None:
         lorasb.patch(llama(), r=4, init="random").merge_and_unload(requantize=True)
 
 
+def test_layers_of_an_adapter_that_is_not_merged_stay_as_they_are_packed() -> None:
+    model = lorasb.patch(lorasb.quantize(llama()), r=4, init="random", target_modules=["q_proj"])
+    model.add_adapter("other", lorasb.LoRASBConfig(r=4, init="random", target_modules=["up_proj"]))
+    packed = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    plain = model.merge_and_unload(requantize=True)
+    assert plain.model.layers[0].mlp.up_proj is packed
+    assert len(plain.requantization_errors) == 2
+
+
 def test_a_move_renews_what_compiled_forwards_read_and_one_that_fails_keeps_the_packed_weight() -> None:
     """They take the storage as it was checked last, and do not look at the weight."""
     layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)), storage=torch.bfloat16)[0]
