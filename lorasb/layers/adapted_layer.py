@@ -18,10 +18,19 @@ from ..constants import FACTORS
 from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.deprecation import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
-from .adapter_state import AdapterState, Cores, EquivalentGradient, FrozenFactors, Scales, has_values, refuse_training
+from .adapter_state import (
+    AdapterState,
+    Cores,
+    EquivalentGradient,
+    FrozenFactors,
+    Rows,
+    Scales,
+    has_values,
+    other_length,
+    refuse_training,
+)
 from .base import Base
 from .opaque_base import make_base
-from .token_rows import Rows, other_length
 
 
 class StoredCores(Protocol):

@@ -16,8 +16,8 @@ from ..ops.calls import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.precision import SIXTEEN_BIT
 from .adapted_layer import AdaptedLayer, StoredCores
+from .adapter_state import Rows
 from .base import factors_on_device
-from .token_rows import Rows
 
 
 class RowCores(NamedTuple):

@@ -21,8 +21,8 @@ from ..functional import lora_sb_linear_group
 from ..ops.calls import autocast_on
 from ..utils.precision import SIXTEEN_BIT
 from .adapted_layer import AdaptedLayer
+from .adapter_state import Rows
 from .linear import LoRASBLinear, in_one_call, of_rows
-from .token_rows import Rows
 
 
 def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..compat.transformers import computes_like_mixtral
 from ..config.adapter import ALL_LINEAR, LoRASBConfig
+from .adapter_state import Rows
 from .base import linear_over
-from .token_rows import Rows
 from .weight_adapter import OpenParameters
 
 NAMES = ("gate_up_proj", "down_proj")  # of the 3-D parameters, in the order of their registration

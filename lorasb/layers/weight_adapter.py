@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from ..compat.torch import SAME_WIDTHS, convolve
 from .adapted_layer import AdaptedLayer
+from .adapter_state import Rows
 from .base import Base, innermost
-from .token_rows import Rows
 
 
 class ParameterSlice(nn.Module):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..compat.transformers import CHECKPOINTING
 from ..constants import BASE_ROW
 from ..layers.adapted_layer import AdaptedLayer
+from ..layers.adapter_state import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
 from ..layers.linear import on_one_basis, trains_by_row
-from ..layers.token_rows import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
 from ..layers.unfused_experts import OpenExperts
 from ..layers.weight_adapter import OpenParameters
 from .bank import AdapterBank, bank_of
