@@ -436,7 +436,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return True
 
     def extra_repr(self) -> str:
-        """Shapes and ranks, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling}"
 
     def __repr__(self) -> str:

@@ -66,7 +66,6 @@ class Linear4bit(nn.Linear):
     quantised = renamed_method("quantised", "quantized")
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., out]."""
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return quantized_linear(x.to(dtype), self.quantized(), bias).to(x.dtype)

@@ -35,7 +35,6 @@ def layer_kinds(layers: dict[str, AdaptedLayer]) -> dict[str, list[Any]] | None:
 
 
 def any_merged(model: nn.Module) -> bool:
-    """True if any layer has an adapter merged into its base weight."""
     return any(module.merged for module in model.modules() if isinstance(module, AdaptedLayer))
 
 
