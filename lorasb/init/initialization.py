@@ -1,12 +1,13 @@
-"""`lorasb.initialize`: checks its arguments, runs `pipeline` and reports what each layer's factors capture."""
+"""`lorasb.initialize`, of one task or several on one basis, and `lorasb.basis_fit`, of a basis that is there."""
 
 from __future__ import annotations
 
 import os
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -16,8 +17,11 @@ from torch import nn
 from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig, WrittenHere
 from ..constants import PEFT_PREFIX
-from ..layers.lookup import adapted_layers, any_merged, refuse_shared_basis
+from ..layers.adapted_layer import AdaptedLayer
+from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
 from ..layers.unfused_experts import NAMES, OpenExperts
+from ..serving.basis_adapters import check_names
+from ..serving.joint_basis import KeptShares, kept_energies, share_into, share_of
 from ..utils.checks import MAX_LR, parse_size
 from ..utils.precision import warn_if_slow
 from .init_report import InitReport
@@ -25,7 +29,6 @@ from .loss import LossFn
 from .pipeline import from_gradients, from_weights
 from .provenance import provenance
 from .sampling import Loader
-from .several_tasks import initialize_tasks
 from .task import AutoRate, InitOptions, Layers
 from .write import staging
 
@@ -122,7 +125,7 @@ def initialize(
         progress=progress,
     )
     if isinstance(batches, Mapping):
-        return cast(InitReport, initialize_tasks(uncompiled(model), batches, adapter_name, options, _initialize))
+        return cast(InitReport, _initialize_tasks(uncompiled(model), batches, adapter_name, options))
     return _initialize(uncompiled(model), batches, adapter_name, options)
 
 
@@ -172,3 +175,121 @@ def _recorded(model: nn.Module, config: LoRASBConfig, report: InitReport, data: 
     report.seconds, report.left = time.perf_counter() - began, skipped_modules(model)
     config.init_provenance = WrittenHere(provenance(report, data))
     return report
+
+
+@dataclass
+class TasksReport:
+    """Result of `lorasb.initialize` for several tasks."""
+
+    tasks: dict[str, InitReport]  # task -> the report of its initialization, before the basis was shared
+    shares: KeptShares  # what the basis keeps of each task's first step, against 1 for a separate basis
+
+    def __str__(self) -> str:
+        lines = (f"{task}: {share:.1%} of its first step" for task, share in self.shares.overall.items())
+        return "the shared basis keeps\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _initialize_tasks(
+    model: Any, tasks: Mapping[str, Loader], adapter_name: str | None, options: InitOptions
+) -> TasksReport:
+    """Initialize an adapter for each task, give all of them one basis, and each its R on it."""
+    if options.cache is not None:
+        raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
+    if isinstance(options.lr, AutoRate):
+        raise ValueError("lr='auto' measures the rate of one task, and several share a basis: pass a number")
+    basis, layers = adapted_layers(model, adapter_name)
+    refuse_shared_basis(layers, basis)  # before any task's gradients are taken
+    taken = [task for task in tasks if task in model.peft_config]
+    if len(tasks) < 2 or taken:
+        found = f"an adapter {taken[0]!r} is there already" if taken else f"got {len(tasks)}"
+        raise ValueError(f"expected two tasks or more, with names that no adapter has: {found}")
+    check_names(model, list(tasks))
+    with _added_adapters(model, list(tasks), basis, layers, keep=True):
+        reports = {task: _initialize(model, batches, task, options) for task, batches in tasks.items()}
+        return TasksReport(reports, share_into(model, list(tasks), basis))
+
+
+@contextmanager
+def _added_adapters(
+    model: Any, names: Sequence[str], like: str, layers: Layers, init: str | None = None, keep: bool = False
+) -> Iterator[None]:
+    """Add inactive adapters on the layers and at the ranks of another one; if not to `keep`, or on errors, they go."""
+    config: LoRASBConfig = model.peft_config[like]
+    fields = ("r", "init", "scaling", "lora_dropout", "wide_factors", "equivalent_gradient", "lora_alpha", "init_seed")
+    same = {name: getattr(config, name) for name in fields}
+    cores = [core for m in model.modules() if isinstance(m, AdaptedLayer) for core in m.lorasb_R.values()]
+    flags, active = [core.requires_grad for core in cores], list(model.active_adapters)
+    try:
+        for name in names:
+            own = LoRASBConfig(rank_pattern=dict(config.rank_pattern), target_modules=set(layers), **same)
+            own.init = init or own.init
+            model.add_adapter(name, own)
+        yield
+    except BaseException:
+        keep = False
+        raise
+    finally:
+        model.base_model.set_adapter(active)  # which makes the R's of active adapters trainable
+        for name in names:
+            if not keep and name in model.peft_config:
+                model.delete_adapter(name)
+        for core, flag in zip(cores, flags, strict=True):
+            core.requires_grad_(flag)
+
+
+@dataclass(frozen=True)
+class BasisFit:
+    """Share of a task's first step that a basis keeps, ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖².
+
+    Δ [out, in] is the first step of an adapter of the same rank with a separate A and B, whose share is 1.
+
+    Attributes:
+        share: of all layers together.
+        random: what a random basis of this rank keeps in the mean, r² / (out·in), weighted as `share` is.
+        by_layer: the share of each layer; 1 where no sample reaches it.
+        loss: mean loss of the samples at the base model.
+    """
+
+    share: float
+    random: float
+    loss: float | None = None
+    by_layer: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def basis_fit(
+    model: PeftModel,
+    batches: Loader,
+    *,
+    basis: str = "default",
+    num_samples: int | None = None,
+    update: str = "adamw",
+    seed: int = 0,
+    progress: bool = True,
+) -> BasisFit:
+    """Measure how much of a task's first step a basis keeps, by one initialization of a temporary adapter.
+
+    Args:
+        model: a PeftModel with the adapter `basis`, initialized; it is left unchanged.
+        batches: of the task; see `lorasb.initialize` for these and for num_samples, update, seed and progress.
+        basis: name of the adapter whose A and B are the basis.
+
+    Raises:
+        ValueError: no such basis, or it is not initialized; or what `initialize` refuses.
+    """
+    layers = layers_with(model, basis)
+    if not layers or uninitialized(layers, basis):
+        raise ValueError(f"expected basis= to name an initialized adapter of the model, got {basis!r}")
+    own = f"{basis}_fit"
+    while own in model.peft_config:
+        own += "_"
+    options: dict[str, Any] = {"num_samples": num_samples, "update": update, "seed": seed, "progress": progress}
+    with _added_adapters(model, [own], basis, layers, init="update"):  # whatever the basis was made from
+        report = initialize(model, batches, lr=1.0, longest_start=None, adapter_name=own, **options)
+        energies = kept_energies(layers, own, basis)
+    by_chance = []  # what a random basis keeps of each layer's step, and all of it
+    for name, (_, whole) in energies.items():
+        layer = layers[name]
+        by_chance.append((whole * (layer.adapters[basis].r ** 2 / (layer.out_features * layer.in_features)), whole))
+    by_layer = {name: share_of([pair]) for name, pair in energies.items()}
+    return BasisFit(share_of(energies.values()), share_of(by_chance), report.loss, by_layer)
