@@ -24,10 +24,10 @@ from ..serving.basis_adapters import check_names
 from ..serving.joint_basis import KeptShares, kept_energies, share_into, share_of
 from ..utils.checks import MAX_LR, parse_size
 from ..utils.precision import warn_if_slow
+from .cache import versions
 from .init_report import InitReport
 from .loss import LossFn
 from .pipeline import from_gradients, from_weights
-from .provenance import provenance
 from .sampling import Loader
 from .task import AutoRate, InitOptions, Layers
 from .write import staging
@@ -173,7 +173,9 @@ def without_data(
 def _recorded(model: nn.Module, config: LoRASBConfig, report: InitReport, data: str | None, began: float) -> InitReport:
     """Complete the report, and store its provenance in the config, which is saved with the adapter."""
     report.seconds, report.left = time.perf_counter() - began, skipped_modules(model)
-    config.init_provenance = WrittenHere(provenance(report, data))
+    fields = ("init", "update", "lr", "longest_start", "num_samples", "seed", "loss")
+    facts = {name: getattr(report, name) for name in fields} | {"data_sha256": data, "versions": versions()}
+    config.init_provenance = WrittenHere(facts)
     return report
 
 

@@ -14,12 +14,11 @@ from ..distributed.process_group import Processes, sharded
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
 from .auto_rate import measured_rate
-from .cache import Cache
+from .cache import Cache, cache_key
 from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
 from .init_report import InitReport, LayerReport
 from .loss import labeled_rows
 from .plan import InitPlan
-from .provenance import cache_key
 from .sampling import Batch, Loader, batch_size, samples_hash, select, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd

@@ -14,8 +14,7 @@ from gradients import factors
 from safetensors.torch import load_file
 
 import lorasb
-from lorasb.init import provenance
-from lorasb.init.cache import read
+from lorasb.init import cache as caches
 from lorasb.layers.lookup import adapted_layers
 
 FILES = Path(__file__).parents[1] / "data" / "v0.1.0"
@@ -55,12 +54,12 @@ def test_an_adapter_loads_to_the_bit(folder: str) -> None:
 def test_a_cache_gives_the_same_factors(
     folder: Path, made: str, targets: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, key, facts = read(folder / "signs.safetensors")
+    _, key, facts = caches.read(folder / "signs.safetensors")
     assert facts["num_samples"] == 4
     others = {name: version for name, version in key["versions"].items() if name != "lorasb"}
     assert key["versions"]["lorasb"] != lorasb.__version__
-    ours = provenance.versions() | others  # a cache is refused under another torch: here lorasb's own version counts
-    monkeypatch.setattr(provenance, "versions", lambda: ours)
+    ours = caches.versions() | others  # a cache is refused under another torch: here lorasb's own version counts
+    monkeypatch.setattr(caches, "versions", lambda: ours)
     cache = Path(shutil.copy(folder / "signs.safetensors", tmp_path))
     model = lorasb.patch(base(), r=2, target_modules=targets)
     assert lorasb.initialize(model, samples(), lr=1e-2, cache=cache, progress=False).strategy == "cache"

@@ -127,7 +127,7 @@ def test_every_field_that_differs_alone_is_named(path: Path, monkeypatch: pytest
 )
 def test_a_loss_counts_by_its_name(loss_fn: Any, name: str | None) -> None:
     model = lorasb.patch(make("llama"), r=4)
-    assert pipeline.cache_key(model, layers(model), InitOptions(loss_fn=loss_fn), 3, "0")["loss_fn"] == name
+    assert caches.cache_key(model, layers(model), InitOptions(loss_fn=loss_fn), 3, "0")["loss_fn"] == name
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
