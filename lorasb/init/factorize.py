@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed.process_group import full_tensor
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.adapter_state import AdapterState
+from ..layers.base import weight_present
 from .accumulator import LayerSum
 from .cache import CachedGradient
 from .init_report import LayerReport
@@ -76,6 +78,30 @@ def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
     noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
     u, s, vt = truncated_svd(((2.0 * noise - 1.0) * bound).to(weight.device), r, seed)
     return Factors(u, torch.diag(s / scaling), vt, s)
+
+
+@torch.no_grad()
+def factor_weight(name: str, layer: AdaptedLayer, init: str, options: InitOptions) -> tuple[Factors, LayerReport]:
+    """A layer's factors from its weight W [out, in] or at random, by a data-free init or "weight"; and the report."""
+    started, state, seed = time.perf_counter(), layer.adapters[options.adapter], options.seed_of(name)
+    shape, r = (layer.out_features, layer.in_features), state.r
+    if init == "random":
+        factors = random_subspace(shape, r, seed)
+    else:
+        # accelerate keeps offloaded weights on the meta device outside of their layer's forward, and FSDP2 shards them
+        with weight_present(layer.get_base_layer()), full_precision():
+            weight = full_tensor(layer.base.weight()).float()
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"weight of layer {name!r} has NaN or Inf entries: reload it, or use exclude_modules")
+            if init == "kaiming":
+                factors = kaiming(weight, r, state.scaling, seed)
+            elif init == "weight":  # its leading subspace and R = 0
+                u, s, vt = truncated_svd(weight, r, seed)
+                factors = Factors(u, u.new_zeros(r, r), vt, s)
+            else:
+                factors = lora_xs(weight, r, seed, "output" if init == "lora-xs-output" else "input")
+    sigma, seconds = tuple(map(float, factors.sigma)), time.perf_counter() - started
+    return factors, LayerReport(name, shape, r, None, None, sigma, 0, seconds)
 
 
 Gradient = LayerSum | CachedGradient  # G of a layer, with all its values or its signs only

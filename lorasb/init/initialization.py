@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig, WrittenHere
@@ -25,9 +26,10 @@ from ..serving.joint_basis import KeptShares, kept_energies, share_into, share_o
 from ..utils.checks import MAX_LR, parse_size
 from ..utils.precision import warn_if_slow
 from .cache import versions
+from .factorize import factor_weight
 from .init_report import InitReport
 from .loss import LossFn
-from .pipeline import from_gradients, from_weights
+from .pipeline import from_gradients
 from .sampling import Loader
 from .task import AutoRate, InitOptions, Layers
 from .write import staging
@@ -166,8 +168,15 @@ def without_data(
     model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
 ) -> InitReport:
     """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself."""
-    started, options = time.perf_counter(), InitOptions(adapter=name, seed=seed, progress=progress)
-    return _recorded(model, config, from_weights(layers, config.init, options), None, started)
+    started, options = time.perf_counter(), InitOptions(adapter=name, seed=seed)
+    report = InitReport(config.init, "none", None, 0, seed, None, 0.0)
+    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False, delay=2.0)
+    with staging(name) as write:
+        for layer_name, layer in bar:
+            factors, of_layer = factor_weight(layer_name, layer, config.init, options)
+            write(layer, factors)
+            report.layers.append(of_layer)
+    return _recorded(model, config, report, None, started)
 
 
 def _recorded(model: nn.Module, config: LoRASBConfig, report: InitReport, data: str | None, began: float) -> InitReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import replace
 
 import torch
@@ -11,19 +10,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes, sharded
-from ..layers.adapted_layer import AdaptedLayer
-from ..layers.base import weight_present
 from .auto_rate import measured_rate
 from .cache import Cache, cache_key
-from .factorize import Factors, kaiming, lora_xs, overlap, random_subspace
-from .init_report import InitReport, LayerReport
+from .factorize import overlap
+from .init_report import InitReport
 from .loss import labeled_rows
 from .plan import InitPlan
 from .sampling import Batch, Loader, batch_size, samples_hash, select, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
 from .task import AutoRate, InitOptions, Layers, Piece, Work, frozen_base
-from .write import LayerWriter, Write, staging
+from .write import LayerWriter, Write
 
 
 def from_gradients(
@@ -95,35 +92,6 @@ def _per_sum(work: Work) -> InitOptions:
     own = sum(rows(piece.batch) for piece in work.pieces if piece.counts)
     # Theorem 6: the first step of SGD has no limit.
     return replace(options, lr=options.eta / max(1, sum(work.processes.all_gather(own))), longest_start=None)
-
-
-def from_weights(layers: Layers, init: str, options: InitOptions) -> InitReport:
-    """Write the data-free inits, LoRA-XS, Kaiming or random."""
-    reports, hidden = [], not options.progress
-    with staging(options.adapter) as write:
-        for name, layer in tqdm(layers.items(), desc="factoring", unit="layer", disable=hidden, leave=False, delay=2.0):
-            started, shape, r = time.perf_counter(), (layer.out_features, layer.in_features), layer.r[options.adapter]
-            factors = _factors_of_weight(name, layer, init, options)
-            sigma, seconds = tuple(map(float, factors.sigma)), time.perf_counter() - started
-            reports.append(LayerReport(name, shape, r, None, None, sigma, 0, seconds))
-            write(layer, factors)
-    return InitReport(init, "none", None, 0, options.seed, None, 0.0, reports)
-
-
-@torch.no_grad()
-def _factors_of_weight(name: str, layer: AdaptedLayer, init: str, options: InitOptions) -> Factors:
-    """Compute a layer's factors from its weight W [out, in], or from a random matrix of its shape."""
-    state, seed = layer.adapters[options.adapter], options.seed_of(name)
-    if init == "random":
-        return random_subspace((layer.out_features, layer.in_features), state.r, seed)
-    # accelerate keeps offloaded weights on the meta device outside of their layer's forward.
-    with weight_present(layer.get_base_layer()), full_precision():
-        weight = layer.base.weight().detach().float()
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"weight of layer {name!r} has NaN or Inf entries: reload it, or use exclude_modules")
-        if init.startswith("lora-xs"):
-            return lora_xs(weight, state.r, seed, "output" if init == "lora-xs-output" else "input")
-        return kaiming(weight, state.r, state.scaling, seed)
 
 
 def _work(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> tuple[Work, int, str | None]:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import nn
 
 from ..constants import FACTORS
-from ..distributed.process_group import Processes, full_tensor
+from ..distributed.process_group import Processes
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.base import weight_present
 from ..utils.reading import Json
 from .accumulator import GradientSums, LayerSum
 from .block_recorder import NotAStackError, find_stack
 from .cache import Cache, CachedGradient
-from .factorize import Factors, Gradient, factor
+from .factorize import Factors, Gradient, factor, factor_weight
 from .init_report import LayerReport
-from .svd import full_precision, truncated_svd
 from .task import InitOptions, Layers
 
 Write = Callable[[AdaptedLayer, Factors], None]
@@ -161,15 +159,12 @@ class LayerWriter:
             stacklevel=4,
         )
         for name in names:
-            layer, r = self.layers[name], self.layers[name].adapters[self.options.adapter].r
-            # accelerate keeps offloaded weights on the meta device, and FSDP2 shards them
-            with weight_present(layer.get_base_layer()), full_precision():
-                u, s, vt = truncated_svd(full_tensor(layer.base.weight()).float(), r, self.options.seed_of(name))
-            # from one rank, as the last bits depend on the number of threads
-            factors = self._from(0, layer, Factors(u, u.new_zeros(r, r), vt, s))
+            layer = self.layers[name]
+            factors, report = factor_weight(name, layer, "weight", self.options)
+            factors = self._from(0, layer, factors)  # from one rank, as the last bits depend on the number of threads
             self.write(layer, factors)
-            shape, sigma = (layer.out_features, layer.in_features), tuple(map(float, factors.sigma))
-            self.reports[name] = LayerReport(name, shape, r, None, None, sigma, 0, 0.0, fallback="weight")
+            sigma = tuple(map(float, factors.sigma))
+            self.reports[name] = replace(report, singular_values=sigma, fallback="weight")
 
 
 def _checked(name: str, layer: AdaptedLayer, total: LayerSum) -> LayerSum:
