@@ -27,20 +27,14 @@ class NotAStackError(ValueError):
 class Stack:
     """A list of blocks that are computed one at a time."""
 
-    name: str  # name of the list in the base model
+    name: str  # of the list in the base model, and what was cut off: a resumed run has to use the same
     blocks: list[nn.Module]  # the blocks, from the first to the last
     targets: list[dict[str, nn.Module]]  # targets of each block, by name
-    uncut: int = 0  # number of blocks that were removed from the top, to be differentiated together with the head
 
     @property
     def names(self) -> set[str]:
         """Names of all targets inside the blocks."""
         return {name for block in self.targets for name in block}
-
-    @property
-    def course(self) -> str:
-        """Identifies the order of computation in a cache: a resumed run has to use the same."""
-        return f"{self.name}, last {self.uncut} together" if self.uncut else self.name
 
     @property
     def lowest(self) -> int:

@@ -63,7 +63,7 @@ class Cache:
         self.path, self.key, self.data = Path(path), key, data
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.facts: Json = {}
-        self.course: list[object] = []  # blocks and targets of a layerwise run: resuming needs the same
+        self.partial_key: Json = {}  # the key with the blocks and targets of a layerwise run: resuming needs the same
         self.layers: dict[str, CachedGradient] = {}  # those added or loaded so far
 
     def load(self, names: list[str]) -> dict[str, CachedGradient] | None:
@@ -98,8 +98,7 @@ class Cache:
         boundary = self.partial / "boundary.safetensors"
         if not boundary.exists():
             return None
-        key = self.key | {"blocks and targets": self.course}
-        self._compare(read_json(self.partial / "key.json"), self.partial, key)
+        self._compare(read_json(self.partial / "key.json"), self.partial, self.partial_key)
         block, gradients = int(safetensors_header(boundary)["__metadata__"]["block"]), read_tensors(boundary)
         for path in sorted(self.partial.glob("block-*.safetensors")):
             # A block whose boundary was not written in time is computed again, and its file overwritten.
@@ -115,7 +114,7 @@ class Cache:
         """Write a block's signs, then the gradients at its input."""
         # The boundary file is the commit: it is replaced atomically and names the next block, so a run that is
         # interrupted between the two writes resumes at this block.
-        write_json(self.partial / "key.json", self.key | {"blocks and targets": self.course})
+        write_json(self.partial / "key.json", self.partial_key)
         layers = {name: self.layers[name] for name in names if name in self.layers}
         write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
         # `contiguous`: safetensors refuses views.

@@ -127,10 +127,9 @@ def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
 def _execute_plan(work: Work, writer: LayerWriter) -> InitPlan:
     """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
     executor = Executor(work)
-    if writer.cache is not None:
-        # A run may resume only if it goes through the same blocks and targets.
-        stack = executor.plan.stack
-        writer.cache.course = [stack.course if stack is not None else "", sorted(work.layers)]
+    if writer.cache is not None:  # a run may resume only if it goes through the same blocks and targets
+        course = [executor.plan.stack.name if executor.plan.stack is not None else "", sorted(work.layers)]
+        writer.cache.partial_key = writer.cache.key | {"blocks and targets": course}
     if executor.show:  # before the work, as the estimate may be a reason to interrupt it
         tqdm.write(f"lorasb: {executor.plan}")
     # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.

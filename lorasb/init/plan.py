@@ -221,11 +221,10 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     _refuse_too_much(work, sizes, memory, limit, stack)
     per_block = block_bytes(work, stack, sizes)
     uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
-    if uncut:
-        why = f"{why}, of which the last {uncut} together"
-    end = len(stack.blocks) - uncut
-    cut = replace(stack, blocks=stack.blocks[:end], targets=stack.targets[:end], uncut=uncut)
-    return InitPlan("layerwise", why, cut, on_host, budget, memory + uncut * per_block)
+    if uncut:  # differentiated together with the head
+        why, end = f"{why}, of which the last {uncut} together", len(stack.blocks) - uncut
+        stack = Stack(f"{stack.name}, last {uncut} together", stack.blocks[:end], stack.targets[:end])
+    return InitPlan("layerwise", why, stack, on_host, budget, memory + uncut * per_block)
 
 
 def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float) -> int:
