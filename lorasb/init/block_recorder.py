@@ -6,7 +6,7 @@ the recomputed gradients would be wrong without notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..constants import PEFT_PREFIX
 from ..ops.calls import autocast_on
+from .task import Layers
 
 
 class NotAStackError(ValueError):
@@ -29,7 +30,7 @@ class Stack:
 
     name: str  # of the list in the base model, and what was cut off: a resumed run has to use the same
     blocks: list[nn.Module]  # the blocks, from the first to the last
-    targets: list[dict[str, nn.Module]]  # targets of each block, by name
+    targets: list[Layers]  # targets of each block, by name
 
     @property
     def names(self) -> set[str]:
@@ -42,7 +43,7 @@ class Stack:
         return next(i for i, block in enumerate(self.targets) if block)
 
 
-def find_stack(model: nn.Module, layers: Mapping[str, nn.Module], name: str | None = None) -> Stack:
+def find_stack(model: nn.Module, layers: Layers, name: str | None = None) -> Stack:
     """The ModuleList that holds most weights of the targets, or the one called `name`."""
     # Blocks may contain lists of their own (experts), which hold fewer weights than the list of blocks.
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
@@ -57,13 +58,13 @@ def find_stack(model: nn.Module, layers: Mapping[str, nn.Module], name: str | No
     return best
 
 
-def _stack(name: str, blocks: nn.ModuleList, layers: Mapping[str, nn.Module]) -> Stack:
+def _stack(name: str, blocks: nn.ModuleList, layers: Layers) -> Stack:
     """The stack of a list of blocks, with the targets assigned to the blocks that contain them."""
     block_indices: dict[nn.Module, list[int]] = {}  # several for a module that blocks share
     for i, block in enumerate(blocks):
         for module in block.modules():
             block_indices.setdefault(module, []).append(i)
-    targets: list[dict[str, nn.Module]] = [{} for _ in blocks]
+    targets: list[Layers] = [{} for _ in blocks]
     for layer, module in layers.items():
         indices = block_indices.get(module, [])
         # A shared layer's sum is complete only after all of its blocks.
@@ -75,7 +76,7 @@ def _stack(name: str, blocks: nn.ModuleList, layers: Mapping[str, nn.Module]) ->
 
 
 def _count_weights(stack: Stack) -> int:
-    return sum(m.in_features * m.out_features for block in stack.targets for m in block.values())  # type: ignore[operator, misc]
+    return sum(m.in_features * m.out_features for block in stack.targets for m in block.values())
 
 
 HIDDEN = "hidden_states"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..layers.adapted_layer import AdaptedLayer
 from .block_recorder import NotAStackError, Stack, find_stack
 from .sampling import Batch, batch_size
-from .svd import OVERSAMPLE, sketch_bytes
-from .task import Work
+from .svd import OVERSAMPLE
+from .task import Layers, Work
 
 DEFAULT_BATCH = 32  # the paper's batch: the default budget is the memory of a training step of this many samples
 SAVED_ACTIVATIONS = 3.0  # ratio: what autograd saves of a block, over half the inputs and outputs of its linears
@@ -35,13 +37,13 @@ class Sizes:
     masks: float  # bytes of the attention masks of all micro-batches
 
 
-def passes(layers: dict[str, nn.Module], budget_bytes: float, sketch_rank: int = 0) -> list[dict[str, nn.Module]]:
-    """Return subsets of consecutive layers whose fp32 sums fit into a budget, from the last layer to the first."""
+def passes(layers: Layers, budget_bytes: float, sum_bytes: Callable[[AdaptedLayer], int]) -> list[Layers]:
+    """Return subsets of consecutive layers whose sums fit into a budget, from the last layer to the first."""
     # Backward ends at the lowest layer that has a hook, so a pass over late layers is shorter.
-    subsets: list[dict[str, nn.Module]] = []
+    subsets: list[Layers] = []
     used = 0.0
     for name in reversed(layers):
-        size = sum_bytes(layers[name], sketch_rank)
+        size = sum_bytes(layers[name])
         if not subsets or used + size > budget_bytes:
             subsets.append({})
             used = 0.0
@@ -50,15 +52,9 @@ def passes(layers: dict[str, nn.Module], budget_bytes: float, sketch_rank: int =
     return subsets
 
 
-def sum_bytes(layer: nn.Module, sketch_rank: int = 0) -> int:
-    """Bytes of a layer's ΣG [out, in] in fp32, and of its sketches of second moments for a rank, if that is not 0."""
-    m, n = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-    return 4 * m * n + (sketch_bytes((m, n), sketch_rank) if sketch_rank else 0)
-
-
 def block_bytes(work: Work, stack: Stack, sizes: Sizes) -> float:
     """Bytes of the largest block's sums and its activations of one micro-batch."""
-    largest = max(sum(sum_bytes(layer, work.sketch_rank) for layer in block.values()) for block in stack.targets)
+    largest = max(sum(map(work.sum_bytes, block.values())) for block in stack.targets)
     return largest + sizes.largest * sizes.activations / len(stack.blocks)
 
 
@@ -121,7 +117,7 @@ def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:
 
 def accumulate_memory(work: Work, sizes: Sizes, budget_bytes: float) -> float:
     """Peak bytes: sums of one pass, at most `budget_bytes` unless one layer takes more, and activations."""
-    sums = [sum_bytes(layer, work.sketch_rank) for layer in work.layers.values()]
+    sums = [work.sum_bytes(layer) for layer in work.layers.values()]
     activations = sizes.largest * (sizes.activations + sizes.head)
     return min(sum(sums), max(budget_bytes, *sums)) + activations + factoring_bytes(work)
 
@@ -208,7 +204,7 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     every = work.processes.gather_json([available(work.device), float(psutil.virtual_memory().available)])
     free, host = map(min, zip(*every, strict=True))
     if stack is None:
-        count = len(passes(dict(work.layers), budget, work.sketch_rank))
+        count = len(passes(work.layers, budget, work.sum_bytes))
         memory = accumulate_memory(work, sizes, budget)
         _refuse_too_much(work, sizes, memory, free, None)
         return InitPlan("accumulate", f"{why}; {count} passes", None, False, budget, memory)

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .accumulator import GradientSums
 from .block_recorder import EARLY_EXIT, MODIFIED_IN_PLACE, NotAStackError, Recorder, Stack, Traversal
 from .cache import Cache
-from .plan import make_plan, passes, plan_for, sum_bytes
-from .task import Work
+from .plan import make_plan, passes, plan_for
+from .task import Layers, Work
 
 
 class Executor:
@@ -74,10 +74,10 @@ class Executor:
         bar.reset(total=(1 + steps) * len(work.pieces))  # one forward to record, then one recomputation per block
         # Sums outside of the stack (the head's) are all taken in the first backward: as many as fit, from the last one
         # on, as only those above the stack are reached. The others are left to the passes.
-        tail: dict[str, nn.Module] = {}
+        tail: Layers = {}
         taken, inside = 0, stack.names
         for name in reversed([name for name in work.layers if name not in inside]):
-            size = sum_bytes(work.layers[name], work.sketch_rank)
+            size = work.sum_bytes(work.layers[name])
             if taken + size <= self.plan.sum_budget:
                 tail[name], taken = work.layers[name], taken + size
         traversals, above = record(work, stack, tail, Tensor.cpu if self.plan.on_host else _keep_on_device)
@@ -99,10 +99,10 @@ class Executor:
 
     def _accumulate(self, bar: tqdm) -> Iterator[GradientSums]:
         work, known = self.work, self.done | (self.plan.stack.names if self.plan.stack is not None else set())
-        remaining: dict[str, nn.Module] = {name: m for name, m in work.layers.items() if name not in known}
+        remaining = {name: m for name, m in work.layers.items() if name not in known}
         if not remaining:
             return
-        subsets = passes(remaining, self.plan.sum_budget, work.sketch_rank)
+        subsets = passes(remaining, self.plan.sum_budget, work.sum_bytes)
         several = f"{len(remaining)} layers in {len(subsets)} passes"
         bar.set_description(several if len(subsets) > 1 else "first-step gradients")
         bar.reset(total=len(subsets) * len(work.pieces))
@@ -120,7 +120,7 @@ def _keep_on_device(boundary: Tensor) -> Tensor:
 
 
 def record(
-    work: Work, stack: Stack, tail: dict[str, nn.Module], store: Callable[[Tensor], Tensor]
+    work: Work, stack: Stack, tail: Layers, store: Callable[[Tensor], Tensor]
 ) -> tuple[list[Traversal], GradientSums]:
     """Return traversals with the gradients at the last block's output, and the sums of targets above it."""
     recorder = Recorder(stack, store)

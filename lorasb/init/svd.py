@@ -178,11 +178,6 @@ def _wide_blocks(matrix: Matrix) -> Iterator[tuple[slice, Tensor]]:
             yield columns, matrix.block(columns, slice(0, n)).t()
 
 
-def sketch_bytes(shape: tuple[int, int], r: int) -> int:
-    """Bytes of the sketch of a layer: two sums and two starts, in fp32."""
-    return 2 * 4 * sum(shape) * min(r + OVERSAMPLE, *shape)
-
-
 class MomentSketch:
     """Sums of g_i g_iᵀ Ω [out, q] and g_iᵀ g_i Ω' [in, q] over samples, in fp32, for eigenvectors of rank r.
 

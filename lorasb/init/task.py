@@ -16,7 +16,7 @@ from ..distributed.process_group import Processes
 from ..layers.adapted_layer import AdaptedLayer
 from .loss import LossFn, backward_over_samples, labeled_rows
 from .sampling import Batch, batch_size
-from .svd import MomentSketch
+from .svd import OVERSAMPLE, MomentSketch
 
 Layers = dict[str, AdaptedLayer]
 UPDATES = ("adamw", "sgd", "per-sample")
@@ -109,13 +109,6 @@ class Work:
         # R's device: the base weight of an offloaded layer is on the meta device.
         return next(next(iter(self.layers.values())).lorasb_R.parameters()).device
 
-    @property
-    def sketch_rank(self) -> int:
-        """The largest rank that second moments are summed for; 0 if they are not wanted."""
-        if self.options.update != "per-sample":
-            return 0
-        return max(layer.adapters[self.options.adapter].r for layer in self.layers.values())
-
     def sketch(self, name: str) -> MomentSketch | None:
         """An empty sketch of a layer's second moments, with the same start on every rank; None if not wanted."""
         if self.options.update != "per-sample":
@@ -123,6 +116,12 @@ class Work:
         layer = self.layers[name]
         r, seed = layer.adapters[self.options.adapter].r, self.options.seed_of(name)
         return MomentSketch((layer.out_features, layer.in_features), r, seed)
+
+    def sum_bytes(self, layer: AdaptedLayer) -> int:
+        """Bytes of a layer's ΣG [out, in] in fp32, and of the sums and starts of its sketch, if that is wanted."""
+        m, n = layer.out_features, layer.in_features
+        q = min(layer.adapters[self.options.adapter].r + OVERSAMPLE, m, n) if self.options.update == "per-sample" else 0
+        return 4 * (m * n + 2 * q * (m + n))
 
     def backward(self, piece: Piece) -> None:
         """Forward and backward of a micro-batch, with the sum of its samples' losses."""

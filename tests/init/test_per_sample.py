@@ -11,8 +11,9 @@ from models import batches_for, make, started
 from torch import Tensor
 
 import lorasb
-from lorasb.init.plan import passes, sum_bytes
+from lorasb.distributed.process_group import Processes
 from lorasb.init.svd import MomentSketch, leading_eigenvectors
+from lorasb.init.task import InitOptions, Work
 
 
 def kept(moment: Tensor, basis: Tensor) -> float:
@@ -107,10 +108,10 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
 
 
 def test_sketches_count_in_the_plan() -> None:
-    """Two sums and two starts of 4 + 32 columns in fp32 beside each ΣG, so that fewer layers share a pass."""
-    layers = {"a": torch.nn.Linear(64, 128), "b": torch.nn.Linear(64, 128)}
-    size = 4 * 64 * 128
-    assert sum_bytes(layers["a"]) == size
-    assert sum_bytes(layers["a"], 4) == size + 2 * 4 * (64 + 128) * 36
-    assert [len(part) for part in passes(layers, 2 * size)] == [2]
-    assert [len(part) for part in passes(layers, 2 * size, sketch_rank=4)] == [1, 1]
+    """Two sums and two starts of 4 + 32 columns in fp32 beside each ΣG."""
+    model = lorasb.patch(make("llama"), r=4)
+    for update, columns in (("adamw", 0), ("per-sample", 36)):
+        work = Work(model, layers(model), [], InitOptions(adapter="default", update=update), Processes())
+        for layer in work.layers.values():
+            m, n = layer.base.shape
+            assert work.sum_bytes(layer) == 4 * (m * n + 2 * (m + n) * min(columns, m, n))

@@ -82,8 +82,8 @@ def test_as_many_passes_as_the_budget_asks_for_give_the_same(room: str) -> None:
 
 def test_passes_go_from_the_last_layer_to_the_first_and_fill_the_room() -> None:
     layers = {str(i): nn.Linear(8, 8) for i in range(5)}
-    assert [list(part) for part in passes(layers, 4 * 64 * 2)] == [["4", "3"], ["2", "1"], ["0"]]
-    assert [len(part) for part in passes(layers, 0)] == [1] * 5
+    for room, parts in ((2, [["4", "3"], ["2", "1"], ["0"]]), (0, [["4"], ["3"], ["2"], ["1"], ["0"]])):
+        assert [list(part) for part in passes(layers, room, lambda layer: 1)] == parts
 
 
 def test_blocks_without_targets_are_passed_through() -> None:
