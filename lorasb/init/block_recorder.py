@@ -81,7 +81,6 @@ def _count_weights(stack: Stack) -> int:
 
 HIDDEN = "hidden_states"
 MODIFIED_IN_PLACE = "something that passes between blocks is changed in place"
-EARLY_EXIT = "a forward leaves the stack before its last block"
 Args = tuple[object, ...]  # of a block's forward
 Kwargs = dict[str, object]
 
@@ -167,17 +166,12 @@ class Recorder:
                     handles.enter_context(layer.register_forward_pre_hook(partial(self._inside, i, name)))
             yield
 
-    @property
-    def unfinished(self) -> bool:
-        """True if the last forward did not reach the end of the last block."""
-        return bool(self._open) and len(self._open[-1].leaves) <= len(self.blocks)
-
     def settle(self, counts: bool) -> None:
         """After a backward: keep the traversals that got a gradient at the last block's output."""
         for traversal in self._open:
             complete = len(traversal.leaves) > len(self.blocks)
             if not complete and any(leaf.grad is not None for leaf in traversal.leaves):
-                raise NotAStackError(EARLY_EXIT)
+                raise NotAStackError("a forward leaves the stack before its last block")
             # A recomputation would see other values; autograd's own check covers only what it saved for backward.
             if any(_version(tensor) != version for tensor, version in traversal.versions):
                 raise NotAStackError(MODIFIED_IN_PLACE)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .accumulator import GradientSums
-from .block_recorder import EARLY_EXIT, MODIFIED_IN_PLACE, NotAStackError, Recorder, Stack, Traversal
+from .block_recorder import MODIFIED_IN_PLACE, NotAStackError, Recorder, Stack, Traversal
 from .cache import Cache
 from .plan import make_plan, passes, plan_for
 from .task import Layers, Work
@@ -129,15 +129,10 @@ def record(
             sums.muted = not piece.counts
             try:
                 work.backward(piece)
-            except NotAStackError:
-                raise
-            except (ValueError, RuntimeError) as error:
+            except RuntimeError as error:
                 # Autograd's error for `hidden += ...` on the leaf that a block got as its input.
                 if "leaf Variable that requires grad" in str(error):
                     raise NotAStackError(MODIFIED_IN_PLACE) from None
-                # A forward that left the stack early may fail in the checks of its loss, which would blame the batch.
-                if recorder.unfinished and isinstance(error, ValueError):
-                    raise NotAStackError(EARLY_EXIT) from None
                 raise
             recorder.settle(piece.counts)
             work.tick()
