@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.registry import WORD, pack_words, unpack_words, words_of
+from ..ops.registry import WORD, unpack_words, words_of
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,6 @@ class SignBits:
     words: Tensor  # [m, ceil(n / 32)] int32; bit j of word w of a row is 1 if column 32·w + j is positive
     shape: tuple[int, int]  # (m, n)
     nonzero: Tensor | None = None  # [m, ceil(n / 32)] int32, bits of nonzero entries; None if no entry is zero
-
-    @classmethod
-    def pack(cls, matrix: Tensor) -> SignBits:
-        """Pack a matrix [m, n] of any floating dtype."""
-        m, n = matrix.shape
-        return cls(pack_words(matrix > 0), (m, n), pack_words(matrix != 0) if bool((matrix == 0).any()) else None)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The signs [m, n] as +1, -1 and 0."""
