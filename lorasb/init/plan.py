@@ -30,8 +30,7 @@ class Sizes:
     largest: int  # tokens of the largest micro-batch
     samples: int  # samples of all micro-batches
     rows: int  # samples of the largest micro-batch
-    width: int  # features of the hidden states between blocks
-    itemsize: int  # bytes of an activation
+    boundary: int  # bytes of the hidden states of one token between blocks
     activations: float  # bytes that autograd saves of one token in a training step, without the head
     head: float  # bytes of the logits of one token, with their gradient and fp32 copies
     masks: float  # bytes of the attention masks of all micro-batches
@@ -86,7 +85,7 @@ def measure(work: Work, config: object = None) -> Sizes:
     every = work.processes.gather_json([sum(counts), max(counts), max(1, sum(rows)), max(rows), head, masks])
     tokens, largest, samples, per_batch, head, masks = map(max, zip(*every, strict=True))
     saved = linears * itemsize * SAVED_ACTIVATIONS / 2
-    return Sizes(tokens, largest, samples, per_batch, width, itemsize, saved, head, masks)
+    return Sizes(tokens, largest, samples, per_batch, width * itemsize, saved, head, masks)
 
 
 def mask_bytes(batch: Batch, itemsize: int) -> float:
@@ -107,7 +106,7 @@ def tokens_of(batch: Batch) -> int:
 
 def boundary_bytes(stack: Stack, sizes: Sizes) -> float:
     """Bytes of the inputs of all blocks, of the gradient at one boundary, and of the masks that blocks share."""
-    return (len(stack.blocks) + 1) * sizes.tokens * sizes.width * sizes.itemsize + sizes.masks
+    return (len(stack.blocks) + 1) * sizes.tokens * sizes.boundary + sizes.masks
 
 
 def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:

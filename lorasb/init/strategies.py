@@ -109,9 +109,7 @@ class Executor:
         for subset in subsets:
             with GradientSums(subset, sketch=work.sketch) as sums:
                 for piece in work.pieces:
-                    sums.muted = not piece.counts
-                    work.backward(piece)
-                    work.tick()
+                    work.backward(piece, sums)
             yield sums
 
 
@@ -126,16 +124,14 @@ def record(
     recorder = Recorder(stack, store)
     with recorder.hooks(), GradientSums(tail, lambda: recorder.above, work.sketch) as sums:
         for piece in work.pieces:
-            sums.muted = not piece.counts
             try:
-                work.backward(piece)
+                work.backward(piece, sums)
             except RuntimeError as error:
                 # Autograd's error for `hidden += ...` on the leaf that a block got as its input.
                 if "leaf Variable that requires grad" in str(error):
                     raise NotAStackError(MODIFIED_IN_PLACE) from None
                 raise
             recorder.settle(piece.counts)
-            work.tick()
     # A target that also ran below or inside the stack got no gradient there: its sum is incomplete, and it is left to
     # the passes over the whole model.
     for name in sums.called_inactive:

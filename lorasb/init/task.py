@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..distributed.process_group import Processes
 from ..layers.adapted_layer import AdaptedLayer
+from .accumulator import GradientSums
 from .loss import LossFn, backward_over_samples, labeled_rows
 from .sampling import Batch, batch_size
 from .svd import OVERSAMPLE, MomentSketch
@@ -123,13 +124,15 @@ class Work:
         q = min(layer.adapters[self.options.adapter].r + OVERSAMPLE, m, n) if self.options.update == "per-sample" else 0
         return 4 * (m * n + 2 * q * (m + n))
 
-    def backward(self, piece: Piece) -> None:
-        """Forward and backward of a micro-batch, with the sum of its samples' losses."""
+    def backward(self, piece: Piece, sums: GradientSums) -> None:
+        """Forward and backward of a micro-batch, which adds to sums, and to that of the samples' losses."""
+        sums.muted = not piece.counts
         own_loss = self.options.loss_fn is None
         loss = backward_over_samples(self.model, to_device(piece.batch, self.device), self.options.loss_fn)
         if piece.counts:
             self.loss += loss
             self.labeled += labeled_rows(piece.batch) if own_loss else batch_size(piece.batch)
+        self.tick()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
