@@ -49,8 +49,7 @@ class LayerSum:
         if self.sketch is not None:
             self.sketch.add(dy, x)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        pair_bytes = dy.numel() * dy.element_size() + x.numel() * x.element_size()
-        if last and self.total is None and self._pair is None and pair_bytes < 4 * dy.shape[1] * x.shape[1]:
+        if last and self.total is None and self._pair is None and dy.nbytes + x.nbytes < 4 * dy.shape[1] * x.shape[1]:
             self._pair = dy, x
             self._take_signs(dy, x, None, True)
             return

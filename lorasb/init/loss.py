@@ -103,13 +103,11 @@ def _checked(loss: object, batch: Batch) -> Tensor:
 def _weights(loss: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, float] | None:
     """(factor per sample from the batch's mean to its own, Σ_i L(x_i)); None if the loss cannot be reproduced."""
     labels = batch.get("labels")
-    if not logits.requires_grad:
+    if not isinstance(labels, Tensor) or logits.shape[0] != labels.shape[0] or not logits.requires_grad:
         return None
     # accelerate's wrappers return converted copies of the logits, on which a hook would never run. The graph is
     # retained for the backward that follows.
     if torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0] is None:
-        return None
-    if not isinstance(labels, Tensor) or logits.shape[0] != labels.shape[0]:
         return None
     tolerance = LOSS_TOLERANCE if loss.dtype in (torch.float32, torch.float64) else LOSS_TOLERANCE_16_BITS
     for sums, counts in _candidates(logits.float(), labels):

@@ -59,12 +59,9 @@ def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
     """Batches up to a number of samples, or all; empty ones are passed over."""
     left = math.inf if limit is None else limit
     for batch in batches if left else ():
-        rows = batch_size(batch)
-        if rows > left:
-            rows = int(left)
-            batch = take_rows(batch, torch.arange(rows))
+        rows = int(min(batch_size(batch), left))
         if rows:
-            yield dict(batch)
+            yield dict(take_rows(batch, torch.arange(rows)) if rows < batch_size(batch) else batch)
         left -= rows
         if not left:  # before the next batch is fetched: a stream may be endless, or costly
             break

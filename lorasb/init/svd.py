@@ -130,7 +130,9 @@ def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tens
     # Drawn on the CPU: one seed gives the same start on every device.
     basis = torch.randn(short, q, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(source.device)
     gram = None
-    if _gram_is_cheaper(short, length, q):  # exact for signs, whose products are integers (below 2^24 in fp32)
+    # W Wᵀ and [s, s] products, where these take fewer multiplications (over s) than two [s, l] products per iteration;
+    # exact for signs, whose products are integers (below 2^24 in fp32).
+    if short * length + ITERATIONS * short * q < 2 * ITERATIONS * length * q:
         gram = basis.new_zeros(short, short)
         for _, block in _wide_blocks(matrix):
             gram.addmm_(block, block.t())
@@ -149,12 +151,6 @@ def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tens
         projected[:, columns] = basis.t() @ block
     left, s, vt = torch.linalg.svd(projected, full_matrices=False)
     return basis @ left, s, vt
-
-
-def _gram_is_cheaper(short: int, length: int, q: int) -> bool:
-    """True if W Wᵀ once and [s, s] products take fewer multiplications than two [s, l] products per iteration."""
-    # Both counts are divided by s.
-    return short * length + ITERATIONS * short * q < 2 * ITERATIONS * length * q
 
 
 def _wide_blocks(matrix: Matrix) -> Iterator[tuple[slice, Tensor]]:
