@@ -1,8 +1,4 @@
-"""Sums of weight gradients from hooks: ΣG += dyᵀ x in fp32, while no weight requires a gradient.
-
-This works where `weight.grad` does not exist (quantized and sharded weights) and never holds the gradients of all
-layers.
-"""
+"""Sums of weight gradients from hooks: ΣG += dyᵀ x in fp32, where no weight has a gradient (quantized, sharded)."""
 
 from __future__ import annotations
 
@@ -32,16 +28,12 @@ class GradientSigns:
 
 
 class LayerSum:
-    """ΣG [out, in] of one layer, in fp32 (fp64 for fp64 models).
-
-    If a single call is all there is, dy and x are kept in place of their product if they take less memory. A `sketch`
-    takes the second moments of the samples' own gradients, too.
-    """
+    """ΣG [out, in] of one layer, in fp32 (fp64 for fp64 models); a `sketch` takes the samples' second moments, too."""
 
     def __init__(self, sketch: MomentSketch | None = None) -> None:
         self.total: Tensor | None = None
         self.sketch = sketch
-        self._pair: tuple[Tensor, Tensor] | None = None
+        self._pair: tuple[Tensor, Tensor] | None = None  # dy and x of a single call, where they take less memory than G
         self._signs: GradientSigns | None = None
 
     def add(self, dy: Tensor, x: Tensor, last: bool = False) -> None:
@@ -125,16 +117,9 @@ def _op(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 class GradientSums:
-    """Sums dyᵀ x of linear layers whenever a backward reaches their outputs.
+    """Sums dyᵀ x of linear layers, by name, inside its block, whenever a backward reaches their outputs.
 
-    A context manager: hooks are registered inside the block only. With all weights frozen, autograd would build no
-    graph up to the first layer; so an output that requires no gradient is replaced by one that does, and backward
-    reaches every layer.
-
-    Args:
-        layers: the layers, by name.
-        active: called at every forward of a layer; a layer is summed only if it returns True.
-        sketch: makes a layer's empty `MomentSketch`, by its name; None if second moments are not wanted.
+    A layer's forward counts if `active` returns True. `sketch` makes a layer's empty `MomentSketch`, or None.
     """
 
     def __init__(
@@ -178,7 +163,8 @@ class GradientSums:
         if inputs[0].numel() == 0 or self._ignores(name):
             return None
         if not output.requires_grad:
-            # `clone`: a leaf that requires a gradient may not be changed in place, as models do with `+=`.
+            # With all weights frozen, autograd would build no graph up to here. `clone`: a leaf that requires gradients
+            # may not be changed in place, as models do with `+=`.
             output = output.detach().requires_grad_(True).clone()
         if self.muted:  # in the graph all the same: under FSDP2 every rank has to run the same backward
             return output

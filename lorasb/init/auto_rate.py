@@ -40,10 +40,7 @@ def _add_squares(total: Tensor, adapter: str, layer: LoRASBLinear, inputs: tuple
 
 
 def measured_rate(work: Work) -> float:
-    """ρ over the median of s·r·rms‖A x‖ / rms‖W x‖ of the linear layers that the samples reach, by one forward.
-
-    `FALLBACK`, with a warning, where it cannot be measured.
-    """
+    """ρ over the median leverage of the linear layers that samples reach, by one forward; `FALLBACK` without one."""
     if sharded(work.model):
         return _fall_back("the model is sharded")
     adapter = work.options.adapter

@@ -136,16 +136,11 @@ def _version(tensor: Tensor) -> int:
 
 
 class Recorder:
-    """Records every traversal of a stack while the model runs; a backward then ends at the last block's output.
-
-    A gradient at any other leaf (from a loss on hidden states, a router's auxiliary loss, another traversal) shows that
-    the model is no plain stack.
-
-    `store` maps a block's input or argument to what is stored: itself, or a copy on the host.
-    """
+    """Records every traversal of a stack while the model runs; a backward then ends at the last block's output."""
 
     def __init__(self, stack: Stack, store: Callable[[Tensor], Tensor]) -> None:
-        self.blocks, self.targets, self.store = stack.blocks, stack.targets, store
+        self.blocks, self.targets = stack.blocks, stack.targets
+        self.store = store  # maps what a block gets to what is kept: itself, or a copy on the host
         self.traversals: list[Traversal] = []  # finished, in order
         self.above = False  # True while modules run that come after the last block
         self._running: int | None = None  # index of the block that is in its forward

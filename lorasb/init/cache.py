@@ -54,13 +54,11 @@ class CachedGradient(GradientSigns):
 
 
 class Cache:
-    """The cache of one initialization: loads a finished file, or collects layers to write one.
-
-    A file has to have the same `key` (see `cache_key`); fields of the batches are compared only with `data`.
-    """
+    """The cache of one initialization: loads a finished file, which has to have the same key, or collects one."""
 
     def __init__(self, path: str | os.PathLike[str], key: Json, data: bool) -> None:
-        self.path, self.key, self.data = Path(path), key, data
+        self.path, self.key = Path(path), key
+        self.data = data  # whether fields of the batches are compared, too
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.facts: Json = {}
         self.partial_key: Json = {}  # the key with the blocks and targets of a layerwise run: resuming needs the same

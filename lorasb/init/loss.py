@@ -21,9 +21,7 @@ LOSS_TOLERANCE_16_BITS = 8e-3
 def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> float:
     """Backward through Σ_i L(x_i) of a batch, with L(x_i) the mean over sample i's own labeled tokens."""
     # A model's own loss is a mean over all tokens of the batch, which gives long samples more weight. If that mean can
-    # be reproduced from the logits, the gradient at the logits is rescaled per sample; if not, samples are run one by
-    # one. Samples without a labeled token have no loss and are skipped. With `loss_fn`, the caller's loss is multiplied
-    # by the number of samples and otherwise used as it is.
+    # be reproduced from the logits, the gradient at the logits is rescaled per sample; if not, samples run one by one.
     rows = batch_size(batch)
     if loss_fn is not None:
         # A mean over the batch, as losses usually are, times its rows is a sum over samples.

@@ -25,11 +25,9 @@ MIN_SAMPLES = 32  # the default never takes fewer, unless the data set has fewer
 
 
 def select(batches: Loader, num_samples: int | None, seed: int) -> list[Batch]:
-    """This rank's samples from a DataLoader (by its data set), a list of batches (by their rows) or any iterable.
+    """This rank's samples: drawn from a DataLoader's data set or a list's rows, else the first of an iterable.
 
-    A DataLoader with a custom sampler (a subset, a rank's share) is taken in its order, as an iterable is. Without
-    `num_samples`, min(available, max(32, n/1000)) are taken, or all of an iterable without a size; both count all
-    ranks, each of which passes the batches of its share. The global random state is not touched.
+    A DataLoader with a custom sampler (a subset, a rank's share) is taken in its order, as an iterable is.
     """
     processes = Processes()
     # All ranks have to draw, or all take their own order: the branch is chosen by counts that every rank knows.

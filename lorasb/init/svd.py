@@ -169,16 +169,14 @@ def _wide_blocks(matrix: Matrix) -> Iterator[tuple[slice, Tensor]]:
 
 
 class MomentSketch:
-    """Sums of g_i g_iᵀ Ω [out, q] and g_iᵀ g_i Ω' [in, q] over samples, in fp32, for eigenvectors of rank r.
-
-    q = r + 32, at most out and in. Ω and Ω' are drawn on the CPU: the same on every device and rank.
-    """
+    """Sums of g_i g_iᵀ Ω [out, q] and g_iᵀ g_i Ω' [in, q] over samples, in fp32, for eigenvectors of rank r."""
 
     def __init__(self, shape: tuple[int, int], r: int, seed: int) -> None:
-        self.q = min(r + OVERSAMPLE, *shape)
+        q = min(r + OVERSAMPLE, *shape)
+        # drawn on the CPU: the same on every device and rank
         generator = torch.Generator().manual_seed(seed)
-        self._starts = [torch.randn(side, self.q, generator=generator, dtype=torch.float32) for side in shape]
-        self.sums = [torch.zeros(side, self.q, dtype=torch.float32) for side in shape]
+        self._starts = [torch.randn(side, q, generator=generator, dtype=torch.float32) for side in shape]
+        self.sums = [torch.zeros(side, q, dtype=torch.float32) for side in shape]
 
     def to(self, device: torch.device) -> None:
         """Move to a device, in place."""

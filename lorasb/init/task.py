@@ -35,10 +35,7 @@ class AutoRate:
 
 @dataclass(frozen=True)
 class InitOptions:
-    """The arguments of `initialize` other than the model and the batches, which describes them.
-
-    `memory_budget` is in bytes. A ValueError for values that no model can have.
-    """
+    """The arguments of `initialize` other than the model and the batches, which describes them."""
 
     adapter: str = ""
     lr: float | AutoRate = 0.0
@@ -48,7 +45,7 @@ class InitOptions:
     num_samples: int | None = None
     strategy: str = "auto"
     blocks: str | None = None
-    memory_budget: float | None = None
+    memory_budget: float | None = None  # bytes
     loss_fn: LossFn | None = None
     cache: str | os.PathLike[str] | None = None
     stability: bool = False
