@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import lorasb
 from lorasb.init import write as fill
-from lorasb.init.accumulator import GradientSums, LayerSum
+from lorasb.init.accumulator import LayerSum
 from lorasb.init.factorize import factor
-from lorasb.init.loss import backward_over_samples
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 
@@ -31,16 +30,6 @@ def autograd_sums(model: nn.Module | str, batches: list[Batch], loss_fn: LossFn 
             loss = model(**sample).loss if loss_fn is None else loss_fn(model, sample)
             loss.backward()
     return {name.removesuffix(".weight"): p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def hooked_sums(family: str, batches: list[Batch]) -> dict[str, Tensor]:
-    """The same by the library's hooks, all weights frozen."""
-    model = make(family).requires_grad_(False)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n}
-    with GradientSums(layers) as sums:
-        for batch in batches:
-            backward_over_samples(model, batch, None)
-    return {name: one.value() for name, one in sums.sums.items()}
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:
