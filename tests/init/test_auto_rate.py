@@ -88,12 +88,6 @@ def test_a_warm_up_divides_the_first_step_and_not_the_rate(usual: tuple[nn.Modul
     tolerances.check([5 * core for core in cores(model)], cores(usual[0]), tolerances.FACTORS)
 
 
-def test_scaling_and_rank_are_in_the_rate(usual: tuple[nn.Module, InitReport]) -> None:
-    """ρ counts s·r‖A x‖: half of s takes twice the rate, and more of the rank a smaller one."""
-    assert measured(scaling=0.5)[1].rate == pytest.approx(2 * usual[1].rate, rel=1e-5)
-    assert measured(r=8)[1].rate < usual[1].rate
-
-
 def test_the_samples_of_a_cache_are_measured_too(tmp_path: Path) -> None:
     file = tmp_path / "signs"
     _, first = measured(cache=file)

@@ -48,10 +48,6 @@ def test_shares_are_those_of_matrices(model: PeftModel) -> None:
     assert 0 < found.random < found.share < 1
 
 
-def test_a_basis_keeps_all_of_the_step_that_it_was_made_from(model: PeftModel) -> None:
-    assert fit(model, TASK).share == pytest.approx(1.0, abs=1e-5)
-
-
 @pytest.mark.parametrize("init", ["random", "lora-xs"])
 def test_a_basis_without_data_keeps_a_part(init: str) -> None:
     assert 0 < fit(lorasb.patch(make("llama"), r=R, init=init)).share < 0.5
@@ -78,7 +74,6 @@ def test_the_model_is_left_as_it_was() -> None:
     [
         ({"basis": "nobody"}, "expected basis= to name an initialized adapter of the model, got 'nobody'"),
         ({"num_samples": 9}, "9"),
-        ({"update": "luck"}, "update must be one of adamw, sgd, per-sample, got 'luck'"),
         ({"model": lorasb.patch(make("llama"), r=R)}, "expected basis= to name an initialized adapter"),
     ],
 )
