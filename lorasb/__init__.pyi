@@ -34,6 +34,6 @@ from .training.reinforcement import preference_loss as preference_loss
 from .training.reinforcement import reward_batches as reward_batches
 from .training.vllm_sampler import VLLMSampler as VLLMSampler
 from .training.vllm_sampler import sync_to_vllm as sync_to_vllm
-from .tuner.patch import patch as patch
+from .tuner.model import patch as patch
 
 __version__: str

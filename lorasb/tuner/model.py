@@ -1,13 +1,19 @@
-"""`LoRASBModel`, the PEFT tuner: replaces target modules, and saves, loads, merges and registers adapters."""
+"""`lorasb.patch`, and `LoRASBModel`, the PEFT tuner behind it: replaces target modules, and saves, loads, merges and
+registers adapters.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+import peft
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraConfig, LoraModel
@@ -29,12 +35,66 @@ from ..layers.linear import LoRASBLinear
 from ..layers.weight_adapter import adapt_weights
 from ..serving import basis
 from ..serving.rows import adapters_by_row
-from ..utils.precision import SIXTEEN_BIT
+from ..utils.precision import SIXTEEN_BIT, warn_if_slow
 from . import loading, targets
 from .fresh_heads import save_heads
 from .weighted_adapter import SumOptions, combine
 
 InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], object]
+
+
+def patch(
+    model: nn.Module, config: LoRASBConfig | None = None, *, adapter_name: str = "default", **fields: Any
+) -> peft.PeftModel:
+    """Adapt a model: its target linears become `LoRASBLinear`, everything else is frozen.
+
+    The same as `peft.get_peft_model(model, LoRASBConfig(...))`, with the task type inferred from the model's class.
+    The model is changed in place, and left as it was on an error. No dtype is changed; a log line says what a 16-bit
+    dtype costs that this CPU does not multiply.
+
+    Args:
+        model: a transformers model, or any module with `nn.Linear` layers.
+        config: a `LoRASBConfig`, or None.
+        adapter_name: name of the adapter.
+        **fields: fields of `LoRASBConfig` instead of `config` (`r=96`, `target_modules=[...]`, ...).
+
+    Returns:
+        A `peft.PeftModel`. Call `lorasb.initialize(model, dataloader, lr=...)` next.
+
+    Raises:
+        TypeError: unknown fields, or both a config and fields.
+        ValueError: an adapted or compiled model, no target matched, or a rank that a layer cannot have.
+    """
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("expected a model without adapters, got a peft.PeftModel: use model.add_adapter or unload it")
+    # _orig_mod: the wrapper of torch.compile(model); _compiled_call_impl: model.compile(), in place
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "expected a model that is not compiled yet, or its model._orig_mod: torch.compile(lorasb.patch(model))"
+        )
+    if config is not None and fields:
+        raise TypeError(f"expected a config or fields, got both: put {', '.join(sorted(fields))} into the config")
+    if config is None:
+        _check_fields(fields)
+        config = LoRASBConfig(**fields)
+    config = copy.deepcopy(config)  # patching resolves fields (ranks, targets) for this model alone
+    if config.task_type is None:  # PEFT chooses its wrapper class (PeftModelForCausalLM, ...) by it
+        config.task_type = infer_task_type(model)
+    with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    warn_if_slow(adapted)
+    return adapted
+
+
+def _check_fields(fields: Collection[str]) -> None:
+    """Raise a TypeError for a name that is no field of `LoRASBConfig`; it names the nearest field."""
+    known = {field.name for field in dataclasses.fields(LoRASBConfig)}
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)  # similarity in [0, 1]; 0.6 by default
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
+            raise TypeError(f"LoRASBConfig has no field {name!r}: {hint}")
 
 
 class LoRASBModel(BaseTuner):

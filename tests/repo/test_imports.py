@@ -32,7 +32,7 @@ TRACE = (
 NAMES = (
     "import lorasb\nfor name in lorasb.__all__: getattr(lorasb, name)\nassert set(lorasb.__all__) <= set(dir(lorasb))"
 )
-PATCH = "import lorasb, lorasb.app.finetune, lorasb.tuner\nfrom lorasb.tuner.patch import patch\nassert callable(lorasb.patch)"
+PATCH = "import lorasb, lorasb.app.finetune, lorasb.tuner\nfrom lorasb.tuner.model import patch\nassert callable(lorasb.patch)"
 BACKEND = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.registry.current_backend())"
 
 
