@@ -11,8 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..compat.accelerate import hook_of
-from ..compat.transformers import is_loaded
+from ..compat.transformers import hook_of, is_loaded
 from ..config.adapter import ALL_LINEAR, LoRASBConfig
 from ..quantization.quantized_weight import is_quantized
 
