@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .compat.peft_import import after_peft
+from .compat import after_peft
 from .constants import VERSION
 
 
