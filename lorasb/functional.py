@@ -17,7 +17,7 @@ from .ops.adapted_linear import adapted_linear
 from .ops.calls import DENSE, Operands, is_transformed
 from .ops.registry import backend_op, current_backend, direct_kernels
 from .quantization.quantized_weight import QuantizedWeight, of_weight
-from .utils.deprecation import warn_renamed
+from .utils.checks import warn_renamed
 
 
 def lora_sb_linear(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compat.transformers import is_loaded
 from ..constants import FACTORS
 from ..quantization.quantized_weight import QuantizedWeight
-from ..utils.deprecation import renamed_method, warn_renamed
+from ..utils.checks import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
 from .adapter_state import (
     AdapterState,

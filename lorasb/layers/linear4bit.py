@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional import dequantize, quantized_linear
 from ..quantization.quantized_weight import BLOCKS, KINDS, QuantizedWeight, QuantState, of_state
 from ..quantization.quantizer import quantize_4bit
-from ..utils.deprecation import renamed_method
+from ..utils.checks import renamed_method
 from ..utils.precision import QUANTIZABLE
 from .adapted_layer import AdaptedLayer
 from .opaque_base import OpaqueBase, has_dense_weight
