@@ -1,4 +1,4 @@
-"""Calls of PEFT's that every tuner answers: biases, token rows, injection by a state dict, compiled models, copies of configs."""
+"""Calls of PEFT's that every tuner answers: biases, token rows, injection by a state dict, dtypes, several adapters, merging."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 import peft
 import pytest
-import tolerances
 import torch
-from adapters import layers
+from adapters import layers, trained
 from model_kinds import Mlp
-from models import batches_for, llama, logits, make
+from models import batches_for, llama, logits, make, patched
 from peft.helpers import disable_input_dtype_casting
-from tolerances import EXACT, EXPORT, MERGE, check
+from tolerances import BF16_FEW, EXACT, EXPORT, HALF_FEW, MERGE, check
 from torch import nn
 
 import lorasb
@@ -23,7 +22,7 @@ import lorasb
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
 
 
-def trained(model: nn.Module) -> set[str]:
+def trained_besides_r(model: nn.Module) -> set[str]:
     names = (name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad)
     return {name for name in names if "lorasb_R" not in name}
 
@@ -39,7 +38,7 @@ def trained(model: nn.Module) -> set[str]:
 )
 def test_biases_are_trained_saved_loaded_and_exported(bias: str, expected: set[str], tmp_path: Path) -> None:
     model = lorasb.patch(Mlp(), r=2, target_modules=["first", "second"], init="kaiming", bias=bias)
-    assert trained(model) == expected
+    assert trained_besides_r(model) == expected
     model.train()(X).square().sum().backward()
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
@@ -63,7 +62,7 @@ def test_gradients_of_biases_are_those_of_a_merged_model() -> None:
 
 def test_rows_of_the_embedding_train_beside_the_adapter(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4, init="kaiming", trainable_token_indices=[3, 7])
-    assert any("token_adapter" in name for name in trained(model))
+    assert any("token_adapter" in name for name in trained_besides_r(model))
     batch = batches_for("llama")[0]
     model.train()(**batch).loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
@@ -125,23 +124,27 @@ def test_a_second_adapter_does_not_take_an_adapted_pooler_for_a_fresh_one() -> N
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast_adapter_dtype_says_what_r_is_in(autocast: bool, base: torch.dtype, tmp_path: Path) -> None:
-    """PEFT's meaning: fp32, or the base's own dtype; the file has fp32 either way."""
+    """PEFT's meaning: fp32, or the base's own dtype; the file has fp32 either way. All else is in the base's."""
     config = lorasb.LoRASBConfig(r=2, target_modules=["first", "second"], init="kaiming")
     model = peft.get_peft_model(Mlp().to(base), config, autocast_adapter_dtype=autocast)
     model.add_adapter("other", config, autocast_adapter_dtype=autocast)
-    want = torch.float32 if autocast else base
-    for layer in layers(model).values():
-        assert {layer.lorasb_R[name].dtype for name in ("default", "other")} == {want}
-        assert {layer.lorasb_A["default"].dtype, layer.lorasb_B["default"].dtype} == {base}
-    x = X.to(base)
+    want, x = torch.float32 if autocast else base, X.to(base)
     model.train()(x).float().square().sum().backward()
     assert all(p.grad.dtype == want and p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
     after = model.eval()(x)
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(Mlp().to(base), tmp_path, autocast_adapter_dtype=autocast).eval()
-    assert {layer.lorasb_R["default"].dtype for layer in layers(again).values()} == {want}
-    check(again(x), after, EXACT)
-    check(model.merge_and_unload()(x), after, tolerances.BF16_FEW if base != torch.float32 else MERGE)
+    options = {"autocast_adapter_dtype": autocast, "is_trainable": True}
+    model.load_adapter(tmp_path, "loaded", **options)
+    loaded, lazy = (
+        peft.PeftModel.from_pretrained(Mlp().to(base), tmp_path, low_cpu_mem_usage=cheap, **options).eval()
+        for cheap in (False, True)
+    )
+    for one in (model, loaded, lazy):
+        check(one(x), after, EXACT)
+        assert trained_besides_r(one) == set()
+        for name, parameter in one.named_parameters():
+            assert parameter.dtype == (want if "lorasb_R" in name else base), name
+    check(model.merge_and_unload()(x), after, BF16_FEW if base != torch.float32 else MERGE)
 
 
 def test_factors_are_kept_in_fp32_on_request(tmp_path: Path) -> None:
@@ -178,3 +181,61 @@ def test_scales_are_pefts(switch: str) -> None:
         check(layer(x) - base, 3 * (once - base), EXPORT)
         layer.unscale_layer(3.0) if switch == "scale_layer" else layer.unscale_layer()
         check(layer(x), once, EXACT)
+
+
+def test_adapters_take_turns_and_fail_and_are_deleted_without_touching_one_another() -> None:
+    model = patched()
+    first, names = logits(model), trained(model)
+    with pytest.raises(ValueError, match="rank 40 is more than layer"):
+        model.add_adapter("second", lorasb.LoRASBConfig(r=40))
+    assert (trained(model), list(model.peft_config)) == (names, ["default"])
+    assert torch.equal(logits(model), first)
+    model.add_adapter("second", lorasb.LoRASBConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    lorasb.initialize(model, batches_for("llama"), lr=3e-2, adapter_name="second", progress=False)
+    check(logits(model), first, EXACT)
+    model.set_adapter("second")
+    second = logits(model)
+    assert (second - first).abs().max() > 1e-3
+    assert all("second" in name for name in trained(model))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), second)
+    assert not any("default" in name for name in trained(model))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(("call", "value"), [("merge_adapter", float("nan")), ("merge_and_unload", float("inf"))])
+def test_one_broken_layer_leaves_every_weight_as_it_was(call: str, value: float, safe: bool) -> None:
+    model = patched()
+    found = list(layers(model).values())
+    before = [layer.base.parameter().detach().clone() for layer in found]
+    with torch.no_grad():
+        found[-1].lorasb_R["default"][0, 0] = value
+    message = r"layers\.1\.mlp\.down_proj: .*not finite in torch\.float32; the weights were left as they are"
+    with pytest.raises(ValueError, match=message):
+        getattr(model, call)(safe_merge=safe)
+    assert all(torch.equal(layer.base.parameter(), weight) for layer, weight in zip(found, before, strict=True))
+    assert not any(layer.merged for layer in found)
+    assert list(layers(model).values()) == found
+
+
+def test_before_initialization_the_equivalent_gradient_changes_nothing_either() -> None:
+    want = logits(make("llama"))
+    model = lorasb.patch(make("llama"), r=4, equivalent_gradient=True).eval()
+    assert torch.equal(logits(model), want)
+    found = model(**batches_for("llama", count=1)[0])  # evaluation that keeps the graph
+    assert torch.equal(found.logits.detach(), want)
+    with pytest.raises(RuntimeError, match="has not been initialized"):
+        found.loss.backward()
+
+
+def test_a_merged_quantized_base_takes_what_it_took_before() -> None:
+    model = lorasb.patch(lorasb.quantize(make("llama", dtype=torch.bfloat16)), r=4)
+    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    layer, x = next(iter(layers(model).values())), torch.randn(3, 64)
+    before = layer(x)
+    model.merge_adapter()
+    assert layer(x).dtype == before.dtype == torch.float32
+    check(layer(x) / before.abs().max(), before / before.abs().max(), HALF_FEW)
