@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config.adapter import LoRASBConfig
 from ..constants import MAX_RANK
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import any_merged, discard, layers_with, refuse_uninitialized
+from ..layers.lookup import adapted_layers, any_merged, discard, refuse_uninitialized
 
 PRUNING = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
 SVD = "_svd"  # suffix of the kinds that prune updates of W [out, in], not R's
@@ -50,9 +50,11 @@ class SumOptions:
         return kind if kind in PRUNING else None
 
     def check(self) -> None:
-        """Raise a ValueError for an unknown kind, or a density or sign method that is out of range."""
+        """Raise a ValueError for an unknown kind, or a rank, density or sign method that is out of range."""
         if self.combination_type not in KINDS:
             raise ValueError(f"combination_type must be one of {', '.join(KINDS)}, got {self.combination_type!r}")
+        if self.svd_rank is not None and self.svd_rank < 1:
+            raise ValueError(f"svd_rank must be positive, got {self.svd_rank}")
         kind, density = self.pruning, self.density
         if kind is None:
             return
@@ -88,8 +90,6 @@ def combine(
     """Add the adapter `adapter_name` = Σ weights · adapters to a model; see `LoRASBModel.add_weighted_adapter`."""
     options.check()
     layers = _check(tuner, adapters, weights, adapter_name)
-    if options.svd_rank is not None and options.svd_rank < 1:
-        raise ValueError(f"svd_rank must be positive, got {options.svd_rank}")
     shared = _share_factors(layers, adapters)
     kind = options.combination_type
     combined = {}
@@ -117,7 +117,7 @@ def combine(
 def _check(
     tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> dict[str, AdaptedLayer]:
-    configs = _configs(tuner)
+    configs = cast("dict[str, LoRASBConfig]", tuner.peft_config)
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"expected a weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights")
     if adapter_name in tuner.peft_config:
@@ -126,9 +126,7 @@ def _check(
         raise ValueError("an adapter is merged into the weights: call model.unmerge_adapter() first")
     layers: dict[str, AdaptedLayer] = {}
     for name in adapters:
-        found = layers_with(tuner.model, name)
-        if not found:
-            raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(tuner.peft_config)}")
+        _, found = adapted_layers(tuner.model, name)
         refuse_uninitialized(found, name)
         if configs[name].trainable_token_indices:
             raise ValueError(f"adapter {name!r} has trained rows of an embedding, which cannot be added: leave it out")
@@ -141,10 +139,6 @@ def _check(
             "most one may, and the new one takes them over"
         )
     return layers
-
-
-def _configs(tuner: BaseTuner) -> dict[str, LoRASBConfig]:
-    return cast("dict[str, LoRASBConfig]", tuner.peft_config)
 
 
 def _share_factors(layers: dict[str, AdaptedLayer], adapters: Sequence[str]) -> bool:
@@ -204,7 +198,8 @@ def _insert(
     layers: dict[str, AdaptedLayer],
     sums: dict[str, Combined],
 ) -> None:
-    active, configs = list(tuner.active_adapters), _configs(tuner)  # injection may change which adapters are active
+    configs = cast("dict[str, LoRASBConfig]", tuner.peft_config)
+    active = list(tuner.active_adapters)  # injection may change which they are
     template = next((name for name in adapters if configs[name].modules_to_save), adapters[0])
     configs[adapter_name] = _config_like(configs[template], sums)
     try:
