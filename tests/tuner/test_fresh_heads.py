@@ -13,7 +13,7 @@ import torch
 import transformers
 from adapters import adapted, layers, trained
 from huggingface_hub.errors import StrictDataclassError
-from models import SIZES, batches_for, logits, make
+from models import SIZES, batches_for, logits, make, patched
 from torch import nn
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
@@ -168,8 +168,7 @@ def test_parts_that_the_base_model_is_given() -> None:
 
 
 def test_explicit_targets_and_adapters_that_exist_already(tmp_path: Path) -> None:
-    model = lorasb.patch(make("deberta"), r=4, target_modules=["query_proj", "dense"])
-    lorasb.initialize(model, batches_for("deberta"), lr=2e-2, progress=False)
+    model = patched("deberta", target_modules=["query_proj", "dense"])
     assert not any("pooler" in name for name in adapted(model))
     former = lorasb.LoRASBConfig(r=4, task_type="SEQ_CLS", modules_to_save=["classifier"]).weights_follow()
     old = lorasb.patch(make("deberta"), former)  # as it was made before poolers were known

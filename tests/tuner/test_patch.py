@@ -59,7 +59,6 @@ BAD_VALUES: dict[str, dict[str, object]] = {
     r"rank 33 is more than layer '.*\.0\.self_attn\.k_proj' allows: .*= 32.*rank_pattern=\{'k_proj': 32\}": {"r": 33},
     r"rank 40 is more than layer .*v_proj": {"r": 4, "rank_pattern": {"v_proj": 40}},
     "r must be a positive integer, got 0": {"r": 0},
-    "r must be a positive integer, got -3": {"r": -3},
     "r must be at most 256, got 257": {"r": 257},
     r"r must be a positive integer, got 8\.0": {"r": 8.0},
     r"rank_pattern\['q_proj'\] must be a positive": {"rank_pattern": {"q_proj": 0}},
@@ -184,8 +183,6 @@ def test_adapters_of_different_kinds_do_not_mix() -> None:
         assert torch.equal(logits(model), logits(make("llama")))
     with pytest.raises(ValueError, match="different peft types"):
         peft.get_peft_model(make("llama"), LORA).add_adapter("second", lorasb.LoRASBConfig(r=4))
-    with pytest.raises(ValueError, match=r"without adapters.*add_adapter"):
-        lorasb.patch(peft.get_peft_model(make("llama"), LORA))
     with pytest.raises(ValueError, match="PeftMixedModel"):
         peft.get_peft_model(make("llama"), lorasb.LoRASBConfig(r=4), mixed=True)
 
