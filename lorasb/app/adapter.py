@@ -15,7 +15,7 @@ import lorasb
 from ..distributed.process_group import Processes
 from ..init import InitReport, RankSuggestion
 from ..init.sampling import Batch
-from ..tuner.fresh_heads import missing_from_checkpoint
+from ..tuner.targets import missing_from_checkpoint
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from .config_file import CONFIG_NAME, write_config

@@ -17,7 +17,7 @@ from ..distributed.process_group import Processes
 from ..init.sampling import Batch
 from ..init.task import modes_restored, to_device
 from ..serving.training import token_losses
-from ..tuner.fresh_heads import missing_from_checkpoint
+from ..tuner.targets import missing_from_checkpoint
 from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
 from .settings import Settings
 from .tasks import Example, are_values

@@ -26,8 +26,7 @@ from ..compat.transformers import set_name_or_path
 from ..init.auto_rate import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis_adapters
-from ..tuner.fresh_heads import missing_from_checkpoint
-from ..tuner.targets import refuse_unknown_names
+from ..tuner.targets import missing_from_checkpoint, refuse_unknown_names
 from ..utils.atomic_files import cache_dir, write_json
 from ..utils.precision import Precision, resolve
 from .data import load_examples

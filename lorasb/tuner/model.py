@@ -37,7 +37,6 @@ from ..serving import basis
 from ..serving.rows import adapters_by_row
 from ..utils.precision import SIXTEEN_BIT, warn_if_slow
 from . import loading, targets
-from .fresh_heads import save_heads
 from .weighted_adapter import SumOptions, combine
 
 InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], object]
@@ -119,7 +118,7 @@ class LoRASBModel(BaseTuner):
             config.base_fingerprint = config.base_fingerprint if config.check_base else None
             config.task_type = config.task_type or infer_task_type(model)
             keep_unpacked(model)  # before any forward: a repacked 4-bit weight cannot be dequantized
-            save_heads(model, config)
+            targets.save_heads(model, config)
             # Experts must be nn.Linear modules before `_plan` looks for targets by name.
             known = config.from_file or kwargs.get("state_dict") is not None
             unfused_experts.open_all(model, config, by_old_names=not known)

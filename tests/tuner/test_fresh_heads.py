@@ -19,8 +19,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 import lorasb
-from lorasb.tuner.fresh_heads import save_heads
 from lorasb.tuner.model import LoRASBModel
+from lorasb.tuner.targets import save_heads
 
 
 @pytest.mark.parametrize("kind", ["Roberta", "DistilBert", "XLNet", "Llama"])

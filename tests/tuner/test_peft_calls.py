@@ -11,15 +11,13 @@ import peft
 import pytest
 import torch
 from adapters import layers, trained
-from model_kinds import Mlp
+from model_kinds import Mlp, X
 from models import batches_for, llama, logits, make, patched
 from peft.helpers import disable_input_dtype_casting
 from tolerances import BF16_FEW, EXACT, EXPORT, HALF_FEW, MERGE, check
 from torch import nn
 
 import lorasb
-
-X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
 
 
 def trained_besides_r(model: nn.Module) -> set[str]:
