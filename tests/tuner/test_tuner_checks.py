@@ -74,7 +74,7 @@ def test_an_adapter_has_any_name_and_the_file_has_none(kind: Kind, name: str, tm
 
 
 @pytest.mark.parametrize("cheap", [False, True])
-def test_a_file_has_the_config_and_loads_with_and_without_weights_made_first(kind: Kind, cheap: bool, tmp_path: Path) -> None:
+def test_a_file_has_the_config_and_loads_in_both_ways(kind: Kind, cheap: bool, tmp_path: Path) -> None:
     model = adapted(kind)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(kind.make(), tmp_path, low_cpu_mem_usage=cheap).eval()
