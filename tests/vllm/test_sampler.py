@@ -20,7 +20,6 @@ import lorasb
 from lorasb.constants import WEIGHTS_NAME
 from lorasb.layers.lookup import layers_with
 from lorasb.vllm import plugin
-from lorasb.vllm.basis import read_basis
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -87,7 +86,7 @@ def test_r_alone_is_sent_and_is_an_adapter_that_the_plugin_reads(server: Server,
         sent = lorasb.sync_to_vllm(trained, sampler)
         path, body = server.asked[-1]
         assert (path, body["lora_name"], body["load_inplace"]) == ("/v1/load_lora_adapter", sent.name, True)
-        found = plugin._cores(Path(body["lora_path"]), read_basis(tmp_path / "basis"), torch.float32)
+        found = plugin._cores(Path(body["lora_path"]), plugin.read_basis(tmp_path / "basis"), torch.float32)
         for name, layer in layers_with(trained, "default").items():
             check(found[name], layer.lorasb_R["default"].detach(), EXACT)
         r = sum(core.numel() for core in found.values())

@@ -25,7 +25,6 @@ from lorasb.kernels import row_cores
 from lorasb.kernels.block_sizes import padded_rank
 from lorasb.serving.basis_adapters import save_adapters
 from lorasb.vllm import plugin, slots
-from lorasb.vllm.basis import check_base, read_basis
 from lorasb.vllm.slots import CoreSlots
 
 NAMES = ("ada", "emmy")
@@ -140,14 +139,14 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 
 def read(path: Path, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return plugin._cores(path, read_basis(folder), dtype)
+    return plugin._cores(path, plugin.read_basis(folder), dtype)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 2.0])
 def test_cores_are_those_of_the_file_times_the_scaling(scaling: float, folder: Path, copied: Path) -> None:
     reconfigure(copied, scaling=scaling)
     found, file = read(copied, folder), load_file(copied / WEIGHTS_NAME)
-    assert set(found) == set(read_basis(folder).factors)
+    assert set(found) == set(plugin.read_basis(folder).factors)
     for name, core in found.items():
         check(core, scaling * file[f"base_model.model.{name}.lorasb_R"], EXACT)
 
@@ -156,7 +155,7 @@ CHANGES: dict[str, tuple[Callable[[str, Tensor], dict[str, Tensor | None]], str]
     "not finite": (lambda key, core: {key: core * torch.nan}, "NaN or Inf values in torch.float16"),
     "too large": (lambda key, core: {key: torch.full_like(core, 1e6)}, "NaN or Inf values in torch.float16"),
     "other rank": (lambda key, _: {key: torch.zeros(3, 3)}, r"is \[3, 3\], expected \[4, 4\], the rank of the basis"),
-    "oblong": (lambda key, core: {key: torch.zeros(len(core), 1)}, r"expected \[r, r\]"),
+    "oblong": (lambda key, core: {key: torch.zeros(len(core), 1)}, r"is \[4, 1\], expected \[4, 4\]"),
     "one layer less": (lambda key, _: {key: None}, "has no R for layer"),
     "one layer more": (lambda *_: {"base_model.model.other.lorasb_R": torch.zeros(4, 4)}, "R for layer 'other', unlike the basis"),
     "other basis": (lambda *_: {"lorasb_factors_digest": torch.zeros(32, dtype=torch.uint8)}, "has other A and B than the basis"),
@@ -184,20 +183,20 @@ def test_a_file_that_does_not_fit_is_refused(name: str, folder: Path, copied: Pa
 
 def test_a_folder_without_a_and_b_is_no_basis(folder: Path) -> None:
     with pytest.raises(ValueError, match="holds R alone"):
-        read_basis(shutil.copytree(folder / "ada", folder.parent / "alone"))
+        plugin.read_basis(shutil.copytree(folder / "ada", folder.parent / "alone"))
 
 
 def test_another_base_model_is_recognized_by_its_weights(folder: Path, tmp_path: Path) -> None:
-    basis = read_basis(folder)
+    basis = plugin.read_basis(folder)
     assert basis.fingerprint
     model = with_users("one").get_base_model()
     weights = {f"{n}.weight": model.get_submodule(n).weight.detach().clone() for n in basis.fingerprint}
     save_file(weights, tmp_path / "model.safetensors")
-    check_base(basis, tmp_path)
-    check_base(basis, tmp_path / "a hub id")
+    plugin.check_base(basis, tmp_path)
+    plugin.check_base(basis, tmp_path / "a hub id")
     save_file({name: weight + 0.1 for name, weight in weights.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"made on another base model .*sampled weights"):
-        check_base(basis, tmp_path)
+        plugin.check_base(basis, tmp_path)
 
 
 def test_the_plugin_does_nothing_without_a_basis_and_names_another_vllm_with_what_to_install(
