@@ -18,7 +18,7 @@ from .layers.linear4bit import Linear4bit as Linear4bit
 from .layers.linear4bit import quantize as quantize
 from .optim import parameter_groups as parameter_groups
 from .serving.bank import AdapterBank as AdapterBank
-from .serving.basis_adapters import add_adapters as add_adapters
+from .serving.basis import add_adapters as add_adapters
 from .serving.joint_basis import project as project
 from .serving.joint_basis import share_basis as share_basis
 from .serving.training import AdapterRowsCallback as AdapterRowsCallback

@@ -32,7 +32,7 @@ import lorasb
 from benchmarks.common.timing import Call, dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
 from lorasb.constants import CONFIG_NAME, WEIGHTS_NAME
 from lorasb.layers.lookup import layers_with
-from lorasb.serving.basis_adapters import add_adapters, save_adapters
+from lorasb.serving.basis import add_adapters, save_adapters
 from lorasb.training.vllm_sampler import VLLMSampler
 from lorasb.utils.atomic_files import write_json
 

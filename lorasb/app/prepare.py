@@ -25,7 +25,7 @@ from ..checkpoints.model_card import ORIGIN_NAME
 from ..compat.transformers import set_name_or_path
 from ..init.auto_rate import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
-from ..serving import basis_adapters
+from ..serving import basis
 from ..tuner.targets import missing_from_checkpoint, refuse_unknown_names
 from ..utils.atomic_files import cache_dir, write_json
 from ..utils.precision import Precision, resolve
@@ -260,7 +260,7 @@ def checkpoint_activations(base: Any) -> None:
 def load_adapters(run: Run, folder: Path) -> None:
     """Load each name's R from its folder next to the basis; these train, and the basis's own R does not."""
     if run.adapters:
-        basis_adapters.load_adapters(run.model, folder, run.adapters)
+        basis.load_adapters(run.model, folder, run.adapters)
         lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr)
 
 
@@ -273,6 +273,6 @@ def save_adapter(run: Run, folder: Path) -> None:
         if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     run.model.save_pretrained(str(folder), selected_adapters=["default"])
-    basis_adapters.save_adapters(run.model, folder, [name for name in run.adapters if name in run.model.peft_config])
+    basis.save_adapters(run.model, folder, [name for name in run.adapters if name in run.model.peft_config])
     if run.settings.basis is not None:
         shared_factors.share(folder, Path(run.settings.basis))

@@ -25,7 +25,7 @@ from ..constants import WEIGHTS_NAME
 from ..export import lora
 from ..init import InitReport
 from ..quantization.quantized_weight import is_quantized, of_module
-from ..serving import basis_adapters
+from ..serving import basis
 from ..utils import plotting
 from ..utils.atomic_files import replacing_folder, write_json
 from ..utils.plotting import GRAD, INK, MUTED, SIGN
@@ -237,7 +237,7 @@ def answers(
     tokenizer, base = load_model(settings, problem, resolve(settings.dtype, device()).dtype)
     model = PeftModel.from_pretrained(base, str(run / "adapter"))
     if adapter is not None:
-        basis_adapters.load_adapters(model, run / "adapter", [adapter])
+        basis.load_adapters(model, run / "adapter", [adapter])
         model.set_adapter(adapter)
     model.eval()
     for one in _questions() if question is None else [question]:

@@ -26,7 +26,7 @@ import lorasb
 from ..compat.transformers import on_one_device
 from ..distributed.process_group import Processes
 from ..init.sampling import Batch
-from ..serving import basis_adapters
+from ..serving import basis
 from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import find_lr, refine_rate
 from ..utils.precision import DTYPES, native, slowdown
@@ -374,7 +374,7 @@ class _RunTrainer(MarkedCheckpoints):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load R's of several adapters at once; the basis is that of the start."""
         if self.run.adapters:
-            basis_adapters.load_adapters(self.run.model, Path(resume_from_checkpoint), self.run.adapters)
+            basis.load_adapters(self.run.model, Path(resume_from_checkpoint), self.run.adapters)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -19,10 +19,9 @@ from ..compat.torch import uncompiled
 from ..compat.transformers import name_or_path
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
-from ..layers.lookup import adapted_layers, uninitialized
+from ..layers.lookup import adapted_layers, frozen_factors, uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
-from ..serving.basis import frozen_factors
 from ..utils.atomic_files import replacing, write_json, write_text
 from ..utils.reading import Json, read_json
 from .gguf import base_config, write_gguf

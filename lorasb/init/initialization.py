@@ -21,7 +21,7 @@ from ..constants import PEFT_PREFIX
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
 from ..layers.unfused_experts import NAMES, OpenExperts
-from ..serving.basis_adapters import check_names
+from ..serving.basis import check_names
 from ..serving.joint_basis import KeptShares, kept_energies, share_into, share_of
 from ..utils.checks import MAX_LR, parse_size
 from ..utils.precision import warn_if_slow

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from ..constants import PEFT_PREFIX
+from ..constants import FROZEN_FACTORS, PEFT_PREFIX
 from . import linear_group, unfused_experts
 from .adapted_layer import AdaptedLayer
 from .weight_adapter import LoRASBWeight
@@ -50,6 +50,15 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
         adapters = sorted({adapter for layer in all_layers for adapter in layer.lorasb_R})
         raise ValueError(f"no layer has an adapter {name!r}: the model has {', '.join(adapters) or 'none'}")
     return name, layers
+
+
+def frozen_factors(layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's A and B in the model, under the names that they have in a file."""
+    return {
+        f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
+        for name, layer in layers.items()
+        for part in FROZEN_FACTORS
+    }
 
 
 def uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> list[str]:

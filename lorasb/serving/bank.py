@@ -24,10 +24,9 @@ from ..checkpoints.adapter_file import read_config, read_cores
 from ..compat.torch import uncompiled
 from ..constants import BASE_ROW, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, layers_with, refuse_uninitialized
+from ..layers.lookup import adapted_layers, frozen_factors, layers_with, refuse_uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
-from .basis import frozen_factors
 
 
 @dataclass

@@ -27,9 +27,8 @@ from ..compat import vllm as private
 from ..compat.torch import uncompiled
 from ..constants import CONFIG_NAME, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, refuse_uninitialized
-from ..serving.basis import frozen_factors
-from ..serving.basis_adapters import save_cores
+from ..layers.lookup import adapted_layers, frozen_factors, refuse_uninitialized
+from ..serving.basis import save_cores
 
 MEMORY = "/dev/shm"  # a file system in memory, where there is one
 TIMEOUT = 600.0  # seconds that the server may take for an answer

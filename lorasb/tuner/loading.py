@@ -19,7 +19,7 @@ from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import layers_with, refuse_shared_basis
+from ..layers.lookup import frozen_factors, layers_with, refuse_shared_basis
 from ..serving import basis
 from ..utils.reading import AGAIN
 from .targets import without_wrapper
@@ -84,7 +84,7 @@ def with_factors(
     # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
     prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
     own = {key: value for key, value in others.items() if not shared_factors.is_factor(key)}
-    return own | {f"{prefix}{key}": value for key, value in basis.frozen_factors(layers, found).items()}
+    return own | {f"{prefix}{key}": value for key, value in frozen_factors(layers, found).items()}
 
 
 def without_foreign(

@@ -21,7 +21,7 @@ import lorasb
 from lorasb.layers.adapter_state import FrozenFactors
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
-from lorasb.serving.basis_adapters import load_adapters, save_adapters
+from lorasb.serving.basis import load_adapters, save_adapters
 
 
 def test_a_and_b_are_the_same_tensors_and_r_starts_at_zero_or_at_the_basis() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasb
 from lorasb.layers.lookup import layers_with
-from lorasb.serving.basis_adapters import add_adapters, save_adapters
+from lorasb.serving.basis import add_adapters, save_adapters
 
 PROMPTS = ("My favorite color and pet are:", "Once upon a time there was", "The capital of France is")
 NEW = 16  # tokens of an answer

@@ -23,7 +23,7 @@ from lorasb.compat import vllm as private
 from lorasb.constants import WEIGHTS_NAME
 from lorasb.kernels import row_cores
 from lorasb.kernels.block_sizes import padded_rank
-from lorasb.serving.basis_adapters import save_adapters
+from lorasb.serving.basis import save_adapters
 from lorasb.vllm import plugin, slots
 from lorasb.vllm.slots import CoreSlots
 
