@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -166,7 +166,14 @@ class AdapterBank:
         if isinstance(cores, str):
             cores = self._of_model(cores)
         row = torch.zeros(self.storage.shape[1], dtype=self.storage.dtype) if cores is None else self._row(name, cores)
-        self._put(name, row)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._refuse_in_use(name)
+            if name in self._slots:
+                self.storage[self._slots[name]] = row.to(self.storage.device)
+            elif self._is_full():
+                self._waiting[name] = row
+            else:
+                self._fill(name, row)
 
     def remove(self, name: str) -> None:
         """Remove an adapter: a KeyError if there is none, a RuntimeError if a batch in progress uses it."""
@@ -261,16 +268,6 @@ class AdapterBank:
         new._model, new._lock, new._in_use = weakref.ref(model), threading.RLock(), Counter()
         return new
 
-    def _put(self, name: str, row: Tensor) -> None:
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._refuse_in_use(name)
-            if name in self._slots:
-                self.storage[self._slots[name]] = row.to(self.storage.device)
-            elif self._is_full():
-                self._waiting[name] = row
-            else:
-                self._fill(name, row)
-
     def _is_full(self) -> bool:
         return self.resident is not None and len(self._slots) >= self.resident
 
@@ -312,13 +309,13 @@ class AdapterBank:
     @torch.no_grad()
     def _row(self, name: str, cores: Mapping[str, Tensor]) -> Tensor:
         """R's of all layers side by side, in host memory and the bank's dtype."""
-        found = [cores.get(layer) for layer in self.columns]
-        for layer, core, (_, r) in zip(self.columns, found, self.columns.values(), strict=True):
+        for layer, (_, r) in self.columns.items():
+            core = cores.get(layer)
             if core is None or core.shape != (r, r) or core.dtype not in FLOATS:
                 got = "nothing" if core is None else f"{list(core.shape)} in {core.dtype}"
                 raise ValueError(f"adapter {name!r}: expected R [{r}, {r}] of layer {layer!r}, got {got}")
         # one copy: two hundred small ones take a millisecond, and as many views half of one
-        parts, one_rank = cast(list[Tensor], found), len({c.r for c in self.columns.values()}) == 1
+        parts, one_rank = [cores[layer] for layer in self.columns], len({c.r for c in self.columns.values()}) == 1
         joined = torch.cat(parts if one_rank else [core.reshape(-1) for core in parts])
         row = joined.reshape(-1).to("cpu", self.storage.dtype)
         if not (math.isfinite(row.sum()) or row.isfinite().all()):  # NaN and Inf reach every sum, in one quick pass
