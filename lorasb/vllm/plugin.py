@@ -49,11 +49,7 @@ def register() -> None:
 
 
 def read_basis(folder: Path) -> Basis:
-    """Read A and B from a basis (`lorasb basis make`) or from any adapter that has its own.
-
-    Raises:
-        ValueError: no LoRA-SB adapter, a damaged one, or one that has R alone.
-    """
+    """Read A and B of a basis or of any adapter that has its own; a ValueError if they are damaged or not there."""
     config, tensors = read_config(folder), read_tensors(folder)
     factors = {name: (parts["lorasb_A"], parts["lorasb_B"]) for name, parts in group_by_layer(tensors).items()}
     odd = next((name for name, (a, b) in factors.items() if a.dim() != 2 or b.dim() != 2), None)
@@ -64,10 +60,7 @@ def read_basis(folder: Path) -> Basis:
 
 
 def check_base(basis: Basis, model: Path) -> None:
-    """Raise a ValueError if the weights in a model's folder differ from the fingerprint in the basis.
-
-    Nothing is compared where the folder has no safetensors files, or other names of weights.
-    """
+    """Raise a ValueError if a folder's safetensors files have other weights than the fingerprint in the basis."""
     weights: dict[str, Tensor | None] = {}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as reader:
