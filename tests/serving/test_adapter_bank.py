@@ -10,28 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_models import a_layer, base, inputs, moved_to_bank, reconfigure, saved, with_basis, with_users
+from basis_models import NAMES, a_layer, base, cores_of, moved_to_bank, out, reconfigure, saved, with_basis, with_users
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import batches_for
+from models import batches_for, generated
 from opaque_models import opaque_model
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from quantized_models import quantized
 from safetensors.torch import load_file, save_file
 from tolerances import BF16_FEW, EXACT, MERGE, Tolerance, check, check_equal
-from torch import Tensor
 
 import lorasb
 from lorasb.serving import rows
 from lorasb.serving.bank import zeros_in_huge_pages
-
-NAMES = ("ada", "emmy", "grace")
-
-
-def out(model: PeftModel, *names: str) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs(), adapter_names=list(names)).logits
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, MERGE), (torch.bfloat16, BF16_FEW)])
@@ -45,16 +37,12 @@ def test_rows_are_those_of_the_models_own_adapters(dtype: torch.dtype, tolerance
     assert bank.adapter_bytes == dtype.itemsize * sum(c.r**2 for c in bank.columns.values())
 
 
-def test_generation_by_beams_is_that_of_each_alone() -> None:
-    model = with_users(*NAMES)
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": 3}
-    alone = []
-    for row, name in enumerate(("grace", "ada")):
-        model.set_adapter(name)
-        alone.append(model.generate(**{k: v[row : row + 1] for k, v in inputs().items()}, **options))
+def test_generation_by_beams_is_that_of_the_models_own_adapters() -> None:
+    model, prompts = with_users(*NAMES), batches_for("llama")[0]["input_ids"]
+    options = {"adapter_names": ["grace", "ada"], "num_beams": 3}
+    want = generated(model, prompts, **options)
     moved_to_bank(model, block=1)
-    mixed = model.generate(**inputs(), adapter_names=["grace", "ada"], **options)
-    assert torch.equal(mixed, torch.cat(alone))
+    assert torch.equal(generated(model, prompts, **options), want)
 
 
 @pytest.mark.parametrize("kind", ["own", "nf4", "int8", "opaque"])
@@ -63,15 +51,13 @@ def test_a_quantized_base_serves_rows_too(kind: str) -> None:
     model = opaque_model("unknown") if kind == "opaque" else quantized(kind)
     model = lorasb.patch(model, r=4, init="random", target_modules=targets).eval()
     bank = lorasb.AdapterBank(model)
-    g = torch.Generator().manual_seed(0)
-    for name in ("ada", "grace"):
-        bank.add(name, {n: torch.randn(c.r, c.r, generator=g) * 0.3 for n, c in bank.columns.items()})
+    for seed, name in enumerate(("ada", "grace")):
+        bank.add(name, cores_of(bank, seed))
     mixed = out(model, "ada", "grace")
     for row, name in enumerate(("ada", "grace")):
         for n, core in bank.cores(name).items():
             bank.layers[n].lorasb_R["default"].data.copy_(core)
-        with torch.no_grad():
-            check(mixed[row], model(**inputs()).logits[row], MERGE)
+        check(mixed[row], out(model)[row], MERGE)
     assert not torch.equal(mixed[0], out(model, "__base__", "grace")[0])
 
 
@@ -182,8 +168,7 @@ def test_an_adapter_of_the_model_is_copied_and_saved_ones_are_what_they_were() -
 def test_names_and_values_that_cannot_be_are_refused() -> None:
     model = with_users("ada")
     bank = lorasb.AdapterBank(model)
-    name = next(iter(bank.columns))
-    whole = {n: torch.zeros(c.r, c.r) for n, c in bank.columns.items()}
+    name, whole = next(iter(bank.columns)), cores_of(bank)
     for cores, message in (
         ({}, rf"expected R \[4, 4\] of layer '{name}', got nothing"),
         (whole | {name: torch.zeros(3, 3)}, r"got \[3, 3\] in torch\.float32"),
@@ -192,18 +177,16 @@ def test_names_and_values_that_cannot_be_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             bank.add("new", cores)
         assert "new" not in bank
-    with pytest.raises(ValueError, match="the model has an adapter 'ada' itself"):
-        bank.add("ada")
-    with pytest.raises(ValueError, match=r"adapter\(s\): nobody\. The model has ada, default, and its bank 0"):
-        out(model, "nobody", "ada")
-    with pytest.raises(ValueError, match=r"bank\.detach\(\) first"):
-        lorasb.AdapterBank(model)
-    with pytest.raises(ValueError, match="has not been initialized"):
-        lorasb.AdapterBank(lorasb.patch(base(), r=4))
-    with pytest.raises(TypeError, match="expected dtype fp32, bf16 or fp16"):
-        lorasb.AdapterBank(with_basis(), dtype=torch.float64)
-    with pytest.raises(ValueError, match="expected block and resident of 1 or more"):
-        lorasb.AdapterBank(with_basis(), resident=0)
+    for call, error, message in (
+        (lambda: bank.add("ada"), ValueError, "the model has an adapter 'ada' itself"),
+        (lambda: out(model, "nobody", "ada"), ValueError, r"nobody\. The model has ada, default, and its bank 0"),
+        (lambda: lorasb.AdapterBank(model), ValueError, r"bank\.detach\(\) first"),
+        (lambda: lorasb.AdapterBank(lorasb.patch(base(), r=4)), ValueError, "has not been initialized"),
+        (lambda: lorasb.AdapterBank(with_basis(), dtype=torch.float64), TypeError, "expected dtype fp32, bf16 or fp16"),
+        (lambda: lorasb.AdapterBank(with_basis(), resident=0), ValueError, "expected block and resident of 1 or more"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_a_copied_model_keeps_its_bank() -> None:
@@ -286,11 +269,6 @@ def test_a_bank_grows_in_inference_mode_and_outside() -> None:
 
 
 RANKS = {"q_proj": 2, "down_proj": 3}
-
-
-def cores_of(bank: lorasb.AdapterBank) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return {name: torch.randn(c.r, c.r, generator=g) for name, c in bank.columns.items()}
 
 
 def test_every_layer_has_its_own_entries_whatever_their_ranks() -> None:

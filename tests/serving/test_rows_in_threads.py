@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from basis_models import inputs, moved_to_bank, with_users
+from basis_models import NAMES, moved_to_bank, out, with_users
 from linear_groups import groups
-from models import batches_for
+from models import batches_for, generated
 from peft import PeftModel
 from tolerances import check_equal
 from torch import Tensor
@@ -21,13 +21,7 @@ from lorasb.serving.rows import adapters_by_row
 
 pytestmark = pytest.mark.usefixtures("grouped")
 
-NAMES = ("ada", "emmy", "grace")
-CALLS: tuple[list[str] | None, ...] = (["ada", "grace"], ["__base__", "emmy"], None, ["grace", "default"])
-
-
-def call(model: PeftModel, names: list[str] | None) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs(), **({} if names is None else {"adapter_names": names})).logits
+CALLS: tuple[tuple[str, ...], ...] = (("ada", "grace"), ("__base__", "emmy"), (), ("grace", "default"))
 
 
 @pytest.mark.parametrize(("in_bank", "interval"), [(False, 0.005), (True, 0.005), (False, 1e-5)])
@@ -36,12 +30,12 @@ def test_each_thread_has_its_own_rows(in_bank: bool, interval: float) -> None:
     model = with_users(*NAMES, target_modules="all-linear")
     if in_bank:
         moved_to_bank(model)
-    wanted = [call(model, names) for names in CALLS]
+    wanted = [out(model, *names) for names in CALLS]
     barrier = threading.Barrier(len(CALLS))
 
     def serve(i: int) -> bool:
         barrier.wait()
-        return all(torch.equal(call(model, CALLS[i]), wanted[i]) for _ in range(20))
+        return all(torch.equal(out(model, *CALLS[i]), wanted[i]) for _ in range(20))
 
     before = sys.getswitchinterval()
     try:
@@ -56,17 +50,14 @@ def test_each_thread_has_its_own_rows(in_bank: bool, interval: float) -> None:
 
 def test_generation_in_a_thread_of_its_own() -> None:
     """As a streamer has it: the main thread computes something else meanwhile."""
-    model = with_users(*NAMES)
-    prompts = torch.randint(3, 99, (2, 4), generator=torch.Generator().manual_seed(0))
-    options: dict[str, object] = {"input_ids": prompts, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    want, plain = model.generate(**options, adapter_names=["ada", "emmy"]), call(model, None)
-    found: list[Tensor] = []
-    thread = threading.Thread(target=lambda: found.append(model.generate(**options, adapter_names=["ada", "emmy"])))
-    thread.start()
-    while thread.is_alive():
-        assert torch.equal(call(model, None), plain)
-    thread.join()
-    assert torch.equal(found[0], want)
+    model, prompts = with_users(*NAMES), batches_for("llama")[0]["input_ids"]
+    options = {"max_new_tokens": 12, "adapter_names": ["ada", "emmy"]}
+    want, plain = generated(model, prompts, **options), out(model)
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(generated, model, prompts, **options)
+        while not found.done():
+            assert torch.equal(out(model), plain)
+    assert torch.equal(found.result(), want)
 
 
 def trained() -> PeftModel:

@@ -4,67 +4,86 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from basis_models import a_layer, with_users
-from models import batches_for, text
+from basis_models import NAMES, a_layer, with_users
+from models import batches_for
 from peft import PeftModel
 from tolerances import FP32_NORMS, FP64, check, check_equal
 from torch import Tensor
-from trainer_runs import At, arguments
+from trainer_runs import ROWS, At, arguments
 
 import lorasb
 from lorasb.layers.lookup import layers_with
 from lorasb.serving import training
 from lorasb.serving.training import adapter_losses
 
-NAMES = ("ada", "emmy", "grace")
 RATES = {"ada": 1e-2, "emmy": 3e-3, "grace": 1e-3, "default": 1e-3}
 NORM = 0.05  # clips all of them
+OWNERS = ("ada", "emmy", "ada", "grace", "__base__", "ada", "default", "emmy", "ada", "grace", "emmy", "emmy")
 
 
-def rows(step: int) -> tuple[dict[str, Tensor], list[str]]:
-    """A batch of four rows, and whose they are; not everybody has some in every step."""
-    one, other = (batches_for("llama")[(step + i) % 3] for i in range(2))
-    batch = {name: torch.cat((one[name], other[name])) for name in one}
-    owners = [["ada", "emmy", "ada", "grace"], ["grace", "ada", "__base__", "default"], ["emmy", "emmy", "ada", "emmy"]]
-    return batch, owners[step % 3]
+def example(i: int) -> dict[str, Any]:
+    """A row of twelve, which have different numbers of labeled tokens; not everybody has some in every four."""
+    ignored = torch.arange(12) < i % 5
+    return ROWS[i] | {"labels": ROWS[i]["labels"].masked_fill(ignored, -100), "user": OWNERS[i]}
+
+
+EXAMPLES = [example(i) for i in range(12)]
+COLLATE = lorasb.AdapterRowsCollator(transformers.default_data_collator, column="user")
+BATCHES = [COLLATE(EXAMPLES[i : i + 4]) for i in (0, 4, 8)]
 
 
 def cores(model: PeftModel, name: str) -> list[Tensor]:
     return [layer.lorasb_R[name].detach() for layer in layers_with(model, name).values()]
 
 
-def train(model: PeftModel, names: tuple[str, ...]) -> None:
-    """Of each batch the rows of some adapters."""
+def train(model: PeftModel) -> None:
+    """All adapters together, by a loop of one's own."""
     model.train()
-    optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, names, RATES, weight_decay=0.01))
-    for step in range(6):
-        batch, owners = rows(step)
-        mine = [i for i, owner in enumerate(owners) if owner in names]
-        if not mine:
-            continue
-        batch = {name: value[mine] for name, value in batch.items()}
-        labels, owners = batch.pop("labels"), [owners[i] for i in mine]
+    optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, list(RATES), RATES, weight_decay=0.01))
+    for batch in 2 * BATCHES:
+        names, labels = batch["adapter_names"], batch["labels"]
         optimizer.zero_grad()
-        losses = lorasb.adapter_losses(model(**batch, adapter_names=owners).logits, labels, owners)
+        losses = lorasb.adapter_losses(model(input_ids=batch["input_ids"], adapter_names=names).logits, labels, names)
         torch.stack(list(losses.values())).sum().backward()
         lorasb.clip_by_adapter(optimizer.param_groups, NORM)
         optimizer.step()
 
 
+def train_alone(name: str, steps: list[list[dict[str, Any]]]) -> PeftModel:
+    """A model with one adapter trained over its own rows of each step, by a loop that knows nothing of the others."""
+    model = with_users(*NAMES).double().train()
+    model.set_adapter(name)
+    parameters = [layer.lorasb_R[name] for layer in layers_with(model, name).values()]
+    optimizer, start = torch.optim.AdamW(parameters, lr=RATES[name], weight_decay=0.01), parameters[0].detach().clone()
+    for batches in steps:
+        logits, labels = [], []
+        for batch in batches:
+            rows = [i for i, owner in enumerate(batch["adapter_names"]) if owner == name]
+            if rows:
+                logits.append(model(input_ids=batch["input_ids"][rows]).logits)
+                labels.append(batch["labels"][rows])
+        if logits:
+            whole, targets = torch.cat(logits), torch.cat(labels)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), targets[:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, NORM)
+            optimizer.step()
+    assert not torch.equal(parameters[0], start)
+    return model
+
+
 def test_together_is_as_alone_and_others_stay_frozen() -> None:
     together = with_users(*NAMES).double()
-    train(together, tuple(RATES))
+    train(together)
     for name in RATES:
-        alone = with_users(*NAMES).double()
-        before = {other: cores(alone, other)[0].clone() for other in RATES}
-        train(alone, (name,))
-        assert [other for other in RATES if not torch.equal(cores(alone, other)[0], before[other])] == [name]
-        assert [other for other in RATES if a_layer(alone).lorasb_R[other].requires_grad] == [name]
-        check(cores(together, name), cores(alone, name), FP64)
+        check(cores(together, name), cores(train_alone(name, [[batch] for batch in 2 * BATCHES]), name), FP64)
+        lorasb.adapter_parameter_groups(together, [name], 1e-3)
+        assert [other for other in RATES if a_layer(together).lorasb_R[other].requires_grad] == [name]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -76,9 +95,9 @@ def test_recomputed_activations_have_their_rows_adapters(reentrant: bool) -> Non
     calls = []
     a_layer(recomputed).register_forward_hook(lambda *_: calls.append(1))
     for model in (kept, recomputed):
-        train(model, NAMES)
+        train(model)
     assert len(calls) == 12  # twice a step
-    for name in NAMES:
+    for name in RATES:
         check_equal(cores(kept, name), cores(recomputed, name))
     left = [[len(module._forward_pre_hooks) for module in model.modules()] for model in (kept, recomputed)]
     assert left[0] == left[1]
@@ -110,68 +129,22 @@ def test_what_cannot_be_is_refused() -> None:
         lorasb.adapter_losses(logits, torch.stack((labels[0], labels[1] - 100)), ["ada", "emmy"])
 
 
-OWNERS = ("ada", "emmy", "ada", "grace", "__base__", "ada", "emmy", "emmy", "ada", "grace", "ada", "emmy")
-
-
-def examples() -> list[dict[str, object]]:
-    """Twelve rows, of different numbers of labeled tokens."""
-    found: list[dict[str, object]] = []
-    for seed, owner in enumerate(OWNERS):
-        row = {key: value[0] for key, value in text(1, 12, seed).items()}
-        labels = row["labels"].clone()
-        labels[: seed % 5] = -100
-        found.append(row | {"labels": labels, "user": owner})
-    return found
-
-
-def batch_of(rows: int) -> dict[str, Tensor]:
-    return transformers.default_data_collator([{k: v for k, v in r.items() if k != "user"} for r in examples()[:rows]])
-
-
-class Recorded(lorasb.AdapterRowsCollator):
-    def __init__(self) -> None:
-        super().__init__(transformers.default_data_collator, column="user")
-        self.batches: list[dict[str, object]] = []
-
-    def __call__(self, rows: list[dict[str, object]]) -> dict[str, object]:
-        self.batches.append(super().__call__(rows))
-        return self.batches[-1]
-
-
-def trainer_for(model: PeftModel, folder: Path, **options: object) -> transformers.Trainer:
+def trainer_for(model: PeftModel, folder: Path, **options: object) -> Any:
+    """A trainer of the three, which keeps its batches in a list."""
+    batches: list[dict[str, Any]] = []
     usual = {"per_device_train_batch_size": 4, "max_grad_norm": NORM, "lr_scheduler_type": "constant"}
     optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, NAMES, RATES, weight_decay=0.01))
     trainer = transformers.Trainer(
         model=model,
         args=arguments(folder, remove_unused_columns=False, **usual | options),
-        train_dataset=examples(),
-        data_collator=Recorded(),
+        train_dataset=EXAMPLES,
+        data_collator=lambda rows: batches.append(COLLATE(rows)) or batches[-1],
         optimizers=(optimizer, None),
         callbacks=[lorasb.AdapterRowsCallback()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.batches = batches
     return trainer
-
-
-def train_alone(model: PeftModel, name: str, steps: list[list[dict[str, object]]]) -> None:
-    """One adapter over its own rows of each step, by a loop that knows nothing of the others."""
-    model.set_adapter(name)
-    parameters = [layer.lorasb_R[name] for layer in layers_with(model, name).values()]
-    optimizer = torch.optim.AdamW(parameters, lr=RATES[name], weight_decay=0.01)
-    model.train()
-    for batches in steps:
-        logits, labels = [], []
-        for batch in batches:
-            rows = [i for i, owner in enumerate(batch["adapter_names"]) if owner == name]
-            if rows:
-                logits.append(model(input_ids=batch["input_ids"][rows]).logits)
-                labels.append(batch["labels"][rows])
-        if logits:
-            whole, targets = torch.cat(logits), torch.cat(labels)
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), targets[:, 1:].flatten()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, NORM)
-            optimizer.step()
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -179,17 +152,12 @@ def test_each_is_trained_as_alone(tmp_path: Path, parts: int) -> None:
     together = with_users(*NAMES).double()
     batch_size = 4 // parts
     trainer = trainer_for(together, tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=parts)
-    before = a_layer(together, "default").lorasb_R["default"].detach().clone()
+    before = cores(together, "default")[0].clone()
     trainer.train()
-    batches = trainer.data_collator.batches
-    steps = [batches[i : i + parts] for i in range(0, 4 * parts, parts)]
-    assert torch.equal(a_layer(together, "default").lorasb_R["default"], before)
+    steps = [trainer.batches[i : i + parts] for i in range(0, 4 * parts, parts)]
+    assert torch.equal(cores(together, "default")[0], before)
     for name in NAMES:
-        model = with_users(*NAMES).double()
-        start = cores(model, name)[0].clone()
-        train_alone(model, name, steps)
-        assert not torch.equal(cores(model, name)[0], start)
-        check(cores(together, name), cores(model, name), FP32_NORMS)
+        check(cores(together, name), cores(train_alone(name, steps), name), FP32_NORMS)
 
 
 def test_the_loss_that_is_shown_is_the_mean_over_tokens(tmp_path: Path) -> None:
@@ -198,7 +166,7 @@ def test_the_loss_that_is_shown_is_the_mean_over_tokens(tmp_path: Path) -> None:
     want = with_users(*NAMES).train()
     trainer.train()
     total, count = 0.0, 0
-    for batch in trainer.data_collator.batches[:2]:
+    for batch in trainer.batches[:2]:
         names, labels = batch["adapter_names"], batch["labels"]
         kept = [i for i, name in enumerate(names) if name != "__base__"]
         with torch.no_grad():
@@ -225,7 +193,7 @@ def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     before = {name: cores(model, name)[0].clone() for name in NAMES}
     trainer = trainer_for(model, tmp_path, max_steps=2)
-    trainer.train_dataset = [row | {"user": "__base__"} for row in examples()]
+    trainer.train_dataset = [row | {"user": "__base__"} for row in EXAMPLES]
     trainer.train()
     assert all(torch.equal(cores(model, name)[0], before[name]) for name in NAMES)
 
@@ -248,17 +216,17 @@ def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None
 def test_evaluation_has_the_models_own_loss_and_it_and_the_clipping_are_given_back(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     trainer = trainer_for(model, tmp_path, max_steps=1)
-    trainer.add_callback(At(1, lambda: trainer.evaluate(examples()[:4])))  # while it has the training loss
+    trainer.add_callback(At(1, lambda: trainer.evaluate(EXAMPLES[:4])))  # while it has the training loss
     trainer.train()
-    batch = batch_of(4)
     with torch.no_grad():
-        want = model.eval()(**batch, adapter_names=list(OWNERS[:4])).loss
+        want = model.eval()(**BATCHES[0]).loss
     shown = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert abs(shown - float(want)) < 1e-5
     assert trainer.args.max_grad_norm == NORM
-    batch = batch_of(len(OWNERS))
-    losses = adapter_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"], ["ada"] * len(OWNERS))
-    torch.testing.assert_close(losses["ada"], model.train()(**batch).loss)
+    batch = COLLATE(EXAMPLES) | {"adapter_names": None}
+    out = model.train()(**batch)
+    losses = adapter_losses(out.logits, batch["labels"], ["ada"] * len(OWNERS))
+    torch.testing.assert_close(losses["ada"], out.loss)
 
 
 def test_gradients_that_processes_averaged_are_divided_by_the_tokens_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from lorasb.constants import CONFIG_NAME, WEIGHTS_NAME
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.layers.lookup import layers_with
 
+NAMES = ("ada", "emmy", "grace")
+
 
 def base() -> nn.Module:
     """The same weights every time."""
@@ -56,6 +58,12 @@ def moved_to_bank(model: Any, **options: Any) -> lorasb.AdapterBank:
     return bank
 
 
+def cores_of(bank: lorasb.AdapterBank, seed: int = 1) -> dict[str, Tensor]:
+    """Random R's of an adapter for a bank."""
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(c.r, c.r, generator=g) * 0.3 for name, c in bank.columns.items()}
+
+
 def saved(folder: Path, *names: str) -> Any:
     """The model, and a folder of the adapters: "default" itself and a subfolder for each other one."""
     model = with_users(*names)
@@ -66,6 +74,12 @@ def saved(folder: Path, *names: str) -> Any:
 def inputs() -> Batch:
     """A batch of two rows without labels."""
     return {name: value for name, value in batches_for("llama", 1)[0].items() if name != "labels"}
+
+
+def out(model: Any, *names: str) -> Tensor:
+    """The logits of two rows, each by its adapter; by the active one without names."""
+    with torch.no_grad():
+        return model(**inputs(), **({"adapter_names": list(names)} if names else {})).logits
 
 
 def answer(model: Any, name: str) -> Tensor:

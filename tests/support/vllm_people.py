@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import generated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasb
@@ -64,21 +65,8 @@ def answers(model: Any, prompt: list[int], rows: Sequence[str] | None) -> list[A
     """Greedy answers to a prompt, one with the adapter of each row, by transformers; a plain model has no rows."""
     ids = torch.tensor([prompt] * (1 if rows is None else len(rows)))
     options: dict[str, Any] = {} if rows is None else {"adapter_names": list(rows)}
-    options |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     options |= {"output_scores": True, "return_dict_in_generate": True}
-    with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    out: Any = generated(model, ids, max_new_tokens=NEW, min_new_tokens=NEW, **options)
     best = torch.stack([scores.topk(2).values for scores in out.scores], dim=1)
     tokens, leads = out.sequences[:, len(prompt) :], best[..., 0] - best[..., 1]
     return [Answer(row.tolist(), lead.tolist()) for row, lead in zip(tokens, leads, strict=True)]
-
-
-def plain_model(model: Any, name: str) -> Any:
-    """SmolLM2 without lorasb, whose weights are W + s·B·R·A of an adapter, summed in fp64."""
-    plain = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.float32)
-    with torch.no_grad():
-        for path, layer in layers_with(model, name).items():
-            a, core, b = (getattr(layer, f"lorasb_{part}")[name].double() for part in "ARB")
-            weight = plain.get_submodule(path).weight
-            weight.copy_(weight.double() + layer.adapters[name].scaling * b @ core @ a)
-    return plain.eval()
