@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from basis_models import a_layer, answer, base, fill, with_basis, with_users
-from models import batches_for, logits, make
+from models import batches_for, logits, make, started
 from peft import LoraConfig, PeftModel, get_peft_model
 from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
 from torch import Tensor
 
 import lorasb
 from lorasb.layers.lookup import layers_with
-from lorasb.serving.joint_basis import Update, _lora_updates, joint_factors
+from lorasb.serving.joint_basis import KeptShares, Update, _lora_updates, joint_factors
 
 
 def two() -> PeftModel:
@@ -38,22 +38,27 @@ def test_a_basis_of_twice_the_rank_keeps_everything() -> None:
     assert not a_layer(model, "both").lorasb_R["both"].any()
 
 
+def check_projections(shares: KeptShares, model: PeftModel, name: str, former: PeftModel, before: str) -> None:
+    """Each R of an adapter is the projection of an update of the former model, and the shares are what it keeps."""
+    energies = []
+    for layer, module in layers_with(model, name).items():
+        b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()
+        check(b.t() @ b, torch.eye(4, dtype=torch.float64), ORTHONORMAL)
+        delta = layers_with(former, before)[layer].get_delta_weight(before).double()
+        want = b.t() @ delta @ a.t()
+        check(module.lorasb_R[name], want, EXPORT)
+        energies.append((float(want.square().sum()), float(delta.square().sum())))
+        assert abs(energies[-1][0] / energies[-1][1] - shares.by_layer[name][layer]) < 1e-5
+    kept, total = map(sum, zip(*energies, strict=True))
+    assert abs(kept / total - shares.overall[name]) < 1e-5
+
+
 def test_each_r_is_the_projection_and_the_shares_are_what_it_keeps() -> None:
     model = two()
     former = copy.deepcopy(model)
     shares = lorasb.share_basis(model, ["ada", "grace"], "both")
     for name in ("ada", "grace"):
-        kept = total = 0.0
-        for layer, module in layers_with(model, name).items():
-            b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()
-            check(b.t() @ b, torch.eye(4, dtype=torch.float64), ORTHONORMAL)
-            delta = layers_with(former, name)[layer].get_delta_weight(name).double()
-            want = b @ (b.t() @ delta @ a.t()) @ a
-            check(module.get_delta_weight(name), want, EXPORT)
-            share = float(want.square().sum() / delta.square().sum())
-            assert abs(share - shares.by_layer[name][layer]) < 1e-5
-            kept, total = kept + float(want.square().sum()), total + float(delta.square().sum())
-        assert abs(kept / total - shares.overall[name]) < 1e-5
+        check_projections(shares, model, name, former, name)
         assert 0.2 < shares.overall[name] < 0.95  # half of the directions of two adapters that have none in common
 
 
@@ -164,27 +169,14 @@ def test_all_else_of_the_adapters_stays() -> None:
 TASKS = {"math": batches_for("llama")[:1], "code": batches_for("llama")[1:2]}
 
 
-def started(batches: object) -> tuple[PeftModel, lorasb.InitReport]:
-    model = lorasb.patch(base(), r=4)
-    return model, lorasb.initialize(model, batches, lr=1e-3, progress=False)
-
-
 def test_each_task_has_the_projection_of_its_own_start_and_all_train_in_one_batch() -> None:
-    model, report = started(TASKS)
+    model, report = started(batches=TASKS)
     assert set(model.peft_config) == {"math", "code", "default"}
     assert model.active_adapters == ["default"]
     assert not a_layer(model).lorasb_R["default"].any()
     for task, batches in TASKS.items():
-        alone, _ = started(batches)
-        kept = total = 0.0
-        for layer, module in layers_with(model, task).items():
-            assert module.lorasb_A[task] is module.lorasb_A["default"]
-            delta = layers_with(alone, "default")[layer].get_delta_weight("default").double()
-            b, a = module.lorasb_B[task].double(), module.lorasb_A[task].double()
-            check(module.lorasb_R[task], b.t() @ delta @ a.t(), EXPORT)
-            kept += float((b.t() @ delta @ a.t()).square().sum())
-            total += float(delta.square().sum())
-        assert abs(report.shares.overall[task] - kept / total) < 1e-4
+        assert all(module.lorasb_A[task] is module.lorasb_A["default"] for module in layers_with(model, task).values())
+        check_projections(report.shares, model, task, started(batches=batches)[0], "default")
         assert report.tasks[task].num_samples == len(batches[0]["input_ids"])
     assert "the shared basis keeps\n  math: " in str(report)
     model.base_model.set_adapter(["math", "code"])
