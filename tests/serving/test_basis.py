@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from basis_models import a_layer, answer, base, fill, reconfigure, rewrite, saved, with_basis, with_users
+from basis_models import NAMES, a_layer, answer, base, fill, reconfigure, rewrite, saved, with_basis, with_users
 from models import batches_for, logits, make, patched
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
@@ -237,9 +237,6 @@ def test_rows_of_a_bank_refuse_gradient_checkpointing_in_training() -> None:
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
         model.train()(**batches_for("llama")[0], adapter_names=["ada", "default"])
-
-
-NAMES = ["ada", "emmy", "grace"]
 
 
 def state(model: PeftModel) -> dict[str, object]:

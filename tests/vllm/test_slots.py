@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_models import reconfigure, rewrite, with_users
+from basis_models import base, reconfigure, rewrite, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import python
@@ -23,11 +23,8 @@ from lorasb.compat import vllm as private
 from lorasb.constants import WEIGHTS_NAME
 from lorasb.kernels import row_cores
 from lorasb.kernels.block_sizes import padded_rank
-from lorasb.serving.basis import save_adapters
 from lorasb.vllm import plugin, slots
 from lorasb.vllm.slots import CoreSlots
-
-NAMES = ("ada", "emmy")
 
 
 def reference(
@@ -126,9 +123,8 @@ def test_the_basis_of_another_model_is_refused(shape: tuple[int, int]) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A basis, and two adapters on it in subfolders."""
-    path, model = tmp_path_factory.mktemp("people"), with_users(*NAMES)
-    model.save_pretrained(str(path), selected_adapters=["default"])
-    save_adapters(model, path, NAMES)
+    path = tmp_path_factory.mktemp("people")
+    saved(path, "ada", "emmy")
     return path
 
 
@@ -189,8 +185,7 @@ def test_a_folder_without_a_and_b_is_no_basis(folder: Path) -> None:
 def test_another_base_model_is_recognized_by_its_weights(folder: Path, tmp_path: Path) -> None:
     basis = plugin.read_basis(folder)
     assert basis.fingerprint
-    model = with_users("one").get_base_model()
-    weights = {f"{n}.weight": model.get_submodule(n).weight.detach().clone() for n in basis.fingerprint}
+    weights = {f"{n}.weight": base().get_submodule(n).weight.detach() for n in basis.fingerprint}
     save_file(weights, tmp_path / "model.safetensors")
     plugin.check_base(basis, tmp_path)
     plugin.check_base(basis, tmp_path / "a hub id")
