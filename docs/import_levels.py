@@ -8,10 +8,13 @@ in a cycle.
 
 from __future__ import annotations
 
-import argparse
 import ast
+import importlib.util
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+import networkx  # a requirement of torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lorasb"
@@ -40,15 +43,15 @@ EVERYWHERE = ("compat", "utils", "constants")  # imported from every level: thei
 LEVEL_OF = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 
 
-def files(root: Path = ROOT) -> dict[str, Path]:
+def files() -> dict[str, Path]:
     """Module name -> file, of the whole package; `kernels/fused` is installed as `lorasb.kernels`."""
-    paths = [*sorted((root / PACKAGE).rglob("*.py")), *sorted((root / "kernels" / "fused").rglob("*.py"))]
-    return {module_name(path, root): path for path in paths}
+    paths = [*sorted((ROOT / PACKAGE).rglob("*.py")), *sorted((ROOT / "kernels" / "fused").rglob("*.py"))]
+    return {module_name(path): path for path in paths}
 
 
-def module_name(path: Path, root: Path = ROOT) -> str:
+def module_name(path: Path) -> str:
     """The dotted name that a file is imported by."""
-    parts = path.relative_to(root).with_suffix("").parts
+    parts = path.relative_to(ROOT).with_suffix("").parts
     parts = (PACKAGE, "kernels", *parts[2:]) if parts[0] == "kernels" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -60,33 +63,28 @@ def folder_of(module: str) -> str:
     return FOLDER_OF_MODULE.get(folder, folder)
 
 
-def imports(path: Path, name: str, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import of the package's modules in a file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(tree):
-        for target in _targets(node, package):
+def imports(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    """(line, full name) of all that a file imports."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def graph() -> dict[str, dict[str, int]]:
+    """module -> module that it imports -> line."""
+    known = files()
+    edges: dict[str, dict[str, int]] = {name: {} for name in known}
+    for name, path in known.items():
+        for line, target in imports(path, name):
             # `from x import y`: y is a module of x, or a name in it
             module = target if target in known else target.rpartition(".")[0]
             if module in known and module != name:
-                yield node.lineno, module
-
-
-def _targets(node: ast.AST, package: list[str]) -> list[str]:
-    """The full names that an import statement of a file in `package` names; none of another node."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if not isinstance(node, ast.ImportFrom):
-        return []
-    # a relative import of level k starts k - 1 packages above the file's own
-    base = ".".join([*package[: len(package) - node.level + 1], node.module or ""]) if node.level else node.module
-    return [f"{(base or '').rstrip('.')}.{alias.name}" for alias in node.names]
-
-
-def graph(root: Path = ROOT) -> dict[str, dict[str, int]]:
-    """module -> module that it imports -> line."""
-    known = files(root)
-    return {name: {m: line for line, m in imports(path, name, known)} for name, path in known.items()}
+                edges[name][module] = line
+    return edges
 
 
 def upward(edges: dict[str, dict[str, int]]) -> list[str]:
@@ -101,39 +99,11 @@ def upward(edges: dict[str, dict[str, int]]) -> list[str]:
 
 
 def cycles(edges: dict[str, dict[str, int]]) -> list[list[str]]:
-    """Groups of files that import each other (strongly connected components), without packages' `__init__`.
-
-    An `__init__` that re-exports its modules would be in a cycle with each of them.
-    """
-    known = files()
-    targets_of = {name: set() if known[name].name == "__init__.py" else set(targets) for name, targets in edges.items()}
-    reach = {name: _reachable(name, targets_of) for name in targets_of}
-    groups = {
-        frozenset(other for other in reach[name] if name in reach[other]) for name in targets_of if name in reach[name]
-    }
-    return sorted(sorted(group) for group in groups)
-
-
-def _reachable(start: str, targets_of: dict[str, set[str]]) -> set[str]:
-    seen: set[str] = set()
-    pending = [start]
-    while pending:
-        for module in targets_of.get(pending.pop(), ()):
-            if module not in seen:
-                seen.add(module)
-                pending.append(module)
-    return seen
-
-
-def folder_edges(edges: dict[str, dict[str, int]]) -> dict[tuple[str, str], int]:
-    """(folder, folder below) -> number of imports between their files."""
-    counts: dict[tuple[str, str], int] = {}
-    for name, targets in edges.items():
-        for target in targets:
-            pair = folder_of(name), folder_of(target)
-            if pair[0] != pair[1]:
-                counts[pair] = counts.get(pair, 0) + 1
-    return counts
+    """Groups of files that import each other, without packages' `__init__`, which re-export their modules."""
+    packages = {name for name, path in files().items() if path.name == "__init__.py"}
+    pairs = [(name, target) for name, targets in edges.items() if name not in packages for target in targets]
+    groups = networkx.strongly_connected_components(networkx.DiGraph(pairs))
+    return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
 WIDTH, HEIGHT, GAP, BOX = 900, 50, 22, 190  # pixels: of the picture, a row, between rows, of a folder
@@ -148,10 +118,10 @@ def draw(edges: dict[str, dict[str, int]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{total}" font-family="sans-serif">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    for (source, target), count in sorted(folder_edges(edges).items()):
-        if target in EVERYWHERE:
-            continue
-        lines.append(_arrow(places[source], places[target], LEVEL_OF[target] - LEVEL_OF[source], count))
+    counts = Counter((folder_of(name), folder_of(target)) for name, targets in edges.items() for target in targets)
+    for (source, target), count in sorted(counts.items()):
+        if source != target and target not in EVERYWHERE:
+            lines.append(_arrow(places[source], places[target], LEVEL_OF[target] - LEVEL_OF[source], count))
     for folder, place in places.items():
         lines.append(_box(folder, place, sum(folder_of(name) == folder for name in edges)))
     return "\n".join([*lines, "</svg>"]) + "\n"
@@ -196,11 +166,8 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], levels: int, co
 
 def main() -> None:
     """Write the picture and print imports that break the rules; exits with 1 if there are any."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "import_levels.svg")
-    options = parser.parse_args()
     edges = graph()
-    options.output.write_text(draw(edges), encoding="utf-8")
+    (ROOT / "docs" / "import_levels.svg").write_text(draw(edges), encoding="utf-8")
     violations = [*upward(edges), *(" <-> ".join(group) for group in cycles(edges))]
     print("\n".join(violations) or f"{len(edges)} files on {len(LEVELS)} levels: no import runs up, no cycle")
     raise SystemExit(bool(violations))
