@@ -132,7 +132,7 @@ def test_sharing_outlives_casts_and_copies(change: str) -> None:
     assert layer.lorasb_A["ada"].dtype == (torch.float64 if change == "double" else torch.float32)
 
 
-def test_rows_in_training_need_one_basis_and_no_dropout() -> None:
+def test_rows_in_training_need_one_basis_and_of_a_bank_no_checkpointing() -> None:
     model = with_users("ada")
     model.add_adapter("own", lorasb.LoRASBConfig(r=4, init="kaiming", init_seed=5))
     fill(model, "own", 9)
@@ -140,19 +140,21 @@ def test_rows_in_training_need_one_basis_and_no_dropout() -> None:
     with pytest.raises(ValueError, match=r"training mode\. Call model\.eval\(\), or train adapters on one basis"):
         model(**batches_for("llama")[0], adapter_names=["ada", "own"])
     assert torch.isfinite(model(**batches_for("llama")[0], adapter_names=["ada", "default"]).loss)
+    lorasb.AdapterBank(model).add("emmy")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
+        model(**batches_for("llama")[0], adapter_names=["emmy", "default"])
 
 
 def answers(model: PeftModel, *names: str) -> dict[str, torch.Tensor]:
     return {name: answer(model, name) for name in names}
 
 
-@pytest.mark.parametrize("kind", ["svd", "ties", "cat", "linear"])
+@pytest.mark.parametrize("kind", ["svd", "cat", "linear"])
 def test_a_sum_has_factors_of_its_own_and_leaves_the_basis(kind: str) -> None:
     model = with_users("ada", "grace")
     before = answers(model, "default", "ada", "grace")
-    options = {"density": 0.5} if kind == "ties" else {}
-    errors = model.add_weighted_adapter(["ada", "grace"], [0.5, 0.7], "sum", combination_type=kind, **options)
-    assert kind != "linear" or set(errors.values()) == {0.0}
+    model.add_weighted_adapter(["ada", "grace"], [0.5, 0.7], "sum", combination_type=kind)
     assert "sum" not in a_layer(model).bases
     check_equal(answers(model, *before), before)
 
@@ -229,14 +231,6 @@ def test_hotswapping_an_adapter_on_a_basis_copies_its_factors(tmp_path: Path) ->
     assert "own" not in a_layer(model).bases
     with pytest.raises(ValueError, match="'default' is the basis of ada"):
         hotswap_adapter(model, str(tmp_path), "default")
-
-
-def test_rows_of_a_bank_refuse_gradient_checkpointing_in_training() -> None:
-    model = with_basis()
-    lorasb.AdapterBank(model).add("ada")
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"gradient_checkpointing_disable\(\)"):
-        model.train()(**batches_for("llama")[0], adapter_names=["ada", "default"])
 
 
 def state(model: PeftModel) -> dict[str, object]:

@@ -131,17 +131,15 @@ def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) ->
 
 
 def test_what_the_server_refuses_is_one_line(server: Server) -> None:
-    server.status, server.answer = 500, {"error": {"message": "other A and B than the basis"}}
-    with pytest.raises(RuntimeError, match=r"answered 500: other A and B than the basis$"):
-        lorasb.sync_to_vllm(model(), server.address)
-    server.status, server.answer = 404, {"error": {"message": "No adapter found for policy"}}
-    with pytest.raises(
-        RuntimeError, match=r"answered 404: No adapter found.* does not see .*pass a folder= that it can read"
+    unlike, missing = ({"error": {"message": text}} for text in ("other A and B", "No adapter found for policy"))
+    for status, answer, message in (
+        (500, unlike, "answered 500: other A and B$"),
+        (404, missing, "answered 404: No adapter found.* does not see .*pass a folder= that it can read"),
+        (404, {"detail": "Not Found"}, "answered 404: .*Not Found.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve"),
     ):
-        lorasb.sync_to_vllm(model(), server.address)
-    server.answer = {"detail": "Not Found"}
-    with pytest.raises(RuntimeError, match=r"answered 404: .*Not Found.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve"):
-        lorasb.sync_to_vllm(model(), server.address)
+        server.status, server.answer = status, answer
+        with pytest.raises(RuntimeError, match=message):
+            lorasb.sync_to_vllm(model(), server.address)
     server.server_close()
     server.shutdown()
     with pytest.raises(RuntimeError, match=r"no vLLM answers at http://127.*: LORASB_BASIS=FOLDER"):
