@@ -10,7 +10,7 @@ import pytest
 import torch
 from basis_models import NAMES, moved_to_bank, out, with_users
 from linear_groups import groups
-from models import batches_for, generated
+from models import batches_for
 from peft import PeftModel
 from tolerances import check_equal
 from torch import Tensor
@@ -46,18 +46,6 @@ def test_each_thread_has_its_own_rows(in_bank: bool, interval: float) -> None:
         sys.setswitchinterval(before)
     assert [len(group.members) for group in groups(model)] == [3, 2] * 2
     assert not any(module._forward_pre_hooks for module in model.modules() if hasattr(module, "lorasb_R"))
-
-
-def test_generation_in_a_thread_of_its_own() -> None:
-    """As a streamer has it: the main thread computes something else meanwhile."""
-    model, prompts = with_users(*NAMES), batches_for("llama")[0]["input_ids"]
-    options = {"max_new_tokens": 12, "adapter_names": ["ada", "emmy"]}
-    want, plain = generated(model, prompts, **options), out(model)
-    with ThreadPoolExecutor(1) as threads:
-        found = threads.submit(generated, model, prompts, **options)
-        while not found.done():
-            assert torch.equal(out(model), plain)
-    assert torch.equal(found.result(), want)
 
 
 def trained() -> PeftModel:
