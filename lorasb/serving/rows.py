@@ -92,11 +92,9 @@ def _known_to_checkpoints(module: nn.Module, block: _Block) -> Iterator[None]:
         yield
     finally:
         with _lock:
-            function = vars(module).get(CHECKPOINTING)
-            if isinstance(function, _Checkpointing) and block in function.blocks:
-                function.blocks.remove(block)
-                if not function.blocks:
-                    setattr(module, CHECKPOINTING, function.function)
+            function.blocks.remove(block)
+            if not function.blocks and vars(module).get(CHECKPOINTING) is function:
+                setattr(module, CHECKPOINTING, function.function)
 
 
 def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:
