@@ -38,19 +38,18 @@ class CoreSlots:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        ranks = [a.shape[0] for a, _ in filter(None, factors)]
-        r = self.r = max(ranks, default=1)
-        self.parts = [j for j, pair in enumerate(factors) if pair is not None]
+        pairs = {j: pair for j, pair in enumerate(factors) if pair is not None}
+        r = self.r = max(a.shape[0] for a, _ in pairs.values())
+        self.parts = list(pairs)
         self.first = [sum(sizes[:j]) for j in self.parts]  # columns of y where they begin
         self.A = torch.zeros((len(self.parts) * r, in_features), dtype=dtype, device=device)
         self.B = [torch.zeros((sizes[j], r), dtype=dtype, device=device) for j in self.parts]
-        for row, b, j in zip(self.A.split(r), self.B, self.parts, strict=True):
-            pair = factors[j]
-            if pair is None or pair[0].shape[1:] != (in_features,) or pair[1].shape[:1] != (sizes[j],):
-                got = "nothing" if pair is None else f"A {list(pair[0].shape)} and B {list(pair[1].shape)}"
+        for rows, columns, (j, (a, b)) in zip(self.A.split(r), self.B, pairs.items(), strict=True):
+            if a.shape[1:] != (in_features,) or b.shape[:1] != (sizes[j],):
+                got = f"A {list(a.shape)} and B {list(b.shape)}"
                 raise ValueError(f"expected A [r, {in_features}] and B [{sizes[j]}, r], got {got}: another base model")
-            row[: len(pair[0])].copy_(pair[0])
-            b[:, : pair[1].shape[1]].copy_(pair[1])
+            rows[: len(a)].copy_(a)
+            columns[:, : b.shape[1]].copy_(b)
         self.numbers = torch.arange(len(self.parts), device=device)
         self.cores = torch.zeros((count, len(self.parts), r, r), dtype=dtype, device=device)
 
