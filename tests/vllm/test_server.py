@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any
 
 import peft
 import pytest
+import requests
 import torch
 from basis_models import rewrite
 from processes import attempt, python
@@ -101,7 +101,7 @@ class Server:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
+                requests.get(f"http://127.0.0.1:{self.port}/health", timeout=5).raise_for_status()
                 return self
             except OSError:
                 time.sleep(0.5)
@@ -128,14 +128,8 @@ class Server:
         return made(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
 
     def post(self, path: str, **body: Any) -> tuple[int, str]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
-                return reply.status, reply.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+        reply = requests.post(f"http://127.0.0.1:{self.port}{path}", json=body, timeout=120)
+        return reply.status_code, reply.text
 
     def load(self, name: str, folder: Path | None = None) -> tuple[int, str]:
         return self.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(folder or self.people.of(name)))
