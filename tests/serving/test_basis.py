@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from basis_models import NAMES, a_layer, answer, base, fill, reconfigure, rewrite, saved, with_basis, with_users
+from families import EXPERTS
 from models import batches_for, logits, make, patched
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
@@ -159,13 +160,19 @@ def test_a_sum_has_factors_of_its_own_and_leaves_the_basis(kind: str) -> None:
     check_equal(answers(model, *before), before)
 
 
-@pytest.mark.parametrize("fields", [{"scaling": 3.0}, {"init": "lora-xs", "lora_alpha": 32}, {"wide_factors": True}])
-def test_an_adapter_alone_has_the_scaling_of_its_basis(fields: dict[str, object], tmp_path: Path) -> None:
-    model = with_users("ada", **fields)
-    want = answer(model, "ada")
+FIELDS = {"scaling": 3.0}, {"init": "lora-xs", "lora_alpha": 32}, {"wide_factors": True}, {"target_parameters": EXPERTS}
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_an_adapter_alone_has_the_settings_of_its_basis(fields: dict[str, object], tmp_path: Path) -> None:
+    family = "qwen3_moe" if "target_parameters" in fields else "llama"
+    model = lorasb.patch(make(family), **{"r": 4, "init": "kaiming"} | fields)
+    model.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
+    fill(model, "ada", 1)
     model.save_pretrained(tmp_path)
-    alone = PeftModel.from_pretrained(base(), tmp_path / "ada")
-    check(logits(alone.eval()), want, EXACT)
+    model.set_adapter("ada")
+    alone = PeftModel.from_pretrained(make(family), tmp_path / "ada")
+    check(logits(alone.eval(), family), logits(model.eval(), family), EXACT)
 
 
 def test_loading_beside_another_adapter_of_the_basis_s_name_leaves_that_one(tmp_path: Path) -> None:
@@ -207,17 +214,6 @@ def test_a_basis_of_a_basis_is_found_by_its_root_and_merges_as_others_do(tmp_pat
     model.unmerge_adapter()
     model.save_pretrained(tmp_path)
     check(logits(PeftModel.from_pretrained(base(), tmp_path / "second").eval()), want, EXACT)
-
-
-def test_experts_on_a_basis_are_loaded_alone(tmp_path: Path) -> None:
-    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = lorasb.patch(make("qwen3_moe"), r=2, init="kaiming", target_parameters=targets).eval()
-    model.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
-    fill(model, "ada", 1)
-    model.save_pretrained(tmp_path)
-    model.set_adapter("ada")
-    alone = PeftModel.from_pretrained(make("qwen3_moe"), tmp_path / "ada").eval()
-    check(logits(alone, "qwen3_moe"), logits(model, "qwen3_moe"), EXACT)
 
 
 def test_hotswapping_an_adapter_on_a_basis_copies_its_factors(tmp_path: Path) -> None:
