@@ -131,7 +131,7 @@ _OfVLLM: Any = object  # for vLLM's class, which comes after this one among the 
 class _SlotsOfCores(_OfVLLM):
     """A parent of vLLM's linears with LoRA, before them: slots of R."""
 
-    slots: Any  # `lorasb.vllm.slots.CoreSlots`; None in a layer that the basis does not have
+    slots: Any  # `lorasb.vllm.plugin.CoreSlots`; None in a layer that the basis does not have
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Nothing yet: the manager gives the layer its basis once it knows the layer's name."""

@@ -498,7 +498,7 @@ import torch
 from types import SimpleNamespace
 from vllm.forward_context import ForwardContext, override_forward_context
 from lorasb.compat import vllm as private
-from lorasb.vllm.slots import CoreSlots
+from lorasb.vllm.plugin import CoreSlots
 private._define_op()
 torch.manual_seed(0)
 slots = CoreSlots([(torch.randn(4, 6), torch.randn(5, 4))], [5], 6, 2, torch.float32, torch.device("cpu"))

@@ -23,8 +23,8 @@ from lorasb.compat import vllm as private
 from lorasb.constants import WEIGHTS_NAME
 from lorasb.kernels import row_cores
 from lorasb.kernels.block_sizes import padded_rank
-from lorasb.vllm import plugin, slots
-from lorasb.vllm.slots import CoreSlots
+from lorasb.vllm import plugin
+from lorasb.vllm.plugin import CoreSlots
 
 
 def reference(
@@ -68,7 +68,7 @@ def test_every_token_has_the_adapter_of_its_slot(
     cores[2] = [None] * len(parts)
     x, y = torch.randn(len(index), 5, dtype=dtype), torch.randn(len(index), 3 * len(parts), dtype=dtype)
     want = reference(y, x, factors, cores, torch.tensor(index))
-    with patch.object(slots, "GATHERED", 4):
+    with patch.object(plugin, "GATHERED", 4):
         made.add_to(y, x, torch.tensor(index))
     check(y.double(), want, MERGE if extension else FP64)
 
@@ -95,7 +95,7 @@ def test_the_kernel_reads_an_index_of_64_bits_where_it_is(monkeypatch: pytest.Mo
     torch.manual_seed(0)
     u, cores, index = torch.randn(5, 16), torch.randn(3, 16, 16), torch.tensor([2, -1, 0, 0, 1])
     out = row_cores.RowProducts(cores, index, 1.0).times(u, True, torch.empty(5, padded_rank(16)))
-    check(out[:, :16], slots.times_cores(u, cores, index), MERGE)
+    check(out[:, :16], plugin.times_cores(u, cores, index), MERGE)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 5)])
