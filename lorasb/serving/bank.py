@@ -130,8 +130,7 @@ class AdapterBank:
     def layers(self) -> dict[str, AdaptedLayer]:
         """The model's layers that read from the bank, by name."""
         model = self._model()
-        found = {} if model is None else layers_with(model, self.basis)
-        return {name: layer for name, layer in found.items() if name in self.columns}
+        return {} if model is None else layers_with(model, self.basis)
 
     @property
     def names(self) -> list[str]:

