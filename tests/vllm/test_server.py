@@ -29,7 +29,7 @@ from processes import attempt, python
 from tolerances import ENGINE, check
 from trainer_runs import usual
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_people import NEW, PROMPTS, Answer, answers, make_people, prompts
+from vllm_people import NEW, PEOPLE, PROMPTS, People, answers
 
 import lorasb
 
@@ -38,7 +38,6 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(not PYTHON, reason="needs LORASB_VLLM, the Python of an environment with vLLM: make test-vllm"),
 ]
-PEOPLE = [f"user{i}" for i in range(32)]
 ALL = 1000
 ENVIRONMENT = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -48,31 +47,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "2",
 }
-
-
-class People:
-    """Folders of adapters, and what transformers answers with each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.prompts = folder, prompts()
-        self.model = make_people(folder, PEOPLE)
-        rows = [*PEOPLE, "__base__"]
-        found = [answers(self.model, prompt, rows) for prompt in self.prompts[:2]]
-        self.answers = {name: [of_prompt[i] for of_prompt in found] for i, name in enumerate(rows)}
-
-    def of(self, name: str) -> Path:
-        """The adapter's folder; those above 32 have the R's of another."""
-        path = self.folder / name
-        if not path.exists():
-            path.symlink_to(self.folder / self._owner(name))
-        return path
-
-    def _owner(self, name: str) -> str:
-        return name if name == "__base__" else f"user{int(name.removeprefix('user')) % len(PEOPLE)}"
-
-    def answer(self, name: str, prompt: int = 0) -> Answer:
-        """What transformers answers with the adapter's R's."""
-        return self.answers[self._owner(name)][prompt]
 
 
 @pytest.fixture(scope="module")
