@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from basis_models import NAMES, a_layer, with_users
-from models import batches_for
 from peft import PeftModel
 from tolerances import FP32_NORMS, FP64, check, check_equal
 from torch import Tensor
