@@ -54,12 +54,16 @@ def reference(
 def test_every_token_has_the_adapter_of_its_slot(
     seed: int, parts: list[str], r: int, index: list[int], extension: bool
 ) -> None:
+
+    def normal(*shape: int) -> Tensor:  # sums of nine products of these are of size one, as the bound below is for
+        return torch.randn(shape, dtype=torch.float64) / 3
+
     torch.manual_seed(seed)
     ranks = [{"whole": r, "smaller": r - 1, "none": 0}[part] for part in parts]
-    factors = [(torch.randn(rank, 5).double(), torch.randn(3, rank).double()) if rank else None for rank in ranks]
+    factors = [(normal(rank, 5), normal(3, rank)) if rank else None for rank in ranks]
     dtype = torch.float32 if extension else torch.float64  # the extension has no fp64
     made = CoreSlots(factors, [3] * len(parts), 5, 4, dtype, torch.device("cpu"))
-    cores: list[list[Tensor | None]] = [[torch.randn(k, k).double() if k else None for k in ranks] for _ in range(4)]
+    cores: list[list[Tensor | None]] = [[normal(k, k) if k else None for k in ranks] for _ in range(4)]
     cores[1][0] = None
     for slot, of_slot in enumerate(cores):
         made.write(slot, [torch.ones(r, r)] * len(parts))  # of which nothing is left
