@@ -18,10 +18,9 @@ from ..init.sampling import Batch
 from ..tuner.targets import missing_from_checkpoint
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
-from .config_file import CONFIG_NAME, write_config
 from .prepare import Run, prepare, save_adapter
 from .reinforce import rewarded
-from .settings import InitSettings, targets
+from .settings import CONFIG_NAME, InitSettings, targets, write_config
 from .terminal import console
 from .tokenize import Rows
 

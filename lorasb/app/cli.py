@@ -22,9 +22,9 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 from ..constants import DOCS, VERSION, WEIGHTS_NAME
-from .config_file import Given, find_preset, preset_names, read_config, typed
+from ..utils.reading import Json
 from .data import check_names
-from .settings import DEFAULT_TASK, EMBEDDED, REWARDS, InitSettings, Settings, listed, option, shown_default
+from .settings import EMBEDDED, PRESETS, InitSettings, Settings, combined, listed, option, shown_default
 from .terminal import StoppedError, console, errors
 
 
@@ -74,31 +74,20 @@ CONFIG_HELP = "YAML file of settings; options override it, and --no-NAME turns a
 FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting, _ in listed(Settings)))
 
 
-def command(run: Callable[[Given], None], dataclass: type[Settings]) -> Callable[..., None]:
-    """A typer command with an option for each setting, --config and, for a run, --preset.
-
-    `run` is called with the values that were given: options go before the file of --config, and that before the preset.
-    """
-    init, settings = dataclass is InitSettings, list(listed(dataclass))
-    types = {setting.name: kind for setting, kind in settings}
-    parameters = [_parameter(setting, kind, setting.metadata["init" if init else "help"]) for setting, kind in settings]
+def command(run: Callable[[Json], None], dataclass: type[Settings]) -> Callable[..., None]:
+    """A typer command with an option for each setting, --config and, for a run, --preset; `run` gets what was given."""
+    init = dataclass is InitSettings
+    parameters = [_parameter(one, kind, one.metadata["init" if init else "help"]) for one, kind in listed(dataclass)]
     parameters.append(_option("config", str, CONFIG_HELP, MAIN_PANEL))
     if not init:  # which has fewer settings than a preset
-        presets = f"Settings of one of the paper's tables: {', '.join(preset_names())}."
+        presets = f"Settings of one of the paper's tables: {', '.join(PRESETS)}."
         parameters.append(_option("preset", str, presets, MAIN_PANEL))
         code = "Let the --config file name a Python file as the reward (rl), which the run executes."
         parameters.append(_option("allow_code", bool, code, "Run", "--allow-code"))
 
     def call(**given: Any) -> None:
-        file, name, allowed = given.pop("config"), given.pop("preset", None), given.pop("allow_code", None)
-        values = read_config(find_preset(name), types) if name else {}
-        values |= read_config(file, types) if file else {}
-        if values.get("task") == DEFAULT_TASK and (values.get("data") or given.get("data")):
-            del values["task"]  # earlier versions wrote the default in addition to a file
-        if values.get("rl") not in (None, *REWARDS) and given.get("rl") is None and not allowed:
-            what = f"rl is {values['rl']}, and the run would execute that file"
-            raise ValueError(f"--config {file}: {what}: add --allow-code if you trust it")
-        run(values | {name: typed(one, types[name], option(name)) for name, one in given.items() if one is not None})
+        file, preset, allow_code = given.pop("config"), given.pop("preset", None), given.pop("allow_code", False)
+        run(combined(dataclass, given, file, preset, allow_code))
 
     # typer reads a function's signature and annotations to find its options; both are made here.
     call.__doc__ = run.__doc__
@@ -140,7 +129,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure the kernels on this mach
 app.add_typer(bench, name="bench")
 
 
-def _finetune(values: Given) -> None:
+def _finetune(values: Json) -> None:
     """Fine-tune a language model or classifier, and compare its held-out answers before and after."""
     if values.get("basis") and not values.get("model"):
         from .basis import read_card
@@ -178,7 +167,7 @@ def _finetune(values: Given) -> None:
             typer.echo(f"Serve it, by vLLM with the plugin ({DOCS}/serving.md):\n\n  {lines['serve']}\n")
 
 
-def _init(values: Given) -> None:
+def _init(values: Json) -> None:
     """Initialize an adapter without training it, and show how much of full fine-tuning's first step each rank keeps."""
     from . import tables
     from .adapter import run_init

@@ -9,8 +9,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from ..utils.reading import parse_json, read_text
-from .config_file import nearest
-from .settings import Settings
+from .settings import Settings, nearest
 from .tasks import HELD_OUT_SEED, Example, Row, are_values, generate, labeled, read_jsonl, text_of, with_adapter
 
 

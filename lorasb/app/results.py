@@ -32,12 +32,11 @@ from ..utils.plotting import GRAD, INK, MUTED, SIGN
 from ..utils.precision import processor_class, resolve
 from ..utils.reading import Json, parse_json, read_json, read_text
 from .adapter import REPORT_NAME, load_report
-from .config_file import CONFIG_NAME, read_config
 from .data import INSTRUCTION, STEP_BY_STEP
 from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
 from .prepare import Run, device, load_model, save_adapter
 from .run_folder import ANSWERS_NAME, SUMMARY_NAME, checked
-from .settings import EMBEDDED, Settings, listed
+from .settings import CONFIG_NAME, EMBEDDED, Settings, read_config
 from .tasks import Example
 from .terminal import console
 from .tokenize import messages_of
@@ -265,7 +264,7 @@ def _read(run: Path) -> tuple[Json, Settings]:
     summary = read_json(file)
     if "prompt_format" not in summary:
         raise ValueError(f"{file} does not say how questions are put: an earlier version of lorasb wrote it")
-    return summary, Settings(**read_config(run / CONFIG_NAME, {one.name: kind for one, kind in listed(Settings)}))
+    return summary, Settings(**read_config(run / CONFIG_NAME))
 
 
 def _questions() -> Iterator[str]:

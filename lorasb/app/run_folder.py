@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
@@ -25,9 +25,8 @@ from ..distributed.process_group import Processes
 from ..utils.atomic_files import replacing_folder, sha256, write_json
 from ..utils.checks import matches
 from ..utils.reading import Json, read_json
-from .config_file import CONFIG_NAME, write_config
 from .evaluation import Evaluation
-from .settings import Settings, listed, option
+from .settings import CONFIG_NAME, Settings, option, write_config
 
 T = TypeVar("T")
 # Written last: a folder without it was interrupted while being written, and files of other contents are damaged.
@@ -280,7 +279,7 @@ def identity_of(settings: Settings, **resolved: object) -> Json:
 
 def differences(saved: Json, current: Json) -> str:
     """Differences between two identities, by option name, as text; "" if there are none."""
-    settings = {setting.name for setting, _ in listed(Settings)}
+    settings = {setting.name for setting in fields(Settings)}
     messages = []
     for name in current | saved:
         old, new = saved.get(name), current.get(name)

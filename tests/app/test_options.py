@@ -12,14 +12,14 @@ import yaml
 from transformers import SchedulerType
 from typer.testing import CliRunner
 
-from lorasb.app import cli, config_file
+from lorasb.app import cli
 from lorasb.app.cli import app
 from lorasb.app.data import NAMED
-from lorasb.app.settings import DTYPES, SCHEDULERS, UPDATES, Settings, listed, option
+from lorasb.app.settings import DTYPES, PRESETS, SCHEDULERS, UPDATES, Settings, option, read_config, typed, write_config
 from lorasb.init import task
 from lorasb.utils import precision
 
-KNOWN = {one.name: kind for one, kind in listed(Settings)}
+NAMES = [one.name for one in fields(Settings)]
 OTHER: dict[str, Any] = {
     "model": "folder", "dtype": "float32", "bits": 4, "task": "gcd", "data": "a.jsonl", "eval_data": "b.jsonl",
     "adapter_column": "user", "basis": "folder", "rl": "exact", "generations": 4, "rl_start": "zero", "temperature": 0.5,
@@ -91,7 +91,7 @@ def test_choices_are_the_librarys() -> None:
 
 @pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "others"])
 def test_every_setting_is_an_option_and_a_line_of_yaml(tmp_path: Path, values: dict[str, Any]) -> None:
-    assert set(OTHER) == {one.name for one in fields(Settings)} == set(KNOWN)
+    assert set(OTHER) == set(NAMES)
     assert all(getattr(Settings(), name) != value for name, value in OTHER.items())
     arguments = []
     for name, value in values.items():
@@ -99,9 +99,9 @@ def test_every_setting_is_an_option_and_a_line_of_yaml(tmp_path: Path, values: d
         arguments += [option(name)] if value is True else [option(name), text]
     assert call(*arguments) == values
     file = tmp_path / "config.yaml"
-    config_file.write_config(file, Settings(**values))
-    assert set(yaml.safe_load(file.read_text())) == set(KNOWN) - {"resume"}
-    again = config_file.read_config(file, KNOWN)
+    write_config(file, Settings(**values))
+    assert set(yaml.safe_load(file.read_text())) == set(NAMES) - {"resume"}
+    again = read_config(file)
     assert Settings(**{"resume": values.get("resume", "auto")} | again) == Settings(**values)
     assert call("--config", str(file)) == again
 
@@ -134,10 +134,10 @@ def test_wrong_lines_are_named_with_their_file(tmp_path: Path, text: str, messag
 
 def test_ranks_by_name_are_pairs_or_json() -> None:
     for text in ("down_proj=96,q_proj=32", '{"down_proj": 96, "q_proj": 32}'):
-        assert config_file.typed(text, dict[str, int], "x") == {"down_proj": 96, "q_proj": 32}
+        assert typed(text, dict[str, int], "x") == {"down_proj": 96, "q_proj": 32}
     for text in ("down_proj", "down_proj=x", '{"a": "b"}', "{", "[1]"):
         with pytest.raises(ValueError, match="--rank-pattern expects ranks by name"):
-            config_file.typed(text, dict[str, int], "--rank-pattern")
+            typed(text, dict[str, int], "--rank-pattern")
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def test_help_has_every_option_whole_in_eighty_columns(monkeypatch: pytest.Monke
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     text = CliRunner().invoke(app, ["finetune", kind]).output
     assert "…" not in text
-    folded = [one for one, _ in listed(Settings) if one.name not in cli.MOST_USED]
-    assert all(option(one.name) in text for one, _ in listed(Settings))
-    assert 12 <= len(list(listed(Settings))) - len(folded) <= 14
+    folded = [one for one in fields(Settings) if one.name not in cli.MOST_USED]
+    assert all(option(name) in text for name in NAMES)
+    assert 12 <= len(NAMES) - len(folded) <= 14
     explained = text.replace("\n", " ").partition("Most used")[2]
     for one in folded:
         assert (f"─ {one.metadata['group'].capitalize()} ─" in explained) == (kind == "--help-all")
@@ -200,9 +200,9 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the paper's Table 11, and Table 12, wh
 }
 
 
-@pytest.mark.parametrize("name", config_file.preset_names())
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_is_a_run_with_the_papers_settings(name: str) -> None:
-    assert set(config_file.preset_names()) == set(TABLES)
+    assert set(PRESETS) == set(TABLES)
     settings = Settings(**call("--preset", name))
     settings.check()
     assert settings.output == f"runs/{name}"
@@ -213,4 +213,4 @@ def test_a_preset_is_a_run_with_the_papers_settings(name: str) -> None:
 def test_options_go_before_the_file_and_the_file_before_the_preset(tmp_path: Path) -> None:
     file, preset = written(tmp_path, "r: 8\nseed: 4\n"), "metamath-mistral-7b"
     found = call("--preset", preset, "--config", file, "--seed", "5")
-    assert found == config_file.read_config(config_file.find_preset(preset), KNOWN) | {"r": 8, "seed": 5}
+    assert found == read_config(PRESETS[preset]) | {"r": 8, "seed": 5}

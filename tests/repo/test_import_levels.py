@@ -23,7 +23,6 @@ WITHOUT = {  # module or package -> what it must not import, at any depth: impor
     "lorasb.quantization": ("transformers", "peft", "bitsandbytes"),
     "lorasb.init": ("transformers",),
     "lorasb.app.settings": ("torch", "transformers", "peft"),
-    "lorasb.app.config_file": ("torch", "transformers", "peft"),
     "lorasb.app.cli": ("torch", "transformers", "peft"),
     "lorasb": ("benchmarks", "tests", "docs"),
 }
