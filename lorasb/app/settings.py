@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -147,22 +148,18 @@ SCHEDULERS = (
 )
 
 
-class Group:
-    """A heading of the help and of the documentation; called, it makes a setting under it."""
-
-    def __init__(self, name: str, init: str = "") -> None:
-        self.name, self.init = name, init
-
-    def __call__(self, default: T, text: str, *, init: str = "", shown: str | None = None, **rules: object) -> T:
-        """A dataclass field that is a setting; its metadata makes the option and its documentation."""
-        init = init or self.init  # help for `lorasb init`, which lacks a setting without it
-        init = text if init == "same" else init
-        metadata = {"help": text, "group": self.name, "init": init, "shown": shown, **rules}
-        return field(default=default, metadata=metadata)
+def setting(
+    group: str, default: T, text: str, *, init: str = "", shown: str | None = None, **rules: object
+) -> T:
+    """A dataclass field that is a setting under a heading; its metadata makes the option and its documentation."""
+    # `init`: the help for `lorasb init`, which lacks a setting without it
+    metadata = {"help": text, "group": group, "init": text if init == "same" else init, "shown": shown, **rules}
+    return field(default=default, metadata=metadata)
 
 
-MODEL, INIT, DATA = Group("model", init="same"), Group("initialization", init="same"), Group("data")
-RL, ADAPTER, TRAINING, RUN = Group("reinforcement"), Group("adapter"), Group("training"), Group("run")
+MODEL, INIT = partial(setting, "model", init="same"), partial(setting, "initialization", init="same")
+DATA, RL, ADAPTER = partial(setting, "data"), partial(setting, "reinforcement"), partial(setting, "adapter")
+TRAINING, RUN = partial(setting, "training"), partial(setting, "run")
 
 
 @dataclass(frozen=True)
