@@ -261,18 +261,9 @@ class Bar(ProgressCallback):
 
     def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         """Open the bar at the run's current step."""
-        self.current_step, self.first_step = state.global_step, state.global_step + 1
+        self.current_step = state.global_step
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-
-    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: object) -> None:
-        """Advance the bar, whose clock starts after the first step: that one also loads libraries."""
-        bar = self.training_bar
-        if bar is None or state.global_step != self.first_step:
-            super().on_step_end(args, state, control, **kwargs)
-            return
-        bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step
-        bar.unpause()
 
     def on_log(self, args: object, state: State, control: Control, logs: Logs = None, **kwargs: object) -> None:
         logs = logs or {}
