@@ -186,8 +186,7 @@ class Planning(TrainerCallback):
         # of the first epoch's steps, which later ones are taken to be like
         self.tokens = [self._tokens(rows) for rows in self.order.order(0)]
         self.times: list[tuple[float, int]] = []
-        self.memory_before, self.peak_before, self.started = 0, 0, 0.0
-        self.estimate: Estimate | None = None
+        self.memory_before, self.peak_before, self.started, self.printed = 0, 0, 0.0, False
 
     def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         self.memory_before, self.peak_before = memory_in_use(), peak_memory()
@@ -197,23 +196,21 @@ class Planning(TrainerCallback):
 
     def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         """Record a step's time; after the last timed step, print the estimate."""
-        if self.estimate is not None:
+        remaining_steps = state.max_steps - state.global_step
+        if self.printed or not remaining_steps:
             return
         # global_step has been incremented by now, and counts over all epochs
         epoch, number = divmod(state.global_step - 1, len(self.tokens))
         rows_of_step = self.order.order(epoch)[number]
         self.times.append((time.perf_counter() - self.started, self._tokens(rows_of_step)))
-        remaining_steps = state.max_steps - state.global_step
-        timed = sum(seconds for seconds, _ in self.times[1:])
-        if len(self.times) < TIMED_STEPS and timed < TIMED_SECONDS and remaining_steps:
+        if len(self.times) < TIMED_STEPS and sum(seconds for seconds, _ in self.times[1:]) < TIMED_SECONDS:
             return
+        self.printed = True
         tokens = round(sum(self.tokens) / len(self.tokens) * remaining_steps)
         memory = self.memory_before, peak_memory()
-        self.estimate = estimate(self.times, tokens, max(self.tokens), memory, self.peak_before)
-        if remaining_steps:
-            for line in estimated(self.run, self.estimate):
-                if not console.quiet:
-                    tqdm.write(line)  # print() would break the progress bar
+        found = estimate(self.times, tokens, max(self.tokens), memory, self.peak_before)
+        for line in estimated(self.run, found):
+            tqdm.write(line)  # print() would break the progress bar
 
     def _tokens(self, rows: list[int]) -> int:
         return padded_tokens(rows, self.order.lengths, self.parts)
@@ -384,7 +381,7 @@ def _put_callbacks(trainer: MarkedCheckpoints, run: Run, stop: Stop) -> None:
     # Trainer adds one of the two.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    planning = [Planning(run)] if run.settings.rl is None else []
+    planning = [] if run.settings.rl is not None or console.quiet else [Planning(run)]
     every = run.settings.eval_steps
     held_out = [HeldOutLoss(run, trainer, every)] if every else []
     saving = Saving(run.settings.save_steps, stop)
