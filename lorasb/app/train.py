@@ -44,14 +44,6 @@ TIMED_SECONDS = 60.0  # after which fewer steps have to do
 LONG_RUN = 30 * 60  # seconds; longer runs get a hint which setting costs most
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of training that remain, and the process's peak memory in bytes."""
-
-    seconds: float
-    memory: int
-
-
 def announcement(run: Run) -> str:
     """The line printed before training."""
     settings = run.settings
@@ -64,14 +56,12 @@ def announcement(run: Run) -> str:
     return f"Training {begin} {rows}, {steps} {settings.batch_size}{passes}, {run.tokens:,} tokens"
 
 
-def estimated(run: Run, estimate: Estimate) -> list[str]:
-    """The announcement with the estimate, and for a long run the setting whose change saves most."""
-    found = f"about {duration(estimate.seconds)} and {estimate.memory / 1e9:.1f} GB, by the first steps"
-    lines = [f"{announcement(run)}: {found}"]
-    if estimate.seconds > LONG_RUN:
-        name, saved = costliest(run, estimate.seconds)
-        lines.append(f"That is long, and {name} would save about {duration(saved)} of it")
-    return lines
+def estimated(run: Run, seconds: float, memory: int) -> Iterator[str]:
+    """The announcement with time and memory, and for a long run the setting whose change saves most."""
+    yield f"{announcement(run)}: about {duration(seconds)} and {memory / 1e9:.1f} GB, by the first steps"
+    if seconds > LONG_RUN:
+        name, saved = costliest(run, seconds)
+        yield f"That is long, and {name} would save about {duration(saved)} of it"
 
 
 def costliest(run: Run, seconds: float) -> tuple[str, float]:
@@ -124,14 +114,14 @@ def memory_in_use() -> int:
 
 def estimate(
     times: list[tuple[float, int]], left: int, longest: int, memory: tuple[int, int], peak_before: int = 0
-) -> Estimate:
-    """Extrapolate from timed steps to the remaining ones."""
+) -> tuple[float, int]:
+    """Seconds of training that remain, and the process's peak memory in bytes, by the steps that were timed."""
     warm = times[1:] or times  # the first step also loads libraries and allocates memory
     rate = sum(seconds for seconds, _ in warm) / max(1, sum(tokens for _, tokens in warm))
     before, peak = memory
     # Activations grow with the tokens of a step; weights and optimizer state are in `before` and in the peak.
     grown = max(0, peak - before) * longest / max(1, max(tokens for _, tokens in times)) if peak > peak_before else 0
-    return Estimate(rate * left, int(max(peak, before + grown)))
+    return rate * left, int(max(peak, before + grown))
 
 
 def padded_tokens(rows: Sequence[int], lengths: Sequence[int], parts: int) -> int:
@@ -207,9 +197,9 @@ class Planning(TrainerCallback):
             return
         self.printed = True
         tokens = round(sum(self.tokens) / len(self.tokens) * remaining_steps)
-        memory = self.memory_before, peak_memory()
-        found = estimate(self.times, tokens, max(self.tokens), memory, self.peak_before)
-        for line in estimated(self.run, found):
+        peaks = self.memory_before, peak_memory()
+        seconds, memory = estimate(self.times, tokens, max(self.tokens), peaks, self.peak_before)
+        for line in estimated(self.run, seconds, memory):
             tqdm.write(line)  # print() would break the progress bar
 
     def _tokens(self, rows: list[int]) -> int:
