@@ -87,9 +87,11 @@ def read_mark(folder: Path) -> Mark | None:
     return read_record(Mark, folder / MARK)
 
 
-def find_fault(folder: Path, files: dict[str, str]) -> str | None:
-    """Describe what is wrong with a folder that had files of these digests; None if it is as it was written."""
-    for name, expected in files.items():
+def find_fault(folder: Path, written: Mark | Start | None) -> str | None:
+    """Describe how a folder differs from the files that were written into it; None if it does not."""
+    if written is None:
+        return "was cut off while it was written"
+    for name, expected in written.files.items():
         file = folder / name
         if not file.is_file():
             return f"is incomplete ({name} is missing)"
@@ -100,18 +102,6 @@ def find_fault(folder: Path, files: dict[str, str]) -> str | None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in checkpoints(folder) if read_mark(path)]
-
-
-def last_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The last checkpoint that is as it was written (None if there is none), and what is wrong with later ones."""
-    faults: dict[Path, str] = {}
-    for path in reversed(checkpoints(folder)):
-        mark = read_mark(path)
-        wrong = find_fault(path, mark.files) if mark else "was cut off while it was written"
-        if wrong is None:
-            return path, faults
-        faults[path] = wrong
-    return None, faults
 
 
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
@@ -187,7 +177,7 @@ class RunFolder:
         if not path.is_dir():
             raise ValueError(f"--resume is auto, never or the folder of a checkpoint, and there is none at {path}")
         mark = read_mark(path)
-        wrong = find_fault(path, mark.files) if mark else "was cut off, or is something else"
+        wrong = find_fault(path, mark) if mark else "was cut off, or is something else"
         if mark is None or wrong is not None:
             other = "--resume auto takes the last whole one of the run in --output"
             raise ValueError(f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: {other}")
@@ -200,10 +190,16 @@ class RunFolder:
     def _look_at_last(self, running: Json) -> State:
         """Resume the run from its last complete checkpoint, or from its start."""
         self._check_same(running)
-        best, faults = last_checkpoint(self.checkpoints)
+        best, faults = None, dict[Path, str]()
+        for path in reversed(checkpoints(self.checkpoints)):
+            fault = find_fault(path, read_mark(path))
+            if fault is None:
+                best = path
+                break
+            faults[path] = fault
         start = self.load_start()
-        if start and (wrong := find_fault(self.start, start.files)):
-            faults[self.start] = wrong
+        if start and (fault := find_fault(self.start, start)):
+            faults[self.start] = fault
         lines = [f"{path} {fault}, and is left out" for path, fault in faults.items()]
         where = f"{best}, step {step_of(best)}" if best else "before its first checkpoint"
         lines.append(f"resuming the run in {self.folder}: {where}")
