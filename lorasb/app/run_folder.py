@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
@@ -152,15 +152,17 @@ class RunFolder:
         if running is None and file.exists():
             advice = "make it readable, or --resume never to start over"
             raise ValueError(f"{file} cannot be read, and says whose checkpoints lie there: {advice}")
+        if running is not None:
+            self._check_same(running)
         if self.settings.resume != "auto":
-            return self._look_at_checkpoint(Path(self.settings.resume), running)
+            return self._look_at_checkpoint(Path(self.settings.resume))
         # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
         finished = (read_record(dict, self.folder / SUMMARY_NAME) or {}).get("identity")
         if finished is not None and running in (None, finished):
             self._check_same(finished)
             line = f"the run in {self.folder} is finished: these are its results (to run it again: --resume never)"
             return State(FINISHED, None, [line])
-        return State(NEW) if running is None else self._look_at_last(running)
+        return State(NEW) if running is None else self._look_at_last()
 
     def _refuse_foreign(self) -> None:
         """Raise a ValueError if `checkpoints/` has files that no run of lorasb wrote: a run clears that folder."""
@@ -172,7 +174,7 @@ class RunFolder:
                 clears = f"which clears {self.checkpoints}: take another --output, or move it away"
                 raise ValueError(f"{path} is not of lorasb finetune, {clears}")
 
-    def _look_at_checkpoint(self, path: Path, running: Json | None) -> State:
+    def _look_at_checkpoint(self, path: Path) -> State:
         """Resume the run from this checkpoint, which the user named."""
         if not path.is_dir():
             raise ValueError(f"--resume is auto, never or the folder of a checkpoint, and there is none at {path}")
@@ -183,13 +185,10 @@ class RunFolder:
             raise ValueError(f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: {other}")
         if different := differences(mark.identity, self.identity):
             raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
-        if running is not None:
-            self._check_same(running)
         return State(UNFINISHED, str(path), [f"resuming from {path}, step {mark.step}"])
 
-    def _look_at_last(self, running: Json) -> State:
+    def _look_at_last(self) -> State:
         """Resume the run from its last complete checkpoint, or from its start."""
-        self._check_same(running)
         best, faults = None, dict[Path, str]()
         for path in reversed(checkpoints(self.checkpoints)):
             fault = find_fault(path, read_mark(path))
@@ -275,7 +274,6 @@ def identity_of(settings: Settings, **resolved: object) -> Json:
 
 def differences(saved: Json, current: Json) -> str:
     """Differences between two identities, by option name, as text; "" if there are none."""
-    settings = {setting.name for setting in fields(Settings)}
     messages = []
     for name in current | saved:
         old, new = saved.get(name), current.get(name)
@@ -286,7 +284,7 @@ def differences(saved: Json, current: Json) -> str:
         elif name == "examples":
             messages.append("the examples themselves have changed")
         else:
-            messages.append(f"{option(name) if name in settings else name} was {old} and is {new}")
+            messages.append(f"{option(name) if hasattr(Settings, name) else name} was {old} and is {new}")
     return ", ".join(messages)
 
 
