@@ -36,7 +36,7 @@ LONGEST = (
     "ops/test_linear_quantized.py",
     "tuner/test_fresh_heads.py",
     "app/test_finetune.py",
-    "app/test_checkpoints.py",
+    "app/test_run_folder.py",
     "app/test_bundled_model.py",
 )
 

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: a finished run is not done again, and other settings are refused by name."""
+"""A run's folder: whose it is, which checkpoint and results it resumes from, damaged ones, a full disk and a lock."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from finetune_runs import assert_same, stop_after
+import safetensors
+import torch
+from finetune_runs import STEPS, assert_same, stop_after
 from tiny_run import WORDS
+from transformers import Trainer, TrainingArguments
 
-from lorasb.app import finetune, run_folder
+from lorasb.app import finetune, results, run_folder, settings, train
 from lorasb.app.finetune import run_finetune
+from lorasb.app.run_folder import RunFolder
 from lorasb.app.settings import Settings, read_config
+from lorasb.utils import plotting
 from lorasb.utils.atomic_files import locked
 
 
@@ -147,10 +154,10 @@ def test_resume_never_sets_the_former_results_aside_before_it_starts(
     ],
 )
 def test_a_folder_that_cannot_be_locked_holds_nobody_up(
-    whole: Path, name: str, error: OSError, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, error: OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(name, Mock(side_effect=error))
-    with locked(whole):
+    with locked(tmp_path):
         monkeypatch.undo()
 
 
@@ -168,3 +175,177 @@ def test_a_lock_whose_file_was_removed_is_none(tmp_path: Path, monkeypatch: pyte
     with locked(tmp_path):
         assert len(calls) == 2
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_auto_saves_before_more_than_ten_minutes_are_lost(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**9, 100))  # each look at it is 100 s after the one before: two looks a step
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    marked = Mock(wraps=run_folder.mark_complete)
+    monkeypatch.setattr(run_folder, "mark_complete", marked)
+    run_finetune(replace(own, save_steps="auto"))
+    saved = [call.args[0].name for call in marked.call_args_list]
+    assert saved[-1] == f"checkpoint-{STEPS}"
+    assert 2 < len(saved) < STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("checkpoint-6", "checkpoint-6: this checkpoint is of another run: --lr was 0.005 and is 0.001"),
+        ("nowhere", "--resume is auto, never or the folder of a checkpoint, and there is none at"),
+        ("start", "this is no whole checkpoint of lorasb finetune"),
+    ],
+)
+def test_what_is_no_checkpoint_of_this_run_is_refused(cut: Settings, tmp_path: Path, name: str, message: str) -> None:
+    other = tmp_path / "other"
+    with pytest.raises(ValueError, match=message):
+        run_finetune(replace(cut, lr=1e-3, output=str(other), resume=str(tmp_path / "checkpoints" / name)))
+    assert not other.exists()
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(cut: Settings, whole: Path, tmp_path: Path) -> None:
+    run_finetune(replace(cut, resume=str(tmp_path / "checkpoints/checkpoint-6")))
+    assert_same(tmp_path, whole)
+
+
+def flip_a_bit(file: Path) -> None:
+    damaged = bytearray(file.read_bytes())
+    damaged[-9] ^= 1
+    file.write_bytes(damaged)
+
+
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "said"),
+    [
+        (Path.unlink, run_folder.MARK, "was cut off while it was written"),
+        (Path.unlink, "adapter_model.safetensors", "is incomplete (adapter_model.safetensors is missing)"),
+        (shorten, "optimizer.pt", "is damaged (optimizer.pt is not what was written)"),
+        (flip_a_bit, "adapter_model.safetensors", "is damaged (adapter_model.safetensors is not what was written)"),
+        (flip_a_bit, "optimizer.pt", "is damaged (optimizer.pt is not what was written)"),
+        (flip_a_bit, "trainer_state.json", "is damaged (trainer_state.json is not what was written)"),
+    ],
+)
+def test_a_half_written_checkpoint_is_left_out(
+    cut: Settings, tmp_path: Path, damage: Any, name: str, said: str
+) -> None:
+    last = tmp_path / "checkpoints/checkpoint-7"
+    identity = run_folder.read_mark(last).identity
+    damage(last / name)
+    with pytest.raises(ValueError, match="this is no whole checkpoint of lorasb finetune"):
+        run_finetune(replace(cut, resume=str(last)))
+    found = RunFolder(cut, identity).look()
+    assert found.checkpoint == str(tmp_path / "checkpoints/checkpoint-6")
+    assert found.left_out == [str(last)]
+    assert f"checkpoint-7 {said}, and is left out" in found.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "where"),
+    [
+        (["checkpoint-7/optimizer.pt", "start/adapter_model.safetensors"], "step 6"),
+        ([f"checkpoint-{step}/lorasb_factors.safetensors" for step in (6, 7)], "before its first checkpoint"),
+    ],
+)
+def test_damage_is_found_and_loses_no_more_than_it_has_to(
+    cut: Settings, whole: Path, tmp_path: Path, said: Callable[[], str], damaged: list[str], where: str
+) -> None:
+    for name in damaged:
+        flip_a_bit(tmp_path / "checkpoints" / name)
+    run_finetune(cut)
+    printed = said()
+    assert printed.count("is damaged (") == len(damaged)
+    assert where in printed
+    assert_same(tmp_path, whole)
+
+
+def test_nothing_is_unpickled_that_is_not_what_was_written(
+    cut: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in (tmp_path / "checkpoints").rglob("*.p*"):
+        flip_a_bit(file)
+    monkeypatch.setattr(torch, "load", lambda *given, **named: pytest.fail("a damaged file is unpickled"))
+    run_finetune(cut)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+UNWRITTEN = RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [(Trainer, "_save_optimizer_and_scheduler", UNWRITTEN), (run_folder, "share", FULL), (run_folder, "mark_complete", FULL)],
+)  # fmt: skip
+def test_a_full_disk_is_one_error_and_loses_nothing(
+    cut: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
+) -> None:  # fmt: skip
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    message = r"checkpoint-9 cannot be written: .*No space left.*Those before it are whole: make room and start the same command again"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, Mock(side_effect=error))
+        with pytest.raises(OSError, match=message):
+            run_finetune(cut)
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
+    run_finetune(cut)
+    assert_same(tmp_path, whole)
+
+
+def test_a_full_disk_at_the_results_loses_no_training(
+    cut: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb.export.lora.export_lora", Mock(side_effect=error))
+        with pytest.raises(OSError, match=r"lora cannot be written: .*No space left"):
+            run_finetune(cut)
+    monkeypatch.setattr(Trainer, "train", lambda *given, **named: pytest.fail("nothing is trained twice"))
+    run_finetune(cut)
+    assert_same(tmp_path, whole)
+    assert results.load(tmp_path).summary["train_losses"]
+
+
+def test_without_matplotlib_a_run_has_no_pictures(
+    own: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(plotting, "installed", lambda: False)
+    run_finetune(replace(own, epochs=0.2))
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".json", ".yaml"}
+    assert "no pictures, as matplotlib is not installed" in said()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_report_to_a_missing_package_is_refused_before_any_work(
+    own: Settings, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(finetune, "load_examples", lambda *given: pytest.fail("it is noticed before any work"))
+    message = f"--report-to {name} needs a package that is not installed: pip install {name}"
+    with pytest.raises(ImportError, match=message):
+        run_finetune(replace(own, report_to=name))
+
+
+def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved(
+    own: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, calls = train._RunTrainer.compute_loss, []
+
+    def broken(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return compute(trainer, *args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(train._RunTrainer, "compute_loss", broken)
+    with pytest.raises(ValueError, match=r"step 3: the loss is nan, and training ends before that is saved"):
+        run_finetune(replace(own, save_steps="1"))
+    assert sorted(map(run_folder.step_of, run_folder.complete_checkpoints(tmp_path / "checkpoints"))) == [1, 2]
+
+
+def test_a_process_trains_on_one_gpu(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2  # as Trainer finds it beside two cards without a launcher
+    assert args.train_batch_size == 8
+    assert train.on_one_device(args).train_batch_size == 4
