@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,6 @@ from lorasb.app import cli, results
 from lorasb.ops import registry
 
 
-def process(*arguments: object) -> str:
-    """What the command prints in a process of its own, as a user starts it."""
-    return python("-W", "ignore", "-m", "lorasb", *arguments, COLUMNS="150")
-
-
 def start(name: str, model: Path, data: Path, output: Path, *more: object, way: Any = call) -> str:
     """What `lorasb finetune` or `lorasb init` prints with the settings of the tests' runs."""
     given = {"--model": model, "--data": data, "--output": output, "--r": 8, "--batch-size": 4, "--samples": 8}
@@ -44,7 +40,8 @@ def start(name: str, model: Path, data: Path, output: Path, *more: object, way: 
     [("lora-sb", {"lora", "report.json", "energy.png"}), ("lora-xs", {"lora", "report.json"}), ("lora", set())],
 )
 def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, method: str, more: set[str]) -> None:
-    way = process if method == "lora-sb" else call
+    # one in a process of its own, as a user starts it
+    way = partial(python, "-W", "ignore", "-m", "lorasb", COLUMNS="150") if method == "lora-sb" else call
     printed = start("finetune", tiny, data, tmp_path, "--method", method, way=way)
     usual = {"adapter", "loss.png", "summary.json", "config.yaml", "answers.json"}
     assert {path.name for path in tmp_path.iterdir()} == usual | more
