@@ -187,8 +187,6 @@ SAID_WITHOUT_TORCH = {
     "finetune --target-modules (": "expected a regular expression",
     "finetune --r 1024": "--r must be at most 256, got 1024",
     "finetune --lr 1e38": "--lr must be positive, at most 10000",
-    "finetune --task gcd --data x.jsonl": "--task gcd names generated examples",
-    "finetune --output ": "--output has to name a folder",
 }
 WITHOUT_TORCH = """
 import contextlib, io, json, sys
