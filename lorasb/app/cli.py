@@ -145,26 +145,26 @@ def _finetune(values: Json) -> None:
     result = run_finetune(settings)
     if console.quiet:  # not rank 0, which prints the same tables
         return
-    how = IN_WORDS.get(result.summary.get("prompt_format", ""))  # results of earlier versions do not say
+    summary = result.summary
+    how = IN_WORDS[summary["prompt_format"]]
     console.print(tables.answers(result.examples, result.before.answers, result.after.answers, how))
-    console.print(tables.before_and_after(result.summary))
-    if result.summary.get("adapters"):
-        console.print(tables.adapters(result.summary))
-    for line in tables.advice(result.summary):
+    console.print(tables.before_and_after(summary))
+    if summary["adapters"]:
+        console.print(tables.adapters(summary))
+    for line in tables.advice(summary):
         console.print(line)
     if result.report is not None:
         console.print(tables.energies(result.report))
-    if found := result.summary.get("basis_fit"):
+    if found := summary["basis_fit"]:
         console.print(tables.basis_line(found["share"], found["random"]))
-    console.print(tables.costs(result.summary))
+    console.print(tables.costs(summary))
     console.print(_files(settings.output))
-    if how is not None:
-        lines = how_to(result.summary, Path(settings.output), result.examples[0].prompt)
-        shell, python = lines["command"], textwrap.indent(lines["python"], "  ")
-        # not by the console, which would break long lines
-        typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {shell}\n\nIn Python:\n\n{python}\n")
-        if settings.method != "lora" and result.summary["classes"] is None:
-            typer.echo(f"Serve it, by vLLM with the plugin ({DOCS}/serving.md):\n\n  {lines['serve']}\n")
+    lines = how_to(summary, Path(settings.output), result.examples[0].prompt)
+    # not by the console, which would break long lines
+    typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {lines['command']}\n\nIn Python:\n")
+    typer.echo(f"{textwrap.indent(lines['python'], '  ')}\n")
+    if settings.method != "lora" and summary["classes"] is None:
+        typer.echo(f"Serve it, by vLLM with the plugin ({DOCS}/serving.md):\n\n  {lines['serve']}\n")
 
 
 def _init(values: Json) -> None:
