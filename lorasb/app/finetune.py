@@ -18,7 +18,7 @@ from ..distributed.process_group import Processes
 from ..init import InitReport
 from ..ops.registry import current_backend
 from ..utils.atomic_files import locked
-from ..utils.precision import resolve, slowdown_message
+from ..utils.precision import resolve
 from . import results
 from .adapter import REPORT_NAME, adapt, load_adapter, load_report
 from .basis import card_of, load_basis
@@ -28,7 +28,7 @@ from .reinforce import grpo_trainer, judge_of
 from .results import Result
 from .run_folder import FINISHED, NEW, RunFolder, Start, State, identity_of
 from .settings import Settings
-from .terminal import Stop, console, errors
+from .terminal import Stop, console
 from .train import find_rate, run_trainer, train
 
 
@@ -52,9 +52,6 @@ def run_finetune(settings: Settings) -> Result:
         if settings.basis is not None and state.kind == NEW:
             card_of(settings)  # before the model is loaded and evaluated
         is_first_rank = processes.rank == 0
-        asked = settings.dtype != "auto" and device() == "cpu" and is_first_rank
-        if asked and (line := slowdown_message(settings.dtype)):  # if this CPU has no native products in it
-            errors.print(f"[bold yellow]lorasb:[/] {line}", highlight=False)
         run = prepare(settings, examples)
         if is_first_rank:
             folder.begin(state)

@@ -28,7 +28,7 @@ from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis
 from ..tuner.targets import missing_from_checkpoint, refuse_unknown_names
 from ..utils.atomic_files import cache_dir, write_json
-from ..utils.precision import Precision, resolve
+from ..utils.precision import Precision, resolve, warn_if_slow
 from .data import load_examples
 from .evaluation import Evaluation, HeldOut, Problem, problem_of
 from .scoring import REASONED
@@ -199,6 +199,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
         raise ValueError(f"--rl takes {prompts}, and there are {count} to train on: {advice}")
     problem = problem_of(train_examples, held_out, settings)
     tokenizer, model = load_model(settings, problem, precision.dtype)
+    warn_if_slow(model)  # before it is evaluated, and once: `lorasb.patch` does so, too
 
     def encoded(part: list[Example], is_held_out: bool) -> Rows:
         bar = tqdm(part, desc="tokens", unit="example", delay=2, leave=False)

@@ -70,13 +70,19 @@ def test_a_run_of_packs_lowers_the_loss_and_goes_on_too(base: Settings, goes_on:
 
 
 def test_a_slow_dtype_is_said_in_one_line(
-    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+    base: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: Callable[[], str],
 ) -> None:
+    monkeypatch.setattr(precision, "_warned_dtypes", set())
     monkeypatch.setattr(precision, "slowdown", lambda dtype: 40.0)
     monkeypatch.setattr(precision, "native", lambda device="cpu": precision.Precision("float32", "a test"))
     for dtype, lines in (("bfloat16", 1), ("auto", 0)):
         found = run_finetune(replace(base, dtype=dtype, epochs=0.2, output=str(tmp_path / dtype))).summary
-        assert said().count("torch takes 40x the time of float32") == lines
+        assert (caplog.text + said()).count("torch takes 40x the time of float32") == lines
+        caplog.clear()
         assert found["dtype"] == found["identity"]["dtype"] == ("bfloat16" if dtype == "bfloat16" else "float32")
         assert found["config"]["dtype"] == dtype
 
