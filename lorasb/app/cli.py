@@ -29,17 +29,20 @@ from .terminal import StoppedError, console, errors
 
 
 class Command(TyperCommand):
-    """A command that takes `--switch true` as well, and whose help folds what `--help-all` prints."""
+    """A command that takes `--switch true` and `--files a b` as well, and whose help folds what `--help-all` prints."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Replace the value of a switch (`--packing true`) by one of its two forms."""
+        """Replace a switch and its value by one of its two forms, and repeat an option before each further value."""
         negative = {one.opts[0]: one.secondary_opts[0] for one in self.params if getattr(one, "secondary_opts", None)}
+        several = [one.opts[0] for one in self.params if getattr(one, "multiple", False)]
         given: list[str] = []
         for argument in args:
             if given and given[-1] in negative and argument.lower() in ("true", "false"):
                 given[-1] = given[-1] if argument.lower() == "true" else negative[given[-1]]
-            else:
-                given.append(argument)
+                continue
+            if len(given) > 1 and given[-2] in several and not argument.startswith("-"):
+                given.append(given[-2])
+            given.append(argument)
         if "--help-all" in given:
             given, ctx.meta[HELP_ALL] = ["--help"], True
         return super().parse_args(ctx, given)
@@ -276,23 +279,10 @@ def doctor() -> None:
     console.print(machine())
 
 
-class _Files(Command):
-    """A command whose --data takes several files."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat --data before each further file."""
-        given: list[str] = []
-        for argument in args:
-            if len(given) > 1 and given[-2] == "--data" and not argument.startswith("-"):
-                given.append("--data")
-            given.append(argument)
-        return super().parse_args(ctx, given)
-
-
 Samples = Annotated[int | None, Option(help="Number of samples from each file.", min=1, show_default="max(32, n/1000)")]
 
 
-@basis.command(cls=_Files)
+@basis.command(cls=Command)
 def make(
     model: Annotated[str, Argument(help="Model folder or Hugging Face Hub ID.")],
     data: Annotated[list[str], Option(help="JSONL files with prompt and completion: a.jsonl b.jsonl, one per task.")],
