@@ -182,11 +182,6 @@ class StepBytes:
     saved: int  # activations that the forward leaves for backward, with the logits
     temporary: int  # what else is alive at the first step's worst moment
 
-    @property
-    def peak(self) -> int:
-        """Bytes at the first step's worst moment, before AdamW has a state."""
-        return self.base + self.factors + self.cores + self.saved + self.temporary
-
 
 def count_step(model: PeftModel, batch: int, seq: int, checkpointing: bool = False) -> StepBytes:
     """The bytes of a step of a patched model on the meta device, which becomes fake."""
@@ -273,7 +268,8 @@ class MemoryPlan(StepBytes):
     @property
     def step(self) -> int:
         """Peak bytes of a training step, with what allocators hold."""
-        return self.peak + self.optimizer + self.scratch + self.reserve + self.context
+        model = self.base + self.factors + self.cores + self.optimizer
+        return model + self.saved + self.temporary + self.scratch + self.reserve + self.context
 
     @property
     def needed(self) -> int:
