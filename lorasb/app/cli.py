@@ -274,7 +274,7 @@ def export(
 @app.command()
 def doctor() -> None:
     """Show versions, backends (and why one is missing), GPU, threads, and the dtype that auto picks."""
-    from .doctor import machine
+    from .tables import machine
 
     console.print(machine())
 

@@ -16,7 +16,7 @@ import transformers
 from command import call
 
 import lorasb
-from lorasb.app import doctor, plan, train
+from lorasb.app import plan, tables, train
 from lorasb.app.plan import LiveBytes, Request, count_step, plan_memory
 from lorasb.app.prepare import checkpoint_activations
 from lorasb.app.settings import Settings
@@ -205,10 +205,10 @@ def test_cards_are_found_however_they_are_written() -> None:
 def test_a_machine_is_good_for_what_time_and_memory_allow(
     monkeypatch: pytest.MonkeyPatch, speed: float, memory: float, billions: str
 ) -> None:
-    monkeypatch.setattr(doctor, "product_speed", lambda *given: speed)
-    monkeypatch.setattr(doctor, "native", lambda device: Precision("float32", "a test"))
-    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
-    assert f"up to about {billions} billion parameters on a million tokens" in doctor.prospects()
+    monkeypatch.setattr(tables, "product_speed", lambda *given: speed)
+    monkeypatch.setattr(tables, "native", lambda device: Precision("float32", "a test"))
+    monkeypatch.setattr(tables.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+    assert f"up to about {billions} billion parameters on a million tokens" in tables.prospects()
 
 
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
