@@ -79,10 +79,9 @@ FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting,
 
 def command(run: Callable[[Json], None], dataclass: type[Settings]) -> Callable[..., None]:
     """A typer command with an option for each setting, --config and, for a run, --preset; `run` gets what was given."""
-    init = dataclass is InitSettings
-    parameters = [_parameter(one, kind, one.metadata["init" if init else "help"]) for one, kind in listed(dataclass)]
+    parameters = [_parameter(setting, kind) for setting, kind in listed(dataclass)]
     parameters.append(_option("config", str, CONFIG_HELP, MAIN_PANEL))
-    if not init:  # which has fewer settings than a preset
+    if dataclass is Settings:  # init has fewer settings than a preset
         presets = f"Settings of one of the paper's tables: {', '.join(PRESETS)}."
         parameters.append(_option("preset", str, presets, MAIN_PANEL))
         code = "Let the --config file name a Python file as the reward (rl), which the run executes."
@@ -99,13 +98,13 @@ def command(run: Callable[[Json], None], dataclass: type[Settings]) -> Callable[
     return call
 
 
-def _parameter(setting: Field, kind: object, help_text: str) -> inspect.Parameter:
+def _parameter(setting: Field, kind: object) -> inspect.Parameter:
     # typer knows no dictionaries (rank_pattern), nor numbers that may be "auto": they arrive as text, for `typed`
     option_type = kind if kind in (str, int, bool) or (kind is float and setting.default is not None) else str
     name = option(setting.name)
     names = f"{name}/--no-{name[2:]}" if kind is bool else name, *setting.metadata.get("also", ())
     panel = MAIN_PANEL if setting.name in MOST_USED else setting.metadata["group"].capitalize()
-    return _option(setting.name, option_type, help_text, panel, *names, shown=shown_default(setting))
+    return _option(setting.name, option_type, setting.metadata["help"], panel, *names, shown=shown_default(setting))
 
 
 def _option(name: str, kind: Any, text: str, panel: str, *names: str, shown: str | bool = True) -> inspect.Parameter:

@@ -148,16 +148,13 @@ SCHEDULERS = (
 )
 
 
-def setting(
-    group: str, default: T, text: str, *, init: str = "", shown: str | None = None, **rules: object
-) -> T:
-    """A dataclass field that is a setting under a heading; its metadata makes the option and its documentation."""
-    # `init`: the help for `lorasb init`, which lacks a setting without it
-    metadata = {"help": text, "group": group, "init": text if init == "same" else init, "shown": shown, **rules}
-    return field(default=default, metadata=metadata)
+def setting(group: str, default: T, text: str, *, init: bool = False, shown: str | None = None, **rules: object) -> T:
+    """A dataclass field that is a setting under a heading, of `lorasb init` too if `init` is true."""
+    # its metadata makes the option and its documentation
+    return field(default=default, metadata={"help": text, "group": group, "init": init, "shown": shown, **rules})
 
 
-MODEL, INIT = partial(setting, "model", init="same"), partial(setting, "initialization", init="same")
+MODEL, INIT = partial(setting, "model", init=True), partial(setting, "initialization", init=True)
 DATA, RL, ADAPTER = partial(setting, "data"), partial(setting, "reinforcement"), partial(setting, "adapter")
 TRAINING, RUN = partial(setting, "training"), partial(setting, "run")
 
@@ -172,30 +169,30 @@ class Settings:
     )
     bits: int = MODEL(16, "Bits per weight of the base model: 16, or 4 (NF4, double quantization).", check=BITS)
     task: str | None = DATA(
-        None, f"Task to generate when --data is not given: {', '.join(TASKS)}.", init="same", shown=DEFAULT_TASK
+        None, f"Task to generate when --data is not given: {', '.join(TASKS)}.", init=True, shown=DEFAULT_TASK
     )
     data: str | None = DATA(
         None,
         "JSONL with prompt/completion, messages or text/label, Alpaca JSON, or a data set's name (docs/data.md).",
-        init="same",
+        init=True,
     )
     eval_data: str | None = DATA(
         None, "Held-out data in the same formats; separate several with commas.", shown="a tenth of --data"
     )
     adapter_column: str | None = DATA(None, "Column of --data that names each row's adapter; all share one basis.")
-    train_examples: int = DATA(1000, "Number of training examples to generate.", init="same", positive=True)
+    train_examples: int = DATA(1000, "Number of training examples to generate.", init=True, positive=True)
     eval_examples: int = DATA(100, "Maximum number of held-out examples from each set.", positive=True)
     score: str = DATA("exact", f"How to score answers: {', '.join(SCORES)} (docs/data.md).", choices=tuple(SCORES))
     template: str = DATA(
         "auto",
         "auto applies the tokenizer's chat template if it has one; none leaves prompts unchanged.",
-        init="same",
+        init=True,
         choices=("auto", "none"),
     )
     max_new_tokens: int | None = DATA(
         None, "Maximum number of tokens per answer.", positive=True, shown="4 more than the longest right answer"
     )
-    max_length: int = DATA(512, "Maximum number of tokens per example.", init="same", positive=True)
+    max_length: int = DATA(512, "Maximum number of tokens per example.", init=True, positive=True)
     packing: bool = DATA(False, "Pack short examples into rows of --max-length tokens; --batch-size counts rows.")
     rl: str | None = RL(
         None, "Train with GRPO on this reward: verifier (of --task), exact (by --score), or FILE.py:FUNCTION."
@@ -216,40 +213,40 @@ class Settings:
     r: int | None = ADAPTER(
         None,
         "Rank, at most 256. Use --rank under torchrun, which reserves --r.",
-        init="Rank, at most 256.",
+        init=True,
         positive=True,
         also=("--rank",),
         shown="64, less in smaller layers; lora: 32",
     )
     target_modules: str | None = ADAPTER(
-        None, "Layers to adapt: comma-separated names or a regular expression.", init="same", shown="all-linear"
+        None, "Layers to adapt: comma-separated names or a regular expression.", init=True, shown="all-linear"
     )
     rank_pattern: dict[str, int] | None = ADAPTER(  # noqa: RUF009
-        None, "Ranks for specific layers: down_proj=96,q_proj=32, or JSON.", init="same", check=RANKS
+        None, "Ranks for specific layers: down_proj=96,q_proj=32, or JSON.", init=True, check=RANKS
     )
     basis: str | None = ADAPTER(None, "Folder of a basis (`lorasb basis make`) with A and B; only R is trained.")
     lora_dropout: float = ADAPTER(0.0, "Dropout probability on the adapter's input.", check=SHARE)
     samples: int | None = ADAPTER(
-        None, "Number of samples for the initialization.", init="same", positive=True, shown="max(32, n/1000)"
+        None, "Number of samples for the initialization.", init=True, positive=True, shown="max(32, n/1000)"
     )
     update: str = ADAPTER(
-        "adamw", "First step to simulate: adamw (signs), sgd, or per-sample (moments).", init="same", choices=UPDATES
+        "adamw", "First step to simulate: adamw (signs), sgd, or per-sample (moments).", init=True, choices=UPDATES
     )
     start: str = ADAPTER(
         "limited",
         "Start of R: the whole first step (paper), up to four optimizer steps (limited, tuned on chain_sum), or zero.",
-        init="same",
+        init=True,
         choices=("limited", "paper", "zero"),
     )
     eta: float | None = ADAPTER(
-        None, "Learning rate η of the first step.", init="same", check=RATE, shown="--lr divided by warm-up steps"
+        None, "Learning rate η of the first step.", init=True, check=RATE, shown="--lr divided by warm-up steps"
     )
     lr: float | None = TRAINING(
         None,
         f"Peak learning rate; auto measures it for LoRA-SB ({DEFAULT_RATE:g} with --rl, --eta or another method).",
         check=RATE,
         shown="auto",
-        init="Peak learning rate of the training that follows.",
+        init=True,
         also=("--learning-rate",),
     )
     find_lr: bool = TRAINING(False, "Search for the learning rate by 12-step trials on the data, starting at --lr.")
@@ -257,30 +254,23 @@ class Settings:
         None,
         f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps, in at most {MOST_EPOCHS} passes.",
         positive=True,
-        init="Passes of the training that follows, which set its number of warm-up steps.",
+        init=True,
         shown="auto",
     )
-    batch_size: int = TRAINING(
-        16,
-        "Examples per step, across all processes.",
-        positive=True,
-        init="Samples per batch, and examples per step of the training that follows.",
-    )
+    batch_size: int = TRAINING(16, "Examples per step of training, across all processes.", init=True, positive=True)
     gradient_accumulation: int = TRAINING(1, "Number of micro-batches that a step is split into.", positive=True)
     gradient_checkpointing: bool = TRAINING(False, "Recompute activations in the backward pass to save memory.")
     scheduler: str = TRAINING("linear", f"Learning rate schedule: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS)
-    warmup: float = TRAINING(
-        0.1, "Fraction of the steps used for warm-up.", check=SHARE, init="Fraction of its steps used for warm-up."
-    )
+    warmup: float = TRAINING(0.1, "Fraction of the training steps used for warm-up.", init=True, check=SHARE)
     weight_decay: float = TRAINING(0.0, "AdamW weight decay.", check=NOT_NEGATIVE)
-    seed: int = TRAINING(0, "Random seed for data, initialization and training.", init="Random seed for data and SVD.")
+    seed: int = TRAINING(0, "Random seed for data, initialization and training.", init=True)
     eval_steps: int | None = RUN(
         None, "Compute the held-out loss every N steps.", positive=True, shown="before and after training only"
     )
     save_steps: str = RUN("auto", "Save a checkpoint every N steps; auto loses at most ten minutes.", check=SAVE_STEPS)
     resume: str = RUN("auto", "auto to resume the run in --output, never to start over, or the folder of a checkpoint.")
     report_to: str = RUN("none", "Where to log: none, tensorboard or wandb.", choices=("none", "tensorboard", "wandb"))
-    output: str = RUN("runs/finetune", "Folder for all files of the run.", init="same", check=FOLDER)
+    output: str = RUN("runs/finetune", "Folder for all files of the run.", init=True, check=FOLDER)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))  # the class is frozen
@@ -327,7 +317,7 @@ class Settings:
 class InitSettings(Settings):
     """The settings of `lorasb init`, which has some of `lorasb finetune` and others."""
 
-    output: str = RUN("runs/init", "Folder for all files of the run.", init="same", check=FOLDER)
+    output: str = RUN("runs/init", "Folder for all files of the run.", init=True, check=FOLDER)
     strategy: str = INIT("auto", "How to sum gradients: layerwise (by blocks), accumulate (whole model), or auto.")
     memory_budget: str | None = INIT(None, "Memory beyond the model, e.g. 6GB.", shown="a training step of 32 samples")
     cache: str | None = INIT(None, "File to keep the gradients' signs in, for an initialization at any rank later.")

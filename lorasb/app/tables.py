@@ -1,4 +1,4 @@
-"""Output of the commands: results of a run, report of an initialization, a plan, an adapter, a cache, a basis, this machine."""
+"""Output of the commands: results of a run, report of an initialization, a plan, an adapter, a basis, this machine."""
 
 from __future__ import annotations
 
