@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -124,14 +124,6 @@ def estimate(
     return rate * left, int(max(peak, before + grown))
 
 
-def padded_tokens(rows: Sequence[int], lengths: Sequence[int], parts: int) -> int:
-    """Tokens with padding of a step's rows in `parts` micro-batches, each padded to its longest row."""
-    size = max(1, -(-len(rows) // parts))  # rows per micro-batch, rounded up
-    sizes = [lengths[i] for i in rows]
-    micro_batches = (sizes[i : i + size] for i in range(0, len(sizes), size))
-    return sum(len(micro_batch) * max(micro_batch) for micro_batch in micro_batches)
-
-
 Logs = Mapping[str, float] | None
 
 
@@ -172,8 +164,7 @@ class Planning(TrainerCallback):
 
     def __init__(self, run: Run) -> None:
         self.run, self.order = run, run.order()
-        self.parts = run.settings.gradient_accumulation * Processes().world_size
-        # of the first epoch's steps, which later ones are taken to be like
+        # of the first epoch's steps, which later ones are taken to be like; without padding, which is little
         self.tokens = [self._tokens(rows) for rows in self.order.order(0)]
         self.times: list[tuple[float, int]] = []
         self.memory_before, self.peak_before, self.started, self.printed = 0, 0, 0.0, False
@@ -203,7 +194,7 @@ class Planning(TrainerCallback):
             tqdm.write(line)  # print() would break the progress bar
 
     def _tokens(self, rows: list[int]) -> int:
-        return padded_tokens(rows, self.order.lengths, self.parts)
+        return sum(self.order.lengths[i] for i in rows)
 
 
 class Epochs(TrainerCallback):

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import lorasb
-from lorasb.app import tokenize, train
+from lorasb.app import tokenize
 from lorasb.app.tasks import Example
 from lorasb.app.tokenize import IGNORED, ByLength, Collator, Encoded, encode
 
@@ -186,8 +186,6 @@ def test_every_row_comes_once_an_epoch_and_the_seed_decides() -> None:
 def test_little_is_padded_and_steps_are_whole() -> None:
     steps = ByLength(LENGTHS, 16, 0).order(0)
     assert [len(rows) for rows in steps] == [16] * 62 + [11]
-    assert sum(train.padded_tokens(rows, LENGTHS, 1) for rows in steps) < 1.1 * sum(LENGTHS)
+    assert sum(len(rows) * max(LENGTHS[i] for i in rows) for rows in steps) < 1.1 * sum(LENGTHS)
     longest = [max(LENGTHS[i] for i in rows) for rows in steps[:-1]]
     assert longest not in (sorted(longest), sorted(longest, reverse=True))
-    for rows, parts, tokens in (([0, 1, 2, 3], 1, 20), ([0, 1, 2, 3], 2, 14), ([1], 2, 5)):
-        assert train.padded_tokens(rows, [1, 5, 2, 2], parts) == tokens  # by the parts of a step
