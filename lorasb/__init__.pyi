@@ -4,9 +4,9 @@ from . import functional as functional
 from .app.prepare import demo_model as demo_model
 from .backends import backend as backend
 from .config.adapter import LoRASBConfig as LoRASBConfig
+from .export.lora import adapter_delta as adapter_delta
 from .export.lora import export_lora as export_lora
-from .export.weight_sync import adapter_delta as adapter_delta
-from .export.weight_sync import lora_of as lora_of
+from .export.lora import lora_of as lora_of
 from .init import BasisFit as BasisFit
 from .init import InitReport as InitReport
 from .init import basis_fit as basis_fit

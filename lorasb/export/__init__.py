@@ -1,5 +1,5 @@
 """Export of adapters: as a plain LoRA for PEFT and vLLM (`lora`), for llama.cpp (`gguf`), or step by step for RL."""
 
+from .lora import adapter_delta as adapter_delta
 from .lora import export_lora as export_lora
-from .weight_sync import adapter_delta as adapter_delta
-from .weight_sync import lora_of as lora_of
+from .lora import lora_of as lora_of
