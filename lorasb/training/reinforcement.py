@@ -42,14 +42,10 @@ def checked_rewards(
     return values
 
 
-def advantages(rewards: Sequence[float], generations: int) -> list[float]:
-    """(reward − mean) / standard deviation, within groups of `generations` consecutive rewards."""
-    found: list[float] = []
-    for start in range(0, len(rewards), generations):
-        group = rewards[start : start + generations]
-        mean, spread = statistics.fmean(group), statistics.stdev(group) if len(group) > 1 else 0.0
-        found += [(value - mean) / (spread + SMALLEST_SPREAD) for value in group]
-    return found
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """(reward − mean) / standard deviation of a group of at least two."""
+    mean, spread = statistics.fmean(rewards), statistics.stdev(rewards)
+    return [(value - mean) / (spread + SMALLEST_SPREAD) for value in rewards]
 
 
 @torch.no_grad()
@@ -99,7 +95,7 @@ def reward_batches(
                 prompt_mask = mask.new_ones(generations, ids.shape[1] - mask.shape[1])
                 batch = {"input_ids": ids, "attention_mask": torch.cat((prompt_mask, mask), 1)}
                 batch["completion_mask"] = torch.cat((0 * prompt_mask, mask), 1)
-                batch["advantages"] = torch.tensor(advantages(values, generations), device=ids.device)
+                batch["advantages"] = torch.tensor(advantages(values), device=ids.device)
                 batches.append(batch)
     if not batches:
         raise RewardError(
@@ -124,10 +120,8 @@ def _sampled(
     options |= {"max_new_tokens": max_new_tokens, "do_sample": True, "pad_token_id": pad, "eos_token_id": end}
     ids = model.generate(input_ids=given["input_ids"], attention_mask=given["attention_mask"], **options)
     completion = ids[:, given["input_ids"].shape[1] :]
-    if end is None:
-        return ids, torch.ones_like(completion)
-    ended = (completion == end).cumsum(1)
-    return ids, ((ended == 0) | ((ended == 1) & (completion == end))).long()
+    ends = completion == (-1 if end is None else end)  # no token is -1
+    return ids, (ends.cumsum(1) - ends.long() == 0).long()
 
 
 def policy_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
