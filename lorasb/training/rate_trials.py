@@ -28,6 +28,7 @@ FARTHEST = 5  # doublings or halvings of the rate that is tried first
 PROBE_STEPS = 4  # of the two trials that refine a measured rate
 CLIP = 1.0  # norm of gradients, transformers' default
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+Parts = tuple[list[Batch], list[list[Batch]]]  # the batches that judge a trial, and those of each of its steps
 ADAMW: MakeOptimizer = partial(torch.optim.AdamW, weight_decay=0.0)
 
 
@@ -85,7 +86,7 @@ def find_lr(
         ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
             unchanged.
     """
-    trial = _Trial(model, lr, *_read(batches, lr, steps, judged, accumulation))
+    trial = _Trial(model, lr, _read(batches, lr, steps, judged, accumulation))
     with _bar(progress) as bar:
         losses = _search(lr, lambda rate: trial.loss(rate, optimizer or ADAMW, bar))
     best = min(losses, key=lambda rate: losses[rate])
@@ -112,7 +113,7 @@ def refine_rate(
     R (of `adapter`, or of every adapter) has to be initialized at `rate`, and is scaled to the rate that is returned.
     `loss_fn` of model and batch replaces the model's loss. Raises the errors of `find_lr`.
     """
-    trial = _Trial(model, rate, *_read(batches, rate, PROBE_STEPS, JUDGED, accumulation), adapter, loss_fn)
+    trial = _Trial(model, rate, _read(batches, rate, PROBE_STEPS, JUDGED, accumulation), adapter, loss_fn)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
         losses = {tried: trial.loss(tried, ADAMW, bar) for tried in (rate / 4, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 4] else rate / 2
@@ -143,10 +144,8 @@ def _search(first: float, loss: Callable[[float], float]) -> dict[float, float]:
     return losses
 
 
-def _read(
-    batches: Iterable[Batch], first: float, steps: int, judged: int, accumulation: int
-) -> tuple[list[Batch], list[list[Batch]]]:
-    """The batches that judge a trial, and those of each of its steps, from checked numbers."""
+def _read(batches: Iterable[Batch], first: float, steps: int, judged: int, accumulation: int) -> Parts:
+    """Read the batches of a trial, from checked numbers."""
     check_lr(first, "learning rate to try first")
     for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
         if value < 1:
@@ -166,16 +165,10 @@ class _Trial:
     """Trains from the start of a model (whose R belongs to the rate `first`), judges, and restores."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        first: float,
-        judge: list[Batch],
-        train: list[list[Batch]],
-        adapter: str | None = None,
-        loss_fn: LossFn | None = None,
+        self, model: nn.Module, first: float, parts: Parts, adapter: str | None = None, loss_fn: LossFn | None = None
     ) -> None:
         self.model, self.first, self.loss_fn = uncompiled(model), first, loss_fn
-        self.judge, self.train = judge, train
+        self.judge, self.train = parts
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("no parameter requires a gradient: model.set_adapter(name), or lorasb.patch(model)")
