@@ -76,11 +76,10 @@ def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None
     # PEFT loads whatever has the name of a parameter, the base's own included, and ignores the rest in silence.
     others = sorted(set(tensors) - set(expected))
     if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
-            f"the adapter file has {others[0]!r}"
-            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
-            + ", expected factors of adapted layers and what modules_to_save, trainable_token_indices and bias of its "
-            f"configuration name: {AGAIN}"
+            f"the adapter file has {others[0]!r}{more}, expected factors of adapted layers and what modules_to_save, "
+            f"trainable_token_indices and bias of its configuration name: {AGAIN}"
         )
 
 

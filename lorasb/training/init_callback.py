@@ -196,7 +196,7 @@ def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int
         if num_samples is None:
             raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")
         # Every process reads the same head of the stream and takes every size-th item.
-        head = [item for item, _ in zip(dataset, range(num_samples), strict=False)]
+        head = list(itertools.islice(dataset, num_samples))
         if len(head) < num_samples:
             raise ValueError(too_few(num_samples, len(head)))
         remaining = iter(head[processes.rank :: processes.world_size])
