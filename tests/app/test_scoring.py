@@ -36,7 +36,6 @@ from lorasb.app.tokenize import Collator, encode
         ("The answer is: 1,234.", Fraction(1234)),
         ("The answer is: -$3", Fraction(-3)),
         ("The answer is: - 3", Fraction(-3)),
-        ("", None),
     ],
 )
 def test_the_final_number_comes_after_the_last_mark(text: str, number: Fraction | None) -> None:
@@ -60,11 +59,9 @@ def test_any_fraction_is_found_again(value: Fraction, before: str) -> None:
         ("The answer is: .", None),
         (r"\boxed{\text{ cm}}", None),
         (r"\boxed{\frac12}", "1/2"),
-        (r"The answer is: 1/2", "1/2"),
         (r"\boxed{-\frac{3}{4}}", "-3/4"),
         (r"\boxed{90^{\circ}}", "90"),
         (r"\boxed{10,\!000}", "10000"),
-        (r"\boxed{5.00}", "5"),
         (r"\boxed{x = 5}", "5"),
         (r"\boxed{2\sqrt3}", r"2\sqrt{3}"),
         (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}"),

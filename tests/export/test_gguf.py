@@ -135,7 +135,6 @@ def test_what_has_no_gguf(tmp_path: Path) -> None:
     patched().save_pretrained(tmp_path / "adapter")
     for source, kind, message in (
         (patched("gpt2"), "gguf", "no GGUF adapter for model type 'gpt2'"),
-        (patched("roberta"), "gguf", "no GGUF adapter"),
         (patched(), "onnx", "format must be one of peft, vllm, gguf"),
         (tmp_path / "adapter", "gguf", "needs its base's configuration"),
     ):
