@@ -126,19 +126,13 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
 
 
 def _vllm_rank(rank: int) -> int:
-    for choice in VLLM_RANKS:
-        if choice >= rank:
-            return choice
-    raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: merge the adapter instead")
+    return next((choice for choice in VLLM_RANKS if choice >= rank), rank)  # ours end at MAX_RANK, 256
 
 
 def serve_command(base: str | None, folder: Path, rank: int) -> str:
     """The vLLM command for an exported adapter, with the smallest `--max-lora-rank` that vLLM accepts."""
-    try:
-        fitting = _vllm_rank(rank)
-    except ValueError as error:  # stock PEFT still reads the folder
-        return f"({error})"
-    return f"vllm serve {base or 'BASE_MODEL'} --enable-lora --max-lora-rank {fitting} --lora-modules adapter={folder}"
+    options = f"--enable-lora --max-lora-rank {_vllm_rank(rank)} --lora-modules adapter={folder}"
+    return f"vllm serve {base or 'BASE_MODEL'} {options}"
 
 
 def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, Tensor], dict[str, float]]:

@@ -88,7 +88,6 @@ def test_the_serving_command_has_a_rank_that_vllm_takes() -> None:
     for rank, shown in {1: 1, 4: 8, 16: 16, 17: 32, 64: 64, 96: 128, 256: 256, 300: 320}.items():
         command = serve_command("base", Path("lora"), rank)
         assert command == f"vllm serve base --enable-lora --max-lora-rank {shown} --lora-modules adapter=lora"
-    assert "merge the adapter instead" in serve_command("base", Path("lora"), 513)
 
 
 def test_the_command_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
