@@ -66,16 +66,6 @@ def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: 
     check_equal(*(dict(peft.get_peft_model_state_dict(one)) for one in (again, model)))
 
 
-def test_auto_peft_model_reloads_exactly(tmp_path: Path) -> None:
-    make("llama").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = lorasb.patch(base, r=4)
-    lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    model.save_pretrained(tmp_path / "adapter")
-    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
-
-
 @pytest.mark.parametrize(("trainable", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_transformers_load_adapter_is_exact(trainable: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     want, model = patched(dtype=dtype), make("llama", dtype=dtype)

@@ -217,14 +217,3 @@ def test_only_the_adapter_of_a_measured_rate_is_scaled() -> None:
                 core.fill_(1.0)
     rate_trials.refine_rate(model, batches(8), 1e-3, adapter="default", progress=False)
     assert all(bool((core == 1.0).all()) for name, core in model.named_parameters() if "lorasb_R.other" in name)
-
-
-def test_trials_of_a_measured_rate_train_and_restore() -> None:
-    model = patched()
-    random = torch.get_rng_state()
-    found = rate_trials.refine_rate(model, batches(8), 1e-3, progress=False)
-    assert found.lr in (5e-4, 2e-3)
-    assert set(found.losses) == {2.5e-4, 1e-3}
-    assert torch.equal(torch.get_rng_state(), random)
-    with pytest.raises(ValueError, match="trials of 4 steps take 8 batches"):
-        rate_trials.refine_rate(model, batches(2), 1e-3, progress=False)
