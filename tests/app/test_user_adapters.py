@@ -89,15 +89,6 @@ def test_kill_9_and_interrupts_end_in_the_same_bits(several: Settings, whole: Pa
         assert (tmp_path / config).read_text() == (whole / config).read_text()
 
 
-def test_accumulated_and_recomputed_parts_train_as_whole_batches(several: Settings, tmp_path: Path) -> None:
-    losses = []
-    for parts in (1, 2):
-        settings = replace(several, gradient_accumulation=parts, gradient_checkpointing=parts == 2, batch_size=6)
-        run_finetune(replace(settings, output=str(tmp_path / str(parts))))
-        losses.append(summary(tmp_path / str(parts))["eval_loss_after"])
-    assert abs(losses[0] - losses[1]) < 1e-3
-
-
 def test_a_person_with_one_example_trains_on_it(several: Settings, tmp_path: Path) -> None:
     rows = [{"prompt": f"copy {word} {i}", "completion": word, "user": f"p{i}"} for i, word in enumerate(WORDS[:6])]
     rows += [{"prompt": f"copy red {i}", "completion": "red", "user": "ada"} for i in range(30)]
