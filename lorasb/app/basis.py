@@ -45,7 +45,7 @@ def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
     """Make a basis of rank `settings.r` from the first steps of one task or more, and write it into `settings.output`.
 
     Raises:
-        ValueError: no file, two of one name, labeled examples, or what initialization refuses.
+        ValueError: two files of one name, labeled examples, or what initialization refuses.
     """
     names = _names(data)
     settings = replace(settings, data=data[0], eval_examples=1)
@@ -76,9 +76,8 @@ def _names(data: Sequence[str]) -> list[str]:
     """Names of the tasks, after their files."""
     names = [Path(file).stem for file in data]
     twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None or not names:
-        found = f"two named {twice!r}" if twice else "none"
-        raise ValueError(f"expected a file of examples for each task, each with another name, got {found}")
+    if twice is not None:
+        raise ValueError(f"expected a file of examples for each task, each with another name, got two named {twice!r}")
     return names
 
 

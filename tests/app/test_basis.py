@@ -176,7 +176,6 @@ def test_files_that_make_no_basis(settings: Settings, files: dict[str, str], tmp
     labeled = write_rows(tmp_path / "labels.jsonl", ({"text": f"red {i}", "label": i % 2} for i in range(20)))
     for given, message in (
         ([files["copy"], same], "each with another name, got two named 'copy'"),
-        ([], "got none"),
         ([labeled], "got labeled examples: a basis has no head"),
         ([files["copy"], "nowhere"], "expected a JSONL file, found none at nowhere"),
     ):
