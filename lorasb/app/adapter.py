@@ -85,7 +85,7 @@ def start_loader(run: Run, encoded: Rows) -> Iterable[Batch]:
     # single process.
     rank, world_size = Processes().rank, Processes().world_size
     share = encoded[len(encoded) * rank // world_size : len(encoded) * (rank + 1) // world_size]
-    collate = run.problem.collator(run.tokenizer, run.model.get_base_model())
+    collate = run.problem.collator(run.tokenizer, run.model)
     return DataLoader(cast(Dataset, share), batch_size=run.settings.batch_size, collate_fn=collate)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -97,11 +97,6 @@ def _by_example(
     return [by_index[i] for i in range(len(by_index))]
 
 
-def _base_model(model: nn.Module) -> PreTrainedModel:
-    """The model without PEFT's wrapper, whose forward lacks parameters of the base's (logits_to_keep)."""
-    return cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
-
-
 def adapters_of(model: nn.Module, rows: Sequence[Encoded]) -> dict[str, list[str]]:
     """The rows' `adapter_names`, for a model that has adapters of these names; nothing for any other."""
     names = [row.adapter for row in rows]
@@ -166,8 +161,8 @@ class LanguageModeling:
         """See `tokenize.encode`."""
         return encode(example, tokenizer, max_length, held_out, self.template)
 
-    def collator(self, tokenizer: Tokenizer, model: PreTrainedModel) -> Collate:
-        """From encoded examples to a batch whose loss is `model(**batch).loss`; `model` has no PEFT wrapper."""
+    def collator(self, tokenizer: Tokenizer, model: nn.Module) -> Collate:
+        """From encoded examples to a batch whose loss is `model(**batch).loss`."""
         return Collator(tokenizer.pad_token_id, model)
 
     def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
@@ -182,7 +177,7 @@ class LanguageModeling:
 
     def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str = "") -> float:
         """The mean loss alone, without generation; shows a progress bar if there is a title."""
-        collate = self.collator(tokenizer, _base_model(model))
+        collate = self.collator(tokenizer, model)
 
         def batch_losses(rows: list[Encoded], bar: tqdm) -> list[float]:
             bar.update(1)
@@ -252,14 +247,14 @@ class Classification:
         label = example.completion
         return EncodedText(dict(inputs), self.classes.index(label) if self.classes else float(label))
 
-    def collator(self, tokenizer: Tokenizer, model: PreTrainedModel) -> Collate:
+    def collator(self, tokenizer: Tokenizer, model: Any) -> Collate:
         """See `collate_texts`. Decoders read a row's last token, which they find by the padding token."""
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         return partial(collate_texts, pad=tokenizer.pad_token_id)
 
     def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
         """Mean loss (cross-entropy in nats, or squared error), score, and predicted labels."""
-        device, collate = next(model.parameters()).device, self.collator(tokenizer, _base_model(model))
+        device, collate = next(model.parameters()).device, self.collator(tokenizer, model)
 
         def predict(rows: list[EncodedText], bar: tqdm) -> list[tuple[float, str]]:
             """Loss and label of each example of a batch; advances the bar."""

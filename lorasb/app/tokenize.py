@@ -126,7 +126,8 @@ class Collator:
 
     def __init__(self, pad_token_id: int, model: nn.Module, by_adapter: bool = False) -> None:
         self.pad, self.by_adapter = pad_token_id, by_adapter
-        names = inspect.signature(model.forward).parameters
+        base = getattr(model, "get_base_model", lambda: model)()  # the forward of PEFT's wrapper lacks logits_to_keep
+        names = inspect.signature(base.forward).parameters
         self.trims = "logits_to_keep" in names
         self.positions = "position_ids" in names
 
