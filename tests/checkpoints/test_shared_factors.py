@@ -10,32 +10,29 @@ from typing import Any
 import peft
 import pytest
 import tolerances
-import transformers
 from gradients import factors
 from models import logits, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from trainer_runs import ROWS, arguments
+from trainer_runs import train
 
 import lorasb
 from lorasb.checkpoints.shared_factors import FACTORS_NAME, share
 
 
-def trainer(folder: Path, steps: int = 3, model: Any = None, callback: Any = None) -> Any:
+def run_of(folder: Path, steps: int = 3, model: Any = None, resume: Any = None, **options: Any) -> Any:
+    """The trainer of a run that saves after every step; `options` are of `InitCallback`."""
     model = lorasb.patch(make("llama"), r=4) if model is None else model
-    callbacks = [callback or lorasb.InitCallback(num_samples=4)]
-    given = arguments(folder, max_steps=steps, per_device_train_batch_size=2, warmup_steps=1, save_steps=1)
-    return transformers.Trainer(model, given, train_dataset=ROWS, eval_dataset=ROWS, callbacks=callbacks)
+    callbacks = [lorasb.InitCallback(num_samples=4, **options)]
+    return train(model, folder, callbacks, resume=resume, max_steps=steps, warmup_steps=1, save_steps=1)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """The output folder of a run of three steps, and its model."""
     folder = tmp_path_factory.mktemp("run")
-    done = trainer(folder)
-    done.train()
-    return folder, done.model.eval()
+    return folder, run_of(folder).model.eval()
 
 
 def test_a_and_b_are_stored_once(run: tuple[Path, nn.Module]) -> None:
@@ -68,14 +65,13 @@ def test_every_checkpoint_loads_by_itself(run: tuple[Path, nn.Module], tmp_path:
 def test_a_run_resumes_from_its_checkpoints(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
     folder, model = run
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
-    resumed = trainer(tmp_path)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = run_of(tmp_path, resume=True)
     tolerances.check_equal(factors(resumed.model), factors(model))
     assert len({(tmp_path / f"checkpoint-{step}" / FACTORS_NAME).stat().st_ino for step in (2, 3)}) == 1
 
 
 def test_whole_files_on_request(tmp_path: Path) -> None:
-    trainer(tmp_path, 1, callback=lorasb.InitCallback(num_samples=4, share_factors=False)).train()
+    run_of(tmp_path, 1, share_factors=False)
     assert not (tmp_path / "checkpoint-1" / FACTORS_NAME).exists()
     assert any("lorasb_A" in key for key in load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors"))
 
@@ -120,10 +116,9 @@ def test_factors_that_are_gone_or_damaged(run: tuple[Path, nn.Module], tmp_path:
 def test_resuming_from_another_runs_folder_and_under_another_name(tmp_path: Path) -> None:
     old = tmp_path / "old" / "checkpoint-2"
     model, fresh = (lorasb.patch(make("llama"), r=4, adapter_name="mine") for _ in range(2))
-    trainer(tmp_path / "old", 2, model).train()
+    run_of(tmp_path / "old", 2, model)
     assert (old / "mine" / FACTORS_NAME).is_file()
-    resumed = trainer(tmp_path / "new", 3, fresh)
-    resumed.train(resume_from_checkpoint=str(old))
+    resumed = run_of(tmp_path / "new", 3, fresh, str(old))
     assert resumed.state.global_step == 3
     config = peft.PeftConfig.from_pretrained(old / "mine")
     again = peft.PeftModel.from_pretrained(make("llama"), old / "mine", config=config)

@@ -120,14 +120,6 @@ def batches_for(family: str, count: int = 3, rows: int = 2, tokens: int = 12) ->
     return [BATCHES.get(family, text)(rows, tokens, seed) for seed in range(count)]
 
 
-class Rows(list[Batch]):
-    """Eight rows of a Llama's batch."""
-
-    def __init__(self) -> None:
-        batch = batches_for("llama", count=1, rows=8)[0]
-        super().__init__({key: value[i] for key, value in batch.items()} for i in range(8))
-
-
 def generated(model: nn.Module, ids: Tensor, **options: object) -> Tensor:
     """Five greedy tokens after each row of prompts."""
     usual = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
