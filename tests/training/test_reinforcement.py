@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainer_runs import arguments, usual
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -24,6 +23,7 @@ from lorasb.layers.lookup import layers_with
 from lorasb.training.reinforcement import RewardError, advantages, checked_rewards
 
 WORDS = ["one", "two", "red", "cat"]
+OF_TRL = pytest.mark.filterwarnings("ignore")  # of pinned memory, and of what it casts
 
 
 @pytest.fixture
@@ -55,17 +55,12 @@ def grpo(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, **given: ob
     )
 
 
-def quietly(trainer: Trainer) -> None:
-    with warnings.catch_warnings():  # of pinned memory, and of what TRL casts
-        warnings.simplefilter("ignore")
-        trainer.train()
-
-
 def examples(tokenizer: Tokenizer) -> list[dict[str, Tensor]]:
     ids = [tokenizer(f"copy {word} {word}", return_tensors="pt")["input_ids"] for word in WORDS]
     return [{"input_ids": one, "labels": one} for one in ids]
 
 
+@OF_TRL
 @pytest.mark.parametrize("start", ["rewards", "zero"])
 def test_grpo_takes_the_config_and_a_start(start: str, tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     prompts = [f"copy {word}" for word in WORDS]
@@ -77,7 +72,7 @@ def test_grpo_takes_the_config_and_a_start(start: str, tiny: Path, tokenizer: To
         "zero": lorasb.InitCallback(samples=examples(tokenizer), longest_start=0.0),
     }[start]
     trainer = grpo(fresh(tiny), tokenizer, tmp_path, peft_config=lorasb.LoRASBConfig(r=8), callbacks=[callback])
-    quietly(trainer)
+    trainer.train()
     assert trainer.ref_model is None  # the reference is the model without the adapter
     assert callback.report is not None
     cores = [layer.lorasb_R["default"] for layer in layers_with(trainer.model, "default").values()]
@@ -128,6 +123,7 @@ def test_a_start_on_preferences_takes_every_pair_whole(tiny: Path, tmp_path: Pat
         lorasb.initialize(model, [], lr=1e-3, stability=True, loss_fn=lorasb.preference_loss)
 
 
+@OF_TRL
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_dpo_takes_the_config_and_its_data(tiny: Path, tokenizer: Tokenizer, tmp_path: Path, precomputed: bool) -> None:
     callback, pair = lorasb.InitCallback(loss_fn=lorasb.preference_loss), {"chosen": " one", "rejected": " two"}
@@ -139,7 +135,7 @@ def test_dpo_takes_the_config_and_its_data(tiny: Path, tokenizer: Tokenizer, tmp
         peft_config=lorasb.LoRASBConfig(r=8),
         callbacks=[callback],
     )
-    quietly(trainer)
+    trainer.train()
     assert callback.report is not None
     margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert margins[0] > 0  # the start is a step towards the chosen
@@ -223,8 +219,9 @@ def test_rewards_that_never_differ_are_refused(tiny: Path, tokenizer: Tokenizer)
         lorasb.reward_batches(fresh(tiny), tokenizer, ["one"], reward, generations=4)
 
 
+@OF_TRL
 def test_prompts_alone_are_no_samples(tiny: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     config, callback = lorasb.LoRASBConfig(r=8), lorasb.InitCallback()
     trainer = grpo(fresh(tiny), tokenizer, tmp_path, peft_config=config, callbacks=[callback])
     with pytest.raises(ValueError, match=r"but lists, as GRPO's prompts are: InitCallback\(samples=batches\)"):
-        quietly(trainer)
+        trainer.train()
