@@ -75,6 +75,8 @@ def test_grpo_takes_the_config_and_a_start(start: str, tiny: Path, tokenizer: To
     trainer.train()
     assert trainer.ref_model is None  # the reference is the model without the adapter
     assert callback.report is not None
+    trains = {name.split(".")[-2] for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trains == {"lorasb_R"}
     cores = [layer.lorasb_R["default"] for layer in layers_with(trainer.model, "default").values()]
     assert all(bool(core.any()) for core in cores)
     # the first step's KL to the reference: that of a start, or none

@@ -1,4 +1,4 @@
-"""The stacks that people train with: Trainer in every setting, TRL, torch.compile, offloading of weights and activations."""
+"""The stacks that people train with: Trainer in every setting, torch.compile, offloading of weights and activations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import peft
 import pytest
 import tolerances
 import torch
-import transformers
 from models import batches_for, llama, logits, make, patched
 from tolerances import check_equal
 from torch import Tensor, nn
-from trainer_runs import ROWS, train, usual
+from trainer_runs import train
 from twins import check_training
 
 import lorasb
@@ -107,31 +106,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert all(peft.PeftModel.from_pretrained(make("llama"), folder) for folder in left)
     again = peft.PeftModel.from_pretrained(make("llama"), trainer.state.best_model_checkpoint).eval()
     tolerances.check(logits(model.eval()), logits(again), tolerances.EXACT)
-
-
-def test_trl_patches_initializes_trains_and_saves(tiny: Path, tmp_path: Path) -> None:
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    rows = [{"input_ids": row["input_ids"].tolist(), "labels": row["input_ids"].tolist()} for row in ROWS]
-    init = lorasb.InitCallback(num_samples=8)
-    trainer = trl.SFTTrainer(
-        model=make("llama"),
-        args=trl.SFTConfig(**usual(tmp_path) | SHORT, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=transformers.AutoTokenizer.from_pretrained(tiny),
-        peft_config=lorasb.LoRASBConfig(r=4, task_type="CAUSAL_LM"),
-        callbacks=[init],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    before = logits(make("llama"))
-    trainer.train()
-    assert init.report.num_samples == 8
-    trains = {name.split(".")[-2] for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert trains == {"lorasb_R"}
-    after = logits(trainer.model.eval())
-    assert (after - before).abs().max() > 1e-4
-    trainer.save_model(str(tmp_path / "adapter"))
-    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "adapter").eval()
-    tolerances.check(logits(again), after, tolerances.EXACT)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
