@@ -124,7 +124,7 @@ def adapters(summary: Json) -> Table:
 
 def costs(summary: Json) -> Table:
     """Trained parameters, file sizes, time and memory of a run."""
-    trained, size, several = summary["trainable_params"], summary["adapter_bytes"], len(summary.get("adapters", ()))
+    trained, size, several = summary["trainable_params"], summary["adapter_bytes"], len(summary["adapters"])
     speed = f"{summary['tokens_per_second']:.0f} tokens/s"
     # the adapter file also has A and B, which checkpoints of one run share
     alone = not several and summary["config"]["method"] != "lora"
@@ -141,21 +141,19 @@ def costs(summary: Json) -> Table:
     return properties_of(None, rows, "right")
 
 
-def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str | None) -> Table:
+def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str) -> Table:
     """Some held-out examples with their answers; `how` prompts were put, in words (`results.IN_WORDS`)."""
     every = list(zip(examples, before, after, strict=True))
     shown, others = every[:EXAMPLES_SHOWN], every[EXAMPLES_SHOWN:]
     wrong = [row for row in others if not is_right(row[2], row[0].completion, row[0].score)]
     if wrong and all(is_right(said, example.completion, example.score) for example, _, said in shown):
         shown[-1] = wrong[0]  # so that the table does not look better than the score
-    table = Table(title=f"{len(shown)} of the held-out examples", show_lines=True)
-    if how is not None:
-        table.caption = (
-            f"before: the base model, asked {how} as the adapter is\n"
-            "long answers are cut (--max-new-tokens); all answers: answers.json"
-        )
-    for name in ("problem", "right answer", "before", "after"):
-        table.add_column(name, overflow="fold", max_width=44)
+    columns = (Column(name, overflow="fold", max_width=44) for name in ("problem", "right answer", "before", "after"))
+    table = Table(*columns, title=f"{len(shown)} of the held-out examples", show_lines=True)
+    table.caption = (
+        f"before: the base model, asked {how} as the adapter is\n"
+        "long answers are cut (--max-new-tokens); all answers: answers.json"
+    )
     for example, *said in shown:
         cells = [Text(_short(example.prompt, 200)), Text(example.completion)]
         for answer in said:

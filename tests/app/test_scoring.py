@@ -184,7 +184,7 @@ def test_held_out_losses_are_taken_in_fp32(tiny: Path) -> None:
 def test_the_shown_answers_have_a_wrong_one_if_there_is_one() -> None:
     examples = [Example(f"question {i}", f"answer {i}") for i in range(5)]
     right = [example.completion for example in examples]
-    shown = tables.answers(examples, ["no"] * 5, [*right[:4], "wrong"], None).columns[3]._cells
+    shown = tables.answers(examples, ["no"] * 5, [*right[:4], "wrong"], "plainly").columns[3]._cells
     assert [str(cell)[0] for cell in shown] == ["✓", "✓", "✗"]
-    shown = tables.answers(examples, ["no"] * 5, right, None).columns[3]._cells
+    shown = tables.answers(examples, ["no"] * 5, right, "plainly").columns[3]._cells
     assert [str(cell)[0] for cell in shown] == ["✓"] * 3
