@@ -1,4 +1,4 @@
-"""`lorasb basis make` and `fit`, and `finetune --basis`: R alone is trained and saved, and what does not fit is refused."""
+"""Many R on one A and B: `lorasb basis make` and `fit`, `finetune --basis`, and `--adapter-column` for a run of many."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 import torch
 import transformers
 from command import call
-from finetune_runs import assert_same, die, killed, stop_after, summary
+from finetune_runs import At, add, assert_same, die, killed, on_two_processes, stop_after, summary
 from safetensors.torch import load_file, save_file
 from tiny_run import WORDS, write_rows
 
 import lorasb
 from lorasb.app import basis
+from lorasb.app.data import load_examples
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
 from lorasb.app.tables import basis_line
@@ -87,18 +88,19 @@ def test_a_run_trains_and_saves_r_alone(made: Path, whole: Path) -> None:
     assert found["adapter_bytes"] == (adapter / WEIGHTS).stat().st_size
 
 
+def loaded(tiny: Path, folder: Path) -> Any:
+    """A new model with a saved adapter."""
+    return peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), folder).eval()
+
+
 def logits(model: Any, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = model.eval()(input_ids=torch.arange(3, 9)[None], **options).logits
+        result: torch.Tensor = model(input_ids=torch.arange(3, 9)[None], **options).logits
     return result
 
 
 def test_what_it_saves_loads_alone_and_into_a_bank(made: Path, whole: Path, tiny: Path) -> None:
-    def fresh() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(tiny)
-
-    alone = peft.PeftModel.from_pretrained(fresh(), whole / "adapter")
-    served = peft.PeftModel.from_pretrained(fresh(), made)
+    alone, served = loaded(tiny, whole / "adapter"), loaded(tiny, made)
     assert not torch.equal(logits(alone), logits(served))
     bank = lorasb.AdapterBank(served)
     assert bank.load(whole / "adapter", ada=whole / "adapter").loaded == ["adapter", "ada"]
@@ -122,10 +124,9 @@ def test_people_share_a_basis_that_was_there_before(on_it: Settings, made: Path,
     adapter = tmp_path / "run" / "adapter"
     own = load_file(adapter / "ada" / WEIGHTS)
     assert not any("lorasb_A" in key for key in own)
-    served = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), made)
+    served = loaded(tiny, made)
     assert sorted(lorasb.AdapterBank(served).load(adapter).loaded) == ["ada", "emmy"]
-    alone = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), adapter / "ada")
-    assert torch.isfinite(logits(alone)).all()
+    assert torch.isfinite(logits(loaded(tiny, adapter / "ada"))).all()
 
 
 def test_a_rate_is_measured_on_the_basis(on_it: Settings, tmp_path: Path) -> None:
@@ -182,3 +183,98 @@ def test_files_that_make_no_basis(settings: Settings, files: dict[str, str], tmp
         with pytest.raises(ValueError, match=message):
             basis.make_basis(own, given)
     assert not (tmp_path / "basis" / "basis.json").exists()
+
+
+NAMES = ["ada", "emmy", "grace"]
+
+
+@pytest.fixture(scope="session")
+def several(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Three people, each of whom answers the same prompts by a word of their own."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = [
+        {"prompt": f"copy {WORDS[i]} {i % 7}", "completion": WORDS[NAMES.index(name)], "user": name}
+        for i in range(10)
+        for name in NAMES
+    ]
+    return replace(base, data=write_rows(folder / "data.jsonl", rows), adapter_column="user")
+
+
+@pytest.fixture(scope="session")
+def done(several: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of their run."""
+    folder = tmp_path_factory.mktemp("done")
+    run_finetune(replace(several, output=str(folder)))
+    return folder
+
+
+def test_each_learns_its_own_answers(several: Settings, tiny: Path, tmp_path: Path) -> None:
+    sure = shutil.copytree(tiny, tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    model.get_input_embeddings().weight.data *= 20  # or no answer could have a large logit
+    model.save_pretrained(sure)
+    held_out = [
+        {"prompt": f"copy {word} 6", "completion": WORDS[i], "user": name}
+        for i, name in enumerate(NAMES)
+        for word in WORDS[:4]
+    ]
+    file = write_rows(tmp_path / "held_out.jsonl", held_out)
+    settings = replace(several, model=str(sure), eval_data=file, epochs=20.0, lr=2e-2, batch_size=6)
+    result = run_finetune(replace(settings, output=str(tmp_path / "run")))
+    found = result.summary["adapters"]
+    assert list(found) == NAMES
+    assert [one["train_examples"] for one in found.values()] == [10, 10, 10]
+    assert all(one["eval_examples"] == 4 and one["before"] == 0.0 for one in found.values())
+    assert all(one["after"] >= 0.5 for one in found.values())  # one adapter for all would be right for one of them
+    assert result.summary["train_losses"][-1] < 0.01
+    assert result.summary["trainable_params"] == len(NAMES) * 14 * 8**2  # seven layers in each of two blocks
+
+
+def test_a_bank_serves_the_files(several: Settings, done: Path, tiny: Path) -> None:
+    folder = done / "adapter"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(NAMES)
+    assert not (done / "lora").exists()
+    served = loaded(tiny, folder)
+    assert sorted(lorasb.AdapterBank(served).load(folder).loaded) == NAMES
+    one, other, _ = (logits(served, adapter_names=[name]) for name in NAMES)
+    assert not torch.equal(one, other)
+
+
+def test_kill_9_and_interrupts_end_in_the_same_bits(several: Settings, done: Path, tmp_path: Path) -> None:
+    settings = replace(several, output=str(tmp_path))
+    killed(settings, lambda patch: patch.setattr("lorasb.init.InitReport.save", lambda *given: die()))
+    killed(settings, lambda patch: add(patch, At(5, die)))
+    stop_after(8, settings, tmp_path)
+    killed(settings, lambda patch: patch.setattr("lorasb.app.results.save", lambda *given: die()))
+    run_finetune(settings)
+    assert_same(tmp_path, done)
+    for name in NAMES:
+        config = f"adapter/{name}/adapter_config.json"
+        assert (tmp_path / config).read_text() == (done / config).read_text()
+
+
+def test_a_person_with_one_example_trains_on_it(several: Settings, tmp_path: Path) -> None:
+    rows = [{"prompt": f"copy {word} {i}", "completion": word, "user": f"p{i}"} for i, word in enumerate(WORDS[:6])]
+    rows += [{"prompt": f"copy red {i}", "completion": "red", "user": "ada"} for i in range(30)]
+    train, held_out = load_examples(replace(several, data=write_rows(tmp_path / "data.jsonl", rows)))
+    assert {example.adapter for example in train} == {"ada", *(f"p{i}" for i in range(6))}
+    assert {example.adapter for example in held_out} == {"ada"}
+
+
+@pytest.mark.parametrize("name", ["default", "__base__", "a/b", "a.b", "", "a b"])
+def test_names_that_no_folder_and_parameter_can_have(several: Settings, tmp_path: Path, name: str) -> None:
+    row = {"prompt": "copy red", "completion": "red", "user": name}
+    file = write_rows(tmp_path / "data.jsonl", [row | {"user": "ada"}, row])
+    with pytest.raises(ValueError, match=r"line 2: expected an adapter's name in user, of letters"):
+        run_finetune(replace(several, data=file, output=str(tmp_path / "run")))
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_does(several: Settings, done: Path, tmp_path: Path) -> None:
+    """Some of a step's adapters have rows in one process alone, and some in none."""
+    given = {"--model": several.model, "--data": several.data, "--adapter-column": "user", "--output": tmp_path}
+    on_two_processes(given)
+    ours, alone = summary(tmp_path), summary(done)
+    assert ours["identity"]["processes"] == 2
+    assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=1e-2)
+    assert ours["eval_loss_after"] == pytest.approx(alone["eval_loss_after"], rel=1e-2)
