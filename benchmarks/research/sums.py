@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from lorasb.app.data import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.app.evaluation import batches_by_length
 from lorasb.app.prepare import demo_model
-from lorasb.app.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.app.tokenize import IGNORED, Collator, encode
 from lorasb.init.task import to_device
 

@@ -33,8 +33,8 @@ from benchmarks.research.methods.problems import LINEARS, MAX_LENGTH
 from benchmarks.research.methods.rows import append
 from benchmarks.research.methods.run import WARMUP, rate_share, train_step
 from lorasb.app.basis import initialize_basis
+from lorasb.app.data import Example, read_jsonl
 from lorasb.app.prepare import contiguous_head, demo_model
-from lorasb.app.tasks import Example, read_jsonl
 from lorasb.app.tokenize import Collator, encode
 from lorasb.init.auto_rate import warmup_steps
 from lorasb.init.pipeline import rate_of_initialized

@@ -57,7 +57,7 @@ def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
     from transformers import AutoTokenizer
 
     from lorasb.app.prepare import demo_model
-    from lorasb.app.tasks import generate
+    from lorasb.app.data import generate
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     examples = generate("word_sequence_reversal", 8 * count * rows, 0)

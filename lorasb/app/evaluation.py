@@ -18,9 +18,9 @@ from ..init.sampling import Batch
 from ..init.task import modes_restored, to_device
 from ..serving.training import token_losses
 from ..tuner.targets import missing_from_checkpoint
+from .data import Example, are_values
 from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
 from .settings import Settings
-from .tasks import Example, are_values
 from .tokenize import IGNORED, Collate, Collator, Encoded, EncodedText, Rows, collate_texts, encode, padded, positions
 
 T = TypeVar("T")

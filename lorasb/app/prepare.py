@@ -29,11 +29,10 @@ from ..serving import basis
 from ..tuner.targets import missing_from_checkpoint, refuse_unknown_names
 from ..utils.atomic_files import cache_dir, write_json
 from ..utils.precision import Precision, resolve, warn_if_slow
-from .data import load_examples
+from .data import Example, load_examples
 from .evaluation import Evaluation, HeldOut, Problem, problem_of
 from .scoring import REASONED
 from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, targets
-from .tasks import Example
 from .terminal import console
 from .tokenize import ByLength, Collate, Collator, Rows, check_model, collate_packs, pack, row_length
 

@@ -19,12 +19,12 @@ from ..compat.transformers import on_one_device
 from ..init.sampling import Batch
 from ..training.reinforcement import RewardError, checked_rewards
 from ..training.vllm_sampler import VLLMSampler
+from .data import Example, data_set
 from .evaluation import token_limit
 from .prepare import Run
 from .run_folder import MarkedCheckpoints
 from .scoring import is_right
 from .settings import Settings
-from .tasks import Example, data_set
 from .tokenize import messages_of
 from .train import argument_values
 

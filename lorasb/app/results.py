@@ -32,12 +32,11 @@ from ..utils.plotting import GRAD, INK, MUTED, SIGN
 from ..utils.precision import processor_class, resolve
 from ..utils.reading import Json, parse_json, read_json, read_text
 from .adapter import REPORT_NAME, load_report
-from .data import INSTRUCTION, STEP_BY_STEP
+from .data import INSTRUCTION, STEP_BY_STEP, Example
 from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
 from .prepare import Run, device, load_model, save_adapter
 from .run_folder import ANSWERS_NAME, SUMMARY_NAME, checked
 from .settings import CONFIG_NAME, EMBEDDED, Settings, read_config
-from .tasks import Example
 from .terminal import console
 from .tokenize import messages_of
 from .train import Trained

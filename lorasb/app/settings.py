@@ -20,7 +20,6 @@ from ..utils.atomic_files import write_text
 from ..utils.checks import MAX_LR, check_pattern
 from ..utils.reading import Json, read_text
 from .scoring import SCORES
-from .tasks import TASKS
 
 T = TypeVar("T")
 
@@ -133,6 +132,13 @@ UPDATES = ("adamw", "sgd", "per-sample")
 DEFAULT_RATE = 2e-3  # where none is measured
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+TASKS: dict[str, dict[str, int]] = {  # options of reasoning-gym's data sets
+    "word_sequence_reversal": {"min_words": 3, "max_words": 6},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "leg_counting": {"max_animals": 3, "max_instances": 9},
+    "family_relationships": {},
+    "gcd": {"max_value": 99},
+}
 DEFAULT_TASK = "word_sequence_reversal"
 ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: fewer steps leave a small set unlearned
 REWARDS = ("verifier", "exact")  # of --rl; anything else is code of the user's

@@ -28,11 +28,11 @@ from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
 from ..utils.atomic_files import cache_dir
 from ..utils.precision import CAPS, native
 from ..utils.reading import Json
+from .data import Example
 from .plan import SAMPLES, MemoryPlan
 from .prepare import device, embedded_folder
 from .scoring import LABEL_SCORES, is_right
 from .settings import EMBEDDED, ENOUGH_STEPS
-from .tasks import Example
 
 if TYPE_CHECKING:  # `lorasb plan` and `lorasb doctor` do without
     from .basis import BasisCard

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..constants import IGNORED
 from ..init.sampling import Batch
 from ..init.task import modes_restored
-from .tasks import Example
+from .data import Example
 
 Rows = list[Any]  # encoded examples (Encoded of a language model, EncodedText of a classifier), or packs of them
 Collate = Callable[[Rows], Batch]

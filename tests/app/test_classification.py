@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from tiny_run import write_rows
 
 from lorasb.app import evaluation
+from lorasb.app.data import Example, labeled
 from lorasb.app.evaluation import Classification, LanguageModeling, problem_of
 from lorasb.app.finetune import run_finetune
 from lorasb.app.scoring import f1, matthews, pearson, spearman
 from lorasb.app.settings import Settings
-from lorasb.app.tasks import Example, labeled
 from lorasb.app.tokenize import EncodedText
 
 COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")

@@ -14,11 +14,10 @@ from unittest.mock import Mock
 import pytest
 from tiny_run import write_rows
 
-from lorasb.app import tasks
-from lorasb.app.data import MATH_SUBJECTS, NAMED, digest, load_examples, read_data
+from lorasb.app.data import HELD_OUT_SEED, MATH_SUBJECTS, NAMED, digest, generate, load_examples, read_data, read_jsonl
 from lorasb.app.finetune import run_finetune
 from lorasb.app.scoring import is_right
-from lorasb.app.settings import Settings
+from lorasb.app.settings import TASKS, Settings
 
 GLUE = ("sentence", "sentence1", "sentence2", "question", "question1", "question2", "premise", "hypothesis")
 ROWS = {
@@ -142,7 +141,7 @@ def test_letters_that_end_a_line_elsewhere_are_kept(tmp_path: Path, letter: str)
     rows = [{"prompt": f"a{letter}b", "completion": "c"}, {"prompt": "d", "completion": f"e{letter}"}]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "x.jsonl").write_text(text, encoding="utf-8", newline="")
-    found = [{"prompt": e.prompt, "completion": e.completion} for e in tasks.read_jsonl(tmp_path / "x.jsonl")]
+    found = [{"prompt": e.prompt, "completion": e.completion} for e in read_jsonl(tmp_path / "x.jsonl")]
     assert found == rows
 
 
@@ -183,28 +182,28 @@ def test_prompts_with_a_label_column_stay_prompts(tmp_path: Path) -> None:
     assert (example.completion, example.label, example.score) == ("b", None, "exact")
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_held_out_problems_are_never_trained_on(task: str) -> None:
-    held_out = tasks.generate(task, 40, tasks.HELD_OUT_SEED)
-    train = tasks.generate(task, 150, 0, exclude=held_out)
+    held_out = generate(task, 40, HELD_OUT_SEED)
+    train = generate(task, 150, 0, exclude=held_out)
     prompts = [example.prompt for example in train]
     assert len(set(prompts)) == len(train) == 150
     assert not {example.prompt for example in held_out} & set(prompts)
-    assert train == tasks.generate(task, 150, 0, exclude=held_out)
+    assert train == generate(task, 150, 0, exclude=held_out)
     assert all(example.prompt and example.completion for example in train)
 
 
 def test_reversal_is_a_reversal() -> None:
-    for example in tasks.generate("word_sequence_reversal", 20, 5):
+    for example in generate("word_sequence_reversal", 20, 5):
         words = example.prompt.partition("words: ")[2].split(", ")
         assert example.completion == ", ".join(reversed(words))
 
 
 def test_more_problems_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = tasks.generate("gcd", 3, 0)
-    monkeypatch.setattr(tasks, "_draw", lambda *given: few)
+    few = generate("gcd", 3, 0)
+    monkeypatch.setattr("lorasb.app.data._draw", lambda *given: few)
     with pytest.raises(ValueError, match="task 'gcd' gave 3 distinct prompts, 5 were asked for: ask for fewer"):
-        tasks.generate("gcd", 5, 0)
+        generate("gcd", 5, 0)
 
 
 def test_a_file_has_one_digest_whatever_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

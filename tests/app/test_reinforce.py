@@ -11,10 +11,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from lorasb.app import reinforce
+from lorasb.app.data import Example, generate
 from lorasb.app.finetune import run_finetune
 from lorasb.app.reinforce import judge_of
-from lorasb.app.settings import Settings
-from lorasb.app.tasks import TASKS, Example, generate
+from lorasb.app.settings import TASKS, Settings
 from lorasb.training.reinforcement import RewardError
 
 LETTERS = """

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb.app import scoring, tables
+from lorasb.app.data import Example
 from lorasb.app.evaluation import HeldOut, LanguageModeling, example_losses
 from lorasb.app.scoring import LABEL_SCORES, SCORES, choice, equal_expressions, expression, final_number, is_right
 from lorasb.app.settings import Settings
-from lorasb.app.tasks import Example
 from lorasb.app.tokenize import Collator, encode
 
 

@@ -13,7 +13,7 @@ import transformers
 
 import lorasb
 from lorasb.app import tokenize
-from lorasb.app.tasks import Example
+from lorasb.app.data import Example
 from lorasb.app.tokenize import IGNORED, ByLength, Collator, Encoded, encode
 
 CHATML = (

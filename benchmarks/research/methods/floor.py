@@ -25,9 +25,9 @@ from benchmarks.research.methods.adapters import put_in
 from benchmarks.research.methods.grid import METHODS, TASKS, WARMUP, Cell, Task
 from benchmarks.research.methods.problems import MAX_LENGTH, files, load
 from benchmarks.research.methods.run import drawn, train
+from lorasb.app.data import Example, read_jsonl
 from lorasb.app.evaluation import HeldOut, LanguageModeling, example_losses
 from lorasb.app.prepare import demo_model
-from lorasb.app.tasks import Example, read_jsonl
 from lorasb.app.tokenize import Collator, encode
 from lorasb.utils.atomic_files import write_json
 

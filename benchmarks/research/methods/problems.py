@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.research.methods.grid import Task
 from lorasb.app import scoring
+from lorasb.app.data import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.app.evaluation import HeldOut, LanguageModeling, example_losses
-from lorasb.app.tasks import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.app.tokenize import Collator, Encoded, encode
 
 MAX_LENGTH = 320

@@ -30,8 +30,8 @@ from benchmarks.research.methods.problems import MAX_LENGTH, Problem, generated,
 from benchmarks.research.methods.run import drawn
 from benchmarks.research.methods.tables import plus_minus, spread
 from benchmarks.research.paper.ablations import ABLATIONS, results
+from lorasb.app.data import Example, generate
 from lorasb.app.prepare import demo_model
-from lorasb.app.tasks import Example, generate
 from lorasb.app.tokenize import encode
 from lorasb.utils.plotting import GRAD, INK, SIGN
 
