@@ -16,9 +16,8 @@ import transformers
 from safetensors.torch import load_file
 from tiny_run import write_rows
 
-from lorasb.app import evaluation
 from lorasb.app.data import Example, labeled
-from lorasb.app.evaluation import Classification, LanguageModeling, problem_of
+from lorasb.app.evaluation import Classification, LanguageModeling, problem_of, score_of
 from lorasb.app.finetune import run_finetune
 from lorasb.app.scoring import f1, matthews, pearson, spearman
 from lorasb.app.settings import Settings
@@ -196,14 +195,9 @@ VALUES = (0.5, 1.5, 2.5, 9.5)
         ("spearman", VALUES, "1243", 0.8),
     ],
 )
-def test_a_run_s_score_is_the_one_that_it_names(
-    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: str, labels: Any, said: str, want: float
-) -> None:
-    rows = [{"text": f"red {i}", "label": labels[i % 4]} for i in range(12)]
-    data, held = (write_rows(tmp_path / name, part) for name, part in (("rows", rows), ("held", rows[:4])))
-    monkeypatch.setattr(evaluation, "_by_example", lambda *given: [(0.1, answer) for answer in said])
-    settings = replace(base, data=data, eval_data=held, score=score, epochs=0.5, output=str(tmp_path / "run"))
-    assert run_finetune(settings).summary["eval_accuracy_after"] == pytest.approx(want)
+def test_examples_have_the_score_that_they_name(score: str, labels: Any, said: str, want: float) -> None:
+    examples = [replace(labeled("red", label), score=score) for label in labels]
+    assert score_of(examples, list(said)) == pytest.approx(want)
 
 
 def test_scores_of_ties_and_of_answers_that_are_all_equal() -> None:
