@@ -32,7 +32,7 @@ from benchmarks.common.timing import commit, dtype_name, machine_name, measured_
 from benchmarks.research.methods.problems import LINEARS, MAX_LENGTH
 from benchmarks.research.methods.rows import append
 from benchmarks.research.methods.run import WARMUP, rate_share, train_step
-from lorasb.app.basis import initialize_basis
+from lorasb.app.adapter import initialize_basis
 from lorasb.app.data import Example, read_jsonl
 from lorasb.app.prepare import contiguous_head, demo_model
 from lorasb.app.tokenize import Collator, encode

@@ -134,7 +134,7 @@ app.add_typer(bench, name="bench")
 def _finetune(values: Json) -> None:
     """Fine-tune a language model or classifier, and compare its held-out answers before and after."""
     if values.get("basis") and not values.get("model"):
-        from .basis import read_card
+        from .adapter import read_card
 
         values["model"] = read_card(values["basis"]).model
     settings = Settings(**values)
@@ -292,7 +292,7 @@ def make(
     seed: Annotated[int, Option(help="Random seed for samples and SVD.")] = 0,
 ) -> None:
     """Create a basis from the first steps of several tasks: A and B for adapters that hold only R."""
-    from .basis import make_basis
+    from .adapter import make_basis
     from .tables import card_table
 
     settings = Settings(model=model, output=output, r=r, update=update, samples=samples, seed=seed)
@@ -308,10 +308,10 @@ def fit(
     seed: Annotated[int, Option(help="Random seed for the samples.")] = 0,
 ) -> None:
     """Show how much of your data's first step a basis keeps, before you train on it."""
-    from . import basis as shared
+    from .adapter import fit_basis
     from .tables import fit_table
 
-    console.print(fit_table(shared.fit(Settings(basis=folder, data=data, samples=samples, seed=seed))))
+    console.print(fit_table(fit_basis(Settings(basis=folder, data=data, samples=samples, seed=seed))))
 
 
 @bench.command()

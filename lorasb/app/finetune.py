@@ -20,8 +20,7 @@ from ..ops.registry import current_backend
 from ..utils.atomic_files import locked
 from ..utils.precision import resolve
 from . import results
-from .adapter import REPORT_NAME, adapt, load_adapter, load_report
-from .basis import card_of, load_basis
+from .adapter import REPORT_NAME, adapt, card_of, load_adapter, load_basis, load_report
 from .data import digest, load_examples
 from .prepare import Run, device, load_adapters, prepare, save_adapter
 from .reinforce import grpo_trainer, judge_of

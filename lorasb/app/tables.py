@@ -35,7 +35,7 @@ from .scoring import LABEL_SCORES, is_right
 from .settings import EMBEDDED, ENOUGH_STEPS
 
 if TYPE_CHECKING:  # `lorasb plan` and `lorasb doctor` do without
-    from .basis import BasisCard
+    from .adapter import BasisCard
 
 T = TypeVar("T")
 EXAMPLES_SHOWN = 3

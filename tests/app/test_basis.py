@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import WORDS, write_rows
 
 import lorasb
-from lorasb.app import basis
+from lorasb.app.adapter import make_basis, read_card
 from lorasb.app.data import load_examples
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
@@ -49,7 +49,7 @@ def settings(base: Settings) -> Settings:
 def made(settings: Settings, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A basis of two tasks."""
     folder = tmp_path_factory.mktemp("made") / "basis"
-    basis.make_basis(replace(settings, output=str(folder)), [files["copy"], files["next"]])
+    make_basis(replace(settings, output=str(folder)), [files["copy"], files["next"]])
     return folder
 
 
@@ -68,7 +68,7 @@ def whole(on_it: Settings, made: Path) -> Path:
 
 
 def test_the_card_says_what_the_basis_is(made: Path, settings: Settings) -> None:
-    card = basis.read_card(made)
+    card = read_card(made)
     assert (card.model, card.r, card.update) == (settings.model, 8, "adamw")
     assert {name: found["examples"] for name, found in card.tasks.items()} == {"copy": 23, "next": 23}
     assert all(0.5 < found["kept"] <= 1 for found in card.tasks.values())
@@ -137,7 +137,7 @@ def test_a_rate_is_measured_on_the_basis(on_it: Settings, tmp_path: Path) -> Non
 def test_fit_by_commands(made: Path, files: dict[str, str], settings: Settings, tmp_path: Path) -> None:
     folder, data = str(tmp_path / "one"), (files["copy"], files["next"])
     assert "copy" in call("basis", "make", settings.model, "--data", *data, "--r", "8", "--output", folder)
-    assert basis.read_card(folder).tasks.keys() == {"copy", "next"}
+    assert read_card(folder).tasks.keys() == {"copy", "next"}
     fits = (call("basis", "fit", folder, "--data", files[name]) for name in ("copy", "mine"))
     own, other = (float(printed.split("The basis keeps ")[1].split("%")[0]) for printed in fits)
     assert own > other
@@ -150,7 +150,7 @@ def test_a_share_near_chance_is_a_warning() -> None:
 
 
 def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
-    card = basis.make_basis(replace(settings, output=str(tmp_path)), [files["copy"]])
+    card = make_basis(replace(settings, output=str(tmp_path)), [files["copy"]])
     assert card.tasks == {"copy": {"examples": 23, "kept": 1.0}}
 
 
@@ -181,7 +181,7 @@ def test_files_that_make_no_basis(settings: Settings, files: dict[str, str], tmp
         ([files["copy"], "nowhere"], "expected a JSONL file, found none at nowhere"),
     ):
         with pytest.raises(ValueError, match=message):
-            basis.make_basis(own, given)
+            make_basis(own, given)
     assert not (tmp_path / "basis" / "basis.json").exists()
 
 
