@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ HELD_OUT_SEED = 10_000_000
 MAX_LABEL = 3e38  # about the largest number that an fp32 tensor takes
 # A name is a folder, and a part of parameters' names, which have no dots.
 ADAPTER_NAME, TAKEN_NAMES = r"[\w@+-]+", ("default", BASE_ROW)
-MAX_ROUNDS = 20  # draws of `count` items before a task is taken to be too small
+MAX_DRAWS = 20  # per example, before a task is taken to have too few
 QUESTION_ONLY = ("word_sequence_reversal", "leg_counting")  # without instructions, which every question repeats
 Row = Json  # of a file or a data set
 Label = str | int | float
@@ -99,12 +99,13 @@ def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) 
     """Generate `count` examples of a reasoning-gym task with distinct prompts, none of them in `exclude`."""
     seen = {example.prompt for example in exclude}
     examples: list[Example] = []
-    for attempt in range(MAX_ROUNDS):
-        # seed + attempt * count: the next round starts where this one's items end
-        for example in _draw(task, count, seed + attempt * count):
-            if example.prompt not in seen and len(examples) < count:
-                seen.add(example.prompt)
-                examples.append(example)
+    for item in data_set(task, count * MAX_DRAWS, seed):
+        prompt = item["question"].strip()
+        if task in QUESTION_ONLY:
+            prompt = prompt.rpartition("\n\n")[2]
+        if prompt not in seen:
+            seen.add(prompt)
+            examples.append(Example(prompt, str(item["answer"]).strip()))
         if len(examples) == count:
             return examples
     raise ValueError(f"task {task!r} gave {len(examples)} distinct prompts, {count} were asked for: ask for fewer")
@@ -119,15 +120,6 @@ def data_set(task: str, count: int, seed: int) -> Any:
     except ImportError as error:
         raise ImportError("generated tasks need reasoning-gym: pip install 'lorasb[demo]'") from error
     return reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task])
-
-
-def _draw(task: str, count: int, seed: int) -> Iterator[Example]:
-    """`count` items of a data set, whose prompts may repeat."""
-    for item in data_set(task, count, seed):
-        prompt = item["question"].strip()
-        if task in QUESTION_ONLY:
-            prompt = prompt.rpartition("\n\n")[2]
-        yield Example(prompt, str(item["answer"]).strip())
 
 
 def read_jsonl(path: str | Path, adapter_column: str | None = None) -> list[Example]:

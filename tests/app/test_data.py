@@ -200,8 +200,8 @@ def test_reversal_is_a_reversal() -> None:
 
 
 def test_more_problems_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = generate("gcd", 3, 0)
-    monkeypatch.setattr("lorasb.app.data._draw", lambda *given: few)
+    few = [{"question": f"q{i % 3}", "answer": "x"} for i in range(9)]
+    monkeypatch.setattr("lorasb.app.data.data_set", lambda *given: few)
     with pytest.raises(ValueError, match="task 'gcd' gave 3 distinct prompts, 5 were asked for: ask for fewer"):
         generate("gcd", 5, 0)
 
