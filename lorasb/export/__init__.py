@@ -1,4 +1,4 @@
-"""Export of adapters: as a plain LoRA for PEFT and vLLM (`lora`), for llama.cpp (`gguf`), or step by step for RL."""
+"""Export of adapters as a plain LoRA: for PEFT and vLLM, for llama.cpp, or step by step for reinforcement learning."""
 
 from .lora import adapter_delta as adapter_delta
 from .lora import export_lora as export_lora

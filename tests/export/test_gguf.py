@@ -18,7 +18,7 @@ from torch import nn
 
 import lorasb
 from lorasb.app.prepare import EMBEDDED, GGUF, embedded_folder, resolve_model
-from lorasb.export.gguf import ARCHITECTURES
+from lorasb.export.lora import ARCHITECTURES
 
 PROMPTS = int(os.environ.get("LORASB_GGUF_PROMPTS", "4"))
 ANSWER, TOKENS = " violet, amber and jade.", 6

@@ -115,7 +115,7 @@ OURS = {  # parameters of these names have these classes
 OTHERS = {  # and where one is `Any`, why
     "lorasb.compat.peft.config": "LoRASBConfig is of a level above",
     "lorasb.compat.transformers.config": "the base model's, of any class",
-    "lorasb.export.gguf.config": "the base model's, of any class",
+    "lorasb.export.lora.config": "the base model's, of any class",
 }
 
 
