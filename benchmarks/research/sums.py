@@ -70,7 +70,7 @@ def known(model: Any, tokenizer: Any, held_out: Path) -> tuple[float, float]:
     right where each of them is the likeliest.
     """
     encoded = [encode(example, tokenizer, 64) for example in read_jsonl(held_out)]
-    collate = Collator(tokenizer.pad_token_id, getattr(model, "get_base_model", lambda: model)())
+    collate = Collator(tokenizer.pad_token_id, model)
     chances: list[float] = []
     greedy: list[bool] = []
     for indices in batches_by_length(encoded, BATCH):

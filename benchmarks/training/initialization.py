@@ -145,7 +145,7 @@ def epoch_share(steps: int = 20) -> dict[str, Any]:
     run = prepare(Settings(eval_examples=1, train_examples=64 + 16 * steps, dtype=dtype_name(), template="none"))
     run.model = lorasb.patch(run.model, r=RANK)
     encoded = [encode(example, run.tokenizer, 512) for example in run.train]
-    collate = Collator(run.tokenizer.pad_token_id, run.model.get_base_model())
+    collate = Collator(run.tokenizer.pad_token_id, run.model)
     batches = [collate(encoded[i : i + 16]) for i in range(0, len(encoded), 16)]
     started = time.perf_counter()
     initialize(run.model, batches[:4])

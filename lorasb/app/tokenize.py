@@ -121,11 +121,11 @@ class Collator:
     """Pads on the left, so that completions are aligned at the end of the rows.
 
     If the base model's forward takes `logits_to_keep`, logits are computed for the longest completion of a batch only:
-    for short answers that saves most of the head's time and memory. `by_adapter` adds the rows' adapters to a batch.
+    for short answers that saves most of the head's time and memory. Rows with adapters of the model name them.
     """
 
-    def __init__(self, pad_token_id: int, model: nn.Module, by_adapter: bool = False) -> None:
-        self.pad, self.by_adapter = pad_token_id, by_adapter
+    def __init__(self, pad_token_id: int, model: nn.Module) -> None:
+        self.pad, self.model = pad_token_id, model
         base = getattr(model, "get_base_model", lambda: model)()  # the forward of PEFT's wrapper lacks logits_to_keep
         names = inspect.signature(base.forward).parameters
         self.trims = "logits_to_keep" in names
@@ -137,9 +137,8 @@ class Collator:
             "input_ids": padded([e.prompt + e.completion for e in examples], self.pad),
             "attention_mask": mask,
             "labels": padded([e.labels for e in examples], IGNORED),
+            **_adapters_of(self.model, examples),
         }
-        if self.by_adapter:
-            batch["adapter_names"] = [example.adapter for example in examples]
         # Without position_ids, models count positions from the padding.
         if self.positions:
             batch["position_ids"] = positions(mask)
@@ -148,6 +147,19 @@ class Collator:
             keep = min(mask.shape[1], 1 + max(e.tail for e in examples))
             batch |= {"labels": batch["labels"][:, -keep:], "logits_to_keep": keep}
         return batch
+
+
+def _adapters_of(model: nn.Module, rows: Sequence[Encoded]) -> dict[str, list[str]]:
+    """The rows' `adapter_names`, for a model that has adapters of these names; nothing for any other."""
+    names = [row.adapter for row in rows]
+    return {"adapter_names": names} if set(names) <= getattr(model, "peft_config", {}).keys() else {}
+
+
+def collate_prompts(rows: Sequence[Encoded], pad: int, model: nn.Module) -> Batch:
+    """Prompts as a batch for `model.generate`, padded on the left, without their completions."""
+    mask = padded([[1] * len(row.prompt) for row in rows], 0)
+    ids = padded([row.prompt for row in rows], pad)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), **_adapters_of(model, rows)}
 
 
 @dataclass(frozen=True)

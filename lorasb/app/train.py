@@ -384,7 +384,7 @@ def find_rate(run: Run) -> float:
 
 def batches(run: Run) -> Iterator[Batch]:
     """The run's batches in its order, over and over, in the parts that a step is computed in."""
-    collate, order = run.collator(named=False), run.order()
+    collate, order = run.collator(), run.order()
     size = run.settings.batch_size // run.settings.gradient_accumulation
     for epoch in itertools.count():
         for step in order.order(epoch):

@@ -53,7 +53,7 @@ def answered(model: nn.Module, examples: Sequence[Example], tokenizer: Any) -> f
 def chosen(model: nn.Module, examples: Sequence[Example], tokenizer: Any) -> float:
     """Share of ARC questions where the right answer has the least loss; chance is about a quarter."""
     model.eval()
-    collate = Collator(tokenizer.pad_token_id, getattr(model, "get_base_model", lambda: model)())
+    collate = Collator(tokenizer.pad_token_id, model)
     right = 0
     for example in examples:
         choices = [f"the correct answer is answer{i + 1}" for i in range(CHOICES) if f"nswer{i + 1}:" in example.prompt]
