@@ -1,8 +1,9 @@
-"""What of a model is adapted, where R starts, and the rate of training, which trials may find."""
+"""Adapters: what is adapted, where R starts, the rate of training; many R on one A and B, and runs that train them."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,23 @@ import peft
 import pytest
 import torch
 import transformers
+from command import call
+from finetune_runs import At, add, assert_same, die, killed, on_two_processes, stop_after, summary
+from safetensors.torch import load_file, save_file
+from tiny_run import WORDS, write_rows
 
 import lorasb
 from lorasb.app import adapter, finetune, train
+from lorasb.app.adapter import make_basis, read_card
+from lorasb.app.data import load_examples
 from lorasb.app.finetune import run_finetune
 from lorasb.app.prepare import prepare, save_adapter
 from lorasb.app.settings import Settings
+from lorasb.app.tables import basis_line
 from lorasb.init.auto_rate import warmup_steps
 from lorasb.layers.lookup import layers_with
+
+FACTORS, WEIGHTS = "lorasb_factors.safetensors", "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -104,3 +114,256 @@ def test_trials_take_the_runs_own_batches(base: Settings, packing: bool) -> None
     first = [next(batches) for _ in range(40)]  # more than an epoch
     assert max(len(batch["input_ids"]) for batch in first) == base.batch_size // 2
     assert ("attention_mask" not in first[0]) == packing  # packs are told apart by their positions
+
+
+def task(prompt: str, first: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{prompt} {WORDS[i % 8]} {i}", "completion": WORDS[(i + first) % 8]} for i in range(24)]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        name: write_rows(folder / f"{name}.jsonl", task(name, i)) for i, name in enumerate(("copy", "next", "mine"))
+    }
+
+
+@pytest.fixture(scope="session")
+def settings(base: Settings) -> Settings:
+    """Of a basis."""
+    return Settings(model=base.model, dtype="float32", r=8, samples=8, lr=None)
+
+
+@pytest.fixture(scope="session")
+def made(settings: Settings, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A basis of two tasks."""
+    folder = tmp_path_factory.mktemp("made") / "basis"
+    make_basis(replace(settings, output=str(folder)), [files["copy"], files["next"]])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def on_it(base: Settings, made: Path, files: dict[str, str]) -> Settings:
+    """Of a run on the basis."""
+    return replace(base, basis=str(made), r=None, data=files["mine"])
+
+
+@pytest.fixture(scope="session")
+def whole(on_it: Settings, made: Path) -> Path:
+    """The folder of a run that nobody disturbed, next to the basis."""
+    folder = made.parent / "run"
+    run_finetune(replace(on_it, output=str(folder)))
+    return folder
+
+
+def test_the_card_says_what_the_basis_is(made: Path, settings: Settings) -> None:
+    card = read_card(made)
+    assert (card.model, card.r, card.update) == (settings.model, 8, "adamw")
+    assert {name: found["examples"] for name, found in card.tasks.items()} == {"copy": 23, "next": 23}
+    assert all(0.5 < found["kept"] <= 1 for found in card.tasks.values())
+    cores = load_file(made / WEIGHTS)
+    assert not any(value.any() for key, value in cores.items() if "lorasb_R" in key)
+    assert not any("lorasb_A" in key or "lorasb_B" in key for key in cores)
+
+
+def test_a_run_trains_and_saves_r_alone(made: Path, whole: Path) -> None:
+    adapter = whole / "adapter"
+    assert (adapter / FACTORS).samefile(made / FACTORS)  # no second copy
+    assert (adapter / WEIGHTS).stat().st_size < (made / FACTORS).stat().st_size
+    assert not (whole / "lora").exists()
+    found = summary(whole)
+    assert found["train_losses"][-1] < found["train_losses"][0]
+    assert 0 < found["basis_fit"]["random"] < found["basis_fit"]["share"] < 1
+    assert found["adapter_bytes"] == (adapter / WEIGHTS).stat().st_size
+
+
+def loaded(tiny: Path, folder: Path) -> Any:
+    """A new model with a saved adapter."""
+    return peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), folder).eval()
+
+
+def logits(model: Any, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=torch.arange(3, 9)[None], **options).logits
+    return result
+
+
+def test_what_it_saves_loads_alone_and_into_a_bank(made: Path, whole: Path, tiny: Path) -> None:
+    alone, served = loaded(tiny, whole / "adapter"), loaded(tiny, made)
+    assert not torch.equal(logits(alone), logits(served))
+    bank = lorasb.AdapterBank(served)
+    assert bank.load(whole / "adapter", ada=whole / "adapter").loaded == ["adapter", "ada"]
+    for name in ("adapter", "ada"):
+        assert torch.allclose(logits(served, adapter_names=[name]), logits(alone), atol=1e-6)
+    assert "nowhere" in bank.load(emmy=made / "nowhere").failed["emmy"]
+
+
+def test_interrupted_runs_end_in_the_same_bits(on_it: Settings, whole: Path, tmp_path: Path) -> None:
+    own = replace(on_it, output=str(tmp_path))
+    killed(own, lambda patch: patch.setattr("lorasb.app.finetune.train", lambda *given: die()))  # with the start saved
+    stop_after(4, own, tmp_path)
+    run_finetune(own)
+    assert_same(tmp_path, whole)
+
+
+def test_people_share_a_basis_that_was_there_before(on_it: Settings, made: Path, tiny: Path, tmp_path: Path) -> None:
+    rows = [row | {"user": name} for name in ("ada", "emmy") for row in task(name, 1)]
+    data = write_rows(tmp_path / "users.jsonl", rows)
+    run_finetune(replace(on_it, data=data, adapter_column="user", output=str(tmp_path / "run")))
+    adapter = tmp_path / "run" / "adapter"
+    own = load_file(adapter / "ada" / WEIGHTS)
+    assert not any("lorasb_A" in key for key in own)
+    served = loaded(tiny, made)
+    assert sorted(lorasb.AdapterBank(served).load(adapter).loaded) == ["ada", "emmy"]
+    assert torch.isfinite(logits(loaded(tiny, adapter / "ada"))).all()
+
+
+def test_a_rate_is_measured_on_the_basis(on_it: Settings, tmp_path: Path) -> None:
+    found = run_finetune(replace(on_it, lr=None, output=str(tmp_path))).summary
+    assert 0 < found["lr"] != 2e-3
+
+
+def test_fit_by_commands(made: Path, files: dict[str, str], settings: Settings, tmp_path: Path) -> None:
+    folder, data = str(tmp_path / "one"), (files["copy"], files["next"])
+    assert "copy" in call("basis", "make", settings.model, "--data", *data, "--r", "8", "--output", folder)
+    assert read_card(folder).tasks.keys() == {"copy", "next"}
+    fits = (call("basis", "fit", folder, "--data", files[name]) for name in ("copy", "mine"))
+    own, other = (float(printed.split("The basis keeps ")[1].split("%")[0]) for printed in fits)
+    assert own > other
+
+
+def test_a_share_near_chance_is_a_warning() -> None:
+    assert "little more than chance" in basis_line(0.02, 0.01)
+    assert "little more than chance" not in basis_line(0.04, 0.01)
+    assert "little more than chance" not in basis_line(0.9, 0.4)
+
+
+def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
+    card = make_basis(replace(settings, output=str(tmp_path)), [files["copy"]])
+    assert card.tasks == {"copy": {"examples": 23, "kept": 1.0}}
+
+
+def test_another_model_or_basis_is_refused(on_it: Settings, made: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    card, file = json.loads((copy / "basis.json").read_text()), copy / FACTORS
+    damaged = {key: value + 1 for key, value in load_file(file).items()}
+    for change, message in (
+        ({"model": "another"}, "was made on --model another, got"),
+        ({"digest": "00"}, r"has other A and B than its basis\.json says"),
+        ({"color": "red"}, "is no card of a basis"),
+        ({}, "is damaged: its A and B are not what"),
+    ):
+        (copy / "basis.json").write_text(json.dumps(card | change))
+        if not change:
+            save_file(damaged, file, metadata={"format": "pt", "digest": card["digest"]})
+        with pytest.raises(ValueError, match=message):
+            run_finetune(replace(on_it, basis=str(copy), output=str(tmp_path / "run")))
+
+
+def test_files_that_make_no_basis(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
+    own = replace(settings, output=str(tmp_path / "basis"))
+    same = write_rows(tmp_path / "other" / "copy.jsonl", task("copy", 1))
+    labeled = write_rows(tmp_path / "labels.jsonl", ({"text": f"red {i}", "label": i % 2} for i in range(20)))
+    for given, message in (
+        ([files["copy"], same], "each with another name, got two named 'copy'"),
+        ([labeled], "got labeled examples: a basis has no head"),
+        ([files["copy"], "nowhere"], "expected a JSONL file, found none at nowhere"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_basis(own, given)
+    assert not (tmp_path / "basis" / "basis.json").exists()
+
+
+NAMES = ["ada", "emmy", "grace"]
+
+
+@pytest.fixture(scope="session")
+def several(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Three people, each of whom answers the same prompts by a word of their own."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = [
+        {"prompt": f"copy {WORDS[i]} {i % 7}", "completion": WORDS[NAMES.index(name)], "user": name}
+        for i in range(10)
+        for name in NAMES
+    ]
+    return replace(base, data=write_rows(folder / "data.jsonl", rows), adapter_column="user")
+
+
+@pytest.fixture(scope="session")
+def done(several: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of their run."""
+    folder = tmp_path_factory.mktemp("done")
+    run_finetune(replace(several, output=str(folder)))
+    return folder
+
+
+def test_each_learns_its_own_answers(several: Settings, tiny: Path, tmp_path: Path) -> None:
+    sure = shutil.copytree(tiny, tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    model.get_input_embeddings().weight.data *= 20  # or no answer could have a large logit
+    model.save_pretrained(sure)
+    held_out = [
+        {"prompt": f"copy {word} 6", "completion": WORDS[i], "user": name}
+        for i, name in enumerate(NAMES)
+        for word in WORDS[:4]
+    ]
+    file = write_rows(tmp_path / "held_out.jsonl", held_out)
+    settings = replace(several, model=str(sure), eval_data=file, epochs=20.0, lr=2e-2, batch_size=6)
+    result = run_finetune(replace(settings, output=str(tmp_path / "run")))
+    found = result.summary["adapters"]
+    assert list(found) == NAMES
+    assert [one["train_examples"] for one in found.values()] == [10, 10, 10]
+    assert all(one["eval_examples"] == 4 and one["before"] == 0.0 for one in found.values())
+    assert all(one["after"] >= 0.5 for one in found.values())  # one adapter for all would be right for one of them
+    assert result.summary["train_losses"][-1] < 0.01
+    assert result.summary["trainable_params"] == len(NAMES) * 14 * 8**2  # seven layers in each of two blocks
+
+
+def test_a_bank_serves_the_files(several: Settings, done: Path, tiny: Path) -> None:
+    folder = done / "adapter"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(NAMES)
+    assert not (done / "lora").exists()
+    served = loaded(tiny, folder)
+    assert sorted(lorasb.AdapterBank(served).load(folder).loaded) == NAMES
+    one, other, _ = (logits(served, adapter_names=[name]) for name in NAMES)
+    assert not torch.equal(one, other)
+
+
+def test_kill_9_and_interrupts_end_in_the_same_bits(several: Settings, done: Path, tmp_path: Path) -> None:
+    settings = replace(several, output=str(tmp_path))
+    killed(settings, lambda patch: patch.setattr("lorasb.init.InitReport.save", lambda *given: die()))
+    killed(settings, lambda patch: add(patch, At(5, die)))
+    stop_after(8, settings, tmp_path)
+    killed(settings, lambda patch: patch.setattr("lorasb.app.results.save", lambda *given: die()))
+    run_finetune(settings)
+    assert_same(tmp_path, done)
+    for name in NAMES:
+        config = f"adapter/{name}/adapter_config.json"
+        assert (tmp_path / config).read_text() == (done / config).read_text()
+
+
+def test_a_person_with_one_example_trains_on_it(several: Settings, tmp_path: Path) -> None:
+    rows = [{"prompt": f"copy {word} {i}", "completion": word, "user": f"p{i}"} for i, word in enumerate(WORDS[:6])]
+    rows += [{"prompt": f"copy red {i}", "completion": "red", "user": "ada"} for i in range(30)]
+    train, held_out = load_examples(replace(several, data=write_rows(tmp_path / "data.jsonl", rows)))
+    assert {example.adapter for example in train} == {"ada", *(f"p{i}" for i in range(6))}
+    assert {example.adapter for example in held_out} == {"ada"}
+
+
+@pytest.mark.parametrize("name", ["default", "__base__", "a/b", "a.b", "", "a b"])
+def test_names_that_no_folder_and_parameter_can_have(several: Settings, tmp_path: Path, name: str) -> None:
+    row = {"prompt": "copy red", "completion": "red", "user": name}
+    file = write_rows(tmp_path / "data.jsonl", [row | {"user": "ada"}, row])
+    with pytest.raises(ValueError, match=r"line 2: expected an adapter's name in user, of letters"):
+        run_finetune(replace(several, data=file, output=str(tmp_path / "run")))
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_does(several: Settings, done: Path, tmp_path: Path) -> None:
+    """Some of a step's adapters have rows in one process alone, and some in none."""
+    given = {"--model": several.model, "--data": several.data, "--adapter-column": "user", "--output": tmp_path}
+    on_two_processes(given)
+    ours, alone = summary(tmp_path), summary(done)
+    assert ours["identity"]["processes"] == 2
+    assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=1e-2)
+    assert ours["eval_loss_after"] == pytest.approx(alone["eval_loss_after"], rel=1e-2)
