@@ -56,8 +56,8 @@ def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
     """Batches of generated problems with their answers, one after another, cut into samples of 192 tokens."""
     from transformers import AutoTokenizer
 
-    from lorasb.app.prepare import demo_model
     from lorasb.app.data import generate
+    from lorasb.app.prepare import demo_model
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     examples = generate("word_sequence_reversal", 8 * count * rows, 0)
