@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasb.compat import Private, bitsandbytes, peft, torch, transformers, triton, vllm
+from lorasb.compat import Private, accelerate, bitsandbytes, peft, torch, transformers, triton, vllm
 
-MODULES = (torch, transformers, peft, triton, bitsandbytes, vllm)
+MODULES = (torch, transformers, peft, triton, bitsandbytes, accelerate, vllm)
 
 HEAD = """# Private names of other packages
 

@@ -1,19 +1,16 @@
-"""Private names of transformers, TRL and accelerate, and of DeepSpeed, whose tags are found on the same modules."""
+"""Private names of transformers and TRL, and one function that is replaced."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import Private, several
 
-if TYPE_CHECKING:
-    from accelerate.hooks import ModelHook
-
-VERIFIED = "transformers 5.24, TRL 1.16, accelerate 1.15, DeepSpeed from 0.17 on (installed by `make test-all`)"
-LOADED, HOOK, PARTITIONED = "_is_hf_initialized", "_hf_hook", "ds_id"
+VERIFIED = "transformers 5.24, TRL 1.16"
+LOADED = "_is_hf_initialized"
 CHECKPOINTING = "_gradient_checkpointing_func"
 GATES = "transformers.integrations.moe"  # the module with the gate of experts that define none
 # Flags that transformers sets on experts, with the values that they have for y = D (act(g)·u), [g, u] = G x.
@@ -70,16 +67,6 @@ PRIVATE = {
         "one GPU per process, instead of DataParallel",
         "CUDA_VISIBLE_DEVICES has to name one GPU",
     ),
-    "hook": Private(
-        f"torch.nn.Module().{HOOK}",
-        "loads an offloaded module's weights for what reads them outside of its forward; names its device",
-        "offloaded models raise: their weights are on the meta device",
-    ),
-    "ds_id": Private(
-        f"torch.nn.Parameter().{PARTITIONED}",
-        "tells parameters that DeepSpeed ZeRO-3 partitions",
-        "saving under ZeRO-3 raises: A and B are empty",
-    ),
 }
 
 
@@ -111,17 +98,3 @@ def on_one_device(args: Any) -> Any:
     # without a launcher Trainer would take all GPUs by DataParallel, with as many times the examples per step
     args._n_gpu = min(args.n_gpu, 1)
     return args
-
-
-def hook_of(module: nn.Module) -> ModelHook | None:
-    return vars(module).get(HOOK)  # every forward asks: `nn.Module.__getattr__` takes longer than a small product
-
-
-def is_managed(parameter: Tensor | None) -> bool:
-    return hasattr(parameter, PARTITIONED)
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """True if ZeRO-3 has partitioned the parameter, so that this rank has an empty tensor."""
-    # while one is gathered, its numel is the full one
-    return is_managed(parameter) and parameter.numel() == 0

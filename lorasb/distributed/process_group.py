@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checkpoints.adapter_file import check_tensors, group_by_layer, read_tensors
-from ..compat.transformers import is_managed, is_partitioned
+from ..compat.accelerate import is_managed, is_partitioned
 from ..constants import FROZEN_FACTORS, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 

@@ -13,8 +13,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..compat.accelerate import HOOK, PARTITIONED, hook_of
 from ..compat.torch import BACKWARD_HOOKS, BACKWARD_PRE_HOOKS, HOOKS, PRE_HOOKS
-from ..compat.transformers import HOOK, PARTITIONED, hook_of
 from ..functional import dequantize, quantized_linear
 from ..ops.calls import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight, of_module

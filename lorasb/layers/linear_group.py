@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import torch as private
-from ..compat.transformers import hook_of
+from ..compat.accelerate import hook_of
 from ..functional import lora_sb_linear_group
 from ..ops.calls import autocast_on
 from ..utils.precision import SIXTEEN_BIT

@@ -13,8 +13,8 @@ from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, r
 from torch import Tensor, nn
 
 from ..compat import peft as private
+from ..compat.accelerate import hook_of
 from ..compat.bitsandbytes import keep_unpacked
-from ..compat.transformers import hook_of
 from ..quantization.quantized_weight import is_quantized
 from ..utils.precision import FLOATS
 from .base import Base, Kept, QuantizedBase, first_tensor, linear_over

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.adapter_file import difference
-from ..compat.transformers import hook_of, is_loaded
+from ..compat.accelerate import hook_of
+from ..compat.transformers import is_loaded
 from ..config.adapter import ALL_LINEAR, DEFAULT_RANK, LoRASBConfig
 from ..layers import opaque_base, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer

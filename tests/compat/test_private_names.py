@@ -25,6 +25,7 @@ from triton.runtime import jit
 import lorasb
 from lorasb import compat
 from lorasb.compat import Private
+from lorasb.compat import accelerate as private_accelerate
 from lorasb.compat import bitsandbytes as private_bitsandbytes
 from lorasb.compat import peft as private_peft
 from lorasb.compat import torch as private_torch
@@ -33,7 +34,7 @@ from lorasb.compat import triton as private_triton
 from lorasb.layers.adapted_layer import AdaptedLayer
 from lorasb.tuner.model import LoRASBModel
 
-MODULES = (private_torch, private_transformers, private_peft, private_triton, private_bitsandbytes)
+MODULES = (private_torch, private_transformers, private_peft, private_triton, private_bitsandbytes, private_accelerate)
 HEADERS = [one.name for one in private_torch.PRIVATE.values() if one.name.endswith(".h")]
 NAMES = [(m, name) for m in MODULES for name, one in m.PRIVATE.items() if not {"(", "/"} & set(one.name)]
 ATTRIBUTES = [(m, name) for m in MODULES for name, one in m.PRIVATE.items() if "()" in one.name]
