@@ -1,7 +1,7 @@
-"""What a run trains: an adapter that is added and initialized, or loaded; `lorasb init`, which writes one; and a basis.
+"""The adapter that a run trains, added and initialized or loaded; `lorasb init`, which writes one; and bases.
 
-A basis has A and B that adapters share. `lorasb basis` makes one of the first steps of tasks, and says how well data
-fits it.
+A basis is A and B that adapters share. `lorasb basis` makes one from the first steps of tasks, and measures how well
+data fits it.
 """
 
 from __future__ import annotations

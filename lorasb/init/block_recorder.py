@@ -140,7 +140,7 @@ class Recorder:
 
     def __init__(self, stack: Stack, store: Callable[[Tensor], Tensor]) -> None:
         self.blocks, self.targets = stack.blocks, stack.targets
-        self.store = store  # maps what a block gets to what is kept: itself, or a copy on the host
+        self.store = store  # returns a block's input itself, or a copy on the host
         self.traversals: list[Traversal] = []  # finished, in order
         self.above = False  # True while modules run that come after the last block
         self._running: int | None = None  # index of the block that is in its forward

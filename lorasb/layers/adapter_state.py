@@ -1,4 +1,4 @@
-"""What a layer knows of its adapters: their states, their A, R and B by name, R's gradient, the adapter of each row."""
+"""State of the adapters in a layer: settings, A, R and B by name, R's gradient, and the adapter of each row."""
 
 from __future__ import annotations
 
