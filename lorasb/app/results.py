@@ -27,7 +27,7 @@ from ..init import InitReport
 from ..quantization.quantized_weight import is_quantized, of_module
 from ..serving import basis
 from ..utils import plotting
-from ..utils.atomic_files import replacing_folder, write_json
+from ..utils.atomic_files import cache_dir, replacing_folder, write_json
 from ..utils.plotting import GRAD, INK, MUTED, SIGN
 from ..utils.precision import processor_class, resolve
 from ..utils.reading import Json, parse_json, read_json, read_text
@@ -285,7 +285,8 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION") -> dict[str,
     adapter, base = Path(folder, "adapter", *names[:1]), summary["config"]["model"]  # of several the first
     basis = summary["config"].get("basis") or str(folder / "adapter")
     one = f"{names[0] if names else 'mine'}={adapter}"
-    basis, model, one = map(shlex.quote, (basis, "MODEL" if base == EMBEDDED else base, one))
+    served = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run that ended has found it
+    basis, model, one = map(shlex.quote, (basis, served, one))
     serve = f"LORASB_BASIS={basis} vllm serve {model} --enable-lora --lora-modules {one}"
     return {"command": command, "python": "\n".join(_python(summary, adapter)), "serve": serve}
 

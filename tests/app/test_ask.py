@@ -18,7 +18,8 @@ from tiny_run import WORDS
 
 from lorasb.app import results as ask
 from lorasb.app.finetune import run_finetune
-from lorasb.app.settings import Settings
+from lorasb.app.settings import EMBEDDED, Settings
+from lorasb.utils.atomic_files import cache_dir
 
 
 def prompted(i: int, question: str, answer: str) -> dict[str, Any]:
@@ -136,4 +137,6 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     assert ask.how_to(summary, tmp_path / "run")["command"].endswith(" QUESTION")
     of_several = ask.how_to(summary | {"adapters": {"grace": {}, "ada": {}}}, Path("run"))
     assert "'run/adapter/ada'" in of_several["python"]  # not the basis
+    of_demo = ask.how_to(summary | {"config": {"model": EMBEDDED}}, Path("run"))
+    assert f"vllm serve {cache_dir() / EMBEDDED} --enable-lora --lora-modules mine=run/adapter" in of_demo["serve"]
     assert ask.how_to(summary | {"prompt_format": ask.INSTRUCTED}, tmp_path, question)["command"].endswith(" QUESTION")
