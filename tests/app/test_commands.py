@@ -147,7 +147,6 @@ BAD_CALLS = {
     "init --data DATA --energy 0.5 --parameters 100": "two ways to choose ranks",
     "init --data DATA --parameters 0": "--parameters must be positive, got 0",
     "init --data DATA --memory-budget lots": "expected a size like '6GB' or a number of bytes, got 'lots'",
-    "init --data DATA --samples 1000": "num_samples=1000, but the batches hold",
     "init --data DATA --update sgd --cache x.safetensors": "update='sgd' needs the gradient itself",
 }
 

@@ -169,7 +169,6 @@ REFUSED = {
     "bits": (CONFIGS["gpt2"], SHORT, {"bits": 4, "seq": 16}, r"--bits 4: .* has no linear layer that lorasb.quantize"),
     "activation": (CONFIGS["llama"], {"hidden_act": "nope"}, {}, NO_MODEL),
     "width": (CONFIGS["llama"], {"hidden_size": 65}, {}, NO_MODEL),
-    "heads": (CONFIGS["llama"], {"num_attention_heads": 0}, {}, NO_MODEL),
     "no linears": (transformers.ResNetConfig(architectures=["ResNetModel"]), {}, {}, r"cannot be patched|no language model|cannot be computed"),
     "images": (transformers.ViTConfig(**SMALL, architectures=["ViTForImageClassification"]), {}, {"seq": 64}, "a step of 1 x 64 tokens cannot be computed"),
 }  # fmt: skip

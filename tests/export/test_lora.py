@@ -16,9 +16,9 @@ import torch
 from adapters import layers
 from basis_models import base, with_users
 from models import EXPERTS, batches_for, logits, make, patched
+from networks import Net
 from processes import python
 from safetensors.torch import load_file, save_file
-from unfolded_models import Net
 
 import lorasb
 from lorasb.app import cli

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from basis_models import NAMES, a_layer, answer, base, fill, reconfigure, rewrite, saved, with_basis, with_users
-from families import EXPERTS
-from models import batches_for, logits, make, patched
+from models import EXPERTS, batches_for, logits, make, patched
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
