@@ -6,7 +6,7 @@ STAMP := $(VENV)/.lorasb-installed
 CSRC := $(shell find csrc -name "*.cpp" -o -name "*.h")
 RUN ?= runs/demo
 
-.PHONY: install demo demo-many docs docs-serve test test-ptx test-vllm test-all coverage lint format sanitize bench bench-methods bench-gpu bench-gpu-suite bench-cpu bench-init bench-4bit bench-kernels clean
+.PHONY: install demo demo-many docs docs-serve test test-ptx test-vllm test-oldest test-all coverage lint format sanitize bench bench-methods bench-gpu bench-gpu-suite bench-cpu bench-init bench-4bit bench-kernels clean
 
 install: $(STAMP)
 
@@ -83,6 +83,16 @@ $(TRITONS)/.installed: $(STAMP)
 	  $(BIN)/python -m pip install --quiet --no-deps --target $(TRITONS)/$$version triton==$$version || exit 1; done
 	touch $@
 
+# Private names, PEFT's calls and checkpoints with the oldest releases that pyproject.toml allows, in a folder of their own.
+OLDEST := $(VENV)/oldest
+$(OLDEST)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "transformers==5.3.*" "peft==0.21.*" "accelerate==1.10.*" \
+	  "huggingface_hub==1.3.*" "tokenizers==0.22.*" "datasets==4.0.*" httpx httpcore h11 anyio sniffio shellingham idna certifi
+	touch $@
+
+test-oldest: install $(OLDEST)/.installed
+	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/compat tests/tuner/test_peft_calls.py tests/checkpoints/test_shared_factors.py
+
 # The plugin in vLLM's CPU build, in an environment apart: make test-vllm VLLM=0.31. Minutes, after an installation of 3 GB.
 # torchaudio and torchcodec, which vLLM requires, do not fit its torch, and are not used.
 VLLM ?= 0.32
@@ -107,6 +117,7 @@ test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
 	command -v chromium chromedriver | grep -q driver || (apt-get update -q && apt-get install -y -q chromium chromium-driver)
 	LORASB_TRITONS=$(abspath $(TRITONS)) LORASB_GGUF_PROMPTS=50 $(PYTEST) -m "long or not long"
+	$(MAKE) test-oldest
 	for version in 0.31 0.32; do $(MAKE) test-vllm VLLM=$$version || exit 1; done
 	for arch in sm_80 sm_86 sm_89 sm_90 sm_120; do \
 	  $(MAKE) test-ptx ARCH=$$arch && \

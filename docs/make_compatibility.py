@@ -13,8 +13,9 @@ HEAD = """# Private names of other packages
 lorasb uses private names where a package has no public one, and replaces or overrides a few functions. The tables, made
 from `lorasb/compat/`, give the use of each, and what happens if a release no longer has it (″: as above). A name with
 `()` is an attribute of instances. `lorasb/compat/__init__.py` puts an importer into `sys.meta_path`, which registers
-the method when PEFT is imported. CI looks the names up (`tests/compat`) on torch 2.10, 2.11 and 2.13 with the newest
-release of each other package, and tests both versions of vLLM. `python docs/make_compatibility.py` writes this page.
+the method when PEFT is imported. CI looks the names up (`tests/compat`) on torch 2.10, 2.11 and 2.13, each with the
+newest releases of transformers, PEFT and accelerate and with the oldest (`make test-oldest`), and tests both versions
+of vLLM. `python docs/make_compatibility.py` writes this page.
 """
 
 

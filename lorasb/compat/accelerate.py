@@ -11,7 +11,7 @@ from . import Private
 if TYPE_CHECKING:
     from accelerate.hooks import ModelHook
 
-VERIFIED = "accelerate 1.15; DeepSpeed from 0.17 on, which `make test-all` installs"
+VERIFIED = "accelerate 1.10 and 1.15; DeepSpeed from 0.17 on, which `make test-all` installs"
 HOOK, PARTITIONED = "_hf_hook", "ds_id"
 PRIVATE = {
     "hook": Private(
