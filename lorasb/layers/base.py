@@ -142,9 +142,6 @@ class Base:
 class Kept(Base):
     """A module that a dense one replaces while adapters are merged."""
 
-    def merging_weight(self) -> Tensor:
-        return self.weight().to(self.dtype)
-
     def merged(self, weight: Tensor) -> Base:
         bias: Tensor | None = getattr(self.module, "bias", None)
         dense = linear_over(weight, None if bias is None else bias.detach().to(weight.dtype))
@@ -205,6 +202,9 @@ class QuantizedBase(Kept):
 
     def weight(self) -> Tensor:
         return dequantize(self.quantized())
+
+    def merging_weight(self) -> Tensor:
+        return dequantize(self.quantized(), self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
