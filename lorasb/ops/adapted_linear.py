@@ -88,14 +88,13 @@ def _gradients(
     cores, b, first = a + count, a + 2 * count, a + 3 * count
     lists = saved[:a], layout, saved[a:cores], saved[cores:b], saved[b:first], (), scalings
     operands, us = Operands(*lists, saved[-2], dropout, saved[-1]), list(saved[first : first + count])
-    dcores: list[Tensor | None]
     if len(given) == count:
         dx, *dcores = backward(given, us, operands, need_dx, any_dcores)
-    else:
-        used = [j for j in range(count) if dys[j] is not None]
-        dx, *some = backward(given, [us[j] for j in used], operands.select(used), need_dx, any_dcores)
-        dcores = [some[used.index(j)] if j in used else None for j in range(count)]
-    return dx if need_dx else None, [dcores[j] if needed else None for j, needed in enumerate(need_dcores)]
+        return dx if need_dx else None, [dcores[j] if needed else None for j, needed in enumerate(need_dcores)]
+    used = [j for j in range(count) if dys[j] is not None]
+    dx, *dcores = backward(given, [us[j] for j in used], operands.select(used), need_dx, any_dcores)
+    found = dict(zip(used, dcores, strict=True))
+    return dx if need_dx else None, [found.get(j) if needed else None for j, needed in enumerate(need_dcores)]
 
 
 class _Function(torch.autograd.Function):

@@ -87,6 +87,7 @@ def _known_to_checkpoints(module: nn.Module, block: _Block) -> Iterator[None]:
         if not isinstance(function, _Checkpointing):
             function = _Checkpointing(function)
             setattr(module, CHECKPOINTING, function)
+        original = function.function
         function.blocks.append(block)
     try:
         yield
@@ -94,7 +95,7 @@ def _known_to_checkpoints(module: nn.Module, block: _Block) -> Iterator[None]:
         with _lock:
             function.blocks.remove(block)
             if not function.blocks and vars(module).get(CHECKPOINTING) is function:
-                setattr(module, CHECKPOINTING, function.function)
+                setattr(module, CHECKPOINTING, original)
 
 
 def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:
