@@ -92,17 +92,6 @@ def test_nothing_of_the_trials_stays_but_the_length_of_the_start() -> None:
     assert find(patched(dropout=0.3), loader) == found  # the same rows, and the same masks in every trial
 
 
-def test_the_best_rate_is_the_start_of_an_initialization_for_it() -> None:
-    """R is proportional to η: scaled, or initialized for the rate, is the same."""
-    model = patched()
-    found = find(model)
-    torch.manual_seed(0)
-    other = lorasb.patch(make("llama").double(), r=4)
-    lorasb.initialize(other, batches(4), lr=found.lr, progress=False)
-    for name, value in cores(model).items():
-        assert torch.allclose(value, cores(other)[name], rtol=1e-5, atol=0)
-
-
 def test_accumulated_batches_are_one_step() -> None:
     """Batches of equal tokens: two of two rows give the mean gradient of one of four."""
     whole = batches(6, rows=4)
