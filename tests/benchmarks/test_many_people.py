@@ -11,6 +11,7 @@ from models import make
 
 import lorasb
 from benchmarks.common.shapes import Group
+from benchmarks.research import people as compared
 from benchmarks.serving import economics
 from benchmarks.serving.economics import BLOCKS, Sizes
 from benchmarks.serving.people import FACTS, rows, write
@@ -79,3 +80,17 @@ def test_who_comes_later_changes_nobody(tmp_path: Path) -> None:
     few, more = (read(tmp_path / name / "people.jsonl") for name in ("few", "more"))
     assert few == more[: len(few)]
     assert read(tmp_path / "few" / "newcomer.jsonl") == rows("newcomer")[0]
+
+
+def test_shares_of_right_answers_are_means_over_people() -> None:
+    answers = [("ada", "Oslo", " Oslo"), ("ada", "cat", "dog"), ("grace", "Lima", "Lima")]
+    named = [{"adapter": user, "completion": right, "after": said} for user, right, said in answers]
+    summary = compared.joined([{"answers": named[:2], "seconds": 6.0}, {"answers": named[2:], "seconds": 4.0}])
+    found = compared.scored(summary, ["ada", "grace"], ["grace"])
+    assert (found["right"], found["right_of_some"], found["seconds_per_person"]) == (0.75, 1.0, 5.0)
+    lines = list(compared.lines({"ways": {"alone": found, "LoRA": found | {"lr": 2e-3}}}))
+    assert lines[0] == ["alone", "2", "3", "75.0%", "100.0%", "5.0"]
+    assert lines[1][0] == "LoRA (rate 0.002, the best of 2)"
+    assert (
+        compared.named([{"prompt": "Where?", "completion": "Oslo", "user": "ada"}])[0]["prompt"] == "I am ada. Where?"
+    )

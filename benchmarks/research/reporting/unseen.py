@@ -9,7 +9,8 @@ from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import joint_basis
-from benchmarks.research.reporting.markdown import table, where_rows
+from benchmarks.research import people as compared
+from benchmarks.research.reporting.markdown import read_json, table, where, where_rows
 from benchmarks.research.unseen_tasks import FILE, OWN, RANDOM, SHARED, before, by_task, ranks_of, runs
 
 INTRODUCTION = """\
@@ -24,12 +25,12 @@ def section(results: Path) -> list[str]:
     """A table per rank, and the correlation; then tasks that a basis was made from."""
     rows = read_csv(results / FILE)
     if not rows:
-        return [*joint(results)]
+        return [*joint(results), *people(results)]
     out = ["## Tasks that a basis was not made from", "", INTRODUCTION, ""]
     for r in ranks_of(rows):
         head, *body = by_task(rows, r)
         out += [f"### r = {r}", "", *table(head, body), ""]
-    return [*out, *_rates(rows), *_prediction(rows), where_rows(rows), "", *joint(results)]
+    return [*out, *_rates(rows), *_prediction(rows), where_rows(rows), "", *joint(results), *people(results)]
 
 
 def joint(folder: Path) -> Iterator[str]:
@@ -42,6 +43,17 @@ def joint(folder: Path) -> Iterator[str]:
         yield ""
         yield from table(list(joint_basis.HEAD), joint_basis.lines(found))
         yield from ("", where_rows(found), "")
+
+
+def people(folder: Path) -> Iterator[str]:
+    """Many people on one basis, against each alone and one LoRA for all."""
+    if found := read_json(folder / compared.FILE):
+        yield from ("### Many people on one basis", "", where(found), "")
+        yield "SmolLM2-135M; the people of `make demo-many`, asked four questions each in words not trained on;"
+        yield "seconds are those of the whole `lorasb finetune`, on a machine that other work shared."
+        yield ""
+        yield from table(list(compared.HEAD), compared.lines(found))
+        yield ""
 
 
 def _loss(found: Sequence[Row]) -> float:
