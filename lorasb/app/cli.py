@@ -166,7 +166,8 @@ def _finetune(values: Json) -> None:
     typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {lines['command']}\n\nIn Python:\n")
     typer.echo(f"{textwrap.indent(lines['python'], '  ')}\n")
     if settings.method != "lora" and summary["classes"] is None:
-        typer.echo(f"Serve it, by vLLM with the plugin ({DOCS}/serving.md):\n\n  {lines['serve']}\n")
+        by = f"vLLM with the plugin ({DOCS}/serving.md)" if summary["adapters"] else "vLLM, as a plain LoRA"
+        typer.echo(f"Serve it, by {by}:\n\n  {lines['serve']}\n")
 
 
 def _init(values: Json) -> None:

@@ -137,7 +137,7 @@ def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
         values = parse_json(line, "")
         example = _example(values)
     except KeyError as error:
-        why = f"{error} is missing, got {', '.join(values)}"
+        why = f"it has {', '.join(values) or 'nothing'}, but no {error}"
     except (ValueError, TypeError) as error:
         why = str(error).removeprefix(": ")
     else:

@@ -284,10 +284,12 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION") -> dict[str,
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
     adapter, base = Path(folder, "adapter", *names[:1]), summary["config"]["model"]  # of several the first
     basis = summary["config"].get("basis") or str(folder / "adapter")
-    one = f"{names[0] if names else 'mine'}={adapter}"
+    one = f"{''.join(names[:1])}={adapter}"
     served = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run that ended has found it
     basis, model, one = map(shlex.quote, (basis, served, one))
-    serve = f"LORASB_BASIS={basis} vllm serve {model} --enable-lora --lora-modules {one}"
+    serve = lora.serve_command(served, folder / "lora", summary["rank"])  # one adapter is served as a plain LoRA
+    if names:
+        serve = f"LORASB_BASIS={basis} vllm serve {model} --enable-lora --lora-modules {one}"
     return {"command": command, "python": "\n".join(_python(summary, adapter)), "serve": serve}
 
 

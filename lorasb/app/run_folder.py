@@ -276,7 +276,7 @@ def differences(saved: Json, current: Json) -> str:
     """Differences between two identities, by option name, as text; "" if there are none."""
     messages = []
     for name in current | saved:
-        old, new = saved.get(name), current.get(name)
+        old, new = ("not given" if one.get(name) is None else one[name] for one in (saved, current))
         if old == new:
             continue
         if name not in saved:

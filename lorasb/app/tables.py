@@ -130,7 +130,9 @@ def costs(summary: Json) -> Table:
     alone = not several and summary["config"]["method"] != "lora"
     rows = {
         "trained parameters": f"{trained:,} ({trained / summary['base_params']:.2%} of the model)",
-        "adapter file": f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)",
+        "shared basis"
+        if several
+        else "adapter file": f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)",
         "R of one adapter": f"{4e-3 * trained / several:.0f} KB in fp32" if several else None,
         "one more adapter": f"{4e-6 * trained:.1f} MB in fp32 (R alone)" if alone else None,
         "computed in": f"{summary['dtype']} ({summary['machine']})",

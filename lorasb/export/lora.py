@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,8 +133,8 @@ def _vllm_rank(rank: int) -> int:
 
 def serve_command(base: str | None, folder: Path, rank: int) -> str:
     """The vLLM command for an exported adapter, with the smallest `--max-lora-rank` that vLLM accepts."""
-    options = f"--enable-lora --max-lora-rank {_vllm_rank(rank)} --lora-modules adapter={folder}"
-    return f"vllm serve {base or 'BASE_MODEL'} {options}"
+    options = f"--enable-lora --max-lora-rank {_vllm_rank(rank)} --lora-modules {shlex.quote(f'adapter={folder}')}"
+    return f"vllm serve {shlex.quote(base or 'BASE_MODEL')} {options}"
 
 
 def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, Tensor], dict[str, float]]:

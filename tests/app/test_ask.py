@@ -125,7 +125,7 @@ def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
 
 def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None:
     """A prompt from someone's data must not run in the user's shell, nor break a card's fences."""
-    summary = {"adapters": {}, "prompt_format": ask.PLAIN, "classes": None, "config": {"model": "m"}}
+    summary = {"adapters": {}, "prompt_format": ask.PLAIN, "classes": None, "rank": 4, "config": {"model": "m"}}
     question = 'a $(touch PWNED) `touch PWNED` "b" it\'s\n```'
     command = ask.how_to(summary, tmp_path / "my runs", question)["command"]
     printing = ["bash", "-c", command.replace("lorasb ask", "printf '%s\\n'", 1)]
@@ -138,5 +138,7 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     of_several = ask.how_to(summary | {"adapters": {"grace": {}, "ada": {}}}, Path("run"))
     assert "'run/adapter/ada'" in of_several["python"]  # not the basis
     of_demo = ask.how_to(summary | {"config": {"model": EMBEDDED}}, Path("run"))
-    assert f"vllm serve {cache_dir() / EMBEDDED} --enable-lora --lora-modules mine=run/adapter" in of_demo["serve"]
+    lora = "--enable-lora --max-lora-rank 8 --lora-modules adapter=run/lora"
+    assert of_demo["serve"] == f"vllm serve {cache_dir() / EMBEDDED} {lora}"
+    assert of_several["serve"].startswith("LORASB_BASIS=run/adapter vllm serve m --enable-lora")
     assert ask.how_to(summary | {"prompt_format": ask.INSTRUCTED}, tmp_path, question)["command"].endswith(" QUESTION")

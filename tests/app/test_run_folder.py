@@ -47,7 +47,7 @@ def test_a_finished_run_gives_its_results_again(
 
 def test_other_settings_are_refused_by_name(base: Settings, whole: Path) -> None:
     other = replace(base, output=str(whole), lr=1e-3, rank_pattern={"q_proj": 4})
-    message = r"has a run with other settings: --rank-pattern was None and is .*, --lr was 0.005 and is 0.001\. Take another --output, or --resume never"
+    message = r"has a run with other settings: --rank-pattern was not given and is .*, --lr was 0.005 and is 0.001\. Take another --output, or --resume never"
     with pytest.raises(ValueError, match=message):
         run_finetune(other)
 

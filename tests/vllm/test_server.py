@@ -370,9 +370,9 @@ def test_the_commands_of_the_page_serve_a_trained_run(people: People, examples: 
     (train, model, serve), (ask, load) = terminals
     _shell(f"{train.replace('examples/', '')} --epochs 12", examples)
     assert _shell(f"{model}\necho $MODEL", examples).strip() == lorasb.demo_model()
-    assert serve.startswith("LORASB_BASIS=people/adapter VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve $MODEL --enable")
-    options = serve.partition("--enable-lora ")[2].replace("people/", f"{examples}/people/").split()
-    with Server(people, examples / "log", *options, basis=examples / "people" / "adapter") as started:
+    assert serve.startswith("LORASB_BASIS=runs/people/adapter VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve $MODEL ")
+    options = serve.partition("--enable-lora ")[2].replace("runs/people/", f"{examples}/runs/people/").split()
+    with Server(people, examples / "log", *options, basis=examples / "runs" / "people" / "adapter") as started:
         started.wait()
         there = f"127.0.0.1:{started.port}"
         answer = json.loads(_shell(ask.replace("127.0.0.1:8000", there), examples))

@@ -171,17 +171,25 @@ def in_short(rows: Sequence[Row]) -> Iterator[str]:
     """A sentence on the default against LoRA on all tasks, with models and seeds; nothing before they have run."""
     if not (found := against_lora(rows)):
         return
-    names = {verdict: NAMES.get(verdict.task, verdict.task) for verdict in found}
-    times, other_times = _usual({names[v]: _number(1 / v.trained) for v in found})
-    model, other_models = _usual({names[v]: TASKS[v.task].model for v in found})
-    by_word = {word: [names[v] for v in found if v.word == word] for word in OUTCOMES}
-    outcomes = ", and ".join(f"{OUTCOMES[word]} {_listed(tasks)}" for word, tasks in by_word.items() if tasks)
-    (theirs, _), (ours, _) = (_usual({names[v]: str(getattr(v, side).r) for v in found}) for side in ("theirs", "ours"))
-    others = f" ({', '.join(other_times)})" if other_times else ""
-    sizes = f"of rank {theirs}, with {times} times the parameters of our r = {ours}{others},"
+    by_size: dict[tuple[int, int, str], list[Verdict]] = {}
+    for verdict in found:
+        size = verdict.theirs.r, verdict.ours.r, _number(1 / verdict.trained)
+        by_size.setdefault(size, []).append(verdict)
+    clauses = []
+    for (theirs, ours, times), group in by_size.items():
+        size = f"{times} times the parameters of our r = {ours}" if not clauses else f"{times} times, r = {ours}"
+        by_word = {word: [_name(verdict.task) for verdict in group if verdict.word == word] for word in OUTCOMES}
+        outcomes = ", and ".join(f"{OUTCOMES[word]} {_listed(tasks)}" for word, tasks in by_word.items() if tasks)
+        clauses.append(f"LoRA of rank {theirs} ({size}) {outcomes}")
+    model, other_models = _usual({_name(verdict.task): TASKS[verdict.task].model for verdict in found})
     where_run = "; ".join([model, *other_models, f"{_number(len(found[0].ours.scores))} seeds"])
     tie = f"within one standard deviation of the difference of two runs, or within {SMALLEST:g}"
-    yield f"LoRA {sizes} {outcomes} ({where_run}; a tie is {tie})."
+    yield f"{'; '.join(clauses)} ({where_run}; a tie is {tie})."
+
+
+def _name(task: str) -> str:
+    """As in a sentence."""
+    return NAMES.get(task, task)
 
 
 def _usual(by_task: Mapping[str, str]) -> tuple[str, list[str]]:
