@@ -1,6 +1,6 @@
 """Many people on one basis, against each of them alone and one LoRA for all: held-out answers and time.
 
-    python -m benchmarks.research.people [--people 200] [--alone 24] [--work runs/people-compared] [--output FOLDER]
+    python -m benchmarks.research.people [--people 200] [--alone 16] [--work runs/people-compared] [--output FOLDER]
 
 The people of `make demo-many`, by `lorasb finetune`: all together on a basis of r = 16, an R each; some alone on
 the same basis, like somebody who comes later; and one LoRA for all, whose prompts say who asks. All answer the
@@ -33,7 +33,7 @@ TOGETHER, ALONE, LORA = f"together, R of r = {RANK} each", f"alone, R of r = {RA
 RATES = (2e-3, 4e-3)  # of the LoRA, which measures no rate; the best is taken
 SHARED = ("--template", "none", "--eval-examples", "100000")
 ALL = ("--batch-size", "64", "--epochs", "5")  # of demo-many
-ONE = ("--batch-size", "4", "--epochs", "8")  # of its newcomer
+ONE = ("--batch-size", "4", "--epochs", "5")  # of its newcomer, with as many passes as the others
 HEAD = (
     "way",
     "people",
@@ -141,7 +141,7 @@ def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=200)
-    parser.add_argument("--alone", type=int, default=24, help="people who also train alone")
+    parser.add_argument("--alone", type=int, default=16, help="people who also train alone")
     parser.add_argument("--work", type=Path, default=Path("runs/people-compared"))
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder of {FILE}")
     dtype_option(parser)
