@@ -200,7 +200,7 @@ class RunFolder:
         if start and (fault := find_fault(self.start, start)):
             faults[self.start] = fault
         lines = [f"{path} {fault}, and is left out" for path, fault in faults.items()]
-        where = f"{best}, step {step_of(best)}" if best else "before its first checkpoint"
+        where = f"{best}, step {step_of(best)}" if best else "from step 0, as it has no checkpoint yet"
         lines.append(f"resuming the run in {self.folder}: {where}")
         return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
 

@@ -50,6 +50,7 @@ SCORE_NAMES = {
     "spearman": "Spearman correlation",
     "f1": "F1",
 }
+INIT_NAMES = {"lr": "η of the first step"}  # of what an adapter's config says about its initialization
 
 
 def table_of(title: str, first: str, *others: str, caption: str | None = None) -> Table:
@@ -225,7 +226,7 @@ def adapter(config: Json, layers: dict[str, dict[str, torch.Tensor]], size: int)
         "layers": len(layers),
         "trained parameters": f"{sum(p['lorasb_R'].numel() for p in layers.values()):,}",
         "file": f"{size / 1e6:.1f} MB",
-        **{f"init: {key}": value for key, value in provenance.items() if key != "versions"},
+        **{f"init: {INIT_NAMES.get(key, key)}": value for key, value in provenance.items() if key != "versions"},
         **{f"made with {key}": value for key, value in (provenance.get("versions") or {}).items()},
     }
     table = table_of("R by kind of layer", "layers", "number", "A", "R", "B", "‖R‖ (median)", "σ₁(R) (largest)")

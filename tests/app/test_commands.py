@@ -57,7 +57,8 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     assert method == "lora" or summary["trainable_params"] == 14 * 8 * 8
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert all(text in printed for text in ("held-out examples", "exact answers", "lorasb ask"))
-    assert (f"vllm serve {tiny} --enable-lora --lora-modules mine=" in printed) == (method != "lora")
+    serve = f"vllm serve {tiny} --enable-lora --max-lora-rank 8 --lora-modules adapter={tmp_path / 'lora'}"
+    assert (serve in printed) == (method != "lora")
 
 
 def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: Path) -> None:
@@ -76,7 +77,15 @@ def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: 
 def test_inspect_and_export(tmp_path: Path) -> None:
     patched().save_pretrained(tmp_path / "adapter")
     shown = call("inspect", tmp_path / "adapter")
-    for text in ("LoRA-SB adapter", "trained parameters", "224", "q_proj", "down_proj", "init: lr", "0.02"):
+    for text in (
+        "LoRA-SB adapter",
+        "trained parameters",
+        "224",
+        "q_proj",
+        "down_proj",
+        "init: η of the first step",
+        "0.02",
+    ):
         assert text in shown
     assert "--max-lora-rank 8" in call("export", tmp_path / "adapter")
     assert (tmp_path / "adapter-lora" / "adapter_model.safetensors").is_file()

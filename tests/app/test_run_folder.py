@@ -243,7 +243,10 @@ def test_a_half_written_checkpoint_is_left_out(
     ("damaged", "where"),
     [
         (["checkpoint-7/optimizer.pt", "start/adapter_model.safetensors"], "step 6"),
-        ([f"checkpoint-{step}/lorasb_factors.safetensors" for step in (6, 7)], "before its first checkpoint"),
+        (
+            [f"checkpoint-{step}/lorasb_factors.safetensors" for step in (6, 7)],
+            "from step 0, as it has no checkpoint yet",
+        ),
     ],
 )
 def test_damage_is_found_and_loses_no_more_than_it_has_to(
