@@ -173,9 +173,9 @@ def in_short(rows: Sequence[Row]) -> Iterator[str]:
         return
     by_size: dict[tuple[int, int, str], list[Verdict]] = {}
     for verdict in found:
-        size = verdict.theirs.r, verdict.ours.r, _number(1 / verdict.trained)
-        by_size.setdefault(size, []).append(verdict)
-    clauses = []
+        key = verdict.theirs.r, verdict.ours.r, _number(1 / verdict.trained)
+        by_size.setdefault(key, []).append(verdict)
+    clauses: list[str] = []
     for (theirs, ours, times), group in by_size.items():
         size = f"{times} times the parameters of our r = {ours}" if not clauses else f"{times} times, r = {ours}"
         by_word = {word: [_name(verdict.task) for verdict in group if verdict.word == word] for word in OUTCOMES}
