@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorasb.app.settings import Settings, listed, option, shown_default
+from lorasb.app.settings import AUTO, Settings, listed, option, shown_default
 
 
 def page() -> str:
@@ -24,12 +24,19 @@ def page() -> str:
             group = setting.metadata["group"]
             lines += ["", f"## {group.capitalize()}", "", "| option | value | default | |", "|---|---|---|---|"]
         mark = " \\*" if setting.metadata["init"] else ""
-        cells = f"`{option(setting.name)}`{mark}", _type_name(kind), shown_default(setting), setting.metadata["help"]
+        cells = (
+            f"`{option(setting.name)}`{mark}",
+            _type_name(setting, kind),
+            shown_default(setting),
+            setting.metadata["help"],
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _type_name(kind: Any) -> str:
+def _type_name(setting: Any, kind: Any) -> str:
+    if setting.name in AUTO:
+        return "number or auto"
     names = {str: "text", int: "whole number", float: "number", bool: "on or off"}
     return names.get(kind, "names and ranks")
 

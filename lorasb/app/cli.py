@@ -155,8 +155,6 @@ def _finetune(values: Json) -> None:
         console.print(tables.adapters(summary))
     for line in tables.advice(summary):
         console.print(line)
-    if result.report is not None:
-        console.print(tables.energies(result.report))
     if found := summary["basis_fit"]:
         console.print(tables.basis_line(found["share"], found["random"]))
     console.print(tables.costs(summary))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # `lorasb plan` and `lorasb doctor` do without
 T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
+FEW_EXAMPLES = 20  # whose share alone says little
 FEW_STEPS, GOOD = 20, 0.9  # below which a small set of examples is not learned; a good score
 NEAR_CHANCE = 3.0  # times what a random basis keeps
 SCORE_NAMES = {
@@ -79,7 +80,13 @@ def before_and_after(summary: Json) -> Table:
         if "correlation" in label:
             table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
         else:
-            table.add_row(label, f"{old:.0%}", f"{new:.0%}", f"{100 * (new - old):+.0f} points")
+            count = summary["eval_examples"]
+            few = (
+                f" ({new * count:.0f} of {count})"
+                if count < FEW_EXAMPLES and not summary["eval_accuracy_by_set"]["before"]
+                else ""
+            )
+            table.add_row(label, f"{old:.0%}", f"{new:.0%}{few}", f"{100 * (new - old):+.0f} points")
     return table
 
 

@@ -80,9 +80,11 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
         if rank_for(config, name) <= limit:
             continue
         if not uses_default or get_pattern_key(list(config.rank_pattern), without_wrapper(name)) in config.rank_pattern:
+            last = name.rpartition(".")[2]
             raise ValueError(
                 f"rank {rank_for(config, name)} is more than layer {name!r} allows: min(in_features, out_features) = "
-                f"{limit}. Lower r, or give this layer its own: rank_pattern={{{name.rpartition('.')[2]!r}: {limit}}}"
+                f"{limit}. Lower r, or give this layer its own: rank_pattern={{{last!r}: {limit}}} "
+                f"(--rank-pattern {last}={limit})"
             )
         capped[re.escape(without_wrapper(name))] = limit  # escaped: keys of rank_pattern are regexes
     config.r, config.rank_pattern = config.r or DEFAULT_RANK, config.rank_pattern | capped
