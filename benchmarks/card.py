@@ -288,7 +288,7 @@ def measured(section: Callable[[Run], Iterator[Row]], run: Run) -> list[Row]:
 BLOCK, NOT_RUN = "docs/kernels.md", "not yet run on a card"
 # section -> what measures it, and what its figures replace: texts of files. A new table goes next to the text.
 SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str], ...]]] = {
-    "linears": (linears, ((BLOCK, "| eager chain |"), ("README.md", "No GPU timings yet"))),
+    "linears": (linears, ((BLOCK, "| eager chain |"), ("README.md", "Not timed on a GPU yet"))),
     "paths": (
         paths,
         (
