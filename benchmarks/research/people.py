@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.common.timing import dtype_option, provenance, use_dtype
 from benchmarks.research.methods.runner import RESULTS
-from benchmarks.serving.people import rows
+from benchmarks.serving.people import rows, write_rows
 from lorasb.utils.atomic_files import write_json
 
 FILE = "people.json"
@@ -44,13 +44,6 @@ HEAD = (
 )
 
 
-def write_rows(file: Path, found: Sequence[Mapping[str, str]]) -> Path:
-    """A JSONL file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(map(json.dumps, found)) + "\n")
-    return file
-
-
 def named(found: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """Rows whose prompts say who asks, for one adapter."""
     return [{"prompt": f"I am {row['user']}. {row['prompt']}", "completion": row["completion"]} for row in found]
@@ -65,13 +58,13 @@ def finetune(folder: Path, train: Sequence[Any], held_out: Sequence[Any], *optio
             *("--output", folder / "run"),
         )
         started = time.perf_counter()
-        lorasb("finetune", *map(str, files), *SHARED, *options)
+        command("finetune", *map(str, files), *SHARED, *options)
         write_json(folder / "timed.json", {"seconds": time.perf_counter() - started})
     summary, answers = (json.loads((folder / "run" / name).read_text()) for name in ("summary.json", "answers.json"))
     return {**summary, **json.loads((folder / "timed.json").read_text()), "answers": answers}
 
 
-def lorasb(*words: str) -> None:
+def command(*words: str) -> None:
     """A command of lorasb, in a process."""
     subprocess.run([sys.executable, "-m", "lorasb", *words], check=True, stdout=subprocess.DEVNULL)
 
@@ -84,7 +77,7 @@ def run(work: Path, people: int, alone: int) -> dict[str, Any]:
     train, held_out = ([row for user in users for row in everybody[user][part]] for part in (0, 1))
     if not (work / "basis").is_dir():
         data = str(write_rows(work / "people.jsonl", train))
-        lorasb("basis", "make", "smollm2-135m", "--data", data, "--r", str(RANK), "--output", str(work / "basis"))
+        command("basis", "make", "smollm2-135m", "--data", data, "--r", str(RANK), "--output", str(work / "basis"))
     on_basis = ("--basis", str(work / "basis"))
     together = finetune(work / "together", train, held_out, *on_basis, "--adapter-column", "user", *ALL)
     found = {TOGETHER: scored(together, users, some)}

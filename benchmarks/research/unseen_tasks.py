@@ -32,6 +32,7 @@ from benchmarks.common.timing import commit, dtype_name, machine_name, measured_
 from benchmarks.research.methods.problems import LINEARS, MAX_LENGTH
 from benchmarks.research.methods.rows import append
 from benchmarks.research.methods.run import WARMUP, rate_share, train_step
+from benchmarks.research.methods.runner import RESULTS
 from lorasb.app.adapter import initialize_basis
 from lorasb.app.data import Example, read_jsonl
 from lorasb.app.prepare import contiguous_head, demo_model
@@ -266,7 +267,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--factor", nargs="+", type=float, default=[1.0], help="times the automatic rate")
     parser.add_argument("--data-dir", type=Path, help="folder of arc_easy.*.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/research/results"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")

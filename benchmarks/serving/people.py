@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,21 @@ def rows(user: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return train, held_out
 
 
+def write_rows(file: Path, lines: Sequence[Mapping[str, str]]) -> Path:
+    """Write a JSONL file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return file
+
+
 def write(folder: Path, people: int) -> None:
     """Write the rows of all but one, and of the one who comes later."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = [rows(f"person-{i}") for i in range(people)]
     files = {"people": [row for train, _ in found for row in train]}
     files["held_out"] = [row for _, held_out in found for row in random.Random(0).sample(held_out, 2)]
     files["newcomer"], files["newcomer_held_out"] = rows("newcomer")
     for name, lines in files.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        write_rows(folder / f"{name}.jsonl", lines)
     print(f"{people} people, {len(files['people'])} rows to train on and {len(files['held_out'])} held out in {folder}")
 
 

@@ -283,13 +283,13 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION") -> dict[str,
         question = "QUESTION"
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
     adapter, base = Path(folder, "adapter", *names[:1]), summary["config"]["model"]  # of several the first
-    basis = summary["config"].get("basis") or str(folder / "adapter")
-    one = f"{''.join(names[:1])}={adapter}"
-    served = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run that ended has found it
-    basis, model, one = map(shlex.quote, (basis, served, one))
-    serve = lora.serve_command(served, folder / "lora", summary["rank"])  # one adapter is served as a plain LoRA
+    model = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run has loaded it from
     if names:
-        serve = f"LORASB_BASIS={basis} vllm serve {model} --enable-lora --lora-modules {one}"
+        of_all = summary["config"].get("basis") or str(folder / "adapter")
+        shared, model, first = map(shlex.quote, (of_all, model, f"{names[0]}={adapter}"))
+        serve = f"LORASB_BASIS={shared} vllm serve {model} --enable-lora --lora-modules {first}"
+    else:
+        serve = lora.serve_command(model, folder / "lora", summary["rank"])
     return {"command": command, "python": "\n".join(_python(summary, adapter)), "serve": serve}
 
 

@@ -58,7 +58,7 @@ def announcement(run: Run) -> str:
 
 def estimated(run: Run, seconds: float, memory: int) -> Iterator[str]:
     """Time and memory, and for a long run the setting whose change saves most."""
-    yield f"It takes about {duration(seconds)} and {memory / 1e9:.1f} GB, by the first steps"
+    yield f"Estimate from the first steps: about {duration(seconds)} and {memory / 1e9:.1f} GB"
     if seconds > LONG_RUN:
         name, saved = costliest(run, seconds)
         yield f"That is long, and {name} would save about {duration(saved)} of it"

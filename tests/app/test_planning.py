@@ -236,7 +236,7 @@ def test_lines_say_steps_and_tokens_then_time_and_memory() -> None:
     length = "64 examples (3 held out), 125 steps of 16, 50,000 tokens"
     assert train.announcement(a_run()) == f"Training on the CPU in float32: {length}"
     (line,) = train.estimated(a_run(), 260, 2_100_000_000)
-    assert line == "It takes about 4 min and 2.1 GB, by the first steps"
+    assert line == "Estimate from the first steps: about 4 min and 2.1 GB"
 
 
 def test_the_first_step_is_slower_the_longest_needs_more_and_a_peak_before_says_nothing() -> None:

@@ -19,7 +19,8 @@ from benchmarks.common.timing import dtype_option
 from benchmarks.research.methods import rows
 from benchmarks.research.methods.grid import KEY, Cell
 
-RESULTS = Path(__file__).parents[1] / "results"
+BENCHMARKS = Path(__file__).parents[2]
+RESULTS = BENCHMARKS / "research" / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
 SPARE = "methods-spare.jsonl"  # test rows of the sweep's runs, of which only those at the best rate come to be rows
 Wanted = Callable[[list[dict[str, str]]], Sequence[Cell]]  # from the rows that are there to the cells that should be

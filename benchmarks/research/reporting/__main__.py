@@ -14,7 +14,6 @@ from benchmarks.research.reporting import methods, paired, paper, speed, unseen
 from benchmarks.research.reporting.markdown import read_json
 from lorasb.utils.atomic_files import write_text
 
-BENCHMARKS = runner.RESULTS.parents[1]
 OPEN, CLOSE = "<!-- headline -->", "<!-- /headline -->"
 HEAD = """\
 # Report
@@ -56,8 +55,8 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=runner.RESULTS, help="folder of the research's results")
-    parser.add_argument("--speed", type=Path, default=BENCHMARKS / "results", help="folder of the other results")
-    parser.add_argument("--output", type=Path, default=BENCHMARKS, help="folder of REPORT.md")
+    parser.add_argument("--speed", type=Path, default=runner.BENCHMARKS / "results", help="folder of the other results")
+    parser.add_argument("--output", type=Path, default=runner.BENCHMARKS, help="folder of REPORT.md")
     parser.add_argument("--readme", type=Path, help="a page whose table of the methods to update too: docs/evidence.md")
     options = parser.parse_args()
     write_text(options.output / "REPORT.md", compose(options.results, options.speed))

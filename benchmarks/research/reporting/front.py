@@ -23,8 +23,7 @@ from lorasb.app.results import smoothed
 from lorasb.init.initialization import LONGEST_START
 from lorasb.utils.plotting import GRAD, MUTED, SIGN
 
-BENCHMARKS = runner.RESULTS.parents[1]
-DOCS = BENCHMARKS.parent / "docs"
+DOCS = runner.BENCHMARKS.parent / "docs"
 INKS = {"light": "#1b1b1b", "dark": "#e6e6e6"}  # of text, on either background
 TEXT, SMALL = 17, 15  # points, of 7.6 inches: legible on a telephone
 MODEL, RANK, COUNT = "Mistral-7B", 16, 1000
@@ -64,7 +63,7 @@ def parameters(axis: Any, ink: str) -> str:
 
 def tokens(axis: Any, ink: str) -> str:
     """Tokens per second of a batch in vLLM by the number of different adapters in it."""
-    found, counts = read_json(BENCHMARKS / "results" / vllm.FILE)["speed"], vllm.COUNTS
+    found, counts = read_json(runner.BENCHMARKS / "results" / vllm.FILE)["speed"], vllm.COUNTS
     most: list[float] = []  # tokens per second with the most adapters
     for way, text, color in ((vllm.PLUGIN, "R on one basis", SIGN), (vllm.STOCK, "plain LoRAs", GRAD)):
         speeds = [vllm.tokens_per_second(found[vllm.way_title(way, count)]) for count in counts]
@@ -116,7 +115,7 @@ def start(axis: Any, ink: str) -> str:
 
 def bits(axis: Any, ink: str) -> str:
     """Training loss over a base in 16 and in 4 bits."""
-    found = read_json(BENCHMARKS / "results" / "four-bits-curve.json")
+    found = read_json(runner.BENCHMARKS / "results" / "four-bits-curve.json")
     for one in found["runs"]:
         color = SIGN if one["bits"] == 4 else GRAD
         losses = smoothed(tuple(one["train_losses"]))
