@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.shared_factors import share
-from ..distributed.process_group import Processes, keep_factors, restore_factors, sharded
+from ..distributed.process_group import Processes, sharded
+from ..distributed.sharded_factors import keep_factors, restore_factors
 from ..init import InitReport, first_step_lr, initialize
 from ..init.loss import labeled_rows
 from ..init.sampling import Batch, Loader, draw, rng_untouched, too_few

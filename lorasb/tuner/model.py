@@ -28,7 +28,7 @@ from ..compat import peft as private
 from ..compat.bitsandbytes import keep_unpacked
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME
-from ..distributed.process_group import with_kept_factors
+from ..distributed.sharded_factors import with_kept_factors
 from ..layers import linear4bit, linear_group, lookup, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear import LoRASBLinear
