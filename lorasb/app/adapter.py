@@ -6,12 +6,14 @@ data fits it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import peft
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 import lorasb
@@ -38,6 +40,14 @@ from .tokenize import Rows
 
 LORA_RANK = 32  # the rank that the paper compares with
 REPORT_NAME = "report.json"
+
+
+def check_adapter(run: Run) -> None:
+    """Raise where the model's layers cannot have the run's adapter, from a model without memory."""
+    if run.settings.method != "lora" and run.settings.basis is None:
+        with torch.device("meta"):
+            empty = type(run.model)(copy.deepcopy(run.model.config))
+        lorasb.patch(empty, r=run.settings.r, **_common_options(run))
 
 
 def adapt(run: Run) -> InitReport | None:

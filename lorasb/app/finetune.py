@@ -20,7 +20,7 @@ from ..ops.registry import current_backend
 from ..utils.atomic_files import locked
 from ..utils.precision import resolve
 from . import results
-from .adapter import REPORT_NAME, adapt, card_of, load_adapter, load_basis, load_report
+from .adapter import REPORT_NAME, adapt, card_of, check_adapter, load_adapter, load_basis, load_report
 from .data import digest, load_examples
 from .prepare import Run, device, load_adapters, prepare, save_adapter
 from .reinforce import grpo_trainer, judge_of
@@ -52,6 +52,8 @@ def run_finetune(settings: Settings) -> Result:
             card_of(settings)  # before the model is loaded and evaluated
         is_first_rank = processes.rank == 0
         run = prepare(settings, examples)
+        if state.kind == NEW:
+            check_adapter(run)  # before the model is evaluated
         if is_first_rank:
             folder.begin(state)
         processes.all_gather(0)  # barrier: no rank reads the folder before rank 0 has cleared an earlier run's files

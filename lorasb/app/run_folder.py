@@ -152,8 +152,10 @@ class RunFolder:
         if running is None and file.exists():
             advice = "make it readable, or --resume never to start over"
             raise ValueError(f"{file} cannot be read, and says whose checkpoints lie there: {advice}")
-        if running is not None:
+        if running is not None and self._is_started():
             self._check_same(running)
+        elif running is not None and differences(running, self.identity):
+            running = None  # it was refused or stopped before it began, and leaves nothing to lose
         if self.settings.resume != "auto":
             return self._look_at_checkpoint(Path(self.settings.resume))
         # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
@@ -173,6 +175,10 @@ class RunFolder:
             if path.name not in OWN_NAMES and not path.name.startswith(".") and read_mark(path) is None:
                 clears = f"which clears {self.checkpoints}: take another --output, or move it away"
                 raise ValueError(f"{path} is not of lorasb finetune, {clears}")
+
+    def _is_started(self) -> bool:
+        """True if the unfinished run has its start, or a checkpoint."""
+        return self.load_start() is not None or bool(checkpoints(self.checkpoints))
 
     def _look_at_checkpoint(self, path: Path) -> State:
         """Resume the run from this checkpoint, which the user named."""

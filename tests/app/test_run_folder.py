@@ -70,6 +70,24 @@ def test_another_run_is_refused_and_clears_nothing(cut: Settings, identity: Any,
     assert len(run_folder.complete_checkpoints(file.parent)) == 2
 
 
+def test_a_run_that_never_started_does_not_keep_its_folder(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "adapt", Mock(side_effect=ValueError("refused")))
+    with pytest.raises(ValueError, match="refused"):
+        run_finetune(own)
+    for seed, state in ((0, run_folder.UNFINISHED), (1, run_folder.NEW)):
+        identity = json.loads(Path(own.output, "checkpoints", "run.json").read_text()) | {"seed": seed}
+        assert RunFolder(replace(own, seed=seed), identity).look().kind == state
+
+
+def test_a_rank_too_large_is_refused_before_anything_is_computed(
+    own: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasb.app.prepare.Run.evaluate", lambda *given: pytest.fail("nothing is evaluated"))
+    with pytest.raises(ValueError, match=r"rank 250 is more than layer .* allows"):
+        run_finetune(replace(own, r=250))
+    assert not Path(own.output, "config.yaml").exists()
+
+
 def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path, tmp_path: Path) -> None:
     file, settings = Path(shutil.copy(data, tmp_path / "data.jsonl")), replace(base, output=str(tmp_path / "run"))
     stop_after(1, replace(settings, data=str(file)), tmp_path / "run")

@@ -74,9 +74,9 @@ def test_the_comparison_with_lora_is_one_sentence_over_all_tasks(tmp_path: Path)
                 rows.append(tmp_path / "methods.csv", found | {"adapter_params": params})
     (sentence,) = methods.in_short(rows.read(tmp_path / "methods.csv"))
     assert sentence == (
-        "LoRA of rank 32 (five times the parameters of our r = 96) beats it on sums, and ties on word reversal; LoRA of "
-        "rank 8 (eleven times, r = 24) beats it on CoLA (SmolLM2-135M; CoLA: MiniLM; three seeds; a tie is within one "
-        "standard deviation of the difference of two runs, or within 0.01)."
+        "With five times the parameters, LoRA of rank 32 beats our r = 96 on sums, and ties with it on word "
+        "reversal; with eleven times, LoRA of rank 8 beats our r = 24 on CoLA (SmolLM2-135M; CoLA: MiniLM; three seeds; "
+        "a tie is within one standard deviation of the difference of two runs, or within 0.01)."
     )
 
 

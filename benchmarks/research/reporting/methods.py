@@ -164,7 +164,7 @@ def headline(rows: Sequence[Row]) -> list[str]:
 
 NAMES = {"chain_sum": "sums", "word_sequence_reversal": "word reversal", "cola": "CoLA"}  # others: as they are
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
-OUTCOMES = {"worse": "beats it on", "level": "ties on", "better": "loses on"}  # LoRA's, by our verdict
+OUTCOMES = {"worse": "beats", "level": "ties with", "better": "loses to"}  # LoRA's, by our verdict
 
 
 def in_short(rows: Sequence[Row]) -> Iterator[str]:
@@ -177,10 +177,12 @@ def in_short(rows: Sequence[Row]) -> Iterator[str]:
         by_size.setdefault(key, []).append(verdict)
     clauses: list[str] = []
     for (theirs, ours, times), group in by_size.items():
-        size = f"{times} times the parameters of our r = {ours}" if not clauses else f"{times} times, r = {ours}"
+        size = f"with {times} times" if clauses else f"With {times} times the parameters"
         by_word = {word: [_name(verdict.task) for verdict in group if verdict.word == word] for word in OUTCOMES}
-        outcomes = ", and ".join(f"{OUTCOMES[word]} {_listed(tasks)}" for word, tasks in by_word.items() if tasks)
-        clauses.append(f"LoRA of rank {theirs} ({size}) {outcomes}")
+        found_words = [(OUTCOMES[word], _listed(tasks)) for word, tasks in by_word.items() if tasks]
+        named = zip(found_words, (f"our r = {ours}", "it", "it"), strict=False)
+        outcomes = ", and ".join(f"{verb} {ours_named} on {tasks}" for (verb, tasks), ours_named in named)
+        clauses.append(f"{size}, LoRA of rank {theirs} {outcomes}")
     model, other_models = _usual({_name(verdict.task): TASKS[verdict.task].model for verdict in found})
     where_run = "; ".join([model, *other_models, f"{_number(len(found[0].ours.scores))} seeds"])
     tie = f"within one standard deviation of the difference of two runs, or within {SMALLEST:g}"
