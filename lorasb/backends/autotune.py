@@ -69,6 +69,7 @@ Run = Callable[[LaunchPlan], Any]  # computes a call by a plan
 Check = Callable[[Any], None]  # raises a `WrongResultError` for a wrong result of it
 Clock = Callable[[Sequence[Call]], "list[float]"]  # runs each call once, and returns their times in ms
 _first: dict[tuple[Shape, str, int, int], LaunchPlan] = {}  # plans of kinds that have had their first call
+_checked: set[Shape] = set()  # kinds with an R for each row that have had theirs
 
 
 class WrongResultError(RuntimeError):
@@ -124,6 +125,13 @@ def first_plan(shape: Shape, arch: str, sms: int, run: Run, check: Check, clock:
         warn_once("the card has too little free memory to time the kernels: calls take the shipped tables' plans")
     _first[kind] = chosen
     return chosen
+
+
+def first_check(shape: Shape, rows: Tensor, check: Callable[[], None]) -> None:
+    """Check a kind of call with an R for each row, whose plans are not timed, at its first on a card."""
+    if rows.is_cuda and rows.numel() and shape not in _checked and not is_capturing():
+        check()
+        _checked.add(shape)
 
 
 def is_capturing() -> bool:
@@ -264,11 +272,14 @@ def unchecked(_: object) -> None:
 
 
 def check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[Sequence[Tensor], object]) -> None:
-    """Raise where the first rows and columns of a y_j [M, m_j] differ from torch's, in fp32, by more than rounding."""
+    """Raise where the first rows and columns of a y_j [M, m_j] differ from torch's, in fp32, by more than rounding.
+
+    A core is R [r, r], or [T, r, r] with an R for each of the first T = `TILE_ROWS` rows.
+    """
     ys, _ = found
     rows = x[:TILE_ROWS].float()
     for y, keep, weight, a, core, b, bias, scale in zip(ys, _kept(mask, x, members), *members, strict=True):
-        v, b = scale * ((rows * keep) @ a.float().mT) @ core.float().mT, b[:TILE_COLUMNS].float()
+        v, b = scale * _times((rows * keep) @ a.float().mT, core.float().mT), b[:TILE_COLUMNS].float()
         want, size = v @ b.mT, (v.square() @ b.mT.square()).sqrt()
         if weight is not None:
             w = weight[:TILE_COLUMNS].float()
@@ -276,6 +287,10 @@ def check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[Sequence
         if bias is not None:
             want = want + bias[:TILE_COLUMNS].float()
         _check("y", y[:TILE_ROWS, :TILE_COLUMNS], want, size)
+
+
+def _times(rows: Tensor, core: Tensor) -> Tensor:
+    return rows @ core if core.dim() == 2 else (rows.unsqueeze(1) @ core).squeeze(1)
 
 
 def _kept(mask: Mask, rows: Tensor, members: Members) -> list[Tensor]:
@@ -293,7 +308,7 @@ def check_backward(dys: Sequence[Tensor], members: Members, us: Sequence[Tensor]
         want = size = torch.zeros((), device=dx.device)
         for dy, keep, weight, a, core, b, _, scale in zip(dys, _kept(mask, dys[0], members), *members, strict=True):
             rows, a = dy[:TILE_ROWS].float(), a[:, :TILE_COLUMNS].float()
-            w = scale * (rows @ b.float()) @ core.float()
+            w = scale * _times(rows @ b.float(), core.float())
             want, size = want + keep[:, :TILE_COLUMNS] * (w @ a), size + (w.square() @ a.square()).sqrt()
             if weight is not None:
                 part = weight[:, :TILE_COLUMNS].float()

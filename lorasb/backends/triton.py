@@ -138,8 +138,13 @@ def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor
         return [y.add_(shaped(v[:, : u.shape[1]] @ operands.b[0].t(), y)), u]
     rows, members = rows_of(x), members_of(base)
     plan = plan_of("forward", rows, members)
-    ys, us = _kernels().linear.forward(rows, members, plan, rows=of_rows)
-    return [*(shaped(y, x) for y in ys), *us]
+    found = _kernels().linear.forward(rows, members, plan, rows=of_rows)
+
+    def check() -> None:
+        autotune.check_forward(rows, _members_of_first(operands, index, rows), NO_DROPOUT, found)
+
+    autotune.first_check(_shape("forward", rows, members, "none", False), rows, check)
+    return [*(shaped(y, x) for y in found[0]), *found[1]]
 
 
 def _backward_by_row(
@@ -157,6 +162,16 @@ def _backward_by_row(
     else:
         plan = plan_of("backward", rows[0], members)
         dx, dcores = _kernels().linear.backward(rows, members, us, plan, need_dx, need_dcores, rows=of_rows)
+
+        def check() -> None:
+            first, k = _members_of_first(operands, index, rows[0]), int(index.max())
+            autotune.check_backward(rows, first, us, NO_DROPOUT, (dx, []))
+            if k >= 0:  # dR of one adapter, over its own rows
+                own = (index == k).repeat_interleave(len(rows[0]) // len(index)).to(rows[0].device).unsqueeze(1)
+                found = None, [dcore[k] for dcore in dcores]
+                autotune.check_backward([dy * own for dy in rows], first, us, NO_DROPOUT, found)
+
+        autotune.first_check(_shape("backward", rows[0], members, "none", False), rows[0], check)
     return _gradients(dys[0], dx, dcores, operands.cores)
 
 
@@ -164,6 +179,13 @@ def _without_cores(operands: Operands) -> Operands:
     """Layers with one R = 0 in fp32, for kernels whose own product with R is not used."""
     cores = [stack.new_zeros(stack.shape[1:], dtype=torch.float32) for stack in operands.cores]
     return operands._replace(cores=cores, scalings=[1.0] * len(cores), row_index=None)
+
+
+def _members_of_first(operands: Operands, index: Tensor, rows: Tensor) -> Members:
+    """The members with an R for each of the first tokens of `rows`, zeros where there is none."""
+    places = index.repeat_interleave(len(rows) // len(index))[: autotune.TILE_ROWS].to(rows.device)
+    cores = [stack[places.clamp_min(0)] * (places >= 0)[:, None, None] for stack in operands.cores]
+    return members_of(operands)._replace(cores=cores)
 
 
 def _row_products(operands: Operands, index: Tensor) -> list[RowProducts]:

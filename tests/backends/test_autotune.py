@@ -419,6 +419,27 @@ def test_calls_over_4_bits_are_checked(dropout: float, monkeypatch: pytest.Monke
     assert seen == ["forward 4bit", "backward 4bit"]
 
 
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_calls_with_an_r_for_each_row_are_checked(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two members, an adapter without rows, and a row without an adapter."""
+    index, generator = [2, -1, 0, 2], torch.Generator().manual_seed(0)
+    cases = [make_case((len(index), tokens), 64, 48, 16, torch.float32, seed=seed) for seed in (0, 1)]
+    stacks = [torch.randn((3, 16, 16), generator=generator) for _ in cases]
+    operands = operands_of(*cases, index=index)._replace(cores=stacks)
+    checks: list[Callable[[], None]] = []
+    monkeypatch.setattr(autotune, "first_check", lambda shape, rows, check: checks.append(check))
+    *ys, first_u, second_u = fused.forward(cases[0].x, operands)
+    dx, *dcores = fused.backward([torch.ones_like(y) for y in ys], [first_u, second_u], operands, True, True)
+    for check, outputs in zip(checks, ((ys[0], ys[1]), (dx, dcores[1][2])), strict=True):
+        check()
+        for output in outputs:
+            right = output.clone()
+            output.mul_(1.2)
+            with pytest.raises(autotune.WrongResultError):
+                check()
+            output.copy_(right)
+
+
 # faults as a wrong kernel makes them
 SPOILS = {"zero": torch.Tensor.zero_, "NaN": lambda y: y.fill_(torch.nan), "scale": lambda y: y.mul_(1.2)}
 
