@@ -10,7 +10,7 @@ from ..compat import triton as private
 from .block_sizes import GemmConfig, PrepConfig
 from .operands import Arguments
 
-_observers: list[Callable[[Launch], None]] = []
+observers: list[Callable[[Launch], None]] = []  # of every launch: those of `observed` blocks, of any thread
 _dry = 0  # how many dry `observed` blocks are open; above zero nothing is launched
 
 
@@ -51,23 +51,18 @@ def observed(dry: bool = False) -> Iterator[list[Launch]]:
     """The list of launches that the block makes; `dry` runs none of them, so that tensors may lie on `meta`."""
     global _dry
     launches: list[Launch] = []
-    _observers.append(launches.append)
+    observers.append(launches.append)
     _dry += dry
     try:
         yield launches
     finally:
         _dry -= dry
-        _observers.remove(launches.append)
-
-
-def is_watched() -> bool:
-    """True if launches have an observer: an `observed` block of any thread."""
-    return bool(_observers)
+        observers.remove(launches.append)
 
 
 def launch(call: Launch) -> None:
     """Launch a kernel."""
-    for observer in _observers:
+    for observer in observers:
         observer(call)
     if not _dry:
         run(call)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from functools import reduce
+from operator import itemgetter, or_
 
 import torch
 from torch import Tensor
@@ -95,10 +96,8 @@ class Prepared:
             tensors += allocate(like, ((self._scratch_size,),))
         if self._count:
             tensors.append(self._zeros(like, stream))
-        addresses, bits = [tensor.data_ptr() for tensor in tensors], 0
-        for address in addresses:
-            bits |= address
-        if bits % ALIGNMENT:
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if reduce(or_, addresses) % ALIGNMENT:
             return False
         for index, offset in self._derived:  # addresses within a tensor, after those of the tensors
             addresses.append(addresses[index] + offset)

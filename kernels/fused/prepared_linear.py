@@ -212,7 +212,7 @@ def forget() -> None:
 
 def _is_ready(x: Tensor) -> bool:
     """True if a launch on x's device can be repeated now."""
-    if launcher.is_watched() or not private.may_repeat(extended_gemm.extended_gemm):
+    if launcher.observers or not private.may_repeat(extended_gemm.extended_gemm):
         return False
     return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 

@@ -75,15 +75,12 @@ def may_repeat(kernel: object) -> bool:
         warn_once(f"lorasb was tested with {VERIFIED}, and this is Triton {found}: {ORDINARY}")
         return False
     runtime = _runtime()
-    if _is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook):
-        warn_once(f"another tool observes kernel launches (triton.knobs.runtime.launch_enter_hook): {ORDINARY}")
-        return False
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        # a profiler that added itself to Triton's chain, or a tool that replaced the chain
+        if hook is not None and getattr(hook, "calls", True):
+            warn_once(f"another tool observes kernel launches (triton.knobs.runtime.launch_enter_hook): {ORDINARY}")
+            return False
     return True
-
-
-def _is_hooked(hook: object) -> bool:
-    """True if something observes launches: a profiler that added itself, or a tool that replaced Triton's chain."""
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 @cache

@@ -86,15 +86,21 @@ def _gradients(
     if not given or not (need_dx or any_dcores):
         return None, [None] * count
     cores, b, first = a + count, a + 2 * count, a + 3 * count
-    lists = saved[:a], layout, saved[a:cores], saved[cores:b], saved[b:first], (), scalings
-    operands, us = Operands(*lists, saved[-2], dropout, saved[-1]), list(saved[first : first + count])
-    if len(given) == count:
-        dx, *dcores = backward(given, us, operands, need_dx, any_dcores)
-        return dx if need_dx else None, [dcores[j] if needed else None for j, needed in enumerate(need_dcores)]
-    used = [j for j in range(count) if dys[j] is not None]
-    dx, *dcores = backward(given, [us[j] for j in used], operands.select(used), need_dx, any_dcores)
-    found = dict(zip(used, dcores, strict=True))
-    return dx if need_dx else None, [found.get(j) if needed else None for j, needed in enumerate(need_dcores)]
+    operands = Operands(
+        saved[:a], layout, saved[a:cores], saved[cores:b], saved[b:first], (), scalings, saved[-2], dropout, saved[-1]
+    )
+    us = list(saved[first : first + count])
+    if len(given) < count:
+        used = [j for j in range(count) if dys[j] is not None]
+        operands, us = operands.select(used), [us[j] for j in used]
+    dx, *found = backward(given, us, operands, need_dx, any_dcores)
+    dcores: list[Tensor | None] = [*found]
+    if len(given) < count:
+        by_member = dict(zip(used, found, strict=True))
+        dcores = [by_member.get(j) for j in range(count)]
+    if False in need_dcores:
+        dcores = [dcore if needed else None for dcore, needed in zip(dcores, need_dcores, strict=True)]
+    return dx if need_dx else None, dcores
 
 
 class _Function(torch.autograd.Function):
