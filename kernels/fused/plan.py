@@ -2,7 +2,7 @@
 
 A rule holds where all its conditions do: `op`, `dtype`, `card` and `driver` by name, `dropout` by truth, `M`, `n`, `m`,
 `r`, `sms` and `triton` by range [low, high]. `triton` is 100 times its major version plus the minor. Up to 3.7 Triton
-does not prefetch operands from shared memory, and main loops on sm_80 to sm_89 are bound by 0.64 to 0.91 of the tensor
+does not prefetch operands from shared memory, and main loops on sm_80 to sm_89 are bound by 0.64 to 0.99 of the tensor
 cores in place of 0.80 to 1.00 (`python -m benchmarks.kernels.main_loops`): there cuBLAS multiplies.
 
 For each of path, prep, gemm and weights the first rule that holds and has it is taken: one rule may give the blocks,

@@ -334,11 +334,13 @@ def test_every_shipped_table_is_read() -> None:
 def test_cublas_multiplies_where_triton_does_not_prefetch(
     arch: str, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = {}
+    paths, tiles = {}, {}
     for version, M in itertools.product(((3, 7), (3, 8)), (128, 256)):
         monkeypatch.setattr(plan, "installed", lambda version=version: version)
-        paths[version[1], M] = plan.choose(replace(LARGE, M=M), arch, 84).path
+        chosen = plan.choose(replace(LARGE, M=M), arch, 84)
+        paths[version[1], M], tiles[version[1]] = chosen.path, chosen.gemm.block_m
     assert paths == {(7, 128): "fused", (7, 256): "addmm" if slow else "fused", (8, 128): "fused", (8, 256): "fused"}
+    assert tiles == {7: 64 if slow else 128, 8: 128}  # forward, the tile whose simulated bound is highest
     assert plan.bucket(autotune.LEAST_TOKENS // 2 + 1) == 256  # from 129 tokens on calls are timed
 
 
