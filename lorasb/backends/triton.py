@@ -140,10 +140,10 @@ def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor
     plan = plan_of("forward", rows, members)
     found = _kernels().linear.forward(rows, members, plan, rows=of_rows)
 
-    def check() -> None:
+    def _check() -> None:
         autotune.check_forward(rows, _members_of_first(operands, index, rows), NO_DROPOUT, found)
 
-    autotune.first_check(_shape("forward", rows, members, "none", False), rows, check)
+    autotune.first_check(_shape("forward", rows, members, "none", False), rows, _check)
     return [*(shaped(y, x) for y in found[0]), *found[1]]
 
 
@@ -163,7 +163,7 @@ def _backward_by_row(
         plan = plan_of("backward", rows[0], members)
         dx, dcores = _kernels().linear.backward(rows, members, us, plan, need_dx, need_dcores, rows=of_rows)
 
-        def check() -> None:
+        def _check() -> None:
             first, k = _members_of_first(operands, index, rows[0]), int(index.max())
             autotune.check_backward(rows, first, us, NO_DROPOUT, (dx, []))
             if k >= 0:  # dR of one adapter, over its own rows
@@ -171,7 +171,7 @@ def _backward_by_row(
                 found = None, [dcore[k] for dcore in dcores]
                 autotune.check_backward([dy * own for dy in rows], first, us, NO_DROPOUT, found)
 
-        autotune.first_check(_shape("backward", rows[0], members, "none", False), rows[0], check)
+        autotune.first_check(_shape("backward", rows[0], members, "none", False), rows[0], _check)
     return _gradients(dys[0], dx, dcores, operands.cores)
 
 
