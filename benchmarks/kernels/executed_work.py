@@ -64,6 +64,28 @@ def shares(launch: Launch) -> Iterator[Share]:
         raise ValueError(f"expected prep_forward, prep_backward or extended_gemm, got {launch.name}")
 
 
+def compulsory(launch: Launch) -> int:
+    """Bytes of a launch's operands and results, each counted once: what DRAM must move at least."""
+    a, forward = launch.arguments, launch.name == "prep_forward"
+    rows = a["M"] * len(a["factors"])  # of thin matrices [M, R], one for each member
+    if launch.name != "extended_gemm":
+        inputs = [a["x"]] if forward else a["dys"]
+        columns = a["R"] + (a["R_PADDED"] if forward or a["NEED_DX"] else 0)
+        return _bytes(*inputs, *a["factors"], *a["cores"]) + rows * columns * a["v" if forward else "w"].element_size()
+    found = 0
+    if launch.grid > a["core_programs"]:
+        base = [*a["xs"], *a["weights"]] if sum(a["Ks"]) else []
+        biases = a["biases"] if a["HAS_BIAS"] else []
+        found += _bytes(*base, *a["factors"], *biases, *a["ys"]) + rows * a["R"] * a["v"].element_size()
+    if a["core_programs"]:
+        found += _bytes(*a["dcores"]) + 2 * a["M"] * a["R"] * len(a["dcores"]) * a["t"].element_size()
+    return found
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def _counted(launch: Launch, share: Share, arch: str) -> Work:
     """Count the work by executing the launch, or a long one at two shorter lengths of its reduction."""
     compiled, steps = compile_launch(launch, _driver(arch)), _steps(launch)

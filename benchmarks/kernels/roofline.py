@@ -25,10 +25,9 @@ from rich.table import Table
 
 from benchmarks.common.shapes import MODELS, Group
 from benchmarks.common.timing import provenance
-from benchmarks.kernels.executed_work import launch_work
+from benchmarks.kernels.executed_work import compulsory, launch_work
 from benchmarks.kernels.gpus import GPUS, MODEL, SECTOR_BYTES, Demand, Gpu
 from benchmarks.kernels.launches import plan_for, record
-from benchmarks.kernels.traffic import traffic
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import LaunchPlan
 from lorasb.utils.plotting import canvas, save
@@ -66,7 +65,7 @@ def demand(launch: Launch, gpu: Gpu, again: bool = False) -> Demand:
         issue_slots=work.issue_slots,
         shared_wavefronts=work.shared_wavefronts,
         l2=work.global_sectors * SECTOR_BYTES,
-        dram=traffic(launch).compulsory - sum(size - gpu.read(size) for size in sizes),
+        dram=compulsory(launch) - sum(size - gpu.read(size) for size in sizes),
     )
 
 

@@ -1,95 +1,16 @@
-"""What the roofline counts is what the kernels do: grids, loads and stores recorded under the interpreter; host time."""
+"""The roofline: its launches and pipes, what it refuses, what it prints; kernels compiled for a block; host time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import reference
 import torch
 from processes import python
-from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks.kernels import executed_work, launches, roofline
 from benchmarks.kernels.gpus import BUSY, DRAM_BUSY, GPUS, LAUNCH, Demand
-from benchmarks.kernels.traffic import traffic
-from lorasb.kernels import linear as launch
-from lorasb.kernels import plan
-from lorasb.kernels.launcher import Launch, observed
-
-CASES = [  # M, n, ms, r, bias
-    (40, 96, (64,), 16, False),
-    (70, 128, (128, 64, 64), 32, True),
-    (9, 300, (100, 80), 24, False),
-    (16, 256, (96, 64, 64), 96, False),
-    (130, 123, (59,), 17, True),
-]
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Bytes that the kernels load and store from now on, as the interpreter sees them."""
-    moved = {"loaded": 0, "stored": 0}
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def size(pointers: object) -> int:
-        return pointers.get_element_ty().primitive_bitwidth // 8
-
-    def counting_load(self: object, pointers: object, mask: object, *rest: object) -> object:
-        moved["loaded"] += int(np.sum(mask.data)) * size(pointers)
-        return load(self, pointers, mask, *rest)
-
-    def counting_store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
-        if np.size(mask.data) > 1:  # not the reset of a counter
-            moved["stored"] += int(np.sum(mask.data)) * size(pointers)
-        return store(self, pointers, value, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
-    return moved
-
-
-def each_launch(
-    op: str, chosen: plan.LaunchPlan, dtype: torch.dtype, M: int, n: int, ms: tuple[int, ...], r: int, bias: bool
-) -> Iterator[tuple[Launch, dict[str, int]]]:
-    """Really launch, one launch at a time, and say what each one moved."""
-    cases = [reference.make_case((M,), n, m, r, dtype, bias=bias) for m in ms]
-    members = launch.Members(
-        *([getattr(c, name) for c in cases] for name in ("weight", "a", "core", "b", "bias")), [1.0] * len(ms)
-    )
-    marks: list[dict[str, int]] = []
-    with pytest.MonkeyPatch.context() as patch, observed() as found:
-        moved = counted(patch)
-        patch.setattr(launch, "launch", lambda *arguments: (marks.append(dict(moved)), original(*arguments)))
-        if op == "forward":
-            launch.forward(cases[0].x, members, chosen)
-        else:
-            launch.backward([c.dy for c in cases], members, [c.x @ c.a.t() for c in cases], chosen, True, True)
-        marks.append(dict(moved))
-    for one, before, after in zip(found, marks, marks[1:], strict=False):
-        yield one, {name: after[name] - before[name] for name in after}
-
-
-original = launch.launch
-
-
-@pytest.mark.parametrize("op", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("M", "n", "ms", "r", "bias"), CASES)
-def test_bytes_are_those_of_the_kernels(
-    op: str, M: int, n: int, ms: tuple[int, ...], r: int, bias: bool, dtype: torch.dtype
-) -> None:
-    r = min(r, n, *ms)
-    chosen = plan.choose(plan.Shape(op, plan.DTYPES[dtype], M, n, sum(ms), r, len(ms)), plan.INTERPRETER, 1)
-    given = op, chosen, dtype, M, n, ms, r, bias
-    really, recorded = list(each_launch(*given)), launches.record(*given)
-    assert [(one.name, one.grid) for one in recorded] == [(one.name, one.grid) for one, _ in really]
-    for counted_on, (_, moved) in zip(recorded, really, strict=True):
-        told = traffic(counted_on)
-        assert {"loaded": told.loaded, "stored": told.stored} == moved
-        assert told.compulsory <= told.loaded + told.stored
 
 
 @pytest.mark.parametrize("model", roofline.MODELS)
