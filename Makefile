@@ -65,7 +65,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loa
 ARCHES ?= sm_86
 COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_executed_work.py
 test: install $(QUANTIZERS)/.installed
-	$(PYTEST)
+	$(PYTEST) --ignore tests/layers/test_opaque_base.py
 	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) --dist load tests/layers/test_opaque_base.py
 	for arch in $(ARCHES); do $(PYTEST) --dist load --ptx $$arch -k "not float32" $(COMPILED_TESTS) || exit 1; done
 

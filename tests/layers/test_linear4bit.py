@@ -8,7 +8,8 @@ import logging
 import pytest
 import torch
 from models import llama
-from quantized_models import bnb, initialized, to_bitsandbytes
+from opaque_models import initialized
+from quantized_models import bnb, to_bitsandbytes
 from tolerances import EXACT, EXPORT, check
 from torch import nn
 from twins import batches

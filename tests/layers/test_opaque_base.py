@@ -1,4 +1,4 @@
-"""Linears of other quantizers under adapters: called, differentiated, initialized, saved, merged; W is never copied."""
+"""Quantized linears, lorasb's and others', under adapters: as their dense twins, and W is never copied."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ from opaque_models import (
     torchao_int4_config,
     values,
 )
-from tolerances import EXACT, FOUR_BITS, PROCESS_SUMS, SAME_STEP, check
+from quantized_models import STORED
+from tolerances import EXACT, FOUR_BITS, PROCESS_SUMS, SAME_STEP, check, check_equal
 from torch import Tensor, nn
 from twins import batches
 
 import lorasb
 from lorasb.layers import opaque_base
 from lorasb.layers.linear import LoRASBLinear
+from lorasb.quantization.quantized_weight import is_quantized
 
+ALL = (*STORED, *KINDS)
 GIVE_W = [kind for kind in KINDS if kind != "unknown"]
 REQUANTIZE = ("hqq", "quanto")  # torchao, too, if transformers has loaded the model: a test of its own
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_model_is_its_dense_twin_in_forward_and_gradients(kind: str) -> None:
     twins.check_gradients(patched(kind), dense_twin(opaque_model(kind)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
     """Steps are compared as a whole: singular vectors may turn by their last bits."""
     one, other = (initialized(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
@@ -60,13 +63,20 @@ def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
         assert torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0) > SAME_STEP
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_training_lowers_the_loss_and_leaves_the_storage(kind: str) -> None:
     model = initialized(kind)
-    before = {name: values(layer.base_layer, torch.float32) for name, layer in layers(model).items()}
+    before = {name: contents(layer.base_layer) for name, layer in layers(model).items()}
     twins.check_training(model)
     for name, layer in layers(model).items():
-        check(values(layer.base_layer, torch.float32), before[name], EXACT)
+        check_equal(contents(layer.base_layer), before[name])
+
+
+def contents(layer: nn.Module) -> dict[str, Tensor]:
+    """Copies of the tensors that store W, where lorasb reads them; else W."""
+    if is_quantized(layer):
+        return {name: tensor.clone() for name, tensor in layer.state_dict().items() if isinstance(tensor, Tensor)}
+    return {"W": values(layer, torch.float32)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,12 +92,14 @@ def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["own nested", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("nf4", "int8")), *KINDS]
+)
 def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     twins.check_resuming(lambda: patched(kind), tmp_path, num_samples=4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_adapters_are_saved_loaded_exported_and_chosen_by_rows(kind: str, tmp_path: Path) -> None:
     model, batch = initialized(kind).eval(), batches()[0]
     want = twins.check_files(model, opaque_model(kind), dense_twin(opaque_model(kind)), tmp_path)
@@ -101,7 +113,7 @@ def test_adapters_are_saved_loaded_exported_and_chosen_by_rows(kind: str, tmp_pa
     assert (mixed[0] - base[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", GIVE_W)
+@pytest.mark.parametrize("kind", [*STORED, *GIVE_W])
 def test_merging_gives_dense_layers_and_unmerging_the_layers_back(kind: str) -> None:
     twins.check_merging(initialized(kind).eval())
 

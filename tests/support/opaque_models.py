@@ -1,4 +1,4 @@
-"""Tiny models whose linears are another quantizer's, and modules that stand in for quantizers which need a GPU."""
+"""Tiny models whose linears are quantized, by lorasb or others, and modules that stand in for quantizers which need a GPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import peft.utils.quantization_utils
 import pytest
 import torch
 from models import llama
+from quantized_models import STORED, quantized
+from storages import exact
 from torch import Tensor, nn
 from twins import batches, dense_linear, with_linears
 
 import lorasb
+from lorasb.quantization.quantized_weight import is_quantized, of_module
 
 GROUP = 32  # weights that share a scale, in formats that have groups
 
@@ -83,14 +86,17 @@ NAMES = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # "all
 
 
 def opaque_model(kind: str | Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tiny Llama with opaque linears, in evaluation mode; its dimensions are multiples of `GROUP`."""
+    """A tiny Llama with quantized linears, in evaluation mode; its dimensions are multiples of `GROUP`."""
+    if kind in STORED:
+        return quantized(kind, dtype).eval()
     torch.manual_seed(0)
     model = llama().to(dtype)
     return with_linears(model, KINDS[kind] if isinstance(kind, str) else kind).eval()
 
 
 def patched(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return lorasb.patch(opaque_model(kind, dtype), **{"r": 4, "target_modules": NAMES, "check_base": False} | options)
+    known = {"r": 4, "target_modules": NAMES, "check_base": kind in STORED}
+    return lorasb.patch(opaque_model(kind, dtype), **known | options)
 
 
 def initialized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -101,7 +107,9 @@ def initialized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -
 
 @torch.no_grad()
 def values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W [out, in] of an opaque linear without a bias: what it makes of the unit vectors."""
+    """W [out, in] of a linear without a bias: what it stores, or what it makes of the unit vectors."""
+    if is_quantized(layer):
+        return exact(of_module(layer), dtype)
     return layer(torch.eye(layer.in_features, dtype=dtype)).t().contiguous()
 
 

@@ -1,22 +1,17 @@
-"""Tiny models in 4 and 8 bits, bitsandbytes' and our own, and their dense twins."""
+"""Tiny models in 4 and 8 bits, bitsandbytes' and our own."""
 
 from __future__ import annotations
-
-import copy
-import functools
 
 import pytest
 import torch
 from models import llama
-from storages import exact
 from torch import nn
-from twins import batches, dense_linear, with_linears
+from twins import with_linears
 
 import lorasb
-from lorasb.quantization.quantized_weight import of_module
 
 bnb = pytest.importorskip("bitsandbytes")
-KINDS = ("own", "own nested", "nf4", "fp4 nested", "int8")
+STORED = ("own", "own nested", "nf4", "fp4 nested", "int8")  # storages that lorasb reads itself
 
 
 def quantized(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -39,20 +34,3 @@ def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
     if bias:
         new.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
     return new.to("cpu")
-
-
-def dense_twin(model: nn.Module) -> nn.Module:
-    """The same function with dense linears."""
-    return with_linears(copy.deepcopy(model), lambda layer: dense_linear(exact(of_module(layer), torch.float32)))
-
-
-@functools.cache
-def made(kind: str, strategy: str) -> nn.Module:
-    model = lorasb.patch(quantized(kind), r=4)
-    lorasb.initialize(model, batches(), lr=1e-2, progress=False, strategy=strategy)
-    return model
-
-
-def initialized(kind: str, strategy: str = "auto") -> nn.Module:
-    """A quantized model with an initialized adapter, of the test's own."""
-    return copy.deepcopy(made(kind, strategy))
