@@ -129,8 +129,9 @@ def test_instances_have_the_attributes() -> None:
     """As the packages make them, or their sources name them; DeepSpeed's is in its documentation alone."""
     import accelerate
     import transformers
-    from quantized_models import bnb, to_bitsandbytes
+    from quantized_models import to_bitsandbytes
 
+    bnb = pytest.importorskip("bitsandbytes")
     model: Any = make("llama")
     offloaded = accelerate.cpu_offload(nn.Linear(2, 2), execution_device="cpu")
     quantized = to_bitsandbytes(nn.Linear(64, 64), "nf4")

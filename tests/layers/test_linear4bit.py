@@ -8,8 +8,7 @@ import logging
 import pytest
 import torch
 from models import llama
-from opaque_models import initialized
-from quantized_models import bnb, to_bitsandbytes
+from quantized_models import initialized, to_bitsandbytes
 from tolerances import EXACT, EXPORT, check
 from torch import nn
 from twins import batches
@@ -17,6 +16,8 @@ from twins import batches
 import lorasb
 from lorasb.functional import dequantize
 from lorasb.layers.linear4bit import Linear4bit
+
+bnb = pytest.importorskip("bitsandbytes")
 
 
 @pytest.mark.parametrize("nested", [False, True])

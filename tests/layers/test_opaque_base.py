@@ -19,19 +19,20 @@ import transformers
 import twins
 from adapters import layers
 from models import llama
-from opaque_models import (
-    KINDS,
+from quantized_models import (
+    CALLED,
+    MAKERS,
+    STORED,
     Scaled,
     dense_twin,
     initialized,
-    opaque_model,
     patched,
+    quantized,
     stand_in,
     to_hqq,
     torchao_int4_config,
     values,
 )
-from quantized_models import STORED
 from tolerances import EXACT, FOUR_BITS, PROCESS_SUMS, SAME_STEP, check, check_equal
 from torch import Tensor, nn
 from twins import batches
@@ -41,14 +42,14 @@ from lorasb.layers import opaque_base
 from lorasb.layers.linear import LoRASBLinear
 from lorasb.quantization.quantized_weight import is_quantized
 
-ALL = (*STORED, *KINDS)
-GIVE_W = [kind for kind in KINDS if kind != "unknown"]
+ALL = (*STORED, *CALLED)
+GIVE_W = [kind for kind in CALLED if kind != "unknown"]
 REQUANTIZE = ("hqq", "quanto")  # torchao, too, if transformers has loaded the model: a test of its own
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_a_model_is_its_dense_twin_in_forward_and_gradients(kind: str) -> None:
-    twins.check_gradients(patched(kind), dense_twin(opaque_model(kind)))
+    twins.check_gradients(patched(kind), dense_twin(quantized(kind)))
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -56,7 +57,7 @@ def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
     """Steps are compared as a whole: singular vectors may turn by their last bits."""
     one, other = (initialized(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
     twins.check_equal(twins.factors(one), twins.factors(other))
-    twin = lorasb.patch(dense_twin(opaque_model(kind)), r=4)
+    twin = lorasb.patch(dense_twin(quantized(kind)), r=4)
     lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
     for layer, dense in zip(layers(one).values(), layers(twin).values(), strict=True):
         mine, theirs = layer.get_delta_weight("default"), dense.get_delta_weight("default")
@@ -79,7 +80,7 @@ def contents(layer: nn.Module) -> dict[str, Tensor]:
     return {"W": values(layer, torch.float32)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CALLED)
 def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
     model = patched(kind, torch.bfloat16)
     for layer in layers(model).values():
@@ -93,7 +94,7 @@ def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["own nested", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("nf4", "int8")), *KINDS]
+    "kind", ["own nested", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("nf4", "int8")), *CALLED]
 )
 def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     twins.check_resuming(lambda: patched(kind), tmp_path, num_samples=4)
@@ -102,7 +103,7 @@ def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path:
 @pytest.mark.parametrize("kind", ALL)
 def test_adapters_are_saved_loaded_exported_and_chosen_by_rows(kind: str, tmp_path: Path) -> None:
     model, batch = initialized(kind).eval(), batches()[0]
-    want = twins.check_files(model, opaque_model(kind), dense_twin(opaque_model(kind)), tmp_path)
+    want = twins.check_files(model, quantized(kind), dense_twin(quantized(kind)), tmp_path)
     batch.pop("labels")
     with torch.no_grad():
         mixed = model(**batch, adapter_names=["default", "__base__"]).logits
@@ -135,14 +136,14 @@ def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str) -> 
 
 def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
     """transformers keeps the configuration; PEFT's resolver hands it on."""
-    model: Any = opaque_model("torchao int4")
+    model: Any = quantized("torchao int4")
     config = transformers.TorchAoConfig(torchao_int4_config())
     model.hf_quantizer = types.SimpleNamespace(quantization_config=config)
     adapter = lorasb.patch(model, r=4, init="random")
     assert all(layer.base.requantizes for layer in layers(adapter).values())
     plain = adapter.merge_and_unload(requantize=True)
     weight = plain.model.layers[0].mlp.up_proj.weight
-    assert type(weight) is type(opaque_model("torchao int4").model.layers[0].mlp.up_proj.weight)
+    assert type(weight) is type(quantized("torchao int4").model.layers[0].mlp.up_proj.weight)
     assert max(plain.requantization_errors.values()) < FOUR_BITS
     without = initialized("torchao int8")
     with pytest.raises(ValueError, match=r"torchao layer .* cannot be quantized again"):
@@ -192,7 +193,7 @@ def test_inits_without_data_read_the_dequantized_weight(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int4", "hqq", "quanto", partial(to_hqq, del_orig=False)])
 def test_all_linear_finds_the_layers_and_not_what_is_inside_or_kept_of_the_original(kind: Any) -> None:
-    found = layers(lorasb.patch(opaque_model(kind), r=4, check_base=False))
+    found = layers(lorasb.patch(quantized(kind), r=4, check_base=False))
     assert len(found) == 14
     assert not any("linear_layer" in name for name in found)
 
@@ -203,9 +204,9 @@ def matrices() -> list[Tensor]:
     return [t for t in gc.get_objects() if type(t) is Tensor and t.is_floating_point() and t.shape == (64, 64)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CALLED)
 def test_no_weight_is_copied(kind: str) -> None:
-    KINDS[kind](nn.Linear(64, 64))  # skips at once where its package is not installed
+    MAKERS[kind](nn.Linear(64, 64))  # skips at once where its package is not installed
     of_other_tests = matrices()
     model = initialized(kind)
     model.train()(**batches()[0]).loss.backward()
@@ -229,7 +230,7 @@ def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
     monkeypatch: pytest.MonkeyPatch, module: str, class_name: str, available: str, name: str
 ) -> None:
     """A stand-in with the class's name in the package's place: all of PEFT's own code runs, but no kernel of theirs."""
-    adapter = lorasb.patch(opaque_model(stand_in(monkeypatch, module, class_name, available)), r=4)  # by their format
+    adapter = lorasb.patch(quantized(stand_in(monkeypatch, module, class_name, available)), r=4)  # by their format
     assert {layer.base.name for layer in layers(adapter).values()} == {name}
     lorasb.initialize(adapter, batches(), lr=1e-2, progress=False)
     adapter.train()(**batches()[0]).loss.backward()

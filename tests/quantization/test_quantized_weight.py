@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from quantized_models import bnb, quantized, to_bitsandbytes
+from quantized_models import quantized, to_bitsandbytes
 from storages import storage
 from torch import nn
 
 import lorasb
 from lorasb.functional import dequantize
 from lorasb.layers.linear import LoRASBLinear
+
+bnb = pytest.importorskip("bitsandbytes")
 
 
 def of_4_bits(**changes: object) -> nn.Module:

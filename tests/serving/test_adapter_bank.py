@@ -14,7 +14,6 @@ from basis_models import NAMES, base, cores_of, moved_to_bank, out, reconfigure,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batches_for, generated
-from opaque_models import opaque_model
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from quantized_models import quantized
@@ -44,11 +43,10 @@ def test_generation_by_beams_is_that_of_the_models_own_adapters() -> None:
     assert torch.equal(generated(model, prompts, **options), want)
 
 
-@pytest.mark.parametrize("kind", ["own", "nf4", "int8", "opaque"])
+@pytest.mark.parametrize("kind", ["own", "nf4", "int8", "unknown"])
 def test_a_quantized_base_serves_rows_too(kind: str) -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = opaque_model("unknown") if kind == "opaque" else quantized(kind)
-    model = lorasb.patch(model, r=4, init="random", target_modules=targets).eval()
+    model = lorasb.patch(quantized(kind), r=4, init="random", target_modules=targets).eval()
     bank = lorasb.AdapterBank(model)
     for seed, name in enumerate(("ada", "grace")):
         bank.add(name, cores_of(bank, seed))

@@ -1,29 +1,44 @@
-"""Tiny models in 4 and 8 bits, bitsandbytes' and our own."""
+"""Tiny models whose linears are quantized, by lorasb or others, and modules that stand in for quantizers which need a GPU."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import peft.utils.quantization_utils
 import pytest
 import torch
 from models import llama
-from torch import nn
-from twins import with_linears
+from storages import exact
+from torch import Tensor, nn
+from twins import batches, dense_linear, with_linears
 
 import lorasb
+from lorasb.quantization.quantized_weight import is_quantized, of_module
 
-bnb = pytest.importorskip("bitsandbytes")
-STORED = ("own", "own nested", "nf4", "fp4 nested", "int8")  # storages that lorasb reads itself
+GROUP = 32  # weights that share a scale, in formats that have groups
 
 
-def quantized(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    model = llama().to(dtype)
-    if kind.startswith("own"):
-        return lorasb.quantize(model, nested="nested" in kind)
-    return with_linears(model, lambda layer: to_bitsandbytes(layer, kind))
+class Scaled(nn.Module):
+    """A linear of nobody's: int8 codes and a scale a row; it has no parameter, and no `weight`."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        scales = layer.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (layer.weight / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.codes * self.scales).to(x.dtype))
 
 
 def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
-    bias = layer.bias is not None
+    bnb, bias = pytest.importorskip("bitsandbytes"), layer.bias is not None
     if kind == "int8":
         new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=bias, has_fp16_weights=False)
         new.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
@@ -34,3 +49,102 @@ def to_bitsandbytes(layer: nn.Linear, kind: str) -> nn.Module:
     if bias:
         new.bias = nn.Parameter(layer.bias.data.clone(), requires_grad=False)
     return new.to("cpu")
+
+
+def to_torchao(layer: nn.Linear, bits: int) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(layer, torchao_int4_config() if bits == 4 else quantization.Int8WeightOnlyConfig())
+    return layer
+
+
+def torchao_int4_config() -> Any:
+    quantization, groups = (importlib.import_module(f"torchao.quantization{part}") for part in ("", ".granularity"))
+    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups.PerGroup(GROUP))
+
+
+def to_hqq(layer: nn.Linear, **options: Any) -> nn.Module:
+    hqq = pytest.importorskip("hqq.core.quantize")
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=GROUP)
+    return hqq.HQQLinear(layer, config, compute_dtype=layer.weight.dtype, device="cpu", **options)
+
+
+def to_quanto(layer: nn.Linear) -> nn.Module:
+    quanto = pytest.importorskip("optimum.quanto")
+    new = quanto.QLinear.from_module(layer, weights=quanto.qint4)
+    new.freeze()
+    return new
+
+
+def to_gptq(layer: nn.Linear) -> nn.Module:
+    """As the package packs it, with the nearest codes; its kernel in torch runs on a CPU."""
+    kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
+    scales = layer.weight.detach().view(layer.out_features, -1, GROUP).abs().amax(-1) / 7
+    zeros = torch.full_like(scales, 8)
+    sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
+    new = kernel(4, GROUP, sym=True, desc_act=False, **sizes)
+    new.pack(layer, scales, zeros, (torch.arange(layer.in_features) // GROUP).int())
+    new.post_init()
+    return new
+
+
+MAKERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "nf4": partial(to_bitsandbytes, kind="nf4"),
+    "fp4 nested": partial(to_bitsandbytes, kind="fp4 nested"),
+    "int8": partial(to_bitsandbytes, kind="int8"),
+    "torchao int8": partial(to_torchao, bits=8),
+    "torchao int4": partial(to_torchao, bits=4),
+    "hqq": to_hqq,
+    "quanto": to_quanto,
+    "gptq": to_gptq,  # skipped where its package is not installed, which needs a newer torch than we do
+    "unknown": Scaled,
+}
+STORED = ("own", "own nested", "nf4", "fp4 nested", "int8")  # lorasb reads the storage
+CALLED = [kind for kind in MAKERS if kind not in STORED]  # their own forward is called
+NAMES = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # "all-linear" has no modules of nobody's
+
+
+def quantized(kind: str | Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny Llama with quantized linears, in evaluation mode; its dimensions are multiples of `GROUP`."""
+    torch.manual_seed(0)
+    model = llama().to(dtype).eval()
+    if kind in ("own", "own nested"):
+        return lorasb.quantize(model, nested=kind == "own nested")
+    return with_linears(model, MAKERS[kind] if isinstance(kind, str) else kind).eval()
+
+
+def patched(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    known: dict[str, Any] = {"r": 4, "target_modules": NAMES, "check_base": kind in STORED}
+    return lorasb.patch(quantized(kind, dtype), **known | options)
+
+
+def initialized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    model = patched(kind, dtype)
+    lorasb.initialize(model, batches(), lr=1e-2, progress=False, **options)
+    return model
+
+
+@torch.no_grad()
+def values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """W [out, in] of a linear without a bias: what it stores, or what it makes of the unit vectors."""
+    if is_quantized(layer):
+        return exact(of_module(layer), dtype)
+    return layer(torch.eye(layer.in_features, dtype=dtype)).t().contiguous()
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """The same function with dense linears."""
+    dtype = next(model.parameters()).dtype
+    return with_linears(model, lambda layer: dense_linear(values(layer, dtype))).eval()
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, class_name: str, available: str) -> type[nn.Module]:
+    """A class by a quantizer's name, in a module by its package's; PEFT's resolver takes the package for installed."""
+    kind = type(class_name, (Scaled,), {"__module__": module})
+    parts = module.split(".")
+    for i in range(1, len(parts) + 1):
+        name = ".".join(parts[:i])
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules[module], class_name, kind, raising=False)
+    monkeypatch.setattr(peft.utils.quantization_utils, available, lambda: True)
+    return kind
