@@ -80,7 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ["TRITON_INTERPRET"] == "1":
         interpreted_language.install()
     if environment.PTX:
-        from ptx import plugin
+        from benchmarks.kernels.ptx import plugin
 
         try:
             config.ptx_executor = plugin.install(environment.PTX)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a launch asks of a card, counted by executing its compiled code for a few programs (tests/support/ptx).
+"""What a launch asks of a card, counted by executing its compiled code for a few programs (benchmarks/kernels/ptx).
 
 Programs that share a tile, or a row block, are neighbors in the grid and take all parts of its work, the adding up of
 their sums included; the first tile stands for all, whole ones and those at an edge. A long reduction is executed at
@@ -7,20 +7,15 @@ two short lengths and continued as a line: each step of it executes the same ins
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
-
-from ptx.launch import FakeDriver, compile_launch
-from ptx.work import Work, work_of
-
+from benchmarks.kernels.ptx.launch import FakeDriver, compile_launch
+from benchmarks.kernels.ptx.work import Work, work_of
 from benchmarks.kernels.static_report import launch_key
 from lorasb.kernels.block_sizes import cdiv
 from lorasb.kernels.launcher import Launch

@@ -67,7 +67,7 @@ class Demand:
     """What a launch asks of the pipes.
 
     Attributes:
-        flops: of 16-bit matrix products, those of tf32 twice. issue_slots, shared_wavefronts: see `ptx.work`.
+        flops: of 16-bit matrix products, those of tf32 twice. issue_slots, shared_wavefronts: see `ptx/work.py`.
         l2, dram: bytes.
     """
 

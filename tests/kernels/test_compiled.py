@@ -15,7 +15,6 @@ import reference
 import torch
 from calls import check, dense, exact, outputs, run_kernels
 from kernel_cases import INDEX, check_follows_mask, checked, group_cases, planned, row_cases
-from ptx.plugin import Executor
 from reference import make_case
 from storages import bits_of, storage
 from storages import exact as dequantized
@@ -24,6 +23,7 @@ from tolerances import check as close
 from torch import Tensor
 
 import lorasb
+from benchmarks.kernels.ptx.plugin import Executor
 from lorasb.functional import dequantize
 from lorasb.kernels import linear, plan, prepared_linear
 from lorasb.kernels.launcher import observed

@@ -11,14 +11,14 @@ from dataclasses import fields
 import environment
 import pytest
 import torch
-from ptx.launch import compile_launch
-from ptx.plugin import Executor
-from ptx.work import Work, work_of
 
 from benchmarks.kernels import static_report
 from benchmarks.kernels.executed_work import compulsory, launch_work, shares
 from benchmarks.kernels.gpus import SECTOR_BYTES
 from benchmarks.kernels.launches import plan_for, record
+from benchmarks.kernels.ptx.launch import compile_launch
+from benchmarks.kernels.ptx.plugin import Executor
+from benchmarks.kernels.ptx.work import Work, work_of
 from benchmarks.kernels.static_report import DTYPES, config_name, launch_key
 from lorasb.kernels.block_sizes import GemmConfig, PrepConfig
 from lorasb.kernels.launcher import Launch

@@ -12,19 +12,19 @@ from typing import Any, ClassVar, NamedTuple
 
 import environment
 import numpy as np
-import ptx.launch
 import pytest
 import torch
 from calls import operands_of
 from kernel_cases import group_cases
-from ptx import KernelError
-from ptx.launch import Compiled, compile_launch, execute
-from ptx.plugin import Executor
-from ptx.program import Address, Instruction, Program, members
-from ptx.shared_memory import GRANULE, MANY, NEVER, Copy, SharedMemory
-from ptx.thread_block import ThreadBlock
 from torch import Tensor
 
+from benchmarks.kernels.ptx import KernelError
+from benchmarks.kernels.ptx import launch as ptx_launch
+from benchmarks.kernels.ptx.launch import Compiled, compile_launch, execute, parsed
+from benchmarks.kernels.ptx.plugin import Executor
+from benchmarks.kernels.ptx.program import Address, Instruction, Program, members
+from benchmarks.kernels.ptx.shared_memory import GRANULE, MANY, NEVER, Copy, SharedMemory
+from benchmarks.kernels.ptx.thread_block import ThreadBlock
 from lorasb.backends.triton import members_of
 from lorasb.kernels import launcher, linear, plan
 from lorasb.kernels.launcher import Launch
@@ -267,10 +267,10 @@ def test_orderings_that_are_taken_away_are_missed(
     for launch in launches:
         compiled = compile_launch(launch, executor.driver)
         with monkeypatch.context() as patch:
-            patch.setattr(ptx.launch, "ThreadBlock", Effects)
+            patch.setattr(ptx_launch, "ThreadBlock", Effects)
             want = run(launch, compiled)
         assert same_bits(run(launch, compiled), want)
-        program = ptx.launch.parsed(compiled.ptx)
+        program = parsed(compiled.ptx)
         for mutant in mutants(compiled.ptx):
             effect, said = has_effect(program, mutant), ""
             try:

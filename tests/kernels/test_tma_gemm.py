@@ -12,10 +12,10 @@ import reference
 import torch
 from calls import run_kernels as run
 from kernel_cases import DTYPES, checked, group_cases, planned
-from ptx import KernelError, execute
-from ptx.launch import compile_launch
-from ptx.plugin import Executor
 
+from benchmarks.kernels.ptx import KernelError, execute
+from benchmarks.kernels.ptx.launch import compile_launch
+from benchmarks.kernels.ptx.plugin import Executor
 from lorasb.backends import autotune
 from lorasb.compat.triton import installed
 from lorasb.kernels import tma_gemm

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptx.formats import TYPES, immediate
-from ptx_bench import evaluate
+from small_kernels import evaluate
+
+from benchmarks.kernels.ptx.formats import TYPES, immediate
 
 EDGES_32 = (0, 1, 2, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF, 0xFFFFFFFE)
 FLOAT_EDGES = (

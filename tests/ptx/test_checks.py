@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ptx import KernelError, thread_block
-from ptx.program import Program
-from ptx_bench import Array, run
+from small_kernels import Array, run
+
+from benchmarks.kernels.ptx import KernelError, thread_block
+from benchmarks.kernels.ptx.program import Program
 
 ARRAYS = np.arange(256, dtype=np.uint32), np.zeros(64, np.uint32)  # read and written by 64 threads
 BARRIER, SYNC = "bar.sync 0;\n", "SYNC\n"  # SYNC: where there has to be one

@@ -12,10 +12,10 @@ from pathlib import Path
 import environment
 import pytest
 import torch
-from ptx.launch import Compiled, compile_launch, flattened, parsed
-from ptx.plugin import Executor
 
 from benchmarks.kernels.launches import record
+from benchmarks.kernels.ptx.launch import Compiled, compile_launch, flattened, parsed
+from benchmarks.kernels.ptx.plugin import Executor
 from lorasb.kernels.block_sizes import GemmConfig, PrepConfig
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import LaunchPlan

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ptx import KernelError
-from ptx.global_memory import GlobalMemory
-from ptx.program import Program
-from ptx.tensor_copies import TensorMap
-from ptx.thread_block import ThreadBlock
+
+from benchmarks.kernels.ptx import KernelError
+from benchmarks.kernels.ptx.global_memory import GlobalMemory
+from benchmarks.kernels.ptx.program import Program
+from benchmarks.kernels.ptx.tensor_copies import TensorMap
+from benchmarks.kernels.ptx.thread_block import ThreadBlock
 
 ROWS, COLUMNS = 12, 40
 MATRIX = np.arange(ROWS * COLUMNS, dtype=np.uint16).reshape(ROWS, COLUMNS)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ptx import KernelError, formats, tensor_cores
-from ptx.shared_memory import SharedMemory
-from ptx_bench import run
+from small_kernels import run
+
+from benchmarks.kernels.ptx import KernelError, formats, tensor_cores
+from benchmarks.kernels.ptx.shared_memory import SharedMemory
 
 TO_BITS = {"bf16": formats.to_bf16, "f16": formats.to_f16}
 FROM_BITS = {"bf16": formats.from_bf16, "f16": formats.from_f16}

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ptx.program import parse_instruction
-from ptx.work import Work, sectors, wavefronts
+
+from benchmarks.kernels.ptx.program import parse_instruction
+from benchmarks.kernels.ptx.work import Work, sectors, wavefronts
 
 WARP = 32
 

@@ -10,7 +10,7 @@ _parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 _parser.add_argument("--ptx", default="")
 # the architecture of `--ptx`, for xdist's processes and for subprocesses, too
 PTX = os.environ.setdefault("LORASB_TEST_PTX", _parser.parse_known_args()[0].ptx)
-# before a kernel is defined: interpreted on the CPU, or compiled and executed by tests/support/ptx
+# before a kernel is defined: interpreted on the CPU, or compiled and executed by benchmarks/kernels/ptx
 os.environ["TRITON_INTERPRET"] = "0" if PTX else os.environ.get("TRITON_INTERPRET", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # tests fork: the child of a process whose OpenMP has threads waits for them without end

@@ -72,7 +72,7 @@ def _view(place: Any, tensors: Sequence[Tensor]) -> Tensor:
     tensor, like = tensors[place.index], place.like
     start = (tensor.storage_offset() * tensor.element_size() + place.offset) // like.element_size()
     found = torch.empty(0, dtype=like.dtype, device=tensor.device)
-    return found.set_(tensor.untyped_storage(), start, like.shape, like.stride())  # type: ignore[call-overload, no-any-return]
+    return found.set_(tensor.untyped_storage(), start, like.shape, like.stride())
 
 
 def specialized(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> list[Any]:
@@ -93,8 +93,8 @@ def install(arch: str) -> Executor:
 
     executor = Executor(arch)
     prepared_launch.driver.set_active(executor.driver)  # and stays so: without a card there is no other
-    launcher.run = executor.run  # type: ignore[attr-defined]
-    prepared_launch.bind = executor.bind  # type: ignore[attr-defined]
+    launcher.run = executor.run
+    prepared_launch.bind = executor.bind
     backend._device = lambda device: (arch, MULTIPROCESSORS[arch])  # type: ignore[assignment]
     registry.missing["triton"] = lambda: None
     choose = plan.choose
@@ -103,5 +103,5 @@ def install(arch: str) -> Executor:
         """The tables' choice, on the path that has kernels to execute, as the interpreter's default is."""
         return replace(choose(shape, name, sms), path="fused")
 
-    plan.choose = fused  # type: ignore[assignment]
+    plan.choose = fused
     return executor

@@ -122,7 +122,7 @@ def _parameters(signature: str) -> dict[str, Parameter]:
 
 def _instructions(body: str) -> tuple[list[Instruction], dict[str, int]]:
     lines = (line.split("//")[0].strip() for line in body.split("\n"))
-    kept = []
+    kept: list[str] = []
     for line in lines:
         if line == "}" and _closed(kept):
             break
@@ -136,7 +136,7 @@ def _instructions(body: str) -> tuple[list[Instruction], dict[str, int]]:
             labels[label[1]] = len(instructions)
             text = text[label.end() :].lstrip("{} ")
         if (branch := re.search(r"\bbra(\.uni)? ([a-z]\w*)$", text)) and branch[2] in labels:
-            # inline assembly has labels of its own, the same in every copy: the last one before a branch is meant
+            # inline assembly brings its labels, the same in every copy: the last one before a branch is meant
             place = labels[branch[2]]
             text = f"{text}_{place}"
             labels[f"{branch[2]}_{place}"] = place

@@ -1,9 +1,9 @@
 """Copies of blocks by descriptor (TMA), and the barriers in shared memory (mbarrier) that they complete.
 
 A copy into shared memory reads when it is issued and writes when its barrier is waited for the second time, as a first
-`try_wait` may fail: the latest that it may. Until then nobody may touch its bytes. They are ordered for the threads that
-waited, and for wgmma. A copy out of shared memory needs a barrier and `fence.proxy.async` after the writes, and until
-its wait nobody may write there.
+`try_wait` may fail: the latest that it may. Until then nobody may touch its bytes. They are ordered for the threads
+that waited, and for wgmma. A copy out of shared memory needs a barrier and `fence.proxy.async` after the writes, and
+until its wait nobody may write there.
 """
 
 from __future__ import annotations

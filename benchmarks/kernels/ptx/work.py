@@ -105,7 +105,7 @@ def sectors(addresses: Array, size: int, warps: Array) -> int:
 
 
 class MeteredShared(SharedMemory):
-    """Shared memory that counts the wavefronts of lanes; copies by descriptor pass beside them."""
+    """Shared memory that counts the wavefronts of lanes; copies by descriptor are not among them."""
 
     def __init__(self, size: int, work: Work) -> None:
         super().__init__(size)

@@ -67,8 +67,8 @@ def to_rows(registers: Array, transposed: bool) -> Array:
 
 
 def described(bits: int, rows: int, columns: int, size: int, major: bool) -> Array:
-    """Byte addresses [rows (of M or N), columns (of K)] of a wgmma operand's elements of `size` bytes, by the 64 bits of
-    its matrix descriptor (PTX ISA, "Matrix Descriptor Format")."""
+    """Byte addresses [rows (of M or N), columns (of K)] of a wgmma operand's elements of `size` bytes, by the 64 bits
+    of its matrix descriptor (PTX ISA, "Matrix Descriptor Format")."""
     mode = bits >> 62
     if mode == 0 or (bits >> 49) & 7:
         raise KernelError("a wgmma descriptor without swizzle, or with a base offset, is not known")

@@ -79,7 +79,7 @@ def execute(
     tracker: Tracker | None = None,
     before: Collection[int] = (),
 ) -> set[int]:
-    """Run a launch on its CPU tensors; the storages that it wrote, by pointers. `before`: of the launch it may overlap."""
+    """Run a launch on its CPU tensors; the storages that it wrote, by pointers. `before`: of one that may overlap."""
     program, written = parsed(compiled.ptx), set[int]()
     if launch.grid > MOST_PROGRAMS:
         raise KernelError(
@@ -162,7 +162,7 @@ def tensor_map(descriptor: Any, start: int, box: dict[str, Any]) -> TensorMap:
 
 
 def _address(places: dict[int, int], tensor: torch.Tensor) -> int:
-    return places.get(tensor.untyped_storage().data_ptr(), 0) + tensor.storage_offset() * tensor.element_size()
+    return int(places.get(tensor.untyped_storage().data_ptr(), 0) + tensor.storage_offset() * tensor.element_size())
 
 
 def _written(memory: GlobalMemory, places: dict[int, int]) -> list[int]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx.global_memory import GlobalMemory
-from ptx.program import Program
-from ptx.thread_block import ThreadBlock
+
+from benchmarks.kernels.ptx.global_memory import GlobalMemory
+from benchmarks.kernels.ptx.program import Program
+from benchmarks.kernels.ptx.thread_block import ThreadBlock
 
 Array = NDArray[Any]
 HEAD = """.version 8.7

@@ -1,7 +1,7 @@
 """An interpreter of compiled kernels: it executes the PTX that Triton writes, on the CPU, and checks every access.
 
-The threads of a program run in lockstep as numpy vectors; programs run one after another, in any order. What is checked,
-and what is not: docs/kernels-without-a-gpu.md.
+The threads of a program run in lockstep as numpy vectors; programs run one after another, in any order. What is
+checked, and what is not: docs/kernels-without-a-gpu.md. The tests are in tests/ptx.
 
 - `program` parses PTX. `formats` has its types and roundings, `arithmetic` what each instruction computes.
 - `global_memory` and `shared_memory` hold bytes and check accesses.
