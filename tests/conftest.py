@@ -94,17 +94,6 @@ def executor(request: pytest.FixtureRequest) -> Any:
     return request.config.ptx_executor  # type: ignore[attr-defined]
 
 
-@pytest.fixture(autouse=True)
-def tracked_memory(executor: Any, poisoned_memory: None) -> Iterator[None]:
-    """With --ptx, bytes of fresh tensors count as written once somebody wrote them."""
-    if executor is None:
-        yield
-        return
-    with executor.tracker.watching():
-        yield
-    executor.tracker.clear()
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """What was executed, where kernels were."""
     executor = getattr(config, "ptx_executor", None)

@@ -175,6 +175,14 @@ def test_tensors_by_one_call() -> None:
             cpp.extension.allocate(like, bad)
 
 
+@needs_extension
+def test_memory_that_nobody_wrote_is_nan_in_every_test() -> None:
+    """However the kernels' callers allocate it: what reads it before it is written gives NaN."""
+    like = torch.ones(3, dtype=torch.bfloat16)
+    made = [torch.empty(3), torch.empty_like(like), like.new_empty(3), *cpp.extension.allocate(like, [(3,)])]
+    assert all(tensor.isnan().all() for tensor in made)
+
+
 def by_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "direct_kernels", {})
 

@@ -102,13 +102,6 @@ def test_a_read_that_lies_in_padding_is_no_read_of_the_tensor() -> None:
     fails(body, "8 bytes past the end", [ARRAYS[0][:-2]])
 
 
-def test_global_memory_that_nobody_wrote() -> None:
-    stored(COPY + "ld.global.b32 %r1, [%rd8];", fresh=[1])  # its own stores came first
-    fails(COPY, "read of global memory that nobody wrote", fresh=[0])
-    half = STORE.replace("b32", "b16") + "ld.global.b32 %r6, [%rd8];"
-    fails("mov.b32 %r1, 1;\n" + half, "read of global memory that nobody wrote", fresh=[1])
-
-
 ARRIVE = """
 setp.eq.b32 %p1, %r0, 0;
 mov.u32 %r9, %ctaid.x;

@@ -36,13 +36,11 @@ def run(
     threads: int = 32,
     blocks: int = 1,
     order: Sequence[int] | None = None,
-    fresh: Sequence[int] = (),
 ) -> list[Array]:
-    """The arrays after a kernel with a pointer to each; those at the places `fresh` count as not written before."""
+    """The arrays after a kernel with a pointer to each."""
     program, memory, starts = assemble(body, len(arrays), threads), GlobalMemory(1 << 18), []
-    for i, array in enumerate(arrays):
-        content = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-        starts.append(memory.allocate(content, np.zeros(len(content), bool) if i in fresh else None))
+    for array in arrays:
+        starts.append(memory.allocate(np.ascontiguousarray(array).view(np.uint8).reshape(-1)))
     for i in order if order is not None else range(blocks):
         ThreadBlock(program, memory, 4096, program.placed(starts), i, blocks).run()
     return [

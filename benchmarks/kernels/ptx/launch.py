@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .allocations import Tracker, bytes_of
 from .formats import Array
 from .global_memory import ALIGNMENT, RED_ZONE, GlobalMemory
 from .program import KernelError, Program
@@ -76,7 +76,6 @@ def execute(
     launch: Any,
     compiled: Compiled,
     orders: Iterable[Sequence[int]],
-    tracker: Tracker | None = None,
     before: Collection[int] = (),
 ) -> set[int]:
     """Run a launch on its CPU tensors; the storages that it wrote, by pointers. `before`: of one that may overlap."""
@@ -97,7 +96,7 @@ def execute(
         )
     final: dict[int, Array] | None = None
     for order in orders:
-        memory, places = _arena(storages, size, tracker)
+        memory, places = _arena(storages, size)
         memory.pending = {places[pointer] for pointer in before if pointer in places}
         values = parameter_values(program, arguments, compiled.descriptors, partial(_address, places))
         for i in order:
@@ -110,9 +109,6 @@ def execute(
         final = final or results
     for pointer, content in (final or {}).items():
         bytes_of(storages[pointer])[:] = content
-        if tracker is not None:
-            flags = memory.initialized[places[pointer] : places[pointer] + len(content)]
-            tracker.update(pointer, flags)
     return written
 
 
@@ -128,13 +124,15 @@ def flattened(launch: Any, signature: dict[str, Any]) -> list[Any]:
     return [one for name in names for one in members(signature[name], launch.arguments[name])]
 
 
-def _arena(storages: dict[int, Any], size: int, tracker: Tracker | None) -> tuple[GlobalMemory, dict[int, int]]:
-    memory, places = GlobalMemory(size), {}
-    for pointer, storage in storages.items():
-        content = bytes_of(storage)
-        flags = None if tracker is None else tracker.initialized(pointer, content)
-        places[pointer] = memory.allocate(content, flags, pointer % 16)
+def _arena(storages: dict[int, Any], size: int) -> tuple[GlobalMemory, dict[int, int]]:
+    memory = GlobalMemory(size)
+    places = {pointer: memory.allocate(bytes_of(storage), pointer % 16) for pointer, storage in storages.items()}
     return memory, places
+
+
+def bytes_of(storage: Any) -> Array:
+    """The memory of a storage."""
+    return np.frombuffer((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
 
 
 def parameter_values(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocations import Tracker
 from .launch import FakeDriver, compile_launch, execute, orders_of
 from .program import KernelError
 
@@ -23,7 +22,7 @@ class Executor:
     """Compiles and executes launches on one architecture."""
 
     def __init__(self, arch: str) -> None:
-        self.arch, self.driver, self.tracker = arch, FakeDriver(int(arch[3:])), Tracker()
+        self.arch, self.driver = arch, FakeDriver(int(arch[3:]))
         self.launches = self.programs = 0
         self.kernels: set[str] = set()
         self.every_last = False  # run every launch in as many orders as it has programs
@@ -36,7 +35,7 @@ class Executor:
         self.kernels.add(compiled.ptx)
         orders = orders_of(launch.grid, next(self._seeds), self.every_last)
         before = self.written if launch.options.get("launch_pdl") else ()
-        self.written = execute(launch, compiled, orders, self.tracker, before)
+        self.written = execute(launch, compiled, orders, before)
         self.launches += 1
         self.programs += launch.grid
 
