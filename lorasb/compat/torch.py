@@ -138,11 +138,12 @@ def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     return module._conv_forward(x, weight, None)
 
 
-def remove_forward_hooks(module: nn.Module, before: int, after: int) -> None:
-    """Remove a forward pre-hook and a forward hook by the ids of their handles, if the module has them."""
-    module._forward_pre_hooks.pop(before, None)
-    module._forward_hooks.pop(after, None)
-    module._forward_hooks_always_called.pop(after, None)
+def remove_forward_hooks(module: nn.Module, owner: type) -> None:
+    """Remove the forward pre-hooks and hooks that are methods of an `owner`; without handles, which copies lack."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [n for n, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), owner)]:
+            del hooks[number]
+            module._forward_hooks_always_called.pop(number, None)
 
 
 def uncompiled(model: Any) -> Any:

@@ -42,13 +42,6 @@ class StoredCores(Protocol):
         """[capacity, r, r], by slot."""
 
 
-class Group(Protocol):
-    """Layers computed in one call: a protocol, as the module of `FusedGroup` imports this one."""
-
-    def fused_output(self, layer: AdaptedLayer, x: Tensor, rows: Rows | None = None) -> Tensor | None:
-        """y of one member; None if the layer has to be computed alone."""
-
-
 def _former(name: str, field: str) -> property:
     """A former dictionary by adapter name, with a deprecation warning."""
 
@@ -88,7 +81,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = self.base.shape
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.adapters: dict[str, AdapterState] = {}  # state by adapter name
-        self.fused_group: Group | None = None  # set by `linear_group.attach` once the model is patched
         self.stored_cores: StoredCores | None = None  # set by a bank of adapters
         self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
         self.merged_adapters: list[str] = []

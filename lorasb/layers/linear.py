@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,7 +34,7 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: o
     """y [..., out] of a linear with a choice of adapter for each row of x."""
     rows = layer.checked_rows(x, rows)
     if in_one_call(layer, rows) is not None and not (args or kwargs or layer.any_wide or layer.base.must_run()):
-        taken = layer.fused_group.fused_output(layer, x, rows) if layer.fused_group is not None else None
+        taken = layer.fused_output(layer, x, rows) if layer.fused_output is not None else None
         if taken is None:
             return _computed(layer, x, of_rows(layer, rows), fused=True)
         return taken if autocast_on(x.device.type) else taken.to(x.dtype)
@@ -152,6 +152,9 @@ class LoRASBLinear(AdaptedLayer):
         RuntimeError: on a training forward of an adapter that has not been initialized.
     """
 
+    # `linear_group.attach` sets it: y as computed with other layers that read x, or None
+    fused_output: Callable[[LoRASBLinear, Tensor, Rows | None], Tensor | None] | None = None
+
     def forward(
         self, x: Tensor, *args: object, adapter_names: Rows | Sequence[str] | None = None, **kwargs: object
     ) -> Tensor:
@@ -171,7 +174,7 @@ class LoRASBLinear(AdaptedLayer):
                 y = y + self.adapter_forward(base.cast(x), name).to(y.dtype)
             return y
         # The group compares x by identity, so it has to see x before the cast.
-        grouped = self.fused_group.fused_output(self, x) if self.fused_group is not None else None
+        grouped = self.fused_output(self, x, None) if self.fused_output is not None else None
         x, weight, bias = base.operands(x)
         # The base's product is inside the first adapter's op.
         y = self.adapter_forward(x, names[0], weight, bias) if grouped is None else grouped

@@ -1,7 +1,7 @@
 """Groups of layers that read the same x (q/k/v, gate/up): the first one called computes all, the others take theirs.
 
 The model's own code is not changed. Groups are formed by the layers' names; every call checks that a member gets the
-very same tensor, and a layer that does not is computed alone and leaves its group. Results are dropped at the end of
+very same tensor, and a layer that does not leaves its group before the next forward. Results are dropped at the end of
 the forward of the module that holds the layers.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from ..compat.accelerate import hook_of
 from ..functional import lora_sb_linear_group
 from ..ops.calls import autocast_on
 from ..utils.precision import SIXTEEN_BIT
-from .adapted_layer import AdaptedLayer
 from .adapter_state import Rows
 from .linear import LoRASBLinear, in_one_call, of_rows
 
@@ -89,28 +88,16 @@ NAMES = (
 
 
 @dataclass
-class Pending:
-    """Results that members have not taken yet."""
-
-    x: Tensor  # the input of all members
-    rows: Rows | None  # the adapters of its rows, where they differ by row
-    state: tuple[object, ...]  # `FusedGroup._state` at the computation; results are valid while it is unchanged
-    results: dict[int, Tensor]  # y [..., out] by the member's index in the group
-
-    def is_for(self, x: Tensor, rows: Rows | None) -> bool:
-        """True if it was computed from this very x, and for these adapters of its rows."""
-        same = rows is self.rows or (rows is not None and self.rows is not None and rows.same_as(self.rows))
-        return x is self.x and same
-
-
-@dataclass
 class Forward:
-    """A forward of the parent in progress, in one thread."""
+    """A forward of the parent in one thread, and the results in it that members have not taken yet."""
 
+    parent: weakref.ref[nn.Module]
     # The innermost saved-tensor hooks when it began. Gradient checkpointing around some of the layers installs others:
     # a result must not cross into or out of a region that recomputes its layers in backward without the others.
     saving: object
-    pending: Pending | None = None  # results that were computed in it
+    x: Tensor | None = None  # the input that results were computed from
+    state: tuple[object, ...] = ()  # `_state` at the computation; results are valid while it is unchanged
+    results: dict[str, Tensor] = field(default_factory=dict)  # y [..., out] by the member's name
 
 
 class FusedGroup:
@@ -120,142 +107,75 @@ class FusedGroup:
     (`retain_graph=True`) or separate the layers with `detach(model)`.
     """
 
-    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        # Weak, as the parent's hooks refer to the group: a cycle would keep a deleted model's memory until the garbage
-        # collector runs.
-        self._parent: weakref.ref[nn.Module] | None = weakref.ref(parent)
-        self._forwards: dict[int, Forward] = {}  # of the parent, by thread: each has its own x
-        self._apart: set[int] | None = None  # members to be separated before the next forward
-        # Ids, not handles, so that a deepcopied group can remove the copies of its hooks. `always_call` drops the
-        # results of a forward that raised, too.
-        self._hooks = (
-            parent.register_forward_pre_hook(self._parent_begins).id,
-            parent.register_forward_hook(self._parent_ends, always_call=True).id,
-        )
-        for member in self.members:
-            member.fused_group = self
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)  # not the layers: a copied parent's hooks find its own
+        self._untaken: set[str] = set()  # members that did not take their results: separated before the next forward
+        self._thread = threading.local()  # `forward`: each thread has its own x
 
-    @property
-    def members(self) -> list[LoRASBLinear]:
-        """The layers that are children of the parent now; a child may have been replaced since."""
-        parent = self._parent() if self._parent is not None else None
-        children = [parent._modules.get(name) for name in self.names] if parent is not None else []
-        return [child for child in children if isinstance(child, LoRASBLinear)]
+    def __reduce__(self) -> tuple[type[FusedGroup], tuple[tuple[str, ...]]]:
+        return FusedGroup, (self.names,)
 
-    def fused_output(self, layer: AdaptedLayer, x: Tensor, rows: Rows | None = None) -> Tensor | None:
-        """y of one member, from the pending results or computed with the others'; None: compute it alone."""
+    def fused_output(self, layer: LoRASBLinear, x: Tensor, rows: Rows | None) -> Tensor | None:
+        """y of one member, as computed before with the others' or now; None: compute it alone."""
         # A compiled graph cannot carry results from one layer to another, and inference tensors have no version.
         if torch.compiler.is_compiling() or x.is_inference():
             return None
-        forward = self._forwards.get(threading.get_ident())
+        forward: Forward | None = getattr(self._thread, "forward", None)
         if forward is None or forward.saving != private.saved_tensor_hooks(True):
             return None
-        members, pending = self.members, forward.pending
-        index = next((i for i, member in enumerate(members) if member is layer), None)
-        if index is None:
+        members = self._members(forward.parent())
+        if layer not in members:
             return None
-        if pending is not None and index in pending.results:
-            if pending.is_for(x, rows) and pending.state == self._state(members, x):
-                return pending.results.pop(index)
-            # This layer got another x, or the state changed: separate those that have not taken their results.
-            if self._separate(pending.results, forward):
-                return layer.fused_group.fused_output(layer, x, rows) if layer.fused_group is not None else None
-            forward.pending = None
-            return None
-        if pending is not None and pending.is_for(x, rows):
-            return None  # differs from the others in rank, dtype, hooks ...: they were computed without it
-        forward.pending = None  # results for another x, which the parent called its members with before
-        key = group_key(members[index], x, rows)
+        if forward.x is x and forward.state == _state(members, x, rows):
+            return forward.results.pop(members[layer], None)  # None: not like the others in rank, dtype, hooks ...
+        if members[layer] in forward.results:  # it reads another x, or the state changed
+            self._untaken = self._untaken or set(forward.results)
+        forward.x, forward.results = None, {}
+        key = group_key(layer, x, rows)
         if key is None:
             return None
-        indices = [i for i, m in enumerate(members) if m is layer or group_key(m, x, rows) == key]
-        if len(indices) < 2:
+        alike = [member for member in members if member is layer or group_key(member, x, rows) == key]
+        if len(alike) < 2:
             return None
-        results = dict(zip(indices, compute([members[i] for i in indices], x, rows), strict=True))
-        y = results.pop(index)
-        forward.pending = Pending(x, rows, self._state(members, x), results)
-        return y
+        ys = compute(alike, x, rows)
+        forward.x, forward.state = x, _state(members, x, rows)
+        forward.results = {members[member]: y for member, y in zip(alike, ys, strict=True)}
+        return forward.results.pop(members[layer])
 
-    def detach(self) -> None:
-        """Detach the members and remove the hooks from the parent."""
-        self._forwards = {}
-        for member in self.members:
-            member.fused_group = None
-        parent = self._parent() if self._parent is not None else None
-        if parent is not None:
-            private.remove_forward_hooks(parent, *self._hooks)
-        self.names, self._parent = (), None
+    def _members(self, parent: nn.Module | None) -> dict[LoRASBLinear, str]:
+        """The layers, with their names; a child may have been replaced since the group was formed."""
+        children = {} if parent is None else {parent._modules.get(name): name for name in self.names}
+        return {m: n for m, n in children.items() if isinstance(m, LoRASBLinear) and m.fused_output is not None}
 
-    @staticmethod
-    def _state(members: list[LoRASBLinear], x: Tensor) -> tuple[object, ...]:
-        """State that must not change between the first member's call and another's."""
-        # Versions show in-place writes to x or R (an optimizer step); results computed on another CUDA stream may not
-        # be ready on this one.
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        adapter_states = [
-            (*m.active_adapters, m.disable_adapters, *(core._version for core in list(m.lorasb_R.values())))
-            for m in members
-        ]
-        return x._version, torch.is_grad_enabled(), autocast_on(x.device.type), stream, *adapter_states
-
-    def _separate(self, untaken: Collection[int], forward: Forward, ended: bool = False) -> bool:
-        """Split the group now; under gradient checkpointing, which will run this forward again, before the next one."""
-        if forward.saving is not None:
-            self._apart = set(untaken) if self._apart is None else self._apart
-            return False
-        self._split(untaken, None if ended else forward)
-        return True
-
-    def _split(self, untaken: Collection[int], forward: Forward | None) -> None:
-        """Separate members that took their results from those that did not; two or more form a new group."""
-        parent = self._parent
-        groups: tuple[list[str], list[str]] = ([], [])
-        for i, name in enumerate(self.names):
-            groups[i in untaken].append(name)
-        self.detach()
-        for names in groups:
-            if len(names) > 1 and parent is not None and (module := parent()) is not None:
-                group = FusedGroup(module, names)
-                if forward is not None:  # the parent's pre-hook has run
-                    group._forwards[threading.get_ident()] = Forward(forward.saving)
-
-    def _parent_begins(self, parent: nn.Module, arguments: object) -> None:
+    def begins(self, parent: nn.Module, arguments: object) -> None:
+        """Begin a forward of the parent, with members separated by what the forwards before have shown."""
         if torch.compiler.is_compiling():
             return
-        thread = threading.get_ident()
-        if self._forwards and thread not in self._forwards:
-            # Forwards that threads were interrupted in end with the threads: no hook has run then.
-            alive = {one.ident for one in threading.enumerate()}
-            for other in [one for one in list(self._forwards) if one not in alive]:  # a copy: threads add theirs
-                self._forwards.pop(other, None)
-        self._forwards[thread] = forward = Forward(private.saved_tensor_hooks(True))
-        # not in backward, where checkpointing repeats a forward, with the groups that it had
-        if self._apart is not None and private.graph_task() == -1:
-            self._split(self._apart, forward)
+        # not in backward, where checkpointing repeats a forward, which has to save what it saved the first time
+        if (apart := self._untaken) and private.graph_task() == -1:
+            halves = [tuple(n for n in self.names if n not in apart), tuple(n for n in self.names if n in apart)]
+            self.names, self._untaken = max(halves, key=len), set()  # no group in `NAMES` has more than one pair
+        if len(self.names) > 1:
+            self._thread.forward = Forward(weakref.ref(parent), private.saved_tensor_hooks(True))
 
-    def _parent_ends(self, parent: nn.Module, arguments: object, result: object) -> None:
-        """Drop untaken results. `result` is None after an exception: only a complete forward shows who shares x."""
+    def ends(self, parent: nn.Module, arguments: object, result: object) -> None:
+        """Drop what is left. `result` is None after an exception: only a complete forward shows who shares x."""
         if torch.compiler.is_compiling():
             return
-        forward = self._forwards.pop(threading.get_ident(), None)
-        if forward is not None and forward.pending is not None and forward.pending.results and result is not None:
-            self._separate(forward.pending.results, forward, ended=True)
+        forward = vars(self._thread).pop("forward", None)
+        if forward is not None and result is not None:
+            self._untaken = self._untaken or set(forward.results)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> FusedGroup | None:
-        """A copy for the copied parent; None if a layer is copied without its parent."""
-        parent = memo.get(id(self._parent())) if self._parent is not None else None
-        if not isinstance(parent, nn.Module):
-            return None
-        # Not by __init__: the parent's hook dictionaries are copied as well, under the same ids.
-        memo[id(self)] = new = object.__new__(FusedGroup)
-        new.names, new._hooks, new._parent = self.names, self._hooks, weakref.ref(parent)
-        new._forwards, new._apart = {}, self._apart
-        return new
 
-    def __getstate__(self) -> dict[str, object]:
-        """An empty group, as weak references do not pickle: unpickled layers are computed alone."""
-        return {"names": (), "_hooks": self._hooks, "_parent": None, "_forwards": {}, "_apart": None}
+def _state(members: Iterable[LoRASBLinear], x: Tensor, rows: Rows | None) -> tuple[object, ...]:
+    """State that must not change between the first member's call and another's."""
+    # Versions show in-place writes to x or R; results computed on another CUDA stream may not be ready on this one.
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    adapters = [
+        (*m.active_adapters, m.disable_adapters, *(core._version for core in list(m.lorasb_R.values())))
+        for m in members
+    ]
+    return x._version, rows, torch.is_grad_enabled(), autocast_on(x.device.type), stream, *adapters
 
 
 def wanted(group: bool | None) -> bool:
@@ -267,19 +187,23 @@ def attach(model: nn.Module) -> None:
     """Attach groups to the layers of a model that has none."""
     for parent in model.modules():
         for names in NAMES:
-            by_in_features: dict[int, list[str]] = {}  # cross-attention's k and v may read a wider input than its q
+            by_in_features: dict[int, dict[str, LoRASBLinear]] = {}  # k and v may read a wider input than q
             for name in names:
                 child = parent._modules.get(name)
                 if isinstance(child, LoRASBLinear):
-                    by_in_features.setdefault(child.in_features, []).append(name)
+                    by_in_features.setdefault(child.in_features, {})[name] = child
             for members in by_in_features.values():
                 if len(members) > 1:
-                    FusedGroup(parent, members)
+                    group = FusedGroup(members)
+                    parent.register_forward_pre_hook(group.begins)
+                    parent.register_forward_hook(group.ends, always_call=True)  # also after an exception
+                    for member in members.values():
+                        member.fused_output = group.fused_output
 
 
 def detach(model: nn.Module) -> None:
     """Detach the layers of all groups of a model, which are then computed alone."""
     for module in model.modules():
-        group = getattr(module, "fused_group", None)
-        if isinstance(group, FusedGroup):
-            group.detach()
+        if isinstance(module, LoRASBLinear):
+            module.fused_output = None
+        private.remove_forward_hooks(module, FusedGroup)

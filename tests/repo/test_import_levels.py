@@ -152,7 +152,6 @@ def attributes(node: ast.ClassDef) -> set[str]:
 
 # a protocol with one implementation in the package: why it is there
 SINGLE_PROTOCOLS = {
-    "Group": "`FusedGroup` of layers/linear_group.py, which imports the layers that refer to it",
     "StoredCores": "layers read from a bank of serving/, a level above",
 }
 

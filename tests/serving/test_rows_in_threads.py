@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from basis_models import NAMES, moved_to_bank, out, with_users
-from linear_groups import groups
+from linear_groups import sizes
 from models import batches_for
 from peft import PeftModel
 from tolerances import check_equal
@@ -44,7 +44,7 @@ def test_each_thread_has_its_own_rows(in_bank: bool, interval: float) -> None:
             assert list(threads.map(serve, range(len(CALLS)))) == [True] * len(CALLS)
     finally:
         sys.setswitchinterval(before)
-    assert [len(group.members) for group in groups(model)] == [3, 2] * 2
+    assert sizes(model) == [3, 2] * 2
     assert not any(module._forward_pre_hooks for module in model.modules() if hasattr(module, "lorasb_R"))
 
 

@@ -26,8 +26,13 @@ def step(
 
 
 def groups(model: nn.Module) -> list[linear_group.FusedGroup]:
-    found = {id(layer.fused_group): layer.fused_group for layer in layers(model).values() if layer.fused_group}
-    return list(found.values())
+    """The groups of layers that are computed together."""
+    found = [layer.fused_output.__self__ for layer in layers(model).values() if layer.fused_output is not None]
+    return [group for group in dict.fromkeys(found) if len(group.names) > 1]
+
+
+def sizes(model: nn.Module) -> list[int]:
+    return [len(group.names) for group in groups(model)]
 
 
 def alone(model: nn.Module) -> nn.Module:
