@@ -107,8 +107,8 @@ def refine_rate(
     """Double or halve a measured rate (`initialize(lr="auto")`): double it if it beats its quarter after 4 steps.
 
     The best rates of two tasks at one rank are up to 8 times apart. After a few steps, whether the larger of two rates
-    is ahead tells such tasks apart, but not how far the best rate is: few steps favor small ones. Comparing with half
-    the rate chose wrongly in three of 17 probes (SmolLM2 and MiniLM, three tasks), with a quarter in none.
+    is ahead tells such tasks apart, but not how far the best rate is: few steps favor small ones, so the other rate is
+    a quarter, not half.
 
     R (of `adapter`, or of every adapter) has to be initialized at `rate`, and is scaled to the rate that is returned.
     `loss_fn` of model and batch replaces the model's loss. Raises the errors of `find_lr`.
