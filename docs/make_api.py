@@ -14,32 +14,68 @@ import lorasb.functional
 
 PAGE = Path(__file__).with_name("api.md")
 FUNCTIONAL = ("lora_sb_linear", "lora_sb_linear_group", "quantized_linear", "dequantize")
+METHODS = (lorasb.AdapterBank, lorasb.InitReport, lorasb.VLLMSampler)  # classes whose methods are listed, too
 HEAD = """# API reference
 
-Everything that is public, from its docstring. `python docs/make_api.py` writes this page; a test holds it to the code.
+The public functions and classes, from their docstrings. `python docs/make_api.py` writes this page; a test holds it to
+the code.
 """
 
 
-def _unquoted(text: str) -> str:
-    """A signature without the quotes of its annotations, which are strings; those of a literal stay."""
-    return re.sub(r"Literal\[(\w+)\]", r'Literal["\1"]', re.sub("[\"']", "", text))
+class _Source(str):
+    """An annotation, which is a string in the sources, as the code that it is."""
+
+    __repr__ = str.__str__
 
 
-def signature(name: str, item: Any) -> str:
-    """`name(arguments)`, with one argument per line if it is longer than 100 characters."""
-    if not callable(item):
-        return name
-    if item is lorasb.LoRASBConfig:  # inherited fields depend on the installed PEFT
-        inherited = {field.name for field in dataclasses.fields(item.__mro__[1])}
-        own = (field.name for field in dataclasses.fields(item) if field.name not in inherited)
-        return f"{name}(\n    " + ",\n    ".join(own) + ",\n)"
-    # annotations are strings in the sources; their quotes are dropped
-    text = _unquoted(f"{name}{inspect.signature(item)}")
-    text = re.sub(r"<factory>", "...", text)
-    if len(text) <= 100:
+def _shown(parameter: inspect.Parameter) -> str:
+    annotated = parameter.annotation is not parameter.empty
+    return str(parameter.replace(annotation=_Source(parameter.annotation)) if annotated else parameter)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    factory = field.default_factory
+    return repr(field.default if factory is dataclasses.MISSING else factory())
+
+
+def signature(name: str, item: Any, width: int = 100) -> str:
+    """`name(arguments) -> result`, with one argument per line if it is longer than `width`."""
+    arguments, result = _arguments(item)
+    text = f"{name}({', '.join(arguments)}){result}"
+    if len(text) <= width:
         return text
-    arguments = [_unquoted(str(p)) for p in inspect.signature(item).parameters.values()]
-    return f"{name}(\n    " + ",\n    ".join(arguments).replace("<factory>", "...") + ",\n)"
+    return f"{name}(\n" + "".join(f"    {one},\n" for one in arguments) + f"){result}"
+
+
+def _arguments(item: Any) -> tuple[list[str], str]:
+    """The arguments of a signature, `*` included, and ` -> result`, empty for a class."""
+    if item is lorasb.LoRASBConfig:  # inherited fields, which come first, depend on the installed PEFT
+        inherited = {field.name for field in dataclasses.fields(item.__mro__[1])}
+        own = [field for field in dataclasses.fields(item) if field.name not in inherited]
+        return ["*", *(f"{field.name}: {field.type} = {_default(field)}" for field in own)], ""
+    found = inspect.signature(item)
+    arguments, named = [], False
+    for parameter in found.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not named:
+            arguments.append("*")
+        named = named or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
+        arguments.append(_shown(parameter))
+    result = "" if inspect.isclass(item) or found.return_annotation is found.empty else f" -> {found.return_annotation}"
+    return arguments, result
+
+
+def methods(item: type) -> list[str]:
+    """A line for each public method and property of a class."""
+    lines = []
+    for name, member in vars(item).items():
+        found = getattr(item, name)
+        if name.startswith("_") or not (callable(found) or isinstance(member, property)):
+            continue
+        shown = signature(name, found, width=10_000) if callable(found) else name
+        lines.append(f"- `{shown}`: {(inspect.getdoc(member) or '').partition(chr(10) * 2)[0]}")
+    return ["Methods and properties:", "", *lines, ""]
 
 
 def entry(name: str, item: Any) -> str:
@@ -54,6 +90,8 @@ def entry(name: str, item: Any) -> str:
     lines += [first, ""]
     if details.strip():
         lines += ["```text", details.strip(), "```", ""]
+    if item in METHODS:
+        lines += methods(item)
     return "\n".join(lines)
 
 

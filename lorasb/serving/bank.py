@@ -90,7 +90,9 @@ class AdapterBank:
         resident: most adapters on the device at a time; the least recently used others wait in host memory. None: all.
 
     Raises:
-        ValueError: no such adapter, it is not initialized, its layers are on several devices, or the model has a bank.
+        ValueError: no such adapter, it is not initialized, its layers are not all linears on one device, the model has
+            a bank, or `block` or `resident` is below 1.
+        TypeError: another dtype.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class AdapterBank:
 
     @property
     def adapter_bytes(self) -> int:
+        """Bytes that the R's of one adapter take."""
         return self.storage.shape[1] * self.storage.element_size()
 
     def __contains__(self, name: object) -> bool:
