@@ -60,9 +60,9 @@ def lora_sb_linear(
         y [..., out] in x's dtype.
 
     Raises:
-        ValueError: shapes, ranks or devices do not match, dropout is not in [0, 1), or x requires grad under inference
-            mode.
-        TypeError: dtypes do not match, or x is not floating point.
+        ValueError: shapes, ranks or devices do not match, r is over 256, dropout is not in [0, 1) or comes with
+            `index`, `index` does not have n entries or lora_R is no stack, or x requires grad under inference mode.
+        TypeError: dtypes do not match, x is not floating point, or `index` is a tensor that is not int64 on the CPU.
         IndexError: an entry of `index` is no adapter's.
     """
     quantized = of_weight(weight) if isinstance(weight, QuantizedWeight) or hasattr(weight, "quant_state") else None
@@ -222,8 +222,8 @@ def lora_sb_linear_group(
         The y_i [..., out_i].
 
     Raises:
-        ValueError: shapes, devices or numbers of entries do not match, or ranks differ.
-        TypeError: dtypes do not match.
+        ValueError: what `lora_sb_linear` raises it for, or numbers of entries or ranks of the members differ.
+        TypeError: as in `lora_sb_linear`.
         IndexError: an entry of `index` is no adapter's.
     """
     if not weights:

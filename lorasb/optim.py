@@ -16,7 +16,7 @@ def parameter_groups(
     """The trainable parameters of a model, as groups for `torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3))`.
 
     R moves inside a fixed subspace and starts at the first step of full fine-tuning, so its learning rate is larger: 10
-    to 40 times that of full fine-tuning in docs/choosing.md; the paper has 1e-4 to 2e-3 (Tables 11 and 12).
+    to 40 times full fine-tuning's on chain_sum (benchmarks/REPORT.md); the paper has 1e-4 to 2e-3 (Tables 11 and 12).
 
     Args:
         model: a patched model.

@@ -47,8 +47,8 @@ class LoRASBConfig(PeftConfig):
     """Configuration of LoRA-SB: `W = W0 + s·B·R·A`, with A [r, in], B [out, r] frozen and R [r, r] trained.
 
     Args:
-        r: rank. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit rank above
-            that is an error which names the layer.
+        r: rank, at most 256. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit
+            rank above that is an error which names the layer.
         target_modules: names (matched by suffix) of linears, embeddings, convolutions or attention; a regex; or
             "all-linear", without output embeddings and modules that are missing from the base's checkpoint (heads,
             poolers), which are trained in full.
@@ -62,8 +62,8 @@ class LoRASBConfig(PeftConfig):
         basis: name of an adapter of the model, whose A, B, layers, ranks and s this one shares. R alone is trained and
             saved, with the digest of A and B.
         basis_start: R of an adapter on a basis: "zero", or "same", a copy of the basis's.
-        bias: biases of the base that are trained and saved too: "none", "all" or "lorasb_only", those of the adapted
-            layers. With trained biases a disabled adapter is not the base model.
+        bias: biases of the base that are trained and saved too: "none", "all" or "lorasb_only" (or "lora_only"),
+            those of the adapted layers. With trained biases a disabled adapter is not the base model.
         scaling: s. Needs no tuning: LoRA-SB's equivalent gradient does not depend on s (Theorem 5).
         init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W, Σ in A as its authors have it), "lora-xs-output" (Σ in
             B), "kaiming" (SVD of a random matrix, Table 5) or "random" (orthonormal A and B, R = 0: the control). All

@@ -66,7 +66,9 @@ def export_lora(
         The folder, or the GGUF file.
 
     Raises:
-        ValueError: no initialized LoRA-SB adapter, values that are not finite in `dtype`, or one in the output folder.
+        ValueError: no initialized adapter, values not finite in `dtype`, an unknown format or model type, or a LoRA-SB
+            adapter in `path`.
+        ImportError: no gguf.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -348,7 +350,7 @@ def adapter_delta(
         model: a patched model.
         part: "lora" (lora_A = A, lora_B = s·B·R, by PEFT's names), "basis" (A [r, in] and s·B [out, r]) or "core" (R).
         adapter_name: which adapter; the active one by default.
-        dtype: of the tensors; that of the factors by default, and fp32 for "lora".
+        dtype: of the tensors; the factors' by default; fp32 for "lora", and for B if s != 1.
 
     Returns:
         Tensors by name, on the model's device; those of "basis" and "core" are the adapter's own where no dtype or

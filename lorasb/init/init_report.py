@@ -146,9 +146,18 @@ def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str
 class InitReport:
     """The result of `lorasb.initialize`. Prints as a table; has methods `save`, `load`, `plot` and `suggest_ranks`.
 
-    `left` lists modules that are not adapted by design: a tied head, routers, experts that are not named in
-    `target_parameters`. `longest_start` is the limit passed to `initialize`, or None. `rate` is the peak learning rate
-    that lr="auto" measured, to train with, or None.
+    Attributes:
+        layers: a report of each layer: `name`, `rank`, `energy_sign`, `energy_grad`, `stability`, `start`, ...
+        energy_sign, energy_grad: mean over layers of the share of the energy of sign(ΣG) and of ΣG that is kept.
+        stability: mean overlap of the subspaces from two halves of the samples; None if not measured.
+        start: mean factor on η of R's first step, which `longest_start` limits.
+        loss: mean loss of the samples at the base model; None without data.
+        seconds: duration.
+        init, update, strategy: what was done; `why` says why a strategy was chosen.
+        lr, num_samples, seed: η, the number of samples, and the seed of their draw and of the SVD.
+        longest_start: the limit passed to `initialize`, or None.
+        rate: the peak learning rate that lr="auto" measured, to train with, or None.
+        left: modules that are not adapted by design: a tied head, routers, experts not in `target_parameters`.
     """
 
     init: str

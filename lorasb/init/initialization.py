@@ -97,8 +97,8 @@ def initialize(
             {"math": loader, ...}: an adapter for each, on one basis, which is this adapter with R = 0: a `TasksReport`.
         lr: η of R's first step, `lorasb.first_step_lr` of a schedule; "auto" measures it for AdamW (docs/choosing.md).
         num_samples: over all ranks; None for min(available, max(32, n/1000)), or all of an iterable without a size.
-        update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (moments, docs/choosing.md).
-        longest_start: in AdamW steps of R at the rate η; 0 for R = 0, None for the full step of the text. Not of "sgd".
+        update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (moments, docs/initialization.md).
+        longest_start: in AdamW steps of R at the rate η; 0 for R = 0, None for the paper's full step. Not of "sgd".
         strategy: "layerwise" (a block at a time), "accumulate" (passes through the whole model) or "auto"; equal sums.
         blocks: name of the list of blocks ("model.layers"), if the wrong one is detected.
         memory_budget: bytes on top of the model (or "6GB"); None allows what a training step of 32 samples needs.
@@ -109,7 +109,11 @@ def initialize(
         adapter_name: name of the adapter; the active one if None.
         progress: show an estimate and a progress bar (on rank 0).
 
+    Returns:
+        The report; for {task: loader} a `TasksReport`: `tasks`, the report of each, and `shares`, what the basis keeps.
+
     Raises:
+        TypeError: no iterable of batches that are dicts.
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
     options = InitOptions(

@@ -146,7 +146,7 @@ class LoRASBLinear(AdaptedLayer):
             without one, if None.
         resolver_options: of PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
 
-    Forward: x [..., in] -> y [..., out], in x's dtype.
+    Forward: x [..., in] -> y [..., out], in x's dtype, or autocast's.
 
     Raises:
         RuntimeError: on a training forward of an adapter that has not been initialized.

@@ -70,7 +70,7 @@ def share_basis(model: PeftModel, adapters: Sequence[str], name: str, r: int | N
         r: rank of the basis; the adapters' largest by default.
 
     Returns:
-        What each adapter keeps; the rest is lost, and `joint_factors` tells it in advance.
+        `overall` and `by_layer`: the share of each adapter's energy that is kept.
 
     Raises:
         ValueError: fewer than two adapters, one is unknown or not initialized, or others share one's factors.

@@ -29,8 +29,11 @@ def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str])
         labels: [n, T], -100 where no loss is counted; the logits before a token predict it, as in transformers.
         adapter_names: of the n rows; rows of `__base__` are left out.
 
+    Returns:
+        {name: loss [], fp32 (fp64 for fp64)}, in the order of first rows.
+
     Raises:
-        ValueError: not one name for each row, or an adapter without a labeled token.
+        ValueError: not one name for each row, logits that do not fit labels, or an adapter without a labeled token.
     """
     if len(adapter_names) != len(labels) or logits.shape[:2] != labels.shape:
         got = f"{list(logits.shape)}, {list(labels.shape)} and {len(adapter_names)}"
@@ -150,7 +153,8 @@ class AdapterRowsCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins, if the optimizer lacks the groups of `adapter_parameter_groups`, or gradients
-            are not those of one plain backward (fp16 with loss scaling, DeepSpeed, FSDP).
+            are not those of one plain backward (fp16 with loss scaling, DeepSpeed, FSDP), or the arguments have
+            `label_smoothing_factor` or `load_best_model_at_end`.
     """
 
     def __init__(self) -> None:

@@ -37,7 +37,7 @@ class RateTrials:
     """Results of the trials.
 
     Attributes:
-        lr: the rate of the least loss; of `refine_rate`, twice or half the measured one.
+        lr: the rate of the least loss; of `lr="auto"`, twice or half the measured one.
         losses: rate -> mean loss of the batches that judge, after its trial; infinite if it diverged.
         steps: of each trial.
     """

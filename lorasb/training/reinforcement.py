@@ -136,7 +136,7 @@ def policy_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def preference_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """−mean of log π(chosen) − log π(rejected): DPO's gradient, times β/2, where the policy is the reference.
+    """−mean of (log π(chosen) − log π(rejected)): β/2 times its gradient is DPO's, where the policy is the reference.
 
     Args:
         model: the policy.

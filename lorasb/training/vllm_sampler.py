@@ -61,7 +61,7 @@ class VLLMSampler:
         options: of vLLM's sampling ("frequency_penalty", ...) besides the trainer's own.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: `client` is neither.
     """
 
     def __init__(
