@@ -93,7 +93,7 @@ PRIVATE = {
     **several("skips attribute lookup", NO_FORWARD, "torch.nn.Module()._parameters", "torch.nn.Module()._modules"),
     **several("detects changes of a tensor in place", NO_FORWARD, "torch.Tensor._version"),
     **several(
-        "overridden: statistics of 4-bit weights, which factors a checkpoint has",
+        "overridden: 4-bit statistics, and a record of a checkpoint's factors",
         "4-bit weights are saved without statistics, and loaded factors count as not initialized",
         *("torch.nn.Module._save_to_state_dict", "torch.nn.Module._load_from_state_dict"),
     ),

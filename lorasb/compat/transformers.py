@@ -1,4 +1,4 @@
-"""Private names of transformers and TRL, and one function that is replaced."""
+"""Private names of transformers, and one function that is replaced."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from . import Private, several
 
-VERIFIED = "transformers 5.3 and 5.24, TRL 1.16"
+VERIFIED = "transformers 5.3 and 5.24"
 LOADED = "_is_hf_initialized"
 CHECKPOINTING = "_gradient_checkpointing_func"
 GATES = "transformers.integrations.moe"  # the module with the gate of experts that define none
