@@ -101,7 +101,7 @@ def _ratio(row: Row) -> str:
 
 def size(count: int) -> str:
     """Bytes, for people."""
-    return f"{count / 2**20:.1f} MB" if count >= 2**20 else f"{count / 2**10:.0f} kB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def place(machine: dict[str, Any]) -> str:
