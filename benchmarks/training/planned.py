@@ -124,7 +124,7 @@ def machine() -> str:
     return machine_name(dtype_name(dtype_of(Request(EMBEDDED))))
 
 
-HEAD = ("model", "alive, planned", "measured", "ratio", "resident, planned", "median", "lowest to highest", "ratio")
+HEAD = ("model", "alive, planned", "measured", "ratio", "resident, planned", "measured", "ratio")
 
 
 def line(one: Found) -> list[str]:
@@ -133,8 +133,7 @@ def line(one: Found) -> list[str]:
     middle = statistics.median(one.resident)
     sizes = [f"{size / 1e6:.0f} MB" for size in (one.planned_alive, one.alive, one.planned, middle)]
     live, resident = (f"{ratio:.2f}" for ratio in one.ratios)
-    runs = " to ".join(f"{size / 1e6:.0f}" for size in dict.fromkeys((min(one.resident), max(one.resident))))
-    return [title, *sizes[:2], live, *sizes[2:], runs, resident]
+    return [title, *sizes[:2], live, *sizes[2:], resident]
 
 
 def view(found: list[Found]) -> Table:
