@@ -75,8 +75,7 @@ class LayerCores:
 class AdapterBank:
     """R's of many adapters on the A and B of one, resident on the model's device or waiting in host memory.
 
-    Methods may be called from several threads: a batch in progress keeps its adapters where they are. A copied
-    model has no bank.
+    Methods may be called from several threads: a batch in progress keeps its adapters where they are.
 
         bank = lorasb.AdapterBank(model)  # on the A and B of adapter "default"
         bank.load("adapters/")  # one folder per adapter
