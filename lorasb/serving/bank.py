@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import mmap
 import threading
@@ -66,8 +67,10 @@ class LayerCores:
             seen = self._seen = whole, whole[:, first : first + r**2].unflatten(1, (r, r))
         return seen[1]
 
-    def __deepcopy__(self, memo: dict[int, object]) -> None:
-        """None: a copied model has no bank."""
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerCores | None:
+        """Copy for the copied model's bank; None for a layer that is copied without its model."""
+        bank = copy.deepcopy(self.bank, memo)
+        return None if bank is None else LayerCores(bank, self.columns)
 
 
 # All R's of an adapter are a row of one tensor [capacity, Σ r²]; a layer's stack [capacity, r, r] is a view of its
@@ -254,6 +257,18 @@ class AdapterBank:
         """Remove the bank from the model."""
         for layer in self.layers.values():
             layer.stored_cores = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> AdapterBank | None:
+        """Copy for the copied model; None if a layer is copied without its model."""
+        model = memo.get(id(self._model()))
+        if not isinstance(model, nn.Module):
+            return None
+        memo[id(self)] = new = object.__new__(AdapterBank)
+        with self._lock:
+            kept = {name: value for name, value in vars(self).items() if name not in ("_lock", "_model", "_in_use")}
+            vars(new).update({name: copy.deepcopy(value, memo) for name, value in kept.items()})
+        new._model, new._lock, new._in_use = weakref.ref(model), threading.RLock(), Counter()
+        return new
 
     def _is_full(self) -> bool:
         return self.resident is not None and len(self._slots) >= self.resident
