@@ -123,6 +123,8 @@ def test_what_is_no_plain_stack_is_noticed(kind: str) -> None:
     assert list(got) == ["stem", "head", *(f"layers.{i}.proj" for i in range(3))]
     assert report.strategy == ("layerwise" if kind in STACKS else "accumulate")
     assert NO_STACKS.get(kind, "3 blocks at layers") in report.why
+    losses = [loss_of(Chain(kind), batch).item() for batch in batches]
+    assert report.loss == pytest.approx(sum(losses) / len(losses))  # counted once where a first way is given up
 
 
 def test_a_list_of_towers_that_take_ids() -> None:

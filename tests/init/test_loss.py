@@ -134,10 +134,15 @@ def test_a_model_without_a_loss_is_named_whatever_its_labels() -> None:
         backward_over_samples(model, {"input_ids": torch.ones(1, 4).long(), "labels": labels}, None)
 
 
-@pytest.mark.parametrize("family", ["llama", "roberta"])
-def test_a_batch_takes_one_forward(family: str) -> None:
-    """Where the loss is reproduced from the logits: of tokens, and of classes."""
-    model, calls = make(family).requires_grad_(True), []
+@pytest.mark.parametrize("problem", ["tokens", "classes", "regression", "multi_label_classification"])
+def test_a_batch_takes_one_forward(problem: str) -> None:
+    """Where the loss is reproduced from the logits."""
+    family, calls = "llama" if problem == "tokens" else "roberta", []
+    model, wanted = make(family), make(family)
+    batch = batches_for(family)[0]
+    if problem not in ("tokens", "classes"):
+        model.config.problem_type = wanted.config.problem_type = problem
+        batch["labels"] = torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
     model.register_forward_hook(lambda *_: calls.append(1))
-    backward_over_samples(model, batches_for(family)[0], None)
+    check_sums(hooked_sums(model, [batch]), autograd_sums(wanted, [batch]), BATCHING)
     assert len(calls) == 1
