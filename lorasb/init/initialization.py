@@ -109,9 +109,6 @@ def initialize(
         adapter_name: name of the adapter; the active one if None.
         progress: show an estimate and a progress bar (on rank 0).
 
-    Returns:
-        The report; for {task: loader} a `TasksReport`: `tasks`, the report of each, and `shares`, what the basis keeps.
-
     Raises:
         TypeError: no iterable of batches that are dicts.
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
@@ -130,9 +127,8 @@ def initialize(
         stability=stability,
         progress=progress,
     )
-    if isinstance(batches, Mapping):
-        return cast(InitReport, _initialize_tasks(uncompiled(model), batches, adapter_name, options))
-    return _initialize(uncompiled(model), batches, adapter_name, options)
+    run = _initialize_tasks if isinstance(batches, Mapping) else _initialize
+    return cast(InitReport, run(uncompiled(model), batches, adapter_name, options))
 
 
 def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, options: InitOptions) -> InitReport:
