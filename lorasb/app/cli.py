@@ -142,7 +142,7 @@ def _finetune(values: Json) -> None:
     check_names(settings)
     from . import tables
     from .finetune import run_finetune
-    from .results import IN_WORDS, how_to
+    from .results import IN_WORDS, example_to_ask, how_to
 
     result = run_finetune(settings)
     if console.quiet:  # not rank 0, which prints the same tables
@@ -159,12 +159,13 @@ def _finetune(values: Json) -> None:
         console.print(tables.basis_line(found["share"], found["random"]))
     console.print(tables.costs(summary))
     console.print(_files(settings.output))
-    lines = how_to(summary, Path(settings.output), result.examples[0].prompt)
+    lines = how_to(summary, Path(settings.output), *example_to_ask(result))
     # not by the console, which would break long lines
     typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {lines['command']}\n\nIn Python:\n")
     typer.echo(f"{textwrap.indent(lines['python'], '  ')}\n")
     if settings.method != "lora" and summary["classes"] is None:
-        by = f"vLLM with the plugin ({DOCS}/serving.md)" if summary["adapters"] else "vLLM, as a plain LoRA"
+        on_basis = summary["adapters"] or settings.basis
+        by = f"vLLM with the plugin ({DOCS}/serving.md)" if on_basis else "vLLM, as a plain LoRA"
         typer.echo(f"Serve it, by {by}:\n\n  {lines['serve']}\n")
 
 

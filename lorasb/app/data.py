@@ -54,6 +54,8 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     if settings.eval_data is None and any(example.adapter not in known for example in held_out):
         held_out = [example for example in held_out if example.adapter in known]
         remaining = _others(train_examples, held_out)
+    if train_examples and not remaining and settings.eval_data is not None:
+        raise ValueError(f"{settings.eval_data} has every prompt of --data: name rows that are not to be trained on")
     if not remaining or not held_out:
         raise ValueError(f"{settings.data} has too few examples to hold some out: add more, or another --eval-data")
     return remaining, held_out
@@ -294,8 +296,8 @@ def _file_or_source(name: str) -> Path | Source:
     if Path(name).is_file():
         return Path(name)
     if name not in NAMED:
-        files = map(str, Path(name).parent.glob("*.json*"))
-        hint = nearest(name, {*files, *NAMED}, f"data sets by name are {', '.join(NAMED)}", cutoff=0.6)
+        files = (path.name for path in Path(name).parent.glob("*.json*"))
+        hint = nearest(Path(name).name, {*files, *NAMED}, f"data sets by name are {', '.join(NAMED)}", cutoff=0.6)
         raise ValueError(f"expected a JSONL file, found none at {name} in {Path.cwd()}{hint}")
     return NAMED[name]
 

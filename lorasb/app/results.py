@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoints.model_card import add_usage
-from ..constants import WEIGHTS_NAME
+from ..constants import FACTORS_NAME, WEIGHTS_NAME
 from ..export import lora
 from ..init import InitReport
 from ..quantization.quantized_weight import is_quantized, of_module
@@ -36,6 +36,7 @@ from .data import INSTRUCTION, STEP_BY_STEP, Example
 from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
 from .prepare import Run, device, load_model, save_adapter
 from .run_folder import ANSWERS_NAME, SUMMARY_NAME, checked
+from .scoring import is_right
 from .settings import CONFIG_NAME, EMBEDDED, Settings, read_config
 from .terminal import console
 from .tokenize import messages_of
@@ -116,7 +117,8 @@ def save(run: Run, result: Result, history: list[Json]) -> None:
         save_adapter(run, target)
         usage = how_to(summary, folder)
         add_usage(target, f"```\n{usage['command']}\n```\n\n```python\n{usage['python']}\n```")
-    summary["adapter_bytes"] = (folder / "adapter" / WEIGHTS_NAME).stat().st_size
+    files = (folder / "adapter" / name for name in (WEIGHTS_NAME, FACTORS_NAME))  # the second on a basis
+    summary["adapter_bytes"] = sum(file.stat().st_size for file in files if file.is_file())
     if report is not None:
         if not run.adapters:  # a LoRA of each would be larger by far
             with replacing_folder(folder / "lora") as target:
@@ -275,18 +277,28 @@ def _questions() -> Iterator[str]:
                 yield line
 
 
-def how_to(summary: Json, folder: Path, question: str = "QUESTION") -> dict[str, str]:
+def example_to_ask(result: Result) -> tuple[str, str]:
+    """The question and the adapter of a held-out example, of the first one that was answered right."""
+    rows = zip(result.examples, result.after.answers, strict=True)
+    right = (example for example, said in rows if is_right(said, example.completion, example.score))
+    example = next(right, result.examples[0])
+    return example.prompt, example.adapter
+
+
+def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name: str = "") -> dict[str, str]:
     """Commands that use what a run has trained, for its last lines and its model card: in a shell and in Python."""
-    names = sorted(summary["adapters"] or ())
+    names = sorted(
+        summary["adapters"] or (), key=lambda name: (name != adapter_name, name)
+    )  # it, or else the first by name
     extra = f" --adapter {names[0]}" if names else ""
     if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
         question = "QUESTION"
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
     adapter, base = Path(folder, "adapter", *names[:1]), summary["config"]["model"]  # of several the first
     model = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run has loaded it from
-    if names:
-        of_all = summary["config"].get("basis") or str(folder / "adapter")
-        shared, model, first = map(shlex.quote, (of_all, model, f"{names[0]}={adapter}"))
+    if (of_all := summary["config"].get("basis")) or names:
+        module = f"{names[0] if names else 'adapter'}={adapter}"
+        shared, model, first = map(shlex.quote, (of_all or str(folder / "adapter"), model, module))
         serve = f"LORASB_BASIS={shared} vllm serve {model} --enable-lora --lora-modules {first}"
     else:
         serve = lora.serve_command(model, folder / "lora", summary["rank"])

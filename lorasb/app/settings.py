@@ -70,6 +70,8 @@ def check_layers(settings: Settings) -> None:
     # The hub would call a path a bad id.
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
         raise ValueError(f"--model {model}: there is no such folder; a hub id looks like HuggingFaceTB/SmolLM2-135M")
+    if Path(model).expanduser().joinpath("adapter_config.json").is_file():
+        raise ValueError(f"--model {model} is an adapter: name its base model, or ask the run that trained it")
     if isinstance(pattern := targets(settings.target_modules), str):
         check_pattern(pattern, "--target-modules")
     largest = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)

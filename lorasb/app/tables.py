@@ -114,6 +114,8 @@ def advice(summary: Json) -> Iterator[str]:
     if steps < FEW_STEPS and summary["eval_accuracy_after"] < GOOD:
         more = math.ceil(summary["epochs"] * ENOUGH_STEPS / steps)
         yield f"{steps} steps are few: --epochs {more} would make about {ENOUGH_STEPS}."
+    if summary["adapters"] and summary["config"]["eval_data"] is None and summary["eval_accuracy_after"] < GOOD:
+        yield "The held-out rows were drawn from --data and not trained on; --eval-data FILE names others."
 
 
 def adapters(summary: Json) -> Table:

@@ -53,7 +53,8 @@ def announcement(run: Run) -> str:
         return f"GRPO {begin} {steps} {settings.prompts_a_step} prompts, {settings.generations} completions each"
     rows = f"{len(run.rows):,} {'rows' if settings.packing else 'examples'} ({len(run.held_out.examples):,} held out)"
     passes = "" if settings.epochs or run.epochs == 1 else f" ({run.epochs:g} passes, --epochs auto)"
-    return f"Training {begin} {rows}, {steps} {settings.batch_size}{passes}, {run.tokens:,} tokens"
+    task = "" if settings.data is not None else f" {settings.generated_task} (a generated task: no --data)"
+    return f"Training{task} {begin} {rows}, {steps} {settings.batch_size}{passes}, {run.tokens:,} tokens"
 
 
 def estimated(run: Run, seconds: float, memory: int) -> Iterator[str]:

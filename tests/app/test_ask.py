@@ -19,6 +19,7 @@ from tiny_run import WORDS
 from lorasb.app import results as ask
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import EMBEDDED, Settings
+from lorasb.app.tables import advice
 from lorasb.utils.atomic_files import cache_dir
 
 
@@ -123,6 +124,13 @@ def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
     assert call("ask", whole, "copy red 1", "--max-new-tokens", "2").strip()
 
 
+def test_what_was_held_out_of_people_s_rows_is_said() -> None:
+    summary = {"train_steps": 60, "adapters": {"ada": {}}, "config": {"eval_data": None}, "eval_accuracy_after": 0.2}
+    assert "not trained on; --eval-data FILE" in "".join(advice(summary))
+    quiet = {"eval_accuracy_after": 1.0}, {"config": {"eval_data": "rows.jsonl"}}, {"adapters": {}}
+    assert [list(advice(summary | one)) for one in quiet] == [[], [], []]
+
+
 def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None:
     """A prompt from someone's data must not run in the user's shell, nor break a card's fences."""
     summary = {"adapters": {}, "prompt_format": ask.PLAIN, "classes": None, "rank": 4, "config": {"model": "m"}}
@@ -141,4 +149,9 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     lora = "--enable-lora --max-lora-rank 8 --lora-modules adapter=run/lora"
     assert of_demo["serve"] == f"vllm serve {cache_dir() / EMBEDDED} {lora}"
     assert of_several["serve"].startswith("LORASB_BASIS=run/adapter vllm serve m --enable-lora")
+    on_basis = ask.how_to(summary | {"config": {"model": "m", "basis": "b"}}, Path("run"))
+    served = "LORASB_BASIS=b vllm serve m --enable-lora --lora-modules adapter=run/adapter"
+    assert on_basis["serve"] == served  # a run on a basis writes no plain LoRA
+    grace = ask.how_to(summary | {"adapters": {"ada": {}, "grace": {}}}, Path("run"), "Where?", "grace")
+    assert grace["command"] == "lorasb ask run 'Where?' --adapter grace"
     assert ask.how_to(summary | {"prompt_format": ask.INSTRUCTED}, tmp_path, question)["command"].endswith(" QUESTION")

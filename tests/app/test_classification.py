@@ -60,7 +60,7 @@ def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Pat
     rows = [{"text": words[i], "text_pair": words[j], "label": float(i - j)} for i, j in pairs]
     data = write_rows(tmp_path / "gaps.jsonl", rows * 2)
     settings = replace(base, data=data, eval_data=data, epochs=1.0, output=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="has too few examples to hold some out: add more"):
+    with pytest.raises(ValueError, match="has every prompt of --data: name rows that are not to be trained on"):
         run_finetune(settings)
     held_out = write_rows(tmp_path / "held.jsonl", [{"text": "one two", "text_pair": "two", "label": 0.5}] * 2)
     result = run_finetune(replace(settings, eval_data=held_out))

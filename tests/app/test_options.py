@@ -48,6 +48,12 @@ def written(tmp_path: Path, text: str) -> str:
     return str(tmp_path / "a.yaml")
 
 
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter: name its base model, or ask the run that trained it"):
+        Settings(model=str(tmp_path)).check()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
