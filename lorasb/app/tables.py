@@ -249,7 +249,7 @@ def adapter(config: Json, layers: dict[str, dict[str, torch.Tensor]], size: int)
 
 def card_table(card: BasisCard) -> Table:
     """The share that a basis keeps of each task's first step."""
-    table = table_of(f"Basis of rank {card.r} for {card.model}", "task", "examples", "kept of its first step")
+    table = table_of(f"Basis of rank {card.r} for {card.model}", "task", "examples", f"kept of its rank-{card.r} step")
     for name, found in card.tasks.items():
         table.add_row(name, f"{found['examples']:.0f}", f"{found['kept']:.0%}")
     return table

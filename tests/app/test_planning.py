@@ -234,7 +234,9 @@ def a_run(name: str = "float32", **values: Any) -> Any:
 
 def test_lines_say_steps_and_tokens_then_time_and_memory() -> None:
     length = "64 examples (3 held out), 125 steps of 16, 50,000 tokens"
-    assert train.announcement(a_run()) == f"Training on the CPU in float32: {length}"
+    assert train.announcement(a_run(data="a.jsonl")) == f"Training on the CPU in float32: {length}"
+    task = "word_sequence_reversal (a generated task: no --data)"
+    assert train.announcement(a_run()) == f"Training {task} on the CPU in float32: {length}"
     (line,) = train.estimated(a_run(), 260, 2_100_000_000)
     assert line == "Estimate from the first steps: about 4 min and 2.1 GB"
 
