@@ -243,7 +243,7 @@ def ask(
 def show(
     adapter: Annotated[Path, Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
 ) -> None:
-    """Show what a saved adapter or a cache of signs contains and where it comes from."""
+    """Show what a saved adapter, or a file of `lorasb init --cache`, contains and where it comes from."""
     from ..checkpoints import adapter_file
     from . import tables
 

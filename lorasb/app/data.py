@@ -180,7 +180,7 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
     name = str(values[column])
     if name in TAKEN_NAMES or not re.fullmatch(ADAPTER_NAME, name):
         wanted = f"an adapter's name in {column}, of letters, digits and _ - + @, not {' or '.join(TAKEN_NAMES)}"
-        raise ValueError(f"{where}: expected {wanted}, got {name!r}")
+        raise ValueError(f"{where}: expected {wanted}, got {name!r}: write other characters as _")
     return replace(example, adapter=name)
 
 
@@ -293,6 +293,8 @@ def check_names(settings: Settings) -> None:
 
 
 def _file_or_source(name: str) -> Path | Source:
+    if name.lower().endswith((".csv", ".tsv")):
+        raise ValueError(f"expected a JSONL file, got {name}: write each row as one line of JSON")
     if Path(name).is_file():
         return Path(name)
     if name not in NAMED:

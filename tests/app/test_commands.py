@@ -190,6 +190,7 @@ SAID_WITHOUT_TORCH = {
     "finetune --lerning-rate 1": "No such option",
     "init --preset cola-roberta-large": "No such option",
     "finetune --data nowhere.jsonl": "expected a JSONL file, found none at nowhere.jsonl",
+    "finetune --data rows.csv": "expected a JSONL file, got rows.csv: write each row as one line of JSON",
     "finetune --model ./llama": "--model ./llama: there is no such folder",
     "finetune --config nowhere.yaml": "expected a YAML file of settings",
     "finetune --target-modules (": "expected a regular expression",
