@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.common.timing import cpu_allocations, provenance, stats_of
+from benchmarks.kernels.ptx.launch import FakeDriver
 from benchmarks.kernels.static_report import ARCHS
 
 # small, as CUDA's allocator finds a block of any size in the same time, and malloc returns large ones to the system
@@ -47,11 +47,11 @@ LAYER, GROUP = "ours, a layer", "ours, a group of 3"
 Rows = dict[str, dict[str, float]]
 
 
-class StubDriver:
+class StubDriver(FakeDriver):
     """The parts of Triton's driver that a launch uses; launching does nothing."""
 
     def __init__(self, arch: str) -> None:
-        self.target = GPUTarget("cuda", int(arch[3:]), 32)
+        super().__init__(int(arch[3:]))
         limits = {
             "max_shared_mem": ARCHS[arch].shared_limit,
             "multiprocessor_count": ARCHS[arch].sms,
@@ -61,15 +61,6 @@ class StubDriver:
             load_binary=lambda *_: (1, 1, 100, 0, 1024), get_device_properties=lambda _: limits, unload_module=id
         )
         self.launcher_cls = lambda *_: lambda *_: None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
 
 
 def adapted_calls() -> dict[str, Call]:

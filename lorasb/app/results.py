@@ -287,19 +287,19 @@ def example_to_ask(result: Result) -> tuple[str, str]:
 
 def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name: str = "") -> dict[str, str]:
     """Commands that use what a run has trained, for its last lines and its model card: in a shell and in Python."""
-    names = sorted(
-        summary["adapters"] or (), key=lambda name: (name != adapter_name, name)
-    )  # it, or else the first by name
-    extra = f" --adapter {names[0]}" if names else ""
+    names = summary["adapters"] or ()
+    name = adapter_name if adapter_name in names else min(names, default="")  # of several the first
+    extra = f" --adapter {name}" if name else ""
     if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
         question = "QUESTION"
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
-    adapter, base = Path(folder, "adapter", *names[:1]), summary["config"]["model"]  # of several the first
+    adapter, base = folder / "adapter" / name, summary["config"]["model"]
     model = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run has loaded it from
-    if (of_all := summary["config"].get("basis")) or names:
-        module = f"{names[0] if names else 'adapter'}={adapter}"
-        shared, model, first = map(shlex.quote, (of_all or str(folder / "adapter"), model, module))
-        serve = f"LORASB_BASIS={shared} vllm serve {model} --enable-lora --lora-modules {first}"
+    basis = summary["config"].get("basis")
+    if basis or name:
+        module = f"{name or 'adapter'}={adapter}"
+        basis, model, module = map(shlex.quote, (basis or str(folder / "adapter"), model, module))
+        serve = f"LORASB_BASIS={basis} vllm serve {model} --enable-lora --lora-modules {module}"
     else:
         serve = lora.serve_command(model, folder / "lora", summary["rank"])
     return {"command": command, "python": "\n".join(_python(summary, adapter)), "serve": serve}

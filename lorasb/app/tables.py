@@ -80,12 +80,8 @@ def before_and_after(summary: Json) -> Table:
         if "correlation" in label:
             table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
         else:
-            count = summary["eval_examples"]
-            few = (
-                f" ({new * count:.0f} of {count})"
-                if count < FEW_EXAMPLES and not summary["eval_accuracy_by_set"]["before"]
-                else ""
-            )
+            count, is_one_set = summary["eval_examples"], not summary["eval_accuracy_by_set"]["before"]
+            few = f" ({new * count:.0f} of {count})" if count < FEW_EXAMPLES and is_one_set else ""
             table.add_row(label, f"{old:.0%}", f"{new:.0%}{few}", f"{100 * (new - old):+.0f} points")
     return table
 
@@ -138,11 +134,10 @@ def costs(summary: Json) -> Table:
     speed = f"{summary['tokens_per_second']:.0f} tokens/s"
     # the adapter file also has A and B, which checkpoints of one run share
     alone = not several and summary["config"]["method"] != "lora"
+    file = "shared basis" if several else "adapter file"
     rows = {
         "trained parameters": f"{trained:,} ({trained / summary['base_params']:.2%} of the model)",
-        "shared basis"
-        if several
-        else "adapter file": f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)",
+        file: f"{size / 1e6:.1f} MB ({size / summary['base_bytes']:.0%} of the model)",
         "R of one adapter": f"{4e-3 * trained / several:.0f} KB in fp32" if several else None,
         "one more adapter": f"{4e-6 * trained:.1f} MB in fp32 (R alone)" if alone else None,
         "computed in": f"{summary['dtype']} ({summary['machine']})",
