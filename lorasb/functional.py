@@ -17,7 +17,6 @@ from .ops.adapted_linear import adapted_linear
 from .ops.calls import DENSE, Operands, is_transformed
 from .ops.registry import backend_op, current_backend, direct_kernels
 from .quantization.quantized_weight import QuantizedWeight, of_weight
-from .utils.checks import warn_renamed
 
 
 def lora_sb_linear(
@@ -231,14 +230,3 @@ def lora_sb_linear_group(
     scales = list(map(float, scalings)) or [1.0] * len(weights)
     adapters = list(lora_A), list(lora_R), list(lora_B), list(biases)
     return _call(x, list(weights), adapters, scales, dropout, index)
-
-
-_RENAMED = {"quantised_linear": "quantized_linear", "dequantize_nf4": "dequantize"}
-
-
-def __getattr__(name: str) -> object:
-    """Former names of functions, with a deprecation warning."""
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}")
-    return globals()[_RENAMED[name]]

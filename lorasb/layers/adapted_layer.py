@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..compat.transformers import is_loaded
 from ..constants import FACTORS
 from ..quantization.quantized_weight import QuantizedWeight
-from ..utils.checks import renamed_method, warn_renamed
 from ..utils.precision import SIXTEEN_BIT
 from .adapter_state import (
     AdapterState,
@@ -40,17 +39,6 @@ class StoredCores(Protocol):
 
     def stack(self) -> Tensor:
         """[capacity, r, r], by slot."""
-
-
-def _former(name: str, field: str) -> property:
-    """A former dictionary by adapter name, with a deprecation warning."""
-
-    def _read(layer: AdaptedLayer) -> Mapping[str, object]:
-        warn_renamed(f"LoRASBLinear.{name}[adapter]", f"LoRASBLinear.adapters[adapter].{field}")
-        values = {adapter: getattr(state, field) for adapter, state in layer.adapters.items()}
-        return MappingProxyType({adapter: value for adapter, value in values.items() if value is not None})
-
-    return property(_read)
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -112,8 +100,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def quantized(self) -> QuantizedWeight | None:
         """The storage of a quantized base layer; None for others."""
         return self.base.quantized()
-
-    quantised = renamed_method("quantised", "quantized")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         """Move or cast the layer, and read a quantized base again."""
@@ -285,8 +271,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
                 self.stand_on(name, basis)
 
-    settle_dtypes = renamed_method("settle_dtypes", "cast_factors")
-
     @property
     def core_dtype(self) -> torch.dtype:
         """The dtype of R: fp32 for a 16-bit base, where small updates would round to nothing, else the base's."""
@@ -321,10 +305,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def scaling(self) -> dict[str, float]:
         """The s by adapter name."""
         return Scales(self.adapters)
-
-    lora_dropout, equivalent = _former("lora_dropout", "dropout"), _former("equivalent", "equivalent")
-    wide_factors, first_scaling = _former("wide_factors", "wide_factors"), _former("first_scaling", "made_with")
-    initialized, basis = _former("initialized", "initialized"), _former("basis", "basis")
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's s to `scale` times the one that it was made with; others' names are passed over."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..functional import dequantize, quantized_linear
 from ..quantization.quantized_weight import BLOCKS, KINDS, QuantizedWeight, QuantState, of_state
 from ..quantization.quantizer import quantize_4bit
-from ..utils.checks import renamed_method
 from ..utils.precision import QUANTIZABLE
 from .adapted_layer import AdaptedLayer
 from .opaque_base import OpaqueBase, has_dense_weight
@@ -62,8 +61,6 @@ class Linear4bit(nn.Linear):
         if self._cached_weight is None or self._cached_weight[0] != key:
             self._cached_weight = key, of_state(self.weight, self.quant_state)
         return self._cached_weight[1]
-
-    quantised = renamed_method("quantised", "quantized")
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or x.dtype

@@ -1,4 +1,4 @@
-"""Checks of what users and their files give: rates, sizes in bytes, patterns that are quick to match, former names."""
+"""Checks of what users and their files give: rates, sizes in bytes, patterns that are quick to match."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import re
 import sys
 import types
-import warnings
-from collections.abc import Callable
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -114,24 +112,3 @@ def parse_size(size: float | str | None) -> float | None:
     if not size > 0:  # true for NaN as well
         raise ValueError(f"expected a positive number of bytes, got {size!r}")
     return float(size)
-
-
-REMOVED_IN = "0.4"  # the version of lorasb that no longer has the former names
-
-
-def warn_renamed(old: str, new: str) -> None:
-    """Issue the DeprecationWarning for a former name, at the line that uses it: two calls up."""
-    message = f"{old} is deprecated and will be removed in lorasb {REMOVED_IN}: use {new}"
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
-
-
-def renamed_method(old: str, new: str) -> Callable[..., object]:
-    """A method `old` that warns and calls `new`."""
-
-    def call(self: object, *arguments: object, **options: object) -> object:
-        # By name on the instance, so that overrides of the new method are called.
-        warn_renamed(f"{type(self).__name__}.{old}", f"{type(self).__name__}.{new}")
-        return getattr(self, new)(*arguments, **options)
-
-    call.__name__, call.__doc__ = old, f"Former name of `{new}`."
-    return call

@@ -189,12 +189,10 @@ def test_a_model_on_the_meta_device_computes_shapes() -> None:
     assert model(input_ids=torch.zeros(2, 3, dtype=torch.long, device="meta")).logits.shape[:2] == (2, 3)
 
 
-def test_former_dictionaries_by_adapter_name() -> None:
+def test_dictionaries_by_adapter_name() -> None:
     layer = make()
     layer.scaling["default"] = 3.0  # as in PEFT's layers
     assert layer.adapters["default"].scaling == layer.scaling["default"] == 3.0
-    with pytest.warns(DeprecationWarning, match=r"adapters\[adapter\]\.dropout"):
-        assert layer.lora_dropout["default"] == 0.0
     with pytest.raises(TypeError):
         layer.r["default"] = 2  # type: ignore[index]
 

@@ -75,9 +75,6 @@ def test_any_module_may_be_imported_first() -> None:
 
 # Name, or class and method -> parameters with their defaults; null for what has no signature.
 RELEASED = json.loads((ROOT / "tests" / "data" / "public_api.json").read_text(encoding="utf-8"))
-DEPRECATED = {"LoRASBLinear.settle_dtypes"}  # passes all arguments on to the new name
-
-
 INHERITED = {field.name for field in dataclasses.fields(PeftConfig)}  # PEFT's fields come before LoRASBConfig's
 
 
@@ -95,9 +92,6 @@ def test_no_public_name_is_gone() -> None:
 @pytest.mark.parametrize("name", [name for name, expected in RELEASED.items() if expected is not None])
 def test_a_signature_takes_what_it_took(name: str) -> None:
     found, by_position = parameters(name)
-    if name in DEPRECATED:
-        assert found[-2:] == ["*arguments", "**options"]
-        return
     assert [one for one in found if one in RELEASED[name]] == RELEASED[name]
     # new parameters come after those that may be passed by position
     known = [one for one in by_position if one in RELEASED[name]]

@@ -1,4 +1,4 @@
-"""Patterns match within a bounded time, rates are rates, and former names work."""
+"""Patterns match within a bounded time, and rates are rates."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-import lorasb
-from lorasb import functional
 from lorasb.utils.checks import MAX_REPEATS, check_lr, check_pattern, parse_size
 
 GOOD = [
@@ -97,20 +94,3 @@ def test_a_size_is_a_number_with_or_without_a_unit(text_: Any, size: float | Non
 def test_what_is_no_size_is_refused(text_: Any) -> None:
     with pytest.raises(ValueError, match=r"expected a size like '6GB'|expected a positive number of bytes"):
         parse_size(text_)
-
-
-@pytest.mark.parametrize(("old", "new"), [("quantised_linear", "quantized_linear"), ("dequantize_nf4", "dequantize")])
-def test_a_function(old: str, new: str) -> None:
-    with pytest.warns(DeprecationWarning, match=rf"functional\.{old} is deprecated.*: use lorasb\.functional\.{new}"):
-        assert getattr(functional, old) is getattr(functional, new)
-
-
-def test_a_method_and_a_name_that_never_was() -> None:
-    layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)))[0]
-    with pytest.warns(DeprecationWarning, match=r"Linear4bit\.quantised is deprecated.*: use Linear4bit\.quantized"):
-        assert layer.quantised() is layer.quantized()
-    adapted = lorasb.LoRASBLinear(nn.Linear(64, 32), "default", 4)
-    with pytest.warns(DeprecationWarning, match=r"LoRASBLinear\.quantised is deprecated"):
-        assert adapted.quantised() is None
-    with pytest.raises(AttributeError, match="has no attribute 'dequantise'"):
-        functional.dequantise  # noqa: B018
