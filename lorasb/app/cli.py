@@ -241,17 +241,12 @@ def ask(
 
 @app.command("inspect")
 def show(
-    adapter: Annotated[Path, Argument(help="Folder of a saved adapter, or a cache of `lorasb init --cache`.")],
+    adapter: Annotated[Path, Argument(help="Folder of a saved adapter.")],
 ) -> None:
-    """Show what a saved adapter, or a file of `lorasb init --cache`, contains and where it comes from."""
+    """Show what a saved adapter contains and where it comes from."""
     from ..checkpoints import adapter_file
     from . import tables
 
-    if adapter.is_file():
-        from ..init.cache import read
-
-        console.print(tables.cache(*read(adapter), adapter.stat().st_size))
-        return
     config, tensors = adapter_file.read_config(adapter), adapter_file.read_tensors(adapter)
     size = (adapter / WEIGHTS_NAME).stat().st_size
     console.print(tables.adapter(config, adapter_file.group_by_layer(tensors), size))

@@ -6,7 +6,6 @@ import importlib.util
 import math
 import os
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -69,9 +68,6 @@ def resolve_model(name: str) -> str:
     target = cache_dir() / EMBEDDED
     if not (target / "config.json").is_file():
         _convert_into(target)
-    if not (target / ORIGIN_NAME).is_file():
-        with suppress(OSError):  # a cache of an earlier version, which may be read only
-            write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
     return str(target)
 
 
@@ -104,6 +100,7 @@ def _convert(source: Path, target: Path) -> None:
     set_name_or_path(model.config, HUB_ID)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)
+    write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
 
 
 REASONING_TOKENS = 512  # of answers whose end is scored, which may be longer than the right one

@@ -35,7 +35,7 @@ from .adapter import REPORT_NAME, load_report
 from .data import INSTRUCTION, STEP_BY_STEP, Example
 from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
 from .prepare import Run, device, load_model, save_adapter
-from .run_folder import ANSWERS_NAME, SUMMARY_NAME, checked
+from .run_folder import ANSWERS_NAME, SUMMARY_NAME
 from .scoring import is_right
 from .settings import CONFIG_NAME, EMBEDDED, Settings, read_config
 from .terminal import console
@@ -147,7 +147,7 @@ def load(folder: Path) -> Result:
         rows = parse_json(read_text(folder / ANSWERS_NAME), ANSWERS_NAME)
         examples = [Example(**{name: row[name] for name in SAVED if name in row}) for row in rows]
         before, after = (
-            checked(Evaluation(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], [row[at] for row in rows]))
+            Evaluation(summary[f"eval_loss_{at}"], summary[f"eval_accuracy_{at}"], [row[at] for row in rows])
             for at in ("before", "after")
         )
         return Result(summary, examples, before, after, load_report(folder))

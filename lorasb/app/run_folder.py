@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import TypeVar
 
 from torch import nn
 from transformers import Trainer
@@ -23,7 +23,6 @@ from transformers import Trainer
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes
 from ..utils.atomic_files import replacing_folder, sha256, write_json
-from ..utils.checks import matches
 from ..utils.reading import Json, read_json
 from .evaluation import Evaluation
 from .settings import CONFIG_NAME, Settings, option, write_config
@@ -67,18 +66,10 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
-def checked(read: T) -> T:
-    """A dataclass of values from a file; a TypeError if one has another type than its field."""
-    for name, hint in get_type_hints(type(read)).items():
-        if not matches(getattr(read, name), hint):
-            raise TypeError(f"{name} has another type")
-    return read
-
-
 def read_record(kind: type[T], file: Path) -> T | None:
     """A dataclass, or a dict, from a JSON file; None if the file is missing or damaged."""
     with suppress(OSError, ValueError, TypeError):
-        return checked(kind(**read_json(file)))
+        return kind(**read_json(file))
     return None
 
 

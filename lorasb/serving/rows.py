@@ -5,7 +5,6 @@ the names to every layer as a keyword argument and are removed after the call.
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from ..compat.transformers import CHECKPOINTING
 from ..constants import BASE_ROW
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.adapter_state import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
-from ..layers.linear import on_one_basis, trains_by_row
+from ..layers.linear import trains_by_row
 from ..layers.unfused_experts import OpenExperts
 from ..layers.weight_adapter import OpenParameters
 from .bank import AdapterBank, bank_of
@@ -180,29 +179,10 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
             "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train adapters on "
             "one basis (LoRASBConfig(basis=...), without dropout), which a batch may have together"
         )
-    if _one_by_one(layers, [name for name in distinct if name in known]):
-        _say_one_by_one()
     opened = [name for name, module in modules.items() if isinstance(module, OpenParameters)]
     if opened:
         raise ValueError(f"{opened[0]!r} is adapted for all rows at once (target_parameters): use model.set_adapter")
     return known
-
-
-def _one_by_one(layers: Sequence[AdaptedLayer], names: Sequence[str]) -> bool:
-    """True if no single pass computes the adapters, by the first layer that has several of them."""
-    for layer in layers if len(names) > 1 else ():
-        mine = [name for name in names if name in layer.lorasb_R]
-        if len(mine) > 1:
-            return not on_one_basis(layer, mine)
-    return False
-
-
-@functools.cache  # once a process, and not for every batch of a server
-def _say_one_by_one() -> None:
-    logging.getLogger("lorasb").warning(
-        "the batch's rows are computed one adapter after the other, as its adapters have no A and B in common: those "
-        "on one basis (LoRASBConfig(basis=...), lorasb.share_basis) take one pass together"
-    )
 
 
 def _layers(modules: Modules) -> Modules:

@@ -252,10 +252,8 @@ def test_the_first_step_is_slower_the_longest_needs_more_and_a_peak_before_says_
 @pytest.mark.parametrize(
     ("values", "want"),
     [
-        ({}, "--train-examples 500 (half of the steps)"),
-        ({"data": "x"}, "--epochs 0.5 (half of the steps)"),
+        ({}, "--epochs 0.5 (half of the steps)"),
         ({"data": "x", "epochs": 6.0}, "--epochs 1"),
-        ({"train_examples": 50_000}, "--train-examples 1000"),
         ({"name": "bfloat16"}, r"--dtype auto (float32 here)"),
         ({"max_length": 10}, "--max-length 5"),
     ],

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import lorasb
 from lorasb.init import accumulator, strategies
 from lorasb.init.block_recorder import NotAStackError, Traversal
-from lorasb.init.plan import passes
 
 
 def singles(family: str) -> list[Batch]:
@@ -78,12 +77,6 @@ def test_as_many_passes_as_the_budget_asks_for_give_the_same(room: str) -> None:
     check_sums(got, plain_sums("llama"))
     assert ("14 passes" in report.why) == (room == "1KB")
     assert ("1 passes" in report.why) == (room == "10GB")
-
-
-def test_passes_go_from_the_last_layer_to_the_first_and_fill_the_room() -> None:
-    layers = {str(i): nn.Linear(8, 8) for i in range(5)}
-    for room, parts in ((2, [["4", "3"], ["2", "1"], ["0"]]), (0, [["4"], ["3"], ["2"], ["1"], ["0"]])):
-        assert [list(part) for part in passes(layers, room, lambda layer: 1)] == parts
 
 
 def test_blocks_without_targets_are_passed_through() -> None:

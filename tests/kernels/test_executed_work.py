@@ -80,15 +80,6 @@ def test_lines_are_what_executing_all_of_it_gives(op: str, executor: Executor) -
         assert close(launch_work(launch, executor.arch), whole, 1e-6)
 
 
-def test_a_long_reduction_is_continued_as_a_line(executor: Executor) -> None:
-    """Executed whole, and at two short lengths."""
-    launches = recorded("forward", executor.arch, 32, 2048, (64,), 32)
-    gemm = next(one for one in launches if one.name == "extended_gemm")
-    gemm = gemm._replace(grid=1, arguments=gemm.arguments | {"splits": 1, "SPLIT": False})
-    every = work_of(gemm, compile_launch(gemm, executor.driver), range(1))
-    assert close(launch_work(gemm, executor.arch), every, 1e-9)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_every_kernel_executes(dtype: str, executor: Executor) -> None:

@@ -90,16 +90,6 @@ def test_what_is_not_finite_is_counted_and_has_the_signs_of_eager_torch(backend:
     assert found[2][ZEROS] == (0 if M else 21)
 
 
-def test_sums_over_calls_do_not_depend_on_their_number_of_tokens(backend: str) -> None:
-    """Tokens come in their order, so a call of many tokens and calls of one step each add up alike, up to rounding."""
-    dy, x, before = case(96, 40, 70, torch.float32)
-    whole, parts = before.clone(), before.clone()
-    backend_op("gradient_add", backend)(dy, x, whole, False)
-    for start in range(0, 96, 32):
-        backend_op("gradient_add", backend)(dy[start : start + 32], x[start : start + 32], parts, False)
-    tolerances.check(parts, whole, tolerances.fp32(96))
-
-
 def test_bitwise_repeatable(backend: str) -> None:
     dy, x, before = case(40, 33, 65, torch.float32)
     first = backend_op("gradient_signs", backend)(dy, x, before.clone(), False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -338,13 +337,6 @@ def test_a_dropped_block_is_freed_at_once(error: type[BaseException] | None) -> 
         kept(torch.randn(2, 16))
     finally:
         gc.enable()
-
-
-def test_a_pickled_model_has_the_groups_and_computes_the_same() -> None:
-    block = prepared(Two(), 16).base_model.model
-    loaded, x = pickle.loads(pickle.dumps(block)), torch.randn(3, 16)
-    assert sizes(loaded) == [2]
-    tolerances.check(loaded(x), block(x), tolerances.fp32(16))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from adapters import layers, trained
-from models import llama, logits, make, opt, text
+from models import llama, logits, make, opt
 from networks import PARAMETERS, TARGETS, Net, batch, loss
 from tolerances import BF16_FEW, ENERGY, EXACT, EXPORT, FP64, MERGE, check
 from torch import Tensor, nn
@@ -287,16 +287,3 @@ def test_a_tied_head_keeps_its_weight_when_the_embedding_is_merged() -> None:
     assert base.model.embed_tokens.base_layer.weight is head
     with pytest.raises(ValueError, match="'lm_head' shares its weight with the input embedding"):
         lorasb.patch(llama(), r=4, target_modules=["lm_head"])
-
-
-def test_an_embedding_is_initialized_in_a_language_model() -> None:
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        model = lorasb.patch(llama(), r=4, target_modules=["embed_tokens", "q_proj"])
-    batches = [text(2, 12, seed) for seed in range(2)]
-    lorasb.initialize(model, batches, lr=1e-2, progress=False)
-    layer: Any = model.base_model.model.model.embed_tokens
-    seen = torch.cat([batch["input_ids"].flatten() for batch in batches]).unique()
-    unseen = [i for i in range(99) if i not in seen]
-    delta = layer.get_delta_weight("default").abs()
-    assert delta[unseen].max() < 1e-6 * delta.max()
-    model.train()(**batches[0]).loss.backward()

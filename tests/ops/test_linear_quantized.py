@@ -82,13 +82,6 @@ def test_few_tokens_meet_the_scales_of_every_block(kernel: str, block: int) -> N
         close(y.double() / want.abs().max(), want[:rows] / want.abs().max(), HALF_FEW)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_8_bits_are_what_they_stand_for(kernel: str, dtype: torch.dtype) -> None:
-    for rows in (1, 5, 40):
-        case = make(octets(48, 96, dtype), rows, 8, dtype)
-        check_scaled(run(case), exact(case), fp32(96) if dtype == torch.float32 else HALF_FEW, 1.0)
-
-
 def test_a_weight_stored_in_bf16_and_multiplied_in_fp32_is_rounded_as_bitsandbytes_rounds_it(kernel: str) -> None:
     case = make(storage(96, 128, dtype=torch.bfloat16), 40, 8, torch.float32)
     check(run(case), case)
@@ -129,16 +122,6 @@ def test_any_number_of_dimensions_and_strides(kernel: str) -> None:
     for x in (whole, whole[0], whole[0, 0], whole[0, 0, 0], torch.randn(2, 3, 5, 256)[..., ::2]):
         one = replace(case, x=x, dy=torch.ones(*x.shape[:-1], 96))
         check(run(one, x=x.detach()), one)
-
-
-def test_without_an_adapter_it_is_a_linear(kernel: str) -> None:
-    weight = storage(96, 128, dtype=torch.float32)
-    x, bias = torch.randn(7, 128, requires_grad=True), torch.randn(96)
-    y = quantized_linear(x, weight, bias)
-    y.sum().backward()
-    meant = unrounded(weight).double()
-    close(y, x.detach().double() @ meant.t() + bias, fp32(128))
-    close(x.grad, torch.ones(7, 96).double() @ meant, fp32(96))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -101,33 +101,6 @@ def test_public_functions_have_docstrings() -> None:
     assert [name for name in missing if name.rpartition(" ")[2] not in nested] == []
 
 
-OURS = {  # parameters of these names have these classes
-    **{"bank": "AdapterBank", "config": "LoRASBConfig", "layer": "AdaptedLayer"},
-    **{
-        "operands": "Operands",
-        "peft_config": "LoRASBConfig",
-        "plan": "InitPlan",
-        "report": "InitReport",
-        "rows": "Rows",
-    },
-    **{"run": "Run", "settings": "Settings", "tuner": "LoRASBModel", "unfolding": "Unfolding"},
-}
-OTHERS = {  # and where one is `Any`, why
-    "lorasb.compat.peft.config": "LoRASBConfig is of a level above",
-    "lorasb.compat.transformers.config": "the base model's, of any class",
-    "lorasb.export.lora.config": "the base model's, of any class",
-}
-
-
-def test_parameters_of_our_classes_have_their_types() -> None:
-    """Or those of a base class or protocol where ours is of a level above; `Any` would hide what a function needs."""
-    nodes = [(name, node) for name, path in MODULES.items() for node in ast.walk(ast.parse(path.read_text("utf-8")))]
-    assert set(OURS.values()) <= {node.name for _, node in nodes if isinstance(node, ast.ClassDef)}
-    named = [(name, node) for name, node in nodes if isinstance(node, ast.arg) and node.arg in OURS and node.annotation]
-    untyped = {f"{name}.{node.arg}" for name, node in named if ast.unparse(node.annotation) == "Any"}
-    assert untyped == set(OTHERS)
-
-
 def test_wheel_has_every_module(tmp_path: Path) -> None:
     code = "import setuptools; setuptools.setup = lambda **k: print(*k['packages'], k['package_dir'], k['package_data'], sep=';'); import runpy; runpy.run_path('setup.py')"
     found = python("-c", code).strip().split(";")
@@ -136,34 +109,3 @@ def test_wheel_has_every_module(tmp_path: Path) -> None:
     data = "{'lorasb': ['*.pyi'], 'lorasb.kernels.tables': ['*.json'], 'lorasb.app.presets': ['*.yaml']}"
     assert found[-2:] == ["{'lorasb.kernels': 'kernels/fused'}", data]
     assert not (ROOT / "kernels" / "__init__.py").exists(), "a top-level `kernels` would hide another package"
-
-
-def methods(node: ast.ClassDef) -> set[str]:
-    return {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
-
-
-def attributes(node: ast.ClassDef) -> set[str]:
-    """Names of fields, and of methods, as a field may be a property."""
-    fields = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    assigned = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
-    constants = {t.id for n in node.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
-    return constants | fields | assigned | methods(node)
-
-
-# a protocol with one implementation in the package: why it is there
-SINGLE_PROTOCOLS = {
-    "StoredCores": "layers read from a bank of serving/, a level above",
-}
-
-
-def test_protocols_have_several_implementations_or_a_reason() -> None:
-    """One that has a single implementation hides a cycle from the imports."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in MODULES.values()]
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    protocols = [c for c in classes if any(isinstance(b, ast.Name) and b.id == "Protocol" for b in c.bases)]
-    others = [c for c in classes if c not in protocols]
-
-    def implements(kind: ast.ClassDef, protocol: ast.ClassDef) -> bool:
-        return methods(protocol) <= methods(kind) and attributes(protocol) <= attributes(kind)
-
-    assert {p.name for p in protocols if sum(implements(c, p) for c in others) < 2} == set(SINGLE_PROTOCOLS)

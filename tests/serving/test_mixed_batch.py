@@ -11,7 +11,6 @@ from models import EXPERTS, FAMILIES, SIZES, batches_for, causal, generated, opt
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.serving import rows as mixed_batch
 
 
 def check_rows(model: nn.Module, batch: dict[str, Tensor], names: list[str]) -> None:
@@ -35,20 +34,6 @@ def test_each_row_gets_its_adapter(family: str) -> None:
     model = two(family)
     check_rows(model, batches_for(family, count=1, rows=4)[0], ["second", "__base__", "default", "second"])
     assert not any(layer._forward_pre_hooks for layer in layers(model).values())
-
-
-def test_a_batch_without_a_common_basis_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    mixed_batch._say_one_by_one.cache_clear()
-    model, batch = two("llama"), batches_for("llama")[0]
-    for _ in range(2):
-        model(**batch, adapter_names=["second", "default"])
-    assert sum("one adapter after the other" in record.message for record in caplog.records) == 1
-    mixed_batch._say_one_by_one.cache_clear()
-    caplog.clear()
-    model(**batch, adapter_names=["second", "__base__"])
-    model.add_adapter("on it", lorasb.LoRASBConfig(basis="default"))
-    model(**batch, adapter_names=["default", "on it"])
-    assert not caplog.records
 
 
 def with_two(base: nn.Module, **fields: object) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import layers, trained
+from adapters import layers
 from model_kinds import Mlp, X
 from models import batches_for, llama, logits, make, patched
 from peft.helpers import disable_input_dtype_casting
@@ -179,28 +179,6 @@ def test_scales_are_pefts(switch: str) -> None:
         check(layer(x) - base, 3 * (once - base), EXPORT)
         layer.unscale_layer(3.0) if switch == "scale_layer" else layer.unscale_layer()
         check(layer(x), once, EXACT)
-
-
-def test_adapters_take_turns_and_fail_and_are_deleted_without_touching_one_another() -> None:
-    model = patched()
-    first, names = logits(model), trained(model)
-    with pytest.raises(ValueError, match="rank 40 is more than layer"):
-        model.add_adapter("second", lorasb.LoRASBConfig(r=40))
-    assert (trained(model), list(model.peft_config)) == (names, ["default"])
-    assert torch.equal(logits(model), first)
-    model.add_adapter("second", lorasb.LoRASBConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    lorasb.initialize(model, batches_for("llama"), lr=3e-2, adapter_name="second", progress=False)
-    check(logits(model), first, EXACT)
-    model.set_adapter("second")
-    second = logits(model)
-    assert (second - first).abs().max() > 1e-3
-    assert all("second" in name for name in trained(model))
-    model.set_adapter("default")
-    assert torch.equal(logits(model), first)
-    model.set_adapter("second")
-    model.delete_adapter("default")
-    assert torch.equal(logits(model), second)
-    assert not any("default" in name for name in trained(model))
 
 
 @pytest.mark.parametrize("safe", [True, False])

@@ -161,7 +161,8 @@ def test_a_disabled_adapter_is_the_base_in_contexts_that_nest(kind: Kind) -> Non
 
 
 def test_deleted_adapters_leave_the_others(kind: Kind) -> None:
-    model = adapted(kind, "one", "two")
+    model = adapted(kind, "two", "one")
+    model.set_adapter("one")
     want = kind.out(model)
     model.delete_adapter("two")
     check(kind.out(model), want, EXACT)
