@@ -8,15 +8,12 @@ from pathlib import Path
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research.methods.grid import LONGER, task_named
-from benchmarks.research.paired.budget import COMPARED, LONGER_RANK, bills
 from benchmarks.research.paired.compare import APART, Spot, difference, head, lines, machines, ranks_of, spots_of
-from benchmarks.research.paired.decision import LEVEL, RIVALS, RULE, Standing, standings
 from benchmarks.research.paired.grid import (
     FIXED,
     FOUND,
     LORA,
     MEASURED,
-    RANKS,
     ROWS,
     SEEDS,
     TASKS,
@@ -37,7 +34,7 @@ held-out examples. `{PLAIN}` is LoRA-SB's default start. Rates are chosen with o
 three around a rule's, then further ones for as long as the best is the last one tried. Next to each mean is the mean
 difference over the same seeds, with the 95% interval of a paired t-test: a tie if the interval contains zero. A letter
 says which machine ran an entry; the line below a table names it. `python -m benchmarks.research.paired --data-dir DATA`
-runs what is missing; the tables have only what was run, and *What the runs took* says what is left."""
+runs what is missing, and with `--table` counts it; the tables have only what was run."""
 
 
 def section(results: Path) -> list[str]:
@@ -45,8 +42,7 @@ def section(results: Path) -> list[str]:
     rows = read_csv(results / ROWS)
     parts = [part for task in (*TASKS, *LONGER) for part in one_task(rows, task)]
     out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
-    shown = [*by_parameters(rows, results), *rates(rows), *sides(rows), *what_wins(rows), *what_runs_took(rows)]
-    return [*out, *shown, *how_long(results)]
+    return [*out, *by_parameters(rows, results), *rates(rows), *sides(rows), *how_long(results)]
 
 
 def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
@@ -158,74 +154,6 @@ def sides(rows: Sequence[Row]) -> Iterator[str]:
         columns = ["task", "r", "seeds", "rate, Σ in A", "Σ in B", "loss, Σ in A", "Σ in B", "difference, A from B"]
         yield from table(columns, body)
         yield ""
-
-
-def what_wins(rows: Sequence[Row]) -> Iterator[str]:
-    """How close each entry comes to the rule for a new default."""
-    found = list(standings(rows))
-    if not found:
-        return
-    yield from ("### What wins", "", RULE, "")
-    yield "Number of tasks and ranks at which an entry is better / tied / worse by the interval, of those run:"
-    yield ""
-    body = [[one.entry, *(tally(one, other) for other in (*RIVALS, LORA)), str(one.level)] for one in found]
-    yield from table(
-        ["entry", *(f"against {name}" for name in (*RIVALS, LORA)), f"tasks within {LEVEL:.0%} of LoRA"], body
-    )
-    winners = [f"`{one.entry}`" for one in found if one.wins]
-    yield ""
-    if winners:
-        yield f"The rule is satisfied by {', '.join(winners)}."
-    else:
-        yield "No entry satisfies the rule, so the default stays as it is; what is better on some tasks is an option."
-    yield from ("", *nearest(max(found, key=lambda one: one.lead)), "")
-
-
-def nearest(one: Standing) -> Iterator[str]:
-    """Every difference of the entry that comes closest, with its interval; below zero is better."""
-    apart = {(d.task, d.r, other): d for other, found in one.against.items() for d in found}
-    others = (*RIVALS, LORA)
-    body = [
-        [task, str(r), *(str(apart.get((f"{task} by loss", r, other), "")) for other in others)]
-        for task in TASKS
-        for r in RANKS
-        if any((f"{task} by loss", r, other) in apart for other in others)
-    ]
-    yield from (f"`{one.entry}` comes closest. Its loss minus that of each other entry, with 95% intervals:", "")
-    yield from table(["task", "r", *others], body)
-
-
-def tally(one: Standing, other: str) -> str:
-    """Better / tied / worse; nothing where none has been run."""
-    counts = one.counts(other)
-    lost = counts["worse"] + counts["diverged"]
-    return f"{counts['better']} / {counts['tie']} / {lost}" if counts.total() else ""
-
-
-def what_runs_took(rows: Sequence[Row]) -> Iterator[str]:
-    """Core-hours by task, and those of the runs that are missing."""
-    found = list(bills(rows)) if rows else []
-    if not found:
-        return
-    used, rest = sum(one.hours for one in found), sum(one.rest for one in found)
-    names = ", ".join(f"`{name}`" for name in COMPARED)
-    yield from ("### What the runs took", "")
-    yield from (
-        f"The runs below took {used:.1f} core-hours, without those that were stopped or repeated on another machine. "
-        f"Eight seeds of {names} at r = {', '.join(map(str, RANKS))}, and at r = {LONGER_RANK} for the longer runs, "
-        f"would take about {rest:.0f} more at the mean cost of a run so far (for a longer task that never ran: by its "
-        "steps). [Research](research/README.md) says which of them come first.",
-        "",
-    )
-    columns = ["task", "runs", "core-hours", "seconds a run", "runs missing", "core-hours they would take"]
-    yield from table(
-        columns,
-        (
-            [one.task, str(one.runs), f"{one.hours:.2f}", f"{one.seconds:.0f}", str(one.missing), f"{one.rest:.0f}"]
-            for one in found
-        ),
-    )
-    yield ""
 
 
 def how_long(results: Path) -> Iterator[str]:
