@@ -1,1 +1,1 @@
-"""What benchmarks share: timing in turns, shapes of real models, CSV files, figures, comparison of two runs."""
+"""What benchmarks share: timing in turns, shapes of real models, CSV files, figures."""

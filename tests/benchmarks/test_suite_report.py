@@ -1,4 +1,4 @@
-"""The suite's report and comparisons of two runs: every number from the results, nothing from two machines."""
+"""The suite's report: every number from the results, nothing from two machines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from processes import ROOT, python
 
-from benchmarks.common import compare
 from benchmarks.common.shapes import MODELS
 from benchmarks.layers import suite_report as report
 
@@ -72,42 +71,3 @@ def test_results_of_two_machines_and_none_are_refused(tmp_path: Path) -> None:
         report.read([one, other])
     with pytest.raises(ValueError, match="run make bench-gpu or make bench-cpu first"):
         report.read([results(tmp_path / "none.json", skip=len(MODELS["mistral-7b"]))])
-
-
-def run(ratio: float, half: float = 0.01, case: str = "M=1") -> dict[str, Any]:
-    ours = {"ratio": ratio, "ratio_p20": ratio - half, "ratio_p80": ratio + half}
-    ways = {"peer": dict.fromkeys(ours, 1.0), "ours": ours}
-    return {"machine": {"cpu": "x"}, "rows": [{"row": "train", "case": case, "ways": ways}]}
-
-
-@pytest.mark.parametrize(
-    ("after", "half", "verdict"), [(0.9, 0.01, "slower"), (0.7, 0.01, "faster"), (0.81, 0.01, ""), (0.9, 0.1, "")]
-)
-def test_a_change_is_one_beyond_noise(after: float, half: float, verdict: str) -> None:
-    (change,), apart = compare.compare(run(0.8), run(after, half))
-    assert (change.name, change.verdict, apart) == ("train M=1 ours", verdict, [])
-    assert change.factor == pytest.approx(after / 0.8)
-
-
-def test_figures_that_one_run_lacks_are_named() -> None:
-    changes, apart = compare.compare(run(0.8), run(0.8, case="M=2"))
-    assert changes == []
-    assert apart == ["train M=1 ours", "train M=2 ours"]
-
-
-def test_committed_results_are_understood() -> None:
-    for name in ("cpu", "four-bits-cpu", "step-cpu"):
-        path = Path(compare.__file__).parents[1] / "results" / f"{name}.json"
-        changes, apart = compare.compare(compare.read(path), compare.read(path))
-        assert changes
-        assert not apart
-        assert not any(change.verdict for change in changes)
-
-
-def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    with pytest.raises(SystemExit, match="expected a JSON file"):
-        compare.read(path)
-    path.write_text(json.dumps({"ratio": 1}), encoding="utf-8")
-    with pytest.raises(SystemExit, match="holds no ratios"):
-        compare.read(path)
