@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.common.timing import use_dtype
-from benchmarks.research.methods import grid, pictures, rows, runner, tables
+from benchmarks.research.methods import grid, rows, runner, tables
 from benchmarks.research.methods.grid import METHODS, TASKS, Cell
 
 
@@ -40,14 +39,10 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--r", nargs="+", type=int, default=[], help="these ranks only; full fine-tuning's is 0")
     runner.arguments(parser)
-    parser.add_argument("--picture", type=Path, help="draw what is there for chain_sum, and run nothing")
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
     options = parser.parse_args()
     use_dtype(options.dtype)
     console = Console(width=120)
-    if options.picture:
-        pictures.choosing(rows.read(options.output / runner.ROWS), "chain_sum", options.picture)
-        return
     if not options.table:
         runner.run_all(lambda there: wanted(options.task, options.method, there, options.r), options, console)
     for table in tables.summary(rows.read(options.output / runner.ROWS)):
