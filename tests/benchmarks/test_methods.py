@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 from dataclasses import replace
@@ -92,10 +91,10 @@ def test_seeds_run_at_the_best_rate_and_what_is_there_is_not_run_again(tmp_path:
 def test_a_failed_run_is_told_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = list(grid.sweep(TASK, METHODS["LoRA"], []))
 
-    def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, object]]:
+    def start(cell: Cell, options: argparse.Namespace) -> dict[str, object]:
         if cell == cells[1]:
             raise RuntimeError("out of memory")
-        return [{**row(cell, 0.5), "losses": [1.0]}]
+        return {**row(cell, 0.5), "losses": [1.0]}
 
     monkeypatch.setattr(runner, "start", start)
     console = Console(record=True)
@@ -104,36 +103,6 @@ def test_a_failed_run_is_told_and_the_others_are_kept(tmp_path: Path, monkeypatc
     )
     assert {found["lr"] for found in rows.read(tmp_path / runner.ROWS)} == {str(cells[0].lr), str(cells[2].lr)}
     assert "out of memory" in console.export_text()
-
-
-def test_a_run_of_the_sweep_is_not_run_again_for_the_test_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it says of the test split becomes a row at the best rate alone."""
-    ran: list[Cell] = []
-
-    def process(command: list[str], **_: object) -> object:
-        cell = Cell(**{**json.loads(command[-1]), "options": ()})
-        ran.append(cell)
-        splits = ("validation", "test") if run.twice(cell) else (cell.split,)
-        found = [{**row(replace(cell, split=split), 100 * cell.lr), "losses": [1.0]} for split in splits]
-        return argparse.Namespace(returncode=0, stdout="said\n" + json.dumps(found), stderr="")
-
-    monkeypatch.setattr(runner.subprocess, "run", process)
-    options = argparse.Namespace(rows="methods.csv", output=tmp_path, minutes=1, workers=1, data_dir=None, threads=1)
-
-    def wanted(there: list[dict[str, str]]) -> list[Cell]:
-        method = METHODS["LoRA"]
-        return [*grid.sweep(TASK, method, there), *grid.finals(TASK, method, there)]
-
-    runner.run_all(wanted, options, Console(record=True))
-    found = rows.read(tmp_path / runner.ROWS)
-    low = min(float(found["lr"]) for found in found)
-    assert [(c.split, c.seed) for c in ran if c.lr == low] == [("validation", 0), ("test", 1), ("test", 2)]
-    assert all(cell.split == "validation" for cell in ran if cell.lr != low)
-    assert {(found["lr"], found["seed"]) for found in found if found["split"] == "test"} == {
-        (str(low), seed) for seed in "012"
-    }
 
 
 def test_a_sweep_by_score_breaks_ties_by_loss(tmp_path: Path) -> None:

@@ -75,24 +75,7 @@ def append_curve(path: Path, row: dict[str, Any], points: int = 50) -> None:
     losses = row["losses"]
     size = max(1, -(-len(losses) // points))
     curve = [round(sum(part) / len(part), 5) for part in (losses[i : i + size] for i in range(0, len(losses), size))]
-    kept = {name: row[name] for name in KEY}
-    _append_json(path, {**kept, "steps_a_point": size, "losses": curve})
-
-
-def append_spare(path: Path, row: dict[str, Any]) -> None:
-    """Keep a row that may be wanted later, as a line of JSON."""
-    _append_json(path, row)
-
-
-def read_spare(path: Path, cell: Cell) -> dict[str, Any] | None:
-    """The row of a cell that was kept, if one was."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = (json.loads(line) for line in lines)
-    return next((row for row in found if tuple(str(row[name]) for name in KEY) == cell.key), None)
-
-
-def _append_json(path: Path, value: dict[str, Any]) -> None:
-    """Add a line; several processes may."""
+    line = {name: row[name] for name in KEY} | {"steps_a_point": size, "losses": curve}
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps(line) + "\n")

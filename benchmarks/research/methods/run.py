@@ -1,4 +1,4 @@
-"""One run in its own process: `python -m benchmarks.research.methods.run CELL` prints its rows as JSON."""
+"""One run in its own process: `python -m benchmarks.research.methods.run CELL` prints its row as JSON."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import torch
 
 from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype
 from benchmarks.research.methods.adapters import begin_again, optimizer, put_in, refresh, sample_count, settings
-from benchmarks.research.methods.grid import BY_LOSS, FULL, METHODS, SEEDS, SWEEP_SEED, WARMUP, Cell, Task, task_named
+from benchmarks.research.methods.grid import BY_LOSS, FULL, METHODS, WARMUP, Cell, Task, task_named
 from benchmarks.research.methods.problems import Batch, Problem, load
 from lorasb.training.rate_trials import JUDGED, STEPS, find_lr, refine_rate
 
 CLIP = 1.0
 
 
-def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
-    """Adapt, train, judge; a row for each split that was judged.
+def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
+    """Adapt, train, judge; the run's row.
 
     Every method sees the same batches: their order follows from the seed alone, and so do the samples of an
     initialization that wants some. Bases are in the dtype that is measured in (--dtype, auto unless given); CoLA's in
@@ -37,13 +37,12 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
     task = replace(task, steps=settings(cell).get("steps", task.steps))
     dtype = measured_dtype() if method.family != FULL and task.name != "cola" else torch.float32
     problem = load(task, folder, dtype)
-    splits = ("validation", "test") if twice(cell) else (cell.split,)
     # the same for every run of a task: not measured again for tasks with many runs
-    before = {} if cell.task in BY_LOSS else {split: problem.loss(problem.model, split) for split in splits}
+    before = None if cell.task in BY_LOSS else problem.loss(problem.model, cell.split)
     warmup = round(WARMUP * task.steps)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
     if settings(cell).get("four_bits"):  # where training begins, with what the start makes of the rounding
-        before = {split: problem.loss(model, split) for split in splits}
+        before = problem.loss(model, cell.split)
     started = time.perf_counter()
     found_lr = None
     if settings(cell).get("measured"):
@@ -52,8 +51,9 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
         found_lr = find_rate(model, problem, task, cell)
     losses = train(model, problem, task, replace(cell, lr=found_lr or cell.lr), warmup)
     seconds = time.perf_counter() - started
-    judged = {split: problem.judge(model, split) for split in splits}
-    same = {
+    loss, score = problem.judge(model, cell.split)
+    return {
+        **cell.described(),
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
         "adapter_params": trained_beside_heads(model, problem),
@@ -68,29 +68,16 @@ def run(cell: Cell, folder: Path | None) -> list[dict[str, Any]]:
         "date": time.strftime("%Y-%m-%d"),
         "losses": losses,
         "found_lr": found_lr or "",
+        "loss_before": "" if before is None else round(before, 5),
+        "loss": round(loss, 5),
+        "score": round(score, 5),
     }
-    return [
-        {
-            **cell.described(),
-            "split": split,
-            **same,
-            "loss_before": round(before[split], 5) if split in before else "",
-            "loss": round(judged[split][0], 5),
-            "score": round(judged[split][1], 5),
-        }
-        for split in splits
-    ]
 
 
 def trained_beside_heads(model: Any, problem: Problem) -> int:
     """Parameters that are trained; not those of a task's own head, which every method trains."""
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     return sum(n for name, n in trained.items() if not any(part in name.split(".") for part in problem.head))
-
-
-def twice(cell: Cell) -> bool:
-    """Whether a run is one of the sweep's: the one at the best rate is also the first seed's of the test split."""
-    return cell.split == "validation" and cell.seed == SWEEP_SEED and not cell.variant and SWEEP_SEED in SEEDS
 
 
 def _energy(report: Any, of: str) -> str:

@@ -22,7 +22,6 @@ from benchmarks.research.methods.grid import KEY, Cell
 BENCHMARKS = Path(__file__).parents[2]
 RESULTS = BENCHMARKS / "research" / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
-SPARE = "methods-spare.jsonl"  # test rows of the sweep's runs, of which only those at the best rate come to be rows
 Wanted = Callable[[list[dict[str, str]]], Sequence[Cell]]  # from the rows that are there to the cells that should be
 
 
@@ -37,14 +36,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
 
 
-def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One run in its own process, or what a run of the sweep has found already: the row, and a spare one at most.
+def start(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """One run in its own process: its row.
 
     Raises:
         RuntimeError: it failed; the message ends with what it said.
     """
-    if known := rows.read_spare(options.output / SPARE, cell):
-        return [known]
     command = [sys.executable, "-m", "benchmarks.research.methods.run", json.dumps(cell.described())]
     if options.data_dir:
         command += ["--data-dir", str(options.data_dir)]
@@ -52,14 +49,14 @@ def start(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{cell} failed:\n{done.stderr[-2000:]}")
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> None:
     """Run what is missing until nothing is, or the minutes are over; a run that fails is reported and left out."""
     end = time.monotonic() + 60 * options.minutes
-    running: dict[Future[list[dict[str, Any]]], Cell] = {}
+    running: dict[Future[dict[str, Any]], Cell] = {}
     failed: set[Cell] = set()
     with ThreadPoolExecutor(options.workers) as pool:
         while True:
@@ -72,7 +69,7 @@ def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> No
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 try:
-                    _keep_all(future.result(), options.output / options.rows, console)
+                    keep(future.result(), options.output / options.rows, console)
                 except RuntimeError as error:
                     failed.add(cell)
                     console.print(str(error), markup=False)
@@ -82,14 +79,6 @@ def _ready(wanted: Wanted, path: Path, busy: set[Cell]) -> list[Cell]:
     """Cells that should be in a file of rows, are not, and may be started."""
     there = rows.read(path)
     return [cell for cell in rows.missing(wanted(there), there) if cell not in busy]
-
-
-def _keep_all(found: list[dict[str, Any]], path: Path, console: Console) -> None:
-    """Write a run's row, and the spare one that a run of the sweep may have."""
-    row, *others = found
-    for other in others:
-        rows.append_spare(path.parent / SPARE, other)
-    keep(row, path, console)
 
 
 def keep(row: dict[str, Any], path: Path, console: Console) -> None:
