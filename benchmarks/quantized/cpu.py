@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +63,12 @@ def _plain(value: Any) -> tuple[str, str]:
     return f"{value:.4g}", ""
 
 
-@contextmanager
-def neighbors(count: int) -> Iterator[None]:
-    """Run `count` processes that keep a core busy each."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", choices=list(ROWS), help="all unless given")
     parser.add_argument("--seconds", type=float, default=6.0, help="per case")
     parser.add_argument("--output", type=Path, help="folder of four-bits-cpu.json, whose other rows stay")
-    parser.add_argument("--busy", type=int, default=0, help="other processes that keep a core busy meanwhile")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     dtype_option(parser)
@@ -98,11 +82,8 @@ def main() -> None:
         return
     found: Found = []
     started = time.perf_counter()
-    with neighbors(options.busy):
-        for name in options.row or ROWS:
-            found += ROWS[name](options.seconds)
-    if options.busy:
-        found = [one | {"case": f"{one['case']}, {options.busy} busy neighbors"} for one in found]
+    for name in options.row or ROWS:
+        found += ROWS[name](options.seconds)
     Console(width=150).print(view(found))
     print(f"{time.perf_counter() - started:.0f} s")
     if options.output:

@@ -1,13 +1,7 @@
-"""The report's table of 4-bit bases, from the committed results; docs/quantized.md has the lines of whole steps.
-
-python -m benchmarks.quantized.table [benchmarks/results/four-bits-cpu.json]
-"""
+"""The report's table of 4-bit bases, from the committed results; docs/quantized.md has the lines of whole steps."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 BLOCK, STEP = ("block", "Mistral-7B, 512 tokens, f+b"), ("step", "SmolLM2, 4 x 128 tokens")
@@ -62,31 +56,9 @@ def table(found: dict[str, Any]) -> list[str]:
         indented = said if ";" in said else f"&nbsp;&nbsp;&nbsp;{said}"
         share = own["ratio"] / theirs["ratio"]  # each a median of ratios to the round's first
         lines.append(f"| {indented} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {share:.2f}x |")
-    lines += [line for line in map(_beside_neighbors, found["rows"]) if line is not None]
     memory = rows[STEP]["new_bytes"]
     theirs, own = (memory[way] / 1e6 for way in ("PEFT QLoRA r=32", "ours"))
     lines.append(f"| the step's memory beyond the model | {theirs:.0f} MB | {own:.0f} MB | {own / theirs:.2f}x |")
     shares = ", ".join(f"{one['share']:.3f}" for one in found["rows"] if one["row"] == "memory")
     lines.append(f"| weights in memory over bf16, plain and nested statistics | | {shares} | |")
     return lines
-
-
-def _beside_neighbors(one: dict[str, Any]) -> str | None:
-    """A line of a training row that was measured while other processes kept the cores busy."""
-    if "busy neighbors" not in one["case"] or one["row"] != "train":
-        return None
-    theirs, own = one["ways"][QLORA], one["ways"][OURS]
-    share = own["ratio"] / theirs["ratio"]
-    said = f"training, {one['case']}; `Linear4bit` + LoRA r=32".replace(" 1 tokens", " 1 token")
-    return f"| {said} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {share:.2f}x |"
-
-
-def main() -> None:
-    """Print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=Path("benchmarks/results/four-bits-cpu.json"))
-    print("\n".join(table(json.loads(parser.parse_args().results.read_text(encoding="utf-8")))))
-
-
-if __name__ == "__main__":
-    main()
