@@ -1,4 +1,4 @@
-"""Tables, a CSV and a chart of a run of the suite.
+"""Tables and a chart of a run of the suite.
 
 python -m benchmarks.layers.suite_report RESULTS.json [...] [--output FOLDER]
 """
@@ -15,28 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.csv_files import write_csv
 from benchmarks.common.shapes import MODELS
 from lorasb.utils.plotting import canvas, save
 
-COLUMNS = (
-    "n",
-    "m",
-    "r",
-    "M",
-    "dtype",
-    "direction",
-    "variant",
-    "p20",
-    "p50",
-    "p80",
-    "ratio",
-    "ratio_p20",
-    "ratio_p80",
-    "rounds",
-    "peak_bytes",
-    "saved_bytes",
-)
+CASE = ("n", "m", "r", "M", "dtype", "direction")  # what tells one case from another
 Row = dict[str, Any]
 
 
@@ -74,7 +56,7 @@ def by_case(rows: list[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
     """Each case with its variants."""
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        cases.setdefault(tuple(row[name] for name in COLUMNS[:6]), {})[row["variant"]] = row
+        cases.setdefault(tuple(row[name] for name in CASE), {})[row["variant"]] = row
     for variants in cases.values():
         yield next(iter(variants.values())), variants
 
@@ -137,7 +119,7 @@ def blocks(rows: list[Row]) -> Table:
     view = Table(title="One block, f+b: sums of the medians of its linears")
     for name in ("model", "M", "r", "dtype", "bare ms", "chain", "ours", "ours, grouped", "ours, grouped, over chain"):
         view.add_column(name, justify="right")
-    cases = {tuple(first[name] for name in COLUMNS[:6]): variants for first, variants in by_case(rows)}
+    cases = {tuple(first[name] for name in CASE): variants for first, variants in by_case(rows)}
     for model, groups in MODELS.items():
         for r, M, dtype in dict.fromkeys((row["r"], row["M"], row["dtype"]) for row in rows):
             keys = [(g.n, "+".join(map(str, g.ms)), r, M, dtype, "forward+backward") for g in groups]
@@ -159,7 +141,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Print, and write the CSV and the chart."""
+    """Print, and draw the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, help="folder; the first file's unless given")
@@ -174,9 +156,8 @@ def main() -> None:
     console.print(summary(rows))
     folder, stem = options.output or options.results[0].parent, options.results[0].stem
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / f"{stem}.csv", [{name: row[name] for name in COLUMNS} for row in rows], digits=4)
     chart(machine, rows, folder / f"{stem}.png")
-    console.print(f"in {folder}: {stem}.csv, {stem}.png")
+    console.print(f"in {folder}: {stem}.png")
 
 
 if __name__ == "__main__":

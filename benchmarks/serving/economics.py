@@ -1,6 +1,6 @@
 """Bytes of many adapters, the shared basis included, against LoRAs: from the shapes of a model's layers alone.
 
-    python -m benchmarks.serving.economics [--picture benchmarks/results/adapter-bytes.png]
+    python -m benchmarks.serving.economics
 
 Everything is in fp32, as adapters are saved; bf16 halves all of it. On a basis of rank r, N adapters take A and B once
 and N times R: Σ r·(in + out) + N·Σ r². N LoRAs of rank r take N·Σ r·(in + out).
@@ -8,16 +8,13 @@ and N times R: Σ r·(in + out) + N·Σ r². N LoRAs of rank r take N·Σ r·(in
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.figures import panels, save_panels
 from benchmarks.common.shapes import MODELS, Group
 from lorasb.utils.plotting import GRAD, INK, MUTED, SIGN
 
@@ -107,27 +104,13 @@ def draw_totals(axes: Any, model: str) -> None:
     axes.set_title(f"{model}, fp32", fontsize=10, color=INK)
 
 
-def draw(path: Path) -> None:
-    """Write the picture of both models."""
-    figure, axes = panels(1, len(BLOCKS), (10, 3.8))
-    for one, model in zip(axes, BLOCKS, strict=True):
-        draw_totals(one, model)
-    axes[0].legend(fontsize=8, frameon=False)
-    save_panels(figure, axes, path)
-
-
 def main() -> None:
-    """Print the tables, and draw if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--picture", type=Path, help="PNG to write")
-    options = parser.parse_args()
+    """Print the tables."""
     console = Console(width=120)
     for model in BLOCKS:
         console.print(table(model))
         for line in crossovers(model):
             console.print(line)
-    if options.picture is not None:
-        draw(options.picture)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.csv_files import Row, write_csv
+from benchmarks.common.csv_files import Row
 from benchmarks.research.methods import rows, runner
 from benchmarks.research.methods.grid import SEEDS, SGD, TASKS, WHOLE, Cell, Task
 from benchmarks.research.methods.tables import spread
@@ -63,7 +63,7 @@ class Ablation:
     """A question, and the variants that answer it.
 
     Attributes:
-        file: of the CSV and the picture.
+        file: name of the picture.
         title: says where the paper asks it, if it does.
         pairs: each variant with what it is compared with.
     """
@@ -273,16 +273,15 @@ def plot(ablation: Ablation, lines: Sequence[Mapping[str, Any]], there: Sequence
 
 
 def render(name: str, there: Sequence[Row], output: Path) -> list[dict[str, Any]]:
-    """Write the CSV and the picture of what has run; its lines."""
+    """Draw what has run; its lines."""
     ablation = ABLATIONS[name]
     if lines := summary(ablation, there):
-        write_csv(output / f"{ablation.file}.csv", lines)
         plot(ablation, lines, there, output / f"{ablation.file}.png")
     return lines
 
 
 def main(name: str, options: argparse.Namespace) -> None:
-    """Run what is missing, print, write and draw."""
+    """Run what is missing, print and draw."""
     ablation, console = ABLATIONS[name], Console(width=140)
     cells = sorted((cell for variant in ablation.variants for cell in variant.cells()), key=lambda cell: cell.seed)
     runner.run_all(lambda there: cells, options, console)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.csv_files import Row, write_csv
+from benchmarks.common.csv_files import Row
 from benchmarks.research.methods import rows, runner
 from benchmarks.research.methods.grid import TASKS, Task
 from lorasb.utils.plotting import GRAD, INK, canvas, save
@@ -98,15 +98,14 @@ def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def render(there: Sequence[Row], output: Path) -> list[dict[str, Any]]:
-    """Write the CSV and the picture; a line a task."""
+    """Draw the picture; a line a task."""
     if found := lines(there):
-        write_csv(output / "table-7.csv", found)
         plot(found, output / "table-7.png")
     return found
 
 
 def main(options: argparse.Namespace) -> None:
-    """Write, draw and print."""
+    """Draw and print."""
     if not (found := render(rows.read(options.output / runner.ROWS), options.output)):
         raise SystemExit("no task has both LoRA-SB and LoRA-XS yet: python -m benchmarks.research.methods first")
     table = Table(title="Initialization against training (Table 7), on one core")

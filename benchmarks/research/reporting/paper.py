@@ -18,7 +18,7 @@ from lorasb.init import first_step_lr
 
 
 def section(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Everything that was run; its pictures and CSVs are written, too."""
+    """Everything that was run; its pictures and figure-2.csv are written, too."""
     out = ["## The paper's tables and figures at this scale", ""]
     out += ["Each is `python -m benchmarks.research.paper NAME --data-dir DATA`, with NAME as in its heading.", ""]
     for part in (
