@@ -15,7 +15,6 @@ trained after each step: R alone, or LoRA's A and B.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -33,6 +32,7 @@ from rich.table import Table
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.common.timing import commit, machine_name
 from benchmarks.research import sums
+from benchmarks.research.methods.rows import append
 from benchmarks.research.methods.runner import RESULTS
 
 FILE = "rl.csv"
@@ -229,12 +229,7 @@ def main() -> None:
     path, chosen = options.output / FILE, [ENTRIES[name] for name in options.entry]
     while not options.table and (cell := next(wanted(chosen, options.seeds, read_csv(path)), None)):
         row = run(*cell, options.work)
-        new = not path.is_file()
-        with path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(path, row, COLUMNS)
         print(row, flush=True)
     view = Table(title=title(read_csv(path)))
     for column in HEAD:

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common.csv_files import Row, write_csv
+from benchmarks.common.figures import panels, save_panels
 from benchmarks.common.timing import measured_dtype, provenance_columns
 from benchmarks.research.methods.adapters import optimizer
 from benchmarks.research.methods.gradients import summed
@@ -27,7 +28,7 @@ from benchmarks.research.methods.run import batches, drawn, rate_share, train_st
 from lorasb.init.accumulator import GradientSums, LayerSum
 from lorasb.init.factorize import random_subspace
 from lorasb.init.svd import MomentSketch, truncated_svd
-from lorasb.utils.plotting import GRAD, INK, MUTED, SIGN, save
+from lorasb.utils.plotting import GRAD, INK, MUTED, SIGN
 
 TASK, SEED, SAMPLES, RATE = task_named("chain_sum by loss"), 0, 32, 1e-4
 RANKS, STEPS = (4, 16, 64), (0, 2, 5, 10, 20, 40, 75)
@@ -110,23 +111,17 @@ def trained(problem: Problem) -> Iterator[tuple[int, float]]:
 
 def draw(lines: Sequence[Row], path: Path) -> None:
     """A panel a rank, a line a start."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(RANKS), figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axes, r in zip(panels, RANKS, strict=True):
+    figure, axes = panels(1, len(RANKS), (9, 3.6), sharey=True)
+    for one, r in zip(axes, RANKS, strict=True):
         for start, color in STARTS.items():
             mine = [line for line in lines if line["start"] == start and int(line["r"]) == r]
             steps, shares = [int(line["step"]) for line in mine], [100 * float(line["energy"]) for line in mine]
-            axes.plot(steps, shares, color=color, marker="o", markersize=3, linewidth=1.5, label=start)
-        axes.set(xlabel=f"steps of full fine-tuning, r = {r}", ylim=(0, 100))
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("energy of G in the subspace (%)")
-    panels[-1].legend(frameon=False, fontsize=8)
+            one.plot(steps, shares, color=color, marker="o", markersize=3, linewidth=1.5, label=start)
+        one.set(xlabel=f"steps of full fine-tuning, r = {r}", ylim=(0, 100))
+    axes[0].set_ylabel("energy of G in the subspace (%)")
+    axes[-1].legend(frameon=False, fontsize=8)
     figure.suptitle("What each start's subspace keeps of the gradient, chain_sum, SmolLM2-135M", fontsize=11, color=INK)
-    save(figure, panels[1], "", path)
+    save_panels(figure, axes, path, grid=False)
 
 
 HEAD = ("start", "r", *(f"step {step}" for step in STEPS))
