@@ -88,7 +88,6 @@ def entries() -> dict[str, Entry]:
         Entry("sign, seeded", "LoRA-SB", {"seeded": True}),
         Entry("by spread", "LoRA-SB", {"init": "random", "by_spread": True}),
         Entry("ranks by energy", "LoRA-SB", {"ranks_by_energy": True}),
-        Entry("random, Muon", "LoRA-SB", {"init": "random", "optimizer": "muon"}, rate=2e-2, falls=0.0),
         Entry(
             "W, Muon",
             "LoRA-SB",
