@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.common.shapes import MODELS
+from benchmarks.common.tables import show
 from benchmarks.common.timing import Stats, commit, measure, measured_dtype, peak_bytes, provenance
 from benchmarks.layers.variants import Forward, Problem, calls, check, variants
 from benchmarks.quantized.ways import PEFT_RANK, with_peft
@@ -316,20 +315,19 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str],
 }
 
 
-def table(section: str, rows: list[Row]) -> Table:
-    """The rows of a section."""
-    view = Table(title=section)
-    for name in ("case", "way", "ms (20th-80th percentile)", "ratio to the first"):
-        view.add_column(name, justify="right" if name.startswith(("ms", "ratio")) else "left")
+HEAD = ("case", "way", "ms (20th-80th percentile)", "ratio to the first")
+
+
+def lines(rows: list[Row]) -> Iterator[list[str]]:
+    """Yield the lines of a section's table."""
     for one in rows:
         if one["case"] == NO_MEMORY:
-            view.add_row(NO_MEMORY)
+            yield [NO_MEMORY]
         for way, s in one.get("ways", {}).items():
             times, ratio = f"{s['p50']:.3f} ({s['p20']:.3f}-{s['p80']:.3f})", f"{s['ratio']:.3f}"
-            view.add_row(one["case"], way, times, ratio)
+            yield [one["case"], way, times, ratio]
         for way, found in one.get("host", {}).items():
-            view.add_row(one["case"], way, f"{found['us']:.0f} µs", f"{found['ratio']:.2f}")
-    return view
+            yield [one["case"], way, f"{found['us']:.0f} µs", f"{found['ratio']:.2f}"]
 
 
 def main() -> None:
@@ -344,7 +342,7 @@ def main() -> None:
         raise SystemExit("benchmarks.card needs a CUDA GPU: make bench measures a CPU, --tiny tests this program")
     run = Run("cpu", 0.01, 32) if options.tiny else Run("cuda", options.seconds)
     name = "tiny" if options.tiny else torch.cuda.get_device_name().replace(" ", "-").lower()
-    path, console = options.output / f"{name}.json", Console(width=140)
+    path = options.output / f"{name}.json"
     found = read_json(path) if path.is_file() else {}
     if found.get("commit") != commit():
         found = provenance(run.device) | {"sections": {}}
@@ -356,8 +354,8 @@ def main() -> None:
         if section not in found["sections"] or options.only:
             found["sections"][section] = {"replaces": places, "rows": measured(measure_section, run)}
             write_json(path, found)
-        console.print(table(section, found["sections"][section]["rows"]))
-        console.print(*(f"replaces {text!r} of {file}" for file, text in places), "", sep="\n", markup=False)
+        show(section, HEAD, lines(found["sections"][section]["rows"]), left=2)
+        print(*(f"replaces {text!r} of {file}" for file, text in places), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common.tables import show
 from benchmarks.kernels.launches import plan_for, record
 from benchmarks.kernels.static_report import ARCHS, launch_key
 
@@ -48,14 +46,10 @@ def main() -> None:
     if options.json:
         print(json.dumps(counted, indent=1))
         return
-    table = Table(title=f"Kernels compiled for a block of Mistral-7B, r={RANK}, bf16, 1 to 32768 tokens")
-    names = sorted(Counter(name for kernels in counted.values() for name in kernels))
-    for column in ("", *counted):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in names:
-        table.add_row(name, *(str(kernels.get(name, 0)) for kernels in counted.values()))
-    table.add_row("all", *(str(sum(kernels.values())) for kernels in counted.values()))
-    Console().print(table)
+    names = sorted({name for kernels in counted.values() for name in kernels})
+    lines = [[name, *(str(kernels.get(name, 0)) for kernels in counted.values())] for name in names]
+    lines.append(["all", *(str(sum(kernels.values())) for kernels in counted.values())])
+    show(f"Kernels compiled for a block of Mistral-7B, r={RANK}, bf16, 1 to 32768 tokens", ("", *counted), lines)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import measure, provenance
 from benchmarks.quantized.ways import RANK, ours, row
 from lorasb.backends import cpp
@@ -76,16 +75,12 @@ def cases(features: int, seconds: float) -> list[dict[str, Any]]:
     return found
 
 
-def view(found: list[dict[str, Any]], features: int) -> Table:
+def lines(found: list[dict[str, Any]]) -> Iterator[list[str]]:
     """Medians, and each way's ratio to the first, for people."""
-    table = Table(title=f"{features} x {features}: medians, and times over torch's fp32 (20th-80th percentile)")
-    for name in ("case", "way", "ms", "ratio"):
-        table.add_column(name, justify="right" if name in ("ms", "ratio") else "left")
     for one in found:
         for way, stats in one["ways"].items():
             ratio = f"{stats['ratio']:.2f} ({stats['ratio_p20']:.2f}-{stats['ratio_p80']:.2f})"
-            table.add_row(one["case"], way, f"{stats['p50']:.2f}", ratio)
-    return table
+            yield [one["case"], way, f"{stats['p50']:.2f}", ratio]
 
 
 def markdown(found: list[dict[str, Any]]) -> list[str]:
@@ -121,7 +116,9 @@ def main() -> None:
     torch.manual_seed(0)
     started = time.perf_counter()
     found = cases(options.features, options.seconds)
-    Console(width=120).print(view(found, options.features))
+    size = f"{options.features} x {options.features}"
+    title = f"{size}: medians, and times over torch's fp32 (20th-80th percentile)"
+    show(title, ("case", "way", "ms", "ratio"), lines(found), left=2)
     print(f"{time.perf_counter() - started:.0f} s")
     if options.output:
         write_json(options.output / "halves-cpu.json", provenance(dtype="as said by each way") | {"rows": found})

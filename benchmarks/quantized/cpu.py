@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import dtype_name, dtype_option, provenance, use_dtype
 from benchmarks.quantized import layers, models
 from benchmarks.training.initialization import new_memory
@@ -39,22 +38,15 @@ ROWS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
 }
 
 
-def view(found: Found) -> Table:
+def lines(found: Found) -> Iterator[list[str]]:
     """Medians, and each way's ratio to the first, for people."""
-    table = Table(
-        title=f"4 bits on a CPU, {dtype_name()}: medians, and times over the first way's in the same round "
-        "(20th-80th percentile)"
-    )
-    for name in ("row", "case", "way", "ms", "ratio"):
-        table.add_column(name, justify="right" if name in ("ms", "ratio") else "left")
     for one in found:
         for way, stats in one.get("ways", {}).items():
             ratio = f"{stats['ratio']:.2f} ({stats['ratio_p20']:.2f}-{stats['ratio_p80']:.2f})"
-            table.add_row(one["row"], one["case"], way, f"{stats['p50']:.2f}", ratio)
+            yield [one["row"], one["case"], way, f"{stats['p50']:.2f}", ratio]
         for name, value in one.items():
             if name not in ("row", "case", "ways"):
-                table.add_row(one["row"], one["case"], name, *_plain(value))
-    return table
+                yield [one["row"], one["case"], name, *_plain(value)]
 
 
 def _plain(value: Any) -> tuple[str, str]:
@@ -84,7 +76,8 @@ def main() -> None:
     started = time.perf_counter()
     for name in options.row or ROWS:
         found += ROWS[name](options.seconds)
-    Console(width=150).print(view(found))
+    times = "medians, and times over the first way's in the same round (20th-80th percentile)"
+    show(f"4 bits on a CPU, {dtype_name()}: {times}", ("row", "case", "way", "ms", "ratio"), lines(found), left=3)
     print(f"{time.perf_counter() - started:.0f} s")
     if options.output:
         _write(options.output / "four-bits-cpu.json", found)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import dtype_name, dtype_option, provenance, use_dtype
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
@@ -48,21 +48,12 @@ def differences(runs: list[dict[str, Any]], name: str) -> tuple[float, float]:
     return float(found.mean()), float((found.max() - found.min()) / 2)
 
 
-def view(runs: list[dict[str, Any]]) -> Table:
+def lines(runs: list[dict[str, Any]]) -> Iterator[list[str]]:
     """The runs, for people."""
-    table = Table(title="the demo's task: loss in nats per token on held-out problems")
-    for name in ("bits", "seed", "before", "after", "answers right", "base in MB"):
-        table.add_column(name, justify="right")
     for one in runs:
-        cells = (f"{one[name]:.4f}" for name in ("eval_loss_before", "eval_loss_after"))
+        losses = (f"{one[name]:.4f}" for name in ("eval_loss_before", "eval_loss_after"))
         share, size = f"{one['eval_accuracy_after']:.0%}", f"{one['base_bytes'] / 1e6:.0f}"
-        table.add_row(str(one["bits"]), str(one["seed"]), *cells, share, size)
-    for name, label in (("eval_loss_before", "before"), ("eval_loss_after", "after")):
-        mean, half = differences(runs, name)
-        table.caption = (
-            f"{table.caption + ', ' if table.caption else ''}4 bits less 16 {label}: {mean:+.4f} ± {half:.4f}"
-        )
-    return table
+        yield [str(one["bits"]), str(one["seed"]), *losses, share, size]
 
 
 def main() -> None:
@@ -75,7 +66,11 @@ def main() -> None:
     options = parser.parse_args()
     use_dtype(options.dtype)
     runs = [run(bits, seed, options.examples) for seed in range(options.seeds) for bits in (16, 4)]
-    Console(width=110).print(view(runs))
+    head = ("bits", "seed", "before", "after", "answers right", "base in MB")
+    show("the demo's task: loss in nats per token on held-out problems", head, lines(runs))
+    for name, label in (("eval_loss_before", "before"), ("eval_loss_after", "after")):
+        mean, half = differences(runs, name)
+        print(f"4 bits less 16 {label}: {mean:+.4f} ± {half:.4f}")
     if options.output:
         write_json(options.output / "four-bits-curve.json", {**provenance(), "runs": runs})
 

@@ -15,9 +15,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common.csv_files import Row
+from benchmarks.common.tables import show
 from benchmarks.common.timing import use_dtype
 from benchmarks.research.methods import rows, runner
 from benchmarks.research.methods.grid import BY_SCORE, SEEDS, SHARING, Cell
@@ -82,16 +82,11 @@ def main() -> None:
     parser.set_defaults(rows=FILE)
     options = parser.parse_args()
     use_dtype(options.dtype)
-    console = Console(width=140)
     if not options.table:
         tasks = [f"{name} by score" for name in options.task]
-        runner.run_all(lambda there: wanted(options.r, there, tasks), options, console)
-    view = Table(title="Four tasks: adapters on one basis against each on its own (± deviation; difference: 95%)")
-    for column in HEAD:
-        view.add_column(column, justify="left" if column == "task" else "right")
-    for line in lines(rows.read(options.output / FILE)):
-        view.add_row(*line)
-    console.print(view)
+        runner.run_all(lambda there: wanted(options.r, there, tasks), options, Console(width=140))
+    title = "Four tasks: adapters on one basis against each on its own (± deviation; difference: 95%)"
+    show(title, HEAD, lines(rows.read(options.output / FILE)))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.common.tables import show
 from benchmarks.common.timing import dtype_option, provenance, use_dtype
 from benchmarks.research.methods.runner import RESULTS
 from benchmarks.serving.people import rows, write_rows
@@ -143,12 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     use_dtype(options.dtype)
     found = {**provenance(), "ways": run(options.work, options.people, options.alone)}
-    table = Table(title="people on one basis, SmolLM2-135M")
-    for name in HEAD:
-        table.add_column(name)
-    for line in lines(found):
-        table.add_row(*line)
-    Console(width=140).print(table)
+    show("people on one basis, SmolLM2-135M", HEAD, lines(found))
     write_json(options.output / FILE, found)
 
 

@@ -26,10 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.common.csv_files import Row, read_csv
+from benchmarks.common.tables import show
 from benchmarks.common.timing import commit, machine_name
 from benchmarks.research import sums
 from benchmarks.research.methods.rows import append
@@ -231,12 +229,8 @@ def main() -> None:
         row = run(*cell, options.work)
         append(path, row, COLUMNS)
         print(row, flush=True)
-    view = Table(title=title(read_csv(path)))
-    for column in HEAD:
-        view.add_column(column, justify="left" if column == "entry" else "right")
-    for line in lines(read_csv(path)):
-        view.add_row(*line)
-    Console(width=150).print(view)
+    found = read_csv(path)
+    show(title(found), HEAD, lines(found))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import lorasb
 from benchmarks.common.csv_files import Row, read_csv
+from benchmarks.common.tables import show
 from benchmarks.common.timing import commit, dtype_name, machine_name, measured_dtype, use_dtype
 from benchmarks.research.methods.problems import LINEARS, MAX_LENGTH
 from benchmarks.research.methods.rows import append
@@ -196,16 +196,6 @@ def train(model: Any, batches: Iterator[dict[str, Any]], rate: float) -> None:
         train_step(model, next(batches), opt, trained, False)
 
 
-def tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """A table a rank."""
-    for r in ranks_of(rows):
-        head, *body = by_task(rows, r)
-        view = Table(*head, title=f"r = {r}: held-out loss (share of the task's first step that the basis keeps)")
-        for line in body:
-            view.add_row(*line)
-        yield view
-
-
 def ranks_of(rows: Sequence[Row]) -> list[int]:
     """The ranks of R that have runs."""
     return sorted({int(row["r"]) for row in rows if row["basis"] not in (LORA, NONE)})
@@ -284,8 +274,10 @@ def main() -> None:
         if not is_there(path, cell):  # another process may have run it since
             append(path, row, list(row))
         console.print(" ".join(f"{key}={row[key]}" for key in (*KEY, "rate", "loss", "loss_before", "share")))
-    for view in tables(read_csv(path)):
-        console.print(view)
+    found = read_csv(path)
+    for r in ranks_of(found):
+        head, *body = by_task(found, r)
+        show(f"r = {r}: held-out loss (share of the task's first step that the basis keeps)", head, body, width=160)
     missing = sum(not is_there(path, cell) for cell in asked)
     console.print(f"missing: {missing} of the {len(asked)} runs that the options select")
 

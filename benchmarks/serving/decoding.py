@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import dtype_name, dtype_option, measure, provenance, use_dtype
 from benchmarks.serving.decoding_steps import Steps
 from benchmarks.serving.many_adapters import PEFT_RANK, RANK, base, ours, theirs
@@ -62,12 +61,7 @@ def main() -> None:
     use_dtype(options.dtype)
     torch.manual_seed(0)
     found = {"decoding": decoding(options.seconds)}
-    table = Table(title=f"a step of decoding with SmolLM2-135M, {dtype_name()}")
-    for name in HEAD:
-        table.add_column(name, justify="right")
-    for line in lines(found):
-        table.add_row(*line)
-    Console(width=120).print(table)
+    show(f"a step of decoding with SmolLM2-135M, {dtype_name()}", HEAD, lines(found))
     if options.output:
         write_json(options.output / FILE, {**provenance(), **found})
 

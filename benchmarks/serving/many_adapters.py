@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import lorasb
+from benchmarks.common.tables import show
 from benchmarks.common.timing import dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
 from benchmarks.serving.decoding_steps import ROWS, Steps
 from benchmarks.serving.picture import draw
@@ -229,14 +228,8 @@ def main() -> None:
         "training": training(options.seconds / 2),
         "decoding": decoding(options.seconds),
     }
-    table = Table(title=f"decoding {ROWS} rows with SmolLM2-135M, {dtype_name()}")
-    for name in HEAD:
-        table.add_column(name, justify="right" if name else "left")
-    for row in rows(found):
-        table.add_row(*row)
-    console = Console(width=120)
-    console.print(table)
-    console.print(*sentences(found))
+    show(f"decoding {ROWS} rows with SmolLM2-135M, {dtype_name()}", HEAD, rows(found))
+    print(*sentences(found), sep="\n")
     if options.output:
         write_json(options.output / FILE, {**provenance(), **found})
         draw_found(found, options.output / PICTURE)

@@ -23,12 +23,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorasb
+from benchmarks.common.tables import show
 from benchmarks.common.timing import Call, dtype_name, dtype_option, measure, measured_dtype, provenance, use_dtype
 from lorasb.constants import CONFIG_NAME, WEIGHTS_NAME
 from lorasb.layers.lookup import layers_with
@@ -264,16 +263,6 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
     yield f"After a step a trainer writes, and the sampler loads: {', '.join(parts)}."
 
 
-def report(found: dict[str, Any], console: Console) -> None:
-    """Print the table and the sentences."""
-    table = Table(*HEAD)
-    for line in rows(found):
-        table.add_row(*line)
-    console.print(table)
-    for sentence in sentences(found):
-        console.print(sentence)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     use_dtype(options.dtype)
     found = provenance(dtype=dtype_name()) | measured(options.vllm, options.seconds)
-    report(found, Console(width=120))
+    show("", HEAD, rows(found))
+    print(*sentences(found), sep="\n")
     if options.output:
         write_json(options.output / FILE, found)
 

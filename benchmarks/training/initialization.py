@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import dtype_name, dtype_option, provenance, use_dtype
 from lorasb.utils.atomic_files import write_json
 
@@ -311,18 +310,6 @@ def _mb(size: float) -> str:
     return f"{size / 1e6:.0f}"
 
 
-def table(found: dict[str, Any]) -> Table:
-    """The rows as a table."""
-    where = found["machine"]
-    title = f"Initialization of SmolLM2-135M, {SAMPLES} x {TOKENS} tokens, r={RANK}, fp32"
-    view = Table(title=title, caption=f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
-    for name in ("", "layer by layer", "against", "ratio"):
-        view.add_column(name)
-    for row in rows(found):
-        view.add_row(*row)
-    return view
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -339,7 +326,10 @@ def main() -> None:
     found = {**provenance(dtype="float32"), **collect(options.rounds)}
     if options.output:
         write_json(options.output / "init-cpu.json", found)
-    Console(width=150).print(table(found))
+    where = found["machine"]
+    print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+    title = f"Initialization of SmolLM2-135M, {SAMPLES} x {TOKENS} tokens, r={RANK}, fp32"
+    show(title, ("", "layer by layer", "against", "ratio"), rows(found), left=4, width=150)
 
 
 if __name__ == "__main__":

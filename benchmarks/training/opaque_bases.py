@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import (
     dtype_name,
     dtype_option,
@@ -89,16 +88,6 @@ def run(base: str, seconds: float) -> dict[str, dict[str, Any]]:
     return {way: {**asdict(stats[way]), "peak_bytes": peak_bytes(one, "cpu")} for way, one in ways.items()}
 
 
-def view(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    """The results as a table, with ratios to PEFT's."""
-    table = Table(title=f"a training step of SmolLM2-135M on other quantizers' layers, {dtype_name()}, 4 x 128 tokens")
-    for name in ("base", *HEAD):
-        table.add_column(name, justify="left" if name == "base" else "right")
-    for base, ways in found.items():
-        table.add_row(base, *cells(ways))
-    return table
-
-
 def cells(ways: dict[str, dict[str, Any]]) -> list[str]:
     """A base's row."""
     theirs, ours = ways[PEFT], ways[OURS]
@@ -119,7 +108,8 @@ def main() -> None:
     use_dtype(options.dtype)
     torch.manual_seed(0)
     found = {base: run(base, options.seconds) for base in options.base}
-    Console(width=120).print(view(found))
+    title = f"a training step of SmolLM2-135M on other quantizers' layers, {dtype_name()}, 4 x 128 tokens"
+    show(title, ("base", *HEAD), ([base, *cells(ways)] for base, ways in found.items()))
     if options.output:
         write_json(options.output / FILE, {**provenance(), "bases": found})
 

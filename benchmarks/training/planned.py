@@ -25,9 +25,8 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import commit, dtype_name, machine_name
 from benchmarks.research.reporting.markdown import table as markdown
 from lorasb.app.plan import MemoryPlan, Request, dtype_of, plan_memory
@@ -136,16 +135,6 @@ def line(one: Found) -> list[str]:
     return [title, *sizes[:2], live, *sizes[2:], resident]
 
 
-def view(found: list[Found]) -> Table:
-    """The table."""
-    table = Table(title=f"Peak of training steps of {BATCH} x {SEQ} tokens beyond the process itself, {machine()}")
-    for name in HEAD:
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for one in found:
-        table.add_row(*line(one))
-    return table
-
-
 def page(results: dict[str, Any]) -> list[str]:
     """The table as lines of Markdown, from a file of results."""
     return list(markdown(list(HEAD), (line(Found(**run)) for run in results["runs"])))
@@ -186,7 +175,8 @@ def main() -> None:
     if options.json:
         print(json.dumps(values, indent=1))
     else:
-        Console(width=140).print(view(found))
+        title = f"Peak of training steps of {BATCH} x {SEQ} tokens beyond the process itself, {machine()}"
+        show(title, HEAD, map(line, found))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import dtype_option, measured_dtype, provenance, use_dtype
 from lorasb.utils.atomic_files import write_json
 
@@ -83,15 +82,10 @@ def patching(make: Callable[[], Any], rounds: int) -> list[float]:
     return found
 
 
-def view(rows: dict[str, list[float]], ratios: tuple[float, float]) -> Table:
-    """The results as a table."""
-    table = Table(title="seconds, median (least - most)")
-    table.add_column("what")
-    table.add_column("s", justify="right")
+def lines(rows: dict[str, list[float]]) -> Iterator[list[str]]:
+    """Yield the rows of the table."""
     for name, values in rows.items():
-        table.add_row(name, f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-    table.caption = f"lorasb over torch alone: {ratios[0]:.3f}x; lorasb.patch over peft alone: {ratios[1]:.3f}x"
-    return table
+        yield [name, f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"]
 
 
 def main() -> None:
@@ -107,7 +101,8 @@ def main() -> None:
     rows["patch Mistral-7B on the meta device"] = patching(mistral, 3)
     alone, stub, peft, patch = (statistics.median(rows[f"import {name}"]) for name in IMPORTS)
     ratios = stub / alone, patch / peft
-    Console(width=110).print(view(rows, ratios))
+    show("seconds, median (least - most)", ("what", "s"), lines(rows))
+    print(f"lorasb over torch alone: {ratios[0]:.3f}x; lorasb.patch over peft alone: {ratios[1]:.3f}x")
     if options.output:
         found = {**provenance(), "ratio": ratios[0], "patch over peft": ratios[1], "seconds": rows}
         write_json(options.output / "startup-cpu.json", found)

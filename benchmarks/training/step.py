@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.common.tables import show
 from benchmarks.common.timing import (
     dtype_name,
     dtype_option,
@@ -120,16 +119,6 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
     yield ["trained parameters", *counts, *(f"{ours['trained'] / one['trained']:.2f}x" for one in others)]
 
 
-def view(found: dict[str, dict[str, Any]]) -> Table:
-    """The results as a table."""
-    table = Table(title=f"a training step of SmolLM2-135M, {dtype_name()}, 4 x 128 tokens")
-    for name in HEAD:
-        table.add_column(name, justify="right" if name else "left")
-    for line in rows(found):
-        table.add_row(*line)
-    return table
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,7 +129,7 @@ def main() -> None:
     use_dtype(options.dtype)
     torch.manual_seed(0)
     found = run(options.seconds)
-    Console(width=120).print(view(found))
+    show(f"a training step of SmolLM2-135M, {dtype_name()}, 4 x 128 tokens", HEAD, rows(found))
     if options.output:
         write_json(options.output / "step-cpu.json", {**provenance(), "ways": found})
 

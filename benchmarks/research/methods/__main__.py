@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
     options = parser.parse_args()
     use_dtype(options.dtype)
-    console = Console(width=120)
     if not options.table:
-        runner.run_all(lambda there: wanted(options.task, options.method, there, options.r), options, console)
-    for table in tables.summary(rows.read(options.output / runner.ROWS)):
-        console.print(table)
+        runner.run_all(
+            lambda there: wanted(options.task, options.method, there, options.r), options, Console(width=120)
+        )
+    tables.show_all(rows.read(options.output / runner.ROWS))
 
 
 if __name__ == "__main__":

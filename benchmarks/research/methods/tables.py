@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
+from benchmarks.common.tables import show
 from benchmarks.research.methods import grid
 from benchmarks.research.methods.grid import METHODS, TASKS
 
@@ -88,20 +87,15 @@ def _line(task: str, method: str, r: int, part: list[Row]) -> Line:
     )
 
 
-def summary(rows: Sequence[Row]) -> Iterator[Table]:
-    """A table a task, of what has run."""
+def show_all(rows: Sequence[Row]) -> None:
+    """Print a table per task, of what has run."""
     for name, task in TASKS.items():
-        found = lines(rows, name)
-        if not found:
-            continue
-        arrow = "higher" if task.higher_is_better else "lower"
-        size = f"{task.steps} steps of {task.batch}, {task.test} test examples"
-        view = Table(title=f"{name}: {task.metric} ({arrow} is better), mean ± standard deviation; {size}")
-        for column in ("method", "r", "lr", "seeds", "trained", task.metric, "loss", "init s", "train s", "peak MB"):
-            view.add_column(column, justify="left" if column == "method" else "right")
-        for line in found:
-            view.add_row(*_cells(line))
-        yield view
+        if found := lines(rows, name):
+            arrow = "higher" if task.higher_is_better else "lower"
+            size = f"{task.steps} steps of {task.batch}, {task.test} test examples"
+            title = f"{name}: {task.metric} ({arrow} is better), mean ± standard deviation; {size}"
+            head = ("method", "r", "lr", "seeds", "trained", task.metric, "loss", "init s", "train s", "peak MB")
+            show(title, head, map(_cells, found), width=120)
 
 
 def _cells(line: Line) -> list[str]:

@@ -17,26 +17,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common.csv_files import Row
+from benchmarks.common.tables import show
 from benchmarks.common.timing import use_dtype
 from benchmarks.research.methods import rows, runner
 from benchmarks.research.methods.grid import LONGER, Cell
 from benchmarks.research.paired.compare import head, lines
 from benchmarks.research.paired.grid import RANKS, ROWS, SEEDS, TASKS, entries, wanted
-
-
-def tables(there: Sequence[Row], other: str) -> Iterator[Table]:
-    """A table a task: every entry's mean loss, and its difference from another entry over the same seeds."""
-    for task in (*TASKS, *LONGER):
-        view = Table(title=f"{task}: loss on held-out examples, and the difference from {other} (95% interval)")
-        for column in head(other):
-            view.add_column(column, justify="left" if column == "entry" else "right")
-        for line in lines(there, f"{task} by loss", other):
-            view.add_row(*line)
-        if view.row_count:
-            yield view
 
 
 def counts(missing: Sequence[Cell]) -> Iterator[str]:
@@ -68,8 +56,10 @@ def main() -> None:
     if not options.table:
         runner.run_all(selected, options, console)
     there = rows.read(options.output / ROWS)
-    for table in tables(there, options.other):
-        console.print(table)
+    for task in (*TASKS, *LONGER):
+        if body := list(lines(there, f"{task} by loss", options.other)):
+            title = f"{task}: loss on held-out examples, and the difference from {options.other} (95% interval)"
+            show(title, head(options.other), body, left=2, width=120)
     for line in counts(rows.missing(selected(there), there)):
         console.print(line)
 

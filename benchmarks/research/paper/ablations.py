@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common.csv_files import Row
+from benchmarks.common.tables import show
 from benchmarks.research.methods import rows, runner
 from benchmarks.research.methods.grid import SEEDS, SGD, TASKS, WHOLE, Cell, Task
 from benchmarks.research.methods.tables import spread
@@ -233,23 +233,21 @@ def _line(variant: Variant, plain: Variant, mine: dict[int, Row], theirs: dict[i
     }
 
 
-def view(ablation: Ablation, lines: Sequence[Mapping[str, Any]]) -> Table:
-    """For people."""
-    table = Table(title=f"{ablation.title}; {ablation.size}; mean ± standard deviation over seeds")
-    for name in ("", "r", "lr", "seeds", "loss", "over the same seed's plain run", ablation.task.metric):
-        table.add_column(name, justify="right" if name else "left")
-    for line in lines:
-        same = line["variant"] == line["against"]
-        table.add_row(
-            line["variant"],
-            str(line["r"]),
-            f"{line['lr']:g}",
-            str(line["seeds"]),
-            f"{line['loss']:.3f} ± {line['loss_sd']:.3f}",
-            "" if same else f"{line['over']:+.3f} ± {line['over_sd']:.3f}",
-            f"{line['score']:.3f} ± {line['score_sd']:.3f}",
-        )
-    return table
+def head(ablation: Ablation) -> list[str]:
+    """Of the table that `shown` has the lines of."""
+    return ["", "r", "lr", "seeds", "loss", "difference from the plain run, by seed", ablation.task.metric]
+
+
+def shown(line: Mapping[str, Any]) -> list[str]:
+    """For people, under `head`."""
+
+    def spread_of(name: str, sign: str = "") -> str:
+        mean = f"{line[name]:{sign}.3f}"
+        return mean if line["seeds"] == 1 else f"{mean} ± {line[f'{name}_sd']:.3f}"
+
+    over = "" if line["variant"] == line["against"] else spread_of("over", "+")
+    texts = [line["variant"], str(line["r"]), f"{line['lr']:g}", str(line["seeds"])]
+    return [*texts, spread_of("loss"), over, spread_of("score")]
 
 
 def plot(ablation: Ablation, lines: Sequence[Mapping[str, Any]], there: Sequence[Row], path: Path) -> None:
@@ -282,9 +280,9 @@ def render(name: str, there: Sequence[Row], output: Path) -> list[dict[str, Any]
 
 def main(name: str, options: argparse.Namespace) -> None:
     """Run what is missing, print and draw."""
-    ablation, console = ABLATIONS[name], Console(width=140)
+    ablation = ABLATIONS[name]
     cells = sorted((cell for variant in ablation.variants for cell in variant.cells()), key=lambda cell: cell.seed)
-    runner.run_all(lambda there: cells, options, console)
+    runner.run_all(lambda there: cells, options, Console(width=140))
     if not (lines := render(name, rows.read(options.output / runner.ROWS), options.output)):
         raise SystemExit(f"no run of {name!r} is there yet: give it more --minutes")
-    console.print(view(ablation, lines))
+    show(f"{ablation.title}; {ablation.size}; mean ± standard deviation over seeds", head(ablation), map(shown, lines))

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from benchmarks.common.csv_files import write_csv
+from benchmarks.common.tables import show
 
 TOKENS = 256
 ALL_LINEAR = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -205,18 +204,6 @@ def _row(model: Model, layers: dict[str, tuple[int, int]], line: Published) -> d
     }
 
 
-def view(found: list[dict[str, Any]]) -> Table:
-    """For people."""
-    table = Table(title=f"inference of {TOKENS} tokens: multiply-accumulates of all linear layers (Table 8)")
-    for name in ("model", "method", "r", "trained", "MACs", "paper's", "ratio", "FLOPs", "paper's"):
-        table.add_column(name, justify="left" if name in ("model", "method") else "right")
-    for row in found:
-        table.add_row(*_cells(row))
-    notes = {row["model"]: row["note"] for row in found if row["note"] and not row["within_a_digit"]}
-    table.caption = "\n".join(f"* {name}: {note}" for name, note in notes.items()) or None
-    return table
-
-
 def _cells(row: dict[str, Any]) -> list[str]:
     unit, letter = (GIGA, "G") if row["macs"] < TERA / 2 else (TERA, "T")
     ours, theirs, flops, their_flops = (
@@ -239,5 +226,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def main(output: Path, folder: Path | None = None) -> None:
     """Count, print and write; no data is needed."""
     found = rows()
-    Console(width=120).print(view(found))
+    title = f"inference of {TOKENS} tokens: multiply-accumulates of all linear layers (Table 8)"
+    head = ("model", "method", "r", "trained", "MACs", "paper's", "ratio", "FLOPs", "paper's")
+    show(title, head, map(_cells, found), left=2)
+    notes = {row["model"]: row["note"] for row in found if row["note"] and not row["within_a_digit"]}
+    for name, note in notes.items():
+        print(f"* {name}: {note}")
     write_csv(output / "costs.csv", found)

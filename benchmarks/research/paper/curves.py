@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.common.csv_files import write_csv
 from benchmarks.common.figures import panels, save_panels
+from benchmarks.common.tables import show
 from benchmarks.research.methods import grid, rows, runner
 from benchmarks.research.methods.grid import METHODS, TASKS, Task
 from benchmarks.research.methods.tables import spread
@@ -101,9 +99,4 @@ def main(options: argparse.Namespace) -> None:
     there, curves = rows.read(options.output / runner.ROWS), read(options.output / runner.CURVES)
     if not (lines := render(there, curves, options.output)):
         raise SystemExit("no task has both LoRA-SB and LoRA-XS yet: python -m benchmarks.research.methods first")
-    table = Table(title="Training loss (Figure 2)")
-    for name in HEAD:
-        table.add_column(name)
-    for row in ends(lines):
-        table.add_row(*row)
-    Console(width=140).print(table)
+    show("Training loss (Figure 2)", HEAD, ends(lines))

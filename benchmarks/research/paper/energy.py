@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common.csv_files import Row, write_csv
 from benchmarks.common.figures import panels, save_panels
+from benchmarks.common.tables import show
 from benchmarks.common.timing import measured_dtype, provenance_columns
 from benchmarks.research.methods import grid, rows, runner, starts
 from benchmarks.research.methods.adapters import put_in
@@ -156,21 +155,10 @@ def loss_of(line: Mapping[str, Any]) -> str:
     return plus_minus(mean, deviation) if deviation else f"{mean:.3f}"
 
 
-def view(lines: Sequence[dict[str, Any]]) -> Table:
-    """For people."""
-    table = Table(title=f"Energy of {REFERENCE} unseen samples' gradient in the subspace, and the loss after training")
-    for name in ("start", "lr", "seeds", "energy of G", "energy of sign(G)", "loss"):
-        table.add_column(name, justify="left" if name == "start" else "right")
-    for line in sorted(lines, key=lambda line: line["loss"]):
-        table.add_row(
-            line["start"],
-            f"{line['lr']:g}",
-            str(line["seeds"]),
-            f"{line['energy_grad']:.1%}",
-            f"{line['energy_sign']:.1%}",
-            loss_of(line),
-        )
-    return table
+def cells(line: Mapping[str, Any]) -> list[str]:
+    """A line of the table."""
+    energies = (f"{line[name]:.1%}" for name in ("energy_grad", "energy_sign"))
+    return [line["start"], f"{line['lr']:g}", str(line["seeds"]), *energies, loss_of(line)]
 
 
 def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -213,6 +201,8 @@ def main(options: argparse.Namespace) -> None:
     lines = measure(rows.read(options.output / runner.ROWS), options.data_dir)
     if not lines:
         raise SystemExit("nothing has been trained yet: python -m benchmarks.research.methods first")
-    Console(width=140).print(view(lines))
+    title = f"Energy of {REFERENCE} unseen samples' gradient in the subspace, and the loss after training"
+    head = ("start", "lr", "seeds", "energy of G", "energy of sign(G)", "loss")
+    show(title, head, map(cells, sorted(lines, key=lambda line: line["loss"])))
     write_csv(options.output / "energy.csv", lines)
     plot(lines, options.output / "energy.png")

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common.csv_files import Row, write_csv
 from benchmarks.common.figures import panels, save_panels
+from benchmarks.common.tables import show
 from benchmarks.common.timing import measured_dtype, provenance_columns
 from benchmarks.research.methods.adapters import optimizer
 from benchmarks.research.methods.gradients import summed
@@ -92,7 +91,7 @@ def measure() -> list[dict[str, Any]]:
                 bases[name][AGAIN] = leading(one)
         totals = {name: one.value() for name, one in summed(problem.model, layers, others).sums.items()}
         lines += [{"task": TASK.name, "step": step, "loss": loss, **line} for line in energies(totals, bases)]
-        Console().print(f"step {step}: loss {loss:.3f}")
+        print(f"step {step}: loss {loss:.3f}", flush=True)
     return lines
 
 
@@ -144,9 +143,4 @@ def main(output: Path) -> None:
     lines = [line | provenance_columns() for line in measure()]
     write_csv(output / FILE, lines)
     draw(lines, output / "lasting.png")
-    table = Table(title=f"Energy of G in subspaces made at W0, {TASK.name}, {TASK.model}")
-    for name in HEAD:
-        table.add_column(name, justify="right")
-    for row in shown(lines):
-        table.add_row(*row)
-    Console(width=120).print(table)
+    show(f"Energy of G in subspaces made at W0, {TASK.name}, {TASK.model}", HEAD, shown(lines))

@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.common.csv_files import write_csv
+from benchmarks.common.tables import show
 from benchmarks.common.timing import measured_dtype, provenance_columns
 from benchmarks.research.methods.adapters import put_in
 from benchmarks.research.methods.grid import METHODS, TASKS, Cell
@@ -50,9 +48,5 @@ def main(output: Path) -> None:
     """Measure, write and print."""
     lines = [measure(r) | provenance_columns() for r in TASK.ranks]
     write_csv(output / FILE, lines)
-    table = Table(title=f"The whole first step in AdamW's steps of R, {TASK.name}, {TASK.model}")
-    for name in HEAD:
-        table.add_column(name, justify="right")
-    for line in lines:
-        table.add_row(*shown(line))
-    Console(width=120).print(table)
+    title = f"The whole first step in AdamW's steps of R, {TASK.name}, {TASK.model}"
+    show(title, HEAD, map(shown, lines))

@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.common.csv_files import Row
+from benchmarks.common.tables import show
 from benchmarks.research.methods import rows, runner
 from benchmarks.research.methods.grid import TASKS, Task
 from lorasb.utils.plotting import GRAD, INK, canvas, save
@@ -108,9 +106,4 @@ def main(options: argparse.Namespace) -> None:
     """Draw and print."""
     if not (found := render(rows.read(options.output / runner.ROWS), options.output)):
         raise SystemExit("no task has both LoRA-SB and LoRA-XS yet: python -m benchmarks.research.methods first")
-    table = Table(title="Initialization against training (Table 7), on one core")
-    for name in HEAD:
-        table.add_column(name)
-    for line in found:
-        table.add_row(*shown(line))
-    Console(width=150).print(table)
+    show("Initialization against training (Table 7), on one core", HEAD, map(shown, found))

@@ -8,17 +8,16 @@ for all, a step of W scales with s.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import lorasb
 from benchmarks.common.csv_files import write_csv
 from benchmarks.common.figures import panels, save_panels
+from benchmarks.common.tables import show
 from benchmarks.common.timing import provenance_columns
 from benchmarks.research.methods.grid import TASKS
 from benchmarks.research.methods.problems import Batch, Problem, load
@@ -67,14 +66,10 @@ def apart(curves: dict[float, list[float]]) -> float:
     return float((found.max(0).values - found.min(0).values).max())
 
 
-def view(found: Curves) -> Table:
-    """For people."""
-    table = Table(title=f"CoLA, r={R}, {STEPS} steps of {BATCH}, fp32: loss of the last step, by s")
-    for name in ("", *(f"s = {s:g}" for s in SCALES), "largest difference of any step"):
-        table.add_column(name, justify="right" if name else "left")
+def lines(found: Curves) -> Iterator[list[str]]:
+    """Yield the rows of the table."""
     for way, curves in found.items():
-        table.add_row(way, *(f"{curves[s][-1]:.5f}" for s in SCALES), f"{apart(curves):.1e}")
-    return table
+        yield [way, *(f"{curves[s][-1]:.5f}" for s in SCALES), f"{apart(curves):.1e}"]
 
 
 def plot(found: Curves, path: Path) -> None:
@@ -96,13 +91,14 @@ def main(output: Path, folder: Path | None) -> None:
     """Train, print, write and draw."""
     torch.manual_seed(0)
     found = run(folder)
-    Console(width=120).print(view(found))
+    title = f"CoLA, r={R}, {STEPS} steps of {BATCH}, fp32: loss of the last step, by s"
+    show(title, ("", *(f"s = {s:g}" for s in SCALES), "largest difference of any step"), lines(found))
     at = provenance_columns()
-    lines = [
+    steps = [
         {"way": way, "s": s, "step": i + 1, "loss": loss, **at}
         for way, curves in found.items()
         for s, losses in curves.items()
         for i, loss in enumerate(losses)
     ]
-    write_csv(output / "scale.csv", lines, digits=9)
+    write_csv(output / "scale.csv", steps, digits=9)
     plot(found, output / "scale.png")

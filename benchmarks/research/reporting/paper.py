@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research.methods import runner
 from benchmarks.research.methods.grid import SGD, TASKS, WARMUP
-from benchmarks.research.paper import curves, lengths, overhead, scale
+from benchmarks.research.paper import ablations, curves, lengths, overhead, scale
 from benchmarks.research.paper.ablations import ABLATIONS, COUNTS, LR, NOISES, Ablation, render, results
 from benchmarks.research.paper.energy import loss_of
 from benchmarks.research.reporting.markdown import picture, table, where_rows
@@ -62,8 +61,7 @@ def _ablation(name: str) -> Callable[[Sequence[Row], Path], Iterator[str]]:
         yield from (f"### {ablation.title} (`{name}`)", "")
         yield f"{ablation.size}; mean ± standard deviation over seeds:"
         yield ""
-        head = ["", "r", "lr", "seeds", "loss", "difference from the plain run, by seed", ablation.task.metric]
-        yield from table(head, (_variant(line) for line in lines))
+        yield from table(ablations.head(ablation), map(ablations.shown, lines))
         mine = [row for variant in ablation.variants for row in results(variant, rows).values()]
         yield from ("", where_rows(mine))
         if name in NOTES:
@@ -98,15 +96,6 @@ def begun(ablation: Ablation, rows: Sequence[Row]) -> str:
         if variant.options and (found := list(results(variant, rows).values()))
     }
     return f"Loss at the start of training: {', '.join(f'{label} {mean:.4f}' for label, mean in means.items())}."
-
-
-def _variant(line: Mapping[str, Any]) -> list[str]:
-    def shown(name: str, sign: str = "") -> str:
-        mean = f"{line[name]:{sign}.3f}"
-        return mean if line["seeds"] == 1 else f"{mean} ± {line[f'{name}_sd']:.3f}"
-
-    over = "" if line["variant"] == line["against"] else shown("over", "+")
-    return [line["variant"], str(line["r"]), f"{line['lr']:g}", str(line["seeds"]), shown("loss"), over, shown("score")]
 
 
 def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
