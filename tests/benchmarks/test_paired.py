@@ -128,7 +128,7 @@ def test_only_seeds_that_both_have_count_and_only_at_the_best_rate() -> None:
     ],
 )
 def test_verdicts_are_the_intervals(mean: float, half: float, verdict: str) -> None:
-    assert Difference(TASK, 16, "a", "b", mean, half, 8, 0.3).verdict == verdict
+    assert Difference(mean, half, 8, 0.3).verdict == verdict
     assert half_width([0.1]) == half_width([0.1, math.nan]) == math.inf  # one seed says nothing
 
 

@@ -17,17 +17,13 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 @dataclass(frozen=True)
 class Difference:
-    """Loss of `entry` less that of `other`, at the same rank and seeds: below zero is better.
+    """Loss of an entry less that of another, at the same rank and seeds: below zero is better.
 
     Attributes:
         mean: over seeds. half: half the width of the 95% interval; infinite for one seed.
-        seeds: how many. base: mean loss of `other`.
+        seeds: how many. base: mean loss of the other.
     """
 
-    task: str
-    r: int
-    entry: str
-    other: str
     mean: float
     half: float
     seeds: int
@@ -74,7 +70,7 @@ def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -
         return None
     pairs = [mine[seed] - theirs[seed] for seed in shared]
     base = statistics.fmean(theirs[seed] for seed in shared)
-    return Difference(task, r, entry, other, statistics.fmean(pairs), half_width(pairs), len(shared), base)
+    return Difference(statistics.fmean(pairs), half_width(pairs), len(shared), base)
 
 
 def half_width(pairs: Sequence[float]) -> float:
