@@ -121,6 +121,7 @@ def _keys_in_python() -> Iterator[None]:
         mock.patch.object(calls, "signature_of", calls.signature_in_python),
         mock.patch.object(calls, "metadata", calls.metadata_in_python),
         mock.patch.object(prepared_launch, "allocate", prepared_launch.allocate_in_python),
+        mock.patch.object(prepared_launch, "addresses", prepared_launch.addresses_in_python),
     ):
         yield
 

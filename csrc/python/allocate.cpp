@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
 
 #include <vector>
 
@@ -18,9 +19,7 @@ Shape shape_of(PyObject* shape) {
   TORCH_CHECK_TYPE(PyTuple_Check(shape), "expected shapes as tuples, got ", Py_TYPE(shape)->tp_name);
   Shape sizes;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape); ++i) {
-    const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
-    if (size == -1 && PyErr_Occurred()) throw python_error();
-    sizes.push_back(size);
+    sizes.push_back(THPUtils_unpackLong(PyTuple_GET_ITEM(shape, i)));
   }
   return sizes;
 }
@@ -50,6 +49,24 @@ PyObject* allocate(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     PyList_SET_ITEM(found.get(), i, tensor);
   }
   return found.release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* addresses(PyObject*, PyObject* tensors) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(PyList_Check(tensors), "expected addresses(a list of tensors)");
+  const Py_ssize_t length = PyList_GET_SIZE(tensors);
+  THPObjectPtr found(PyList_New(length));
+  if (!found) throw python_error();
+  uintptr_t bits = 0;
+  for (Py_ssize_t i = 0; i < length; ++i) {
+    PyObject* tensor = PyList_GET_ITEM(tensors, i);
+    TORCH_CHECK_TYPE(THPVariable_Check(tensor), "expected addresses(a list of tensors)");
+    const auto address = reinterpret_cast<uintptr_t>(THPVariable_Unpack(tensor).data_ptr());
+    bits |= address;
+    PyList_SET_ITEM(found.get(), i, PyLong_FromUnsignedLongLong(address));
+  }
+  return bits % 16 != 0 ? Py_NewRef(Py_None) : found.release();
   END_HANDLE_TH_ERRORS
 }
 

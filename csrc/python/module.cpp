@@ -14,11 +14,13 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef functions[] = {
     {"metadata", fast(lorasb::metadata), METH_FASTCALL,
      "metadata(*operands) -> bytes | None: dtype, device, shape and strides of tensors, of lists of them and of None; "
-     "None where one of them is no plain strided tensor."},
+     "None where one of them is a list of lists, a subclass of Tensor other than Parameter, sparse or lazily negated."},
     {"signature", fast(lorasb::signature), METH_FASTCALL,
-     "signature(*operands) -> bytes | None: their metadata; None, too, where something intercepts ops."},
+     "signature(*operands) -> bytes | None: their metadata; None, too, under a mode, a transform or torch.jit.trace."},
     {"allocate", fast(lorasb::allocate), METH_FASTCALL,
      "allocate(like, shapes) -> list[Tensor]: not filled, of the dtype and on the device of `like`."},
+    {"addresses", lorasb::addresses, METH_O,
+     "addresses(tensors) -> list[int] | None: of a list; None where one is not a multiple of 16."},
     {nullptr, nullptr, 0, nullptr},
 };
 

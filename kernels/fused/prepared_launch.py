@@ -36,8 +36,15 @@ def allocate_in_python(like: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[
     return [like.new_empty(shape) for shape in shapes]
 
 
-# or the function of lorasb's C++ extension, which takes a third of the time
+def addresses_in_python(tensors: list[Tensor]) -> list[int] | None:
+    """Addresses of tensors; None if one of them is less aligned than `ALIGNMENT`."""
+    found = list(map(Tensor.data_ptr, tensors))
+    return None if reduce(or_, found, 0) % ALIGNMENT else found
+
+
+# or the functions of lorasb's C++ extension, which take a third of the time
 allocate: Callable[[Tensor, Sequence[tuple[int, ...]]], list[Tensor]] = allocate_in_python
+addresses: Callable[[list[Tensor]], list[int] | None] = addresses_in_python
 
 
 class NotPreparedError(ValueError):
@@ -72,7 +79,10 @@ class Prepared:
     Args:
         calls: made on `meta`.
         tensors: the call's tensors on `meta`, each with a separate storage, in the order that `repeat` takes.
-        inner: tensors that only these launches read and write; `repeat` allocates them, and the workspaces.
+        inner: tensors that only these launches read and write.
+
+    Attributes:
+        scratch: shape of one tensor that holds the inner ones and a workspace, in a list; empty if there are none.
 
     Raises:
         NotPreparedError: an argument is none of these, but a copy that a launcher made.
@@ -80,9 +90,10 @@ class Prepared:
 
     def __init__(self, calls: Sequence[Launch], tensors: Sequence[Tensor], inner: Sequence[Tensor] = ()) -> None:
         self._origins = {_storage(tensor): (i, 0) for i, tensor in enumerate(tensors)}
-        self._scratch_size = self._allocate(len(tensors), tensors[0].element_size(), calls, inner)
+        size = self._lay_out(len(tensors), tensors[0].element_size(), calls, inner)
+        self.scratch = [(size,)] if size else []
         self._count = max((0, *(_elements(call, COUNTERS) for call in calls)))
-        self._counters = len(tensors) + (self._scratch_size > 0)  # index
+        self._counters = len(tensors) + len(self.scratch)  # index
         placed = [self._places(call) for call in calls]
         self._derived = sorted({(p.index, p.offset) for places in placed for p in _flat(places.values()) if p.offset})
         self.launches = [self._launch(call, places) for call, places in zip(calls, placed, strict=True)]
@@ -90,19 +101,16 @@ class Prepared:
         self._raw: list[Raw] = []
 
     def repeat(self, tensors: list[Tensor], seeds: tuple[int, ...] = (0,)) -> bool:
-        """Launch with these tensors; False, and nothing was launched, if one of them is less aligned."""
+        """Launch with these tensors, then those of `scratch`; False if one is less aligned: nothing was launched."""
         like = tensors[0]
         stream = driver.active.get_current_stream(like.get_device())
-        if self._scratch_size:
-            tensors += allocate(like, ((self._scratch_size,),))
         if self._count:
-            tensors.append(self._zeros(like, stream))
-        addresses = list(map(Tensor.data_ptr, tensors))
-        if reduce(or_, addresses) % ALIGNMENT:
+            tensors = [*tensors, self._zeros(like, stream)]
+        found = addresses(tensors)
+        if found is None:
             return False
-        for index, offset in self._derived:  # addresses within a tensor, after those of the tensors
-            addresses.append(addresses[index] + offset)
-        values = (*addresses, seeds)
+        found += [found[index] + offset for index, offset in self._derived]  # addresses within a tensor
+        values = (*found, seeds)
         if not self._raw:
             self._raw = [bind(launch) for launch in self.launches]
         for raw in self._raw:
@@ -117,8 +125,8 @@ class Prepared:
             self._own_zeros = workspace.counters(like.device, self._count)  # gives side streams theirs, too
         return self._own_zeros
 
-    def _allocate(self, index: int, itemsize: int, calls: Sequence[Launch], inner: Sequence[Tensor]) -> int:
-        """Lay out the scratch, the inner tensors and a workspace; its size in elements of `itemsize` bytes."""
+    def _lay_out(self, index: int, itemsize: int, calls: Sequence[Launch], inner: Sequence[Tensor]) -> int:
+        """Place the inner tensors and a workspace in the scratch; its size in elements of `itemsize` bytes."""
         size = 0
         for tensor in inner:
             self._origins[_storage(tensor)] = (index, size)

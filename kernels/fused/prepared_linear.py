@@ -22,11 +22,13 @@ from .prepared_launch import NotPreparedError, Prepared
 MOST_KINDS = 4096  # some KB each; every number of tokens is a kind
 Ys = tuple[list[Tensor], list[Tensor]]  # y_i and u_i
 Gradients = tuple[Tensor | None, list[Tensor]]  # dx and dR_i
+ForwardPlan = Callable[[Tensor, Members, Mask], LaunchPlan]
+BackwardPlan = Callable[[Sequence[Tensor], Members, list[Tensor], Mask], LaunchPlan]
 _forwards: dict[Hashable, Forward] = {}
 _backwards: dict[Hashable, Backward] = {}
 
 
-def forward(x: Tensor, members: Members, plan: Callable[[], LaunchPlan], mask: Mask, signature: Hashable) -> Ys | None:
+def forward(x: Tensor, members: Members, mask: Mask, plan: ForwardPlan, signature: Hashable) -> Ys | None:
     """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
 
     x is [..., n]; `plan` is called for a new kind of call alone; `signature` is equal for calls whose tensors differ in
@@ -40,18 +42,18 @@ def forward(x: Tensor, members: Members, plan: Callable[[], LaunchPlan], mask: M
         if not _has_rows(x):
             return None
         _make_room()
-        kind = _forwards[key] = Forward(x, members, plan(), mask)
+        kind = _forwards[key] = Forward(x, members, plan(x, members, mask), mask)
     return kind(x, members, mask)
 
 
 def backward(
     dys: Sequence[Tensor],
     members: Members,
-    us: Sequence[Tensor],
-    plan: Callable[[], LaunchPlan],
+    us: list[Tensor],
+    mask: Mask,
     need_dx: bool,
     need_dcore: bool,
-    mask: Mask,
+    plan: BackwardPlan,
     signature: Hashable,
 ) -> Gradients | None:
     """dx [..., n], or [M, n] where cuBLAS writes it, and dR_i [r, r]; None if `linear.backward` has to be called."""
@@ -63,7 +65,7 @@ def backward(
         if not all(map(_has_rows, dys)):
             return None
         _make_room()
-        kind = _backwards[key] = Backward(dys, members, us, plan(), need_dx, need_dcore, mask)
+        kind = _backwards[key] = Backward(dys, members, us, plan(dys, members, us, mask), need_dx, need_dcore, mask)
     return kind(dys, members, us, mask)
 
 
@@ -79,41 +81,40 @@ class Forward:
         rows, self.count = _rows(x), len(members.a)
         self.plan, self.is_fused = plan, linear.is_fused(plan, members)
         self.v_shape = len(rows), members.width * self.count
-        y_shapes = [(*x.shape[:-1], b.shape[0]) for b in members.b] if self.is_fused else []
-        self.shapes = [(len(rows), members.r)] * self.count + y_shapes
+        self.shapes: list[tuple[int, ...]] = [(len(rows), members.r)] * self.count
+        # y_i, or v, from which cuBLAS computes them
+        self.shapes += [(*x.shape[:-1], b.shape[0]) for b in members.b] if self.is_fused else [self.v_shape]
         self.prepared: Prepared | None = None
         with on_device(x), suppress(NotPreparedError):
             self.prepared = self._prepare(_on_meta(rows), members.map(_on_meta), mask)
+            self.shapes += self.prepared.scratch
 
     def __call__(self, x: Tensor, members: Members, mask: Mask) -> Ys | None:
         if self.prepared is None:
             return None
-        us, ys = self._allocate(x)
-        vs = [] if self.is_fused else [x.new_empty(self.v_shape)]
-        if not self.prepared.repeat([*self._tensors(x, members, us, ys), *vs], mask.seeds):
+        found, count = prepared_launch.allocate(x, self.shapes), self.count
+        if not self.prepared.repeat(self._tensors(x, members, found), mask.seeds):
             return None
-        return ys or linear.unfused(_rows(x), members, vs[0], self.plan), us
+        if self.is_fused:
+            return found[count : 2 * count], found[:count]
+        return linear.unfused(_rows(x), members, found[count], self.plan), found[:count]
 
-    def _allocate(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """u_i, and y_i unless cuBLAS allocates them."""
-        found = prepared_launch.allocate(x, self.shapes)
-        return found[: self.count], found[self.count :]
-
-    def _tensors(self, x: Tensor, members: Members, us: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
-        """Buffers that the launches read and write besides v; members of one argument stand together."""
-        if not self.is_fused:
-            return [x, *members.a, *members.cores, *us]
-        others = [t for t in (*members.weights, *members.biases) if t is not None]
-        return [x, *members.a, *members.cores, *us, *members.b, *others, *ys]
+    def _tensors(self, x: Tensor, members: Members, found: list[Tensor]) -> list[Tensor]:
+        """Buffers that the launches read and write, with what was allocated; members of one argument stand together."""
+        tensors = [x, *members.a, *members.cores, *found[: self.count]]
+        if self.is_fused:
+            tensors += members.b
+            tensors += [t for t in (*members.weights, *members.biases) if t is not None]
+        return tensors + found[self.count :]
 
     def _prepare(self, x: Tensor, members: Members, mask: Mask) -> Prepared:
-        (us, ys), v = self._allocate(x), x.new_empty(self.v_shape)
-        tensors = self._tensors(x, members, us, ys)
-        ys = [_rows(y) for y in ys]
+        found = prepared_launch.allocate(x, self.shapes)
+        us, others, tensors = found[: self.count], found[self.count :], self._tensors(x, members, found)
+        v = x.new_empty(self.v_shape) if self.is_fused else others[0]
         calls = linear.prep_calls(x, members, us, v, self.plan, mask)
-        if not self.is_fused:  # cuBLAS reads v
-            return Prepared(calls, [*tensors, v])
-        calls.append(extended_gemm.forward_call(x, members, v, ys, self.plan))
+        if not self.is_fused:
+            return Prepared(calls, tensors)
+        calls.append(extended_gemm.forward_call(x, members, v, [_rows(y) for y in others], self.plan))
         return Prepared(calls, tensors, inner=[v])
 
 
@@ -140,34 +141,39 @@ class Backward:
         self.is_fused = need_dx and linear.is_fused(plan, members, mask)
         self.has_addmm = need_dx and not self.is_fused  # cuBLAS computes dx, and reads w unless that is masked
         self.adds_masked = self.has_addmm and mask.dropout > 0.0
+        self.thin = self.has_addmm + self.adds_masked  # w, or w and t, which outlive the first launches
         self.t_shape = (len(rows[0]), members.width * len(dys))
         leading = rows[0].shape[:1] if self.has_addmm else dys[0].shape[:-1]  # cuBLAS writes a matrix
-        self.dx_shapes = [(*leading, members.a[0].shape[1])]
+        dx_shape: tuple[int, ...] = (*leading, members.a[0].shape[1])
+        self.shapes = [dx_shape] * need_dx + [self.t_shape] * self.thin
         self.core_shapes = [core.shape for core in members.cores]
         meta = [_on_meta(dy) for dy in rows], members.map(_on_meta), [_on_meta(u) for u in us]
         self.before: Prepared | None = None
         self.after: Prepared | None = None
         with on_device(dys[0]), suppress(NotPreparedError):
             self.before, self.after = self._prepare(*meta, mask)
+            self.shapes += self.before.scratch
 
     def __call__(self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask) -> Gradients | None:
         if self.before is None:
             return None
-        dx, dcores = self._allocate(dys, members)
-        tw = prepared_launch.allocate(dys[0], [self.t_shape] * (self.has_addmm + self.adds_masked))  # w, or w and t
-        tensors = [*self._tensors(dys, members, us, dx, dcores), *tw]
-        if not self.before.repeat([*tensors], mask.seeds):
+        dx, dcores, others = self._allocate(dys, members)
+        tensors = self._tensors(dys, members, us, dx, dcores)
+        if not self.before.repeat(tensors + others, mask.seeds):
             return None
         if dx is not None and self.has_addmm:
-            w = None if self.adds_masked else tw[0]
+            w = None if self.adds_masked else others[0]
             linear.unfused_backward([_rows(dy) for dy in dys], members, w, dx, self.plan)
         if self.after is not None:  # of the same tensors, whose alignment is known
-            self.after.repeat(tensors, mask.seeds)
+            scratch = prepared_launch.allocate(dys[0], self.after.scratch)
+            self.after.repeat([*tensors, *others[: self.thin], *scratch], mask.seeds)
         return dx, dcores
 
-    def _allocate(self, dys: Sequence[Tensor], members: Members) -> Gradients:
+    def _allocate(self, dys: Sequence[Tensor], members: Members) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        """dx and the dR_i, where they are needed; w and t, where they outlive the first launches, and the scratch."""
         dcores = prepared_launch.allocate(members.cores[0], self.core_shapes) if self.need_dcore else []
-        return prepared_launch.allocate(dys[0], self.dx_shapes)[0] if self.need_dx else None, dcores
+        others = prepared_launch.allocate(dys[0], self.shapes)
+        return others.pop(0) if self.need_dx else None, dcores, others
 
     def _tensors(
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
@@ -188,20 +194,20 @@ class Backward:
     def _prepare(
         self, dys: list[Tensor], members: Members, us: list[Tensor], mask: Mask
     ) -> tuple[Prepared, Prepared | None]:
-        dx, dcores = self._allocate(dys, members)
-        t = dys[0].new_empty(self.t_shape)
-        w = torch.empty_like(t) if self.need_dx else t
+        dx, dcores, thin = self._allocate(dys, members)
         tensors = self._tensors(dys, members, us, dx, dcores)
+        # w, then t; those that do not outlive the first launches are inner ones
+        inner = [dys[0].new_empty(self.t_shape) for _ in range(1 + self.need_dx - self.thin)]
+        *ws, t = thin + inner
+        w = ws[0] if ws else t
         calls = [low_rank.backward_call(dys, members, t, w, self.plan, self.need_dx)]
         if self.adds_masked and dx is not None:
             gemm = extended_gemm.backward_call(dys, members, us, t, w, dx, dcores, self.plan, mask, add=True)
-            return Prepared(calls, [*tensors, w, t]), Prepared([gemm], [*tensors, w, t])
+            return Prepared(calls, tensors + thin), Prepared([gemm], tensors + thin)
         if self.is_fused or dcores:
             written = _rows(dx) if self.is_fused and dx is not None else None
             calls.append(extended_gemm.backward_call(dys, members, us, t, w, written, dcores, self.plan, mask))
-        if self.has_addmm:
-            return Prepared(calls, [*tensors, w], inner=[t]), None
-        return Prepared(calls, tensors, inner=[t, w] if self.need_dx else [t]), None
+        return Prepared(calls, tensors + thin, inner), None
 
 
 def forget() -> None:

@@ -63,10 +63,9 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
             return forward(x, _dense_operands(operands, x.dtype))
         return _forward_quantized(x, operands)
     members, mask = members_of(operands), mask_of(operands)
-    plan = partial(_forward_plan, x, members, mask)
-    found = _kernels().prepared_linear.forward(x, members, plan, mask, calls.metadata(x, *members[:5]))
+    found = _kernels().prepared_linear.forward(x, members, mask, _forward_plan, calls.metadata(x, *members[:5]))
     if found is None:
-        found = _kernels().linear.forward(rows_of(x), members, plan(), mask)
+        found = _kernels().linear.forward(rows_of(x), members, _forward_plan(x, members, mask), mask)
     ys, us = found
     return [y if y.dim() == x.dim() else shaped(y, x) for y in ys] + us
 
@@ -82,12 +81,11 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
             return backward(dys, us, _dense_operands(operands, dys[0].dtype), need_dx, need_dcores)
         return _backward_quantized(dys[0], us[0], operands, need_dx, need_dcores)
     members, mask = members_of(operands), mask_of(operands)
-    plan = partial(_backward_plan, dys, members, us, mask)
-    signature = calls.metadata(dys, us, *members[:4])
-    found = _kernels().prepared_linear.backward(dys, members, us, plan, need_dx, need_dcores, mask, signature)
+    given, signature = (dys, members, us, mask), calls.metadata(dys, us, *members[:4])
+    found = _kernels().prepared_linear.backward(*given, need_dx, need_dcores, _backward_plan, signature)
     if found is None:
-        rows = [rows_of(dy) for dy in dys]
-        found = _kernels().linear.backward(rows, members, us, plan(), need_dx, need_dcores, mask)
+        rows, plan = [rows_of(dy) for dy in dys], _backward_plan(*given)
+        found = _kernels().linear.backward(rows, members, us, plan, need_dx, need_dcores, mask)
     dx, dcores = found
     return _gradients(dys[0], dx, dcores, operands.cores)
 
@@ -355,6 +353,7 @@ def _kernels() -> ModuleType:
 
     if cpp.extension is not None:
         lorasb.kernels.prepared_launch.allocate = cpp.extension.allocate
+        lorasb.kernels.prepared_launch.addresses = cpp.extension.addresses
     return lorasb.kernels
 
 

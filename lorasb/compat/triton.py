@@ -74,12 +74,11 @@ def may_repeat(kernel: object) -> bool:
         found = ".".join(map(str, installed()))
         warn_once(f"lorasb was tested with {VERIFIED}, and this is Triton {found}: {ORDINARY}")
         return False
-    runtime = _runtime()
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        # a profiler that added itself to Triton's chain, or a tool that replaced the chain
-        if hook is not None and getattr(hook, "calls", True):
-            warn_once(f"another tool observes kernel launches (triton.knobs.runtime.launch_enter_hook): {ORDINARY}")
-            return False
+    enter, leave = _runtime().launch_enter_hook, _runtime().launch_exit_hook
+    # a profiler that added itself to Triton's chain, or a tool that replaced the chain
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        warn_once(f"another tool observes kernel launches (triton.knobs.runtime.launch_enter_hook): {ORDINARY}")
+        return False
     return True
 
 

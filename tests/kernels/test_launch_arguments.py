@@ -99,7 +99,7 @@ def test_seeds_and_counters_are_those_of_the_first_call(monkeypatch: pytest.Monk
     monkeypatch.setattr(prepared_launch, "bind", bind)
     monkeypatch.setattr(prepared_launch, "driver", driver)
     for seed in (0, 5, 2**62):
-        known.repeat([torch.zeros(4, 8)], (seed,))
+        known.repeat([torch.zeros(4, 8), torch.zeros(known.scratch[0])], (seed,))
     assert [one["seeds"] for one in taken] == [(0,)] * 3
     assert len({one["counters"] for one in taken}) == 1
 

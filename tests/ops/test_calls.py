@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorasb import functional
 from lorasb.backends import cpp, eager
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
+from lorasb.kernels import prepared_launch
 from lorasb.ops import calls
 
 needs_extension = pytest.mark.skipif(cpp.extension is None, reason="this build has no C++ extension")
@@ -173,6 +174,18 @@ def test_tensors_by_one_call() -> None:
     for bad, error in ((([2],), TypeError), ((("a",),), TypeError), (((-1,),), RuntimeError), (3, TypeError)):
         with pytest.raises(error):
             cpp.extension.allocate(like, bad)
+
+
+@needs_extension
+def test_addresses_of_aligned_tensors() -> None:
+    tensors = [torch.ones(16), torch.ones(3, dtype=torch.bfloat16), torch.empty(0)]
+    for addresses in (cpp.extension.addresses, prepared_launch.addresses_in_python):
+        assert addresses([]) == []
+        assert addresses(tensors) == [tensor.data_ptr() for tensor in tensors]
+        assert addresses([*tensors, tensors[0][1:]]) is None
+    for bad in (tuple(tensors), [1], None):
+        with pytest.raises(TypeError, match="a list of tensors"):
+            cpp.extension.addresses(bad)
 
 
 @needs_extension
