@@ -167,7 +167,7 @@ def paths(run: Run) -> Iterator[Row]:
         parts = tuple(m // run.divisor for m in ms)
         for op in OPS:
             shape = plan.Shape(op, dtype, run.tokens, n // run.divisor, sum(parts), run.rank, len(parts))
-            call, chosen = run_of(shape, parts, run.device), plan.choice(shape, arch, sms)
+            (call, _), chosen = run_of(shape, parts, run.device), plan.choice(shape, arch, sms)
             plans = {path: replace(chosen, path=path) for path in ("addmm", "fused")}
             if arch == "sm_90":
                 plans["tma"] = replace(chosen, path="tma", gemm=TMA_GEMMS[0])

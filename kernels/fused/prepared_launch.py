@@ -47,6 +47,11 @@ allocate: Callable[[Tensor, Sequence[tuple[int, ...]]], list[Tensor]] = allocate
 addresses: Callable[[list[Tensor]], list[int] | None] = addresses_in_python
 
 
+def is_captured(like: Tensor) -> bool:
+    """True while a CUDA graph captures what is launched for a tensor."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class NotPreparedError(ValueError):
     """A call that has to be made the ordinary way every time."""
 
@@ -119,7 +124,7 @@ class Prepared:
 
     def _zeros(self, like: Tensor, stream: int) -> Tensor:
         """Counters; on the default stream (0) those of this kind, which every launch leaves at zero."""
-        if stream or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if stream or is_captured(like):
             return workspace.counters(like.device, self._count)
         if self._own_zeros is None:
             self._own_zeros = workspace.counters(like.device, self._count)  # gives side streams theirs, too

@@ -41,8 +41,10 @@ def forward(x: Tensor, members: Members, mask: Mask, plan: ForwardPlan, signatur
     if kind is None:
         if not _has_rows(x):
             return None
-        _make_room()
-        kind = _forwards[key] = Forward(x, members, plan(x, members, mask), mask)
+        kind = Forward(x, members, plan(x, members, mask), mask)
+        if not prepared_launch.is_captured(x):  # its plan has not been checked
+            _make_room()
+            _forwards[key] = kind
     return kind(x, members, mask)
 
 
@@ -64,8 +66,10 @@ def backward(
     if kind is None:
         if not all(map(_has_rows, dys)):
             return None
-        _make_room()
-        kind = _backwards[key] = Backward(dys, members, us, plan(dys, members, us, mask), need_dx, need_dcore, mask)
+        kind = Backward(dys, members, us, plan(dys, members, us, mask), need_dx, need_dcore, mask)
+        if not prepared_launch.is_captured(dys[0]):
+            _make_room()
+            _backwards[key] = kind
     return kind(dys, members, us, mask)
 
 
@@ -122,8 +126,9 @@ class Backward:
     """One kind of backward: its plan, the shapes of what it allocates, and its launches.
 
     Attributes:
-        before: launches before cuBLAS writes dx, if it does: the thin products, and dR.
-        after: the launch after it that adds the adapter's masked term to dx, and computes dR; None without dropout.
+        before: launches before dx is written otherwise, by TMA or cuBLAS: the thin products, and dR.
+        after: the launch after that: it computes dR, so that nothing stands between the thin products and the launch by
+            TMA that overlaps them; with dropout, and adds the adapter's masked term to what cuBLAS wrote.
     """
 
     def __init__(
@@ -141,7 +146,8 @@ class Backward:
         self.is_fused = need_dx and linear.is_fused(plan, members, mask)
         self.has_addmm = need_dx and not self.is_fused  # cuBLAS computes dx, and reads w unless that is masked
         self.adds_masked = self.has_addmm and mask.dropout > 0.0
-        self.thin = self.has_addmm + self.adds_masked  # w, or w and t, which outlive the first launches
+        self.ends_apart = self.adds_masked or (self.has_addmm and need_dcore and plan.path == "tma")
+        self.thin = self.has_addmm + self.ends_apart  # w, or w and t, which outlive the first launches
         self.t_shape = (len(rows[0]), members.width * len(dys))
         leading = rows[0].shape[:1] if self.has_addmm else dys[0].shape[:-1]  # cuBLAS writes a matrix
         dx_shape: tuple[int, ...] = (*leading, members.a[0].shape[1])
@@ -201,12 +207,12 @@ class Backward:
         *ws, t = thin + inner
         w = ws[0] if ws else t
         calls = [low_rank.backward_call(dys, members, t, w, self.plan, self.need_dx)]
-        if self.adds_masked and dx is not None:
-            gemm = extended_gemm.backward_call(dys, members, us, t, w, dx, dcores, self.plan, mask, add=True)
-            return Prepared(calls, tensors + thin), Prepared([gemm], tensors + thin)
-        if self.is_fused or dcores:
-            written = _rows(dx) if self.is_fused and dx is not None else None
-            calls.append(extended_gemm.backward_call(dys, members, us, t, w, written, dcores, self.plan, mask))
+        if self.is_fused or self.adds_masked or dcores:
+            written = _rows(dx) if dx is not None and (self.is_fused or self.adds_masked) else None
+            given = dys, members, us, t, w, written, dcores, self.plan, mask
+            calls.append(extended_gemm.backward_call(*given, add=self.adds_masked))
+        if self.ends_apart:
+            return Prepared(calls[:1], tensors + thin), Prepared(calls[1:], tensors + thin)
         return Prepared(calls, tensors + thin, inner), None
 
 

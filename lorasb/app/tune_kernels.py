@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..backends import autotune
-from ..backends.autotune import Clock, CudaClock, Run, Tuned
+from ..backends import autotune, eager
+from ..backends.autotune import Check, Clock, CudaClock, Run, Tuned
 from ..backends.triton import missing
 from ..kernels import linear as launch
 from ..kernels import linear_quantized, plan
@@ -59,16 +60,16 @@ def tune(cases: Sequence[Case], arch: str, sms: int, device: str, clock: Clock) 
     found = []
     for shape, ms in cases:
         try:
-            run = run_of(shape, ms, device)
+            run, check = run_of(shape, ms, device)
             plans = autotune.candidates(shape, plan.choose(shape, arch, sms), arch)
-            found.append(autotune.fastest(shape, plans, run, autotune.unchecked, clock))
+            found.append(autotune.fastest(shape, plans, run, check, clock))
         except torch.OutOfMemoryError:
             continue
     return [one for one in found if one is not None]
 
 
-def run_of(shape: Shape, ms: Sequence[int], device: str) -> Run:
-    """A function of a plan that computes one forward or backward on random tensors, made here, once."""
+def run_of(shape: Shape, ms: Sequence[int], device: str) -> tuple[Run, Check]:
+    """A function of a plan that computes one forward or backward on random tensors, and the check of its result."""
     dtype = next(kind for kind, name in plan.DTYPES.items() if name == shape.dtype)
     mask = Mask(DROPOUT, (SEED,) * len(ms)) if shape.dropout else Mask()
 
@@ -89,13 +90,18 @@ def run_of(shape: Shape, ms: Sequence[int], device: str) -> Run:
         packed = torch.randint(0, 256, (-(-m * n // 2),), dtype=torch.uint8, device=device)
         absmax, codebook = torch.rand(-(-m * n // BLOCK), device=device), torch.linspace(-1, 1, 16, device=device)
         # random codes, without nested statistics
-        weight = linear_quantized.Quantized((packed, absmax, codebook, None, None, None), (BLOCK, 256, 0), m, n)
+        layout, tensors = (BLOCK, 256, 0), (packed, absmax, codebook, None, None, None)
+        weight = linear_quantized.Quantized(tensors, layout, m, n)
+        dense = members._replace(weights=[eager.dequantize([packed, absmax, codebook], list(layout), m, n, dtype)])
         if shape.op == "forward":
-            return lambda chosen: linear_quantized.forward(x, weight, members, chosen, mask)
-        return lambda chosen: linear_quantized.backward(dys[0], weight, members, us[0], chosen, (True, True), mask)
+            run: Run = partial(linear_quantized.forward, x, weight, members, mask=mask)
+            return run, lambda found: autotune.check_forward(x, dense, mask, ([found[0]], found[1]))
+        run = partial(linear_quantized.backward, dys[0], weight, members, us[0], need=(True, True), mask=mask)
+        return run, partial(autotune.check_backward, dys, dense, us, mask)
     if shape.op == "forward":
-        return lambda chosen: launch.forward(x, members, chosen, mask)
-    return lambda chosen: launch.backward(dys, members, us, chosen, True, True, mask)
+        return partial(launch.forward, x, members, mask=mask), partial(autotune.check_forward, x, members, mask)
+    run = partial(launch.backward, dys, members, us, need_dx=True, need_dcore=True, mask=mask)
+    return run, partial(autotune.check_backward, dys, members, us, mask)
 
 
 def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:

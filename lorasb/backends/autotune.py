@@ -13,7 +13,8 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..kernels import plan
 from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 from ..kernels.operands import Mask, Members
 from ..kernels.plan import LaunchPlan, Shape
+from ..ops.registry import WORD, unpack_words
 from ..utils.atomic_files import cache_dir, write_text
 from ..utils.reading import Json
 from .eager import philox_mask
@@ -69,7 +71,7 @@ Run = Callable[[LaunchPlan], Any]  # computes a call by a plan
 Check = Callable[[Any], None]  # raises a `WrongResultError` for a wrong result of it
 Clock = Callable[[Sequence[Call]], "list[float]"]  # runs each call once, and returns their times in ms
 _first: dict[tuple[Shape, str, int, int], LaunchPlan] = {}  # plans of kinds that have had their first call
-_checked: set[Shape] = set()  # kinds with an R for each row that have had theirs
+_checked: set[Hashable] = set()  # kinds of `first_check` that have had theirs
 
 
 class WrongResultError(RuntimeError):
@@ -127,11 +129,12 @@ def first_plan(shape: Shape, arch: str, sms: int, run: Run, check: Check, clock:
     return chosen
 
 
-def first_check(shape: Shape, rows: Tensor, check: Callable[[], None]) -> None:
-    """Check a kind of call with an R for each row, whose plans are not timed, at its first on a card."""
-    if rows.is_cuda and rows.numel() and shape not in _checked and not is_capturing():
-        check()
-        _checked.add(shape)
+def first_check(kind: Hashable, rows: Tensor, check: Callable[[], None]) -> None:
+    """Check a kind of call whose plans are not timed, at its first on a card."""
+    if rows.is_cuda and rows.numel() and kind not in _checked and not is_capturing():
+        with suppress(torch.OutOfMemoryError):  # the next call is checked
+            check()
+            _checked.add(kind)
 
 
 def is_capturing() -> bool:
@@ -267,10 +270,6 @@ def _rule(tuned: Tuned, sms: int) -> dict[str, object]:
     return rule | ({} if s.quant == "none" else {"weights": best.weights})
 
 
-def unchecked(_: object) -> None:
-    """Check nothing: the tensors are random, and only times count."""
-
-
 def check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[Sequence[Tensor], object]) -> None:
     """Raise where the first rows and columns of a y_j [M, m_j] differ from torch's, in fp32, by more than rounding.
 
@@ -318,6 +317,31 @@ def check_backward(dys: Sequence[Tensor], members: Members, us: Sequence[Tensor]
         t, u = (dy @ b[:, :TILE_ROWS]).float(), u[:, :TILE_ROWS].float()
         size = (t.square().mT @ u.square()).sqrt() * abs(scale)
         _check("dR", dcore[:TILE_ROWS, :TILE_ROWS], scale * t.mT @ u, size, dy.dtype)
+
+
+def check_gradient(dy: Tensor, x: Tensor, found: Tensor) -> None:
+    """Raise where the first entries of G = dyᵀ x [m, n] differ."""
+    _check("the gradient", found[:TILE_ROWS, :TILE_COLUMNS], *_gradient_tile(dy, x), x.dtype)
+
+
+def check_signs(dy: Tensor, x: Tensor, words: Tensor, nonzero: Tensor) -> None:
+    """Raise where the packed signs of the first entries of G are others, but for entries near zero."""
+    (want, size), count = _gradient_tile(dy, x), TILE_COLUMNS // WORD
+    signs = unpack_words(words[:TILE_ROWS, :count], want.shape[1], -1.0, 1.0, want.dtype)
+    kept = unpack_words(nonzero[:TILE_ROWS, :count], want.shape[1], 0.0, 1.0, want.dtype)
+    _check("the gradient by its signs", signs * kept * want.abs(), want, size, x.dtype)
+
+
+def _gradient_tile(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entries of G, and the magnitude of their sums."""
+    left, right = dy[:, :TILE_ROWS].float().mT, x[:, :TILE_COLUMNS].float()
+    return left @ right, (left.square() @ right.square()).sqrt()
+
+
+def check_weight(found: Tensor, want: Tensor) -> None:
+    """Raise where the first entries of a dequantized W differ."""
+    tile = want[:TILE_ROWS, :TILE_COLUMNS].float()
+    _check("W", found[:TILE_ROWS, :TILE_COLUMNS], tile, tile.abs())
 
 
 def _check(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> None:

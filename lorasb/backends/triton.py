@@ -39,7 +39,8 @@ HAVE_KERNELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # ui
 SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
 # What the driver reports at some later call, which is not its cause; nothing runs on the device afterwards.
 FAULTS = re.compile(
-    r"illegal (memory access|address|instruction)|misaligned address|device-side assert|launch failure|hardware error"
+    r"illegal (memory access|address|instruction)|misaligned address|device-side assert|hardware error|"
+    r"launch (failure|timed out)"
 )
 _broken: dict[Hashable, str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
 EVERY = "every kernel"  # key of what no kernel runs with
@@ -129,20 +130,21 @@ def _dense_members(operands: Operands, members: Members, rows: Tensor) -> Member
 def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor]:
     """With an R for each row; over a quantized weight the adapter is added to what kernels compute with R = 0."""
     check_index(index, min(map(len, operands.cores)))
-    base, of_rows = _without_cores(operands), _row_products(operands, index)
+    base, of_rows, rows = _without_cores(operands), _row_products(operands, index), rows_of(x)
+    members = members_of(base)
     if operands.is_quantized:
         y, u = forward(x, base)
-        v = of_rows[0].times(u, True, u.new_empty((len(u), members_of(base).width)))
-        return [y.add_(shaped(v[:, : u.shape[1]] @ operands.b[0].t(), y)), u]
-    rows, members = rows_of(x), members_of(base)
-    plan = plan_of("forward", rows, members)
-    found = _kernels().linear.forward(rows, members, plan, rows=of_rows)
+        v = of_rows[0].times(u, True, u.new_empty((len(u), members.width)))
+        y.add_(shaped(v[:, : u.shape[1]] @ operands.b[0].t(), y))
+        ys, us = [y.view(-1, y.shape[-1])], [u]
+    else:
+        ys, us = _kernels().linear.forward(rows, members, plan_of("forward", rows, members), rows=of_rows)
 
     def _check() -> None:
-        autotune.check_forward(rows, _members_of_first(operands, index, rows), NO_DROPOUT, found)
+        autotune.check_forward(rows, _members_of_first(operands, index, rows), NO_DROPOUT, (ys, us))
 
-    autotune.first_check(_shape("forward", rows, members, "none", False), rows, _check)
-    return [*(shaped(y, x) for y in found[0]), *found[1]]
+    autotune.first_check(_kind("forward", rows, members, operands), rows, _check)
+    return [*(shaped(y, x) for y in ys), *us]
 
 
 def _backward_by_row(
@@ -161,16 +163,21 @@ def _backward_by_row(
         plan = plan_of("backward", rows[0], members)
         dx, dcores = _kernels().linear.backward(rows, members, us, plan, need_dx, need_dcores, rows=of_rows)
 
-        def _check() -> None:
-            first, k = _members_of_first(operands, index, rows[0]), int(index.max())
-            autotune.check_backward(rows, first, us, NO_DROPOUT, (dx, []))
-            if k >= 0:  # dR of one adapter, over its own rows
-                own = (index == k).repeat_interleave(len(rows[0]) // len(index)).to(rows[0].device).unsqueeze(1)
-                found = None, [dcore[k] for dcore in dcores]
-                autotune.check_backward([dy * own for dy in rows], first, us, NO_DROPOUT, found)
+    def _check() -> None:
+        first, k = _members_of_first(operands, index, rows[0]), int(index.max())
+        autotune.check_backward(rows, first, us, NO_DROPOUT, (dx, []))
+        if k >= 0:  # dR of one adapter, over its own rows
+            own = (index == k).repeat_interleave(len(rows[0]) // len(index)).to(rows[0].device).unsqueeze(1)
+            found = None, [dcore[k] for dcore in dcores]
+            autotune.check_backward([dy * own for dy in rows], first, us, NO_DROPOUT, found)
 
-        autotune.first_check(_shape("backward", rows[0], members, "none", False), rows[0], _check)
+    autotune.first_check(_kind("backward", rows[0], members, operands), rows[0], _check)
     return _gradients(dys[0], dx, dcores, operands.cores)
+
+
+def _kind(op: str, rows: Tensor, members: Members, operands: Operands) -> Hashable:
+    """Kind of a call with an R for each row, whose plans are not timed."""
+    return _shape(op, rows, members, "4bit" if operands.is_quantized else "none", False)
 
 
 def _without_cores(operands: Operands) -> Operands:
@@ -183,7 +190,8 @@ def _members_of_first(operands: Operands, index: Tensor, rows: Tensor) -> Member
     """The members with an R for each of the first tokens of `rows`, zeros where there is none."""
     places = index.repeat_interleave(len(rows) // len(index))[: autotune.TILE_ROWS].to(rows.device)
     cores = [stack[places.clamp_min(0)] * (places >= 0)[:, None, None] for stack in operands.cores]
-    return members_of(operands)._replace(cores=cores)
+    dense = _dense_operands(operands, rows.dtype) if operands.is_quantized else operands
+    return members_of(dense)._replace(cores=cores)
 
 
 def _row_products(operands: Operands, index: Tensor) -> list[RowProducts]:
@@ -198,7 +206,13 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
         return eager.dequantize(quant, layout, rows, columns, dtype)
     check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # the device; any dtype that the kernels have
     kernels = _kernels().linear_quantized
-    return kernels.dequantized(kernels.Quantized(tensors, tuple(layout), rows, columns), dtype)
+    found: Tensor = kernels.dequantized(kernels.Quantized(tensors, tuple(layout), rows, columns), dtype)
+
+    def _check() -> None:
+        autotune.check_weight(found, eager.dequantize(quant, layout, rows, columns, dtype))
+
+    autotune.first_check(("dequantize", dtype, rows, columns), found, _check)
+    return found
 
 
 def _is_int8(operands: Operands) -> bool:
@@ -218,12 +232,28 @@ def _weight(operands: Operands) -> Quantized:
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
     """total [m, n] fp32 (+)= dyᵀ x."""
-    _kernels().weight_gradient.gradient_add(dy.to(x.dtype), x, total, fresh, _check_gradient(x, total))
+    dy, arch, kernel = dy.to(x.dtype), _check_gradient(x, total), _kernels().weight_gradient.gradient_add
+
+    def _check() -> None:
+        trial = torch.empty_like(total)  # `total` is changed once
+        kernel(dy, x, trial, True, arch)
+        autotune.check_gradient(dy, x, trial)
+
+    autotune.first_check(("gradient_add", x.dtype, total.shape, plan_tables.bucket(len(x))), x, _check)
+    kernel(dy, x, total, fresh, arch)
 
 
 def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Signs and nonzero places of total + dyᵀ x, as words; and Σ G², zeros, not finite."""
-    return _kernels().weight_gradient.gradient_signs(dy.to(x.dtype), x, total, fresh, _check_gradient(x, total))
+    dy, arch, kernel = dy.to(x.dtype), _check_gradient(x, total), _kernels().weight_gradient.gradient_signs
+
+    def _check() -> None:
+        autotune.check_signs(dy, x, *kernel(dy, x, None, True, arch)[:2])
+
+    shape = dy.shape[1], x.shape[1]
+    autotune.first_check(("gradient_signs", x.dtype, shape, plan_tables.bucket(len(x))), x, _check)
+    found: tuple[Tensor, Tensor, Tensor] = kernel(dy, x, total, fresh, arch)
+    return found
 
 
 def _check_gradient(x: Tensor, total: Tensor | None) -> str:

@@ -49,6 +49,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     plan.forget()
 
 
+def unchecked(_: object) -> None:
+    """Check nothing."""
+
+
 def write_table(folder: Path, text: str, arch: str = ARCH) -> Path:
     """A user's table."""
     path = folder / "kernels" / f"{arch}.json"
@@ -70,7 +74,7 @@ class Clock:
 
 
 def first(clock: Clock, run: Any = lambda chosen: chosen, shape: plan.Shape = SHAPE) -> LaunchPlan:
-    return autotune.first_plan(shape, ARCH, SMS, run, autotune.unchecked, lambda: clock)
+    return autotune.first_plan(shape, ARCH, SMS, run, unchecked, lambda: clock)
 
 
 def test_the_first_call_takes_what_is_fastest_and_later_ones_keep_it(folder: Path) -> None:
@@ -144,7 +148,7 @@ def test_a_card_that_is_too_small_takes_the_tables_choice(where: str, folder: Pa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     clocks: dict[str, Any] = {"the clock": no_memory, "a timed call": lambda: no_memory, "the check": Clock}
-    check = no_memory if where == "the check" else autotune.unchecked
+    check = no_memory if where == "the check" else unchecked
     with one_line("too little free memory to time the kernels"):
         for m in (48, 96):
             shape = replace(SHAPE, m=m)
@@ -230,7 +234,7 @@ def test_an_unknown_architecture_takes_cublas_and_says_so_once(arch: str) -> Non
             assert (chosen.path, chosen.weights) == ("addmm", "scratch")
             assert max(chosen.prep.block_m, chosen.gemm.block_m) < 64
             clock = functools.partial(pytest.fail, "timed")
-            assert autotune.first_plan(shape, arch, 200, lambda one: one, autotune.unchecked, clock) == chosen
+            assert autotune.first_plan(shape, arch, 200, lambda one: one, unchecked, clock) == chosen
 
 
 def test_what_does_not_run_or_is_wrong_is_left_out() -> None:
@@ -433,13 +437,61 @@ def test_calls_with_an_r_for_each_row_are_checked(tokens: int, monkeypatch: pyte
     *ys, first_u, second_u = fused.forward(cases[0].x, operands)
     dx, *dcores = fused.backward([torch.ones_like(y) for y in ys], [first_u, second_u], operands, True, True)
     for check, outputs in zip(checks, ((ys[0], ys[1]), (dx, dcores[1][2])), strict=True):
-        check()
-        for output in outputs:
-            right = output.clone()
-            output.mul_(1.2)
-            with pytest.raises(autotune.WrongResultError):
-                check()
-            output.copy_(right)
+        fails_if_spoiled(check, outputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_rows_over_a_quantized_weight_are_checked(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = torch.tensor([1, -1, 0])
+    case = make_case((len(index), tokens), 64, 48, 16, torch.float32)
+    stack = torch.randn((2, 16, 16), generator=torch.Generator().manual_seed(0))
+    case = replace(case, weight=storage(48, 64, "nf4", 64, False))
+    operands = operands_of(case)._replace(cores=[stack], row_index=index)
+    checks: list[Callable[[], None]] = []
+    monkeypatch.setattr(autotune, "first_check", lambda kind, rows, check: checks.append(check))
+    y, u = fused.forward(case.x, operands)
+    dx, dcore = fused.backward([torch.ones_like(y)], [u], operands, True, True)
+    for check, outputs in zip(checks, ((y,), (dx, dcore[1])), strict=True):
+        fails_if_spoiled(check, outputs)
+
+
+def fails_if_spoiled(check: Callable[[], None], outputs: Sequence[torch.Tensor]) -> None:
+    """Run a check of right outputs, then of outputs that are 1.2 times those, one after the other."""
+    check()
+    for output in outputs:
+        right = output.clone()
+        output.mul_(1.2)
+        with pytest.raises(autotune.WrongResultError):
+            check()
+        output.copy_(right)
+
+
+@pytest.mark.parametrize("name", ["gradient_add", "gradient_signs", "dequantize"])
+def test_kernels_of_initialization_are_checked_before_they_change_a_sum(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that changes signs of results, or doubles them, is found, and a sum stays as it was."""
+    checks: list[Callable[[], None]] = []
+    monkeypatch.setattr(autotune, "first_check", lambda kind, rows, check: (check(), checks.append(check)))
+    g = torch.Generator().manual_seed(0)
+    dy, x, total = torch.randn(24, 20, generator=g), torch.randn(24, 70, generator=g), torch.ones(20, 70)
+    if name == "dequantize":
+        case = replace(make_case((2,), 64, 48, 16, torch.float32), weight=storage(48, 64, "nf4", 64, False))
+        operands = operands_of(case)
+        given: tuple[Any, ...] = list(operands.base), list(operands.layout), 48, 64, torch.float32
+        kernels, kernel, spoil = "linear_quantized", "dequantized", lambda found: found.mul(2.0)
+    else:
+        given, kernels, kernel = (dy, x, total, False), "weight_gradient", name
+        spoil = {"gradient_add": lambda _: None, "gradient_signs": lambda found: (~found[0], *found[1:])}[name]
+    getattr(fused, name)(*given)
+    assert len(checks) == 1
+    before, right = total.clone(), getattr(getattr(fused._kernels(), kernels), kernel)
+    monkeypatch.setattr(getattr(fused._kernels(), kernels), kernel, lambda *args: spoil(right(*args)))
+    if name == "gradient_add":  # writes 0
+        monkeypatch.setattr(fused._kernels().weight_gradient, name, lambda dy, x, total, *_: total.zero_())
+    with pytest.raises(autotune.WrongResultError):
+        getattr(fused, name)(*given)
+    assert torch.equal(total, before)
 
 
 # faults as a wrong kernel makes them

@@ -25,7 +25,7 @@ from torch import Tensor
 import lorasb
 from benchmarks.kernels.ptx.plugin import Executor
 from lorasb.functional import dequantize
-from lorasb.kernels import linear, plan, prepared_linear
+from lorasb.kernels import linear, plan, prepared_launch, prepared_linear
 from lorasb.kernels.launcher import observed
 from lorasb.ops.registry import backend_op, unpack_words
 
@@ -218,6 +218,16 @@ def test_new_tables_prepare_anew() -> None:
     plan.forget()
     run_kernels(case)
     assert kinds() == 2 * before
+
+
+def test_a_kind_that_a_capture_met_first_is_prepared_and_checked_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((20,), 64, 48, 8, BF16)
+    monkeypatch.setattr(prepared_launch, "is_captured", lambda like: True)
+    check(run_kernels(case), case)
+    assert kinds() == 0
+    monkeypatch.undo()
+    check(run_kernels(case), case)
+    assert kinds() == 2
 
 
 def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from benchmarks.kernels.ptx.launch import compile_launch
 from benchmarks.kernels.ptx.plugin import Executor
 from lorasb.backends import autotune
 from lorasb.compat.triton import installed
-from lorasb.kernels import tma_gemm
+from lorasb.kernels import prepared_linear, tma_gemm
 from lorasb.kernels.block_sizes import GemmConfig
 from lorasb.kernels.launcher import Launch, observed
 
@@ -50,6 +50,18 @@ def test_matches_reference(M: int, n: int, ms: tuple[int, ...], r: int, dtype: t
     launches = checked(*cases)
     names = [one.name for one in launches]
     assert names == ["prep_forward", "tma_gemm", "prep_backward", "tma_gemm", "extended_gemm"]
+
+
+@pytest.mark.skipif(not environment.PTX, reason="prepares compiled kernels: pytest --ptx sm_90")
+def test_prepared_launches_have_the_same_order() -> None:
+    """dR's launch comes last: nothing stands between the thin products and the launch that overlaps them."""
+    prepared_linear.forget()
+    case = reference.make_case((20,), 64, 48, 8, torch.float16)
+    checked(case)
+    run(case)
+    (kind,) = prepared_linear._backwards.values()
+    names = [[one.call.name for one in part.launches] for part in (kind.before, kind.after) if part is not None]
+    assert names == [["prep_backward"], ["extended_gemm"]]
 
 
 @pytest.mark.parametrize(("n", "m", "r"), [(123, 48, 8), (64, 59, 8), (64, 48, 3)])
