@@ -25,7 +25,7 @@ from ..compat.torch import uncompiled
 from ..compat.transformers import name_or_path
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
-from ..layers.lookup import adapted_layers, frozen_factors, layer_kinds, refuse_uninitialized, uninitialized
+from ..layers.lookup import adapted_layers, frozen_factors, layer_kinds, refuse_uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
 from ..utils.atomic_files import replacing, write_json, write_text
@@ -141,11 +141,7 @@ def serve_command(base: str | None, folder: Path, rank: int) -> str:
 
 def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, Tensor], dict[str, float]]:
     name, layers = adapted_layers(model, adapter_name)
-    fresh = uninitialized(layers, name)
-    if fresh:
-        raise ValueError(
-            f"adapter {name!r} has not been initialized ({fresh[0]}): there is nothing to export, initialize it first"
-        )
+    refuse_uninitialized(layers, name)
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if DIGEST in tensors:  # an adapter on another one's A and B
         del tensors[DIGEST]

@@ -70,7 +70,8 @@ def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> 
     """Raise a ValueError for an adapter that has not been initialized."""
     if fresh := uninitialized(layers, adapter_name):
         raise ValueError(
-            f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): call lorasb.initialize first"
+            f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): call "
+            f"lorasb.initialize(model, dataloader, adapter_name={adapter_name!r}, lr=...) first"
         )
 
 

@@ -19,7 +19,7 @@ from ..checkpoints.adapter_file import Shapes, check_factors, group_by_layer, re
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import discard, frozen_factors, layers_with, refuse_shared_basis, standing_on, uninitialized
+from ..layers.lookup import discard, frozen_factors, layers_with, refuse_shared_basis, refuse_uninitialized, standing_on
 from ..utils.atomic_files import replacing
 from .bank import bank_of
 
@@ -43,12 +43,7 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
     largest = max(ranks.values())
     if config.r not in (None, largest):
         raise ValueError(f"an adapter on {config.basis!r} has its rank, {largest}, got r={config.r}: leave r out")
-    fresh = uninitialized(layers, config.basis)
-    if fresh:
-        raise ValueError(
-            f"basis {config.basis!r} has not been initialized ({fresh[0]}): call lorasb.initialize(model, dataloader, "
-            f"adapter_name={config.basis!r}, lr=...) first"
-        )
+    refuse_uninitialized(layers, config.basis)
     for field in COPIED if config.basis in configs else ():
         setattr(config, field, copy.deepcopy(getattr(configs[config.basis], field)))
     config.target_modules = set(layers)

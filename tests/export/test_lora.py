@@ -100,7 +100,7 @@ def test_the_command_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"call model = lorasb\.patch\(model\) first"):
         lorasb.export_lora(make("llama"), tmp_path / "a")
-    with pytest.raises(ValueError, match="there is nothing to export"):
+    with pytest.raises(ValueError, match="has not been initialized"):
         lorasb.export_lora(lorasb.patch(make("llama"), r=4), tmp_path / "a")
     with pytest.raises(ValueError, match="no layer has an adapter 'other'"):
         lorasb.export_lora(patched(), tmp_path / "a", adapter_name="other")

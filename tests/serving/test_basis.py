@@ -119,7 +119,7 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             model.add_adapter("ada", lorasb.LoRASBConfig(**fields))
         assert list(model.peft_config) == ["default"]
-    with pytest.raises(ValueError, match=r"basis 'default' has not been initialized .* adapter_name='default'"):
+    with pytest.raises(ValueError, match=r"adapter 'default' has not been initialized .*adapter_name='default'"):
         lorasb.patch(base(), r=4).add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
 
 
