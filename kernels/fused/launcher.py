@@ -37,6 +37,8 @@ class Launch(NamedTuple):
         """The compiler's options."""
         options: dict[str, Any] = {"num_warps": self.config.warps, "num_stages": self.config.stages}
         if private.is_compiled(self.kernel):
+            if private.omits_fences():
+                options["num_stages"] = 1  # no cp.async
             if isinstance(self.config, GemmConfig) and self.config.registers:
                 options["maxnreg"] = self.config.registers
             # said either way: Triton's own default differs between versions, and it warns where it is taken

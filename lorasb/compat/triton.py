@@ -55,6 +55,15 @@ def has_tma() -> bool:
     return all(find(PRIVATE[name]) is not None for name in ("TensorDescriptor", "gdc_wait", "gdc_launch_dependents"))
 
 
+def omits_fences() -> bool:
+    """True where a loop's cp.async feed wgmma without fence.proxy.async, which PTX asks for: Triton 3.6 on sm_90."""
+    if installed() >= (3, 7):
+        return False
+    from triton.runtime import driver
+
+    return bool(driver.active.get_current_target().arch == 90)
+
+
 @cache
 def warn_once(text: str) -> None:
     """Warn, once in a process."""

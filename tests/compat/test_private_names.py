@@ -31,6 +31,8 @@ from lorasb.compat import peft as private_peft
 from lorasb.compat import torch as private_torch
 from lorasb.compat import transformers as private_transformers
 from lorasb.compat import triton as private_triton
+from lorasb.kernels.block_sizes import GemmConfig
+from lorasb.kernels.launcher import Launch
 from lorasb.layers.adapted_layer import AdaptedLayer
 from lorasb.tuner.model import LoRASBModel
 
@@ -186,6 +188,19 @@ def test_experts_of_another_kind_are_told_apart() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(holder, name, value, raising=False)
             assert not private_transformers.computes_like_mixtral(experts), name
+
+
+@pytest.mark.parametrize(("version", "arch", "omitted"), [((3, 6), 90, True), ((3, 6), 86, False), ((3, 7), 90, False)])
+def test_fences_that_triton_omits(
+    version: tuple[int, int], arch: int, omitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loops whose copies would feed wgmma without a fence have one stage."""
+    target = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=arch))
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=target))
+    monkeypatch.setattr(private_triton, "installed", lambda: version)
+    assert private_triton.omits_fences() is omitted
+    options = Launch(SimpleNamespace(device_caches={}), 1, {}, GemmConfig(64, 64, 32, 8, 4, 3)).options
+    assert options["num_stages"] == (1 if omitted else 3)
 
 
 @pytest.mark.parametrize("version_is_known", [True, False])
