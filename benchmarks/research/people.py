@@ -75,7 +75,8 @@ def run(work: Path, people: int, alone: int) -> dict[str, Any]:
     train, held_out = ([row for user in users for row in everybody[user][part]] for part in (0, 1))
     if not (work / "basis").is_dir():
         data = str(write_rows(work / "people.jsonl", train))
-        command("basis", "make", "smollm2-135m", "--data", data, "--r", str(RANK), "--output", str(work / "basis"))
+        options = ("--data", data, "--template", "none", "--r", str(RANK), "--output", str(work / "basis"))
+        command("basis", "make", "smollm2-135m", *options)
     on_basis = ("--basis", str(work / "basis"))
     together = finetune(work / "together", train, held_out, *on_basis, "--adapter-column", "user", *ALL)
     found = {TOGETHER: scored(together, users, some)}

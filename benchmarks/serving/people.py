@@ -66,7 +66,8 @@ def write(folder: Path, people: int) -> None:
     """Write the rows of all but one, and of the one who comes later."""
     found = [rows(f"person-{i}") for i in range(people)]
     files = {"people": [row for train, _ in found for row in train]}
-    files["held_out"] = [row for _, held_out in found for row in random.Random(0).sample(held_out, 2)]
+    draw = random.Random(0)
+    files["held_out"] = [row for _, held_out in found for row in draw.sample(held_out, 2)]
     files["newcomer"], files["newcomer_held_out"] = rows("newcomer")
     for name, lines in files.items():
         write_rows(folder / f"{name}.jsonl", lines)

@@ -44,10 +44,18 @@ REPORT_NAME = "report.json"
 
 def check_adapter(run: Run) -> None:
     """Raise where the model's layers cannot have the run's adapter, from a model without memory."""
+    if run.settings.basis is not None:
+        refuse_labels(run)
     if run.settings.method != "lora" and run.settings.basis is None:
         with torch.device("meta"):
             empty = type(run.model)(copy.deepcopy(run.model.config))
         lorasb.patch(empty, r=run.settings.r, **_common_options(run))
+
+
+def refuse_labels(run: Run) -> None:
+    """Raise a ValueError for a classifier, which no basis has."""
+    if not isinstance(run.problem, LanguageModeling):
+        raise ValueError("expected rows of prompt and completion, got labeled ones: a basis has no head")
 
 
 def adapt(run: Run) -> InitReport | None:
@@ -167,35 +175,38 @@ class BasisCard:
     r: int
     update: str
     tasks: dict[str, dict[str, float]]  # task -> number of its examples, and the share of its first step that is kept
+    dtype: str = "auto"  # of A and B, in which adapters on the basis compute
 
 
 def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
     """Make a basis of rank `settings.r` from the first steps of one task or more, and write it into `settings.output`.
 
     Raises:
-        ValueError: two files of one name, labeled examples, or what initialization refuses.
+        ValueError: files in the folder, two files of one name, labeled examples, or what initialization refuses.
     """
-    names = _names(data)
-    settings = replace(settings, data=data[0], eval_examples=1)
+    names, output = _names(data), Path(settings.output)
+    settings = replace(settings, data=data[0])
     settings.check()
-    with locked(settings.output):
-        run = prepare(settings)
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"expected --output to be a new folder, and {output} has files: take another, or delete it")
+    with locked(output):
+        run = prepare(replace(settings, eval_examples=0))
         encoded = {names[0]: run.train_ids}
         for name, file in zip(names[1:], data[1:], strict=True):
-            examples, _ = load_examples(replace(settings, data=file))
+            examples, _ = load_examples(replace(settings, data=file, eval_examples=0))
             encoded[name] = [run.problem.encode(one, run.tokenizer, settings.max_length) for one in examples]
-        if not isinstance(run.problem, LanguageModeling):
-            raise ValueError("expected files of prompt and completion, got labeled examples: a basis has no head")
+        refuse_labels(run)
         run.model = lorasb.patch(run.model, r=settings.r, target_modules=targets(settings.target_modules))
         loaders = {name: start_loader(run, rows) for name, rows in encoded.items()}
         options = {"update": settings.update, "seed": settings.seed}
         shares = initialize_basis(run.model, loaders, num_samples=settings.samples, **options)
         tasks = {name: {"examples": len(encoded[name]), "kept": shares[name]} for name in names}
-        with replacing_folder(Path(settings.output)) as folder:
+        with replacing_folder(output) as folder:
             run.model.save_pretrained(str(folder))
             shared_factors.share(folder)
             digest = shared_factors.recorded_digest(folder / constants.FACTORS_NAME)
-            card = BasisCard(settings.model, digest or "", run.model.peft_config["default"].r, settings.update, tasks)
+            r, dtype = run.model.peft_config["default"].r, run.precision.name
+            card = BasisCard(settings.model, digest or "", r, settings.update, tasks, dtype)
             write_json(folder / CARD_NAME, card.__dict__)
     return card
 
@@ -237,8 +248,11 @@ def read_card(folder: str | Path) -> BasisCard:
 
 
 def card_of(settings: Settings) -> BasisCard:
-    """The card of a run's basis; a ValueError if it was made on another model."""
+    """The card of a run's basis; a ValueError if it was made on another model, or in another dtype."""
     card = read_card(settings.basis or "")
+    if "auto" not in (card.dtype, settings.dtype) and card.dtype != settings.dtype:
+        wrong = f"has A and B in {card.dtype}, got --dtype {settings.dtype}: leave --dtype out"
+        raise ValueError(f"--basis {settings.basis} {wrong}")
     if card.model != settings.model:
         wrong = f"was made on --model {card.model}, got {settings.model}: leave --model out"
         raise ValueError(f"--basis {settings.basis} {wrong}")
@@ -267,6 +281,8 @@ def _load_and_fit(run: Run, card: BasisCard) -> BasisFit:
 def fit_basis(settings: Settings) -> BasisFit:
     """Measure how well the examples of `settings.data` fit the basis in `settings.basis`."""
     card = read_card(settings.basis or "")
-    settings = replace(settings, model=card.model, eval_examples=1)
+    settings = replace(settings, model=card.model, dtype=card.dtype)
     settings.check()
-    return _load_and_fit(prepare(settings), card)
+    run = prepare(replace(settings, eval_examples=0))
+    refuse_labels(run)
+    return _load_and_fit(run, card)

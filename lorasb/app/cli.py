@@ -274,6 +274,7 @@ def doctor() -> None:
 
 
 Samples = Annotated[int | None, Option(help="Number of samples from each file.", min=1, show_default="max(32, n/1000)")]
+Template = Annotated[str, Option(help="How prompts become text, as in finetune: auto or none.")]
 
 
 @basis.command(cls=Command)
@@ -284,13 +285,15 @@ def make(
     r: Annotated[int, Option("--r", "--rank", help="Rank, at most 256.")] = 64,
     update: Annotated[str, Option(help="First step to simulate: adamw, sgd or per-sample, as in finetune.")] = "adamw",
     samples: Samples = None,
+    template: Template = "auto",
     seed: Annotated[int, Option(help="Random seed for samples and SVD.")] = 0,
 ) -> None:
     """Create a basis from the first steps of several tasks: A and B for adapters that hold only R."""
     from .adapter import make_basis
     from .tables import card_table
 
-    settings = Settings(model=model, output=output, r=r, update=update, samples=samples, seed=seed)
+    options = {"update": update, "samples": samples, "template": template, "seed": seed}
+    settings = Settings(model=model, output=output, r=r, **options)
     console.print(card_table(make_basis(settings, data)))
     console.print(_files(output))
 
@@ -300,13 +303,15 @@ def fit(
     folder: Annotated[str, Argument(metavar="BASIS", help="Folder of a basis.")],
     data: Annotated[str, Option(help="JSONL file with prompt and completion.")],
     samples: Samples = None,
+    template: Template = "auto",
     seed: Annotated[int, Option(help="Random seed for the samples.")] = 0,
 ) -> None:
     """Show how much of your data's first step a basis keeps, before you train on it."""
     from .adapter import fit_basis
     from .tables import fit_table
 
-    console.print(fit_table(fit_basis(Settings(basis=folder, data=data, samples=samples, seed=seed))))
+    settings = Settings(basis=folder, data=data, samples=samples, template=template, seed=seed)
+    console.print(fit_table(fit_basis(settings)))
 
 
 @bench.command()

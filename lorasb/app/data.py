@@ -47,6 +47,8 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
         held_out = generate(task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
         return generate(task, settings.train_examples, settings.seed, exclude=held_out), held_out
     train_examples = read_data(settings.data, settings.score, adapter_column=settings.adapter_column)
+    if not settings.eval_examples:
+        return train_examples, []
     held_out = _held_out(settings, train_examples)
     remaining = _others(train_examples, held_out)
     # An adapter whose examples were all drawn would have none to train on.
@@ -54,6 +56,9 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     if settings.eval_data is None and any(example.adapter not in known for example in held_out):
         held_out = [example for example in held_out if example.adapter in known]
         remaining = _others(train_examples, held_out)
+    if strangers := sorted({example.adapter for example in held_out} - {one.adapter for one in train_examples}):
+        hint = nearest(strangers[0], known, f"{len(strangers)} in all", cutoff=0.6)
+        raise ValueError(f"{settings.eval_data} has rows of {strangers[0]!r}, of whom --data has none{hint}")
     if train_examples and not remaining and settings.eval_data is not None:
         raise ValueError(f"{settings.eval_data} has every prompt of --data: name rows that are not to be trained on")
     if not remaining or not held_out:
@@ -177,10 +182,13 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
         return example
     if column not in values:
         raise ValueError(f"{where}: there is no column {column} (--adapter-column), only {', '.join(values)}")
-    name = str(values[column])
-    if name in TAKEN_NAMES or not re.fullmatch(ADAPTER_NAME, name):
+    from torch.nn import ParameterDict  # whose entries adapters are; `lorasb --help` does without
+
+    value = values[column]
+    name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if name in TAKEN_NAMES or hasattr(ParameterDict, name) or not re.fullmatch(ADAPTER_NAME, name):
         wanted = f"an adapter's name in {column}, of letters, digits and _ - + @, not {' or '.join(TAKEN_NAMES)}"
-        raise ValueError(f"{where}: expected {wanted}, got {name!r}: write other characters as _")
+        raise ValueError(f"{where}: expected {wanted}, got {value!r}: write other characters as _")
     return replace(example, adapter=name)
 
 

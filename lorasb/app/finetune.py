@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -41,15 +42,17 @@ def run_finetune(settings: Settings) -> Result:
         judge_of(settings)  # raises where `--rl` names no reward
     with joined() as processes, Stop() as stop, ExitStack() as held:
         settings.check_processes(processes.world_size)
+        card = card_of(settings) if settings.basis is not None else None  # before the model is loaded and evaluated
+        if card is not None and settings.dtype == "auto":
+            settings = replace(settings, dtype=card.dtype)
         precision = resolve(settings.dtype, device())
         examples = load_examples(settings)
         resolved = {"dtype": precision.name, "device": device(), "processes": processes.world_size}
-        folder = RunFolder(settings, identity_of(settings, **resolved, examples=digest(*examples)))
+        deciding = {"examples": digest(*examples)} | ({} if card is None else {"basis_digest": card.digest})
+        folder = RunFolder(settings, identity_of(settings, **resolved, **deciding))
         state = _look_up_state(folder, processes, held)
         if state.kind == FINISHED:
             return results.load(folder.folder)
-        if settings.basis is not None and state.kind == NEW:
-            card_of(settings)  # before the model is loaded and evaluated
         is_first_rank = processes.rank == 0
         run = prepare(settings, examples)
         if state.kind == NEW:

@@ -123,7 +123,7 @@ def check_adapters(settings: Settings) -> None:
 def check_basis(settings: Settings) -> None:
     """Raise a ValueError for settings that a basis has decided already."""
     default = Settings()
-    for name in ("method", "r", "rank_pattern", "target_modules", "update", "start", "eta", "rl_start"):
+    for name in ("method", "r", "rank_pattern", "target_modules", "update", "start", "eta", "rl_start", "lora_dropout"):
         if (value := getattr(settings, name)) != getattr(default, name):
             got = f"{option(name)} {value}"
             raise ValueError(f"--basis has layers, ranks, A and B, and R starts at 0, got {got}: leave it out")

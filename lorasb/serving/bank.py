@@ -222,7 +222,7 @@ class AdapterBank:
             try:
                 self.add(name, read_cores(path, read_config(path), self.digest, scalings))
                 report.loaded.append(name)
-            except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+            except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
                 report.failed[name] = str(error)
         return report
 

@@ -183,6 +183,8 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
         core, pair = _projected(update, module, basis)
         cores[layer] = core / module.adapters[basis].scaling
         kept.append(pair)
+    if not all(torch.isfinite(core).all() for core in cores.values()):
+        raise ValueError("expected an adapter with finite values to project, got NaN or Inf")
     lost = 1.0 - share_of(kept)
     if lost > most_lost:
         raise ValueError(

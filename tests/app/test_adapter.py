@@ -21,7 +21,7 @@ from tiny_run import WORDS, write_rows
 
 import lorasb
 from lorasb.app import adapter, finetune, train
-from lorasb.app.adapter import make_basis, read_card
+from lorasb.app.adapter import fit_basis, make_basis, read_card
 from lorasb.app.data import load_examples
 from lorasb.app.finetune import run_finetune
 from lorasb.app.prepare import prepare, save_adapter
@@ -159,7 +159,7 @@ def whole(on_it: Settings, made: Path) -> Path:
 def test_the_card_says_what_the_basis_is(made: Path, settings: Settings) -> None:
     card = read_card(made)
     assert (card.model, card.r, card.update) == (settings.model, 8, "adamw")
-    assert {name: found["examples"] for name, found in card.tasks.items()} == {"copy": 23, "next": 23}
+    assert {name: found["examples"] for name, found in card.tasks.items()} == {"copy": 24, "next": 24}
     assert all(0.5 < found["kept"] <= 1 for found in card.tasks.values())
     cores = load_file(made / WEIGHTS)
     assert not any(value.any() for key, value in cores.items() if "lorasb_R" in key)
@@ -240,7 +240,7 @@ def test_a_share_near_chance_is_a_warning() -> None:
 
 def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
     card = make_basis(replace(settings, output=str(tmp_path)), [files["copy"]])
-    assert card.tasks == {"copy": {"examples": 23, "kept": 1.0}}
+    assert card.tasks == {"copy": {"examples": 24, "kept": 1.0}}
 
 
 def test_another_model_or_basis_is_refused(on_it: Settings, made: Path, tmp_path: Path) -> None:
@@ -260,13 +260,60 @@ def test_another_model_or_basis_is_refused(on_it: Settings, made: Path, tmp_path
             run_finetune(replace(on_it, basis=str(copy), output=str(tmp_path / "run")))
 
 
+def test_a_run_on_a_basis_has_its_dtype_and_its_digest(on_it: Settings, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has A and B in float32, got --dtype bfloat16: leave --dtype out"):
+        run_finetune(replace(on_it, dtype="bfloat16", output=str(tmp_path / "run")))
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    own = replace(on_it, basis=str(copy), dtype="auto", output=str(tmp_path / "run"))
+    assert run_finetune(own).summary["dtype"] == "float32"
+    shutil.rmtree(copy)
+    make_basis(replace(on_it, basis=None, r=8, seed=1, output=str(copy)), [str(on_it.data)])
+    with pytest.raises(ValueError, match="basis_digest was"):
+        run_finetune(own)
+
+
+def test_labeled_rows_are_refused_on_a_basis(on_it: Settings, made: Path, tmp_path: Path) -> None:
+    labeled = write_rows(tmp_path / "labels.jsonl", ({"text": f"red {i}", "label": i % 2} for i in range(20)))
+    for run in (
+        lambda: run_finetune(replace(on_it, data=labeled, output=str(tmp_path / "run"))),
+        lambda: fit_basis(replace(on_it, data=labeled)),
+    ):
+        with pytest.raises(ValueError, match="got labeled ones: a basis has no head"):
+            run()
+
+
+def test_a_basis_is_made_into_a_new_folder_alone(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
+    """Nothing of the user's is deleted, and no basis is replaced on which adapters stand."""
+    kept = tmp_path / "mine.txt"
+    kept.write_text("mine")
+    with pytest.raises(ValueError, match="expected --output to be a new folder"):
+        make_basis(replace(settings, output=str(tmp_path)), [files["copy"]])
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize("user", [None, True, 1.5, ["ada"], "default", "update", "a.b", ""])
+def test_what_names_no_adapter_is_refused(user: Any, on_it: Settings, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [row | {"user": user} for row in task("copy", 1)])
+    with pytest.raises(ValueError, match=r"line 1: expected an adapter's name in user"):
+        load_examples(replace(on_it, data=data, adapter_column="user"))
+
+
+def test_people_who_are_held_out_alone_are_refused(on_it: Settings, tmp_path: Path) -> None:
+    data, other = (
+        write_rows(tmp_path / f"{name}.jsonl", [row | {"user": name} for row in task("copy", 1)])
+        for name in ("ada", "Ada")
+    )
+    with pytest.raises(ValueError, match="has rows of 'Ada', of whom --data has none: did you mean 'ada'"):
+        load_examples(replace(on_it, data=data, eval_data=other, adapter_column="user"))
+
+
 def test_files_that_make_no_basis(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
     own = replace(settings, output=str(tmp_path / "basis"))
     same = write_rows(tmp_path / "other" / "copy.jsonl", task("copy", 1))
     labeled = write_rows(tmp_path / "labels.jsonl", ({"text": f"red {i}", "label": i % 2} for i in range(20)))
     for given, message in (
         ([files["copy"], same], "each with another name, got two named 'copy'"),
-        ([labeled], "got labeled examples: a basis has no head"),
+        ([labeled], "got labeled ones: a basis has no head"),
         ([files["copy"], "nowhere"], "expected a JSONL file, found none at nowhere"),
     ):
         with pytest.raises(ValueError, match=message):
