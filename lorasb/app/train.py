@@ -378,10 +378,12 @@ def find_rate(run: Run) -> float:
 
 
 def batches(run: Run) -> Iterator[Batch]:
-    """The run's batches in its order, over and over, in the parts that a step is computed in."""
-    collate, order = run.collator(), run.order()
-    size = run.settings.batch_size // run.settings.gradient_accumulation
+    """The run's batches in its order, over and over, in this process's parts of the steps."""
+    collate, order, processes = run.collator(), run.order(), Processes()
+    count = run.settings.gradient_accumulation * processes.world_size
+    size = run.settings.batch_size // count
     for epoch in itertools.count():
         for step in order.order(epoch):
-            for start in range(0, len(step), size):
+            # a step with too few rows for every process has its first ones for the others
+            for start in range(size * processes.rank, len(step), size * processes.world_size) or (0,):
                 yield collate([run.rows[i] for i in step[start : start + size]])

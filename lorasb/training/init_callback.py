@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from peft import PeftModel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -111,7 +112,7 @@ class InitCallback(TrainerCallback):
         # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
         warmup = args.get_warmup_steps(state.max_steps)
         lr: float | AutoRate | None = None if self.lr == "auto" else self.lr
-        if self.lr == "auto" and _is_adam(optimizer, args.learning_rate):
+        if self.lr == "auto" and _takes_rates(optimizer, lr_scheduler, args.learning_rate):
             lr = first_step_lr("auto", warmup)
         lr = first_step_lr(args.learning_rate, warmup) if lr is None else lr
         self.report = self._initialize(lr, args, model, train_dataloader)
@@ -152,13 +153,17 @@ class InitCallback(TrainerCallback):
         return replace(report, rate=found.lr, lr=None if report.lr is None else report.lr * found.lr / rate)
 
 
-def _is_adam(optimizer: object, rate: float) -> bool:
-    """True for AdamW and its relatives, whose steps lr="auto" predicts; a warning where the optimizer is another."""
-    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate wraps it
-    if optimizer is None or "adam" in kind.lower():
+def _takes_rates(optimizer: object, scheduler: object, rate: float) -> bool:
+    """True for AdamW and its relatives, whose steps lr="auto" predicts, with a schedule of transformers'; else warn."""
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate wraps both
+    schedule = getattr(scheduler, "scheduler", scheduler)
+    if optimizer is not None and "adam" not in kind.lower():
+        why = f"lr='auto' predicts steps of AdamW, and the optimizer is {kind}"
+    elif schedule is not None and not isinstance(schedule, LambdaLR):  # others keep peaks of their own
+        why = f"lr='auto' sets the peak of transformers' schedules, and the schedule is a {type(schedule).__name__}"
+    else:
         return True
-    stays = f"learning_rate={rate:g} stays"
-    warnings.warn(f"lr='auto' predicts steps of AdamW, and the optimizer is {kind}: {stays}", stacklevel=3)
+    warnings.warn(f"{why}: learning_rate={rate:g} stays", stacklevel=3)
     return False
 
 
@@ -169,7 +174,7 @@ def _is_sized(dataset: object) -> bool:
 def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
     """Set the peak rate of R's parameter groups; other groups (a head's) keep theirs."""
     cores = {id(layer.lorasb_R[name]) for layer in layers.values()}
-    peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)  # accelerate wraps a schedule
+    peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)
     for i, group in enumerate(optimizer.param_groups):
         if any(id(parameter) in cores for parameter in group["params"]):
             group["lr"] *= rate / group.get("initial_lr", group["lr"])

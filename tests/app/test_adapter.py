@@ -116,6 +116,18 @@ def test_trials_take_the_runs_own_batches(base: Settings, packing: bool) -> None
     assert ("attention_mask" not in first[0]) == packing  # packs are told apart by their positions
 
 
+def test_trials_take_a_processs_part_of_every_step(base: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepare(base)
+    monkeypatch.setattr(train, "Processes", lambda: SimpleNamespace(rank=0, world_size=1))
+    whole = next(train.batches(run))["input_ids"]
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "Processes", lambda rank=rank: SimpleNamespace(rank=rank, world_size=2))
+        parts.append(next(train.batches(run))["input_ids"])
+    assert [len(part) for part in parts] == [len(whole) // 2] * 2
+    assert sum(int(part.sum()) for part in parts) == int(whole.sum())  # but for padding, which is 0 here
+
+
 def task(prompt: str, first: int) -> list[dict[str, Any]]:
     return [{"prompt": f"{prompt} {WORDS[i % 8]} {i}", "completion": WORDS[(i + first) % 8]} for i in range(24)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tolerances
@@ -13,6 +14,7 @@ import transformers
 from adapters import layers
 from models import batches_for, make, patched, started
 from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedules
 from torch.utils.data import DataLoader
 from trainer_runs import ROWS, train
 
@@ -165,15 +167,25 @@ def test_a_head_keeps_the_rate_of_the_arguments(usual: tuple[nn.Module, InitRepo
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, report.rate / 2])
 
 
-def test_other_optimizers_keep_the_rate_of_the_arguments(tmp_path: Path) -> None:
-    """Steps of SGD are proportional to the gradient, so that a rate for AdamW says nothing of theirs."""
+@pytest.mark.parametrize(
+    ("kind", "schedule_of", "why"),
+    [
+        (torch.optim.SGD, lambda own: schedules.LambdaLR(own, lambda _: 1.0), "the optimizer is SGD"),
+        (torch.optim.AdamW, lambda own: schedules.OneCycleLR(own, 1e-2, 100), "the schedule is a OneCycleLR"),
+    ],
+)
+def test_other_optimizers_and_schedules_keep_the_rate_of_the_arguments(
+    kind: Any, schedule_of: Any, why: str, tmp_path: Path
+) -> None:
+    """Steps of SGD are proportional to the gradient, and torch's schedules have peaks that no base rate changes."""
     model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(lr="auto")
-    optimizer = torch.optim.SGD(cores(model), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    with pytest.warns(UserWarning, match="predicts steps of AdamW, and the optimizer is SGD: learning_rate=0.01 stays"):
+    optimizer = kind(cores(model), lr=1e-2)
+    schedule = schedule_of(optimizer)
+    before = optimizer.param_groups[0]["initial_lr"]
+    with pytest.warns(UserWarning, match=f"{why}: learning_rate=0.01 stays"):
         train(model, tmp_path, [callback], optimizers=(optimizer, schedule))
     assert (callback.report.rate, callback.report.lr) == (None, 1e-2)
-    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert optimizer.param_groups[0]["initial_lr"] == before
 
 
 def test_an_initialized_adapter_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
