@@ -3,8 +3,8 @@
 A step of AdamW changes every entry of R by about the rate, with the signs of its gradient. Where these align with
 u = A x of a token, ‖ΔR u‖ is about lr·r·‖u‖, and the layer's output W x changes by s·lr·r·‖A x‖, as B is orthonormal.
 Relative to the output that is ρ = lr·leverage, with the leverage s·r·rms‖A x‖ / rms‖W x‖. The best rates of a task
-differ by up to 128 times between ranks and starts, and their ρ by about four times: so the rate is ρ over the median
-leverage of the layers.
+differ by over a thousand times between ranks and starts, and their ρ by about four times: so the rate is ρ over the
+median leverage of the layers.
 """
 
 from __future__ import annotations

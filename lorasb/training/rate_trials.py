@@ -64,7 +64,7 @@ def find_lr(
 ) -> RateTrials:
     """Try learning rates for a few steps each, and scale R's start to the best one.
 
-    The best rates of two tasks at one rank are up to 8 times apart (REPORT.md), so no rule over ranks can replace this.
+    The best rates of two tasks at one rank are up to 16 times apart (REPORT.md): no rule over ranks can replace this.
     A trial trains all that requires a gradient, always on the same batches; then parameters, random states and train or
     eval mode are restored to the bit. Rates go from `lr` by factors of two, up while the loss falls, else down. An
     initialization's R is proportional to its η, so R's start is scaled with the rate.
@@ -72,7 +72,7 @@ def find_lr(
     Args:
         model: a patched and initialized model, or any other whose trained parameters require a gradient.
         batches: training batches with labels; the first `judged` measure the loss, the others are trained on. Per rank.
-        lr: the rate to try first, the η of the initialization.
+        lr: the rate to try first, of which the initialization's η was derived (`first_step_lr`).
         steps: of a trial.
         judged: number of batches whose mean loss decides.
         accumulation: batches per step.
@@ -106,7 +106,7 @@ def refine_rate(
 ) -> RateTrials:
     """Double or halve a measured rate (`initialize(lr="auto")`): double it if it beats its quarter after 4 steps.
 
-    The best rates of two tasks at one rank are up to 8 times apart. After a few steps, whether the larger of two rates
+    The best rates of two tasks at one rank are up to 16 times apart. After a few steps, whether the larger of two rates
     is ahead tells such tasks apart, but not how far the best rate is: few steps favor small ones, so the other rate is
     a quarter, not half.
 
