@@ -229,7 +229,7 @@ def fit_table(found: BasisFit) -> RenderableType:
         table.add_row(kind, str(len(shares)), f"{sum(shares) / len(shares):.1%}", f"{min(shares):.1%}")
     table.add_section()
     table.add_row("all", str(len(found.by_layer)), f"{found.share:.1%}", f"{min(found.by_layer.values()):.1%}")
-    advice = "The share does not predict the loss after training: compare once with a run without --basis."
+    advice = "The share alone does not tell the loss after training: compare once with a run without --basis."
     return Group(table, basis_line(found.share, found.random), advice)
 
 
