@@ -95,8 +95,7 @@ def _initialize(run: Run, options: dict[str, Any]) -> InitReport:
     """Initialize LoRA-SB by the first step on the run's examples, or on rewards, and set the run's rate."""
     settings = run.settings
     loader = start_loader(run, run.train_ids)
-    run.measured = settings.lr is None and settings.eta is None and settings.rl is None
-    eta = settings.eta or lorasb.first_step_lr("auto" if run.measured else run.lr, run.warmup_steps)
+    eta = settings.eta or lorasb.first_step_lr("auto" if run.measures_rate else run.lr, run.warmup_steps)
     options |= {"num_samples": settings.samples, "update": settings.update, "seed": settings.seed}
     if settings.start != "limited":
         options["longest_start"] = None if settings.start == "paper" else 0.0
@@ -264,8 +263,7 @@ def load_basis(run: Run) -> None:
     settings = run.settings
     found = _load_and_fit(run, card_of(settings))
     run.fit = {"share": found.share, "random": found.random}
-    run.measured = settings.lr is None and settings.rl is None
-    if run.measured:
+    if run.measures_rate:
         name, layers = adapted_layers(run.model, None)
         options = InitOptions(adapter=name, num_samples=settings.samples, seed=settings.seed)
         run.lr = rate_of_initialized(run.model, layers, start_loader(run, run.train_ids), options)

@@ -292,8 +292,7 @@ def make(
     from .adapter import make_basis
     from .tables import card_table
 
-    options = {"update": update, "samples": samples, "template": template, "seed": seed}
-    settings = Settings(model=model, output=output, r=r, **options)
+    settings = Settings(model=model, output=output, r=r, update=update, samples=samples, template=template, seed=seed)
     console.print(card_table(make_basis(settings, data)))
     console.print(_files(output))
 

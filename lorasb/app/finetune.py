@@ -103,7 +103,7 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
     else:
         report = adapt(run)
     seconds = time.perf_counter() - started if run.settings.method != "lora" else 0.0
-    if run.settings.find_lr or run.measured:
+    if run.settings.find_lr or run.measures_rate:
         run.lr = find_rate(run)
     # on the basis that was initialized with the examples of all: with its A, B and start
     lorasb.add_adapters(run.model, run.adapters, basis_start="same")

@@ -120,7 +120,6 @@ class Run:
     rows: Rows  # training rows: encoded examples, or packs of them
     held_out: HeldOut
     lr: float  # peak learning rate: of the settings, measured, or found by trials
-    measured: bool = False  # whether `lr` was measured on the start's samples, and trials may refine it
     fit: dict[str, float] | None = None  # shares of the first step that `--basis` and a random basis keep
 
     @property
@@ -139,6 +138,13 @@ class Run:
         if self.settings.rl is not None:  # TRL leaves out the prompts that are too few for a step
             return len(self.rows) // self.settings.prompts_a_step
         return -(-len(self.rows) // self.settings.batch_size)  # the last step may be smaller than the others
+
+    @property
+    def measures_rate(self) -> bool:
+        """True if no setting says R's rate, which is then measured on the start's samples and refined by trials."""
+        settings = self.settings
+        given = settings.lr is not None or settings.eta is not None or settings.rl is not None
+        return settings.method == "lora-sb" and not given
 
     @property
     def warmup_steps(self) -> int:

@@ -28,7 +28,7 @@ from ..distributed.process_group import Processes
 from ..init.sampling import Batch
 from ..serving import basis
 from ..serving.training import AdapterRowsCallback
-from ..training.rate_trials import find_lr, refine_rate
+from ..training.rate_trials import OTHER_RATE, find_lr, refine_rate
 from ..utils.precision import DTYPES, native, slowdown
 from ..utils.reading import Json, read_json
 from .evaluation import Classification
@@ -282,9 +282,9 @@ def train(
 def run_trainer(run: Run, folder: Path) -> _RunTrainer:
     """A trainer of the run's rows."""
     args, optimizer = on_one_device(TrainingArguments(**argument_values(run, folder))), None
-    if run.adapters:
+    groups = _groups(run, args.weight_decay)
+    if groups is not None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        groups = lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr, weight_decay=args.weight_decay)
         optimizer = kind(groups, **options)
     trainer = _RunTrainer(
         model=run.model,
@@ -299,6 +299,15 @@ def run_trainer(run: Run, folder: Path) -> _RunTrainer:
         trainer.model_accepts_loss_kwargs = False
     trainer.run = run
     return trainer
+
+
+def _groups(run: Run, weight_decay: float) -> list[Json] | None:
+    """The optimizer's groups, where the trainer's own would not do."""
+    if run.adapters:
+        return lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr, weight_decay=weight_decay)
+    if run.measures_rate and isinstance(run.problem, Classification):  # a head is no R, and has a usual rate
+        return lorasb.parameter_groups(run.model, run.lr, other_lr=OTHER_RATE, weight_decay=weight_decay)
+    return None
 
 
 def argument_values(run: Run, folder: Path) -> Json:

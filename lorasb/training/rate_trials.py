@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,9 @@ RAMP = 2 / 3  # share of a trial's steps over which the rate rises, as it does i
 JUDGED = 4  # batches that are not trained on in a trial
 FARTHEST = 5  # doublings or halvings of the rate that is tried first
 PROBE_STEPS = 4  # of the two trials that refine a measured rate
+OTHER_RATE = 1e-3  # of what is no R (a fresh head) where R's rate is measured
 CLIP = 1.0  # norm of gradients, transformers' default
-MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Any, float], torch.optim.Optimizer]  # of parameters, or groups of them, and a rate
 Parts = tuple[list[Batch], list[list[Batch]]]  # the batches that judge a trial, and those of each of its steps
 ADAMW: MakeOptimizer = partial(torch.optim.AdamW, weight_decay=0.0)
 
@@ -115,7 +117,7 @@ def refine_rate(
     """
     trial = _Trial(model, rate, _read(batches, rate, PROBE_STEPS, JUDGED, accumulation), adapter, loss_fn)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
-        losses = {tried: trial.loss(tried, ADAMW, bar) for tried in (rate / 4, rate)}
+        losses = {tried: trial.loss(tried, trial.adamw, bar) for tried in (rate / 4, rate)}
     best = 2 * rate if losses[rate] < losses[rate / 4] else rate / 2
     if not math.isfinite(min(losses.values())):
         warnings.warn(f"no trial of learning rates has a finite loss: {rate:.2g} stays as measured", stacklevel=2)
@@ -190,6 +192,12 @@ class _Trial:
         for provenance in (getattr(configs.get(name), "init_provenance", None) for name in self.adapters):
             if provenance and provenance.get("lr"):
                 provenance["lr"] *= rate / self.first
+
+    def adamw(self, trained: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        """AdamW with this rate for R; others, which learn at theirs, must not decide it."""
+        cores = {id(core) for core in self.cores}
+        others = [parameter for parameter in trained if id(parameter) not in cores]
+        return ADAMW([{"params": self.cores}, *([{"params": others, "lr": OTHER_RATE}] if others else [])], rate)
 
     def loss(self, rate: float, make: MakeOptimizer, bar: tqdm) -> float:
         """The mean loss of the held-out batches after a trial at a rate."""

@@ -16,12 +16,15 @@ import transformers
 from safetensors.torch import load_file
 from tiny_run import write_rows
 
+from lorasb.app import finetune
 from lorasb.app.data import Example, labeled
 from lorasb.app.evaluation import Classification, LanguageModeling, problem_of, score_of
 from lorasb.app.finetune import run_finetune
 from lorasb.app.scoring import f1, matthews, pearson, spearman
 from lorasb.app.settings import Settings
 from lorasb.app.tokenize import EncodedText
+from lorasb.app.train import run_trainer
+from lorasb.training.rate_trials import OTHER_RATE
 
 COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
 
@@ -48,10 +51,25 @@ def test_classes_are_learned_and_the_folder_loads_again(kinds: Settings, tmp_pat
     assert [("color", "other")[one.argmax()] for one in logits] == result.after.answers
 
 
-@pytest.mark.parametrize("method", ["lora-sb", "lora"])
-def test_a_stopped_run_goes_on_to_the_same_bits(kinds: Settings, goes_on: Any, method: str) -> None:
-    """The head is trained whole, and its start is random."""
-    goes_on(replace(kinds, method=method, epochs=1.5), 4)
+@pytest.mark.parametrize(("method", "lr"), [("lora-sb", 3e-2), ("lora-sb", None), ("lora", 3e-2)])
+def test_a_stopped_run_goes_on_to_the_same_bits(kinds: Settings, goes_on: Any, method: str, lr: float | None) -> None:
+    """The head is trained whole, and its start is random; where R's rate is measured, it has its own."""
+    goes_on(replace(kinds, method=method, lr=lr, epochs=1.5), 4)
+
+
+def test_a_head_has_a_usual_rate_where_that_of_r_is_measured(
+    kinds: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+
+    def made(run: Any, folder: Path) -> Any:
+        trainer = run_trainer(run, folder)
+        rates.append([group["lr"] for group in trainer.create_optimizer().param_groups if group["params"]])
+        return trainer
+
+    monkeypatch.setattr(finetune, "run_trainer", made)
+    summary = run_finetune(replace(kinds, lr=None, epochs=0.5, output=str(tmp_path))).summary
+    assert rates == [[summary["lr"], OTHER_RATE]]
 
 
 def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Path) -> None:

@@ -181,6 +181,19 @@ def test_a_measured_rate_is_doubled_or_halved(faster: bool, factor: float, monke
     check_equal(cores(model), {name: value * factor for name, value in before.items()})
 
 
+def test_a_head_learns_at_a_usual_rate_while_that_of_r_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = patched(), []
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+
+    def steps(self: object, optimizer: torch.optim.Optimizer, bar: object) -> None:
+        seen.append([(len(group["params"]), group["lr"]) for group in optimizer.param_groups])
+
+    monkeypatch.setattr(rate_trials._Trial, "_steps", steps)
+    rate_trials.refine_rate(model, batches(8), 4e-3, progress=False)
+    count = len(cores(model)) - 1  # without the head
+    assert seen == [[(count, rate), (1, rate_trials.OTHER_RATE)] for rate in (1e-3, 4e-3)]
+
+
 def test_trials_without_a_finite_loss_keep_a_measured_rate() -> None:
     """And a loss of the caller's takes the place of the model's."""
     model, seen = patched(), []
