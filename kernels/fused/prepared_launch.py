@@ -1,7 +1,7 @@
 """Launches prepared once for a kind of call, and repeated with other tensors of the same shapes.
 
 Triton's own launch binds some fifty arguments by name, specializes each and looks the kernel up, and our launchers
-choose its arguments: 55 µs of Python, four times per layer (Zen 5, benchmarks/results/host-time.json). All of it
+choose its arguments: 50 µs of Python, four times per layer (Zen 5, benchmarks/results/host-time.json). All of it
 depends on shapes, strides, dtypes and alignments alone. A kind of call is therefore made on `meta` tensors first; of
 each launch its compiled kernel is kept, and which of the call's tensors each pointer is. A repetition takes addresses
 and hands them to the compiled kernel's own launcher.

@@ -180,7 +180,7 @@ def _state(members: Iterable[LoRASBLinear], x: Tensor, rows: Rows | None) -> tup
 
 def wanted(group: bool | None) -> bool:
     """Return whether to form groups; None: on machines with a GPU, where it halves the host's time of a layer."""
-    # 25 instead of 48 µs (benchmarks.kernels.host_time); on CPUs times are 0.97 to 1.04 of separate ones (cpu.json)
+    # 21 instead of 45 µs (benchmarks.kernels.host_time); on CPUs times are 0.97 to 1.04 of separate ones (cpu.json)
     return torch.cuda.is_available() if group is None else group
 
 
