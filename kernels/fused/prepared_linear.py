@@ -53,20 +53,19 @@ def backward(
     members: Members,
     us: list[Tensor],
     mask: Mask,
-    need_dx: bool,
-    need_dcore: bool,
+    need: tuple[bool, bool],
     plan: BackwardPlan,
     signature: Hashable,
 ) -> Gradients | None:
     """dx [..., n], or [M, n] where cuBLAS writes it, and dR_i [r, r]; None if `linear.backward` has to be called."""
     if signature is None or not _is_ready(dys[0]):
         return None
-    key = (signature, need_dx, need_dcore, *_key(dys[0], members, mask))
+    key = (signature, need, *_key(dys[0], members, mask))
     kind = _backwards.get(key)
     if kind is None:
         if not all(map(_has_rows, dys)):
             return None
-        kind = Backward(dys, members, us, plan(dys, members, us, mask), need_dx, need_dcore, mask)
+        kind = Backward(dys, members, us, plan(dys, members, us, mask), *need, mask)
         if not prepared_launch.is_captured(dys[0]):
             _make_room()
             _backwards[key] = kind

@@ -83,7 +83,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
         return _backward_quantized(dys[0], us[0], operands, need_dx, need_dcores)
     members, mask = members_of(operands), mask_of(operands)
     given, signature = (dys, members, us, mask), calls.metadata(dys, us, *members[:4])
-    found = _kernels().prepared_linear.backward(*given, need_dx, need_dcores, _backward_plan, signature)
+    found = _kernels().prepared_linear.backward(*given, (need_dx, need_dcores), _backward_plan, signature)
     if found is None:
         rows, plan = [rows_of(dy) for dy in dys], _backward_plan(*given)
         found = _kernels().linear.backward(rows, members, us, plan, need_dx, need_dcores, mask)

@@ -77,8 +77,9 @@ def draw_spots(axes: Any, spots: Sequence[Spot], size: float, font: float, ink: 
     for spot in spots:
         if series_of(spot) is None:
             _bar(axes, spot, spot.trained, MUTED, "D", size)
-            at, offset = (spot.trained, spot.loss), {"xytext": (6, 3), "textcoords": "offset points"}
-            axes.annotate(spot.name, at, fontsize=font, color=ink, **offset)
+            at, above = (spot.trained, spot.loss), spot.name != "LoKr"  # whose place is right below IA3's
+            offset = {"xytext": (6, 3) if above else (-4, -18), "textcoords": "offset points"}
+            axes.annotate(spot.name, at, fontsize=font, color=ink, ha="left" if above else "right", **offset)
     axes.set_xscale("log")
     plain_log(axes.yaxis)
 
