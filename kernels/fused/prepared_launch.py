@@ -106,7 +106,7 @@ class Prepared:
         self._raw: list[Raw] = []
 
     def repeat(self, tensors: list[Tensor], seeds: tuple[int, ...] = (0,)) -> bool:
-        """Launch with these tensors, then those of `scratch`; False if one is less aligned: nothing was launched."""
+        """Launch with the call's tensors and one of shape `scratch`; False, and no launch, if one is less aligned."""
         like = tensors[0]
         stream = driver.active.get_current_stream(like.get_device())
         if self._count:

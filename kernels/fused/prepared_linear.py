@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ ForwardPlan = Callable[[Tensor, Members, Mask], LaunchPlan]
 BackwardPlan = Callable[[Sequence[Tensor], Members, list[Tensor], Mask], LaunchPlan]
 _forwards: dict[Hashable, Forward] = {}
 _backwards: dict[Hashable, Backward] = {}
+Kind = TypeVar("Kind")  # Forward or Backward
 
 
 def forward(x: Tensor, members: Members, mask: Mask, plan: ForwardPlan, signature: Hashable) -> Ys | None:
@@ -42,9 +44,7 @@ def forward(x: Tensor, members: Members, mask: Mask, plan: ForwardPlan, signatur
         if not _has_rows(x):
             return None
         kind = Forward(x, members, plan(x, members, mask), mask)
-        if not prepared_launch.is_captured(x):  # its plan has not been checked
-            _make_room()
-            _forwards[key] = kind
+        _keep(_forwards, key, kind, x)
     return kind(x, members, mask)
 
 
@@ -66,15 +66,17 @@ def backward(
         if not all(map(_has_rows, dys)):
             return None
         kind = Backward(dys, members, us, plan(dys, members, us, mask), *need, mask)
-        if not prepared_launch.is_captured(dys[0]):
-            _make_room()
-            _backwards[key] = kind
+        _keep(_backwards, key, kind, dys[0])
     return kind(dys, members, us, mask)
 
 
-def _make_room() -> None:
+def _keep(kinds: dict[Hashable, Kind], key: Hashable, kind: Kind, like: Tensor) -> None:
+    """Keep a kind for later calls, unless a graph capture met it first: its plan has not been checked."""
+    if prepared_launch.is_captured(like):
+        return
     if len(_forwards) + len(_backwards) >= MOST_KINDS:
         forget()
+    kinds[key] = kind
 
 
 class Forward:

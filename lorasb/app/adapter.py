@@ -43,10 +43,10 @@ REPORT_NAME = "report.json"
 
 
 def check_adapter(run: Run) -> None:
-    """Raise where the model's layers cannot have the run's adapter, from a model without memory."""
+    """Raise where the run's model cannot have its adapter; for a new one, from a model without memory."""
     if run.settings.basis is not None:
         refuse_labels(run)
-    if run.settings.method != "lora" and run.settings.basis is None:
+    elif run.settings.method != "lora":
         with torch.device("meta"):
             empty = type(run.model)(copy.deepcopy(run.model.config))
         lorasb.patch(empty, r=run.settings.r, **_common_options(run))

@@ -187,7 +187,8 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
     value = values[column]
     name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if name in TAKEN_NAMES or hasattr(ParameterDict, name) or not re.fullmatch(ADAPTER_NAME, name):
-        wanted = f"an adapter's name in {column}, of letters, digits and _ - + @, not {' or '.join(TAKEN_NAMES)}"
+        taken = f"{' or '.join(TAKEN_NAMES)}, nor a dictionary's method"
+        wanted = f"an adapter's name in {column}, of letters, digits and _ - + @, not {taken}"
         raise ValueError(f"{where}: expected {wanted}, got {value!r}: write other characters as _")
     return replace(example, adapter=name)
 

@@ -269,6 +269,10 @@ def identity_of(settings: Settings, **resolved: object) -> Json:
     return json.loads(json.dumps(deciding | resolved))
 
 
+# what an identity has a digest of, as text
+CHANGED = {"examples": "the examples themselves", "basis_digest": "A and B of the basis"}
+
+
 def differences(saved: Json, current: Json) -> str:
     """Differences between two identities, by option name, as text; "" if there are none."""
     messages = []
@@ -278,8 +282,8 @@ def differences(saved: Json, current: Json) -> str:
             continue
         if name not in saved:
             messages.append(f"an earlier version of lorasb made it, without {option(name)}")
-        elif name == "examples":
-            messages.append("the examples themselves have changed")
+        elif name in CHANGED:
+            messages.append(f"{CHANGED[name]} have changed")
         else:
             messages.append(f"{option(name) if hasattr(Settings, name) else name} was {old} and is {new}")
     return ", ".join(messages)

@@ -38,7 +38,7 @@ T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
 FEW_EXAMPLES = 20  # whose share alone says little
-GOOD = 0.9  # a score
+GOOD = 0.9  # a score that needs no explanation
 NEAR_CHANCE = 3.0  # times what a random basis keeps
 SCORE_NAMES = {
     "exact": "exact answers",

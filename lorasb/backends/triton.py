@@ -190,8 +190,8 @@ def _members_of_first(operands: Operands, index: Tensor, rows: Tensor) -> Member
     """The members with an R for each of the first tokens of `rows`, zeros where there is none."""
     places = index.repeat_interleave(len(rows) // len(index))[: autotune.TILE_ROWS].to(rows.device)
     cores = [stack[places.clamp_min(0)] * (places >= 0)[:, None, None] for stack in operands.cores]
-    dense = _dense_operands(operands, rows.dtype) if operands.is_quantized else operands
-    return members_of(dense)._replace(cores=cores)
+    members = members_of(operands)._replace(cores=cores)
+    return _dense_members(operands, members, rows) if operands.is_quantized else members
 
 
 def _row_products(operands: Operands, index: Tensor) -> list[RowProducts]:

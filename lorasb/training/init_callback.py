@@ -44,7 +44,7 @@ class InitCallback(TrainerCallback):
         lr: η, instead of the one derived from the trainer's arguments; or "auto", which measures the peak learning rate
             on the samples, doubles or halves it by two trials of four steps on the trainer's data (docs/choosing.md;
             not with `samples`, nor if the model is sharded), and sets it in the optimizer, which has to be an Adam, and
-            the schedule, in place of the arguments'.
+            the schedule, one of transformers', in place of the arguments'.
         samples: batches instead of the trainer's own data, or a function that makes them of the model when training
             begins: for reinforcement learning, whose data has prompts and no labels.
         share_factors: let the run's checkpoints share one file of A and B: each further one adds R and the optimizer's

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,9 @@ FARTHEST = 5  # doublings or halvings of the rate that is tried first
 PROBE_STEPS = 4  # of the two trials that refine a measured rate
 OTHER_RATE = 1e-3  # of what is no R (a fresh head) where R's rate is measured
 CLIP = 1.0  # norm of gradients, transformers' default
-MakeOptimizer = Callable[[Any, float], torch.optim.Optimizer]  # of parameters, or groups of them, and a rate
+MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 Parts = tuple[list[Batch], list[list[Batch]]]  # the batches that judge a trial, and those of each of its steps
-ADAMW: MakeOptimizer = partial(torch.optim.AdamW, weight_decay=0.0)
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,10 @@ class _Trial:
         """AdamW with this rate for R; others, which learn at theirs, must not decide it."""
         cores = {id(core) for core in self.cores}
         others = [parameter for parameter in trained if id(parameter) not in cores]
-        return ADAMW([{"params": self.cores}, *([{"params": others, "lr": OTHER_RATE}] if others else [])], rate)
+        groups = [{"params": self.cores, "lr": rate}]
+        if others:
+            groups.append({"params": others, "lr": OTHER_RATE})
+        return ADAMW(groups, rate)
 
     def loss(self, rate: float, make: MakeOptimizer, bar: tqdm) -> float:
         """The mean loss of the held-out batches after a trial at a rate."""

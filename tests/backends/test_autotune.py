@@ -480,25 +480,27 @@ def fails_if_spoiled(check: Callable[[], None], outputs: Sequence[torch.Tensor])
 def test_kernels_of_initialization_are_checked_before_they_change_a_sum(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that changes signs of results, or doubles them, is found, and a sum stays as it was."""
+    """A wrong kernel of each is found, and a sum stays as it was."""
     checks: list[Callable[[], None]] = []
     monkeypatch.setattr(autotune, "first_check", lambda kind, rows, check: (check(), checks.append(check)))
     g = torch.Generator().manual_seed(0)
     dy, x, total = torch.randn(24, 20, generator=g), torch.randn(24, 70, generator=g), torch.ones(20, 70)
+    given: tuple[Any, ...] = dy, x, total, False
+    module, kernel = fused._kernels().weight_gradient, name
     if name == "dequantize":
         case = replace(make_case((2,), 64, 48, 16, torch.float32), weight=storage(48, 64, "nf4", 64, False))
-        operands = operands_of(case)
-        given: tuple[Any, ...] = list(operands.base), list(operands.layout), 48, 64, torch.float32
-        kernels, kernel, spoil = "linear_quantized", "dequantized", lambda found: found.mul(2.0)
-    else:
-        given, kernels, kernel = (dy, x, total, False), "weight_gradient", name
-        spoil = {"gradient_add": lambda _: None, "gradient_signs": lambda found: (~found[0], *found[1:])}[name]
+        base, layout, *_ = operands_of(case)
+        given = list(base), list(layout), 48, 64, torch.float32
+        module, kernel = fused._kernels().linear_quantized, "dequantized"
     getattr(fused, name)(*given)
     assert len(checks) == 1
-    before, right = total.clone(), getattr(getattr(fused._kernels(), kernels), kernel)
-    monkeypatch.setattr(getattr(fused._kernels(), kernels), kernel, lambda *args: spoil(right(*args)))
-    if name == "gradient_add":  # writes 0
-        monkeypatch.setattr(fused._kernels().weight_gradient, name, lambda dy, x, total, *_: total.zero_())
+    before, right = total.clone(), getattr(module, kernel)
+    wrong = {
+        "gradient_add": lambda dy, x, total, *_: total.zero_(),
+        "gradient_signs": lambda *args: (~right(*args)[0], *right(*args)[1:]),
+        "dequantize": lambda *args: right(*args).mul(2.0),
+    }
+    monkeypatch.setattr(module, kernel, wrong[name])
     with pytest.raises(autotune.WrongResultError):
         getattr(fused, name)(*given)
     assert torch.equal(total, before)

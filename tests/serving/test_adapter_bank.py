@@ -217,9 +217,10 @@ def test_files_with_more_than_r_are_left_out_and_another_scaling_is_taken_along(
     model = with_users("ada")
     model.save_pretrained(tmp_path)
     want = out(model, "ada", "ada")
-    for name in ("more", "odd"):
+    for name in ("more", "odd", "null"):
         shutil.copytree(tmp_path / "ada", tmp_path / name)
     reconfigure(tmp_path / "ada", scaling=3.0)
+    reconfigure(tmp_path / "null", scaling=None)
     file = tmp_path / "more" / "adapter_model.safetensors"
     save_file(load_file(file) | {"score.weight": torch.ones(2)}, file)
     header = b'{"a":{"dtype":"X32","shape":[1],"data_offsets":[0,4]}}'
@@ -229,7 +230,7 @@ def test_files_with_more_than_r_are_left_out_and_another_scaling_is_taken_along(
     bank = lorasb.AdapterBank(model)
     report = bank.load(tmp_path)  # of a saved model: its further adapters
     assert report.loaded == ["ada"]
-    assert set(report.failed) == {"more", "odd"}
+    assert set(report.failed) == {"more", "odd", "null"}
     assert "has more than R (score.weight, ...)" in report.failed["more"]
     for n, core in bank.cores("ada").items():
         bank.layers[n].lorasb_R["default"].data.copy_(core / 3)

@@ -10,6 +10,7 @@ import torch
 from basis_models import a_layer, answer, base, fill, with_basis, with_users
 from models import batches_for, logits, make, started
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
 from torch import Tensor
 
@@ -125,6 +126,16 @@ def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_pat
     lost = lorasb.project(model, tmp_path / "lora", "mine", most_lost=1.0)
     assert 0.9 < lost < 1.0
     assert torch.isfinite(answer(model, "mine")).all()
+
+
+def test_a_lora_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    lora(tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: value * torch.nan for name, value in load_file(file).items()}, file)
+    model = with_basis()
+    with pytest.raises(ValueError, match="expected an adapter with finite values to project, got NaN or Inf"):
+        lorasb.project(model, tmp_path / "lora", "mine", most_lost=1.0)
+    assert list(model.peft_config) == ["default"]
 
 
 def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
