@@ -1,9 +1,9 @@
-"""Everything that the documentation says of a GPU, measured on whatever card is there within eight minutes.
+"""Everything that the documentation says of a GPU, measured on whatever card is there.
 
-    python -m benchmarks.card [--output benchmarks/results] [--seconds 3] [--only SECTION]
+    python -m benchmarks.card [--output benchmarks/results] [--seconds 3] [--minutes 8] [--only SECTION]
 
-Each section is written to CARD.json as soon as it is measured. A second run of the same commit measures what is
-missing; another commit starts again. Times are milliseconds by CUDA events, medians with percentiles, and ratios to the
+Each section is written to CARD.json as soon as it is measured, and none is begun after `--minutes`. A second run of the
+same commit measures what is missing; another commit starts again. Times are milliseconds by CUDA events, medians with percentiles, and ratios to the
 section's first way within the same round. What does not fit into the card's memory is left out, and the row says so.
 `--tiny` runs all sections on a CPU in shapes that mean nothing, as a test.
 """
@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,6 +73,14 @@ class Run:
     def rank(self) -> int:
         """Rank of our adapters."""
         return RANK // min(self.divisor, 8)
+
+
+def arch_of(run: Run) -> tuple[str, int]:
+    """The architecture whose tables are used, and its number of multiprocessors."""
+    if run.device == "cpu":
+        return plan.INTERPRETER, 1
+    card = torch.cuda.get_device_properties(0)
+    return f"sm_{card.major}{card.minor}", card.multi_processor_count
 
 
 def row(case: str, stats: dict[str, Stats], **others: Any) -> Row:
@@ -158,10 +167,7 @@ def paths(run: Run) -> Iterator[Row]:
     """Each linear and group on every path, whatever the tables say, by ordinary launches."""
     from lorasb.app.tune_kernels import OPS, run_of
 
-    arch, sms, least = plan.INTERPRETER, 1, 1
-    if run.device == "cuda":
-        card = torch.cuda.get_device_properties(0)
-        arch, sms, least = f"sm_{card.major}{card.minor}", card.multi_processor_count, 10
+    (arch, sms), least = arch_of(run), 10 if run.device == "cuda" else 1
     dtype = plan.DTYPES[measured_dtype(run.device)]
     for n, ms in dict.fromkeys((g.n, ms) for g in MODELS[MODEL] for ms in (*((m,) for m in g.ms), g.ms)):
         parts = tuple(m // run.divisor for m in ms)
@@ -296,7 +302,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str],
             (BLOCK, "| thin pass + cuBLAS, q/k/v and gate/up together |"),
             (BLOCK, "| fused, q/k/v and gate/up together |"),
             # by the rules that `lorasb bench tune MODEL` writes
-            ("kernels/fused/tables/sm_86.json", '"measured": false'),
+            ("kernels/fused/tables/ARCH.json", '"measured": false'),
         ),
     ),
     "few tokens": (few_tokens, ((BLOCK, "**No GPU has been measured yet**"),)),
@@ -335,6 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of CARD.json")
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no section is begun")
     parser.add_argument("--only", choices=list(SECTIONS), action="append", help="these sections alone, measured again")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, in tiny shapes: a test of this program")
     options = parser.parse_args()
@@ -348,10 +355,15 @@ def main() -> None:
         found = provenance(run.device) | {"sections": {}}
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
+    arch, end = arch_of(run)[0], time.monotonic() + 60 * options.minutes
     for section, (measure_section, places) in SECTIONS.items():
         if options.only and section not in options.only:
             continue
+        places = tuple((file.replace("ARCH", arch), text) for file, text in places)
         if section not in found["sections"] or options.only:
+            if time.monotonic() > end:
+                print(f"{section}: not measured in {options.minutes:g} minutes; the same command measures what is left")
+                continue
             found["sections"][section] = {"replaces": places, "rows": measured(measure_section, run)}
             write_json(path, found)
         show(section, HEAD, lines(found["sections"][section]["rows"]), left=2)

@@ -27,11 +27,13 @@ from lorasb.utils.atomic_files import write_json
 
 FILE = "people.json"
 RANK = 16
-TOGETHER, LORA = f"together, R of r = {RANK} each, 5 passes", "one LoRA for all, r = 32, 5 passes"
+PASSES = 8
+TOGETHER, ALONE = (f"{how}, R of r = {RANK}{each}, {PASSES} passes" for how, each in (("together", " each"), ("alone", "")))
+LORA = f"one LoRA for all, r = 32, {PASSES} passes"
 RATES = (2e-3, 4e-3)  # of the LoRA, which measures no rate; the best is taken
 SHARED = ("--template", "none", "--eval-examples", "100000")
-ALL = ("--batch-size", "64", "--epochs", "5")  # of demo-many
-PASSES = (5, 8)  # of people alone, in batches of 4: as many as together, and as many as demo-many's newcomer
+ALL = ("--batch-size", "64", "--epochs", str(PASSES))
+ONE = ("--batch-size", "4", "--epochs", str(PASSES))  # as demo-many's newcomer
 HEAD = (
     "way",
     "people",
@@ -80,10 +82,8 @@ def run(work: Path, people: int, alone: int) -> dict[str, Any]:
     on_basis = ("--basis", str(work / "basis"))
     together = finetune(work / "together", train, held_out, *on_basis, "--adapter-column", "user", *ALL)
     found = {TOGETHER: scored(together, users, some)}
-    for passes in PASSES:
-        own = (*on_basis, "--adapter-column", "user", "--batch-size", "4", "--epochs", str(passes))
-        runs = [finetune(work / f"{user}-{passes}", *everybody[user], *own) for user in some]
-        found[f"alone, R of r = {RANK}, {passes} passes"] = scored(joined(runs), some, some)
+    runs = [finetune(work / user, *everybody[user], *on_basis, "--adapter-column", "user", *ONE) for user in some]
+    found[ALONE] = scored(joined(runs), some, some)
     for lr in RATES:
         lora = finetune(
             work / f"lora-{lr:g}",

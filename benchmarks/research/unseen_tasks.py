@@ -13,6 +13,8 @@ as runs finish, and what is there is not run again.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import random
 import statistics
 import time
@@ -220,11 +222,34 @@ def by_task(rows: Sequence[Row], r: int) -> list[list[str]]:
     return [["task", "no adapter", *kinds], *body]
 
 
+def mean_loss(rows: Sequence[Row]) -> float:
+    """The mean of runs' held-out losses; NaN without runs."""
+    return statistics.fmean(float(row["loss"]) for row in rows) if rows else math.nan
+
+
+def over_own(rows: Sequence[Row]) -> list[list[str]]:
+    """The head and the lines of the documentation's table: losses over that on a task's own basis of the same rank.
+
+    Last, the share of what LoRA r = 1 gains over the model without an adapter that R on the shared basis gains.
+    """
+    shared = "8 families"
+    out = [["task, r", shared, RANDOM, LORA, f"share of the gain of {LORA}"]]
+    for r, task in itertools.product(ranks_of(rows), (*UNSEEN, ARC)):
+        own = mean_loss(runs(rows, task, OWN, r))
+        losses = [mean_loss(runs(rows, task, kind, r)) for kind in (shared, RANDOM, LORA)]
+        if math.isnan(own + losses[0]):
+            continue
+        recovered = (before(rows, task) - losses[0]) / (before(rows, task) - losses[2])
+        shown = *(f"{loss / own:.2f}x" for loss in losses), f"{recovered:.0%}"
+        out.append([f"{task}, {r}", *("" if text.startswith("nan") else text for text in shown)])
+    return out
+
+
 def cell(rows: Sequence[Row]) -> str:
     """Mean loss, the share of the first step that the basis keeps, and the seeds if several; empty without runs."""
     if not rows:
         return ""
-    loss, kept = statistics.fmean(float(row["loss"]) for row in rows), rows[0]["share"]
+    loss, kept = mean_loss(rows), rows[0]["share"]
     known = [f"{float(kept):.0%}"] if kept not in ("None", "1") else []
     known += [f"{len(rows)} seeds"] if len(rows) > 1 else []
     return f"{loss:.3f}" + (f" ({', '.join(known)})" if known else "")
@@ -278,6 +303,8 @@ def main() -> None:
     for r in ranks_of(found):
         head, *body = by_task(found, r)
         show(f"r = {r}: held-out loss (share of the task's first step that the basis keeps)", head, body, width=160)
+    head, *body = over_own(found)
+    show("loss over that on the task's own basis", head, body, width=160)
     missing = sum(not is_there(path, cell) for cell in asked)
     console.print(f"missing: {missing} of the {len(asked)} runs that the options select")
 

@@ -20,6 +20,7 @@ import lorasb
 
 from .. import constants
 from ..checkpoints import shared_factors
+from ..checkpoints.adapter_file import difference, fingerprint, read_config
 from ..distributed.process_group import Processes
 from ..init import BasisFit, InitReport, RankSuggestion, TasksReport
 from ..init.pipeline import rate_of_initialized
@@ -46,6 +47,7 @@ def check_adapter(run: Run) -> None:
     """Raise where the run's model cannot have its adapter; for a new one, from a model without memory."""
     if run.settings.basis is not None:
         refuse_labels(run)
+        refuse_other_base(run)
     elif run.settings.method != "lora":
         with torch.device("meta"):
             empty = type(run.model)(copy.deepcopy(run.model.config))
@@ -56,6 +58,21 @@ def refuse_labels(run: Run) -> None:
     """Raise a ValueError for a classifier, which no basis has."""
     if not isinstance(run.problem, LanguageModeling):
         raise ValueError("expected rows of prompt and completion, got labeled ones: a basis has no head")
+
+
+def refuse_other_base(run: Run) -> None:
+    """Raise a ValueError if the run's base model is not the one of its basis: by weights, or by name if unreadable."""
+    settings, folder = run.settings, Path(run.settings.basis or "")
+    made_on, expected = read_card(folder).model, read_config(folder).get("base_fingerprint") or {}
+    modules = dict(run.model.named_modules())
+    found = {name: getattr(modules.get(name), "weight", None) for name in expected}
+    weights = {name: weight for name, weight in found.items() if weight is not None}
+    reason = difference(weights, {name: expected[name] for name in weights})
+    if reason is None and made_on != settings.model and fingerprint(weights) is None:
+        reason = "its weights cannot be compared"  # quantized ones, for which the names have to be the same
+    if reason is not None:
+        wrong = f"was made on {made_on}, got --model {settings.model}, which is another model ({reason})"
+        raise ValueError(f"--basis {settings.basis} {wrong}: leave --model out, or give the folder of {made_on}")
 
 
 def adapt(run: Run) -> InitReport | None:
@@ -247,19 +264,16 @@ def read_card(folder: str | Path) -> BasisCard:
 
 
 def card_of(settings: Settings) -> BasisCard:
-    """The card of a run's basis; a ValueError if it was made on another model, or in another dtype."""
+    """The card of a run's basis; a ValueError if it was made in another dtype."""
     card = read_card(settings.basis or "")
     if "auto" not in (card.dtype, settings.dtype) and card.dtype != settings.dtype:
         wrong = f"has A and B in {card.dtype}, got --dtype {settings.dtype}: leave --dtype out"
         raise ValueError(f"--basis {settings.basis} {wrong}")
-    if card.model != settings.model:
-        wrong = f"was made on --model {card.model}, got {settings.model}: leave --model out"
-        raise ValueError(f"--basis {settings.basis} {wrong}")
     return card
 
 
-def load_basis(run: Run) -> None:
-    """Load the basis of a run, measure how well its data fits, and the learning rate if none is given."""
+def load_basis(run: Run) -> dict[str, float]:
+    """Load the basis of a run, and measure how well its data fits, which is returned, and a rate if none is given."""
     settings = run.settings
     found = _load_and_fit(run, card_of(settings))
     run.fit = {"share": found.share, "random": found.random}
@@ -267,6 +281,7 @@ def load_basis(run: Run) -> None:
         name, layers = adapted_layers(run.model, None)
         options = InitOptions(adapter=name, num_samples=settings.samples, seed=settings.seed)
         run.lr = rate_of_initialized(run.model, layers, start_loader(run, run.train_ids), options)
+    return run.fit
 
 
 def _load_and_fit(run: Run, card: BasisCard) -> BasisFit:
@@ -279,8 +294,8 @@ def _load_and_fit(run: Run, card: BasisCard) -> BasisFit:
 def fit_basis(settings: Settings) -> BasisFit:
     """Measure how well the examples of `settings.data` fit the basis in `settings.basis`."""
     card = read_card(settings.basis or "")
-    settings = replace(settings, model=card.model, dtype=card.dtype)
+    settings = replace(settings, dtype=card.dtype)
     settings.check()
     run = prepare(replace(settings, eval_examples=0))
-    refuse_labels(run)
+    check_adapter(run)
     return _load_and_fit(run, card)

@@ -155,8 +155,6 @@ def _finetune(values: Json) -> None:
         console.print(tables.adapters(summary))
     for line in tables.advice(summary):
         console.print(line)
-    if found := summary["basis_fit"]:
-        console.print(tables.basis_line(found["share"], found["random"]))
     console.print(tables.costs(summary))
     console.print(_files(settings.output))
     lines = how_to(summary, Path(settings.output), *example_to_ask(result))
@@ -301,15 +299,17 @@ def make(
 def fit(
     folder: Annotated[str, Argument(metavar="BASIS", help="Folder of a basis.")],
     data: Annotated[str, Option(help="JSONL file with prompt and completion.")],
+    model: Annotated[str | None, Option(help="Where its model is; default: where it was made.")] = None,
     samples: Samples = None,
     template: Template = "auto",
     seed: Annotated[int, Option(help="Random seed for the samples.")] = 0,
 ) -> None:
     """Show how much of your data's first step a basis keeps, before you train on it."""
-    from .adapter import fit_basis
+    from .adapter import fit_basis, read_card
     from .tables import fit_table
 
-    settings = Settings(basis=folder, data=data, samples=samples, template=template, seed=seed)
+    place = model or read_card(folder).model
+    settings = Settings(model=place, basis=folder, data=data, samples=samples, template=template, seed=seed)
     console.print(fit_table(fit_basis(settings)))
 
 

@@ -28,6 +28,7 @@ from .reinforce import grpo_trainer, judge_of
 from .results import Result
 from .run_folder import FINISHED, NEW, RunFolder, Start, State, identity_of
 from .settings import Settings
+from .tables import basis_line
 from .terminal import Stop, console
 from .train import find_rate, run_trainer, train
 
@@ -99,7 +100,7 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
         return load_report(folder.start), earlier.seconds
     report, started = None, time.perf_counter()
     if run.settings.basis is not None:
-        load_basis(run)
+        console.print(basis_line(**load_basis(run)))  # before training, for those who then stop
     else:
         report = adapt(run)
     seconds = time.perf_counter() - started if run.settings.method != "lora" else 0.0

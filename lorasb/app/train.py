@@ -28,7 +28,7 @@ from ..distributed.process_group import Processes
 from ..init.sampling import Batch
 from ..serving import basis
 from ..serving.training import AdapterRowsCallback
-from ..training.rate_trials import OTHER_RATE, find_lr, refine_rate
+from ..training.rate_trials import JUDGED, OTHER_RATE, PROBE_STEPS, STEPS, apart, find_lr, refine_rate
 from ..utils.precision import DTYPES, native, slowdown
 from ..utils.reading import Json, read_json
 from .evaluation import Classification
@@ -379,20 +379,20 @@ def find_rate(run: Run) -> float:
     settings = run.settings
     if settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
-    search = find_lr if settings.find_lr else refine_rate
-    found = search(run.model, batches(run), run.lr, accumulation=settings.gradient_accumulation)
+    search, steps = (find_lr, STEPS) if settings.find_lr else (refine_rate, PROBE_STEPS)
+    held = list(itertools.islice(batches(run), JUDGED + steps * settings.gradient_accumulation))
+    found = search(run.model, apart(held), run.lr, accumulation=settings.gradient_accumulation)
     refined = f"learning rate {found.lr:.2g}, measured on the samples and by two trials of {found.steps} steps"
     console.print(str(found) if settings.find_lr else refined, highlight=False, soft_wrap=True)
     return found.lr
 
 
 def batches(run: Run) -> Iterator[Batch]:
-    """The run's batches in its order, over and over, in this process's parts of the steps."""
+    """The batches of the run's first pass in its order, in this process's parts of the steps."""
     collate, order, processes = run.collator(), run.order(), Processes()
     count = run.settings.gradient_accumulation * processes.world_size
     size = run.settings.batch_size // count
-    for epoch in itertools.count():
-        for step in order.order(epoch):
-            # a step with too few rows for every process has its first ones for the others
-            for start in range(size * processes.rank, len(step), size * processes.world_size) or (0,):
-                yield collate([run.rows[i] for i in step[start : start + size]])
+    for step in order.order(0):
+        # a step with too few rows for every process has its first ones for the others
+        for start in range(size * processes.rank, len(step), size * processes.world_size) or (0,):
+            yield collate([run.rows[i] for i in step[start : start + size]])

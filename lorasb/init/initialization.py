@@ -141,9 +141,10 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
     warn_if_slow(model)
     if config.init == "update":
         cached = options.cache is not None and os.path.exists(options.cache)
-        if not 0 < options.eta <= MAX_LR or (batches is None and not cached):
+        if isinstance(options.lr, str) or not 0 < options.eta <= MAX_LR or (batches is None and not cached):
             raise ValueError(
-                f"init='update' takes batches and lr > 0, at most {MAX_LR:g}: initialize(model, loader, lr=...)"
+                f"init='update' takes batches and lr > 0, at most {MAX_LR:g}, or 'auto', got "
+                f"{'no batches' if batches is None else f'lr={options.lr!r}'}: initialize(model, loader, lr=...)"
             )
         if isinstance(options.lr, AutoRate) and batches is None:
             raise ValueError("lr='auto' measures on samples, and a cache has signs alone: pass batches, or a rate")

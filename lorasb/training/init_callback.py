@@ -23,7 +23,7 @@ from ..init.loss import labeled_rows
 from ..init.sampling import Batch, Loader, draw, rng_untouched, too_few
 from ..init.task import AutoRate, Layers
 from ..layers.lookup import adapted_layers
-from .rate_trials import JUDGED, PROBE_STEPS, refine_rate
+from .rate_trials import JUDGED, PROBE_STEPS, apart, refine_rate
 
 # DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
 # starts, the policy is the reference.
@@ -102,10 +102,11 @@ class InitCallback(TrainerCallback):
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
         if state.global_step > 0 or initialized:
-            if self.lr == "auto" and state.global_step == 0:
-                stays = f"learning_rate={args.learning_rate:g} stays"
-                message = f"adapter {name!r} is initialized already, so that no rate is measured: {stays}"
-                warnings.warn(message, stacklevel=2)
+            if self.lr == "auto" and (state.global_step == 0 or args.save_only_model):
+                why = f"adapter {name!r} is initialized already, so that no rate is measured"
+                if state.global_step > 0:
+                    why = "checkpoints of save_only_model have no optimizer with the rate that was measured"
+                warnings.warn(f"{why}: learning_rate={args.learning_rate:g} stays", stacklevel=2)
             return
         if optimizer is not None:
             _refuse_copies(optimizer, layers, name)
@@ -148,8 +149,7 @@ class InitCallback(TrainerCallback):
             if not held:
                 raise ValueError("expected labels in the trainer's batches, found none to try rates on: pass lr=NUMBER")
         progress = self.options.get("progress", not args.disable_tqdm)
-        batches = itertools.cycle(held)
-        found = refine_rate(model, batches, rate, accumulation=parts, adapter=name, loss_fn=loss_fn, progress=progress)
+        found = refine_rate(model, apart(held), rate, accumulation=parts, adapter=name, loss_fn=loss_fn, progress=progress)
         return replace(report, rate=found.lr, lr=None if report.lr is None else report.lr * found.lr / rate)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,16 @@ def refine_rate(
         best = rate
     trial.keep(best)
     return RateTrials(best, losses, PROBE_STEPS)
+
+
+def apart(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Batches for trials, without end: those that judge, and then the others over and over, which do not judge.
+
+    Of fewer than `2 * JUDGED`, half judge, several times.
+    """
+    judging = min(JUDGED, len(batches) // 2) or len(batches)
+    yield from islice(cycle(batches[:judging]), JUDGED)
+    yield from cycle(batches[judging:] or batches)
 
 
 def _bar(progress: bool, total: int | None = None) -> tqdm:

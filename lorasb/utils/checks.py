@@ -96,7 +96,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 def check_lr(lr: float, what: str = "learning rate", zero: bool = False) -> None:
     """Raise a ValueError unless a learning rate is positive, or 0 where that is allowed, and at most 1e4."""
-    if not 0 < lr <= MAX_LR and not (zero and lr == 0):
+    if isinstance(lr, str) or (not 0 < lr <= MAX_LR and not (zero and lr == 0)):
         raise ValueError(f"expected a positive {what}, at most {MAX_LR:g}, got {lr!r}")
 
 

@@ -191,3 +191,10 @@ def test_other_optimizers_and_schedules_keep_the_rate_of_the_arguments(
 def test_an_initialized_adapter_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="is initialized already, so that no rate is measured: learning_rate=0.01"):
         train(patched(), tmp_path, [lorasb.InitCallback(lr="auto")])
+
+
+def test_a_checkpoint_without_its_optimizer_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(lr="auto")], save_only_model=True)
+    resumed, last = lorasb.patch(make("llama"), r=4), str(tmp_path / "checkpoint-2")
+    with pytest.warns(UserWarning, match="no optimizer with the rate that was measured: learning_rate=0.01 stays"):
+        train(resumed, tmp_path, [lorasb.InitCallback(lr="auto")], resume=last, save_only_model=True)

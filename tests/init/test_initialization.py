@@ -157,6 +157,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no batches": ({"batches": None}, NOTHING_GIVEN),
     "no lr": ({"lr": None}, NOTHING_GIVEN),
     "lr zero": ({"lr": 0.0}, NOTHING_GIVEN),
+    "lr text": ({"lr": "Auto"}, NOTHING_GIVEN),
     "start negative": ({"longest_start": -1.0}, "longest_start"),
     "start no number": ({"longest_start": math.nan}, "longest_start"),
     "rate of tasks": ({"batches": {"a": IGNORED}, "lr": "auto"}, "lr='auto' measures the rate of one task"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from types import SimpleNamespace
@@ -179,6 +180,16 @@ def test_a_measured_rate_is_doubled_or_halved(faster: bool, factor: float, monke
     found = rate_trials.refine_rate(model, batches(8), 1e-3, progress=False)
     assert (found.lr, found.losses, found.steps) == (1e-3 * factor, losses, rate_trials.PROBE_STEPS)
     check_equal(cores(model), {name: value * factor for name, value in before.items()})
+
+
+@pytest.mark.parametrize("count", range(2, 17))
+def test_no_batch_is_trained_on_and_judges(count: int) -> None:
+    """However few there are, and all take part."""
+    numbered = [{"input_ids": torch.tensor([i])} for i in range(count)]
+    found = [int(batch["input_ids"]) for batch in itertools.islice(rate_trials.apart(numbered), 16)]
+    judging, trained = set(found[: rate_trials.JUDGED]), set(found[rate_trials.JUDGED :])
+    assert judging.isdisjoint(trained)
+    assert judging | trained == set(range(count))
 
 
 def test_a_head_learns_at_a_usual_rate_while_that_of_r_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

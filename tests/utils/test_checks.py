@@ -77,8 +77,8 @@ def test_the_worst_pattern_is_bounded() -> None:
     assert time.perf_counter() - started < 2
 
 
-@pytest.mark.parametrize("lr", [0.0, -1.0, math.nan, math.inf, 1e38])
-def test_a_rate_that_is_none_is_refused(lr: float) -> None:
+@pytest.mark.parametrize("lr", [0.0, -1.0, math.nan, math.inf, 1e38, "Auto"])
+def test_a_rate_that_is_none_is_refused(lr: Any) -> None:
     with pytest.raises(ValueError, match="expected a positive learning rate, at most 10000"):
         check_lr(lr)
 

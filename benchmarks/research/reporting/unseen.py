@@ -11,7 +11,7 @@ from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import joint_basis
 from benchmarks.research import people as compared
 from benchmarks.research.reporting.markdown import read_json, table, where, where_rows
-from benchmarks.research.unseen_tasks import FILE, OWN, RANDOM, SHARED, before, by_task, ranks_of, runs
+from benchmarks.research.unseen_tasks import FILE, OWN, RANDOM, SHARED, before, by_task, mean_loss, over_own, ranks_of, runs
 
 INTRODUCTION = """\
 The bases are made from the first steps of some families of reasoning-gym; the tasks below are other families.
@@ -30,6 +30,8 @@ def section(results: Path) -> list[str]:
     for r in ranks_of(rows):
         head, *body = by_task(rows, r)
         out += [f"### r = {r}", "", *table(head, body), ""]
+    head, *body = over_own(rows)
+    out += ["### Loss over that on the task's own basis", "", *table(head, body), ""]
     return [*out, *_rates(rows), *_prediction(rows), where_rows(rows), "", *joint(results), *people(results)]
 
 
@@ -56,10 +58,6 @@ def people(folder: Path) -> Iterator[str]:
         yield ""
 
 
-def _loss(found: Sequence[Row]) -> float:
-    return statistics.fmean(float(row["loss"]) for row in found)
-
-
 def _rates(rows: Sequence[Row]) -> Iterator[str]:
     """The automatic rate against its multiples, on families that nothing was chosen on."""
     factors = sorted({float(row["factor"]) for row in rows})
@@ -72,7 +70,7 @@ def _rates(rows: Sequence[Row]) -> Iterator[str]:
     for task, r in sorted(swept, key=lambda key: (key[0], int(key[1]))):
         found = [row for row in rows if (row["task"], row["r"], row["basis"]) == (task, r, OWN)]
         by_factor = {f: [row for row in found if float(row["factor"]) == f] for f in factors}
-        body.append([task, r, *(f"{_loss(at):.3f}" if at else "" for at in by_factor.values())])
+        body.append([task, r, *(f"{mean_loss(at):.3f}" if at else "" for at in by_factor.values())])
     yield from (*table(["task", "r", *(f"{factor:g}x" for factor in factors)], body), "")
 
 
@@ -83,7 +81,7 @@ def _prediction(rows: Sequence[Row]) -> Iterator[str]:
         own = runs(rows, row["task"], OWN, int(row["r"]))
         if row["basis"] in (*SHARED, RANDOM) and own and row["factor"] == "1" and row["share"] != "None":
             start = before(rows, row["task"])
-            pairs.append((float(row["share"]), (start - float(row["loss"])) / (start - _loss(own))))
+            pairs.append((float(row["share"]), (start - float(row["loss"])) / (start - mean_loss(own))))
     if len(pairs) > 2 and len({share for share, _ in pairs}) > 1:
         found = statistics.correlation(*zip(*pairs, strict=True))
         least = min(gain for _, gain in pairs)
