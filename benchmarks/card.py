@@ -3,8 +3,9 @@
     python -m benchmarks.card [--output benchmarks/results] [--seconds 3] [--minutes 8] [--only SECTION]
 
 Each section is written to CARD.json as soon as it is measured, and none is begun after `--minutes`. A second run of the
-same commit measures what is missing; another commit starts again. Times are milliseconds by CUDA events, medians with percentiles, and ratios to the
-section's first way within the same round. What does not fit into the card's memory is left out, and the row says so.
+same commit measures what is missing; another commit starts again. Times are milliseconds by CUDA events, medians with
+percentiles, and ratios to the section's first way within the same round. What does not fit into the card's memory is
+left out, and the row says so.
 `--tiny` runs all sections on a CPU in shapes that mean nothing, as a test.
 """
 

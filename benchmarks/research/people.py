@@ -28,7 +28,7 @@ from lorasb.utils.atomic_files import write_json
 FILE = "people.json"
 RANK = 16
 PASSES = 8
-TOGETHER, ALONE = (f"{how}, R of r = {RANK}{each}, {PASSES} passes" for how, each in (("together", " each"), ("alone", "")))
+TOGETHER, ALONE = f"together, R of r = {RANK} each, {PASSES} passes", f"alone, R of r = {RANK}, {PASSES} passes"
 LORA = f"one LoRA for all, r = 32, {PASSES} passes"
 RATES = (2e-3, 4e-3)  # of the LoRA, which measures no rate; the best is taken
 SHARED = ("--template", "none", "--eval-examples", "100000")

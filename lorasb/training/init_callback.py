@@ -148,8 +148,8 @@ class InitCallback(TrainerCallback):
             held = [batch for batch in _batches(data, size, count, seed) if loss_fn or labeled_rows(batch)]
             if not held:
                 raise ValueError("expected labels in the trainer's batches, found none to try rates on: pass lr=NUMBER")
-        progress = self.options.get("progress", not args.disable_tqdm)
-        found = refine_rate(model, apart(held), rate, accumulation=parts, adapter=name, loss_fn=loss_fn, progress=progress)
+        options = {"loss_fn": loss_fn, "progress": self.options.get("progress", not args.disable_tqdm)}
+        found = refine_rate(model, apart(held), rate, accumulation=parts, adapter=name, **options)
         return replace(report, rate=found.lr, lr=None if report.lr is None else report.lr * found.lr / rate)
 
 

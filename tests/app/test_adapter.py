@@ -277,7 +277,9 @@ def test_a_basis_belongs_to_weights_and_not_to_a_folder(
     moved = Path(shutil.copytree(on_it.model, tmp_path / "moved"))
     assert "The basis keeps" in call("basis", "fit", str(made), "--data", files["mine"], "--model", str(moved))
     quantized = replace(on_it, model=str(moved), bits=4, output=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"which is another model \(its weights cannot be compared\): leave --model out"):
+    with pytest.raises(
+        ValueError, match=r"which is another model \(its weights cannot be compared\): leave --model out"
+    ):
         run_finetune(quantized)
     weights = load_file(moved / "model.safetensors")
     changed = {name: value * 1.5 if "q_proj" in name else value for name, value in weights.items()}

@@ -11,7 +11,18 @@ from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import joint_basis
 from benchmarks.research import people as compared
 from benchmarks.research.reporting.markdown import read_json, table, where, where_rows
-from benchmarks.research.unseen_tasks import FILE, OWN, RANDOM, SHARED, before, by_task, mean_loss, over_own, ranks_of, runs
+from benchmarks.research.unseen_tasks import (
+    FILE,
+    OWN,
+    RANDOM,
+    SHARED,
+    before,
+    by_task,
+    mean_loss,
+    over_own,
+    ranks_of,
+    runs,
+)
 
 INTRODUCTION = """\
 The bases are made from the first steps of some families of reasoning-gym; the tasks below are other families.
