@@ -42,8 +42,24 @@ class WrittenHere(dict[str, Any]):
 private.extend_peft_types(PEFT_NAME)
 
 
+@dataclass(kw_only=True)
+class AdapterOptions:
+    """Properties of an adapter that users choose and all of its layers have: a field here is all that a new one takes.
+
+    It is then a setting of `LoRASBConfig`, and so of `patch` and of files, and an attribute of `layer.adapters[name]`.
+    """
+
+    lora_dropout: float = 0.0  # probability of dropping an element of x on the adapter's path
+    equivalent_gradient: bool = False  # whether Theorem 3's closed form is applied to R's gradient
+    wide_factors: bool = False  # whether A and B are in fp32 over a base in 16 bits
+
+    def options(self) -> dict[str, Any]:
+        """The fields above, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(AdapterOptions)}
+
+
 @dataclass
-class LoRASBConfig(PeftConfig):
+class LoRASBConfig(PeftConfig, AdapterOptions):
     """Configuration of LoRA-SB: `W = W0 + s·B·R·A`, with A [r, in], B [out, r] frozen and R [r, r] trained.
 
     Args:
@@ -100,7 +116,6 @@ class LoRASBConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    lora_dropout: float = 0.0
     basis: str | None = None
     basis_start: str = "zero"
     bias: str = "none"
@@ -108,8 +123,6 @@ class LoRASBConfig(PeftConfig):
     init: str = "update"
     init_seed: int = 0
     lora_alpha: float | None = None
-    equivalent_gradient: bool = False
-    wide_factors: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False

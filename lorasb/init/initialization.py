@@ -227,13 +227,12 @@ def _added_adapters(
 ) -> Iterator[None]:
     """Add inactive adapters on the layers and at the ranks of another one; if not to `keep`, or on errors, they go."""
     config: LoRASBConfig = model.peft_config[like]
-    fields = ("r", "init", "scaling", "lora_dropout", "wide_factors", "equivalent_gradient", "lora_alpha", "init_seed")
-    same = {name: getattr(config, name) for name in fields}
+    same = {name: getattr(config, name) for name in ("r", "init", "scaling", "lora_alpha", "init_seed")}
     cores = [core for m in model.modules() if isinstance(m, AdaptedLayer) for core in m.lorasb_R.values()]
     flags, active = [core.requires_grad for core in cores], list(model.active_adapters)
     try:
         for name in names:
-            own = LoRASBConfig(rank_pattern=dict(config.rank_pattern), target_modules=set(layers), **same)
+            own = LoRASBConfig(rank_pattern=dict(config.rank_pattern), target_modules=set(layers), **same, **config.options())
             own.init = init or own.init
             model.add_adapter(name, own)
         yield

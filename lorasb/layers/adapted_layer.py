@@ -54,12 +54,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         r: int,
         scaling: float = 1.0,
-        lora_dropout: float = 0.0,
-        equivalent_gradient: bool = False,
-        wide_factors: bool = False,
+        *,
         fan_in_fan_out: bool = False,
         octet_dtype: torch.dtype | None = None,
         resolver_options: Mapping[str, object] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -73,7 +72,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = adapter_name
-        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors=wide_factors)
+        self.add_adapter(adapter_name, r, scaling, **options)
 
     def _make_base(self, module: nn.Module) -> Base:
         return make_base(module, *self._base_options)
@@ -112,11 +111,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         r: int,
         scaling: float = 1.0,
-        lora_dropout: float = 0.0,
-        equivalent_gradient: bool = False,
-        wide_factors: bool = False,
+        *,
         basis: str | None = None,
         start_at: str | None = None,
+        **options: Any,
     ) -> None:
         """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero."""
         # With `wide_factors` A and B are in fp32, too, and the adapter computes in it, not the base. With `basis` they
@@ -125,7 +123,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        self.adapters[adapter_name] = AdapterState(r, scaling, scaling, lora_dropout, equivalent_gradient, wide_factors)
+        self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **options)
         self.any_wide = any(state.wide_factors for state in self.adapters.values())  # asked in every forward
         device, dtype, core_dtype = self.base.device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
@@ -221,7 +219,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return core
         if not self.is_initialized(name):  # A and B are zero, and AAᵀ and BᵀB singular
             return refuse_training(core, name, self.training) if core.requires_grad else core
-        if self.adapters[name].equivalent:
+        if self.adapters[name].equivalent_gradient:
             core = EquivalentGradient.apply(core, *self.preconditioner(name))
         return core
 

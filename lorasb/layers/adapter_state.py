@@ -11,19 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from ..config.adapter import AdapterOptions
 from ..utils.precision import SIXTEEN_BIT
 
 
-@dataclass
-class AdapterState:
+@dataclass(kw_only=True)
+class AdapterState(AdapterOptions):
     """An adapter of a layer."""
 
     r: int  # rank
     scaling: float  # s
     made_with: float  # the s that it was made with
-    dropout: float = 0.0  # probability of dropping an element of x on the adapter's path
-    equivalent: bool = False  # whether Theorem 3's closed form is applied to R's gradient
-    wide_factors: bool = False  # whether A and B are in fp32 over a base in 16 bits
     # whether A, R and B have values; ask `AdaptedLayer.is_initialized`, which sees loaded ones, too
     initialized: bool = False
     basis: str | None = None  # the adapter whose A and B it has; None if they belong to it

@@ -98,8 +98,8 @@ def on_one_basis(layer: AdaptedLayer, names: list[str]) -> bool:
         layer.lorasb_A[name] is a
         and layer.lorasb_B[name] is b
         and layer.adapters[name].scaling == layer.adapters[first].scaling
-        and not layer.adapters[name].equivalent
-        and not (layer.training and layer.adapters[name].dropout)
+        and not layer.adapters[name].equivalent_gradient
+        and not (layer.training and layer.adapters[name].lora_dropout)
         for name in names
     )
 
@@ -138,13 +138,11 @@ class LoRASBLinear(AdaptedLayer):
             not by its own forward, which in bitsandbytes would repack the weight on a CPU. Any other linear is opaque:
             its own forward runs, and the adapter's output is added.
         adapter_name, r, scaling: name, rank and s of the first adapter.
-        lora_dropout: probability of dropping an element of x on the adapter's path.
-        equivalent_gradient: apply Theorem 3's closed form to R's gradient.
-        wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in it.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
         octet_dtype: compute dtype of an 8-bit base, which its storage does not record; the dtype of its bias, or fp16
             without one, if None.
         resolver_options: of PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
+        options: of the adapter: `lora_dropout`, `equivalent_gradient` and `wide_factors`, as in `LoRASBConfig`.
 
     Forward: x [..., in] -> y [..., out], in x's dtype, or autocast's.
 
@@ -196,11 +194,11 @@ class LoRASBLinear(AdaptedLayer):
         # transformers' loader reads adapter_model.safetensors alone, so a checkpoint with shared factors gets R only.
         if not state.initialized and is_loaded(core) and not is_loaded(a):
             raise missing_factors_error()
-        if not state.initialized or state.equivalent or core.dtype in SIXTEEN_BIT:  # else R as it is
+        if not state.initialized or state.equivalent_gradient or core.dtype in SIXTEEN_BIT:  # else R as it is
             core = self.core(name)
         if weight is None and x.dtype != a.dtype and not autocast_on(x.device.type):
             x = x.to(a.dtype)  # fp32 factors with a base in 16 bits
-        dropout = state.dropout if self.training else 0.0
+        dropout = state.lora_dropout if self.training else 0.0
         return lora_sb_linear(x, weight, a, core, b, bias, state.scaling, dropout=dropout)
 
 
@@ -224,7 +222,7 @@ def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) ->
     gradient = layer.lorasb_R[name].grad
     if gradient is None:
         raise ValueError(f"adapter {name!r} has no gradient: call loss.backward() first")
-    if layer.adapters[name].equivalent:
+    if layer.adapters[name].equivalent_gradient:
         return gradient
     left, right = layer.preconditioner(name)
     return left @ gradient @ right

@@ -34,7 +34,7 @@ def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[T
     else:
         name = members[0].active_adapters[0]
         adapters = [(m.lorasb_A[name], m.lorasb_R[name], m.lorasb_B[name], m.adapters[name].scaling) for m in members]
-        dropout = members[0].adapters[name].dropout if members[0].training else 0.0
+        dropout = members[0].adapters[name].lora_dropout if members[0].training else 0.0
     a, cores, b, scalings = zip(*adapters, strict=True)
     weights, biases = [m.base.parameter() for m in members], [m.bias for m in members if m.bias is not None]
     x = members[0].base.cast(x)
@@ -59,9 +59,9 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
     if not all(layer.is_initialized(name) for name in training):
         return None
     state, core_dtype = layer.adapters[names[0]], layer.lorasb_R[names[0]].dtype
-    if rows is None and (len(names) > 1 or state.equivalent or core_dtype in SIXTEEN_BIT):
+    if rows is None and (len(names) > 1 or state.equivalent_gradient or core_dtype in SIXTEEN_BIT):
         return None
-    dropout = state.dropout if rows is None and layer.training else 0.0
+    dropout = state.lora_dropout if rows is None and layer.training else 0.0
     return names, state.r, core_dtype, dropout, weight.dtype, layer.bias is None, layer.training
 
 

@@ -220,7 +220,7 @@ class LoRASBWeight(_Around, AdaptedLayer):
         base, x = self.get_base_layer(), input
         y: Tensor = self.base_layer(x)
         for name in names:
-            dropped = nn.functional.dropout(x, self.adapters[name].dropout, self.training)
+            dropped = nn.functional.dropout(x, self.adapters[name].lora_dropout, self.training)
             y = y + convolve(base, dropped, self._delta(name).to(x.dtype))
         return y
 

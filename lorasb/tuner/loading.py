@@ -171,6 +171,6 @@ def swap(
         layers[name].set_factors(adapter_name, b, core, a)
         state = layers[name].adapters[adapter_name]
         state.scaling = state.made_with = config.scaling_for(len(core))
-        state.equivalent = config.equivalent_gradient
+        state.equivalent_gradient = config.equivalent_gradient
     for field in DESCRIBING:  # what is saved from here on is the other adapter
         setattr(model.peft_config[adapter_name], field, getattr(config, field))

@@ -257,9 +257,7 @@ class LoRASBModel(BaseTuner):
     ) -> None:
         config = cast(LoRASBConfig, peft_config)
         rank = targets.rank_for(config, current_key)
-        options: dict[str, Any] = {"r": rank, "scaling": config.scaling_for(rank)}
-        for name in ("lora_dropout", "equivalent_gradient", "wide_factors"):
-            options[name] = getattr(config, name)
+        options: dict[str, Any] = {"r": rank, "scaling": config.scaling_for(rank), **config.options()}
         if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
             options |= basis.options_for(target, config)
             target.add_adapter(adapter_name, **options)

@@ -87,7 +87,7 @@ def test_an_adapter_of_an_embedding_and_ranks_by_layer_load_to_the_bit() -> None
     layers = adapted_layers(model)[1]
     assert sorted(layer.r["default"] for layer in layers.values()) == [2, 2, 3]
     states = [state for layer in layers.values() for state in layer.adapters.values()]
-    assert all(state.dropout == 0.1 and state.equivalent for state in states)
+    assert all(state.lora_dropout == 0.1 and state.equivalent_gradient for state in states)
 
 
 def test_adapters_on_a_basis_load_to_the_bit() -> None:

@@ -172,7 +172,7 @@ def test_all_else_of_the_adapters_stays() -> None:
     model.set_adapter("ada")
     lorasb.share_basis(model, ["ada", "grace"], "both")
     assert all(bool(p.eq(7.0).all()) for n, p in model.named_parameters() if "modules_to_save.ada" in n)
-    assert [a_layer(model, "ada").adapters[name].dropout for name in ("ada", "grace")] == [0.1, 0.2]
+    assert [a_layer(model, "ada").adapters[name].lora_dropout for name in ("ada", "grace")] == [0.1, 0.2]
     assert model.active_adapters == ["ada"]
     assert model.active_adapter == "ada"
 

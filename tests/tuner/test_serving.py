@@ -94,7 +94,7 @@ def test_theorem_3_comes_with_the_swapped_adapter(saved: Path, tmp_path: Path) -
     model = loaded(saved / "first")
     swap(model, tmp_path / "third")
     assert model.peft_config["default"].equivalent_gradient
-    assert all(layer.adapters["default"].equivalent for layer in layers(model).values())
+    assert all(layer.adapters["default"].equivalent_gradient for layer in layers(model).values())
 
 
 def test_what_was_trained_in_full_is_not_swapped_silently(tmp_path: Path) -> None:
