@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,7 @@ from torch import nn
 from trainer_runs import train
 
 import lorasb
+from lorasb.config.adapter import AdapterOptions
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
@@ -320,3 +322,14 @@ def test_the_walks_over_a_model_do_not_grow_with_its_targets() -> None:
     few = walks(3)
     assert min(few) > 0
     assert walks(30) == few
+
+
+def test_a_property_of_an_adapter_reaches_its_layers_and_files(tmp_path: Path) -> None:
+    """A field of `AdapterOptions` is all that a new one takes."""
+    given = {one.name: 0.25 if isinstance(one.default, float) else not one.default for one in fields(AdapterOptions)}
+    model = lorasb.patch(make("llama"), r=4, init="kaiming", **given)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make("llama"), tmp_path, adapter_name="again")
+    for name, one in (("default", model), ("again", loaded)):
+        assert all(layer.adapters[name].options() == given for layer in layers(one).values())
+        assert one.peft_config[name].options() == given
