@@ -52,7 +52,6 @@ class AdapterOptions:
     lora_dropout: float = 0.0  # probability of dropping an element of x on the adapter's path
     equivalent_gradient: bool = False  # whether Theorem 3's closed form is applied to R's gradient
     wide_factors: bool = False  # whether A and B are in fp32 over a base in 16 bits
-    reviewed: bool = False  # whether somebody has checked the adapter's answers
 
     def options(self) -> dict[str, Any]:
         """The fields above, by name."""
