@@ -228,11 +228,12 @@ def _added_adapters(
     """Add inactive adapters on the layers and at the ranks of another one; if not to `keep`, or on errors, they go."""
     config: LoRASBConfig = model.peft_config[like]
     same = {name: getattr(config, name) for name in ("r", "init", "scaling", "lora_alpha", "init_seed")}
+    same |= config.options()
     cores = [core for m in model.modules() if isinstance(m, AdaptedLayer) for core in m.lorasb_R.values()]
     flags, active = [core.requires_grad for core in cores], list(model.active_adapters)
     try:
         for name in names:
-            own = LoRASBConfig(rank_pattern=dict(config.rank_pattern), target_modules=set(layers), **same, **config.options())
+            own = LoRASBConfig(rank_pattern=dict(config.rank_pattern), target_modules=set(layers), **same)
             own.init = init or own.init
             model.add_adapter(name, own)
         yield
