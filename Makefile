@@ -166,7 +166,7 @@ RESULTS ?= benchmarks/results
 RESEARCH ?= benchmarks/research/results
 BENCH = $(BIN)/python -m pytest benchmarks/layers -q -o python_files=bench_*.py --durations=0 --benchmark-disable-gc --seconds $(SECONDS)
 
-# What the documentation says of a GPU, on whatever card is there: within eight minutes, and resumable.
+# What the documentation says of a GPU, on whatever card is there: no section begins after eight minutes; resumable.
 bench-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_gpu.py
 	$(BIN)/python -m benchmarks.card --seconds $(CARD_SECONDS) --output $(RESULTS)

@@ -363,7 +363,8 @@ def main() -> None:
         places = tuple((file.replace("ARCH", arch), text) for file, text in places)
         if section not in found["sections"] or options.only:
             if time.monotonic() > end:
-                print(f"{section}: not measured in {options.minutes:g} minutes; the same command measures what is left")
+                again = "" if options.only else "; the same command measures what is left"
+                print(f"{section}: not begun, as {options.minutes:g} minutes are over{again}")
                 continue
             found["sections"][section] = {"replaces": places, "rows": measured(measure_section, run)}
             write_json(path, found)

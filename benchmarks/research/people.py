@@ -80,13 +80,16 @@ def run(work: Path, people: int, alone: int) -> dict[str, Any]:
         options = ("--data", data, "--template", "none", "--r", str(RANK), "--output", str(work / "basis"))
         command("basis", "make", "smollm2-135m", *options)
     on_basis = ("--basis", str(work / "basis"))
-    together = finetune(work / "together", train, held_out, *on_basis, "--adapter-column", "user", *ALL)
+    together = finetune(work / f"together-{PASSES}", train, held_out, *on_basis, "--adapter-column", "user", *ALL)
     found = {TOGETHER: scored(together, users, some)}
-    runs = [finetune(work / user, *everybody[user], *on_basis, "--adapter-column", "user", *ONE) for user in some]
+    runs = [
+        finetune(work / f"{user}-{PASSES}", *everybody[user], *on_basis, "--adapter-column", "user", *ONE)
+        for user in some
+    ]
     found[ALONE] = scored(joined(runs), some, some)
     for lr in RATES:
         lora = finetune(
-            work / f"lora-{lr:g}",
+            work / f"lora-{lr:g}-{PASSES}",
             named(train),
             named(held_out),
             "--method",

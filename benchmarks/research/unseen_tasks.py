@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 import statistics
 import time
@@ -68,6 +67,7 @@ BASIS_FAMILIES = random.Random(0).sample(POOL, 16)
 COUNTS = (1, 2, 4, 8, 16)
 SHARED = {f"{count} families": count for count in COUNTS}
 OWN, RANDOM, LORA_XS, LORA, NONE = "own", "random", "lora-xs", "LoRA r=1", "base"
+EIGHT = "8 families"  # the shared basis of the documentation
 KINDS = (OWN, *SHARED, RANDOM, LORA_XS, LORA, NONE)
 RANKS = (8, 16, 32, 64, 128)
 TRAIN, HELD_OUT, TRAIN_STEPS, BATCH, SAMPLES = 600, 200, 75, 8, 32
@@ -222,26 +222,23 @@ def by_task(rows: Sequence[Row], r: int) -> list[list[str]]:
     return [["task", "no adapter", *kinds], *body]
 
 
-def mean_loss(rows: Sequence[Row]) -> float:
-    """The mean of runs' held-out losses; NaN without runs."""
-    return statistics.fmean(float(row["loss"]) for row in rows) if rows else math.nan
-
-
 def over_own(rows: Sequence[Row]) -> list[list[str]]:
     """The head and the lines of the documentation's table: losses over that on a task's own basis of the same rank.
 
-    Last, the share of what LoRA r = 1 gains over the model without an adapter that R on the shared basis gains.
+    Last, the share of what LoRA r = 1 gains over the model without an adapter that R on the shared basis gains. Means
+    over the seeds that both have.
     """
-    shared = "8 families"
-    out = [["task, r", shared, RANDOM, LORA, f"share of the gain of {LORA}"]]
+    kinds = (EIGHT, RANDOM, LORA)
+    out = [["task, r", *kinds, f"gain of {EIGHT} over that of {LORA}"]]
     for r, task in itertools.product(ranks_of(rows), (*UNSEEN, ARC)):
-        own = mean_loss(runs(rows, task, OWN, r))
-        losses = [mean_loss(runs(rows, task, kind, r)) for kind in (shared, RANDOM, LORA)]
-        if math.isnan(own + losses[0]):
-            continue
-        recovered = (before(rows, task) - losses[0]) / (before(rows, task) - losses[2])
-        shown = *(f"{loss / own:.2f}x" for loss in losses), f"{recovered:.0%}"
-        out.append([f"{task}, {r}", *("" if text.startswith("nan") else text for text in shown)])
+        own, *others = ({row["seed"]: float(row["loss"]) for row in runs(rows, task, k, r)} for k in (OWN, *kinds))
+        shared, lora = others[0], others[-1]
+        if shared.keys() & own.keys():
+            ratios = ([one[seed] / own[seed] for seed in one.keys() & own.keys()] for one in others)
+            start = before(rows, task)
+            gains = [(start - shared[seed]) / (start - lora[seed]) for seed in shared.keys() & lora.keys()]
+            shown = (*(f"{statistics.fmean(found):.2f}x" if found else "" for found in ratios),)
+            out.append([f"{task}, {r}", *shown, f"{statistics.fmean(gains):.0%}" if gains else ""])
     return out
 
 
@@ -249,7 +246,7 @@ def cell(rows: Sequence[Row]) -> str:
     """Mean loss, the share of the first step that the basis keeps, and the seeds if several; empty without runs."""
     if not rows:
         return ""
-    loss, kept = mean_loss(rows), rows[0]["share"]
+    loss, kept = statistics.fmean(float(row["loss"]) for row in rows), rows[0]["share"]
     known = [f"{float(kept):.0%}"] if kept not in ("None", "1") else []
     known += [f"{len(rows)} seeds"] if len(rows) > 1 else []
     return f"{loss:.3f}" + (f" ({', '.join(known)})" if known else "")

@@ -69,10 +69,12 @@ def refuse_other_base(run: Run) -> None:
     weights = {name: weight for name, weight in found.items() if weight is not None}
     reason = difference(weights, {name: expected[name] for name in weights})
     if reason is None and made_on != settings.model and fingerprint(weights) is None:
-        reason = "its weights cannot be compared"  # quantized ones, for which the names have to be the same
+        reason = "its weights cannot be compared, only its name"  # quantized ones
     if reason is not None:
-        wrong = f"was made on {made_on}, got --model {settings.model}, which is another model ({reason})"
-        raise ValueError(f"--basis {settings.basis} {wrong}: leave --model out, or give the folder of {made_on}")
+        wrong = f"was made on {made_on}, got --model {settings.model}, which is another model ({reason}): give its own"
+        if made_on == settings.model:
+            wrong = f"was made on {made_on}, whose weights have changed ({reason}): make the basis again"
+        raise ValueError(f"--basis {settings.basis} {wrong}")
 
 
 def adapt(run: Run) -> InitReport | None:
@@ -273,7 +275,7 @@ def card_of(settings: Settings) -> BasisCard:
 
 
 def load_basis(run: Run) -> dict[str, float]:
-    """Load the basis of a run, and measure how well its data fits, which is returned, and a rate if none is given."""
+    """Load a run's basis, measure the rate if none is given, and return how well the data fits."""
     settings = run.settings
     found = _load_and_fit(run, card_of(settings))
     run.fit = {"share": found.share, "random": found.random}

@@ -155,6 +155,8 @@ def _finetune(values: Json) -> None:
         console.print(tables.adapters(summary))
     for line in tables.advice(summary):
         console.print(line)
+    if found := summary["basis_fit"]:
+        console.print(tables.basis_line(found["share"], found["random"]))
     console.print(tables.costs(summary))
     console.print(_files(settings.output))
     lines = how_to(summary, Path(settings.output), *example_to_ask(result))

@@ -69,7 +69,9 @@ def check_layers(settings: Settings) -> None:
     model = settings.model
     # The hub would call a path a bad id.
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
-        raise ValueError(f"--model {model}: there is no such folder; a hub id looks like HuggingFaceTB/SmolLM2-135M")
+        moved = "" if settings.basis is None else f"; if the model of {settings.basis} was moved, --model says where to"
+        like = "a hub id looks like HuggingFaceTB/SmolLM2-135M"
+        raise ValueError(f"--model {model}: there is no such folder; {like}{moved}")
     if Path(model).expanduser().joinpath("adapter_config.json").is_file():
         raise ValueError(f"--model {model} is an adapter: name its base model, or ask the run that trained it")
     if isinstance(pattern := targets(settings.target_modules), str):

@@ -381,10 +381,19 @@ def find_rate(run: Run) -> float:
         checkpoint_activations(run.model.get_base_model())
     search, steps = (find_lr, STEPS) if settings.find_lr else (refine_rate, PROBE_STEPS)
     held = list(itertools.islice(batches(run), JUDGED + steps * settings.gradient_accumulation))
+    if len(held) == 1:
+        held = _halves(held[0])
     found = search(run.model, apart(held), run.lr, accumulation=settings.gradient_accumulation)
     refined = f"learning rate {found.lr:.2g}, measured on the samples and by two trials of {found.steps} steps"
     console.print(str(found) if settings.find_lr else refined, highlight=False, soft_wrap=True)
     return found.lr
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    """A batch's rows in two batches; the batch alone if it has one row."""
+    count = len(batch["input_ids"])
+    cuts = (slice(count // 2), slice(count // 2, None)) if count > 1 else (slice(None),)
+    return [{name: one[cut] if isinstance(one, torch.Tensor) else one for name, one in batch.items()} for cut in cuts]
 
 
 def batches(run: Run) -> Iterator[Batch]:

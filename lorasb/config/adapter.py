@@ -47,6 +47,7 @@ class AdapterOptions:
     """Properties of an adapter that users choose and all of its layers have: a field here is all that a new one takes.
 
     It is then a setting of `LoRASBConfig`, and so of `patch` and of files, and an attribute of `layer.adapters[name]`.
+    `COPIED` (serving/basis.py) and `DESCRIBING` (tuner/loading.py) have those that come with another adapter's factors.
     """
 
     lora_dropout: float = 0.0  # probability of dropping an element of x on the adapter's path
@@ -253,6 +254,10 @@ class LoRASBConfig(PeftConfig, AdapterOptions):
         config.saved_names = names
         config.source = str(pretrained_model_name_or_path), {"subfolder": subfolder, **kwargs}
         return config.weights_follow()
+
+
+# PEFT's `from_pretrained` takes the names that are annotated in the class itself
+LoRASBConfig.__annotations__.update(AdapterOptions.__annotations__)
 
 
 def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:

@@ -114,7 +114,7 @@ def initialize(
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
     options = InitOptions(
-        lr=AutoRate() if lr == "auto" else lr or 0.0,
+        lr=AutoRate() if lr == "auto" else 0.0 if lr is None else lr,
         update=update,
         seed=seed,
         longest_start=longest_start,
@@ -144,7 +144,8 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
         if isinstance(options.lr, str) or not 0 < options.eta <= MAX_LR or (batches is None and not cached):
             raise ValueError(
                 f"init='update' takes batches and lr > 0, at most {MAX_LR:g}, or 'auto', got "
-                f"{'no batches' if batches is None else f'lr={options.lr!r}'}: initialize(model, loader, lr=...)"
+                f"{f'lr={options.lr!r}' if batches is not None or cached else 'no batches'}: "
+                "initialize(model, loader, lr=...)"
             )
         if isinstance(options.lr, AutoRate) and batches is None:
             raise ValueError("lr='auto' measures on samples, and a cache has signs alone: pass batches, or a rate")

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..compat.transformers import is_loaded
+from ..config.adapter import AdapterOptions
 from ..constants import FACTORS
 from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.precision import SIXTEEN_BIT
@@ -123,7 +124,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **options)
+        chosen = AdapterOptions(**options).options()  # no other fields of the state, and no unknown names
+        self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **chosen)
         self.any_wide = any(state.wide_factors for state in self.adapters.values())  # asked in every forward
         device, dtype, core_dtype = self.base.device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))

@@ -102,10 +102,11 @@ class InitCallback(TrainerCallback):
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
         if state.global_step > 0 or initialized:
-            if self.lr == "auto" and (state.global_step == 0 or args.save_only_model):
+            lost = state.global_step > 0 and optimizer is not None and not optimizer.state
+            if self.lr == "auto" and (state.global_step == 0 or lost):
                 why = f"adapter {name!r} is initialized already, so that no rate is measured"
-                if state.global_step > 0:
-                    why = "checkpoints of save_only_model have no optimizer with the rate that was measured"
+                if lost:
+                    why = "the checkpoint has no optimizer (save_only_model), which has the rate that was measured"
                 warnings.warn(f"{why}: learning_rate={args.learning_rate:g} stays", stacklevel=2)
             return
         if optimizer is not None:

@@ -72,7 +72,8 @@ def find_lr(
 
     Args:
         model: a patched and initialized model, or any other whose trained parameters require a gradient.
-        batches: training batches with labels; the first `judged` measure the loss, the others are trained on. Per rank.
+        batches: training batches with labels; the first `judged` measure the loss, the others, with other rows, are
+            trained on. Of a rank, its own.
         lr: the rate to try first, of which the initialization's η was derived (`first_step_lr`).
         steps: of a trial.
         judged: number of batches whose mean loss decides.
@@ -126,9 +127,9 @@ def refine_rate(
 
 
 def apart(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Batches for trials, without end: those that judge, and then the others over and over, which do not judge.
+    """Batches for trials, without end: `JUDGED` that judge, and then the others over and over, which do not judge.
 
-    Of fewer than `2 * JUDGED`, half judge, several times.
+    Of fewer than `2 * JUDGED`, half judge, several times; a single one both judges and is trained on.
     """
     judging = min(JUDGED, len(batches) // 2) or len(batches)
     yield from islice(cycle(batches[:judging]), JUDGED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -113,6 +114,30 @@ def test_trials_take_the_runs_own_batches(base: Settings, packing: bool) -> None
     found = list(train.batches(run))
     assert max(len(batch["input_ids"]) for batch in found) == base.batch_size // 2
     assert ("attention_mask" not in found[0]) == packing  # packs are told apart by their positions
+
+
+@pytest.mark.parametrize("count", [16, 6, 3])
+@pytest.mark.parametrize("find_lr", [False, True])
+def test_no_row_is_trained_on_and_judges(
+    base: Settings, monkeypatch: pytest.MonkeyPatch, count: int, find_lr: bool
+) -> None:
+    """Not of a single batch either, whose rows are halved."""
+    run = prepare(replace(base, find_lr=find_lr))
+    run.rows, seen = run.rows[:count], Mock(return_value=SimpleNamespace(lr=1.0, steps=4))
+    monkeypatch.setattr(train, "find_lr" if find_lr else "refine_rate", seen)
+    train.find_rate(run)
+    given = list(itertools.islice(seen.call_args.args[1], 20))
+    judging, trained = (
+        {tuple(row.tolist()) for one in part for row in rows_in(one)} for part in (given[:4], given[4:])
+    )
+    assert judging
+    assert trained
+    assert judging.isdisjoint(trained)
+
+
+def rows_in(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """A batch's rows without their padding."""
+    return [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
 def test_trials_take_a_processs_part_of_every_step(base: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +279,7 @@ def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[st
     assert card.tasks == {"copy": {"examples": 24, "kept": 1.0}}
 
 
-def test_another_model_or_basis_is_refused(on_it: Settings, made: Path, tmp_path: Path) -> None:
+def test_another_basis_is_refused(on_it: Settings, made: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(made, tmp_path / "copy"))
     card, file = json.loads((copy / "basis.json").read_text()), copy / FACTORS
     damaged = {key: value + 1 for key, value in load_file(file).items()}
@@ -276,9 +301,12 @@ def test_a_basis_belongs_to_weights_and_not_to_a_folder(
     """Its model may have been moved; other weights, or quantized ones of another name, are refused before evaluation."""
     moved = Path(shutil.copytree(on_it.model, tmp_path / "moved"))
     assert "The basis keeps" in call("basis", "fit", str(made), "--data", files["mine"], "--model", str(moved))
+    run_finetune(replace(on_it, model=str(moved), epochs=1.0, output=str(tmp_path / "moved-run")))
+    with pytest.raises(ValueError, match=f"if the model of {made} was moved, --model says where to"):
+        replace(on_it, model=str(tmp_path / "gone")).check()
     quantized = replace(on_it, model=str(moved), bits=4, output=str(tmp_path / "run"))
     with pytest.raises(
-        ValueError, match=r"which is another model \(its weights cannot be compared\): leave --model out"
+        ValueError, match=r"which is another model \(its weights cannot be compared, .*\): give its own"
     ):
         run_finetune(quantized)
     weights = load_file(moved / "model.safetensors")

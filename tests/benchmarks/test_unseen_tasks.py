@@ -9,7 +9,7 @@ import pytest
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import unseen_tasks
 from benchmarks.research.reporting import unseen
-from benchmarks.research.unseen_tasks import FILE, OWN, RANDOM, UNSEEN, by_task
+from benchmarks.research.unseen_tasks import FILE, LORA, OWN, RANDOM, UNSEEN, by_task, over_own
 
 
 def row(task: str, basis: str, loss: float, share: str, seed: int = 0, r: int = 16) -> Row:
@@ -46,6 +46,12 @@ def test_every_task_has_its_loss_without_an_adapter_and_counts_in_the_correlatio
         ["task", "no adapter", "own", "8 families", "random"],
         [UNSEEN[0], "6.000", "1.000 (2 seeds)", "1.500 (30%)", "3.500 (0%)"],
         [UNSEEN[1], "6.000", "1.000 (2 seeds)", "2.000 (10%)", ""],
+    ]
+    later = row(UNSEEN[0], LORA, 2.0, "None", r=1), row(UNSEEN[0], "8 families", 9.0, "None", 2)  # a seed without `own`
+    assert over_own([*rows, *later]) == [
+        ["task, r", "8 families", "random", "LoRA r=1", "gain of 8 families over that of LoRA r=1"],
+        [f"{UNSEEN[0]}, 16", "1.50x", "3.50x", "2.00x", "112%"],  # (6 - 1.5) / (6 - 2)
+        [f"{UNSEEN[1]}, 16", "2.00x", "", "", ""],
     ]
     (sentence, _) = unseen._prediction(rows)
     assert sentence.startswith("Over 3 runs")

@@ -48,6 +48,12 @@ def test_an_adapter_loads_to_the_bit(folder: str) -> None:
         assert torch.equal(value, want[name]), name
 
 
+def test_an_option_that_a_file_lacks_can_be_given() -> None:
+    """PEFT passes those keywords on that it finds annotated in the configuration's class."""
+    model = peft.PeftModel.from_pretrained(base(), FILES / "adapter", wide_factors=True)
+    assert all(layer.adapters["default"].wide_factors for layer in adapted_layers(model)[1].values())
+
+
 @pytest.mark.parametrize(
     ("folder", "made", "targets"), [(FILES, "initialized", None), (LATER_FILES, "basis", ["q_proj"])]
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tolerances
@@ -155,6 +157,18 @@ def test_a_trainer_trains_r_at_the_rate(tmp_path: Path, option: dict[str, object
     assert max(rates) <= rate * (1 + 1e-6)
 
 
+def test_a_trainers_rows_judge_or_are_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Mock(return_value=lorasb.RateTrials(1e-3, {}, 4))
+    monkeypatch.setattr(init_callback, "refine_rate", seen)
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(lr="auto", num_samples=6)])
+    given = list(itertools.islice(seen.call_args.args[1], 12))  # of four batches
+    judging, trained = (
+        {tuple(row.tolist()) for one in part for row in one["input_ids"]} for part in (given[:4], given[4:])
+    )
+    assert (len(judging), len(trained)) == (6, 6)
+    assert judging.isdisjoint(trained)
+
+
 def test_a_head_keeps_the_rate_of_the_arguments(usual: tuple[nn.Module, InitReport]) -> None:
     model, report = usual
     head = nn.Linear(2, 2)
@@ -196,5 +210,13 @@ def test_an_initialized_adapter_keeps_the_rate_of_the_arguments(tmp_path: Path) 
 def test_a_checkpoint_without_its_optimizer_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
     train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(lr="auto")], save_only_model=True)
     resumed, last = lorasb.patch(make("llama"), r=4), str(tmp_path / "checkpoint-2")
-    with pytest.warns(UserWarning, match="no optimizer with the rate that was measured: learning_rate=0.01 stays"):
-        train(resumed, tmp_path, [lorasb.InitCallback(lr="auto")], resume=last, save_only_model=True)
+    with pytest.warns(UserWarning, match=r"which has the rate that was measured: learning_rate=0\.01 stays"):
+        train(resumed, tmp_path, [lorasb.InitCallback(lr="auto")], resume=last)
+
+
+def test_a_checkpoint_has_the_measured_rate_in_its_optimizer(tmp_path: Path) -> None:
+    first = lorasb.InitCallback(lr="auto")
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [first])
+    resumed, last = lorasb.patch(make("llama"), r=4), str(tmp_path / "checkpoint-2")
+    trainer = train(resumed, tmp_path, [lorasb.InitCallback(lr="auto")], resume=last, save_only_model=True)
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == first.report.rate

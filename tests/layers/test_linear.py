@@ -36,6 +36,12 @@ def by_hand(layer: LoRASBLinear, x: Tensor) -> Tensor:
     return x.double() @ weight.t() + layer.bias.double()
 
 
+@pytest.mark.parametrize("name", ["made_with", "dropout"])
+def test_what_is_no_option_of_an_adapter_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        make(**{name: True})
+
+
 def test_an_uninitialized_layer_is_the_base_and_refuses_to_train() -> None:
     layer = make(initialized=False)
     x = torch.randn(3, 16)

@@ -187,7 +187,7 @@ def gpus(folder: Path) -> Iterator[str]:
             )
     if not cards:
         yield (
-            "No card has been measured yet. `make bench-gpu` runs the GPU tests and measures, within eight minutes and "
+            "No card has been measured yet. `make bench-gpu` runs the GPU tests and measures, in about eight minutes "
             "on any card, what this report and the documentation say of a GPU; `make bench-gpu-suite` measures the "
             "layers and sibling groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and RoBERTa-large at 1 to 8192 tokens, "
             "r = 32, 64, 96. Until then there is a calculated roofline: `python -m benchmarks.kernels.roofline --gpu "

@@ -18,7 +18,6 @@ from benchmarks.research.unseen_tasks import (
     SHARED,
     before,
     by_task,
-    mean_loss,
     over_own,
     ranks_of,
     runs,
@@ -69,6 +68,10 @@ def people(folder: Path) -> Iterator[str]:
         yield ""
 
 
+def _loss(found: Sequence[Row]) -> float:
+    return statistics.fmean(float(row["loss"]) for row in found)
+
+
 def _rates(rows: Sequence[Row]) -> Iterator[str]:
     """The automatic rate against its multiples, on families that nothing was chosen on."""
     factors = sorted({float(row["factor"]) for row in rows})
@@ -81,7 +84,7 @@ def _rates(rows: Sequence[Row]) -> Iterator[str]:
     for task, r in sorted(swept, key=lambda key: (key[0], int(key[1]))):
         found = [row for row in rows if (row["task"], row["r"], row["basis"]) == (task, r, OWN)]
         by_factor = {f: [row for row in found if float(row["factor"]) == f] for f in factors}
-        body.append([task, r, *(f"{mean_loss(at):.3f}" if at else "" for at in by_factor.values())])
+        body.append([task, r, *(f"{_loss(at):.3f}" if at else "" for at in by_factor.values())])
     yield from (*table(["task", "r", *(f"{factor:g}x" for factor in factors)], body), "")
 
 
@@ -92,7 +95,7 @@ def _prediction(rows: Sequence[Row]) -> Iterator[str]:
         own = runs(rows, row["task"], OWN, int(row["r"]))
         if row["basis"] in (*SHARED, RANDOM) and own and row["factor"] == "1" and row["share"] != "None":
             start = before(rows, row["task"])
-            pairs.append((float(row["share"]), (start - float(row["loss"])) / (start - mean_loss(own))))
+            pairs.append((float(row["share"]), (start - float(row["loss"])) / (start - _loss(own))))
     if len(pairs) > 2 and len({share for share, _ in pairs}) > 1:
         found = statistics.correlation(*zip(*pairs, strict=True))
         least = min(gain for _, gain in pairs)
