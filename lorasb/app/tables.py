@@ -102,7 +102,7 @@ def _accuracies(summary: Json) -> Iterator[tuple[str, float, float]]:
 
 
 def advice(summary: Json) -> Iterator[str]:
-    """What explains a low score of people's own rows."""
+    """Reasons for a low score of people's own rows."""
     if summary["adapters"] and summary["config"]["eval_data"] is None and summary["eval_accuracy_after"] < GOOD:
         yield "The held-out rows were drawn from --data and not trained on; --eval-data FILE names others."
 

@@ -127,9 +127,9 @@ def refine_rate(
 
 
 def apart(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Batches for trials, without end: `JUDGED` that judge, and then the others over and over, which do not judge.
+    """Batches for trials, without end: four that measure the loss, then the others over and over, to train on.
 
-    Of fewer than `2 * JUDGED`, half judge, several times; a single one both judges and is trained on.
+    Of fewer than eight, half measure the loss, several times; a single one does both.
     """
     judging = min(JUDGED, len(batches) // 2) or len(batches)
     yield from islice(cycle(batches[:judging]), JUDGED)
