@@ -37,7 +37,7 @@ demo-many: install
 	test -f $(MANY)/basis/basis.json || \
 	  $(BIN)/lorasb basis make smollm2-135m --data $(MANY)/people.jsonl --template none --r 16 --output $(MANY)/basis
 	$(BIN)/lorasb finetune --basis $(MANY)/basis --data $(MANY)/people.jsonl --eval-data $(MANY)/held_out.jsonl \
-	  --adapter-column user --template none --batch-size 64 --epochs 5 --eval-examples 400 --output $(MANY)/people
+	  --adapter-column user --template none --batch-size 64 --eval-examples 400 --output $(MANY)/people
 	$(BIN)/lorasb finetune --basis $(MANY)/basis --data $(MANY)/newcomer.jsonl --eval-data $(MANY)/newcomer_held_out.jsonl \
 	  --template none --batch-size 4 --output $(MANY)/newcomer
 	$(BIN)/python -m benchmarks.serving.people serve $(MANY)

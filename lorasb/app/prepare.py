@@ -129,9 +129,11 @@ class Run:
 
     @property
     def epochs(self) -> float:
-        """Passes over the training rows: those of the settings, or as many as make enough steps."""
-        enough = math.ceil(ENOUGH_STEPS / max(1, self._steps_per_epoch))
-        return self.settings.epochs or float(min(enough, MOST_EPOCHS))
+        """Passes over the training rows: those of the settings, or as many as make enough steps, of every adapter."""
+        steps: float = max(1, self._steps_per_epoch)
+        if self.adapters:  # an adapter's rows are in as many steps, where many share a batch
+            steps = min(steps, len(self.rows) / len(self.adapters))
+        return self.settings.epochs or float(min(math.ceil(ENOUGH_STEPS / steps), MOST_EPOCHS))
 
     @property
     def _steps_per_epoch(self) -> int:

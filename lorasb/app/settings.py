@@ -262,7 +262,8 @@ class Settings:
     find_lr: bool = TRAINING(False, "Search for the learning rate by 12-step trials on the data, starting at --lr.")
     epochs: float | None = TRAINING(
         None,
-        f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps, or {MOST_EPOCHS} passes if fewer.",
+        f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps (of each adapter), or {MOST_EPOCHS} "
+        "passes if fewer.",
         positive=True,
         init=True,
         shown="auto",

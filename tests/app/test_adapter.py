@@ -401,6 +401,15 @@ def done(several: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("batch_size", "column", "passes"), [(2, "user", 7), (2, None, 5), (27, "user", 20)])
+def test_passes_give_every_adapter_enough_steps(
+    several: Settings, batch_size: int, column: str | None, passes: int
+) -> None:
+    """27 rows are trained on: nine of each, in as many of 14 steps of two; batches of all have one step."""
+    settings = replace(several, epochs=None, batch_size=batch_size, adapter_column=column, eval_examples=3)
+    assert prepare(settings).epochs == passes
+
+
 def test_each_learns_its_own_answers(several: Settings, tiny: Path, tmp_path: Path) -> None:
     sure = shutil.copytree(tiny, tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
