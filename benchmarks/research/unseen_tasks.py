@@ -13,7 +13,6 @@ as runs finish, and what is there is not run again.
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import statistics
 import time
@@ -68,6 +67,7 @@ COUNTS = (1, 2, 4, 8, 16)
 SHARED = {f"{count} families": count for count in COUNTS}
 OWN, RANDOM, LORA_XS, LORA, NONE = "own", "random", "lora-xs", "LoRA r=1", "base"
 EIGHT = "8 families"  # the shared basis of the documentation
+SMALL = (16, 32)  # ranks of fewer numbers than LoRA r = 1 has
 KINDS = (OWN, *SHARED, RANDOM, LORA_XS, LORA, NONE)
 RANKS = (8, 16, 32, 64, 128)
 TRAIN, HELD_OUT, TRAIN_STEPS, BATCH, SAMPLES = 600, 200, 75, 8, 32
@@ -210,8 +210,8 @@ def runs(rows: Sequence[Row], task: str, kind: str, r: int) -> list[Row]:
 
 
 def before(rows: Sequence[Row], task: str) -> float:
-    """The held-out loss without an adapter, which every run of a task measures first."""
-    return statistics.fmean(float(row["loss_before"]) for row in rows if row["task"] == task)
+    """The held-out loss without an adapter, which every run of a task measures first; 0 without runs."""
+    return statistics.fmean([float(row["loss_before"]) for row in rows if row["task"] == task] or [0.0])
 
 
 def by_task(rows: Sequence[Row], r: int) -> list[list[str]]:
@@ -223,23 +223,31 @@ def by_task(rows: Sequence[Row], r: int) -> list[list[str]]:
 
 
 def over_own(rows: Sequence[Row]) -> list[list[str]]:
-    """The head and the lines of the documentation's table: losses over that on a task's own basis of the same rank.
+    """The head and the lines of the documentation's table, at ranks of few bytes: each task's losses over `own`'s.
 
     Last, the share of what LoRA r = 1 gains over the model without an adapter that R on the shared basis gains. Means
     over the seeds that both have.
     """
-    kinds = (EIGHT, RANDOM, LORA)
-    out = [["task, r", *kinds, f"gain of {EIGHT} over that of {LORA}"]]
-    for r, task in itertools.product(ranks_of(rows), (*UNSEEN, ARC)):
-        own, *others = ({row["seed"]: float(row["loss"]) for row in runs(rows, task, k, r)} for k in (OWN, *kinds))
-        shared, lora = others[0], others[-1]
-        if shared.keys() & own.keys():
-            ratios = ([one[seed] / own[seed] for seed in one.keys() & own.keys()] for one in others)
-            start = before(rows, task)
-            gains = [(start - shared[seed]) / (start - lora[seed]) for seed in shared.keys() & lora.keys()]
-            shown = (*(f"{statistics.fmean(found):.2f}x" if found else "" for found in ratios),)
-            out.append([f"{task}, {r}", *shown, f"{statistics.fmean(gains):.0%}" if gains else ""])
+    columns = [*((EIGHT, r) for r in SMALL), (RANDOM, SMALL[0])]
+    head = [f"{kind}, r={r}" for kind, r in columns] + [f"of {LORA}'s gain, r={r}" for r in SMALL]
+    out = [["task", *head]]
+    for task in (*UNSEEN, ARC):
+        ratios = [_ratio(rows, task, (kind, r), (OWN, r)) for kind, r in columns]
+        gains = [_ratio(rows, task, (EIGHT, r), (LORA, 1), gain=True) for r in SMALL]
+        if any(ratios):
+            out.append([task, *(f"{x:.2f}x" if x else "" for x in ratios), *(f"{x:.0%}" if x else "" for x in gains)])
     return out
+
+
+def _ratio(
+    rows: Sequence[Row], task: str, one: tuple[str, int], other: tuple[str, int], gain: bool = False
+) -> float | None:
+    """The mean ratio of losses on two bases, or of gains over no adapter, over the seeds that both have."""
+    start = before(rows, task) if gain else 0.0
+    found = ({row["seed"]: abs(start - float(row["loss"])) for row in runs(rows, task, *key)} for key in (one, other))
+    above, below = found
+    seeds = above.keys() & below.keys()
+    return statistics.fmean(above[seed] / below[seed] for seed in seeds) if seeds else None
 
 
 def cell(rows: Sequence[Row]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import unseen_tasks
+from benchmarks.research.methods.runner import RESULTS
 from benchmarks.research.reporting import unseen
 from benchmarks.research.unseen_tasks import FILE, LORA, OWN, RANDOM, UNSEEN, by_task, over_own
 
@@ -49,10 +51,17 @@ def test_every_task_has_its_loss_without_an_adapter_and_counts_in_the_correlatio
     ]
     later = row(UNSEEN[0], LORA, 2.0, "None", r=1), row(UNSEEN[0], "8 families", 9.0, "None", 2)  # a seed without `own`
     assert over_own([*rows, *later]) == [
-        ["task, r", "8 families", "random", "LoRA r=1", "gain of 8 families over that of LoRA r=1"],
-        [f"{UNSEEN[0]}, 16", "1.50x", "3.50x", "2.00x", "112%"],  # (6 - 1.5) / (6 - 2)
-        [f"{UNSEEN[1]}, 16", "2.00x", "", "", ""],
+        ["task", "8 families, r=16", "8 families, r=32", "random, r=16"]
+        + [f"of LoRA r=1's gain, r={r}" for r in (16, 32)],
+        [UNSEEN[0], "1.50x", "", "3.50x", "112%", ""],  # (6 - 1.5) / (6 - 2)
+        [UNSEEN[1], "2.00x", "", "", "", ""],
     ]
     (sentence, _) = unseen._prediction(rows)
     assert sentence.startswith("Over 3 runs")
     assert sentence.endswith("The smallest gain is 50% of the gain on the own basis.")
+
+
+def test_the_documentation_has_the_table() -> None:
+    page = (ROOT / "docs" / "many-adapters.md").read_text(encoding="utf-8")
+    for line in over_own(read_csv(RESULTS / FILE)):
+        assert f"|{'|'.join(line)}|" in page
