@@ -75,17 +75,17 @@ def _loss(found: Sequence[Row]) -> float:
 def _rates(rows: Sequence[Row]) -> Iterator[str]:
     """The automatic rate against its multiples, on families that nothing was chosen on."""
     factors = sorted({float(row["factor"]) for row in rows})
-    swept = {(row["task"], row["r"]) for row in rows if row["factor"] != "1"}
+    swept = {(row["task"], row["basis"], row["r"]) for row in rows if row["factor"] != "1"}
     if not swept:
         return
     yield from ("### The automatic rate on these tasks", "")
-    yield from ("Held-out loss of the default start at the automatic rate times each factor.", "")
+    yield from ("Held-out loss at the automatic rate times each factor.", "")
     body = []
-    for task, r in sorted(swept, key=lambda key: (key[0], int(key[1]))):
-        found = [row for row in rows if (row["task"], row["r"], row["basis"]) == (task, r, OWN)]
+    for key in sorted(swept):
+        found = [row for row in rows if (row["task"], row["basis"], row["r"]) == key]
         by_factor = {f: [row for row in found if float(row["factor"]) == f] for f in factors}
-        body.append([task, r, *(f"{_loss(at):.3f}" if at else "" for at in by_factor.values())])
-    yield from (*table(["task", "r", *(f"{factor:g}x" for factor in factors)], body), "")
+        body.append([*key, *(f"{_loss(at):.3f}" if at else "" for at in by_factor.values())])
+    yield from (*table(["task", "basis", "r", *(f"{factor:g}x" for factor in factors)], body), "")
 
 
 def _prediction(rows: Sequence[Row]) -> Iterator[str]:
