@@ -55,7 +55,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         r: int,
         scaling: float = 1.0,
-        *,
+        lora_dropout: float = 0.0,
+        equivalent_gradient: bool = False,
+        wide_factors: bool = False,
         fan_in_fan_out: bool = False,
         octet_dtype: torch.dtype | None = None,
         resolver_options: Mapping[str, object] | None = None,
@@ -73,7 +75,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = adapter_name
-        self.add_adapter(adapter_name, r, scaling, **options)
+        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors, **options)
 
     def _make_base(self, module: nn.Module) -> Base:
         return make_base(module, *self._base_options)
@@ -112,7 +114,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         r: int,
         scaling: float = 1.0,
-        *,
+        lora_dropout: float = 0.0,
+        equivalent_gradient: bool = False,
+        wide_factors: bool = False,
         basis: str | None = None,
         start_at: str | None = None,
         **options: Any,
@@ -124,7 +128,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        chosen = AdapterOptions(**options).options()  # no other fields of the state, and no unknown names
+        options |= {"lora_dropout": lora_dropout, "equivalent_gradient": equivalent_gradient}
+        chosen = AdapterOptions(wide_factors=wide_factors, **options).options()  # an unknown name is a TypeError
         self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **chosen)
         self.any_wide = any(state.wide_factors for state in self.adapters.values())  # asked in every forward
         device, dtype, core_dtype = self.base.device, self.factor_dtype_of(adapter_name), self.core_dtype

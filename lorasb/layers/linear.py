@@ -138,11 +138,12 @@ class LoRASBLinear(AdaptedLayer):
             not by its own forward, which in bitsandbytes would repack the weight on a CPU. Any other linear is opaque:
             its own forward runs, and the adapter's output is added.
         adapter_name, r, scaling: name, rank and s of the first adapter.
+        lora_dropout, equivalent_gradient, wide_factors: its options, as in `LoRASBConfig`.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
         octet_dtype: compute dtype of an 8-bit base, which its storage does not record; the dtype of its bias, or fp16
             without one, if None.
         resolver_options: of PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
-        options: of the adapter: `lora_dropout`, `equivalent_gradient` and `wide_factors`, as in `LoRASBConfig`.
+        options: others of `AdapterOptions`, of which there are none yet.
 
     Forward: x [..., in] -> y [..., out], in x's dtype, or autocast's.
 
