@@ -32,6 +32,7 @@ from benchmarks.layers.variants import Forward, Problem, calls, check, variants
 from benchmarks.quantized.ways import PEFT_RANK, with_peft
 from benchmarks.quantized.ways import ours as adapted
 from lorasb.backends.autotune import TMA_GEMMS
+from lorasb.backends.triton import architecture
 from lorasb.kernels import plan
 from lorasb.utils.atomic_files import write_json
 from lorasb.utils.reading import read_json
@@ -74,14 +75,6 @@ class Run:
     def rank(self) -> int:
         """Rank of our adapters."""
         return RANK // min(self.divisor, 8)
-
-
-def arch_of(run: Run) -> tuple[str, int]:
-    """The architecture whose tables are used, and its number of multiprocessors."""
-    if run.device == "cpu":
-        return plan.INTERPRETER, 1
-    card = torch.cuda.get_device_properties(0)
-    return f"sm_{card.major}{card.minor}", card.multi_processor_count
 
 
 def row(case: str, stats: dict[str, Stats], **others: Any) -> Row:
@@ -168,7 +161,7 @@ def paths(run: Run) -> Iterator[Row]:
     """Each linear and group on every path, whatever the tables say, by ordinary launches."""
     from lorasb.app.tune_kernels import OPS, run_of
 
-    (arch, sms), least = arch_of(run), 10 if run.device == "cuda" else 1
+    (arch, sms), least = architecture(torch.device(run.device)), 10 if run.device == "cuda" else 1
     dtype = plan.DTYPES[measured_dtype(run.device)]
     for n, ms in dict.fromkeys((g.n, ms) for g in MODELS[MODEL] for ms in (*((m,) for m in g.ms), g.ms)):
         parts = tuple(m // run.divisor for m in ms)
@@ -356,7 +349,7 @@ def main() -> None:
         found = provenance(run.device) | {"sections": {}}
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
-    arch, end = arch_of(run)[0], time.monotonic() + 60 * options.minutes
+    (arch, _), end = architecture(torch.device(run.device)), time.monotonic() + 60 * options.minutes
     for section, (measure_section, places) in SECTIONS.items():
         if options.only and section not in options.only:
             continue

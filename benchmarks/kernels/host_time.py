@@ -167,7 +167,7 @@ def measure(arch: str, count: int) -> Rows:
 
     timed = ways()
     with (
-        mock.patch.object(backend, "_device", device),
+        mock.patch.object(backend, "architecture", device),
         mock.patch.object(backend, "interpreting", allowed),
         lorasb.backend("triton"),
     ):

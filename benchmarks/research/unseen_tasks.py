@@ -210,8 +210,8 @@ def runs(rows: Sequence[Row], task: str, kind: str, r: int) -> list[Row]:
 
 
 def before(rows: Sequence[Row], task: str) -> float:
-    """The held-out loss without an adapter, which every run of a task measures first; 0 without runs."""
-    return statistics.fmean([float(row["loss_before"]) for row in rows if row["task"] == task] or [0.0])
+    """The held-out loss without an adapter, which every run of a task measures first."""
+    return statistics.fmean(float(row["loss_before"]) for row in rows if row["task"] == task)
 
 
 def by_task(rows: Sequence[Row], r: int) -> list[list[str]]:
@@ -233,19 +233,17 @@ def over_own(rows: Sequence[Row]) -> list[list[str]]:
     out = [["task", *head]]
     for task in (*UNSEEN, ARC):
         ratios = [_ratio(rows, task, (kind, r), (OWN, r)) for kind, r in columns]
-        gains = [_ratio(rows, task, (EIGHT, r), (LORA, 1), gain=True) for r in SMALL]
         if any(ratios):
+            gains = [_ratio(rows, task, (EIGHT, r), (LORA, 1), before(rows, task)) for r in SMALL]
             out.append([task, *(f"{x:.2f}x" if x else "" for x in ratios), *(f"{x:.0%}" if x else "" for x in gains)])
     return out
 
 
 def _ratio(
-    rows: Sequence[Row], task: str, one: tuple[str, int], other: tuple[str, int], gain: bool = False
+    rows: Sequence[Row], task: str, one: tuple[str, int], other: tuple[str, int], start: float = 0.0
 ) -> float | None:
-    """The mean ratio of losses on two bases, or of gains over no adapter, over the seeds that both have."""
-    start = before(rows, task) if gain else 0.0
-    found = ({row["seed"]: abs(start - float(row["loss"])) for row in runs(rows, task, *key)} for key in (one, other))
-    above, below = found
+    """The mean ratio of two bases' losses, or of their gains from a loss `start`, over the seeds that both have."""
+    above, below = ({row["seed"]: start - float(row["loss"]) for row in runs(rows, task, *key)} for key in (one, other))
     seeds = above.keys() & below.keys()
     return statistics.fmean(above[seed] / below[seed] for seed in seeds) if seeds else None
 

@@ -403,7 +403,7 @@ def check_call(x: Tensor) -> tuple[str, int]:
     """Architecture and number of multiprocessors of the call's device; raises where the kernels cannot run."""
     if x.dtype not in plan_tables.DTYPES:
         raise TypeError(f"backend 'triton' expected x in fp32, bf16 or fp16, got {x.dtype}: backend('eager') takes it")
-    arch, sms = _device(x.device)
+    arch, sms = architecture(x.device)
     if arch == plan_tables.INTERPRETER and not interpreting():
         raise ValueError(f"backend 'triton' expected a CUDA tensor, got one on {x.device}: backend('auto') takes it")
     if arch == plan_tables.INTERPRETER and x.dtype == torch.bfloat16:
@@ -412,7 +412,8 @@ def check_call(x: Tensor) -> tuple[str, int]:
 
 
 @lru_cache
-def _device(device: torch.device) -> tuple[str, int]:
+def architecture(device: torch.device) -> tuple[str, int]:
+    """The name of a device's architecture, as tables have it, and its number of multiprocessors."""
     if device.type != "cuda":
         return plan_tables.INTERPRETER, 1
     properties = torch.cuda.get_device_properties(device)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -22,6 +22,7 @@ from ..utils.atomic_files import umask, write_json
 from ..utils.checks import MAX_REPEATS, check_pattern, matches
 from ..utils.reading import safetensors_header
 
+T = TypeVar("T")
 DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
 ALL_LINEAR = "all-linear"
@@ -42,25 +43,35 @@ class WrittenHere(dict[str, Any]):
 private.extend_peft_types(PEFT_NAME)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class AdapterOptions:
-    """Properties of an adapter that users choose and all of its layers have: a field here is all that a new one takes.
+    """Options of an adapter, the same in all of its layers. A new option is one field here.
 
-    It is then a setting of `LoRASBConfig`, and so of `patch` and of files, and an attribute of `layer.adapters[name]`.
-    `COPIED` (serving/basis.py) and `DESCRIBING` (tuner/loading.py) have those that come with another adapter's factors.
+    `LoRASBConfig`, and so `patch` and saved files, and `layer.adapters[name]` then have it. List it in `COPIED`
+    (serving/basis.py) or `DESCRIBING` (tuner/loading.py) if it belongs to the factors that adapters share or swap.
     """
 
     lora_dropout: float = 0.0  # probability of dropping an element of x on the adapter's path
     equivalent_gradient: bool = False  # whether Theorem 3's closed form is applied to R's gradient
     wide_factors: bool = False  # whether A and B are in fp32 over a base in 16 bits
 
-    def options(self) -> dict[str, Any]:
+    def options(self: object) -> dict[str, Any]:  # of a configuration, too
         """The fields above, by name."""
         return {one.name: getattr(self, one.name) for one in fields(AdapterOptions)}
 
 
+def _with_options(config: type[T]) -> type[T]:
+    """Add the options that a configuration does not declare, after its fields; PEFT reads a class's own annotations."""
+    for one in fields(AdapterOptions):
+        if one.name not in config.__annotations__:
+            config.__annotations__[one.name] = one.type
+            setattr(config, one.name, one.default)
+    return config
+
+
 @dataclass
-class LoRASBConfig(PeftConfig, AdapterOptions):
+@_with_options
+class LoRASBConfig(PeftConfig):
     """Configuration of LoRA-SB: `W = W0 + s·B·R·A`, with A [r, in], B [out, r] frozen and R [r, r] trained.
 
     Args:
@@ -117,6 +128,7 @@ class LoRASBConfig(PeftConfig, AdapterOptions):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    lora_dropout: float = 0.0
     basis: str | None = None
     basis_start: str = "zero"
     bias: str = "none"
@@ -124,6 +136,8 @@ class LoRASBConfig(PeftConfig, AdapterOptions):
     init: str = "update"
     init_seed: int = 0
     lora_alpha: float | None = None
+    equivalent_gradient: bool = False
+    wide_factors: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
@@ -132,6 +146,8 @@ class LoRASBConfig(PeftConfig, AdapterOptions):
     base_fingerprint: dict[str, str] | None = None
     check_base: bool = True
     group: bool | None = None
+
+    options = AdapterOptions.options
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,10 +270,6 @@ class LoRASBConfig(PeftConfig, AdapterOptions):
         config.saved_names = names
         config.source = str(pretrained_model_name_or_path), {"subfolder": subfolder, **kwargs}
         return config.weights_follow()
-
-
-# PEFT's `from_pretrained` takes the names that are annotated in the class itself
-LoRASBConfig.__annotations__.update(AdapterOptions.__annotations__)
 
 
 def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:

@@ -114,7 +114,7 @@ def initialize(
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
     options = InitOptions(
-        lr=AutoRate() if lr == "auto" else 0.0 if lr is None else lr,
+        lr=AutoRate() if lr == "auto" else lr or 0.0,
         update=update,
         seed=seed,
         longest_start=longest_start,

@@ -128,9 +128,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        options |= {"lora_dropout": lora_dropout, "equivalent_gradient": equivalent_gradient}
-        chosen = AdapterOptions(wide_factors=wide_factors, **options).options()  # an unknown name is a TypeError
-        self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **chosen)
+        chosen = AdapterOptions(lora_dropout, equivalent_gradient, wide_factors, **options)  # not the state's others
+        self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **chosen.options())
         self.any_wide = any(state.wide_factors for state in self.adapters.values())  # asked in every forward
         device, dtype, core_dtype = self.base.device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))

@@ -106,7 +106,7 @@ class InitCallback(TrainerCallback):
             if self.lr == "auto" and (state.global_step == 0 or lost):
                 why = f"adapter {name!r} is initialized already, so that no rate is measured"
                 if lost:
-                    why = "the checkpoint has no optimizer (save_only_model), which has the rate that was measured"
+                    why = "the checkpoint lacks the optimizer (save_only_model), which has the rate that was measured"
                 warnings.warn(f"{why}: learning_rate={args.learning_rate:g} stays", stacklevel=2)
             return
         if optimizer is not None:

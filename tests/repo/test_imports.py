@@ -78,10 +78,6 @@ RELEASED = json.loads((ROOT / "tests" / "data" / "public_api.json").read_text(en
 INHERITED = {field.name for field in dataclasses.fields(PeftConfig)}  # PEFT's fields come before LoRASBConfig's
 
 
-# That the configuration has taken by keyword alone since they are fields of `AdapterOptions`, at whatever place.
-BY_KEYWORD = {"LoRASBConfig": ["lora_dropout=0.0", "equivalent_gradient=False", "wide_factors=False"]}
-
-
 def parameters(name: str) -> tuple[list[str], list[str]]:
     """All parameters of a public name with their defaults, and those that may be passed by position."""
     found = list(inspect.signature(attrgetter(name)(lorasb)).parameters.values())
@@ -96,10 +92,7 @@ def test_no_public_name_is_gone() -> None:
 @pytest.mark.parametrize("name", [name for name, expected in RELEASED.items() if expected is not None])
 def test_a_signature_takes_what_it_took(name: str) -> None:
     found, by_position = parameters(name)
-    moved = BY_KEYWORD.get(name, [])
-    assert set(moved) <= set(found)
-    released = [one for one in RELEASED[name] if one not in moved]
-    assert [one for one in found if one in released] == released
+    assert [one for one in found if one in RELEASED[name]] == RELEASED[name]
     # new parameters come after those that may be passed by position
     known = [one for one in by_position if one in RELEASED[name]]
     assert by_position[: len(known)] == known

@@ -175,7 +175,7 @@ def main() -> None:
     total, found = 0, []
     with (
         mock.patch.object(private, "launcher", bind),
-        mock.patch.object(kernels, "_device", return_value=(options.arch, 84)),
+        mock.patch.object(kernels, "architecture", return_value=(options.arch, 84)),
         mock.patch.object(kernels, "interpreting", return_value=True),
         backend("triton"),
     ):

@@ -94,7 +94,7 @@ def install(arch: str) -> Executor:
     prepared_launch.driver.set_active(executor.driver)  # and stays so: without a card there is no other
     launcher.run = executor.run
     prepared_launch.bind = executor.bind
-    backend._device = lambda device: (arch, MULTIPROCESSORS[arch])  # type: ignore[assignment]
+    backend.architecture = lambda device: (arch, MULTIPROCESSORS[arch])  # type: ignore[assignment]
     registry.missing["triton"] = lambda: None
     choose = plan.choose
 
