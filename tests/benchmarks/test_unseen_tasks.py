@@ -11,7 +11,8 @@ from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import unseen_tasks
 from benchmarks.research.methods.runner import RESULTS
 from benchmarks.research.reporting import unseen
-from benchmarks.research.unseen_tasks import FILE, LORA, OWN, RANDOM, UNSEEN, by_task, over_own
+from benchmarks.research.shared_bases import UNSEEN
+from benchmarks.research.unseen_tasks import FILE, LORA, OWN, RANDOM, by_task, over_own
 
 
 def row(task: str, basis: str, loss: float, share: str, seed: int = 0, r: int = 16) -> Row:

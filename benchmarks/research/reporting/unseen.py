@@ -11,11 +11,11 @@ from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import joint_basis
 from benchmarks.research import people as compared
 from benchmarks.research.reporting.markdown import read_json, table, where, where_rows
+from benchmarks.research.shared_bases import SHARED
 from benchmarks.research.unseen_tasks import (
     FILE,
     OWN,
     RANDOM,
-    SHARED,
     before,
     by_task,
     over_own,
