@@ -153,7 +153,7 @@ class Spot:
 def spots_of(rows: Sequence[Row], task: str) -> Iterator[Spot]:
     """The library's starts, LoRA-XS and PEFT's adapters that have test runs at the best rate of a sweep."""
     for name, entry in entries().items():
-        for r in [entry.only] if entry.only else ranks_of(rows) if name in (*STARTS, "LoRA-XS") else []:
+        for r in [entry.only] if entry.only and entry.swept else ranks_of(rows) if name in (*STARTS, "LoRA-XS") else []:
             if runs := finals(rows, task, name, r):
                 kept, left_out = split_apart(losses_of(runs))
                 if kept:

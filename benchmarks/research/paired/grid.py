@@ -13,6 +13,7 @@ from benchmarks.research.methods.grid import LONGER, Cell
 FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # a constant rate, and the one that `lorasb.find_lr` finds from it
 MEASURED = "sign, rate measured"  # lr="auto", the default
 PER_SAMPLE = {"update": "per-sample", "longest_start": 0.0}
+UNTUNED = ", 2e-4"  # after a LoRA's name: at the rate that TRL's guide to adapters has
 LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
 ROWS = "paired.csv"  # next to the other results
 SEEDS = tuple(range(8))
@@ -97,6 +98,7 @@ def entries() -> dict[str, Entry]:
         ),
         Entry(LORA, "LoRA", rate=2e-3, falls=0.0, only=32),
         *(Entry(f"LoRA r={r}", "LoRA", rate=4e-3, falls=0.0, only=r) for r in (1, 2, 3, 6)),
+        *(Entry(f"LoRA r={r}{UNTUNED}", "LoRA", rate=2e-4, falls=0.0, only=r, swept=False) for r in (1, 32)),
         _of_peft("VeRA", 256, 1.6e-2, peft="VeraConfig", r=256, save_projection=False),
         _of_peft("IA3", 1, 1.6e-2, peft="IA3Config", feedforward_modules=r".*\.down_proj"),
         _of_peft("LoKr", 8, 4e-3, peft="LoKrConfig", r=8, alpha=8),

@@ -17,6 +17,7 @@ from benchmarks.research.paired.grid import (
     ROWS,
     SEEDS,
     TASKS,
+    UNTUNED,
     entries,
     shown_rate,
     sweep_of,
@@ -112,6 +113,7 @@ def rates(rows: Sequence[Row]) -> Iterator[str]:
         f"The default start at the constant rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps on the run's "
         f"first batches find from there (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
     )
+    yield from untuned(rows)
 
 
 def _rates(rows: Sequence[Row], entry: str, title: str, text: str) -> Iterator[str]:
@@ -131,6 +133,24 @@ def _rates(rows: Sequence[Row], entry: str, title: str, text: str) -> Iterator[s
         columns = ["task", "r", "seeds", "loss at 2e-3", "at the found rate", "found rate", "difference from 2e-3"]
         yield from table([*columns, "at the best of a sweep", "difference from that"], body)
         yield ""
+
+
+def untuned(rows: Sequence[Row]) -> Iterator[str]:
+    """LoRA at a usual rate against the best of its sweep, over the seeds that both have."""
+    body = []
+    for task in TASKS:
+        for name in ("LoRA r=1", LORA):
+            at = f"{task} by loss", entries()[name].rank(0)
+            if found := difference(rows, *at, name + UNTUNED, name):
+                losses = f"{found.base + found.mean:.4f}", f"{found.base:.4f}"
+                body.append([task, name, str(found.seeds), losses[0], shown_rate(entries()[name], at[1], rows, at[0])])
+                body[-1] += [losses[1], str(found)]
+    if body:
+        yield from ("### LoRA at a usual rate", "")
+        yield "LoRA at 2e-4, which TRL's guide to adapters has, and at the best rate of a sweep of whole runs."
+        yield ""
+        columns = ["task", "entry", "seeds", "loss at 2e-4", "best rate", "loss at the best", "difference"]
+        yield from (*table(columns, body, left=2), "")
 
 
 def sides(rows: Sequence[Row]) -> Iterator[str]:
