@@ -145,6 +145,8 @@ class InitCallback(TrainerCallback):
         loss_fn, count = self.options.get("loss_fn"), self.num_samples  # of a stream, whose head is read again
         if _is_sized(data.dataset):
             count = min(len(data.dataset), (PROBE_STEPS * parts + JUDGED) * size * Processes().world_size)
+        if count is not None:  # two batches at least: one to judge by, one to train on
+            size = max(1, min(size, count // (2 * Processes().world_size)))
         with Processes().together("reading batches for trials of the rate"), rng_untouched():
             held = [batch for batch in _batches(data, size, count, seed) if loss_fn or labeled_rows(batch)]
             if not held:

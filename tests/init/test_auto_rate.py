@@ -157,11 +157,13 @@ def test_a_trainer_trains_r_at_the_rate(tmp_path: Path, option: dict[str, object
     assert max(rates) <= rate * (1 + 1e-6)
 
 
-def test_a_trainers_rows_judge_or_are_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Mock(return_value=lorasb.RateTrials(1e-3, {}, 4))
+@pytest.mark.parametrize("size", [3, 12])
+def test_a_trainers_rows_judge_or_are_trained_on(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they make up a single batch, which is halved."""
+    seen, callback = Mock(return_value=lorasb.RateTrials(1e-3, {}, 4)), lorasb.InitCallback(lr="auto", num_samples=6)
     monkeypatch.setattr(init_callback, "refine_rate", seen)
-    train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(lr="auto", num_samples=6)])
-    given = list(itertools.islice(seen.call_args.args[1], 12))  # of four batches
+    train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], per_device_train_batch_size=size)
+    given = list(itertools.islice(seen.call_args.args[1], 12))
     judging, trained = (
         {tuple(row.tolist()) for one in part for row in one["input_ids"]} for part in (given[:4], given[4:])
     )
