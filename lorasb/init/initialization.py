@@ -142,10 +142,10 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
     if config.init == "update":
         cached = options.cache is not None and os.path.exists(options.cache)
         if isinstance(options.lr, str) or not 0 < options.eta <= MAX_LR or (batches is None and not cached):
+            rate = f"lr={options.lr!r}" if options.lr else "no lr, or 0"
             raise ValueError(
                 f"init='update' takes batches and lr > 0, at most {MAX_LR:g}, or 'auto', got "
-                f"{f'lr={options.lr!r}' if batches is not None or cached else 'no batches'}: "
-                "initialize(model, loader, lr=...)"
+                f"{rate if batches is not None or cached else 'no batches'}: initialize(model, loader, lr='auto')"
             )
         if isinstance(options.lr, AutoRate) and batches is None:
             raise ValueError("lr='auto' measures on samples, and a cache has signs alone: pass batches, or a rate")

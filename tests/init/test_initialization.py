@@ -155,7 +155,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "ignored labels": ({"batches": IGNORED}, "no sample has a labeled token: every label of these batches is -100"),
     "lr infinite": ({"lr": math.inf}, NOTHING_GIVEN),
     "no batches": ({"batches": None}, NOTHING_GIVEN),
-    "no lr": ({"lr": None}, NOTHING_GIVEN),
+    "no lr": ({"lr": None}, NOTHING_GIVEN + ".* got no lr, or 0: "),
     "lr zero": ({"lr": 0.0}, NOTHING_GIVEN),
     "lr text": ({"lr": "Auto"}, NOTHING_GIVEN),
     "start negative": ({"longest_start": -1.0}, "longest_start"),
