@@ -220,4 +220,4 @@ bench-kernels: install $(TRITONS)/.installed
 	$(BIN)/python -m benchmarks.kernels.host_time --tritons $(TRITONS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info

@@ -35,6 +35,7 @@ from .data import load_examples
 from .evaluation import LanguageModeling
 from .prepare import Run, prepare, save_adapter
 from .reinforce import rewarded
+from .run_folder import RUN_NAME, SUMMARY_NAME
 from .settings import CONFIG_NAME, InitSettings, Settings, targets, write_config
 from .terminal import console
 from .tokenize import Rows
@@ -158,9 +159,12 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
     if settings.energy is not None and settings.parameters is not None:
         raise ValueError("--energy and --parameters are two ways to choose ranks: give one of them")
     folder = Path(settings.output)
+    if (folder / SUMMARY_NAME).exists() or (folder / "checkpoints" / RUN_NAME).exists():
+        raise ValueError(
+            f"--output {folder} has a run of lorasb finetune, whose adapter this would replace: take another"
+        )
     with locked(folder):
-        # Nothing is evaluated: one held-out example is the least that `prepare` takes.
-        run = prepare(replace(settings, eval_examples=1))
+        run = prepare(replace(settings, eval_examples=0))
         console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)
         options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
         report = patch_and_initialize(run, **options)

@@ -231,11 +231,12 @@ def ask(
     question: Annotated[str | None, Argument(help="Question to ask; without it, one per line until Ctrl-D.")] = None,
     adapter: Annotated[str | None, Option(help="Which adapter to ask, for a run with --adapter-column.")] = None,
     max_new_tokens: Annotated[int | None, Option(help="Maximum tokens per answer.", min=1, show_default="256")] = None,
+    model: Annotated[str | None, Option(help="Where its model is; default: where it was trained.")] = None,
 ) -> None:
     """Ask a trained run a question, formatted as its training examples were."""
     from .results import answers
 
-    for answer in answers(run, question, adapter, max_new_tokens):
+    for answer in answers(run, question, adapter, max_new_tokens, model):
         typer.echo(answer or "(empty)")
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..constants import BASE_ROW
 from ..utils.reading import Json, parse_json, read_text
@@ -22,6 +22,7 @@ ADAPTER_NAME, TAKEN_NAMES = r"[\w@+-]+", ("default", BASE_ROW)
 MAX_DRAWS = 20  # per example, before a task is taken to have too few
 QUESTION_ONLY = ("word_sequence_reversal", "leg_counting")  # without instructions, which every question repeats
 Row = Json  # of a file or a data set
+T = TypeVar("T")
 Label = str | int | float
 
 
@@ -58,11 +59,14 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
         remaining = _others(train_examples, held_out)
     if strangers := sorted({example.adapter for example in held_out} - {one.adapter for one in train_examples}):
         hint = nearest(strangers[0], known, f"{len(strangers)} in all", cutoff=0.6)
-        raise ValueError(f"{settings.eval_data} has rows of {strangers[0]!r}, of whom --data has none{hint}")
+        raise ValueError(f"{settings.eval_data} has rows of adapter {strangers[0]!r}, and --data has none of it{hint}")
     if train_examples and not remaining and settings.eval_data is not None:
         raise ValueError(f"{settings.eval_data} has every prompt of --data: name rows that are not to be trained on")
     if not remaining or not held_out:
-        raise ValueError(f"{settings.data} has too few examples to hold some out: add more, or another --eval-data")
+        why = "too few examples" if len(train_examples) < 2 else f"one prompt in all of its {len(train_examples)} rows"
+        raise ValueError(
+            f"{settings.data} has {why}: add others to hold some out, or name held-out rows by --eval-data"
+        )
     return remaining, held_out
 
 
@@ -73,27 +77,36 @@ def _others(examples: list[Example], held_out: list[Example]) -> list[Example]:
 
 
 def _prompt(example: Example) -> str:
-    """Key of an example's question, whatever the answer; `messages` are dictionaries, which have no hash."""
-    return json.dumps([example.prompt, example.pair, example.messages[:-1], example.adapter])
+    """Key of an example's question, whatever the answer; of a text without a prompt, the text."""
+    turns = example.messages[:-1]
+    text = "" if example.prompt.strip() or turns else example.completion
+    return json.dumps([example.prompt, example.pair, turns, example.adapter, text])  # dictionaries have no hash
 
 
 def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:
     """Examples of each set of `--eval-data`, or else up to a tenth of the training set's; drawn at random."""
     if settings.eval_data is not None:
-        column = settings.adapter_column
-        parts = (read_data(name.strip(), settings.score, True, column) for name in settings.eval_data.split(","))
-        return [example for part in parts for example in _drawn(part, settings.eval_examples, settings.seed)]
-    return _drawn(train_examples, max(1, min(settings.eval_examples, len(train_examples) // 10)), settings.seed)
+        names = [name.strip() for name in settings.eval_data.split(",") if name.strip()]
+        parts = [read_data(name, settings.score, True, settings.adapter_column) for name in names]
+        most = settings.eval_examples
+        drawn = (part if len(part) <= most else _shuffled(part, settings.seed)[:most] for part in parts)
+        return [example for part in drawn for example in part]
+    by_prompt: dict[str, list[Example]] = {}
+    for example in train_examples:
+        by_prompt.setdefault(_prompt(example), []).append(example)
+    count = max(1, min(settings.eval_examples, len(train_examples) // 10))
+    held_out: list[Example] = []
+    for rows in _shuffled(list(by_prompt.values()), settings.seed):  # all rows of a prompt, or none
+        held_out += rows if len(held_out) + len(rows) <= count else []
+    return held_out or min(by_prompt.values(), key=len)[:count]
 
 
-def _drawn(examples: list[Example], count: int, seed: int) -> list[Example]:
-    """`count` of the examples, or all of them in their order. By the seed alone: a resumed run holds out the same."""
+def _shuffled(rows: Sequence[T], seed: int) -> list[T]:
+    """In an order by the seed alone: a resumed run holds out the same."""
     import torch  # `lorasb --help` does without
 
-    if len(examples) <= count:
-        return examples
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [examples[i] for i in order[:count]]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in order.tolist()]
 
 
 def digest(*parts: Sequence[Example]) -> str:
@@ -106,6 +119,8 @@ def generate(task: str, count: int, seed: int, exclude: Sequence[Example] = ()) 
     """Generate `count` examples of a reasoning-gym task with distinct prompts, none of them in `exclude`."""
     seen = {example.prompt for example in exclude}
     examples: list[Example] = []
+    if not count:
+        return examples
     for item in data_set(task, count * MAX_DRAWS, seed):
         prompt = item["question"].strip()
         if task in QUESTION_ONLY:

@@ -34,7 +34,7 @@ from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear4bit import LEFT_OUT
 from ..layers.lookup import adapted_layers
 from ..utils.precision import DTYPES, native
-from .prepare import checkpoint_activations, resolve_model
+from .prepare import check_positions, checkpoint_activations, resolve_model
 
 GIB = 2**30
 
@@ -244,7 +244,6 @@ CODEBOOKS = 4 * (16 + 256 + 1)  # bytes of each weight's own, whatever its size
 CONTEXT = 500e6  # bytes that CUDA, its libraries and compiled kernels take on a card
 KERNELS = 50e6  # bytes that MKL's and the extension's kernels keep on a CPU: 37 to 64 MB in twelve runs (Zen 3, Zen 5)
 RESERVE = 0.1  # share that allocators hold beyond what a step adds to the model (docs/planner.md)
-POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # names of tables of learned positions
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number in configs
 SAMPLES = 32  # of the initialization, unless there are more than 32,000 examples
 
@@ -293,7 +292,7 @@ def plan_memory(request: Request) -> MemoryPlan:
     rows = torch.zeros(SAMPLES, request.seq, dtype=torch.int64, device="meta")
     pieces = [Piece({"input_ids": part, "labels": part}) for part in rows.split(request.batch)]
     work = Work(model, adapted_layers(model)[1], pieces, InitOptions(), Processes())
-    _check_positions(model, request)
+    check_positions(model, request.model, request.seq)  # which fake tensors do not notice
     quantized = _quantizable(model) if request.bits == 4 else []
     if request.bits == 4 and not quantized:
         raise ValueError(f"--bits 4: {request.model} has no linear layer that lorasb.quantize would take")
@@ -382,17 +381,6 @@ def _flops(work: Work, request: Request) -> float:
     passes = 4 + (2 if request.checkpointing else 0)
     attention = (passes // 2 + 1) * 2 * tokens * request.seq * width * layers
     return float(passes * weights * tokens + attention)
-
-
-def _check_positions(model: PeftModel, request: Request) -> None:
-    """Raise where a row is longer than a table of learned positions, which fake tensors do not notice."""
-    for name, module in model.named_modules():
-        learned = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
-        if learned and request.seq > module.num_embeddings:
-            raise ValueError(
-                f"{request.model} has {module.num_embeddings} learned positions, "
-                f"got --max-length {request.seq}: take less"
-            )
 
 
 def _initialization(work: Work) -> tuple[float, float]:

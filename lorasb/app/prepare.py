@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, set_seed
@@ -29,7 +30,7 @@ from ..tuner.targets import missing_from_checkpoint, refuse_unknown_names
 from ..utils.atomic_files import cache_dir, write_json
 from ..utils.precision import Precision, resolve, warn_if_slow
 from .data import Example, load_examples
-from .evaluation import Evaluation, HeldOut, Problem, problem_of
+from .evaluation import Evaluation, HeldOut, LanguageModeling, Problem, problem_of, token_limit
 from .scoring import REASONED
 from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, targets
 from .terminal import console
@@ -103,6 +104,7 @@ def _convert(source: Path, target: Path) -> None:
     write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
 
 
+POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # names of tables of learned positions
 REASONING_TOKENS = 512  # of answers whose end is scored, which may be longer than the right one
 
 
@@ -208,14 +210,22 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
         return [problem.encode(example, tokenizer, settings.max_length, is_held_out) for example in bar]
 
     train_ids = rows = encoded(train_examples, False)
+    held_ids = encoded(held_out, True)
+    if cut := sum(row_length(row) >= settings.max_length for row in (*train_ids, *held_ids)):
+        lost = "the beginning of their prompt" if isinstance(problem, LanguageModeling) else "their end"
+        reach = f"{cut} of {len(train_ids) + len(held_ids)} examples reach --max-length {settings.max_length}"
+        console.print(f"{reach}, and longer ones lose {lost}", highlight=False, soft_wrap=True)
     if settings.packing:
         check_model(model)  # that it keeps packed examples apart
         rows = pack(train_ids, settings.max_length)
     reasoned = any(example.score in REASONED for example in held_out)
     limit = settings.max_new_tokens or (REASONING_TOKENS if reasoned else None)
+    asked = held_ids if isinstance(problem, LanguageModeling) else []
+    answered = (len(one.prompt) + token_limit([one], limit) for one in asked)
+    check_positions(model, settings.model, max((*map(row_length, (*train_ids, *held_ids)), *answered)))
     # twice what is computed at once in training: no activations are kept for backward
     batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
-    data = train_examples, train_ids, rows, HeldOut(held_out, encoded(held_out, True), batch, limit)
+    data = train_examples, train_ids, rows, HeldOut(held_out, held_ids, batch, limit)
     return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or DEFAULT_RATE)
 
 
@@ -225,8 +235,10 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = problem.load_model(folder, dtype)
-    except OSError as error:
-        raise ValueError(f"cannot load --model {settings.model!r}, expected a folder or hub id: {error}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        whole = "" if isinstance(error, OSError) else " whose files are whole (git lfs pull fetches them)"
+        wrong = f"cannot load --model {settings.model!r}, expected a folder or hub id{whole}"
+        raise ValueError(f"{wrong}: {' '.join(str(error).split())}") from None
     # Llama's tokenizer has no padding token; padding is masked, so any token serves.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -239,6 +251,17 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
         lorasb.quantize(model, "nf4", nested=True, exclude=[*LEFT_OUT, *inside])
     contiguous_head(model)
     return tokenizer, model
+
+
+def check_positions(model: nn.Module, name: str, tokens: int) -> None:
+    """Raise a ValueError where a row of so many tokens is longer than the model's table of learned positions."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITIONS:
+            before = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            if tokens > (most := module.num_embeddings - before):
+                raise ValueError(
+                    f"{name} has {most} learned positions, got {tokens} tokens: take a smaller --max-length"
+                )
 
 
 def contiguous_head(model: nn.Module) -> None:

@@ -5,14 +5,14 @@ Each file is written atomically, the summary last.
 
 from __future__ import annotations
 
+import json
 import math
-import resource
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from .scoring import is_right
 from .settings import CONFIG_NAME, EMBEDDED, Settings, read_config
 from .terminal import console
 from .tokenize import messages_of
-from .train import Trained
+from .train import Trained, peak_memory, peak_rss
 
 SAVED = ("prompt", "completion", "source", "score", "adapter")  # of an example, in answers.json
 
@@ -79,7 +79,8 @@ def summarize(run: Run, before: Evaluation, after: Evaluation, init_seconds: flo
         "train_seconds": trained.seconds,
         "train_steps": run.steps,
         "tokens_per_second": (sampled[-1] if sampled else run.tokens) / trained.seconds,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": peak_rss() / 2**20,
+        "peak_gpu_mb": peak_memory() / 2**20 if device() == "cuda" else None,
         "lr": run.lr,
         "epochs": run.epochs,
         "rank": run.model.peft_config["default"].r,
@@ -91,6 +92,7 @@ def summarize(run: Run, before: Evaluation, after: Evaluation, init_seconds: flo
         "rewards": [float(entry["reward"]) for entry in trained.history if "reward" in entry],
         "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in trained.history if "eval_loss" in entry],
         "prompt_format": prompt_format(run),
+        "system": system_message(run.train),
         "classes": list(run.problem.classes) if isinstance(run.problem, Classification) else None,
         "config": asdict(run.settings),
     }
@@ -214,18 +216,38 @@ def prompt_format(run: Run) -> str:
     return PLAIN
 
 
-def asked(question: str, kind: str) -> Example:
+def system_message(examples: Sequence[Example]) -> str:
+    """The system message with which all chats begin; "" if they have none or several."""
+    first = {
+        one.messages[0]["content"] if one.messages[:1] and one.messages[0]["role"] == "system" else ""
+        for one in examples
+    }
+    return first.pop() if len(first) == 1 else ""
+
+
+def asked(question: str, kind: str, system: str = "") -> Example:
     """A question in the form of a run's examples, without an answer."""
-    turns = {"role": "user", "content": question}, {"role": "assistant", "content": ""}
     template = {INSTRUCTED: INSTRUCTION, STEPS: INSTRUCTION + STEP_BY_STEP}.get(kind, "{instruction}")
+    turns = (*_turns(question, system), {"role": "assistant", "content": ""})
     return Example(template.format(instruction=question), "", messages=turns if kind == CHAT else ())
 
 
+def _turns(question: str, system: str) -> list[dict[str, str]]:
+    """A chat that ends with a question."""
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": question}]
+
+
 def answers(
-    run: Path, question: str | None, adapter: str | None = None, max_new_tokens: int | None = None
+    run: Path,
+    question: str | None,
+    adapter: str | None = None,
+    max_new_tokens: int | None = None,
+    base_model: str | None = None,
 ) -> Iterator[str]:
     """Answers to one question, or to each line that is typed, decoded greedily; labels for a classifier."""
     summary, settings = _read(run)
+    settings = replace(settings, model=base_model or settings.model)
     names = sorted(summary.get("adapters") or ())
     if adapter not in (names or [None]):
         known = f"it has {', '.join(names[:8])}" if names else "it trained one alone, so leave --adapter out"
@@ -246,7 +268,7 @@ def answers(
             text = problem.encode(example, tokenizer, settings.max_length)
             yield problem.evaluate(model, tokenizer, HeldOut([example], [text], 1), "").answers[0]
         else:
-            example = asked(one, summary["prompt_format"])
+            example = asked(one, summary["prompt_format"], summary.get("system", ""))
             encoded = problem.encode(example, tokenizer, settings.max_length, held_out=True)
             limit = max_new_tokens or settings.max_new_tokens or TOKENS
             yield generate_answers(model, tokenizer, [encoded], limit=limit)[0]
@@ -292,7 +314,7 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name
     extra = f" --adapter {name}" if name else ""
     if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
         question = "QUESTION"
-    command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(' '.join(question.split()))}{extra}"
+    command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(question)}{extra}"
     adapter, base = folder / "adapter" / name, summary["config"]["model"]
     model = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run has loaded it from
     basis = summary["config"].get("basis")
@@ -319,7 +341,7 @@ def _python(summary: Json, adapter: Path) -> Iterator[str]:
         return
     inputs = f'tokenizer({asked("QUESTION", kind).prompt!r}, return_tensors="pt")'
     if kind == CHAT:
-        turns = '[{"role": "user", "content": "QUESTION"}]'
+        turns = json.dumps(_turns("QUESTION", summary.get("system", "")), ensure_ascii=False)
         options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
         inputs = f"tokenizer.apply_chat_template({turns}, {options})"
     yield f"inputs = {inputs}"

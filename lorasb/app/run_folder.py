@@ -141,18 +141,20 @@ class RunFolder:
         file = self.checkpoints / RUN_NAME
         running = read_record(dict, file)
         if running is None and file.exists():
-            advice = "make it readable, or --resume never to start over"
-            raise ValueError(f"{file} cannot be read, and says whose checkpoints lie there: {advice}")
+            advice = "fix its permissions, or give --resume never to start over"
+            raise ValueError(f"{file}, which identifies the run of these checkpoints, cannot be read: {advice}")
         if running is not None and self._is_started():
             self._check_same(running)
         elif running is not None and differences(running, self.identity):
             running = None  # it was refused or stopped before it began, and leaves nothing to lose
-        if self.settings.resume != "auto":
-            return self._look_at_checkpoint(Path(self.settings.resume))
         # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
         finished = (read_record(dict, self.folder / SUMMARY_NAME) or {}).get("identity")
-        if finished is not None and running in (None, finished):
+        finished = finished if running in (None, finished) else None
+        if finished is not None:
             self._check_same(finished)
+        if self.settings.resume != "auto":
+            return self._look_at_checkpoint(Path(self.settings.resume))
+        if finished is not None:
             line = f"the run in {self.folder} is finished: these are its results (to run it again: --resume never)"
             return State(FINISHED, None, [line])
         return State(NEW) if running is None else self._look_at_last()
@@ -178,8 +180,8 @@ class RunFolder:
         mark = read_mark(path)
         wrong = find_fault(path, mark) if mark else "was cut off, or is something else"
         if mark is None or wrong is not None:
-            other = "--resume auto takes the last whole one of the run in --output"
-            raise ValueError(f"--resume {path}: this is no whole checkpoint of lorasb finetune, it {wrong}: {other}")
+            other = "--resume auto takes the last complete one of the run in --output"
+            raise ValueError(f"--resume {path}: this is no complete checkpoint of lorasb finetune, it {wrong}: {other}")
         if different := differences(mark.identity, self.identity):
             raise ValueError(f"--resume {path}: this checkpoint is of another run: {different}")
         return State(UNFINISHED, str(path), [f"resuming from {path}, step {mark.step}"])
@@ -246,6 +248,8 @@ class RunFolder:
     def _set_aside(self) -> None:
         """Move the results of an earlier run in this folder into one of their own: `former/`, then `former-2/`, ..."""
         if not any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}")):
+            if (config := self.folder / CONFIG_NAME).exists():  # the user's, perhaps with comments
+                config.replace(self.folder / f"former-{CONFIG_NAME}")
             return
         found = [path for name in RESULT_NAMES if (path := self.folder / name).exists()]
         if {path.name for path in found} <= {CONFIG_NAME}:  # of a run that came to no results

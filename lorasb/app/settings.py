@@ -36,7 +36,7 @@ def check_rules(settings: Settings) -> None:
         if value is None and item.default is None:
             continue
         if value is None:
-            raise ValueError(f"{option(item.name)} expects a value, got auto, which --lr, --epochs and --eta accept")
+            raise ValueError(f"{option(item.name)} needs a value, got auto: --lr, --epochs and --eta alone can be auto")
         if "choices" in rules and value not in rules["choices"]:
             raise ValueError(f"{option(item.name)} must be one of {', '.join(rules['choices'])}, got {value!r}")
         if rules.get("positive") and not 0 < value < math.inf:
@@ -128,7 +128,7 @@ def check_basis(settings: Settings) -> None:
     for name in ("method", "r", "rank_pattern", "target_modules", "update", "start", "eta", "rl_start", "lora_dropout"):
         if (value := getattr(settings, name)) != getattr(default, name):
             got = f"{option(name)} {value}"
-            raise ValueError(f"--basis has layers, ranks, A and B, and R starts at 0, got {got}: leave it out")
+            raise ValueError(f"--basis already fixes layers, ranks, A, B and R's start, got {got}: leave it out")
 
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `prepare.demo_model`
@@ -145,6 +145,7 @@ TASKS: dict[str, dict[str, int]] = {  # options of reasoning-gym's data sets
 }
 DEFAULT_TASK = "word_sequence_reversal"
 ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: fewer steps leave a small set unlearned
+PATHS = ("data", "eval_data", "basis", "resume", "output", "cache")  # settings; `resolve_model` expands a model's
 REWARDS = ("verifier", "exact")  # of --rl; anything else is code of the user's
 # transformers' schedules that need no arguments of their own
 SCHEDULERS = (
@@ -285,6 +286,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))  # the class is frozen
+        for name in PATHS:  # "~" in YAML and in --output=~/runs, which shells leave as it is
+            if value := getattr(self, name, None):
+                parts = (
+                    p if not p.strip().startswith("~") else str(Path(p.strip()).expanduser()) for p in value.split(",")
+                )
+                object.__setattr__(self, name, ",".join(parts))
 
     @property
     def generated_task(self) -> str:

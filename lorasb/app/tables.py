@@ -104,7 +104,7 @@ def _accuracies(summary: Json) -> Iterator[tuple[str, float, float]]:
 def advice(summary: Json) -> Iterator[str]:
     """Reasons for a low score of people's own rows."""
     if summary["adapters"] and summary["config"]["eval_data"] is None and summary["eval_accuracy_after"] < GOOD:
-        yield "The held-out rows were drawn from --data and not trained on; --eval-data FILE names others."
+        yield "Held-out rows were drawn from --data, and a fact that only they have cannot be learned: name others by --eval-data"
 
 
 def adapters(summary: Json) -> Table:
@@ -125,6 +125,7 @@ def costs(summary: Json) -> Table:
     """Trained parameters, file sizes, time and memory of a run."""
     trained, size, several = summary["trainable_params"], summary["adapter_bytes"], len(summary["adapters"])
     speed = f"{summary['tokens_per_second']:.0f} tokens/s"
+    gpu = f", {mb / 1000:.1f} GB on the GPU" if (mb := summary.get("peak_gpu_mb")) else ""
     # the adapter file also has A and B, which checkpoints of one run share
     alone = not several and summary["config"]["method"] != "lora"
     file = "shared basis" if several else "adapter file"
@@ -136,7 +137,7 @@ def costs(summary: Json) -> Table:
         "computed in": f"{summary['dtype']} ({summary['machine']})",
         "initialization": f"{summary['init_seconds']:.1f} s",
         "training": f"{summary['train_seconds']:.0f} s, {summary['train_steps']} steps, {speed}",
-        "peak memory": f"{summary['peak_rss_mb'] / 1000:.1f} GB",
+        "peak memory": f"{summary['peak_rss_mb'] / 1000:.1f} GB{gpu}",
     }
     return properties_of(None, rows, "right")
 
@@ -151,7 +152,7 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
     columns = (Column(name, overflow="fold", max_width=44) for name in ("problem", "right answer", "before", "after"))
     table = Table(*columns, title=f"{len(shown)} of the held-out examples", show_lines=True)
     table.caption = (
-        f"before: the base model, asked {how} as the adapter is\n"
+        f"before: the base model's answers to the same prompts, {how}\n"
         "long answers are cut (--max-new-tokens); all answers: answers.json"
     )
     for example, *said in shown:

@@ -48,8 +48,8 @@ def encode(
     example: Example, tokenizer: Tokenizer, max_length: int, whole_prompt: bool = False, template: bool = False
 ) -> Encoded:
     """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template."""
-    # With `template` prompts do too, where the tokenizer has one. Beyond `max_length` a prompt loses its beginning, or,
-    # with `whole_prompt`, the completion its end: a held-out question must not lose its beginning to a long answer.
+    # With `template` prompts do too, where the tokenizer has one. Beyond `max_length` a prompt loses its beginning.
+    # With `whole_prompt` a completion first loses what is beyond half: a long answer must not push a question out.
     messages, answer = messages_of(example, tokenizer, template), example.completion
     if messages:
         pieces = _conversation(messages, tokenizer)
@@ -66,7 +66,7 @@ def encode(
         ids += text_ids
         learned += [mark] * len(text_ids)
     completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    limit = max(1, max_length - len(ids)) if whole_prompt else max_length - 1
+    limit = max(max_length - len(ids), max_length // 2, 1) if whole_prompt else max_length - 1
     completion = completion[:limit]
     last_tokens = slice(-(max_length - len(completion)), None)
     marks = tuple(learned[last_tokens]) if any(learned[last_tokens]) else ()

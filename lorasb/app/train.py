@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,10 +93,17 @@ def duration(seconds: float) -> str:
 
 def peak_memory() -> int:
     """The process's peak memory in bytes: allocated by torch on a GPU, resident on the CPU."""
-    if device() == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    # ru_maxrss is in KiB on Linux
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return int(torch.cuda.max_memory_allocated()) if device() == "cuda" else peak_rss()
+
+
+def peak_rss() -> int:
+    """The process's peak resident memory in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # in KiB elsewhere
 
 
 def memory_in_use() -> int:

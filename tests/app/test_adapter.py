@@ -360,7 +360,7 @@ def test_people_who_are_held_out_alone_are_refused(on_it: Settings, tmp_path: Pa
         write_rows(tmp_path / f"{name}.jsonl", [row | {"user": name} for row in task("copy", 1)])
         for name in ("ada", "Ada")
     )
-    with pytest.raises(ValueError, match="has rows of 'Ada', of whom --data has none: did you mean 'ada'"):
+    with pytest.raises(ValueError, match="has rows of adapter 'Ada', and --data has none of it: did you mean 'ada'"):
         load_examples(replace(on_it, data=data, eval_data=other, adapter_column="user"))
 
 

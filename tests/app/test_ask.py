@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,10 +32,16 @@ def chat(i: int, question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+def instructed(i: int, question: str, answer: str) -> dict[str, Any]:
+    """A chat whose system message is not the template's own."""
+    return {"messages": [{"role": "system", "content": "copy one"}, *chat(i, question, answer)["messages"]]}
+
+
 CASES: dict[str, tuple[Callable[[int, str, str], dict[str, Any]], dict[str, Any]]] = {  # rows and settings
     "chat template": (prompted, {}),
     "plain": (prompted, {"template": "none"}),
     "messages": (chat, {}),
+    "system": (instructed, {}),
     "alpaca": (lambda i, question, answer: {"instruction": question, "output": answer}, {}),
     "labels": (lambda i, question, answer: {"text": question, "label": "cat" if i % 2 else "dog"}, {}),
     "values": (lambda i, question, answer: {"text": question, "label": i + 0.5}, {}),
@@ -84,7 +91,7 @@ def test_an_answer_is_that_of_the_run(finished: Callable[[str], Path], kind: str
     assert lines["python"] in card
 
 
-@pytest.mark.parametrize("kind", ["chat template", "plain", "labels"])
+@pytest.mark.parametrize("kind", ["chat template", "system", "plain", "labels"])
 def test_the_four_lines_of_python_run(
     finished: Callable[[str], Path], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +102,17 @@ def test_the_four_lines_of_python_run(
     exec(compile(code, "card", "exec"), {})
     printed = capsys.readouterr().out
     assert "tensor" in printed if kind == "labels" else row["after"] in printed
+
+
+def test_a_run_is_asked_where_its_model_is(finished: Callable[[str], Path], tiny: Path, tmp_path: Path) -> None:
+    """A run of a relative folder's model, from another folder."""
+    run = tmp_path / "run"
+    shutil.copytree(finished("chat template"), run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(f"model: {tiny}", "model: elsewhere"))
+    with pytest.raises(ValueError, match="cannot load --model 'elsewhere', expected a folder or hub id"):
+        list(ask.answers(run, "copy red 1"))
+    assert list(ask.answers(run, "copy red 1", max_new_tokens=2, base_model=str(tiny)))
 
 
 def test_questions_are_read_line_by_line(finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +144,7 @@ def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
 
 def test_what_was_held_out_of_people_s_rows_is_said() -> None:
     summary = {"adapters": {"ada": {}}, "config": {"eval_data": None}, "eval_accuracy_after": 0.2}
-    assert "not trained on; --eval-data FILE" in "".join(advice(summary))
+    assert "cannot be learned: name others by --eval-data" in "".join(advice(summary))
     quiet = {"eval_accuracy_after": 1.0}, {"config": {"eval_data": "rows.jsonl"}}, {"adapters": {}}
     assert [list(advice(summary | one)) for one in quiet] == [[], [], []]
 
@@ -139,7 +157,7 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     printing = ["bash", "-c", command.replace("lorasb ask", "printf '%s\\n'", 1)]
     assert subprocess.check_output(printing, cwd=tmp_path, text=True).splitlines() == [
         str(tmp_path / "my runs"),
-        " ".join(question.split()),
+        *question.splitlines(),
     ]
     assert not (tmp_path / "PWNED").exists()
     assert ask.how_to(summary, tmp_path / "run")["command"].endswith(" QUESTION")

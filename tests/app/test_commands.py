@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,9 @@ from tiny_run import write_rows
 
 import lorasb
 from lorasb.app import cli, results
+from lorasb.app.adapter import run_init
+from lorasb.app.prepare import prepare
+from lorasb.app.settings import InitSettings, Settings
 from lorasb.ops import registry
 
 
@@ -165,6 +171,33 @@ def test_bad_calls_end_in_one_line(
     assert BAD_CALLS[line] in " ".join(printed.split())
     assert "Traceback" not in printed
     assert name == "finetune" or not (tmp_path / "run").exists()
+
+
+def test_init_does_not_replace_a_trained_adapter(whole: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match="has a run of lorasb finetune, whose adapter this would replace"):
+        run_init(InitSettings(data=str(data), output=str(whole)))
+
+
+def test_rows_that_are_cut_and_those_beyond_learned_positions(
+    base: Settings, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    prepare(replace(base, max_length=4))
+    assert "30 of 30 examples reach --max-length 4, and longer ones lose the beginning of their prompt" in said()
+    prepare(base)
+    assert "--max-length" not in said()
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 4, "vocab_size": 108}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(base.model).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has 4 learned positions, got \d+ tokens: take a smaller --max-length"):
+        prepare(replace(base, model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_download_that_is_not_whole_is_one_line(base: Settings, tmp_path: Path, file: str) -> None:
+    shutil.copytree(base.model, tmp_path / "model")
+    (tmp_path / "model" / file).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"cannot load --model .*, expected a folder or hub id whose files are whole"):
+        prepare(replace(base, model=str(tmp_path / "model")))
 
 
 def test_a_bad_variable_is_noticed_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

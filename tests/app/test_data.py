@@ -160,6 +160,28 @@ def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
     assert found[0] != read_data(file, "exact")[:8]
 
 
+@pytest.mark.parametrize(("prompts", "kept"), [(40, 36), (20, 36), (10, 36), (4, 30), (2, 20)])
+def test_all_rows_of_a_prompt_are_held_out_or_none(tmp_path: Path, prompts: int, kept: int) -> None:
+    """A tenth of the rows; where no prompt has so few, part of one's rows, and the others of it are left out."""
+    rows = ({"prompt": f"q{i % prompts}", "completion": str(i)} for i in range(40))
+    train, held_out = load_examples(Settings(data=write_rows(tmp_path / "a.jsonl", rows)))
+    assert (len(train), len(held_out)) == (kept, 4)
+    assert not {e.prompt for e in train} & {e.prompt for e in held_out}
+
+
+def test_texts_without_a_prompt_are_held_out_one_by_one(tmp_path: Path) -> None:
+    rows = ({"prompt": "", "completion": f"text {i}"} for i in range(40))
+    train, held_out = load_examples(Settings(data=write_rows(tmp_path / "a.jsonl", rows)))
+    assert (len(train), len(held_out)) == (36, 4)
+
+
+@pytest.mark.parametrize(("count", "why"), [(1, "too few examples"), (9, "one prompt in all of its 9 rows")])
+def test_nothing_to_hold_out_is_named(tmp_path: Path, count: int, why: str) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "completion": str(i)} for i in range(count)])
+    with pytest.raises(ValueError, match=f"has {why}: add others to hold some out, or name held-out rows by"):
+        load_examples(Settings(data=file))
+
+
 def test_chats_are_held_out_by_their_messages(tmp_path: Path) -> None:
     chats = [[{"role": "user", "content": f"q{i % 10}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(20)]
     file = write_rows(tmp_path / "a.jsonl", ({"messages": one} for one in chats))

@@ -15,7 +15,18 @@ from typer.testing import CliRunner
 from lorasb.app import cli
 from lorasb.app.cli import app
 from lorasb.app.data import NAMED
-from lorasb.app.settings import DTYPES, PRESETS, SCHEDULERS, UPDATES, Settings, option, read_config, typed, write_config
+from lorasb.app.settings import (
+    DTYPES,
+    PRESETS,
+    SCHEDULERS,
+    UPDATES,
+    InitSettings,
+    Settings,
+    option,
+    read_config,
+    typed,
+    write_config,
+)
 from lorasb.init import task
 from lorasb.utils import precision
 
@@ -71,7 +82,7 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
         ({"gradient_accumulation": 3}, "--batch-size 16 is not divisible by --gradient-accumulation 3"),
         ({"lr": float("nan")}, "--lr must be positive, at most 10000, got nan"),
         ({"output": " "}, "--output has to name a folder, got ' '"),
-        ({"basis": "b", "r": 4}, "has layers, ranks, A and B, and R starts at 0, got --r 4: leave it out"),
+        ({"basis": "b", "r": 4}, "already fixes layers, ranks, A, B and R's start, got --r 4: leave it out"),
         ({"basis": "b", "method": "lora"}, "got --method lora"),
         ({"basis": "b", "target_modules": "q_proj"}, "got --target-modules q_proj"),
         ({"basis": "b", "update": "sgd"}, "got --update sgd"),
@@ -81,12 +92,23 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
         ({"adapter_column": "a", "data": "b", "lora_dropout": 0.1}, "--lora-dropout does not go with that"),
         ({"adapter_column": "a", "data": "b", "packing": True}, "--packing does not go with that"),
         ({"task": "gcd", "data": "rows.jsonl"}, "--task gcd names generated examples"),
-        *(({n: None}, "expects a value, got auto, which --lr, --") for n in ("warmup", "temperature", "weight_decay")),
+        *(({n: None}, "needs a value, got auto: --lr, --epochs and --eta") for n in ("warmup", "temperature", "weight_decay")),
     ],
 )  # fmt: skip
 def test_values_that_no_run_can_have_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**values).check()
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    found = InitSettings(output="~/runs", data="~/a.jsonl", eval_data="b.jsonl, ~/c.jsonl", basis="x~", cache="~/signs")
+    assert (found.output, found.data, found.eval_data) == (
+        "/home/ada/runs",
+        "/home/ada/a.jsonl",
+        "b.jsonl,/home/ada/c.jsonl",
+    )
+    assert (found.basis, found.cache, found.resume) == ("x~", "/home/ada/signs", "auto")
 
 
 def test_choices_are_the_librarys() -> None:

@@ -165,7 +165,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 SHORT = {"n_positions": 16}
 NO_MODEL = r"cannot read the config of|no language model can be made of"
 REFUSED = {
-    "short": (CONFIGS["gpt2"], SHORT, {"seq": 64}, "has 16 learned positions, got --max-length 64: take less"),
+    "short": (CONFIGS["gpt2"], SHORT, {"seq": 64}, "has 16 learned positions, got 64 tokens: take a smaller --max-length"),
     "bits": (CONFIGS["gpt2"], SHORT, {"bits": 4, "seq": 16}, r"--bits 4: .* has no linear layer that lorasb.quantize"),
     "activation": (CONFIGS["llama"], {"hidden_act": "nope"}, {}, NO_MODEL),
     "width": (CONFIGS["llama"], {"hidden_size": 65}, {}, NO_MODEL),

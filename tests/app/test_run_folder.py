@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from lorasb.app import finetune, results, run_folder, settings, train
 from lorasb.app.finetune import run_finetune
-from lorasb.app.run_folder import RunFolder
+from lorasb.app.run_folder import NEW, RunFolder, State
 from lorasb.app.settings import Settings, read_config
 from lorasb.utils import plotting
 from lorasb.utils.atomic_files import locked
@@ -56,7 +56,7 @@ def test_other_settings_are_refused_by_name(base: Settings, whole: Path) -> None
     ("identity", "seed", "message"),
     [
         (lambda found: found, 1, "other settings: --seed was 0 and is 1"),
-        (lambda found: "{", 0, r"run\.json cannot be read, and says whose checkpoints lie there"),
+        (lambda found: "{", 0, r"run\.json, which identifies the run of these checkpoints, cannot be read"),
         (lambda found: {name: value for name, value in found.items() if name != "template"}, 0, "an earlier version of lorasb made it, without --template"),
     ],
     ids=["other settings", "unreadable", "an earlier version"],
@@ -104,6 +104,26 @@ def test_checkpoints_of_another_program_are_left_alone(own: Settings, tmp_path: 
     with pytest.raises(ValueError, match=r"checkpoint-500 is not of lorasb finetune, which clears .*another --output"):
         run_finetune(replace(own, resume=resume))
     assert foreign.read_text() == "weights"
+
+
+def test_a_config_of_the_users_is_kept(own: Settings) -> None:
+    folder = RunFolder(own, {})
+    folder.folder.mkdir(exist_ok=True)
+    (folder.folder / "config.yaml").write_text("lr: 0.002  # mine\n")
+    folder.begin(State(NEW))
+    assert (folder.folder / "former-config.yaml").read_text() == "lr: 0.002  # mine\n"
+    assert read_config(folder.folder / "config.yaml")["r"] == own.r
+
+
+def test_a_checkpoint_does_not_replace_the_results_of_another_run(cut: Settings, whole: Path, tmp_path: Path) -> None:
+    done, named = tmp_path / "done", Path(cut.output) / "checkpoints" / "checkpoint-6"
+    shutil.copytree(whole, done)
+    summary = json.loads((done / "summary.json").read_text())
+    summary["identity"]["seed"] = 1
+    (done / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match="has a run with other settings: --seed was 1 and is 0"):
+        run_finetune(replace(cut, output=str(done), resume=str(named)))
+    assert not (done / "checkpoints").exists()
 
 
 def test_a_run_is_repeated_to_the_bit_from_its_config(base: Settings, whole: Path, tmp_path: Path) -> None:
@@ -249,7 +269,7 @@ def test_a_half_written_checkpoint_is_left_out(
     last = tmp_path / "checkpoints/checkpoint-7"
     identity = run_folder.read_mark(last).identity
     damage(last / name)
-    with pytest.raises(ValueError, match="this is no whole checkpoint of lorasb finetune"):
+    with pytest.raises(ValueError, match="this is no complete checkpoint of lorasb finetune"):
         run_finetune(replace(cut, resume=str(last)))
     found = RunFolder(cut, identity).look()
     assert found.checkpoint == str(tmp_path / "checkpoints/checkpoint-6")

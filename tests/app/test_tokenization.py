@@ -91,6 +91,15 @@ def test_long_prompts_lose_their_beginning(tokenizer: Any) -> None:
     assert tokenizer.decode(encoded.prompt).endswith("three")
 
 
+@pytest.mark.parametrize(("prompt", "answer", "kept"), [(20, 1, (6, 2)), (6, 20, (4, 4)), (2, 20, (2, 6))])
+def test_held_out_rows_keep_their_question_and_at_least_half_for_the_answer(
+    tokenizer: Any, prompt: int, answer: int, kept: tuple[int, int]
+) -> None:
+    words = Example(" ".join(["one"] * prompt), " ".join(["red"] * answer))
+    encoded = encode(words, tokenizer, 8, whole_prompt=True)
+    assert (len(encoded.prompt), len(encoded.completion)) == kept
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "learned"), [("a", "b", " b"), ("a\n", "b", "b"), ("a", "  b\n", "  b\n")]
 )
