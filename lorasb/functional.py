@@ -53,7 +53,7 @@ def lora_sb_linear(
 
     Under `torch.func` (`jvp`, `vmap`, `hessian`, per-sample gradients by `vmap(grad)`) and forward-mode AD, torch's own
     operations compute, with every derivative. `autograd.grad(..., create_graph=True)` has a second derivative for small
-    x (below 6 MiB over dense weights on a CPU) and raises a RuntimeError elsewhere, since x is not saved.
+    x in fp32 or fp64 (below 6 MiB over dense weights on a CPU) and may raise a RuntimeError elsewhere: x is not saved.
 
     Returns:
         y [..., out] in x's dtype.

@@ -104,7 +104,7 @@ def _accuracies(summary: Json) -> Iterator[tuple[str, float, float]]:
 def advice(summary: Json) -> Iterator[str]:
     """Reasons for a low score of people's own rows."""
     if summary["adapters"] and summary["config"]["eval_data"] is None and summary["eval_accuracy_after"] < GOOD:
-        yield "Held-out rows were drawn from --data, and a fact that only they have cannot be learned: name others by --eval-data"
+        yield "Held-out rows were drawn from --data; facts that only they have cannot be learned: see --eval-data"
 
 
 def adapters(summary: Json) -> Table:

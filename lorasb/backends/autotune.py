@@ -196,8 +196,8 @@ def fastest(shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Check, c
     best, before = min(times, key=times.__getitem__), times.get(plans[0], float("inf"))
     if any(_is_wide(by_plan[one]) for one in (best, plans[0]) if one in by_plan):
         warn_once(
-            f"the card is busy: times of one kernel differ by more than {WIDE:.0%}, so calls take the tables' plans. "
-            "`lorasb bench tune MODEL` times the kernels when nothing else runs"
+            f"another program seems to use the GPU: times of one kernel differ by more than {WIDE:.0%}, and the "
+            "built-in choice of kernels stays. `lorasb bench tune MODEL` times them when nothing else runs"
         )
         return None
     if times[best] > WORTH * before:
@@ -219,14 +219,15 @@ class CudaClock:
 
     def __call__(self, calls: Sequence[Call]) -> list[float]:
         marks = []
-        for call in calls:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flushed.zero_()
-            start.record()
-            call()
-            end.record()
-            marks.append((start, end))
-        torch.cuda.synchronize(self.flushed.device)
+        with torch.cuda.device(self.flushed.device):  # events are of the current device
+            for call in calls:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self.flushed.zero_()
+                start.record()
+                call()
+                end.record()
+                marks.append((start, end))
+            torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in marks]
 
 
@@ -343,7 +344,8 @@ def _gradient_tile(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def check_weight(found: Tensor, want: Tensor) -> None:
     """Raise where the first entries of a dequantized W differ."""
     tile = want[:TILE_ROWS, :TILE_COLUMNS].float()
-    _check("W", found[:TILE_ROWS, :TILE_COLUMNS], tile, tile.abs())
+    wide = torch.float32 if found.dtype == torch.float64 else None  # of which W has no more digits
+    _check("W", found[:TILE_ROWS, :TILE_COLUMNS], tile, tile.abs(), wide)
 
 
 def _check(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -213,7 +213,7 @@ def philox_mask(shape: torch.Size, dropout: float, seed: int, device: torch.devi
         c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     words = torch.stack((c0, c1, c2, c3), -1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(M, -1)[:, :n]
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(M, 8 * c0.shape[1])[:, :n]
     return halves >= kernel_dropout(dropout) * 2**16
 
 
@@ -341,6 +341,14 @@ def composed(x: Tensor, lists: Sequence[Sequence[Tensor]], scalings: Sequence[fl
     return ys
 
 
+def chosen_cores(stack: Tensor, index: Tensor) -> Tensor:
+    """The R [n, r, r] of each of n rows from a stack [K, r, r]; zeros where a row has none."""
+    if not len(stack):
+        return stack.new_zeros(len(index), *stack.shape[1:])
+    index = index.to(stack.device)
+    return stack.index_select(0, index.clamp(min=0)) * (index >= 0).to(stack)[:, None, None]
+
+
 def transformed(x: Tensor, one: Member, dropout: float, index: Tensor | None) -> Tensor:
     """y over a dense W by out-of-place torch operations, which have every derivative, forward mode and `vmap`."""
     core, base = one.core, cast("Tensor | None", one.base)
@@ -351,8 +359,7 @@ def transformed(x: Tensor, one: Member, dropout: float, index: Tensor | None) ->
         if index is None:
             v = functional.linear(u, core * one.scaling)
         else:
-            chosen = core.index_select(0, index.clamp(min=0).to(core.device)) * one.scaling
-            chosen = chosen * (index >= 0).to(core)[:, None, None]
+            chosen = chosen_cores(core, index) * one.scaling
             v = (u.reshape(len(index), -1, u.shape[-1]) @ chosen.mT).reshape(u.shape)
         y = functional.linear(v.to(x.dtype), b, bias)
         return y if weight is None else y + functional.linear(x, weight)

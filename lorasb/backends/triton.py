@@ -28,7 +28,7 @@ from ..ops.calls import DENSE, Operands
 from ..quantization.quantized_weight import INT8, QuantizedTensors
 from . import autotune, cpp, eager
 from .autotune import is_capturing
-from .eager import check_index, kernel_dropout, kernel_masks, shaped
+from .eager import check_index, chosen_cores, kernel_dropout, kernel_masks, shaped
 
 if TYPE_CHECKING:
     from ..kernels.linear_quantized import Quantized
@@ -189,7 +189,7 @@ def _without_cores(operands: Operands) -> Operands:
 def _members_of_first(operands: Operands, index: Tensor, rows: Tensor) -> Members:
     """The members with an R for each of the first tokens of `rows`, zeros where there is none."""
     places = index.repeat_interleave(len(rows) // len(index))[: autotune.TILE_ROWS].to(rows.device)
-    cores = [stack[places.clamp_min(0)] * (places >= 0)[:, None, None] for stack in operands.cores]
+    cores = [chosen_cores(stack, places) for stack in operands.cores]
     members = members_of(operands)._replace(cores=cores)
     return _dense_members(operands, members, rows) if operands.is_quantized else members
 
@@ -281,7 +281,8 @@ def _forward_plan(x: Tensor, members: Members, mask: Mask) -> LaunchPlan:
 
 def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask) -> LaunchPlan:
     rows = [rows_of(dy) for dy in dys]
-    run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=True, mask=mask)
+    need_dcore = all(len(u) == len(row) for u, row in zip(us, rows, strict=True))  # u is not saved for a frozen R
+    run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=need_dcore, mask=mask)
     check = partial(autotune.check_backward, rows, members, us, mask)
     return _first_plan("backward", rows[0], members, mask, run, check)
 

@@ -13,7 +13,7 @@ from . import Private, find
 
 VERIFIED = "Triton 3.6 to 3.9"
 FIRST, LAST = (3, 6), (3, 9)
-ORDINARY = "launches are Triton's own, and take 50 µs more"
+ORDINARY = "kernels are launched by Triton's own launcher, which takes 50 µs more per launch"
 NO_TMA = "cuBLAS multiplies"
 PRIVATE = {
     "run": Private("triton.runtime.jit.JITFunction.run", "compiles without launching", ORDINARY),

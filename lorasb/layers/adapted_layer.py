@@ -104,10 +104,19 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return self.base.quantized()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
-        """Move or cast the layer, and read a quantized base again."""
+        """Move or cast the layer, and A and B with their base; read a quantized base again."""
         super()._apply(fn, recurse)
         self.base.moved()
+        for name in self.adapters:
+            if self.lorasb_A[name].dtype != self.factor_dtype_of(name):
+                self.cast_factors(name)
         return self
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise RuntimeError(
+            "LoRA-SB layers do not run in nn.DataParallel, which Trainer takes for several GPUs of one process: start "
+            "one process per GPU (torchrun), or set CUDA_VISIBLE_DEVICES=0"
+        )
 
     def add_adapter(
         self,

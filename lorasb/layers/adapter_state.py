@@ -81,12 +81,22 @@ def has_values(a: Tensor) -> bool:
 
 
 class FrozenFactors(nn.ParameterDict):
-    """A or B by adapter name, never requiring gradients."""
+    """A or B by adapter name, never requiring gradients; the layer casts them (`AdaptedLayer.cast_factors`)."""
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Parameter) and value.requires_grad:
             value.requires_grad_(False)
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFactors:
+        """Move A or B; their dtype is the base's or fp32, and a cast would round what stays in fp32."""
+
+        def move_only(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        super()._apply(move_only, recurse)
+        return self
 
 
 class Cores(nn.ParameterDict):

@@ -191,6 +191,8 @@ class LoRASBLinear(AdaptedLayer):
         core, state = modules["lorasb_R"]._parameters[name], self.adapters[name]
         if a.is_meta and not x.is_meta:
             with factors_on_device([modules[factor] for factor in FACTORS], name) as (a, core, b):
+                if weight is None and not autocast_on(x.device.type):
+                    x = x.to(a.dtype)  # as below
                 return lora_sb_linear(x, weight, a, core, b, bias, state.scaling)
         # transformers' loader reads adapter_model.safetensors alone, so a checkpoint with shared factors gets R only.
         if not state.initialized and is_loaded(core) and not is_loaded(a):

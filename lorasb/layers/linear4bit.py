@@ -104,7 +104,8 @@ class Linear4bit(nn.Linear):
         name = f"{prefix}weight"
         # The file may store the same bytes under another dtype; copy_ would convert values instead of bits.
         if name in state_dict and state_dict[name].dtype != self.weight.dtype and self.weight.dtype in STORAGE_DTYPES:
-            state_dict[name] = view_as_storage(state_dict[name], self.weight.dtype)
+            octets = state_dict[name].reshape(-1).view(torch.uint8)[: -(-self.out_features * self.in_features // 2)]
+            state_dict[name] = view_as_storage(octets, self.weight.dtype)  # padded for this dtype, not for the file's
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if not key.startswith(start)]
         if statistics:

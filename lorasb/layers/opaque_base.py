@@ -87,8 +87,8 @@ class OpaqueBase(Kept):
             weight = self.backend.get_base_weight(self.module)
         except (NotImplementedError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"this needs W, and {self.name} layers do not give it ({error}): keep the adapter apart from its base "
-                "(save_pretrained, lorasb.export_lora); init='update' and init='random' do not read W"
+                f"this needs the dense W, which cannot be read from {self.name} layers ({error}): keep the adapter "
+                "apart from its base (save_pretrained, lorasb.export_lora); init='update' and 'random' do not read W"
             ) from error
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"expected a weight {list(self.shape)} of a {self.name} layer, got {list(weight.shape)}")
@@ -203,7 +203,9 @@ def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
         hint = f": pip install {PACKAGES[kind]}" if kind in PACKAGES else ", or name it in exclude_modules"
         raise TypeError(f"target {name!r} is a {kind} that failed on x [3, in] ({error}){hint}") from error
     if y.shape != (3, opaque.shape[0]) or not _is_linear(y.detach().double()):
-        raise TypeError(f"{name!r} is a {kind}, and 2x does not give twice what x gives: name it in exclude_modules")
+        raise TypeError(
+            f"target {name!r} ({kind}) is not linear: of 2x it makes other than twice y. Name it in exclude_modules"
+        )
     if trained and gradient is None:
         raise TypeError(
             f"target {name!r}, a {opaque.name} layer, has no gradient of its input: layers below it would learn "

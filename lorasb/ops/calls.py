@@ -143,7 +143,9 @@ def check(x: Tensor, lists: tuple[Sequence[Tensor], ...], scalings: Sequence[flo
     weights, a, cores, b, biases = lists  # weights (checked elsewhere if quantized) and biases may be empty
     lengths = [len(entries) for entries in (weights or a, a, cores, b, scalings, biases or a)]
     if len(set(lengths)) != 1 or not lengths[0]:
-        raise ValueError(f"expected one of each argument for every member, got {lengths} of them")
+        named = zip(("weights", "lora_A", "lora_R", "lora_B", "scalings", "biases"), lengths, strict=True)
+        found = ", ".join(f"{name} {length}" for name, length in named)
+        raise ValueError(f"expected one of each argument for every member, got {found}")
     ranks = [factor.shape[0] for factor in a]
     if len(set(ranks)) != 1:
         raise ValueError(f"expected one rank for all members, got {ranks}")

@@ -33,7 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
 
 def replacing_folder(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
     """Give a temporary folder, and replace `path` by it if the block succeeds; failed writes are OSErrors."""
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # of a link, the folder that it leads to
     target.parent.mkdir(parents=True, exist_ok=True)
     return _taking_place(Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")), target, 0o777)
 

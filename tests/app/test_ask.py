@@ -144,7 +144,7 @@ def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
 
 def test_what_was_held_out_of_people_s_rows_is_said() -> None:
     summary = {"adapters": {"ada": {}}, "config": {"eval_data": None}, "eval_accuracy_after": 0.2}
-    assert "cannot be learned: name others by --eval-data" in "".join(advice(summary))
+    assert "cannot be learned: see --eval-data" in "".join(advice(summary))
     quiet = {"eval_accuracy_after": 1.0}, {"config": {"eval_data": "rows.jsonl"}}, {"adapters": {}}
     assert [list(advice(summary | one)) for one in quiet] == [[], [], []]
 

@@ -145,7 +145,7 @@ def busy(slow: float) -> Clock:
 
 def test_a_busy_card_decides_nothing(folder: Path) -> None:
     """And says so once, for all kinds."""
-    with one_line(r"the card is busy: .* more than 20%.*`lorasb bench tune MODEL`"):
+    with one_line(r"another program seems to use the GPU: .* more than 20%.*`lorasb bench tune MODEL`"):
         for m in (48, 96):
             assert first(busy(4.0), shape=replace(SHAPE, m=m)).path == "addmm"
     assert not (folder / "kernels").exists()
@@ -433,6 +433,28 @@ def test_calls_over_4_bits_are_checked(dropout: float, monkeypatch: pytest.Monke
     y, u = fused.forward(case.x, operands)
     fused.backward([torch.ones_like(y)], [u], operands, True, True)
     assert seen == ["forward 4bit", "backward 4bit"]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_first_backward_of_a_kind_is_checked_without_what_was_not_saved(
+    trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a frozen R forward saves no u."""
+    operands = operands_of(make_case((40,), 64, 48, 16, torch.float32))
+    chosen = plan.choose(plan.Shape("backward", "fp32", 64, 64, 48, 16), plan.INTERPRETER, 1)
+    found: list[Any] = []
+
+    def first_plan(op: str, rows: torch.Tensor, members: Any, mask: Any, run: Any, check: Any) -> Any:
+        if op == "backward":
+            found.append(run(chosen))
+            check(found[0])
+        return chosen
+
+    monkeypatch.setattr(fused, "_first_plan", first_plan)
+    y, u = fused.forward(torch.randn(40, 64), operands)
+    dx, *_ = fused.backward([torch.ones_like(y)], [u if trained else u[:0]], operands, True, trained)
+    assert torch.equal(found[0][0], dx)
+    assert len(found[0][1]) == trained
 
 
 @pytest.mark.parametrize("tokens", [1, 12])

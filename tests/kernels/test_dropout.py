@@ -86,6 +86,10 @@ def test_eager_torch_knows_the_mask(n: int, seed: int) -> None:
         assert torch.equal(mask_of(case, seed, dropout), want)
 
 
+def test_no_rows_have_no_mask() -> None:
+    assert eager.philox_mask(torch.Size((0, 12)), 0.3, 3, torch.device("cpu")).shape == (0, 12)
+
+
 def test_the_words_are_philox() -> None:
     """Random123's known answer for counter 0 and key 0: 6627e8d5 e169c58d bc57ac4c 9b00dbd8."""
     case = reference.make_case((1,), 8, 8, 4, torch.float32)

@@ -91,6 +91,34 @@ def test_casting_a_layer_leaves_r_in_fp32_and_input_in_another_dtype_is_cast_bac
         assert torch.equal(layer.lorasb_R["default"], before)
 
 
+@pytest.mark.parametrize("cast", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_cast_model_computes_whatever_its_base(cast: torch.dtype, bits: int) -> None:
+    """A quantized base keeps its dtype, and A and B with it."""
+    model = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+    if bits == 4:
+        lorasb.quantize(model)
+    layer = lorasb.patch(model, r=4, init="random", target_modules=["0"]).base_model.model.to(cast)[0]
+    assert layer.lorasb_A["default"].dtype == layer.base.dtype == (torch.bfloat16 if bits == 4 else cast)
+    assert layer(torch.randn(3, 64, dtype=cast)).isfinite().all()
+
+
+def test_wide_factors_stay_in_fp32_to_the_bit() -> None:
+    layer = make(wide_factors=True)
+    before = [one["default"].clone() for one in (layer.lorasb_A, layer.lorasb_B)]
+    for dtype in (torch.bfloat16, torch.float16):
+        layer.to(dtype)
+        assert all(
+            torch.equal(one["default"], old) for one, old in zip((layer.lorasb_A, layer.lorasb_B), before, strict=True)
+        )
+    assert layer(torch.randn(3, 16, dtype=dtype)).dtype == dtype
+
+
+def test_data_parallel_is_refused_in_words() -> None:
+    with pytest.raises(RuntimeError, match=r"do not run in nn.DataParallel, .*: start one process per GPU"):
+        make()._replicate_for_data_parallel()
+
+
 def test_the_adapters_product_is_added_onto_the_bases_and_takes_no_memory_of_that_size() -> None:
     layer, x, dy = make(), torch.randn(700, 16, requires_grad=True), torch.randn(700, 12)
     with lorasb.backend("eager"):

@@ -154,6 +154,16 @@ def test_forward_mode_without_a_transform(kind: str, composed: bool, grad_mode: 
     tolerances.check(*tangents, tolerances.FP64)
 
 
+def test_rows_without_any_adapter_have_a_derivative() -> None:
+    case = reference.make_case((3,), 8, 6, 2, torch.float64)
+
+    def layer(x: Tensor) -> Tensor:
+        return lora_sb_linear(x, case.weight, case.a, case.core.new_zeros(0, 2, 2), case.b, index=[-1] * 3)
+
+    found = torch.func.jvp(layer, (case.x,), (case.x.sin(),))[1]
+    tolerances.check(found, case.x.sin() @ case.weight.t(), tolerances.FP64)
+
+
 @pytest.mark.parametrize("transform", ["jvp", "grad", "gradients by sample"])
 def test_transforms_in_a_compiled_function(transform: str) -> None:
     case, layer, _ = layers_of("dense")

@@ -153,6 +153,15 @@ def test_offloaded_bases_are_reached_through_their_hooks(tmp_path: Path, how: st
         model(**batches_for("llama", count=1)[0])
 
 
+def test_wide_factors_are_reached_through_their_hooks() -> None:
+    base = make("llama").to(torch.bfloat16)
+    model = lorasb.patch(base, r=4, init="random", wide_factors=True).eval()
+    want = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        tolerances.check(logits(model), want, tolerances.MERGE)
+
+
 def test_a_base_offloaded_before_patching_is_initialized_trained_and_merged() -> None:
     plain, base = patched(), make("llama")
     accelerate.cpu_offload(base, torch.device("cpu"))

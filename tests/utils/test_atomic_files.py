@@ -45,6 +45,16 @@ def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "folder").symlink_to(tmp_path / "scratch")
+    with files.replacing_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / "folder").is_symlink()
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "scratch"]
+
+
 @pytest.mark.parametrize(("way", "name"), [(files.replacing, "x.json"), (files.replacing_folder, "folder")])
 def test_a_full_disk_names_the_file(tmp_path: Path, way: Any, name: str) -> None:
     with pytest.raises(OSError, match=f"{name} cannot be written: No space left") as caught, way(tmp_path / name):
