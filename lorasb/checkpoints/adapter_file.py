@@ -133,9 +133,9 @@ def scaling_of(config: Json, r: int) -> float:
 
 
 def read_cores(
-    folder: Path, config: Json, digest: bytes, scalings: Mapping[str, float] | None = None
+    folder: Path, config: Json, digests: Collection[bytes], scalings: Mapping[str, float] | None = None
 ) -> dict[str, Tensor]:
-    """R by layer of an adapter on the basis with a digest, times the s of its `config`, over the layer's of `scalings`.
+    """R by layer of an adapter on a basis, by its digests, times the s of its `config`, over the layer's of `scalings`.
 
     Only layers of `scalings` are returned, if it is given. Raises a ValueError for a file that does not fit the basis.
     """
@@ -144,8 +144,9 @@ def read_cores(
         raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
     tensors = reading.read_tensors(file, mapped=False)  # in half the time (SmolLM2 at r = 64, Zen 3)
     factors = {key: value for key, value in tensors.items() if is_factor(key)}
-    if (referenced_digest(tensors) or factors_digest(factors)) != digest:
-        raise ValueError(f"{folder} has other A and B than the basis, or the same in another dtype")
+    if (referenced_digest(tensors) or factors_digest(factors)) not in digests:
+        advice = "serve it on the basis that it was trained on, loaded from its file"
+        raise ValueError(f"{folder} has other A and B than the basis, or the same in another dtype: {advice}")
     others = [key for key in tensors if key != DIGEST and not any(f".{part}" in key for part in FACTORS)]
     if others:
         raise ValueError(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..utils.atomic_files import write_text
 from ..utils.reading import Json, read_json
@@ -17,8 +18,6 @@ METHODS = {
     "kaiming": "LoRA-SB's layer from a random matrix",
     "random": "LoRA-SB's layer in a random subspace",
 }
-# The form that PEFT writes when it saves, up to its list of framework versions.
-TEMPLATE = re.compile(r"# Model Card for Model ID.*?(?=### Framework versions|\Z)", flags=re.DOTALL)
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", flags=re.DOTALL)  # YAML
 ORIGIN_NAME = "lorasb_origin.json"  # in a converted model's folder: the id on the hub, and how it was converted
 TAG = "lora-sb"
@@ -29,7 +28,9 @@ def update_card(folder: Path, config: Json, scaling: float) -> None:
     """Insert or replace our section in the README.md of an adapter folder; creates the file if it is missing."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
-    text = _with_tag(TEMPLATE.sub("", text))  # the form has only "[More Information Needed]" in it
+    # the form that PEFT writes when it saves, with only "[More Information Needed]" in it; not one that was filled in
+    form = FRONT_MATTER.sub("", ModelCard.from_template(ModelCardData()).text).strip()
+    text = _with_tag(text.replace(form, ""))
     origin = _origin(config)
     if origin.get("hub_id"):
         text = text.replace(str(config["base_model_name_or_path"]), origin["hub_id"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..constants import CONFIG_NAME, FACTORS_NAME, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..utils.atomic_files import replacing
-from ..utils.reading import read_json, read_tensors, safetensors_header
+from ..utils.reading import AGAIN, read_json, read_tensors, safetensors_header
 
 DIGEST = "lorasb_factors_digest"  # key in adapter_model.safetensors: SHA-256 of the factors, uint8 [32]
 
@@ -81,8 +81,8 @@ def missing_factors_error(folder: object = None) -> ValueError:
     """The error for a checkpoint whose factors were not found; to be raised by the caller."""
     where = f" in {folder}" if folder else ""
     return ValueError(
-        f"this checkpoint holds R alone, and its {FACTORS_NAME} (A and B) was not found{where}: load the folder with "
-        "PeftModel.from_pretrained or load_adapter of a PeftModel, with the file of any checkpoint of its run in it"
+        f"this checkpoint holds R alone, and its {FACTORS_NAME} (A and B) was not found{where}: copy that file from "
+        "any checkpoint of its run into the folder, and load it with PeftModel.from_pretrained or load_adapter"
     )
 
 
@@ -91,7 +91,11 @@ def is_factor(key: str) -> bool:
 
 
 def referenced_digest(tensors: dict[str, Tensor]) -> bytes | None:
-    return bytes(tensors[DIGEST].tolist()) if DIGEST in tensors else None
+    """The digest of the A and B that a file's R belongs to; None if the file has them itself."""
+    found = tensors.get(DIGEST)
+    if found is not None and (found.dtype != torch.uint8 or found.shape != (32,)):
+        raise ValueError(f"expected {DIGEST} of 32 bytes, got {list(found.shape)} in {found.dtype}: {AGAIN}")
+    return None if found is None else bytes(found.tolist())
 
 
 def digest(factors: dict[str, Tensor]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from ..compat.torch import uncompiled
 from ..compat.transformers import name_or_path
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
+from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, frozen_factors, layer_kinds, refuse_uninitialized
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
@@ -39,6 +41,7 @@ BIASES = {"all": "all", "lorasb_only": "lora_only", "lora_only": "lora_only"}  #
 COPIED_FIELDS = (
     *("base_model_name_or_path", "revision", "task_type", "target_modules", "target_parameters", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "modules_to_save", "auto_mapping"),
+    *("trainable_token_indices", "ensure_weight_tying"),
 )
 
 
@@ -66,8 +69,8 @@ def export_lora(
         The folder, or the GGUF file.
 
     Raises:
-        ValueError: no initialized adapter, values not finite in `dtype`, an unknown format or model type, or a LoRA-SB
-            adapter in `path`.
+        ValueError: no initialized adapter, several active ones and no `adapter_name`, values not finite in `dtype`, an
+            unknown format or model type, or a LoRA-SB adapter in `path`.
         ImportError: no gguf.
     """
     if format not in FORMATS:
@@ -115,8 +118,10 @@ def _refuse_adapters_folder(folder: Path) -> None:
 def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Path) -> str:
     """Write a plain LoRA and return the command that serves it."""
     with replacing(folder / WEIGHTS_NAME) as temporary:
-        # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be
-        save_file({k: v.contiguous() for k, v in tensors.items()}, str(temporary), metadata={"format": "pt"})
+        # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be, and tied ones
+        pointers = Counter(value.data_ptr() for value in tensors.values())
+        separate = {k: v.clone() if pointers[v.data_ptr()] > 1 else v.contiguous() for k, v in tensors.items()}
+        save_file(separate, str(temporary), metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, _lora_config(config, rank))
     name = config.get("base_model_name_or_path")
     base = name or "unknown"
@@ -139,9 +144,19 @@ def serve_command(base: str | None, folder: Path, rank: int) -> str:
     return f"vllm serve {shlex.quote(base or 'BASE_MODEL')} {options}"
 
 
-def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, Tensor], dict[str, float]]:
+def _layers_of_one(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, AdaptedLayer]]:
+    """An initialized adapter's name, by default that of the only active one, and its layers."""
     name, layers = adapted_layers(model, adapter_name)
     refuse_uninitialized(layers, name)
+    active = next(iter(layers.values())).active_adapters
+    if adapter_name is None and len(active) > 1:
+        which = f"adapters {', '.join(active)} are active"
+        raise ValueError(f"{which}: name one by adapter_name=, or sum them by add_weighted_adapter")
+    return name, layers
+
+
+def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, Tensor], dict[str, float]]:
+    name, layers = _layers_of_one(model, adapter_name)
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if DIGEST in tensors:  # an adapter on another one's A and B
         del tensors[DIGEST]
@@ -353,13 +368,12 @@ def adapter_delta(
         scale changes them: copy them to keep them beyond the next step.
 
     Raises:
-        ValueError: an unknown part, or an adapter that is not initialized.
+        ValueError: an unknown part, several active adapters, or one that is not initialized.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
     model = uncompiled(model)
-    name, layers = adapted_layers(model, adapter_name)
-    refuse_uninitialized(layers, name)
+    name, layers = _layers_of_one(model, adapter_name)
     if part == "core":
         return {path: layer.lorasb_R[name].detach().to(dtype=dtype) for path, layer in layers.items()}
     basis: dict[str, Tensor] = {}

@@ -25,6 +25,7 @@ class AdapterState(AdapterOptions):
     # whether A, R and B have values; ask `AdaptedLayer.is_initialized`, which sees loaded ones, too
     initialized: bool = False
     basis: str | None = None  # the adapter whose A and B it has; None if they belong to it
+    cast_from: tuple[bytes, bytes] | None = None  # digests of A and B, cast and as their file has them
     # of Theorem 3, with the state of A, B and s that it was computed from; None before
     preconditioner: tuple[object, Tensor, Tensor] | None = field(default=None, repr=False)
 

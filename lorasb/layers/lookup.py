@@ -9,6 +9,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..checkpoints.shared_factors import digest
 from ..constants import FROZEN_FACTORS, PEFT_PREFIX
 from . import linear_group, unfused_experts
 from .adapted_layer import AdaptedLayer
@@ -59,6 +60,23 @@ def frozen_factors(layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[s
         for name, layer in layers.items()
         for part in FROZEN_FACTORS
     }
+
+
+def digests(layers: dict[str, AdaptedLayer], adapter_name: str) -> set[bytes]:
+    """The digest of an adapter's A and B, and that of their file, where they have been cast since it was read."""
+    found = digest(frozen_factors(layers, adapter_name))
+    cast = next(iter(layers.values())).adapters[adapter_name].cast_from
+    return {found, cast[1]} if cast is not None and cast[0] == found else {found}
+
+
+def note_cast(layers: dict[str, AdaptedLayer], adapter_name: str, file: dict[str, Tensor]) -> None:
+    """Remember the digest of a file's A and B, by their names in it, if the adapter has them in another dtype."""
+    dtypes = {key: factor.dtype for key, factor in frozen_factors(layers, adapter_name).items()}
+    known = {key: value for key, value in file.items() if key in dtypes}
+    if any(value.dtype != dtypes[key] for key, value in known.items()):
+        found = digest({key: value.to(dtypes[key]) for key, value in known.items()}), digest(known)
+        for layer in layers.values():
+            layer.adapters[adapter_name].cast_from = found
 
 
 def uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import mmap
+import os
 import threading
 import weakref
 from collections import Counter, OrderedDict
@@ -13,18 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import read_config, read_cores
 from ..compat.torch import uncompiled
 from ..constants import BASE_ROW, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, frozen_factors, layers_with, refuse_uninitialized
+from ..layers.lookup import adapted_layers, digests, layers_with, refuse_uninitialized
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
 
@@ -66,6 +67,10 @@ class LayerCores:
             first, r = self.columns
             seen = self._seen = whole, whole[:, first : first + r**2].unflatten(1, (r, r))
         return seen[1]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickle as None: a bank belongs to its process, and a loaded model gets another."""
+        return type(None), ()
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerCores | None:
         """Copy for the copied model's bank; None for a layer that is copied without its model."""
@@ -119,7 +124,7 @@ class AdapterBank:
         device = next(iter(layers.values())).base.device
         with torch.inference_mode(False):
             self.storage = torch.zeros((0, size), dtype=dtype, device=device)
-        self.digest = shared_factors.digest(frozen_factors(layers, basis))
+        self.digests = digests(layers, basis)
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._free: list[int] = []
         self._waiting: dict[str, Tensor] = {}
@@ -208,19 +213,18 @@ class AdapterBank:
             ValueError: two folders have one name; no adapter is loaded.
         """
         report = LoadReport()
-        found = [(one.name, one) for folder in folders for one in adapters_in(Path(folder))]
+        found = [(one.name, one) for folder in folders for one in adapters_in(Path(os.path.abspath(folder)))]
         found += [(name, Path(folder)) for name, folder in named.items()]
         paths = dict(reversed(found))
         for name, path in found:
             if path != paths[name]:
                 raise ValueError(f"two adapters are called {name!r}, {paths[name]} and {path}: load(other_name=folder)")
         with self._lock:
-            wanted = len(self) + len(found)
-            self._reserve(wanted if self.resident is None else min(wanted, self.resident))
+            self._reserve(len({*self.names, *paths}))
         scalings = {name: layer.adapters[self.basis].scaling for name, layer in self.layers.items()}
         for name, path in found:
             try:
-                self.add(name, read_cores(path, read_config(path), self.digest, scalings))
+                self.add(name, read_cores(path, read_config(path), self.digests, scalings))
                 report.loaded.append(name)
             except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
                 report.failed[name] = str(error)
@@ -280,8 +284,8 @@ class AdapterBank:
         name = next((name for name in self._slots if not self._in_use[name]), None)
         if name is None:
             raise ValueError(
-                f"expected at most {self.resident} adapters at a time, as many as may be resident: give the bank "
-                "resident=... of the largest batch"
+                f"all {self.resident} resident adapters serve batches at the moment: expected resident= of at least "
+                "as many as the batches have that are computed at a time"
             )
         slot = self._slots.pop(name)
         self._waiting[name] = self.storage[slot].detach().cpu().clone()
@@ -301,6 +305,7 @@ class AdapterBank:
         """Grow the capacity to this many adapters or more, in whole blocks; adapters keep their slots."""
         old = len(self.storage)
         capacity = -(-capacity // self.block) * self.block
+        capacity = capacity if self.resident is None else min(capacity, self.resident)
         if capacity <= old:
             return
         larger = zeros_in_huge_pages(capacity, self.storage.shape[1], self.storage.dtype, self.storage.device)
@@ -329,7 +334,17 @@ class AdapterBank:
         for layer in layers.values():
             if adapter not in layer.lorasb_R or layer.lorasb_A[adapter] is not layer.lorasb_A[self.basis]:
                 raise ValueError(f"expected an adapter of the model on the A and B of {self.basis!r}, got {adapter!r}")
-        return {name: layer.lorasb_R[adapter] for name, layer in layers.items()}
+        model = cast(nn.Module, self._model())
+        wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+        if any(adapter in wrapper._adapters for wrapper in wrappers):
+            raise ValueError(
+                f"adapter {adapter!r} has more than R (trained modules or token rows): serve it by its name"
+            )
+        found = {}
+        for name, layer in layers.items():
+            ratio = layer.adapters[adapter].scaling / layer.adapters[self.basis].scaling
+            found[name] = layer.lorasb_R[adapter] if ratio == 1.0 else layer.lorasb_R[adapter] * ratio
+        return found
 
     def _unknown(self, names: Sequence[str]) -> str:
         shown = ", ".join(map(repr, names[:3]))

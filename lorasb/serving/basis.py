@@ -19,7 +19,16 @@ from ..checkpoints.adapter_file import Shapes, check_factors, group_by_layer, re
 from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import discard, frozen_factors, layers_with, refuse_shared_basis, refuse_uninitialized, standing_on
+from ..layers.lookup import (
+    digests,
+    discard,
+    frozen_factors,
+    layers_with,
+    note_cast,
+    refuse_shared_basis,
+    refuse_uninitialized,
+    standing_on,
+)
 from ..utils.atomic_files import replacing
 from .bank import bank_of
 
@@ -87,8 +96,10 @@ def with_digest(layers: dict[str, AdaptedLayer], digest: bytes, first: str) -> s
         if not all(name in layer.lorasb_R for layer in layers.values()):
             continue
         factors = frozen_factors(layers, name)
+        if any(value.is_meta for value in factors.values()):  # of an adapter that is being loaded
+            continue
         key = tuple(value.data_ptr() for value in factors.values())
-        if key not in seen and shared_factors.digest(factors) == digest:
+        if key not in seen and digest in digests(layers, name):
             return name
         seen.add(key)
     return None
@@ -102,6 +113,7 @@ def stand_on(layers: dict[str, AdaptedLayer], adapter_name: str, basis: str) -> 
 def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
     """Let a file's own A and B be written; True if the adapter left its basis, a ValueError if others share them."""
     shared = adapter_name in {name for layer in layers.values() for pair in layer.bases.items() for name in pair}
+    note_cast(layers, adapter_name, _factors_in(tensors))
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
         return False
     if shared_factors.digest(_factors_in(tensors)) == shared_factors.digest(frozen_factors(layers, adapter_name)):
@@ -218,10 +230,10 @@ def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis
         having = [layer for layer in layers.values() if name in layer.lorasb_R]
         if any(layer.lorasb_A[name] is not layer.lorasb_A[basis] for layer in having):
             raise ValueError(f"adapter {name!r} of the model has other A and B than {basis!r}: delete it first")
-    digest = shared_factors.digest(frozen_factors(layers, basis))
+    known = digests(layers, basis)
     scalings = {layer: module.adapters[basis].scaling for layer, module in layers.items()}
     configs = {name: read_config(folder / name) for name in names}  # all files, before the model changes
-    cores = {name: read_cores(folder / name, config, digest, scalings) for name, config in configs.items()}
+    cores = {name: read_cores(folder / name, config, known, scalings) for name, config in configs.items()}
     shapes: dict[str, Shapes] = {layer: {CORE: (m.adapters[basis].r,) * 2} for layer, m in layers.items()}
     for found in cores.values():
         check_factors({layer: {CORE: core} for layer, core in found.items()}, shapes)

@@ -83,7 +83,9 @@ def share_basis(model: PeftModel, adapters: Sequence[str], name: str, r: int | N
     joint = _joined(layers, adapters, ranks)  # all that may fail, before the model is changed
     largest = max(ranks.values())
     pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
+    like = cast(LoRASBConfig, model.peft_config[adapters[0]])
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
+    config.task_type, config.target_parameters = like.task_type, copy.copy(like.target_parameters)
     model.add_adapter(name, config.weights_follow())
     config.awaits_weights = False  # no file is loaded
     return _move_onto(model, adapters, name, joint)
@@ -203,8 +205,9 @@ def _lora_updates(folder: Path) -> dict[str, Update]:
     if not config_file.is_file() or not weights.is_file():
         raise ValueError(f"expected a LoRA adapter with {CONFIG_NAME} and {WEIGHTS_NAME} in {folder}, found none")
     config = read_json(config_file)
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+    other = {"DoRA": config.get("use_dora"), "LoRA with a bias of B": config.get("lora_bias")}
+    if config.get("peft_type") != "LORA" or any(other.values()):
+        kind = next((name for name, is_so in other.items() if is_so), config.get("peft_type"))
         raise ValueError(f"expected a plain LoRA in {folder}, got {kind}")
     tensors = read_tensors(weights)
     alphas: Mapping[str, float] = config.get("alpha_pattern") or {}

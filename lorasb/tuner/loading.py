@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, An
     folder = _folder(model_id, options)
     # the digest stays, as the model may have these very tensors
     return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
+
+
+def completed(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The same for PEFT's loader, but for damaged files: `with_factors` raises, where the new adapter is removed."""
+    with suppress(ValueError):
+        return with_folder(tensors, model_id, options)
+    return tensors
 
 
 def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
@@ -76,7 +84,8 @@ def with_factors(
     if found is None:
         raise ValueError(
             f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this "
-            f"model nor the adapter's folder has: load that one first (model.load_adapter(folder, {config.basis!r}))"
+            "model nor the adapter's folder has: load that one first (PeftModel.from_pretrained(base, BASIS)), then "
+            "this one (model.load_adapter(FOLDER, NAME))"
         )
     if found != adapter_name and share:  # the adapter is to be loaded, and gets the model's own A and B
         basis.stand_on(layers, adapter_name, found)

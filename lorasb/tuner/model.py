@@ -39,6 +39,7 @@ from ..utils.precision import SIXTEEN_BIT, warn_if_slow
 from . import loading, targets
 from .weighted_adapter import SumOptions, combine
 
+COPIES = ("num_beams", "num_return_sequences")  # options of `generate`, the larger of which is each row's copies
 InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], object]
 
 
@@ -176,8 +177,9 @@ class LoRASBModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: object, **kwargs: Any) -> Iterator[None]:
         """Handle `adapter_names`; PEFT enters this context around every forward and generate."""
-        names = kwargs.get("adapter_names")
-        with nullcontext() if names is None else adapters_by_row(self.model, names, kwargs.get("num_beams") or 1):
+        names, given = kwargs.get("adapter_names"), kwargs.get("generation_config")
+        copies = ((kwargs.get(name) or getattr(given, name, None) or 1) for name in COPIES)
+        with nullcontext() if names is None else adapters_by_row(self.model, names, max(copies)):
             yield
 
     def add_weighted_adapter(
@@ -355,7 +357,7 @@ class LoRASBModel(BaseTuner):
             state_dict = loading.with_factors(state_dict, adapter_name, layers, ours, share=True)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
             state_dict = loading.without_foreign(state_dict, model, ours, adapter_name, layers)
-        except ValueError:
+        except BaseException:  # Ctrl-C, too
             # PEFT injected the adapter for this file only; one that was there before stays
             if ours.awaits_weights or not any(layer.is_initialized(adapter_name) for layer in layers.values()):
                 lookup.discard(model, adapter_name)
@@ -371,5 +373,5 @@ def register(init_without_data: InitWithoutData) -> None:
     # register_peft_method raises for a method that is registered already
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
-    private.extend_loader(loading.with_folder)
+    private.extend_loader(loading.completed)
     private.extend_hotswap(PEFT_NAME, loading.swap)

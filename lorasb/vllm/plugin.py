@@ -83,7 +83,7 @@ def check_base(basis: Basis, model: Path) -> None:
 
 def _cores(folder: Path, basis: Basis, dtype: torch.dtype) -> dict[str, Tensor]:
     """R by layer, times s; a ValueError for an adapter that is damaged, or not on the server's basis."""
-    cores = read_cores(folder, read_config(folder), basis.digest)
+    cores = read_cores(folder, read_config(folder), {basis.digest})
     odd = next(iter(cores.keys() ^ basis.factors.keys()), None)
     if odd is not None:
         has = "has R for" if odd in cores else "has no R for"

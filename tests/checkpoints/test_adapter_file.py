@@ -18,6 +18,7 @@ import transformers
 import yaml
 from adapters import layers
 from basis_models import reconfigure
+from huggingface_hub import ModelCard, ModelCardData
 from models import batches_for, llama, logits, make, patched
 from safetensors.torch import load_file, save_file
 from tolerances import check_equal
@@ -374,6 +375,16 @@ def test_the_card_of_a_baseline_says_so(tmp_path: Path) -> None:
     assert "| scaling s | 4 |" in card
     assert "also trained, and saved whole | classifier" in card
     assert "More Information Needed" not in card
+
+
+def test_a_card_that_was_filled_in_keeps_its_text(tmp_path: Path) -> None:
+    patched().save_pretrained(tmp_path)
+    form = ModelCard.from_template(ModelCardData()).text
+    (tmp_path / "README.md").write_text(form.replace("[More Information Needed]", "Not for billing.", 1))
+    patched().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "Not for billing." in card
+    assert card.count("# A LoRA-SB adapter") == 1
 
 
 BROKEN = ["---\n: [\n---\n# mine\n", "---\ntags: 3\n---\n# mine\n", "---\nnever closed\n# mine\n", "# mine\n", ""]

@@ -13,9 +13,10 @@ import peft
 import pytest
 import tolerances
 import torch
+import transformers
 from adapters import layers
 from basis_models import base, with_users
-from models import EXPERTS, batches_for, logits, make, patched
+from models import EXPERTS, batches_for, causal, llama, logits, make, patched
 from networks import Net
 from processes import python
 from safetensors.torch import load_file, save_file
@@ -235,3 +236,33 @@ def test_what_cannot_be_sent_is_refused() -> None:
     core.pop(next(iter(core)))
     with pytest.raises(ValueError, match="expected R of every layer of the basis"):
         lorasb.lora_of(lorasb.adapter_delta(model, "basis"), core)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_rows_are_exported(tied: bool, tmp_path: Path) -> None:
+    plain = causal("Llama", tie_word_embeddings=tied)
+    plain.save_pretrained(tmp_path / "base")
+    model = lorasb.patch(plain, r=4, init="random", trainable_token_indices=[3, 5])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter += 0.5
+    lorasb.export_lora(model, tmp_path / "lora", quiet=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    stock = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    tolerances.check(logits(stock), logits(model.eval()), tolerances.EXPORT)
+
+
+def test_a_tied_embedding_that_is_saved_is_exported(tmp_path: Path) -> None:
+    model = lorasb.patch(llama(), r=4, init="random", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    found = exported(model, tmp_path)
+    assert sum("embed_tokens" in name or "lm_head" in name for name in found) >= 1
+
+
+def test_one_of_several_active_adapters_has_to_be_named(tmp_path: Path) -> None:
+    model = with_users("ada")
+    model.base_model.set_adapter(["default", "ada"])
+    for call in (lambda: lorasb.export_lora(model, tmp_path, quiet=True), lambda: lorasb.adapter_delta(model)):
+        with pytest.raises(ValueError, match="adapters default, ada are active: name one by adapter_name="):
+            call()
+    lorasb.export_lora(model, tmp_path, adapter_name="ada", quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -10,17 +11,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_models import NAMES, a_layer, base, cores_of, moved_to_bank, out, reconfigure, saved, with_basis, with_users
+from basis_models import (
+    NAMES,
+    a_layer,
+    answer,
+    base,
+    cores_of,
+    moved_to_bank,
+    out,
+    reconfigure,
+    saved,
+    with_basis,
+    with_users,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import batches_for, generated
+from models import batches_for, generated, make
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from quantized_models import quantized
 from safetensors.torch import load_file, save_file
 from tolerances import BF16_FEW, EXACT, MERGE, Tolerance, check, check_equal
+from transformers import GenerationConfig
 
 import lorasb
+from lorasb.layers.lookup import layers_with
 from lorasb.serving.bank import zeros_in_huge_pages
 
 
@@ -100,7 +115,9 @@ def test_those_used_least_recently_wait_in_host_memory_and_come_back() -> None:
         check(out(model, *pair), wanted[pair], MERGE)
         assert len(bank.storage) == 2
         assert len(bank) == 3
-    with pytest.raises(ValueError, match="expected at most 2 adapters at a time, as many as may be resident"):
+    with pytest.raises(
+        ValueError, match="all 2 resident adapters serve batches at the moment: expected resident= of at least"
+    ):
         bank.serving(NAMES).__enter__()
     check(out(model, "ada", "emmy"), wanted["ada", "emmy"], MERGE)  # the failed call keeps nothing
 
@@ -306,3 +323,57 @@ def test_large_memory_is_zero_and_private_and_asks_for_huge_pages() -> None:
     permissions, flags = mapping_of(found.data_ptr())
     assert permissions == "rw-p"  # shared memory has no huge pages unless the system's shmem_enabled says so
     assert "hg" in flags.split()
+
+
+def test_a_copy_has_the_scale_of_its_original() -> None:
+    model = with_users("ada")
+    for layer in layers_with(model, "ada").values():
+        layer.set_scale("ada", 2.0)
+    bank = lorasb.AdapterBank(model)
+    bank.add("copy", "ada")
+    check(out(model, "copy", "copy"), out(model, "ada", "ada"), MERGE)
+
+
+def test_an_adapter_with_a_head_is_not_copied_into_a_bank() -> None:
+    model = lorasb.patch(make("roberta"), r=4, init="kaiming").eval()
+    lorasb.add_adapters(model, ["ada"])
+    bank = lorasb.AdapterBank(model)
+    with pytest.raises(
+        ValueError, match=r"adapter 'ada' has more than R \(trained modules or token rows\): serve it by"
+    ):
+        bank.add("copy", "ada")
+
+
+def test_capacity_is_no_larger_than_what_is_resident_and_loading_again_takes_none(tmp_path: Path) -> None:
+    saved(tmp_path, *NAMES)
+    model = PeftModel.from_pretrained(base(), tmp_path)
+    bank = lorasb.AdapterBank(model, resident=2)
+    bank.load(tmp_path)
+    assert len(bank.storage) == 2
+    bank.detach()
+    bank = lorasb.AdapterBank(model, block=2)
+    for _ in range(3):
+        bank.load(tmp_path)
+    assert len(bank.storage) == 4
+
+
+def test_a_folder_that_is_the_current_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, "ada")
+    monkeypatch.chdir(tmp_path / "ada")
+    assert lorasb.AdapterBank(PeftModel.from_pretrained(base(), tmp_path)).load(".").loaded == ["ada"]
+
+
+def test_a_pickled_model_has_no_bank() -> None:
+    model = with_users("ada")
+    lorasb.AdapterBank(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert a_layer(again).stored_cores is None
+    check(answer(again, "ada"), answer(model, "ada"), EXACT)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_copies_of_rows_follow_a_generation_config(options: dict[str, object]) -> None:
+    model, prompts = with_users("ada"), batches_for("llama")[0]["input_ids"]
+    given = GenerationConfig(max_new_tokens=2, pad_token_id=0, **options)
+    found = model.generate(prompts, adapter_names=["ada", "default"], generation_config=given)
+    assert len(found) == 2 * options.get("num_return_sequences", 1)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from basis_models import NAMES, a_layer, answer, base, fill, reconfigure, rewrite, saved, with_basis, with_users
+from basis_models import NAMES, a_layer, answer, base, fill, out, reconfigure, rewrite, saved, with_basis, with_users
 from models import EXPERTS, batches_for, logits, make, patched
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file
-from tolerances import EXACT, MERGE, check, check_equal
+from safetensors.torch import load_file, save_file
+from tolerances import BF16_FEW, EXACT, MERGE, check, check_equal
 
 import lorasb
 from lorasb.layers.adapter_state import FrozenFactors
@@ -346,3 +346,43 @@ def test_a_damaged_file_is_refused_and_the_model_stays(change: Any, message: str
     with pytest.raises(ValueError, match=message):
         load_adapters(model, tmp_path, NAMES)
     assert state(model) == before
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_in_another_dtype_has_the_basis_still(
+    dtype: torch.dtype, low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
+    """A and B are cast as the base is, and adapters on them are known by the digest in their file."""
+    saved(tmp_path, *NAMES)
+    model = PeftModel.from_pretrained(base().to(dtype), tmp_path).eval()
+    for name in NAMES:
+        model.load_adapter(tmp_path / name, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert a_layer(model).lorasb_A[name] is a_layer(model).lorasb_A["default"]
+    wanted = {name: answer(model, name) for name in NAMES}
+    served = PeftModel.from_pretrained(base().to(dtype), tmp_path).eval()
+    bank = lorasb.AdapterBank(served)
+    assert not bank.load(tmp_path).failed
+    load_adapters(PeftModel.from_pretrained(base().to(dtype), tmp_path), tmp_path, NAMES)
+    for name in NAMES:
+        tolerances = BF16_FEW if dtype == torch.bfloat16 else MERGE
+        check(out(served, name, name), wanted[name], tolerances)
+
+
+def test_a_basis_that_was_changed_since_is_no_longer_that_of_its_file(tmp_path: Path) -> None:
+    saved(tmp_path, "ada")
+    model = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path)
+    a_layer(model).lorasb_A["default"].data[0, 0] += 1.0
+    with pytest.raises(ValueError, match="has other A and B than the basis, or the same in another dtype: serve it on"):
+        load_adapters(model, tmp_path, ["ada"])
+
+
+@pytest.mark.parametrize("digest", [torch.zeros(32), torch.zeros(3, dtype=torch.uint8)])
+def test_a_damaged_digest_leaves_no_adapter(digest: torch.Tensor, tmp_path: Path) -> None:
+    saved(tmp_path, "ada")
+    file = tmp_path / "ada" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"lorasb_factors_digest": digest}, file)
+    model = with_basis()
+    with pytest.raises(ValueError, match="expected lorasb_factors_digest of 32 bytes, got"):
+        model.load_adapter(tmp_path / "ada", "ada")
+    assert "ada" not in a_layer(model).lorasb_R

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_models import a_layer, answer, base, fill, with_basis, with_users
+from basis_models import a_layer, answer, base, fill, reconfigure, with_basis, with_users
 from models import batches_for, logits, make, started
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -128,6 +128,13 @@ def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_pat
     assert torch.isfinite(answer(model, "mine")).all()
 
 
+def test_a_lora_with_biases_is_refused(tmp_path: Path) -> None:
+    lora(tmp_path / "lora")
+    reconfigure(tmp_path / "lora", lora_bias=True)
+    with pytest.raises(ValueError, match=r"expected a plain LoRA in .*, got LoRA with a bias of B"):
+        lorasb.project(with_basis(), tmp_path / "lora", "mine", most_lost=1.0)
+
+
 def test_a_lora_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     lora(tmp_path / "lora")
     file = tmp_path / "lora" / "adapter_model.safetensors"
@@ -136,6 +143,17 @@ def test_a_lora_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected an adapter with finite values to project, got NaN or Inf"):
         lorasb.project(model, tmp_path / "lora", "mine", most_lost=1.0)
     assert list(model.peft_config) == ["default"]
+
+
+def test_a_basis_of_experts_loads(tmp_path: Path) -> None:
+    target = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+    model = lorasb.patch(make("mixtral"), r=2, init="kaiming", **target)
+    model.add_adapter("other", lorasb.LoRASBConfig(r=2, init="random", **target))
+    lorasb.share_basis(model, ["default", "other"], "both")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("mixtral"), tmp_path / "both")
+    again.load_adapter(tmp_path / "other", "other")
+    check(answer(again, "other"), answer(model, "other"), MERGE)
 
 
 def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
