@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -131,6 +132,16 @@ class Cache:
                 )
 
 
+def uncut_of(path: str | os.PathLike[str] | None) -> int | None:
+    """Number of blocks that the interrupted run of a cache left uncut (`plan.uncut_blocks`); None if there is none."""
+    key = Path(f"{path}.partial", "key.json")
+    if path is None or not key.is_file():
+        return None
+    name = str((read_json(key).get("blocks and targets") or [""])[0])
+    found = re.search(r", last (\d+) together$", name)
+    return int(found[1]) if found else 0
+
+
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], Json, Json]:
     """Layers (by name), key and facts (loss, number of samples, ...) of a cache file."""
     metadata = safetensors_header(path).get("__metadata__") or {}
@@ -173,6 +184,9 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
     """Everything that the signs of a model depend on, by field; a mismatch is reported by the field's name."""
     # The rank and η are not among it: any adapter can be initialized from the same signs. A loss counts by its name.
     loss = getattr(options.loss_fn, "func", options.loss_fn)  # of a partial, its function
+    loss_name: str | None = None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__)
+    if loss_name is not None and loss_name.endswith("<lambda>"):  # of several in one function, which
+        loss_name += f", line {loss.__code__.co_firstlineno}"  # type: ignore[union-attr]
     return {
         "dtype": str(next(iter(layers.values())).base.dtype).removeprefix("torch."),
         "base weights": weights_hash(model),
@@ -180,7 +194,7 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
         "seed": options.seed,
         "num_samples": seen,
         "data": data,
-        "loss_fn": None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+        "loss_fn": loss_name,
         "versions": versions() | {"lorasb": SIGNS_SINCE},
     }
 

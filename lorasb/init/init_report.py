@@ -263,7 +263,7 @@ class InitReport:
             raise ValueError(f"of must be 'sign' or 'grad', got {of!r}")
         curves = {layer.name: curve for layer in self.layers if (curve := getattr(layer, f"curve_{of}"))}
         if not curves:
-            raise ValueError("these factors came from no gradient: there is no energy to choose ranks by")
+            raise ValueError(f"init={self.init!r} takes no gradient, whose energy decides ranks: use init='update'")
         if energy is None:
             ranks = _best_ranks(curves, int(parameters or 0))
         elif not 0 < energy <= 1:

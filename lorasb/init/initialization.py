@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..compat.torch import uncompiled
@@ -93,15 +93,19 @@ def initialize(
 
     Args:
         model: a patched model.
-        batches: a DataLoader or a list (drawn from by `seed`), or an iterable of dicts (in order); of a rank, its own.
-            {"math": loader, ...}: an adapter for each, on one basis, which is this adapter with R = 0: a `TasksReport`.
+        batches: a DataLoader or a list (samples are drawn by `seed`), or another iterable of dicts (taken in order);
+            of a process, its own share. {"math": loader, ...} adds an adapter per task, all on the A and B of this
+            one, whose R is then 0, and returns a `TasksReport`.
         lr: η of R's first step, `lorasb.first_step_lr` of a schedule; "auto" measures it for AdamW (docs/choosing.md).
-        num_samples: over all ranks; None for min(available, max(32, n/1000)), or all of an iterable without a size.
+        num_samples: over all ranks. None: a thousandth of the data, at least 32, at most all; all of an iterable
+            without a size.
         update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (moments, docs/initialization.md).
-        longest_start: in AdamW steps of R at the rate η; 0 for R = 0, None for the paper's full step. Not of "sgd".
+        longest_start: largest distance of R's start from zero, in AdamW steps at the rate η. 0 starts at R = 0, None
+            takes the paper's full step; ignored by update="sgd".
         strategy: "layerwise" (a block at a time), "accumulate" (passes through the whole model) or "auto"; equal sums.
         blocks: name of the list of blocks ("model.layers"), if the wrong one is detected.
-        memory_budget: bytes on top of the model (or "6GB"); None allows what a training step of 32 samples needs.
+        memory_budget: bytes of gradient sums and blocks' inputs on top of the model (or "6GB"); None allows what a
+            training step of 32 samples needs.
         loss_fn: `loss_fn(model, batch)`, weighted by its rows, in place of L, the mean over a sample's labeled tokens.
         seed: of the draw and of the SVD; the global random state is not touched.
         cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
@@ -127,6 +131,8 @@ def initialize(
         stability=stability,
         progress=progress,
     )
+    if isinstance(batches, Mapping) and any(isinstance(value, Tensor) for value in batches.values()):
+        raise TypeError("expected a list of batches, or a loader by task, got a single batch: pass [batch]")
     run = _initialize_tasks if isinstance(batches, Mapping) else _initialize
     return cast(InitReport, run(uncompiled(model), batches, adapter_name, options))
 

@@ -33,7 +33,12 @@ def from_gradients(
     if options.cache is not None:
         # Before any forward: a cache of other data or weights is refused at once.
         cache = Cache(options.cache, cache_key(model, layers, options, seen, data), batches is not None)
-        signs = cache.load(list(layers))
+        with processes.together():
+            signs = cache.load(list(layers))
+        if len(set(processes.all_gather(int(signs is not None)))) > 1:  # one file system per node
+            raise ValueError(
+                f"cache={str(options.cache)!r} is not there for all processes: name a file that all can read"
+            )
     writer = LayerWriter(layers, _per_sum(work), processes, write, cache)
     if cache is not None and signs is not None:
         if options.stability:

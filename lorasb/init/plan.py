@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..layers.adapted_layer import AdaptedLayer
 from .block_recorder import NotAStackError, Stack, find_stack
+from .cache import uncut_of
 from .sampling import Batch, batch_size
 from .svd import OVERSAMPLE
 from .task import Layers, Work
@@ -215,7 +216,9 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     memory = block_memory + (0 if on_host else boundaries)
     _refuse_too_much(work, sizes, memory, limit, stack)
     per_block = block_bytes(work, stack, sizes)
-    uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
+    uncut = uncut_of(work.options.cache)  # a run resumes with the blocks that it began with
+    if uncut is None:
+        uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
     if uncut:  # differentiated together with the head
         why, end = f"{why}, of which the last {uncut} together", len(stack.blocks) - uncut
         stack = Stack(f"{stack.name}, last {uncut} together", stack.blocks[:end], stack.targets[:end])

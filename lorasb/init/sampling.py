@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
@@ -210,11 +211,12 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
 
 @contextmanager
 def rng_untouched() -> Iterator[None]:
-    """Restore Python's and torch's random states on exit: of the CPU and, once CUDA is in use, of every GPU."""
-    state = random.getstate()
+    """Restore the random states of Python, NumPy and torch: of the CPU and, once CUDA is in use, of every GPU."""
+    state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(numpy_state)

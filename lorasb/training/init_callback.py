@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import SchedulerType, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes, sharded
@@ -41,10 +41,10 @@ class InitCallback(TrainerCallback):
     Args:
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
         seed: for sampling and the SVD; the trainer's `seed` by default.
-        lr: η, instead of the one derived from the trainer's arguments; or "auto", which measures the peak learning rate
-            on the samples, doubles or halves it by two trials of four steps on the trainer's data (docs/choosing.md;
-            not with `samples`, nor if the model is sharded), and sets it in the optimizer, which has to be an Adam, and
-            the schedule, one of transformers', in place of the arguments'.
+        lr: η, in place of the one derived from the trainer's rate. "auto" measures a peak rate on the samples, tries it
+            and a quarter of it for four steps each (not with `samples`, nor if the model is sharded), and trains at
+            twice the rate or at half of it (docs/choosing.md): it replaces `learning_rate` in the optimizer, which has
+            to be an Adam, and in the schedule, one of transformers'.
         samples: batches instead of the trainer's own data, or a function that makes them of the model when training
             begins: for reinforcement learning, whose data has prompts and no labels.
         share_factors: let the run's checkpoints share one file of A and B: each further one adds R and the optimizer's
@@ -72,6 +72,7 @@ class InitCallback(TrainerCallback):
         self.num_samples, self.seed, self.lr = num_samples, seed, lr
         self.samples, self.share_factors, self.options = samples, share_factors, options
         self.report: InitReport | None = None
+        self._is_refined = False  # by trials
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Split a written checkpoint into R and the shared factor file."""
@@ -101,7 +102,9 @@ class InitCallback(TrainerCallback):
             _restore(args, state, name, layers, needed=not initialized)
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
-        if state.global_step > 0 or initialized:
+        # A trial may have run out of memory, after which the trainer begins again with a smaller batch.
+        again = state.global_step == 0 and self.report is not None and self.report.rate is not None
+        if state.global_step > 0 or (initialized and not again):
             lost = state.global_step > 0 and optimizer is not None and not optimizer.state
             if self.lr == "auto" and (state.global_step == 0 or lost):
                 why = f"adapter {name!r} is initialized already, so that no rate is measured"
@@ -112,35 +115,50 @@ class InitCallback(TrainerCallback):
         if optimizer is not None:
             _refuse_copies(optimizer, layers, name)
         # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
-        warmup = args.get_warmup_steps(state.max_steps)
+        has_warmup = args.lr_scheduler_type != SchedulerType.CONSTANT
+        warmup = args.get_warmup_steps(state.max_steps) if has_warmup else 0
         lr: float | AutoRate | None = None if self.lr == "auto" else self.lr
         if self.lr == "auto" and _takes_rates(optimizer, lr_scheduler, args.learning_rate):
             lr = first_step_lr("auto", warmup)
-        lr = first_step_lr(args.learning_rate, warmup) if lr is None else lr
-        self.report = self._initialize(lr, args, model, train_dataloader)
-        if self.report.rate is not None and self.samples is None and not sharded(model):
-            self.report = self._refine(self.report, self.report.rate, name, args, model, train_dataloader)
-        if self.report.rate is not None and optimizer is not None:
-            _set_rate(self.report.rate, optimizer, lr_scheduler, layers, name)
+        peak = _peak(optimizer, lr_scheduler, layers, name) or args.learning_rate
+        lr = first_step_lr(peak, warmup) if lr is None else lr
+        size = state.train_batch_size or args.per_device_train_batch_size  # the first: that of `auto_find_batch_size`
+        report = self.report if again else self._initialize(lr, size, args, model, train_dataloader)
+        self.report = report  # now, as trials may fail
+        if report is not None and report.rate is not None:
+            if not self._is_refined and self.samples is None and not sharded(model):
+                self.report = report = self._refine(report, report.rate, name, size, args, model, train_dataloader)
+                self._is_refined = True
+            if optimizer is not None and report.rate is not None:
+                _set_rate(report.rate, optimizer, lr_scheduler, layers, name)
 
-    def _initialize(self, lr: float | AutoRate, args: TrainingArguments, model: PeftModel, data: Loader) -> InitReport:
-        """Call `initialize` on this process's samples."""
+    def _initialize(
+        self, lr: float | AutoRate, size: int, args: TrainingArguments, model: PeftModel, data: Loader
+    ) -> InitReport:
+        """Call `initialize` on this process's samples, in batches of `size`."""
         seed, count = args.seed if self.seed is None else self.seed, self.num_samples
         options = {"progress": not args.disable_tqdm} | self.options
         # collators may draw (random masking, on the CPU), and training must draw as without this
         with rng_untouched():
             if self.samples is None:
                 # drawn already: a limit would count the rows of batches, and those of preferences have two per example
-                batches, count = _batches(data, args.per_device_train_batch_size, count, seed), None
+                batches, count = _batches(data, size, count, seed), None
             else:  # all, in their order, unless a number is given
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
             return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
 
     def _refine(
-        self, report: InitReport, rate: float, name: str, args: TrainingArguments, model: PeftModel, data: Loader
+        self,
+        report: InitReport,
+        rate: float,
+        name: str,
+        size: int,
+        args: TrainingArguments,
+        model: PeftModel,
+        data: Loader,
     ) -> InitReport:
         """The report with twice or half its rate, by trials on this process's data; R is scaled likewise."""
-        size, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        parts = args.gradient_accumulation_steps
         seed = 1 + (args.seed if self.seed is None else self.seed)  # other samples than the initialization's
         loss_fn, count = self.options.get("loss_fn"), self.num_samples  # of a stream, whose head is read again
         if _is_sized(data.dataset):
@@ -174,16 +192,39 @@ def _is_sized(dataset: object) -> bool:
     return hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
+def _groups(optimizer: Optimizer, layers: Layers, name: str) -> Iterator[tuple[int, dict[str, Any], bool]]:
+    """The places and parameter groups that have an R, and whether they have other parameters, too."""
+    cores = {id(layer.lorasb_R[name]) for layer in layers.values()}
+    for i, group in enumerate(optimizer.param_groups):
+        mine = [id(parameter) in cores for parameter in group["params"]]
+        if any(mine):
+            yield i, group, not all(mine)
+
+
+def _peak(optimizer: Optimizer | None, scheduler: object, layers: Layers, name: str) -> float | None:
+    """The peak rate of R's parameter group; None without an optimizer, or with a schedule whose peak is another."""
+    schedule = getattr(scheduler, "scheduler", scheduler)
+    if optimizer is None or not isinstance(schedule, LambdaLR | None):
+        return None
+    return next((group.get("initial_lr", group["lr"]) for _, group, _ in _groups(optimizer, layers, name)), None)
+
+
 def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
     """Set the peak rate of R's parameter groups; other groups (a head's) keep theirs."""
-    cores = {id(layer.lorasb_R[name]) for layer in layers.values()}
     peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)
-    for i, group in enumerate(optimizer.param_groups):
-        if any(id(parameter) in cores for parameter in group["params"]):
-            group["lr"] *= rate / group.get("initial_lr", group["lr"])
-            group["initial_lr"] = rate
-            if peaks is not None:
-                peaks[i] = rate
+    for i, group, is_shared in _groups(optimizer, layers, name):
+        if is_shared:
+            groups = "torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3, other_lr=1e-3))"
+            warnings.warn(
+                f"modules that are no R (a head) train at R's rate {rate:.2g}, as they share its parameter group: pass "
+                f"Trainer(optimizers=({groups}, None))",
+                stacklevel=3,
+            )
+        peak = group.get("initial_lr", group["lr"])
+        group["lr"] = group["lr"] * rate / peak if peak else group["lr"]
+        group["initial_lr"] = rate
+        if peaks is not None:
+            peaks[i] = rate
 
 
 def _restore(args: TrainingArguments, state: TrainerState, name: str, layers: Layers, needed: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..compat.torch import uncompiled
+from ..config.adapter import WrittenHere
 from ..distributed.process_group import Processes
 from ..init.loss import LossFn
 from ..init.sampling import Batch, rng_untouched
@@ -68,13 +69,13 @@ def find_lr(
     The best rates of two tasks at one rank are up to 16 times apart (REPORT.md): no rule over ranks can replace this.
     A trial trains all that requires a gradient, always on the same batches; then parameters, random states and train or
     eval mode are restored to the bit. Rates go from `lr` by factors of two, up while the loss falls, else down. An
-    initialization's R is proportional to its η, so R's start is scaled with the rate.
+    initialization's R is proportional to its η, so R's start is scaled with the rate; a loaded R is not.
 
     Args:
-        model: a patched and initialized model, or any other whose trained parameters require a gradient.
+        model: a patched model, just initialized or loaded, or any other whose trained parameters require a gradient.
         batches: training batches with labels; the first `judged` measure the loss, the others, with other rows, are
             trained on. Of a rank, its own.
-        lr: the rate to try first, of which the initialization's η was derived (`first_step_lr`).
+        lr: the rate to try first: that of the initialization (`first_step_lr`), as R's start is scaled from it.
         steps: of a trial.
         judged: number of batches whose mean loss decides.
         accumulation: batches per step.
@@ -85,13 +86,16 @@ def find_lr(
         The best rate, and every loss. R is left at its start times best rate over `lr`.
 
     Raises:
-        ValueError: too few batches or none with labels, or a rate or a number that is not positive; the model is
-            unchanged.
+        ValueError: too few batches, none with labels, a rate or a number that is not positive, or no trial with a
+            finite loss; the model is unchanged.
     """
     trial = _Trial(model, lr, _read(batches, lr, steps, judged, accumulation))
     with _bar(progress) as bar:
         losses = _search(lr, lambda rate: trial.loss(rate, optimizer or ADAMW, bar))
     best = min(losses, key=lambda rate: losses[rate])
+    if not math.isfinite(losses[best]):
+        tried = ", ".join(f"{rate:g}" for rate in sorted(losses))
+        raise ValueError(f"no trial has a finite loss, at rates of {tried}: check the labels, or pass a lower lr")
     trial.keep(best)
     return RateTrials(best, losses, steps)
 
@@ -142,13 +146,14 @@ def _bar(progress: bool, total: int | None = None) -> tqdm:
 
 
 def _search(first: float, loss: Callable[[float], float]) -> dict[float, float]:
-    """Loss by rate: `first`, then upward while it falls; downward if the first step up was no better."""
+    """Loss by rate: `first`, then upward while it falls; downward if the first step up was no better, or diverged."""
     losses = {first: loss(first)}
     for factor in (2.0, 0.5):
         best = first
         for _ in range(FARTHEST):
             losses[best * factor] = loss(best * factor)
-            if not losses[best * factor] < losses[best]:
+            is_lower = losses[best * factor] < losses[best]
+            if not is_lower and not (factor < 1 and math.isinf(losses[best])):
                 break
             best *= factor
         if best != first:
@@ -189,19 +194,22 @@ class _Trial:
         cores = [(name.rpartition(".")[2], parameter) for name, parameter in named if "lorasb_R" in name]
         self.adapters = {name for name, _ in cores if adapter in (None, name)}
         self.cores = [parameter for name, parameter in cores if name in self.adapters]
+        # those whose R an initialization wrote here: a loaded one was trained, and other inits have no η
+        configs = getattr(self.model, "peft_config", {})
+        made = {name: getattr(configs.get(name), "init_provenance", None) for name in self.adapters}
+        self.scaled = {name for name, one in made.items() if isinstance(one, WrittenHere) and one.get("lr")}
+        self.starts = [parameter for name, parameter in cores if name in self.scaled]
 
     @torch.no_grad()
     def scale_start(self, rate: float) -> None:
-        for core in self.cores:
+        for core in self.starts:
             core.mul_(rate / self.first)
 
     def keep(self, rate: float) -> None:
         """Leave R at the start of a rate, and η in the adapters' configurations with it."""
         self.scale_start(rate)
-        configs = getattr(self.model, "peft_config", {})
-        for provenance in (getattr(configs.get(name), "init_provenance", None) for name in self.adapters):
-            if provenance and provenance.get("lr"):
-                provenance["lr"] *= rate / self.first
+        for name in self.scaled:
+            self.model.peft_config[name].init_provenance["lr"] *= rate / self.first
 
     def adamw(self, trained: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         """AdamW with this rate for R; others, which learn at theirs, must not decide it."""
@@ -252,6 +260,9 @@ class _Trial:
 @contextmanager
 def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     with ExitStack() as restored, rng_untouched(), modes_restored(model):  # dropout draws
+        norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
+        for statistics in (buffer for norm in norms for buffer in norm.buffers()):
+            restored.callback(statistics.copy_, statistics.clone())
         for parameter in trained:
             restored.callback(parameter.detach().copy_, parameter.detach().clone())
             restored.callback(setattr, parameter, "grad", parameter.grad)

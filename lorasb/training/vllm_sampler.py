@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ class VLLMSampler:
         self.folder = Path(tempfile.mkdtemp(prefix="lorasb-", dir=place)).resolve()
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.synced: Synced | None = None
-        self._step: int | None = None  # of the trainer, when R was sent
+        self._sent: tuple[object, int] | None = None  # the trainer's model, weakly, and step when R was sent
         self._counter = itertools.count()
         self._digest: tuple[Tensor, bytes] | None = None  # of A and B, with the first A
 
@@ -128,7 +129,8 @@ class VLLMSampler:
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[list[int]] | list[list[float]]]:
         """A completion of every prompt (texts or chats), as TRL's `rollout_func` returns them."""
-        if self.synced is None or trainer.state.global_step != self._step:
+        now = weakref.ref(trainer.model), trainer.state.global_step
+        if self.synced is None or self._sent != now:
             model = uncompiled(trainer.accelerator.unwrap_model(trainer.model))
             name, layers = adapted_layers(model, None)
             _check(layers, name)  # on all processes, or the others would wait for one that has failed
@@ -137,7 +139,7 @@ class VLLMSampler:
             else:  # the first process alone sends R to a server that all have
                 self.synced = Synced(self.name, None, 0, 0.0)
             trainer.accelerator.wait_for_everyone()
-            self._step = trainer.state.global_step
+            self._sent = now
         ids = _tokens(prompts, trainer)
         sampling = {key: getattr(trainer, key) for key in OF_TRAINER if getattr(trainer, key, None) is not None}
         found = self.complete(ids, max_tokens=trainer.args.max_completion_length, **sampling)

@@ -222,3 +222,49 @@ def test_a_checkpoint_has_the_measured_rate_in_its_optimizer(tmp_path: Path) -> 
     resumed, last = lorasb.patch(make("llama"), r=4), str(tmp_path / "checkpoint-2")
     trainer = train(resumed, tmp_path, [lorasb.InitCallback(lr="auto")], resume=last, save_only_model=True)
     assert trainer.optimizer.param_groups[0]["initial_lr"] == first.report.rate
+
+
+def test_a_training_that_begins_again_is_measured_no_more_and_refined_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that runs out of memory ends the first start (`auto_find_batch_size`); the second is finished."""
+    refined = Mock(side_effect=[RuntimeError("CUDA out of memory"), lorasb.RateTrials(2e-3, {}, 4)])
+    monkeypatch.setattr(init_callback, "refine_rate", refined)
+    model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(lr="auto", num_samples=6)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(model, tmp_path, [callback])
+    for _ in range(2):
+        trainer = train(model, tmp_path, [callback])
+        assert all(group["initial_lr"] == 2e-3 for group in trainer.optimizer.param_groups if group["params"])
+    assert refined.call_count == 2
+
+
+@pytest.mark.parametrize(
+    ("rate", "option", "eta"),
+    [(3e-2, {}, 3e-2 / 2), (None, {"lr_scheduler_type": "constant"}, 1e-2), (None, {}, 1e-2 / 2)],
+)
+def test_a_start_is_that_of_the_optimizers_rate(
+    rate: float | None, option: dict[str, object], eta: float, tmp_path: Path
+) -> None:
+    """Whatever the arguments have; a constant schedule has no warm-up."""
+    model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(num_samples=6)
+    given = (torch.optim.AdamW(cores(model), lr=rate), None) if rate else None
+    train(model, tmp_path, [callback], optimizers=given, warmup_steps=2, **option)
+    assert callback.report.lr == pytest.approx(eta)
+
+
+def test_a_head_in_rs_own_group_is_named() -> None:
+    model, head = measured()[0], nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([*cores(model), *head.parameters()], lr=1e-2)
+    with pytest.warns(UserWarning, match=r"modules that are no R \(a head\) train at R's rate 0\.003"):
+        init_callback._set_rate(3e-3, optimizer, None, layers(model), "default")
+
+
+def test_a_rate_of_zero_is_replaced() -> None:
+    model = measured()[0]
+    optimizer = torch.optim.AdamW(cores(model), lr=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    init_callback._set_rate(3e-3, optimizer, schedule, layers(model), "default")
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 3e-3

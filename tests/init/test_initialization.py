@@ -158,6 +158,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no lr": ({"lr": None}, NOTHING_GIVEN + ".* got no lr, or 0: "),
     "lr zero": ({"lr": 0.0}, NOTHING_GIVEN),
     "lr text": ({"lr": "Auto"}, NOTHING_GIVEN),
+    "a batch": ({"batches": UNLABELED[0]}, r"expected a list of batches, .* got a single batch: pass \[batch\]"),
     "start negative": ({"longest_start": -1.0}, "longest_start"),
     "start no number": ({"longest_start": math.nan}, "longest_start"),
     "rate of tasks": ({"batches": {"a": IGNORED}, "lr": "auto"}, "lr='auto' measures the rate of one task"),
@@ -187,7 +188,7 @@ def test_bad_and_interrupted_calls_change_nothing(name: str, model: PeftModel) -
     before, answer, modes = factors(model), logits(model), [m.training for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     provenance = copy.deepcopy(model.peft_config["default"].init_provenance)
-    with pytest.raises((ValueError, KeyboardInterrupt), match=message):
+    with pytest.raises((ValueError, TypeError, KeyboardInterrupt), match=message):
         lorasb.initialize(model, **{"batches": batches_for("llama"), "lr": 1e-3, "progress": False} | options)
     tolerances.check_equal(factors(model), before)
     assert torch.equal(logits(model), answer)

@@ -249,3 +249,25 @@ def test_zeros_of_a_gradient_stay_zeros(tmp_path: Path) -> None:
         assert reports[-1].layers[0].zeros == 40
         assert not layers(model)["0"].lorasb_A["default"][:, 7].any()
     assert reports[1].strategy == "cache"
+
+
+def test_a_run_resumes_with_as_many_uncut_blocks_as_it_began_with(cut: tuple[nn.Module, Path, Path]) -> None:
+    """Whatever memory there is now, and whatever rank."""
+    _, path, partial = cut
+    assert caches.uncut_of(path) == 0
+    key = json.loads((partial / "key.json").read_text())
+    key["blocks and targets"][0] = "model.layers, last 3 together"
+    (partial / "key.json").write_text(json.dumps(key))
+    assert caches.uncut_of(path) == 3
+    assert caches.uncut_of(None) is caches.uncut_of(path.with_name("other")) is None
+
+
+def test_two_lambdas_of_one_function_are_two_losses(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    started(batches=SINGLES, cache=path, loss_fn=lambda model, batch: model(**batch).loss)
+    with pytest.raises(ValueError, match="its loss_fn is"):
+        started(
+            batches=SINGLES,
+            cache=path,
+            loss_fn=lambda model, batch: model(**batch).loss.square(),
+        )

@@ -6,8 +6,10 @@ import copy
 import itertools
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,7 @@ from tolerances import check_equal
 from torch import Tensor, nn
 
 import lorasb
+from lorasb.init.sampling import rng_untouched
 from lorasb.training import rate_trials
 from lorasb.training.rate_trials import CLIP, FARTHEST, RAMP, _search
 
@@ -230,3 +233,38 @@ def test_only_the_adapter_of_a_measured_rate_is_scaled() -> None:
                 core.fill_(1.0)
     rate_trials.refine_rate(model, batches(8), 1e-3, adapter="default", progress=False)
     assert all(bool((core == 1.0).all()) for name, core in model.named_parameters() if "lorasb_R.other" in name)
+
+
+def test_a_loaded_adapter_is_not_scaled(tmp_path: Path) -> None:
+    """Its R was trained, and is no start."""
+    patched().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make("llama").double(), tmp_path, is_trainable=True)
+    before, rate = cores(model), model.peft_config["default"].init_provenance["lr"]
+    assert find(model).lr != 1e-3
+    check_equal(cores(model), before)
+    assert model.peft_config["default"].init_provenance["lr"] == rate
+
+
+def test_no_finite_loss_at_all_is_refused_and_leaves_the_model() -> None:
+    model = patched()
+    before = cores(model)
+    unlabeled = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches(8)]
+    with pytest.raises(ValueError, match=r"no trial has a finite loss, at rates of .*0\.001, 0\.002: check the labels"):
+        find(model, unlabeled)
+    check_equal(cores(model), before)
+
+
+def test_statistics_of_batch_norms_are_restored() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with rate_trials._restored(model, list(model.parameters())):
+        model.train()(torch.randn(8, 4) + 3.0)
+        assert not torch.equal(model[0].running_mean, before["0.running_mean"])
+    check_equal(dict(model.named_buffers()), before)
+
+
+def test_random_states_of_numpy_are_restored() -> None:
+    before = np.random.get_state()[1].tolist()
+    with rng_untouched():
+        np.random.rand(700)
+    assert np.random.get_state()[1].tolist() == before

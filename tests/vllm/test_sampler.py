@@ -124,6 +124,10 @@ def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) ->
     before = len(server.asked)
     sampler(["a"], trainer)  # the same step: nothing to send
     assert len(server.asked) == before + 1
+    trainer.model = model()  # another trainer's, at the same step
+    sampler(["a"], trainer)
+    assert [path for path, _ in server.asked[before + 1 :]] == ["/v1/load_lora_adapter", "/v1/completions"]
+    before += 2
     other = lorasb.VLLMSampler(server.address, folder=tmp_path)  # another process: the first one has sent R
     trainer.accelerator.is_main_process = False
     other(["a"], trainer)
