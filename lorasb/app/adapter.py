@@ -27,13 +27,15 @@ from ..init.pipeline import rate_of_initialized
 from ..init.sampling import Batch
 from ..init.task import InitOptions
 from ..layers.lookup import adapted_layers
+from ..serving import joint_basis
 from ..tuner.targets import missing_from_checkpoint
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
+from ..utils.precision import resolve
 from ..utils.reading import read_json
 from .data import load_examples
 from .evaluation import LanguageModeling
-from .prepare import Run, prepare, save_adapter
+from .prepare import Run, device, load_model, prepare, save_adapter
 from .reinforce import rewarded
 from .run_folder import RUN_NAME, SUMMARY_NAME
 from .settings import CONFIG_NAME, InitSettings, Settings, targets, write_config
@@ -200,45 +202,76 @@ class BasisCard:
     dtype: str = "auto"  # of A and B, in which adapters on the basis compute
 
 
-def make_basis(settings: Settings, data: Sequence[str]) -> BasisCard:
-    """Make a basis of rank `settings.r` from the first steps of one task or more, and write it into `settings.output`.
+def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = ()) -> BasisCard:
+    """Make a basis and write it into `settings.output`: from the first steps of tasks, or from trained LoRAs.
+
+    Args:
+        settings: with the rank; that of the LoRAs, or 64, if it has none.
+        data: files of examples, one per task.
+        loras: folders of plain LoRAs of the model, in place of `data`; the basis keeps most of their updates.
 
     Raises:
-        ValueError: files in the folder, two files of one name, labeled examples, or what initialization refuses.
+        ValueError: files in the folder, two tasks of one name, labeled examples, LoRAs of different layers, both or
+            neither of `data` and `loras`, or what initialization refuses.
     """
-    names, output = _names(data), Path(settings.output)
-    settings = replace(settings, data=data[0])
+    names, output = _names(data or loras), Path(settings.output)
+    if bool(data) == bool(loras):
+        raise ValueError("expected --data FILES, whose first steps make the basis, or --lora FOLDERS, whose updates do")
+    settings = replace(settings, data=data[0] if data else None)
     settings.check()
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"expected --output to be a new folder, and {output} has files: take another, or delete it")
     with locked(output):
-        run = prepare(replace(settings, eval_examples=0))
-        encoded = {names[0]: run.train_ids}
-        for name, file in zip(names[1:], data[1:], strict=True):
-            examples, _ = load_examples(replace(settings, data=file, eval_examples=0))
-            encoded[name] = [run.problem.encode(one, run.tokenizer, settings.max_length) for one in examples]
-        refuse_labels(run)
-        run.model = lorasb.patch(run.model, r=settings.r, target_modules=targets(settings.target_modules))
-        loaders = {name: start_loader(run, rows) for name, rows in encoded.items()}
-        options = {"update": settings.update, "seed": settings.seed}
-        shares = initialize_basis(run.model, loaders, num_samples=settings.samples, **options)
-        tasks = {name: {"examples": len(encoded[name]), "kept": shares[name]} for name in names}
+        make = _of_first_steps if data else _of_loras
+        model, dtype, tasks = make(settings, data or loras, names)
         with replacing_folder(output) as folder:
-            run.model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder))
             shared_factors.share(folder)
             digest = shared_factors.recorded_digest(folder / constants.FACTORS_NAME)
-            r, dtype = run.model.peft_config["default"].r, run.precision.name
+            r = cast(lorasb.LoRASBConfig, model.peft_config["default"]).r or 0
             card = BasisCard(settings.model, digest or "", r, settings.update, tasks, dtype)
             write_json(folder / CARD_NAME, card.__dict__)
     return card
 
 
+MadeBasis = tuple[peft.PeftModel, str, dict[str, dict[str, float]]]  # with its dtype, and what it keeps of each task
+
+
+def _of_first_steps(settings: Settings, data: Sequence[str], names: Sequence[str]) -> MadeBasis:
+    run = prepare(replace(settings, eval_examples=0))
+    encoded = {names[0]: run.train_ids}
+    for name, file in zip(names[1:], data[1:], strict=True):
+        examples, _ = load_examples(replace(settings, data=file, eval_examples=0))
+        encoded[name] = [run.problem.encode(one, run.tokenizer, settings.max_length) for one in examples]
+    refuse_labels(run)
+    run.model = lorasb.patch(run.model, r=settings.r, target_modules=targets(settings.target_modules))
+    loaders = {name: start_loader(run, rows) for name, rows in encoded.items()}
+    options = {"update": settings.update, "seed": settings.seed}
+    shares = initialize_basis(run.model, loaders, num_samples=settings.samples, **options)
+    tasks = {name: {"examples": len(encoded[name]), "kept": shares[name]} for name in names}
+    return run.model, run.precision.name, tasks
+
+
+def _of_loras(settings: Settings, loras: Sequence[str], names: Sequence[str]) -> MadeBasis:
+    updates = [joint_basis.lora_updates(Path(folder)) for folder in loras]
+    layers = updates[0].keys()
+    odd = next((folder for folder, one in zip(loras, updates, strict=True) if one.keys() != layers), None)
+    if odd is not None:
+        raise ValueError(f"expected LoRAs of the same layers, and {odd} has others than {loras[0]}")
+    precision = resolve(settings.dtype, device())
+    _, base = load_model(settings, LanguageModeling(), precision.dtype)
+    r = settings.r or max(one.core.shape[0] for one in updates[0].values())
+    model = lorasb.patch(base, r=r, target_modules=sorted(layers))
+    shares = joint_basis.keep_most_of(model, updates)
+    return model, precision.name, {name: {"kept": share} for name, share in zip(names, shares, strict=True)}
+
+
 def _names(data: Sequence[str]) -> list[str]:
     """Names of the tasks, after their files."""
-    names = [Path(file).stem for file in data]
+    names = [path.parent.name if path.name == "adapter" else path.stem for path in map(Path, data)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"expected a file of examples for each task, each with another name, got two named {twice!r}")
+        raise ValueError(f"expected a file or LoRA for each task, each with another name, got two named {twice!r}")
     return names
 
 

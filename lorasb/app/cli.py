@@ -281,20 +281,26 @@ Template = Annotated[str, Option(help="How prompts become text, as in finetune: 
 @basis.command(cls=Command)
 def make(
     model: Annotated[str, Argument(help="Model folder or Hugging Face Hub ID.")],
-    data: Annotated[list[str], Option(help="JSONL files with prompt and completion: a.jsonl b.jsonl, one per task.")],
     output: Annotated[str, Option(help="Folder to write the basis into.")],
-    r: Annotated[int, Option("--r", "--rank", help="Rank, at most 256.")] = 64,
+    data: Annotated[
+        list[str] | None, Option(help="JSONL files with prompt and completion: a.jsonl b.jsonl, one per task.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        Option(help="In place of --data: PEFT LoRAs trained on tasks, whose updates it keeps."),
+    ] = None,
+    r: Annotated[int | None, Option("--r", "--rank", help="Rank, at most 256.", show_default="64; the LoRAs'")] = None,
     update: Annotated[str, Option(help="First step to simulate: adamw, sgd or per-sample, as in finetune.")] = "adamw",
     samples: Samples = None,
     template: Template = "auto",
     seed: Annotated[int, Option(help="Random seed for samples and SVD.")] = 0,
 ) -> None:
-    """Create a basis from the first steps of several tasks: A and B for adapters that hold only R."""
+    """Create a basis from the first steps of several tasks, or from LoRAs: A and B for adapters that hold only R."""
     from .adapter import make_basis
     from .tables import card_table
 
     settings = Settings(model=model, output=output, r=r, update=update, samples=samples, template=template, seed=seed)
-    console.print(card_table(make_basis(settings, data)))
+    console.print(card_table(make_basis(settings, data or [], lora or [])))
     console.print(_files(output))
 
 

@@ -63,7 +63,8 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     if train_examples and not remaining and settings.eval_data is not None:
         raise ValueError(f"{settings.eval_data} has every prompt of --data: name rows that are not to be trained on")
     if not remaining or not held_out:
-        why = "too few examples" if len(train_examples) < 2 else f"one prompt in all of its {len(train_examples)} rows"
+        count, prompts = len(train_examples), len(set(map(_prompt, train_examples)))
+        why = f"one prompt in all of its {count} rows" if prompts == 1 < count else "too few examples"
         raise ValueError(
             f"{settings.data} has {why}: add others to hold some out, or name held-out rows by --eval-data"
         )
@@ -87,6 +88,8 @@ def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example
     """Examples of each set of `--eval-data`, or else up to a tenth of the training set's; drawn at random."""
     if settings.eval_data is not None:
         names = [name.strip() for name in settings.eval_data.split(",") if name.strip()]
+        if not names:
+            raise ValueError(f"--eval-data names no file: {settings.eval_data!r}")
         parts = [read_data(name, settings.score, True, settings.adapter_column) for name in names]
         most = settings.eval_examples
         drawn = (part if len(part) <= most else _shuffled(part, settings.seed)[:most] for part in parts)

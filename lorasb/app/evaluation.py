@@ -237,7 +237,8 @@ class Classification:
         """A text or a pair, cut at `max_length` tokens, and its target."""
         inputs = tokenizer(example.prompt, example.pair or None, truncation=True, max_length=max_length)
         label = example.completion
-        return EncodedText(dict(inputs), self.classes.index(label) if self.classes else float(label))
+        is_cut = len(inputs["input_ids"]) >= max_length
+        return EncodedText(dict(inputs), self.classes.index(label) if self.classes else float(label), is_cut)
 
     def collator(self, tokenizer: Tokenizer, model: Any) -> Collate:
         """See `collate_texts`. Decoders read a row's last token, which they find by the padding token."""

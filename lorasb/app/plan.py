@@ -292,7 +292,7 @@ def plan_memory(request: Request) -> MemoryPlan:
     rows = torch.zeros(SAMPLES, request.seq, dtype=torch.int64, device="meta")
     pieces = [Piece({"input_ids": part, "labels": part}) for part in rows.split(request.batch)]
     work = Work(model, adapted_layers(model)[1], pieces, InitOptions(), Processes())
-    check_positions(model, request.model, request.seq)  # which fake tensors do not notice
+    check_positions(model, request.model, request.seq, "--max-length")  # which fake tensors do not notice
     quantized = _quantizable(model) if request.bits == 4 else []
     if request.bits == 4 and not quantized:
         raise ValueError(f"--bits 4: {request.model} has no linear layer that lorasb.quantize would take")

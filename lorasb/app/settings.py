@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -288,9 +289,7 @@ class Settings:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))  # the class is frozen
         for name in PATHS:  # "~" in YAML and in --output=~/runs, which shells leave as it is
             if value := getattr(self, name, None):
-                parts = (
-                    p if not p.strip().startswith("~") else str(Path(p.strip()).expanduser()) for p in value.split(",")
-                )
+                parts = (os.path.expanduser(part.strip()) if "~" in part else part for part in value.split(","))
                 object.__setattr__(self, name, ",".join(parts))
 
     @property

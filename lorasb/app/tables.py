@@ -216,10 +216,13 @@ def adapter(config: Json, layers: dict[str, dict[str, torch.Tensor]], size: int)
 
 
 def card_table(card: BasisCard) -> Table:
-    """The share that a basis keeps of each task's first step."""
-    table = table_of(f"Basis of rank {card.r} for {card.model}", "task", "examples", f"kept of its rank-{card.r} step")
+    """The share that a basis keeps of each task's first step, or of each LoRA's update."""
+    of_loras = not all("examples" in found for found in card.tasks.values())
+    columns = ("LoRA", "kept of its update") if of_loras else ("task", "examples", f"kept of its rank-{card.r} step")
+    table = table_of(f"Basis of rank {card.r} for {card.model}", *columns)
     for name, found in card.tasks.items():
-        table.add_row(name, f"{found['examples']:.0f}", f"{found['kept']:.0%}")
+        count = [] if of_loras else [f"{found['examples']:.0f}"]
+        table.add_row(name, *count, f"{found['kept']:.0%}")
     return table
 
 

@@ -28,6 +28,7 @@ class Encoded:
     completion: tuple[int, ...]
     learned: tuple[bool, ...] = ()  # True for prompt tokens of earlier assistant turns; empty if there are none
     adapter: str = ""  # the example's
+    is_cut: bool = False  # longer than `max_length`
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -49,7 +50,7 @@ def encode(
 ) -> Encoded:
     """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template."""
     # With `template` prompts do too, where the tokenizer has one. Beyond `max_length` a prompt loses its beginning.
-    # With `whole_prompt` a completion first loses what is beyond half: a long answer must not push a question out.
+    # With `whole_prompt` a completion loses its end, but for an eighth: a long answer must not push a question out.
     messages, answer = messages_of(example, tokenizer, template), example.completion
     if messages:
         pieces = _conversation(messages, tokenizer)
@@ -66,11 +67,12 @@ def encode(
         ids += text_ids
         learned += [mark] * len(text_ids)
     completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    limit = max(max_length - len(ids), max_length // 2, 1) if whole_prompt else max_length - 1
+    is_cut, least = len(ids) + len(completion) > max_length, min(len(completion), max(1, max_length // 8))
+    limit = max(max_length - len(ids), least) if whole_prompt else max_length - 1
     completion = completion[:limit]
     last_tokens = slice(-(max_length - len(completion)), None)
     marks = tuple(learned[last_tokens]) if any(learned[last_tokens]) else ()
-    return Encoded(tuple(ids[last_tokens]), tuple(completion), marks, example.adapter)
+    return Encoded(tuple(ids[last_tokens]), tuple(completion), marks, example.adapter, is_cut)
 
 
 def messages_of(example: Example, tokenizer: Tokenizer, template: bool) -> tuple[dict[str, str], ...]:
@@ -168,6 +170,7 @@ class EncodedText:
 
     inputs: dict[str, list[int]]
     target: int | float
+    is_cut: bool = False  # at `max_length`, or as long
 
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])

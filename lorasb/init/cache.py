@@ -134,8 +134,9 @@ class Cache:
 
 def uncut_of(path: str | os.PathLike[str] | None) -> int | None:
     """Number of blocks that the interrupted run of a cache left uncut (`plan.uncut_blocks`); None if there is none."""
-    key = Path(f"{path}.partial", "key.json")
-    if path is None or not key.is_file():
+    folder = Path(f"{path}.partial")
+    key = folder / "key.json"
+    if path is None or not key.is_file() or not (folder / "boundary.safetensors").is_file():
         return None
     name = str((read_json(key).get("blocks and targets") or [""])[0])
     found = re.search(r", last (\d+) together$", name)
@@ -185,8 +186,9 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
     # The rank and η are not among it: any adapter can be initialized from the same signs. A loss counts by its name.
     loss = getattr(options.loss_fn, "func", options.loss_fn)  # of a partial, its function
     loss_name: str | None = None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__)
-    if loss_name is not None and loss_name.endswith("<lambda>"):  # of several in one function, which
-        loss_name += f", line {loss.__code__.co_firstlineno}"  # type: ignore[union-attr]
+    code = getattr(loss, "__code__", None)
+    if loss_name is not None and loss_name.endswith("<lambda>") and code is not None:  # of several, which
+        loss_name += f", {Path(code.co_filename).name}, line {code.co_firstlineno}"
     return {
         "dtype": str(next(iter(layers.values())).base.dtype).removeprefix("torch."),
         "base weights": weights_hash(model),

@@ -216,8 +216,9 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     memory = block_memory + (0 if on_host else boundaries)
     _refuse_too_much(work, sizes, memory, limit, stack)
     per_block = block_bytes(work, stack, sizes)
-    uncut = uncut_of(work.options.cache)  # a run resumes with the blocks that it began with
-    if uncut is None:
+    # A run resumes with the blocks that it began with; several ranks do not resume.
+    uncut = None if work.processes.is_distributed else uncut_of(work.options.cache)
+    if uncut is None or uncut >= len(stack.blocks) - stack.lowest:  # or of another model, which is then refused
         uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
     if uncut:  # differentiated together with the head
         why, end = f"{why}, of which the last {uncut} together", len(stack.blocks) - uncut

@@ -140,6 +140,19 @@ def joint_factors(updates: Sequence[Update], r: int) -> tuple[Tensor, Tensor]:
     return _completed(left @ b, r), _completed(right @ a, r).t()
 
 
+@torch.no_grad()
+def keep_most_of(model: nn.Module, updates: Sequence[Mapping[str, Update]], adapter: str = "default") -> list[float]:
+    """Give an adapter the A and B that keep most of several updates of its layers, and R = 0; the shares kept."""
+    kept: list[list[Energies]] = [[] for _ in updates]
+    for name, layer in layers_with(model, adapter).items():
+        mine, r = [one[name] for one in updates], layer.adapters[adapter].r
+        b, a = joint_factors(mine, r)
+        layer.set_factors(adapter, b, torch.zeros(r, r), a)
+        for found, update in zip(kept, mine, strict=True):
+            found.append(_projected(update, layer, adapter)[1])
+    return [share_of(found) for found in kept]
+
+
 def _leading(moments: Tensor, r: int) -> Tensor:
     """The leading eigenvectors [m, r] of the sum of symmetric matrices [K, m, m]."""
     vectors = torch.linalg.eigh(moments.sum(0)).eigenvectors
@@ -172,7 +185,7 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
     """
     layers = layers_with(model, basis)
     cores, kept = {}, []
-    for layer, update in _lora_updates(Path(lora)).items():
+    for layer, update in lora_updates(Path(lora)).items():
         module, shape = layers.get(layer), (update.left.shape[0], update.right.shape[1])
         if module is None:
             kept.append((0.0, update.energy))
@@ -200,7 +213,8 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
     return lost
 
 
-def _lora_updates(folder: Path) -> dict[str, Update]:
+def lora_updates(folder: Path) -> dict[str, Update]:
+    """The updates of a plain LoRA of PEFT by layer; a ValueError for any other adapter."""
     config_file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_file.is_file() or not weights.is_file():
         raise ValueError(f"expected a LoRA adapter with {CONFIG_NAME} and {WEIGHTS_NAME} in {folder}, found none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from peft import PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
-from transformers import SchedulerType, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes, sharded
@@ -28,6 +29,7 @@ from .rate_trials import JUDGED, PROBE_STEPS, apart, refine_rate
 # DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
 # starts, the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # transformers' schedules that ignore warm-up steps
 
 
 class InitCallback(TrainerCallback):
@@ -72,6 +74,7 @@ class InitCallback(TrainerCallback):
         self.num_samples, self.seed, self.lr = num_samples, seed, lr
         self.samples, self.share_factors, self.options = samples, share_factors, options
         self.report: InitReport | None = None
+        self._model: weakref.ref[PeftModel] | None = None  # that the report is of
         self._is_refined = False  # by trials
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
@@ -102,35 +105,37 @@ class InitCallback(TrainerCallback):
             _restore(args, state, name, layers, needed=not initialized)
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
+        peak = _peak(optimizer, lr_scheduler, layers, name) or args.learning_rate
         # A trial may have run out of memory, after which the trainer begins again with a smaller batch.
-        again = state.global_step == 0 and self.report is not None and self.report.rate is not None
+        again = state.global_step == 0 and initialized and self._model is not None and self._model() is model
         if state.global_step > 0 or (initialized and not again):
             lost = state.global_step > 0 and optimizer is not None and not optimizer.state
             if self.lr == "auto" and (state.global_step == 0 or lost):
                 why = f"adapter {name!r} is initialized already, so that no rate is measured"
                 if lost:
                     why = "the checkpoint lacks the optimizer (save_only_model), which has the rate that was measured"
-                warnings.warn(f"{why}: learning_rate={args.learning_rate:g} stays", stacklevel=2)
+                warnings.warn(f"{why}: learning_rate={peak:g} stays", stacklevel=2)
             return
         if optimizer is not None:
             _refuse_copies(optimizer, layers, name)
-        # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
-        has_warmup = args.lr_scheduler_type != SchedulerType.CONSTANT
-        warmup = args.get_warmup_steps(state.max_steps) if has_warmup else 0
-        lr: float | AutoRate | None = None if self.lr == "auto" else self.lr
-        if self.lr == "auto" and _takes_rates(optimizer, lr_scheduler, args.learning_rate):
-            lr = first_step_lr("auto", warmup)
-        peak = _peak(optimizer, lr_scheduler, layers, name) or args.learning_rate
-        lr = first_step_lr(peak, warmup) if lr is None else lr
         size = state.train_batch_size or args.per_device_train_batch_size  # the first: that of `auto_find_batch_size`
-        report = self.report if again else self._initialize(lr, size, args, model, train_dataloader)
-        self.report = report  # now, as trials may fail
-        if report is not None and report.rate is not None:
-            if not self._is_refined and self.samples is None and not sharded(model):
-                self.report = report = self._refine(report, report.rate, name, size, args, model, train_dataloader)
-                self._is_refined = True
-            if optimizer is not None and report.rate is not None:
-                _set_rate(report.rate, optimizer, lr_scheduler, layers, name)
+        if not again:
+            # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
+            schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+            warmup = 0 if schedule in WITHOUT_WARMUP else args.get_warmup_steps(state.max_steps)
+            lr: float | AutoRate = first_step_lr(peak, warmup) if self.lr is None or self.lr == "auto" else self.lr
+            if self.lr == "auto" and _takes_rates(optimizer, lr_scheduler, peak):
+                lr = first_step_lr("auto", warmup)
+            self.report = self._initialize(lr, size, args, model, train_dataloader)
+            self._model, self._is_refined = weakref.ref(model), False
+        report = self.report
+        if report is None or report.rate is None:
+            return
+        if not self._is_refined and self.samples is None and not sharded(model):
+            self.report = report = self._refine(report, report.rate, name, size, args, model, train_dataloader)
+            self._is_refined = True
+        if optimizer is not None and report.rate is not None:
+            _set_rate(report.rate, optimizer, lr_scheduler, layers, name)
 
     def _initialize(
         self, lr: float | AutoRate, size: int, args: TrainingArguments, model: PeftModel, data: Loader

@@ -83,7 +83,7 @@ def find_lr(
         progress: show a progress bar (on rank 0).
 
     Returns:
-        The best rate, and every loss. R is left at its start times best rate over `lr`.
+        The best rate, and every loss. R is left at its start times best rate over `lr`, a loaded one at its start.
 
     Raises:
         ValueError: too few batches, none with labels, a rate or a number that is not positive, or no trial with a
@@ -196,9 +196,12 @@ class _Trial:
         self.cores = [parameter for name, parameter in cores if name in self.adapters]
         # those whose R an initialization wrote here: a loaded one was trained, and other inits have no η
         configs = getattr(self.model, "peft_config", {})
-        made = {name: getattr(configs.get(name), "init_provenance", None) for name in self.adapters}
+        made = {name: getattr(config, "init_provenance", None) for name, config in configs.items()}
         self.scaled = {name for name, one in made.items() if isinstance(one, WrittenHere) and one.get("lr")}
-        self.starts = [parameter for name, parameter in cores if name in self.scaled]
+        of_basis = {n for n, config in configs.items() if getattr(config, "basis_start", "") == "same"}
+        of_basis = {name for name in of_basis if configs[name].basis in self.scaled}  # R is a copy of its basis's
+        self.starts = [p for name, p in cores if name in self.adapters and name in self.scaled | of_basis]
+        self.scaled &= self.adapters
 
     @torch.no_grad()
     def scale_start(self, rate: float) -> None:

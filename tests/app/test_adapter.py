@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import peft
 import pytest
+import tolerances
 import torch
 import transformers
 from command import call
@@ -27,7 +28,7 @@ from lorasb.app.data import load_examples
 from lorasb.app.finetune import run_finetune
 from lorasb.app.prepare import prepare, save_adapter
 from lorasb.app.settings import Settings
-from lorasb.app.tables import basis_line
+from lorasb.app.tables import basis_line, card_table
 from lorasb.init.auto_rate import warmup_steps
 from lorasb.layers.lookup import layers_with
 
@@ -279,6 +280,31 @@ def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[st
     assert card.tasks == {"copy": {"examples": 24, "kept": 1.0}}
 
 
+def test_a_trained_lora_makes_a_basis(
+    on_it: Settings, settings: Settings, files: dict[str, str], tmp_path: Path
+) -> None:
+    """It holds all of the LoRA's update, so that its projection answers as the LoRA does; two share one."""
+    for name in ("copy", "next"):
+        options = {"method": "lora", "basis": None, "r": 4, "data": files[name], "epochs": 1.0}
+        run_finetune(replace(on_it, output=str(tmp_path / name), **options))
+    loras = [str(tmp_path / name / "adapter") for name in ("copy", "next")]
+    card = make_basis(replace(settings, r=None, output=str(tmp_path / "one")), [], loras[:1])
+    assert (card.r, card.tasks["copy"]["kept"]) == (4, pytest.approx(1.0, abs=1e-4))
+    base = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "one").eval()
+    assert lorasb.project(model, loras[0], "mine") < 1e-4
+    model.set_adapter("mine")
+    found = logits(model)
+    tolerances.check(found, logits(peft.PeftModel.from_pretrained(model.unload(), loras[0]).eval()), tolerances.EXPORT)
+    card = make_basis(replace(settings, r=4, output=str(tmp_path / "both")), [], loras)
+    assert all(0.1 < one["kept"] < 1.0 for one in card.tasks.values())
+    assert card_table(card).columns[1].header == "kept of its update"
+    run_finetune(replace(on_it, basis=str(tmp_path / "both"), epochs=0.5, output=str(tmp_path / "run")))
+    for data, given in (([], []), ([files["copy"]], loras)):
+        with pytest.raises(ValueError, match=r"expected --data FILES, .*, or --lora FOLDERS, whose updates do"):
+            make_basis(replace(settings, output=str(tmp_path / "no")), data, given)
+
+
 def test_another_basis_is_refused(on_it: Settings, made: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(made, tmp_path / "copy"))
     card, file = json.loads((copy / "basis.json").read_text()), copy / FACTORS
@@ -369,7 +395,7 @@ def test_files_that_make_no_basis(settings: Settings, files: dict[str, str], tmp
     same = write_rows(tmp_path / "other" / "copy.jsonl", task("copy", 1))
     labeled = write_rows(tmp_path / "labels.jsonl", ({"text": f"red {i}", "label": i % 2} for i in range(20)))
     for given, message in (
-        ([files["copy"], same], "each with another name, got two named 'copy'"),
+        ([files["copy"], same], "for each task, each with another name, got two named 'copy'"),
         ([labeled], "got labeled ones: a basis has no head"),
         ([files["copy"], "nowhere"], "expected a JSONL file, found none at nowhere"),
     ):

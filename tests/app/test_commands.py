@@ -182,21 +182,22 @@ def test_rows_that_are_cut_and_those_beyond_learned_positions(
     base: Settings, tmp_path: Path, said: Callable[[], str]
 ) -> None:
     prepare(replace(base, max_length=4))
-    assert "30 of 30 examples reach --max-length 4, and longer ones lose the beginning of their prompt" in said()
+    assert "30 of 30 examples are longer than --max-length 4: prompts lose their beginning, answers their end" in said()
     prepare(base)
     assert "--max-length" not in said()
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 4, "vocab_size": 108}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(base.model).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has 4 learned positions, got \d+ tokens: take a smaller --max-length"):
-        prepare(replace(base, model=str(tmp_path)))
+    for options, setting in (({}, "--max-length"), ({"max_length": 4, "max_new_tokens": 9}, "--max-new-tokens or")):
+        with pytest.raises(ValueError, match=rf"has 4 learned positions, got \d+ tokens: take a smaller {setting}"):
+            prepare(replace(base, model=str(tmp_path), **options))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
 def test_a_download_that_is_not_whole_is_one_line(base: Settings, tmp_path: Path, file: str) -> None:
     shutil.copytree(base.model, tmp_path / "model")
     (tmp_path / "model" / file).write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match=r"cannot load --model .*, expected a folder or hub id whose files are whole"):
+    with pytest.raises(ValueError, match=r"cannot load --model .* \(its files are not complete: git lfs pull"):
         prepare(replace(base, model=str(tmp_path / "model")))
 
 

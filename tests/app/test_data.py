@@ -182,6 +182,15 @@ def test_nothing_to_hold_out_is_named(tmp_path: Path, count: int, why: str) -> N
         load_examples(Settings(data=file))
 
 
+def test_of_people_with_a_row_each_nothing_is_held_out_and_not_for_their_prompts(tmp_path: Path) -> None:
+    rows = ({"prompt": f"q{i}", "completion": "a", "user": f"u{i}"} for i in range(10))
+    settings = Settings(data=write_rows(tmp_path / "a.jsonl", rows), adapter_column="user")
+    with pytest.raises(ValueError, match="has too few examples: add others to hold some out"):
+        load_examples(settings)
+    with pytest.raises(ValueError, match="--eval-data names no file: ','"):
+        load_examples(replace(settings, eval_data=","))
+
+
 def test_chats_are_held_out_by_their_messages(tmp_path: Path) -> None:
     chats = [[{"role": "user", "content": f"q{i % 10}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(20)]
     file = write_rows(tmp_path / "a.jsonl", ({"messages": one} for one in chats))

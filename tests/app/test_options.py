@@ -108,6 +108,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatc
         "/home/ada/a.jsonl",
         "b.jsonl,/home/ada/c.jsonl",
     )
+    assert InitSettings(output="~nobody-of-this-name/x").output == "~nobody-of-this-name/x"
     assert (found.basis, found.cache, found.resume) == ("x~", "/home/ada/signs", "auto")
 
 

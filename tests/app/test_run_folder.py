@@ -92,7 +92,9 @@ def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path,
     file, settings = Path(shutil.copy(data, tmp_path / "data.jsonl")), replace(base, output=str(tmp_path / "run"))
     stop_after(1, replace(settings, data=str(file)), tmp_path / "run")
     file.write_text(file.read_text() + json.dumps({"prompt": "one more", "completion": WORDS[0]}) + "\n")
-    with pytest.raises(ValueError, match="other settings: the examples themselves have changed"):
+    with pytest.raises(
+        ValueError, match="other settings: the examples, or what this version holds out of them, have changed"
+    ):
         run_finetune(replace(settings, data=str(file)))
 
 

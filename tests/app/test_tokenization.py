@@ -91,13 +91,17 @@ def test_long_prompts_lose_their_beginning(tokenizer: Any) -> None:
     assert tokenizer.decode(encoded.prompt).endswith("three")
 
 
-@pytest.mark.parametrize(("prompt", "answer", "kept"), [(20, 1, (6, 2)), (6, 20, (4, 4)), (2, 20, (2, 6))])
-def test_held_out_rows_keep_their_question_and_at_least_half_for_the_answer(
+@pytest.mark.parametrize(
+    ("prompt", "answer", "kept"),
+    [(20, 1, (14, 2)), (12, 20, (12, 4)), (2, 20, (2, 14)), (20, 20, (14, 2)), (4, 1, (4, 2))],
+)
+def test_a_held_out_question_that_fits_is_whole_and_others_leave_room_for_an_answer(
     tokenizer: Any, prompt: int, answer: int, kept: tuple[int, int]
 ) -> None:
     words = Example(" ".join(["one"] * prompt), " ".join(["red"] * answer))
-    encoded = encode(words, tokenizer, 8, whole_prompt=True)
+    encoded = encode(words, tokenizer, 16, whole_prompt=True)
     assert (len(encoded.prompt), len(encoded.completion)) == kept
+    assert encoded.is_cut == (prompt + answer > 15)
 
 
 @pytest.mark.parametrize(

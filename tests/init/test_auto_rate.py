@@ -239,9 +239,24 @@ def test_a_training_that_begins_again_is_measured_no_more_and_refined_once(
     assert refined.call_count == 2
 
 
+def test_every_model_of_a_callback_is_measured(tmp_path: Path) -> None:
+    """Those of `model_init`, one after the other; one that was initialized before keeps its own rate."""
+    callback = lorasb.InitCallback(lr="auto", num_samples=6)
+    trainers = [train(lorasb.patch(make("llama"), r=r), tmp_path, [callback]) for r in (4, 2)]
+    rates = [{group["initial_lr"] for group in one.optimizer.param_groups if group["params"]} for one in trainers]
+    assert rates[0] != rates[1] == {callback.report.rate}
+    with pytest.warns(UserWarning, match=r"is initialized already, so that no rate is measured: learning_rate=0\.01"):
+        train(patched(), tmp_path, [callback])
+
+
 @pytest.mark.parametrize(
     ("rate", "option", "eta"),
-    [(3e-2, {}, 3e-2 / 2), (None, {"lr_scheduler_type": "constant"}, 1e-2), (None, {}, 1e-2 / 2)],
+    [
+        (3e-2, {}, 3e-2 / 2),
+        (None, {"lr_scheduler_type": "constant"}, 1e-2),
+        (None, {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, 1e-2),
+        (None, {}, 1e-2 / 2),
+    ],
 )
 def test_a_start_is_that_of_the_optimizers_rate(
     rate: float | None, option: dict[str, object], eta: float, tmp_path: Path

@@ -15,7 +15,7 @@ import pytest
 import torch
 from adapters import layers
 from gradients import factors
-from models import batches_for, make, started
+from models import batches_for, llama, make, started
 from networks import Mixture, loss_of
 from safetensors.torch import save
 from tolerances import check_equal
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 import lorasb
 from lorasb.init import cache as caches
-from lorasb.init import pipeline, strategies, write
+from lorasb.init import pipeline, plan, strategies, write
 from lorasb.init.task import InitOptions
 
 LR = {"lr": 1e-3, "progress": False}
@@ -251,15 +251,24 @@ def test_zeros_of_a_gradient_stay_zeros(tmp_path: Path) -> None:
     assert reports[1].strategy == "cache"
 
 
-def test_a_run_resumes_with_as_many_uncut_blocks_as_it_began_with(cut: tuple[nn.Module, Path, Path]) -> None:
-    """Whatever memory there is now, and whatever rank."""
-    _, path, partial = cut
-    assert caches.uncut_of(path) == 0
-    key = json.loads((partial / "key.json").read_text())
-    key["blocks and targets"][0] = "model.layers, last 3 together"
-    (partial / "key.json").write_text(json.dumps(key))
-    assert caches.uncut_of(path) == 3
-    assert caches.uncut_of(None) is caches.uncut_of(path.with_name("other")) is None
+def test_a_run_resumes_with_as_many_uncut_blocks_as_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever memory there is now, and whatever rank; and a smaller model is refused by its name."""
+    path = tmp_path / "signs.safetensors"
+    torch.manual_seed(0)
+    deep = llama(num_hidden_layers=6).eval()
+    monkeypatch.setattr(plan, "uncut_blocks", lambda *_: 2)
+    cut_off(lorasb.patch(copy.deepcopy(deep), r=4), path, after=23)
+    monkeypatch.setattr(plan, "uncut_blocks", lambda *_: 0)
+    with pytest.raises(ValueError, match=r"signs\.safetensors\.partial does not fit: its base weights is"):
+        started(batches=SINGLES, cache=path)
+    resumed = lorasb.patch(copy.deepcopy(deep), r=6)
+    report = lorasb.initialize(resumed, SINGLES, cache=path, **LR)
+    assert report.strategy == "layerwise"
+    fresh = lorasb.patch(deep, r=6)
+    lorasb.initialize(fresh, SINGLES, **LR)
+    check_equal(factors(resumed), factors(fresh))
 
 
 def test_two_lambdas_of_one_function_are_two_losses(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lorasb
 from lorasb.layers.lookup import layers_with
-from lorasb.serving.joint_basis import KeptShares, Update, _lora_updates, joint_factors
+from lorasb.serving.joint_basis import KeptShares, Update, joint_factors, lora_updates
 
 
 def two() -> PeftModel:
@@ -111,7 +111,7 @@ def lora(folder: Path, **options: object) -> Tensor:
 def test_a_lora_in_the_basis_is_projected_without_a_loss(tmp_path: Path, options: dict[str, object]) -> None:
     want = lora(tmp_path / "lora", **options)
     model = with_basis(adapter_name="ada")
-    for layer, update in _lora_updates(tmp_path / "lora").items():
+    for layer, update in lora_updates(tmp_path / "lora").items():
         layers_with(model, "ada")[layer].set_factors("ada", update.left, torch.zeros(4, 4), update.right)
     assert lorasb.project(model, tmp_path / "lora", "mine", basis="ada") < 1e-6
     check(answer(model, "mine"), want, MERGE)

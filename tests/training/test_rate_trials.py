@@ -268,3 +268,13 @@ def test_random_states_of_numpy_are_restored() -> None:
     with rng_untouched():
         np.random.rand(700)
     assert np.random.get_state()[1].tolist() == before
+
+
+def test_a_copy_of_a_start_is_scaled_as_the_start_is() -> None:
+    model = patched()
+    lorasb.add_adapters(model, ["ada"], basis_start="same")
+    model.set_adapter("ada")
+    before = cores(model)
+    found = find(model)
+    assert found.lr != 1e-3
+    check_equal(cores(model), {name: value * (found.lr / 1e-3) for name, value in before.items()})
