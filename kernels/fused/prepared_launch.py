@@ -127,7 +127,7 @@ class Prepared:
         if stream or is_captured(like):
             return workspace.counters(like.device, self._count)
         if self._own_zeros is None:
-            self._own_zeros = workspace.counters(like.device, self._count)  # gives side streams theirs, too
+            self._own_zeros = workspace.counters(like.device, self._count)
         return self._own_zeros
 
     def _lay_out(self, index: int, itemsize: int, calls: Sequence[Launch], inner: Sequence[Tensor]) -> int:

@@ -117,7 +117,8 @@ def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool
     def check(found: autotune.Gradients) -> None:
         autotune.check_backward([rows], _dense_members(operands, members, rows), [u], mask, found)
 
-    plan = _first_plan("backward", rows, members, mask, partial(run, need=(True, need_dcores)), check, "4bit")
+    first = partial(run, need=(True, need_dcores))
+    plan = _first_backward(rows, members, mask, first, check, need_dcores, "4bit")
     dx, dcores = run(plan, need=(need_dx, need_dcores))
     return _gradients(dy, dx, dcores, operands.cores)
 
@@ -281,10 +282,23 @@ def _forward_plan(x: Tensor, members: Members, mask: Mask) -> LaunchPlan:
 
 def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask) -> LaunchPlan:
     rows = [rows_of(dy) for dy in dys]
-    need_dcore = all(len(u) == len(row) for u, row in zip(us, rows, strict=True))  # u is not saved for a frozen R
-    run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=need_dcore, mask=mask)
-    check = partial(autotune.check_backward, rows, members, us, mask)
-    return _first_plan("backward", rows[0], members, mask, run, check)
+    has_u = all(len(u) == len(row) for u, row in zip(us, rows, strict=True))  # which is not saved for a frozen R
+    run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=has_u, mask=mask)
+    return _first_backward(
+        rows[0], members, mask, run, partial(autotune.check_backward, rows, members, us, mask), has_u
+    )
+
+
+def _first_backward(
+    rows: Tensor, members: Members, mask: Mask, run: autotune.Run, check: autotune.Check, has_dcore: bool, *quant: str
+) -> LaunchPlan:
+    """The plan of a backward; one without dR is checked at the first of its kind, and decides no plan."""
+    if has_dcore:
+        return _first_plan("backward", rows, members, mask, run, check, *quant)
+    given = "backward", rows, members, *(quant or ("none",)), mask.dropout > 0.0
+    plan = plan_of(*given)
+    autotune.first_check((_shape(*given), "dx alone"), rows, lambda: check(run(plan)))
+    return plan
 
 
 def _first_plan(

@@ -145,7 +145,7 @@ def read_cores(
     tensors = reading.read_tensors(file, mapped=False)  # in half the time (SmolLM2 at r = 64, Zen 3)
     factors = {key: value for key, value in tensors.items() if is_factor(key)}
     if (referenced_digest(tensors) or factors_digest(factors)) not in digests:
-        advice = "serve it on the basis that it was trained on, loaded from its file"
+        advice = "load the base model in the dtype that it was trained in, and then the basis"
         raise ValueError(f"{folder} has other A and B than the basis, or the same in another dtype: {advice}")
     others = [key for key in tensors if key != DIGEST and not any(f".{part}" in key for part in FACTORS)]
     if others:

@@ -107,14 +107,20 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Move or cast the layer, and A and B with their base; read a quantized base again."""
         super()._apply(fn, recurse)
         self.base.moved()
-        for name in self.adapters:
-            if self.lorasb_A[name].dtype != self.factor_dtype_of(name):
-                self.cast_factors(name)
+        self._follow_base()
         return self
+
+    def _follow_base(self) -> None:
+        """Cast A and B as their base was cast; R, which optimizers hold, stays the same parameter."""
+        for name, state in self.adapters.items():
+            if self.lorasb_A[name].dtype != self.factor_dtype_of(name):
+                self.cast_factors(name, frozen_alone=True)
+            if state.basis is not None and self.lorasb_A[name] is not self.lorasb_A[state.basis]:
+                self.stand_on(name, state.basis)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise RuntimeError(
-            "LoRA-SB layers do not run in nn.DataParallel, which Trainer takes for several GPUs of one process: start "
+            "LoRA-SB layers do not run in nn.DataParallel, which Trainer uses when a process sees several GPUs: start "
             "one process per GPU (torchrun), or set CUDA_VISIBLE_DEVICES=0"
         )
 
@@ -264,15 +270,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         r = self.adapters[name].r
         return {"lorasb_A": (r, self.in_features), "lorasb_R": (r, r), "lorasb_B": (self.out_features, r)}
 
-    def cast_factors(self, adapter_name: str, wide_core: bool | None = None) -> None:
-        """Move an adapter to the base's device, with A and B frozen in the dtype that they were asked in."""
+    def cast_factors(self, adapter_name: str, wide_core: bool | None = None, frozen_alone: bool = False) -> None:
+        """Move an adapter, or A and B alone, to the base's device, in the dtypes that they were asked in."""
         if adapter_name not in self.lorasb_R:
             return
         if wide_core is not None:
             (self.lorasb_R.stored_16bit.discard if wide_core else self.lorasb_R.stored_16bit.add)(adapter_name)
         narrow = adapter_name in self.lorasb_R.stored_16bit
         frozen, core = self.factor_dtype_of(adapter_name), self.base.dtype if narrow else self.core_dtype
-        for factors, dtype in ((self.lorasb_A, frozen), (self.lorasb_B, frozen), (self.lorasb_R, core)):
+        cores = [] if frozen_alone else [(self.lorasb_R, core)]
+        for factors, dtype in [(self.lorasb_A, frozen), (self.lorasb_B, frozen), *cores]:
             old = factors[adapter_name]
             device = old.device if old.device.type == "meta" else self.base.device
             if (old.dtype, old.device) != (dtype, device):
@@ -411,6 +418,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.base = base
         if base.module is not self.base_layer:
             self.base_layer = base.module
+        self._follow_base()  # a merged one may have been cast meanwhile
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """W [out, in] of a tensor in the base weight's layout; a view."""

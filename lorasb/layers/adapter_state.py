@@ -133,7 +133,7 @@ def other_length(inputs: int, names: int) -> str:
     """The message for adapter_names that are not one for each row, in PEFT's words, and the fix."""
     return (
         f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {inputs} "
-        "respectively: give a name for each row of the batch"
+        "respectively: give a name for each row of the batch, and num_beams or num_return_sequences to generate()"
     )
 
 

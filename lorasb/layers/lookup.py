@@ -65,7 +65,7 @@ def frozen_factors(layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[s
 def digests(layers: dict[str, AdaptedLayer], adapter_name: str) -> set[bytes]:
     """The digest of an adapter's A and B, and that of their file, where they have been cast since it was read."""
     found = digest(frozen_factors(layers, adapter_name))
-    cast = next(iter(layers.values())).adapters[adapter_name].cast_from
+    cast = next((layer.adapters[adapter_name].cast_from for layer in layers.values()), None)
     return {found, cast[1]} if cast is not None and cast[0] == found else {found}
 
 

@@ -78,6 +78,9 @@ class OpaqueBase(Kept):
         super().__init__(module)
         self.name, self.shape, self.dtype, self.backend = name, shape, dtype, backend
 
+    def moved(self) -> None:
+        self.dtype = _dtype(self.module, self.dtype)
+
     @torch.no_grad()
     def weight(self) -> Tensor:
         try:
@@ -203,9 +206,7 @@ def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
         hint = f": pip install {PACKAGES[kind]}" if kind in PACKAGES else ", or name it in exclude_modules"
         raise TypeError(f"target {name!r} is a {kind} that failed on x [3, in] ({error}){hint}") from error
     if y.shape != (3, opaque.shape[0]) or not _is_linear(y.detach().double()):
-        raise TypeError(
-            f"target {name!r} ({kind}) is not linear: of 2x it makes other than twice y. Name it in exclude_modules"
-        )
+        raise TypeError(f"target {name!r} ({kind}) is not linear, as 2x does not give 2y: name it in exclude_modules")
     if trained and gradient is None:
         raise TypeError(
             f"target {name!r}, a {opaque.name} layer, has no gradient of its input: layers below it would learn "

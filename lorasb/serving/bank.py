@@ -214,7 +214,7 @@ class AdapterBank:
         """
         report = LoadReport()
         found = [(one.name, one) for folder in folders for one in adapters_in(Path(os.path.abspath(folder)))]
-        found += [(name, Path(folder)) for name, folder in named.items()]
+        found += [(name, Path(os.path.abspath(folder))) for name, folder in named.items()]
         paths = dict(reversed(found))
         for name, path in found:
             if path != paths[name]:
@@ -284,8 +284,8 @@ class AdapterBank:
         name = next((name for name in self._slots if not self._in_use[name]), None)
         if name is None:
             raise ValueError(
-                f"all {self.resident} resident adapters serve batches at the moment: expected resident= of at least "
-                "as many as the batches have that are computed at a time"
+                f"all {self.resident} resident adapters are in use: expected AdapterBank(resident=...) of at least the "
+                "number of different adapters in the batches that run at the same time"
             )
         slot = self._slots.pop(name)
         self._waiting[name] = self.storage[slot].detach().cpu().clone()
@@ -336,12 +336,14 @@ class AdapterBank:
                 raise ValueError(f"expected an adapter of the model on the A and B of {self.basis!r}, got {adapter!r}")
         model = cast(nn.Module, self._model())
         wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
-        if any(adapter in wrapper._adapters for wrapper in wrappers):
+        if adapter != self.basis and any(adapter in wrapper._adapters for wrapper in wrappers):
             raise ValueError(
                 f"adapter {adapter!r} has more than R (trained modules or token rows): serve it by its name"
             )
         found = {}
         for name, layer in layers.items():
+            if not layer.adapters[self.basis].scaling:
+                raise ValueError(f"the scale of {self.basis!r} is 0, so that no R on it does anything: set_scale(...)")
             ratio = layer.adapters[adapter].scaling / layer.adapters[self.basis].scaling
             found[name] = layer.lorasb_R[adapter] if ratio == 1.0 else layer.lorasb_R[adapter] * ratio
         return found

@@ -90,18 +90,16 @@ def _factors_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def with_digest(layers: dict[str, AdaptedLayer], digest: bytes, first: str) -> str | None:
     """The adapter of all these layers whose A and B have a digest; `first` is tried first."""
-    candidates = dict.fromkeys((first, *(name for layer in layers.values() for name in layer.lorasb_R)))
-    seen: set[tuple[int, ...]] = set()
-    for name in candidates:
+    bases = {adapter: basis for layer in layers.values() for adapter, basis in layer.bases.items()}
+    names = (first, *(name for layer in layers.values() for name in layer.lorasb_R))
+    for name in dict.fromkeys(bases.get(name, name) for name in names):  # whose the tensors are
         if not all(name in layer.lorasb_R for layer in layers.values()):
             continue
         factors = frozen_factors(layers, name)
         if any(value.is_meta for value in factors.values()):  # of an adapter that is being loaded
             continue
-        key = tuple(value.data_ptr() for value in factors.values())
-        if key not in seen and digest in digests(layers, name):
+        if digest in digests(layers, name):
             return name
-        seen.add(key)
     return None
 
 
@@ -113,15 +111,17 @@ def stand_on(layers: dict[str, AdaptedLayer], adapter_name: str, basis: str) -> 
 def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
     """Let a file's own A and B be written; True if the adapter left its basis, a ValueError if others share them."""
     shared = adapter_name in {name for layer in layers.values() for pair in layer.bases.items() for name in pair}
-    note_cast(layers, adapter_name, _factors_in(tensors))
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
+        note_cast(layers, adapter_name, _factors_in(tensors))
         return False
-    if shared_factors.digest(_factors_in(tensors)) == shared_factors.digest(frozen_factors(layers, adapter_name)):
+    owner = next(layer.bases.get(adapter_name, adapter_name) for layer in layers.values())
+    if shared_factors.digest(_factors_in(tensors)) in digests(layers, owner):
         return False
     leaves = any(adapter_name in layer.bases for layer in layers.values())
     for layer in layers.values():
         layer.leave_basis(adapter_name)
     refuse_shared_basis(layers, adapter_name)
+    note_cast(layers, adapter_name, _factors_in(tensors))
     return leaves
 
 
@@ -226,6 +226,8 @@ def save_cores(folder: Path, layers: Mapping[str, AdaptedLayer], name: str, conf
 def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
     """Load R's of adapters on the basis from `folder`, adding missing adapters; a ValueError changes nothing."""
     layers = layers_with(model, basis)
+    if not layers:
+        raise ValueError(f"the model has no adapter {basis!r}, on whose A and B to load others: load it first")
     for name in names:
         having = [layer for layer in layers.values() if name in layer.lorasb_R]
         if any(layer.lorasb_A[name] is not layer.lorasb_A[basis] for layer in having):

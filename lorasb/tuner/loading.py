@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import frozen_factors, layers_with, refuse_shared_basis
+from ..layers.lookup import frozen_factors, layers_with, note_cast, refuse_shared_basis
 from ..serving import basis
 from ..utils.reading import AGAIN
 from .targets import without_wrapper
@@ -37,11 +36,16 @@ def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, An
     return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
 
 
+_faults: dict[tuple[int, ...], str] = {}  # by the digest in the adapter's file
+
+
 def completed(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """The same for PEFT's loader, but for damaged files: `with_factors` raises, where the new adapter is removed."""
-    with suppress(ValueError):
+    """The same for PEFT's loader; of a damaged file `with_factors` raises, where a new adapter is removed."""
+    try:
         return with_folder(tensors, model_id, options)
-    return tensors
+    except ValueError as error:
+        _faults[tuple(tensors[DIGEST].flatten().tolist())] = str(error)
+        return tensors
 
 
 def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
@@ -79,6 +83,8 @@ def with_factors(
             basis.make_room(layers, adapter_name, others)
         config.basis = None
         return others
+    if found is None and (fault := _faults.pop(tuple(expected_digest), None)):
+        raise ValueError(fault)
     if found is None and not config.basis:
         raise shared_factors.missing_factors_error()
     if found is None:
@@ -170,6 +176,7 @@ def swap(
         adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
     except ValueError as error:
         raise ValueError(f"{path} does not fit the loaded adapter {adapter_name!r}: {error}") from None
+    note_cast(layers, adapter_name, {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()})
     others = [key for key in tensors if not any(f".{part}" in key for part in FACTORS)]
     if others:
         raise ValueError(

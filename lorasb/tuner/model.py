@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import adapter_file
@@ -177,8 +178,10 @@ class LoRASBModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: object, **kwargs: Any) -> Iterator[None]:
         """Handle `adapter_names`; PEFT enters this context around every forward and generate."""
-        names, given = kwargs.get("adapter_names"), kwargs.get("generation_config")
-        copies = ((kwargs.get(name) or getattr(given, name, None) or 1) for name in COPIES)
+        names, given = kwargs.get("adapter_names"), [*args, kwargs.get("generation_config")]
+        configs = [one for one in given if isinstance(one, GenerationConfig)]
+        configs += [self.model.generation_config] if configs else []  # which fills in what is not set
+        copies = [kwargs.get(name) or next(filter(None, (getattr(one, name) for one in configs)), 1) for name in COPIES]
         with nullcontext() if names is None else adapters_by_row(self.model, names, max(copies)):
             yield
 
@@ -359,7 +362,7 @@ class LoRASBModel(BaseTuner):
             state_dict = loading.without_foreign(state_dict, model, ours, adapter_name, layers)
         except BaseException:  # Ctrl-C, too
             # PEFT injected the adapter for this file only; one that was there before stays
-            if ours.awaits_weights or not any(layer.is_initialized(adapter_name) for layer in layers.values()):
+            if ours.awaits_weights:
                 lookup.discard(model, adapter_name)
             raise
         ours.awaits_weights = False

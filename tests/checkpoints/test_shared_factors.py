@@ -113,6 +113,18 @@ def test_factors_that_are_gone_or_damaged(run: tuple[Path, nn.Module], tmp_path:
         lorasb.export_lora(tmp_path / "one", tmp_path / "out")
 
 
+def test_resuming_names_damage_and_leaves_the_adapter(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    last, first = (shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / str(step)) for step in (3, 2))
+    content = bytearray((last / FACTORS_NAME).read_bytes())
+    content[-1] ^= 1
+    (last / FACTORS_NAME).write_bytes(content)
+    model = lorasb.patch(make("llama"), r=4)
+    with pytest.raises(ValueError, match=r"lorasb_factors\.safetensors is damaged"):
+        model.load_adapter(last, "default", is_trainable=True)
+    model.load_adapter(first, "default", is_trainable=True)
+    assert all(value.any() for value in factors(model).values())
+
+
 def test_resuming_from_another_runs_folder_and_under_another_name(tmp_path: Path) -> None:
     old = tmp_path / "old" / "checkpoint-2"
     model, fresh = (lorasb.patch(make("llama"), r=4, adapter_name="mine") for _ in range(2))

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import models
+import peft
 import pytest
 import tolerances
 import torch
@@ -101,6 +102,38 @@ def test_a_cast_model_computes_whatever_its_base(cast: torch.dtype, bits: int) -
     layer = lorasb.patch(model, r=4, init="random", target_modules=["0"]).base_model.model.to(cast)[0]
     assert layer.lorasb_A["default"].dtype == layer.base.dtype == (torch.bfloat16 if bits == 4 else cast)
     assert layer(torch.randn(3, 64, dtype=cast)).isfinite().all()
+
+
+def test_a_cast_keeps_the_parameter_of_r_whatever_its_dtype() -> None:
+    """Optimizers hold it."""
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)),
+        lorasb.LoRASBConfig(r=2, init="random", target_modules=["0"]),
+        autocast_adapter_dtype=False,
+    )
+    core = model.base_model.model[0].lorasb_R["default"]
+    model.bfloat16()
+    assert model.base_model.model[0].lorasb_R["default"] is core
+
+
+def test_a_base_that_was_merged_while_it_was_cast_computes() -> None:
+    model = lorasb.patch(lorasb.quantize(nn.Sequential(nn.Linear(64, 64))), r=4, init="random", target_modules=["0"])
+    model.merge_adapter()
+    model.half()
+    model.unmerge_adapter()
+    layer = model.base_model.model[0]
+    assert layer(torch.randn(2, 64, dtype=layer.base.dtype)).isfinite().all()
+
+
+def test_a_probed_layer_casts_its_factors() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    layer = lorasb.patch(nn.Sequential(Own(8, 8)), r=2, init="random", target_modules=["0"]).base_model.model[0]
+    for dtype in (torch.bfloat16, torch.float32):
+        layer.to(dtype)
+        assert layer.lorasb_A["default"].dtype == layer.base.dtype == dtype
 
 
 def test_wide_factors_stay_in_fp32_to_the_bit() -> None:

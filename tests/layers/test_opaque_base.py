@@ -270,7 +270,7 @@ Missing = opaque("EetqLinear", fail)  # of a package that is not installed
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Bent, r"target 'proj' \(Bent\) is not linear: of 2x it makes other than twice y"),
+        (Bent, r"target 'proj' \(Bent\) is not linear, as 2x does not give 2y"),
         (Cut, r"'proj', a Cut layer, has no gradient of its input"),
         (Broken, r"'proj' is a Broken that failed on x \[3, in\] \(no such kernel\), or name it in exclude_modules"),
         (Missing, "pip install eetq"),

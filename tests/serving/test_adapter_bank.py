@@ -116,7 +116,7 @@ def test_those_used_least_recently_wait_in_host_memory_and_come_back() -> None:
         assert len(bank.storage) == 2
         assert len(bank) == 3
     with pytest.raises(
-        ValueError, match="all 2 resident adapters serve batches at the moment: expected resident= of at least"
+        ValueError, match=r"all 2 resident adapters are in use: expected AdapterBank\(resident=\.\.\.\) of at least"
     ):
         bank.serving(NAMES).__enter__()
     check(out(model, "ada", "emmy"), wanted["ada", "emmy"], MERGE)  # the failed call keeps nothing
@@ -371,9 +371,15 @@ def test_a_pickled_model_has_no_bank() -> None:
     check(answer(again, "ada"), answer(model, "ada"), EXACT)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}])
 def test_copies_of_rows_follow_a_generation_config(options: dict[str, object]) -> None:
     model, prompts = with_users("ada"), batches_for("llama")[0]["input_ids"]
-    given = GenerationConfig(max_new_tokens=2, pad_token_id=0, **options)
-    found = model.generate(prompts, adapter_names=["ada", "default"], generation_config=given)
-    assert len(found) == 2 * options.get("num_return_sequences", 1)
+    given = GenerationConfig(max_new_tokens=4, pad_token_id=0, **options)
+    names, copies = ["ada", "default"], options.get("num_return_sequences", 1)
+    found = model.generate(prompts, adapter_names=names, generation_config=given).view(2, copies, -1)
+    positional = model.generate(prompts, given, adapter_names=names).view(2, copies, -1)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        want = model.generate(prompts[row : row + 1], generation_config=given)
+        assert torch.equal(found[row], want)
+        assert torch.equal(positional[row], want)

@@ -369,11 +369,34 @@ def test_a_base_in_another_dtype_has_the_basis_still(
         check(out(served, name, name), wanted[name], tolerances)
 
 
+def test_on_a_cast_basis_adapters_and_the_basis_load_again(tmp_path: Path) -> None:
+    """Also after a load that was refused, and by hotswapping."""
+    saved(tmp_path / "all", "ada")
+    other = with_basis(init_seed=7)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copytree(tmp_path / "all" / "ada", tmp_path / "alone" / "ada")
+    model = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path / "all").eval()
+    for _ in range(2):
+        model.load_adapter(tmp_path / "alone" / "ada", "ada")
+        assert a_layer(model).lorasb_A["ada"] is a_layer(model).lorasb_A["default"]
+    model.load_adapter(tmp_path / "all", "default")
+    with pytest.raises(ValueError, match="whose R would mean nothing on other A and B"):
+        model.load_adapter(tmp_path / "other", "default")
+    load_adapters(model, tmp_path / "all", ["ada"])
+    with pytest.raises(ValueError, match="the model has no adapter 'nobody', on whose A and B to load others"):
+        load_adapters(model, tmp_path / "all", ["ada"], basis="nobody")
+    swapped = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path / "other").eval()
+    hotswap_adapter(swapped, str(tmp_path / "all"), "default")
+    assert not lorasb.AdapterBank(swapped).load(tmp_path / "all" / "ada").failed
+
+
 def test_a_basis_that_was_changed_since_is_no_longer_that_of_its_file(tmp_path: Path) -> None:
     saved(tmp_path, "ada")
     model = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path)
     a_layer(model).lorasb_A["default"].data[0, 0] += 1.0
-    with pytest.raises(ValueError, match="has other A and B than the basis, or the same in another dtype: serve it on"):
+    with pytest.raises(
+        ValueError, match="has other A and B than the basis, or the same in another dtype: load the base"
+    ):
         load_adapters(model, tmp_path, ["ada"])
 
 
