@@ -36,6 +36,7 @@ from benchmarks.research.shared_bases import (
     MEAN,
     SHARED,
     TRAIN_STEPS,
+    TRAINED,
     UNSEEN,
     Task,
     base,
@@ -132,7 +133,7 @@ def over_own(rows: Sequence[Row]) -> list[list[str]]:
     Last, the share of what LoRA r = 1 gains over the model without an adapter that R on the shared basis gains. Means
     over the seeds that both have.
     """
-    columns = [*((EIGHT, r) for r in SMALL), (RANDOM, SMALL[0])]
+    columns = [*((EIGHT, r) for r in SMALL), (TRAINED, SMALL[0]), (RANDOM, SMALL[0])]
     head = [f"{kind}, r={r}" for kind, r in columns] + [f"of {LORA}'s gain, r={r}" for r in SMALL]
     out = [["task", *head]]
     for task in TASKS:

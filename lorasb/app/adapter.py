@@ -201,6 +201,11 @@ class BasisCard:
     tasks: dict[str, dict[str, float]]  # task -> number of its examples, and the share of its first step that is kept
     dtype: str = "auto"  # of A and B, in which adapters on the basis compute
 
+    @property
+    def of_loras(self) -> bool:
+        """True if it was made of LoRAs' updates, of which the share of a first step that they keep says nothing."""
+        return all("examples" not in found for found in self.tasks.values())
+
 
 def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = ()) -> BasisCard:
     """Make a basis and write it into `settings.output`: from the first steps of tasks, or from trained LoRAs.
@@ -311,11 +316,13 @@ def card_of(settings: Settings) -> BasisCard:
     return card
 
 
-def load_basis(run: Run) -> dict[str, float]:
-    """Load a run's basis, measure the rate if none is given, and return how well the data fits."""
-    settings = run.settings
-    found = _load_and_fit(run, card_of(settings))
-    run.fit = {"share": found.share, "random": found.random}
+def load_basis(run: Run) -> dict[str, float] | None:
+    """Load a run's basis, measure the rate if none is given, and return how well the data fits, if that is known."""
+    settings, card = run.settings, card_of(run.settings)
+    load_adapter(run, Path(settings.basis or ""))
+    if not card.of_loras:
+        found = _fit(run, card)
+        run.fit = {"share": found.share, "random": found.random}
     if run.measures_rate:
         name, layers = adapted_layers(run.model, None)
         options = InitOptions(adapter=name, num_samples=settings.samples, seed=settings.seed)
@@ -323,18 +330,20 @@ def load_basis(run: Run) -> dict[str, float]:
     return run.fit
 
 
-def _load_and_fit(run: Run, card: BasisCard) -> BasisFit:
-    settings = run.settings
-    load_adapter(run, Path(settings.basis or ""))
-    loader = start_loader(run, run.train_ids)
+def _fit(run: Run, card: BasisCard) -> BasisFit:
+    settings, loader = run.settings, start_loader(run, run.train_ids)
     return lorasb.basis_fit(run.model, loader, update=card.update, num_samples=settings.samples, seed=settings.seed)
 
 
 def fit_basis(settings: Settings) -> BasisFit:
     """Measure how well the examples of `settings.data` fit the basis in `settings.basis`."""
     card = read_card(settings.basis or "")
+    if card.of_loras:
+        known = f"{settings.basis} was made of LoRAs, whose directions hold little of any first step"
+        raise ValueError(f"{known}, which predicts nothing: train on it and on a separate basis, and compare")
     settings = replace(settings, dtype=card.dtype)
     settings.check()
     run = prepare(replace(settings, eval_examples=0))
     check_adapter(run)
-    return _load_and_fit(run, card)
+    load_adapter(run, Path(settings.basis or ""))
+    return _fit(run, card)

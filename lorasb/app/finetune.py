@@ -100,7 +100,8 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
         return load_report(folder.start), earlier.seconds
     report, started = None, time.perf_counter()
     if run.settings.basis is not None:
-        console.print(basis_line(**load_basis(run)))  # before training, for those who then stop
+        if fit := load_basis(run):
+            console.print(basis_line(**fit))  # before training, for those who then stop
     else:
         report = adapt(run)
     seconds = time.perf_counter() - started if run.settings.method != "lora" else 0.0

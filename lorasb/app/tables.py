@@ -217,11 +217,12 @@ def adapter(config: Json, layers: dict[str, dict[str, torch.Tensor]], size: int)
 
 def card_table(card: BasisCard) -> Table:
     """The share that a basis keeps of each task's first step, or of each LoRA's update."""
-    of_loras = not all("examples" in found for found in card.tasks.values())
-    columns = ("LoRA", "kept of its update") if of_loras else ("task", "examples", f"kept of its rank-{card.r} step")
+    columns = (
+        ("LoRA", "kept of its update") if card.of_loras else ("task", "examples", f"kept of its rank-{card.r} step")
+    )
     table = table_of(f"Basis of rank {card.r} for {card.model}", *columns)
     for name, found in card.tasks.items():
-        count = [] if of_loras else [f"{found['examples']:.0f}"]
+        count = [] if card.of_loras else [f"{found['examples']:.0f}"]
         table.add_row(name, *count, f"{found['kept']:.0%}")
     return table
 

@@ -299,7 +299,10 @@ def test_a_trained_lora_makes_a_basis(
     card = make_basis(replace(settings, r=4, output=str(tmp_path / "both")), [], loras)
     assert all(0.1 < one["kept"] < 1.0 for one in card.tasks.values())
     assert card_table(card).columns[1].header == "kept of its update"
-    run_finetune(replace(on_it, basis=str(tmp_path / "both"), epochs=0.5, output=str(tmp_path / "run")))
+    on_both = replace(on_it, basis=str(tmp_path / "both"), output=str(tmp_path / "run"))
+    assert run_finetune(replace(on_both, epochs=0.5)).summary["basis_fit"] is None
+    with pytest.raises(ValueError, match="was made of LoRAs, whose directions hold little of any first step"):
+        fit_basis(on_both)
     for data, given in (([], []), ([files["copy"]], loras)):
         with pytest.raises(ValueError, match=r"expected --data FILES, .*, or --lora FOLDERS, whose updates do"):
             make_basis(replace(settings, output=str(tmp_path / "no")), data, given)

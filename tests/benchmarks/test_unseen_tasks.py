@@ -52,10 +52,10 @@ def test_every_task_has_its_loss_without_an_adapter_and_counts_in_the_correlatio
     ]
     later = row(UNSEEN[0], LORA, 2.0, "None", r=1), row(UNSEEN[0], "8 families", 9.0, "None", 2)  # a seed without `own`
     assert over_own([*rows, *later]) == [
-        ["task", "8 families, r=16", "8 families, r=32", "random, r=16"]
+        ["task", "8 families, r=16", "8 families, r=32", "8 families, trained, r=16", "random, r=16"]
         + [f"of LoRA r=1's gain, r={r}" for r in (16, 32)],
-        [UNSEEN[0], "1.50x", "", "3.50x", "112%", ""],  # (6 - 1.5) / (6 - 2)
-        [UNSEEN[1], "2.00x", "", "", "", ""],
+        [UNSEEN[0], "1.50x", "", "", "3.50x", "112%", ""],  # (6 - 1.5) / (6 - 2)
+        [UNSEEN[1], "2.00x", "", "", "", "", ""],
     ]
     (sentence, _) = unseen._prediction(rows)
     assert sentence.startswith("Over 3 runs")
