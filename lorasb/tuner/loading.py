@@ -40,7 +40,7 @@ _faults: dict[tuple[int, ...], str] = {}  # by the digest in the adapter's file
 
 
 def completed(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """The same for PEFT's loader; of a damaged file `with_factors` raises, where a new adapter is removed."""
+    """Add them for PEFT's loader; of a damaged file `with_factors` raises, where a new adapter is removed."""
     try:
         return with_folder(tensors, model_id, options)
     except ValueError as error:
