@@ -50,18 +50,8 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     train_examples = read_data(settings.data, settings.score, adapter_column=settings.adapter_column)
     if not settings.eval_examples:
         return train_examples, []
-    held_out = _held_out(settings, train_examples)
+    held_out = _held_out(settings, train_examples) if settings.eval_data is None else _given(settings, train_examples)
     remaining = _others(train_examples, held_out)
-    # An adapter whose examples were all drawn would have none to train on.
-    known = {example.adapter for example in remaining}
-    if settings.eval_data is None and any(example.adapter not in known for example in held_out):
-        held_out = [example for example in held_out if example.adapter in known]
-        remaining = _others(train_examples, held_out)
-    if strangers := sorted({example.adapter for example in held_out} - {one.adapter for one in train_examples}):
-        hint = nearest(strangers[0], known, f"{len(strangers)} in all", cutoff=0.6)
-        raise ValueError(f"{settings.eval_data} has rows of adapter {strangers[0]!r}, and --data has none of it{hint}")
-    if train_examples and not remaining and settings.eval_data is not None:
-        raise ValueError(f"{settings.eval_data} has every prompt of --data: name rows that are not to be trained on")
     if not remaining or not held_out:
         count, prompts = len(train_examples), len(set(map(_prompt, train_examples)))
         why = f"one prompt in all of its {count} rows" if prompts == 1 < count else "too few examples"
@@ -84,16 +74,26 @@ def _prompt(example: Example) -> str:
     return json.dumps([example.prompt, example.pair, turns, example.adapter, text])  # dictionaries have no hash
 
 
+def _given(settings: Settings, train_examples: list[Example]) -> list[Example]:
+    """Examples of each set of `--eval-data`, drawn at random."""
+    names = [name.strip() for name in (settings.eval_data or "").split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--eval-data names no file: {settings.eval_data!r}")
+    parts = [read_data(name, settings.score, True, settings.adapter_column) for name in names]
+    most = settings.eval_examples
+    drawn = (part if len(part) <= most else _shuffled(part, settings.seed)[:most] for part in parts)
+    held_out = [example for part in drawn for example in part]
+    known = {example.adapter for example in train_examples}
+    if strangers := sorted({example.adapter for example in held_out} - known):
+        hint = nearest(strangers[0], known, f"{len(strangers)} in all", cutoff=0.6)
+        raise ValueError(f"{settings.eval_data} has rows of adapter {strangers[0]!r}, and --data has none of it{hint}")
+    if not _others(train_examples, held_out):
+        raise ValueError(f"{settings.eval_data} has every prompt of --data: name rows that are not to be trained on")
+    return held_out
+
+
 def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:
-    """Examples of each set of `--eval-data`, or else up to a tenth of the training set's; drawn at random."""
-    if settings.eval_data is not None:
-        names = [name.strip() for name in settings.eval_data.split(",") if name.strip()]
-        if not names:
-            raise ValueError(f"--eval-data names no file: {settings.eval_data!r}")
-        parts = [read_data(name, settings.score, True, settings.adapter_column) for name in names]
-        most = settings.eval_examples
-        drawn = (part if len(part) <= most else _shuffled(part, settings.seed)[:most] for part in parts)
-        return [example for part in drawn for example in part]
+    """Up to a tenth of the training set, drawn at random, without adapters that would have none to train on."""
     by_prompt: dict[str, list[Example]] = {}
     for example in train_examples:
         by_prompt.setdefault(_prompt(example), []).append(example)
@@ -101,7 +101,9 @@ def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example
     held_out: list[Example] = []
     for rows in _shuffled(list(by_prompt.values()), settings.seed):  # all rows of a prompt, or none
         held_out += rows if len(held_out) + len(rows) <= count else []
-    return held_out or min(by_prompt.values(), key=len)[:count]
+    held_out = held_out or min(by_prompt.values(), key=len)[:count]
+    known = {example.adapter for example in _others(train_examples, held_out)}
+    return [example for example in held_out if example.adapter in known]
 
 
 def _shuffled(rows: Sequence[T], seed: int) -> list[T]:
@@ -148,18 +150,23 @@ def data_set(task: str, count: int, seed: int) -> Any:
 
 
 def read_jsonl(path: str | Path, adapter_column: str | None = None) -> list[Example]:
-    """Read examples: one JSON object per line, with `prompt` and `completion`, `messages`, or `text` and `label`."""
-    # Not splitlines(): it also splits at U+2028 and others, which may be unescaped in JSON strings.
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    examples = [_read_line(line, f"{path}, line {number}", adapter_column) for number, line in lines if line.strip()]
+    """Read examples: JSON objects, one per line or in a list, in a form that `_example` knows."""
+    text = read_text(path)
+    rows: Iterable[tuple[str, Any]]
+    if text.lstrip().startswith("["):
+        rows = ((f"row {number}", row) for number, row in enumerate(parse_json(text, str(path)), start=1))
+    else:  # not splitlines(): it also splits at U+2028 and others, which may be unescaped in JSON strings
+        rows = ((f"line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+    examples = [_read_row(row, f"{path}, {place}", adapter_column) for place, row in rows]
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples
 
 
-def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
+def _read_row(row: Any, where: str, adapter_column: str | None) -> Example:
+    """An example from an object, or from the line that has it."""
     try:
-        values = parse_json(line, "")
+        values = parse_json(row, "") if isinstance(row, str) else row
         example = _example(values)
     except KeyError as error:
         why = f"it has {', '.join(values) or 'nothing'}, but no {error}"
@@ -167,8 +174,8 @@ def _read_line(line: str, where: str, adapter_column: str | None) -> Example:
         why = str(error).removeprefix(": ")
     else:
         return with_adapter(example, values, adapter_column, where)
-    wanted = "an object with prompt and completion, messages that end with the assistant's turn, or text and label"
-    raise ValueError(f"{where}: expected {wanted}; {why}")
+    forms = "prompt and completion, messages that end with the assistant's turn, text and label, or instruction and"
+    raise ValueError(f"{where}: expected an object with {forms} output; {why}")
 
 
 def _example(values: object) -> Example:
@@ -176,6 +183,8 @@ def _example(values: object) -> Example:
         raise TypeError(f"got {type(values).__name__}")
     if "label" in values and "text" in values:
         return labeled(text_of(values, "text"), values["label"], str(values.get("text_pair") or ""))
+    if "instruction" in values:
+        return instructed(values)
     if "messages" not in values:
         return Example(text_of(values, "prompt"), text_of(values, "completion"))
     messages = [{name: text_of(message, name) for name in ("role", "content")} for message in values["messages"]]
@@ -297,10 +306,10 @@ NAMED = {
 
 
 def read_data(name: str, score: str, held_out: bool = False, adapter_column: str | None = None) -> list[Example]:
-    """The examples of a JSONL file, of a JSON list in Alpaca's form, or of a named data set."""
+    """The examples of a JSON or JSONL file, or of a named data set."""
     source = _file_or_source(name)
     if isinstance(source, Path):
-        examples = _records(source, adapter_column) if source.suffix == ".json" else read_jsonl(source, adapter_column)
+        examples = read_jsonl(source, adapter_column)
         score = _score_of_labels(examples) if score == "exact" else score
         return [replace(example, source=name, score=score) for example in examples]
     split = source.held_out if held_out else source.train
@@ -337,22 +346,6 @@ def _score_of_labels(examples: list[Example]) -> str:
     if None in labels:
         return "exact"
     return "pearson" if are_values(labels) else "label"
-
-
-def _records(path: Path, adapter_column: str | None) -> list[Example]:
-    """Alpaca's JSON list; JSON Lines in a file of this name do as well."""
-    text = read_text(path)
-    try:
-        rows = parse_json(text, str(path))
-    except ValueError:
-        return read_jsonl(path, adapter_column)
-    try:
-        if not isinstance(rows, list) or not rows:
-            raise TypeError(f"got {type(rows).__name__}" if rows else "it is empty")
-        return [with_adapter(instructed(row), row, adapter_column, str(path)) for row in rows]
-    except (TypeError, KeyError, AttributeError) as error:
-        wanted = "a JSON list of objects with instruction and output, or a .jsonl file of prompt and completion"
-        raise ValueError(f"{path}: expected {wanted} ({error})") from None
 
 
 def _rows(name: str, source: Source, split: str) -> Iterable[Row]:

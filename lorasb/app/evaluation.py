@@ -206,13 +206,12 @@ class Classification:
             raise ValueError(f"every training example has the label {classes[0]}: there is nothing to tell apart")
         asked = {example.score for example in held_out}
         of_values = sorted(asked & set(OF_VALUES))
+        labels = f"and the labels are {_shown(classes)}: take label or matthews"
         if of_values and any(_number(label) is None for label in classes):
-            wrong = f"--score {of_values[0]} takes numbers"
-        elif len(classes) > 2 and "f1" in asked:
-            wrong = "--score f1 is for two classes"
-        else:
-            return cls(classes)
-        raise ValueError(f"{wrong}, and the labels are {_shown(classes)}: take label or matthews")
+            raise ValueError(f"--score {of_values[0]} takes numbers, {labels}")
+        if len(classes) > 2 and "f1" in asked:
+            raise ValueError(f"--score f1 is for two classes, {labels}")
+        return cls(classes)
 
     def load_model(self, folder: str, dtype: torch.dtype) -> PreTrainedModel:
         """A model with a head of as many outputs as there are classes, or one."""

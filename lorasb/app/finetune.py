@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,16 @@ from ..constants import DOCS
 from ..distributed.process_group import Processes
 from ..init import InitReport
 from ..ops.registry import current_backend
-from ..utils.atomic_files import locked
+from ..utils.atomic_files import locked, replacing_folder, write_json
 from ..utils.precision import resolve
 from . import results
 from .adapter import REPORT_NAME, adapt, card_of, check_adapter, load_adapter, load_basis, load_report
 from .data import digest, load_examples
+from .evaluation import Evaluation
 from .prepare import Run, device, load_adapters, prepare, save_adapter
 from .reinforce import grpo_trainer, judge_of
 from .results import Result
-from .run_folder import FINISHED, NEW, RunFolder, Start, State, identity_of
+from .run_folder import FINISHED, NEW, START_FILE, RunFolder, Start, State, digests, identity_of, read_record
 from .settings import Settings
 from .tables import basis_line
 from .terminal import Stop, console
@@ -61,9 +62,9 @@ def run_finetune(settings: Settings) -> Result:
         if is_first_rank:
             folder.begin(state)
         processes.all_gather(0)  # barrier: no rank reads the folder before rank 0 has cleared an earlier run's files
-        before = folder.before() or run.evaluate("held-out examples, before")
+        before = read_record(Evaluation, folder.before) or run.evaluate("held-out examples, before")
         if is_first_rank:
-            folder.save_before(before)
+            write_json(folder.before, asdict(before))
         report, seconds = _start(run, folder, is_first_rank)
         make = run_trainer if settings.rl is None else grpo_trainer
         trained = train(run, make, folder, state.checkpoint, stop)
@@ -110,10 +111,11 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
     # on the basis that was initialized with the examples of all: with its A, B and start
     lorasb.add_adapters(run.model, run.adapters, basis_start="same")
     if is_first_rank:
-        with folder.saving_start(Start(seconds, run.lr, {}, run.fit)) as target:
+        with replacing_folder(folder.start) as target:
             save_adapter(run, target)
             if report is not None:
                 report.save(target / REPORT_NAME)
+            write_json(target / START_FILE, asdict(Start(seconds, run.lr, digests(target), run.fit)))
     return report, seconds
 
 

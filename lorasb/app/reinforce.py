@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +93,12 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
     def judge(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Rewards of completions."""
         prompts = [example.prompt for example in examples]
-        found: futures.Future[list[float]] = futures.Future()
-
-        def call() -> None:
-            try:
-                found.set_result(checked_rewards(reward, prompts, completions, examples=examples))
-            except RewardError as error:
-                found.set_exception(error)
-
-        # a daemon, as a reward that never returns must not keep the process alive
-        threading.Thread(target=call, daemon=True).start()
+        pool = ThreadPool(1)  # its threads are daemons: a reward that never returns must not keep the process alive
+        found = pool.apply_async(checked_rewards, (reward, prompts, completions), {"examples": examples})
+        pool.close()
         try:
-            return found.result(timeout=SECONDS)
-        except futures.TimeoutError:
+            return found.get(SECONDS)
+        except multiprocessing.TimeoutError:
             raise RewardError(
                 f"reward {reward.__name__} took longer than {SECONDS:g} s for {len(completions)} completions"
             ) from None

@@ -11,9 +11,9 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,9 +22,8 @@ from transformers import Trainer
 
 from ..checkpoints.shared_factors import share
 from ..distributed.process_group import Processes
-from ..utils.atomic_files import replacing_folder, sha256, write_json
+from ..utils.atomic_files import sha256, write_json
 from ..utils.reading import Json, read_json
-from .evaluation import Evaluation
 from .settings import CONFIG_NAME, Settings, option, write_config
 
 T = TypeVar("T")
@@ -101,6 +100,7 @@ PICTURES = ("loss.png", "energy.png")
 # The summary first: without it the folder has no finished run.
 RESULT_NAMES = (SUMMARY_NAME, ANSWERS_NAME, CONFIG_NAME, "adapter", "lora", "report.json", *PICTURES, "tensorboard")
 OWN_NAMES = RUN_NAME, BEFORE_NAME, START_NAME = "run.json", "before.json", "start"  # in checkpoints/
+START_FILE = "start.json"  # written last: its presence says that start/ is complete
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class RunFolder:
         self.settings, self.identity = settings, identity
         self.folder = Path(settings.output)
         self.checkpoints = self.folder / "checkpoints"
-        self.start = self.checkpoints / START_NAME
+        self.before, self.start = self.checkpoints / BEFORE_NAME, self.checkpoints / START_NAME
 
     def look(self) -> State:
         """Return the state of the run, as `--resume` selects it; change nothing."""
@@ -138,20 +138,14 @@ class RunFolder:
         if self.settings.resume == "never":
             line = f"the results of the run in {self.folder} are moved to {self._free_former()}"
             return State(NEW, None, [line] if (self.folder / SUMMARY_NAME).exists() else [])
-        file = self.checkpoints / RUN_NAME
-        running = read_record(dict, file)
-        if running is None and file.exists():
-            advice = "fix its permissions, or give --resume never to start over"
-            raise ValueError(f"{file}, which identifies the run of these checkpoints, cannot be read: {advice}")
-        if running is not None and self._is_started():
-            self._check_same(running)
-        elif running is not None and differences(running, self.identity):
-            running = None  # it was refused or stopped before it began, and leaves nothing to lose
+        running = self._running()
         # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
         finished = (read_record(dict, self.folder / SUMMARY_NAME) or {}).get("identity")
         finished = finished if running in (None, finished) else None
-        if finished is not None:
-            self._check_same(finished)
+        for saved in (running, finished):
+            if saved is not None and (different := differences(saved, self.identity)):
+                advice = "Take another --output, or --resume never to start over in this one"
+                raise ValueError(f"{self.folder} has a run with other settings: {different}. {advice}")
         if self.settings.resume != "auto":
             return self._look_at_checkpoint(Path(self.settings.resume))
         if finished is not None:
@@ -169,9 +163,15 @@ class RunFolder:
                 clears = f"which clears {self.checkpoints}: take another --output, or move it away"
                 raise ValueError(f"{path} is not of lorasb finetune, {clears}")
 
-    def _is_started(self) -> bool:
-        """True if the unfinished run has its start, or a checkpoint."""
-        return self.load_start() is not None or bool(checkpoints(self.checkpoints))
+    def _running(self) -> Json | None:
+        """The identity of the unfinished run; None without one, or for one with other settings that never began."""
+        file = self.checkpoints / RUN_NAME
+        found = read_record(dict, file)
+        if found is None and file.exists():
+            advice = "fix its permissions, or give --resume never to start over"
+            raise ValueError(f"{file}, which identifies the run of these checkpoints, cannot be read: {advice}")
+        begun = self.load_start() is not None or checkpoints(self.checkpoints)
+        return found if begun or not differences(found or {}, self.identity) else None
 
     def _look_at_checkpoint(self, path: Path) -> State:
         """Resume the run from this checkpoint, which the user named."""
@@ -203,11 +203,6 @@ class RunFolder:
         lines.append(f"resuming the run in {self.folder}: {where}")
         return State(UNFINISHED, str(best) if best else None, lines, [str(path) for path in faults])
 
-    def _check_same(self, saved: Json) -> None:
-        if different := differences(saved, self.identity):
-            advice = "Take another --output, or --resume never to start over in this one"
-            raise ValueError(f"{self.folder} has a run with other settings: {different}. {advice}")
-
     def begin(self, state: State) -> None:
         """Prepare the folder: set an earlier run's files aside, remove broken checkpoints, write the run's identity."""
         if state.kind == NEW:
@@ -219,25 +214,9 @@ class RunFolder:
         write_json(self.checkpoints / RUN_NAME, self.identity)
         write_config(self.folder / CONFIG_NAME, self.settings)
 
-    def before(self) -> Evaluation | None:
-        """The saved evaluation before training; None if it has to be computed again."""
-        return read_record(Evaluation, self.checkpoints / BEFORE_NAME)
-
-    def save_before(self, before: Evaluation) -> None:
-        """Save the evaluation before training, so that a resumed run skips it."""
-        write_json(self.checkpoints / BEFORE_NAME, asdict(before))
-
-    @contextmanager
-    def saving_start(self, start: Start) -> Iterator[Path]:
-        """A folder to save the initialized adapter into, atomically."""
-        with replacing_folder(self.start) as folder:
-            yield folder
-            # its presence says that start/ is complete, see `load_start`
-            write_json(folder / "start.json", asdict(replace(start, files=digests(folder))))
-
     def load_start(self) -> Start | None:
         """Return the initialization's results; None if it was not completed."""
-        return read_record(Start, self.start / "start.json")
+        return read_record(Start, self.start / START_FILE)
 
     def end(self) -> None:
         """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""

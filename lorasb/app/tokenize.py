@@ -67,12 +67,11 @@ def encode(
         ids += text_ids
         learned += [mark] * len(text_ids)
     completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    is_cut, least = len(ids) + len(completion) > max_length, min(len(completion), max(1, max_length // 8))
-    limit = max(max_length - len(ids), least) if whole_prompt else max_length - 1
-    completion = completion[:limit]
-    last_tokens = slice(-(max_length - len(completion)), None)
-    marks = tuple(learned[last_tokens]) if any(learned[last_tokens]) else ()
-    return Encoded(tuple(ids[last_tokens]), tuple(completion), marks, example.adapter, is_cut)
+    is_cut = len(ids) + len(completion) > max_length
+    completion = completion[: max(max_length - len(ids), max_length // 8, 1) if whole_prompt else max_length - 1]
+    room = max_length - len(completion)
+    prompt, marks = tuple(ids[-room:]), tuple(learned[-room:])
+    return Encoded(prompt, tuple(completion), marks if any(marks) else (), example.adapter, is_cut)
 
 
 def messages_of(example: Example, tokenizer: Tokenizer, template: bool) -> tuple[dict[str, str], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,19 +81,6 @@ class Processes:
         dist.broadcast(buffer, owner)
         return buffer.to(tensor.device)
 
-    def broadcast_any_batch(self, batch: dict[str, object] | None) -> dict[str, object] | None:
-        """The tensors of a batch from the lowest rank that has one; None if no rank has."""
-        tensors = {name: t.cpu() for name, t in (batch or {}).items() if isinstance(t, Tensor)}
-        # Receivers have to allocate buffers first: names, shapes and dtypes go ahead.
-        specs = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
-        every = self.gather_json(specs if batch is not None else None)
-        owner = next((rank for rank, found in enumerate(every) if found is not None), None)
-        if owner is None:
-            return None
-        if self.rank != owner:
-            tensors = {name: torch.zeros(shape, dtype=getattr(torch, t)) for name, (shape, t) in every[owner].items()}
-        return {name: self.broadcast(tensor, owner) for name, tensor in tensors.items()}
-
     @contextmanager
     def together(self, doing: str = "initialization") -> Iterator[None]:
         """Run a block that may fail on some ranks, between collectives: its error is raised on every rank."""
@@ -113,12 +99,6 @@ class Processes:
                 raise RuntimeError(f"{doing} failed on rank {failed[0]} (see its log); the model is unchanged")
         if error is not None:
             raise error
-
-    def common_hash(self, digest: str) -> str:
-        """SHA-256 over the hex digests of all ranks; a single process's own digest unchanged."""
-        if not self.is_distributed:
-            return digest
-        return hashlib.sha256(b"".join(map(bytes.fromhex, self.gather_json(digest)))).hexdigest()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class NotAStackError(ValueError):
 class Stack:
     """A list of blocks that are computed one at a time."""
 
-    name: str  # of the list in the base model, and what was cut off: a resumed run has to use the same
+    name: str  # of the list in the base model
     blocks: list[nn.Module]  # the blocks, from the first to the last
     targets: list[Layers]  # targets of each block, by name
 

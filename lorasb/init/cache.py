@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -135,12 +134,9 @@ class Cache:
 def uncut_of(path: str | os.PathLike[str] | None) -> int | None:
     """Number of blocks that the interrupted run of a cache left uncut (`plan.uncut_blocks`); None if there is none."""
     folder = Path(f"{path}.partial")
-    key = folder / "key.json"
-    if path is None or not key.is_file() or not (folder / "boundary.safetensors").is_file():
+    if path is None or not (folder / "boundary.safetensors").is_file() or not (folder / "key.json").is_file():
         return None
-    name = str((read_json(key).get("blocks and targets") or [""])[0])
-    found = re.search(r", last (\d+) together$", name)
-    return int(found[1]) if found else 0
+    return int(read_json(folder / "key.json").get("uncut blocks", 0))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], Json, Json]:

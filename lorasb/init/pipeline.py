@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..distributed.process_group import Processes, sharded
@@ -114,7 +115,7 @@ def _work(model: nn.Module, layers: Layers, batches: Loader, options: InitOption
         if options.whole_batches:
             raise ValueError("this loss needs whole batches (pairs): initialize before the model is sharded")
         pieces = _equally_many(batches, processes)
-    return Work(model, layers, pieces, options, processes), seen, processes.common_hash(samples_hash(batches))
+    return Work(model, layers, pieces, options, processes), seen, samples_hash(batches, processes)
 
 
 def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
@@ -123,18 +124,22 @@ def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
     # make no backward, and FSDP2 communicates in the backward too.
     rows = [take_rows(batch, torch.tensor([i])) for batch in batches for i in range(batch_size(batch))]
     single = [Piece(row) for row in rows if labeled_rows(row)]
-    # A rank with an empty share has no batch to run: it borrows one.
-    filler = processes.broadcast_any_batch(single[0].batch if single else None)
     missing = max(processes.all_gather(len(single))) - len(single)
-    return single + [Piece(filler, counts=False)] * missing if filler is not None else single
+    # A rank with an empty share has no batch to run: it borrows the lowest rank's that has one.
+    own = {name: t for name, t in single[0].batch.items() if isinstance(t, Tensor)} if single else {}
+    sent = {name: [t.tolist(), str(t.dtype).removeprefix("torch.")] for name, t in own.items()}
+    lent: dict[str, Any] = next(filter(None, processes.gather_json(sent)), {})
+    filler = {name: torch.tensor(values, dtype=getattr(torch, dtype)) for name, (values, dtype) in lent.items()}
+    return single + [Piece(filler, counts=False)] * missing
 
 
 def _execute_plan(work: Work, writer: LayerWriter) -> InitPlan:
     """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
     executor = Executor(work)
     if writer.cache is not None:  # a run may resume only if it goes through the same blocks and targets
-        course = [executor.plan.stack.name if executor.plan.stack is not None else "", sorted(work.layers)]
-        writer.cache.partial_key = writer.cache.key | {"blocks and targets": course}
+        plan = executor.plan
+        course = {"blocks and targets": [plan.stack.name if plan.stack else "", sorted(work.layers)]}
+        writer.cache.partial_key = writer.cache.key | course | {"uncut blocks": plan.uncut}
     if executor.show:  # before the work, as the estimate may be a reason to interrupt it
         tqdm.write(f"lorasb: {executor.plan}")
     # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.

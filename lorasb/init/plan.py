@@ -170,6 +170,7 @@ class InitPlan:
     on_host: bool  # True if the inputs of blocks are stored in host memory
     sum_budget: float  # bytes that the sums of one pass may take
     memory: float  # peak bytes on top of the model
+    uncut: int = 0  # blocks above those of `stack`, differentiated together with the head
 
     def __str__(self) -> str:
         where = ", boundaries between blocks on the host" if self.on_host else ""
@@ -220,10 +221,10 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     uncut = None if work.processes.is_distributed else uncut_of(work.options.cache)
     if uncut is None or uncut >= len(stack.blocks) - stack.lowest:  # or of another model, which is then refused
         uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
-    if uncut:  # differentiated together with the head
+    if uncut:
         why, end = f"{why}, of which the last {uncut} together", len(stack.blocks) - uncut
-        stack = Stack(f"{stack.name}, last {uncut} together", stack.blocks[:end], stack.targets[:end])
-    return InitPlan("layerwise", why, stack, on_host, budget, memory + uncut * per_block)
+        stack = Stack(stack.name, stack.blocks[:end], stack.targets[:end])
+    return InitPlan("layerwise", why, stack, on_host, budget, memory + uncut * per_block, uncut)
 
 
 def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float) -> int:

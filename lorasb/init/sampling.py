@@ -40,7 +40,8 @@ def select(batches: Loader, num_samples: int | None, seed: int) -> list[Batch]:
         chosen = draw(counts, num_samples, seed, processes.rank)
         source = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
     else:  # a default count has to be known beforehand, so it needs the length of every rank's share
-        lengths, source = processes.all_gather(_length(batches)), without_repeats(batches)
+        own = _own_rows(batches)
+        lengths, source = processes.all_gather(-1 if own is None else own), without_repeats(batches)
         limit = _default_count(sum(lengths)) if num_samples is None and min(lengths) >= 0 else num_samples
     with processes.together():
         found = list(_first(source, limit))
@@ -66,8 +67,8 @@ def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
             break
 
 
-def samples_hash(batches: list[Batch]) -> str:
-    """SHA-256 of the samples' tensors, in their order."""
+def samples_hash(batches: list[Batch], processes: Processes) -> str:
+    """SHA-256 of the samples' tensors, in their order; of several ranks, over their digests."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):  # a collator may order its keys differently from run to run
@@ -75,20 +76,8 @@ def samples_hash(batches: list[Batch]) -> str:
                 digest.update(name.encode())
                 content = batch[name].detach().cpu().contiguous().view(-1)
                 digest.update(content.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
-    return digest.hexdigest()
-
-
-def _length(batches: Loader) -> int:
-    """Number of samples in this rank's iteration order; -1 if unknown."""
-    total = getattr(batches, "total_dataset_length", None)
-    ranks = getattr(getattr(batches, "batch_sampler", None), "num_processes", None)
-    if total is not None and ranks is not None:
-        # accelerate's loaders have no sampler of their own: this is the rank's share after padding by `even_batches`,
-        # at most the whole data set.
-        size = int(batches.total_batch_size)
-        return min(int(total), -(-int(total) // size) * size // ranks)
-    sampler = getattr(batches, "sampler", None)
-    return len(sampler) if isinstance(sampler, Sized) else -1
+    every = processes.gather_json(digest.hexdigest())
+    return every[0] if len(every) == 1 else hashlib.sha256(b"".join(map(bytes.fromhex, every))).hexdigest()
 
 
 def _countable(batches: Loader, num_samples: int | None) -> int:
@@ -107,38 +96,31 @@ def _countable(batches: Loader, num_samples: int | None) -> int:
 
 def _quotas(counts: list[int], total: int) -> list[int]:
     """Samples that each rank contributes to `total`: equal shares; ranks with more make up for those with less."""
-    quotas = [0] * len(counts)
-    while sum(quotas) < total:
-        for rank, count in enumerate(counts):
-            if quotas[rank] < count and sum(quotas) < total:
-                quotas[rank] += 1
-    return quotas
+    in_turns = sorted((i, rank) for rank, count in enumerate(counts) for i in range(count))[:total]
+    return [sum(taken == rank for _, taken in in_turns) for rank in range(len(counts))]
 
 
 def without_repeats(loader: Loader) -> Iterable[Batch]:
     """A rank's batches without the duplicates that were appended to make all shares equally long."""
-    # torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples; these would count twice
-    # in ΣG.
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-        # The rank's indices are rank, rank + num_replicas, ...; the duplicates come after the last of them.
-        unpadded = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-        return _first(loader, unpadded)
+    # torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples, after a rank's own;
+    # these would count twice in ΣG.
     evened = getattr(getattr(loader, "batch_sampler", None), "even_batches", False)
-    return _without_wrapped_rows(loader) if evened and hasattr(loader, "total_dataset_length") else loader
+    padded = isinstance(getattr(loader, "sampler", None), DistributedSampler) and not loader.sampler.drop_last
+    return _first(loader, _own_rows(loader)) if padded or evened else loader
 
 
-def _without_wrapped_rows(loader: Loader) -> Iterator[Batch]:
-    """Drop the rows of an accelerate loader that `even_batches` took from the start of the data set again."""
-    # In round k, rank p gets the rows from k·total_batch_size + p·size on, so a row is a repeat if its position is not
-    # below the length of the data set.
-    sharded = loader.batch_sampler
-    size, count = loader.total_batch_size // sharded.num_processes, loader.total_dataset_length
-    for round_, batch in enumerate(loader):
-        start = round_ * loader.total_batch_size + sharded.process_index * size
-        rows = min(batch_size(batch), max(0, count - start))
-        if rows:
-            yield take_rows(batch, torch.arange(rows)) if rows < batch_size(batch) else batch
+def _own_rows(loader: Loader) -> int | None:
+    """Number of samples in this rank's iteration order, before any that are repeated; None if unknown."""
+    sampler, sharded = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
+        # rank, rank + num_replicas, ...
+        return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    total, ranks = getattr(loader, "total_dataset_length", None), getattr(sharded, "num_processes", None)
+    if total is None or sharded is None or ranks is None:
+        return len(sampler) if isinstance(sampler, Sized) else None
+    # accelerate's loaders: in each round, rank p has the rows from p·size on
+    size, (rounds, rest) = loader.total_batch_size // ranks, divmod(total, loader.total_batch_size)
+    return rounds * size + min(size, max(0, rest - sharded.process_index * size))
 
 
 def _can_draw(loader: Loader) -> bool:

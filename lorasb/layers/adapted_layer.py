@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..compat.transformers import is_loaded
 from ..config.adapter import AdapterOptions
 from ..constants import FACTORS
-from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.precision import SIXTEEN_BIT
 from .adapter_state import (
     AdapterState,
@@ -86,11 +85,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self._use(self._make_base(cast(nn.Module, value)))
 
     @property
-    def fan_in_fan_out(self) -> bool:
-        """True if the base's weight is stored transposed, as in `transformers.Conv1D`."""
-        return self.base.fan_in_fan_out
-
-    @property
     def cast_input_dtype_enabled(self) -> bool:
         """True if x is cast to the base's dtype, as in PEFT's layers."""
         return self.base.casts
@@ -98,10 +92,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     @cast_input_dtype_enabled.setter
     def cast_input_dtype_enabled(self, enabled: bool) -> None:
         self.base.casts = enabled
-
-    def quantized(self) -> QuantizedWeight | None:
-        """The storage of a quantized base layer; None for others."""
-        return self.base.quantized()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         """Move or cast the layer, and A and B with their base; read a quantized base again."""

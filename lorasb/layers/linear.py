@@ -15,7 +15,7 @@ from ..functional import lora_sb_linear
 from ..ops.calls import autocast_on
 from ..quantization.quantized_weight import QuantizedWeight
 from ..utils.precision import SIXTEEN_BIT
-from .adapted_layer import AdaptedLayer, StoredCores
+from .adapted_layer import AdaptedLayer
 from .adapter_state import Rows
 from .base import factors_on_device
 
@@ -33,23 +33,16 @@ class RowCores(NamedTuple):
 def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: object, **kwargs: object) -> Tensor:
     """y [..., out] of a linear with a choice of adapter for each row of x."""
     rows = layer.checked_rows(x, rows)
-    if in_one_call(layer, rows) is not None and not (args or kwargs or layer.any_wide or layer.base.must_run()):
+    calls, alone = calls_for(layer, rows)
+    if len(calls) == 1 and not (alone or args or kwargs or layer.any_wide or layer.base.must_run()):
         taken = layer.fused_output(layer, x, rows) if layer.fused_output is not None else None
         if taken is None:
-            return _computed(layer, x, of_rows(layer, rows), fused=True)
+            return _computed(layer, x, row_cores(layer, calls[0], rows), fused=True)
         return taken if autocast_on(x.device.type) else taken.to(x.dtype)
-    if layer.disable_adapters:
-        return layer.base.forward(x, *args, **kwargs)
-    parts, names = [], _own(layer, rows)
-    if layer.stored_cores is not None and rows.places is not None:
-        parts.append(of_bank(layer, layer.stored_cores, rows.places))
-    if len(names) > 1 and on_one_basis(layer, names):  # one call for all rows
-        parts.append(of_adapters(layer, names, rows))
-        names = []
     y = layer.base.forward(x, *args, **kwargs)
-    for part in parts:
-        y = y + _computed(layer, x, part).to(y.dtype)
-    for name in names:  # adapters with factors of their own, each over its rows
+    for names in calls:
+        y = y + _computed(layer, x, row_cores(layer, names, rows)).to(y.dtype)
+    for name in alone:  # over its rows
         indices = (rows.index == rows.names.index(name)).nonzero().flatten().to(x.device)
         if len(indices) == len(x):
             y = y + layer.adapter_forward(layer.base.cast(x), name).to(y.dtype)
@@ -59,25 +52,28 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: o
     return y
 
 
-def in_one_call(layer: AdaptedLayer, rows: Rows) -> tuple[str, ...] | None:
-    """The adapters of rows that one call computes, of a bank its basis alone; None: they take several."""
+def calls_for(layer: AdaptedLayer, rows: Rows) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The adapters of each call that computes all rows (for a bank its basis), and those with factors of their own."""
     if layer.disable_adapters:
-        return None
-    names = _own(layer, rows)
+        return [], []
+    calls: list[tuple[str, ...]] = []
     if layer.stored_cores is not None and rows.places is not None:
-        return None if names else (layer.stored_cores.basis,)
-    return tuple(names) if len(names) > 1 and on_one_basis(layer, names) else None
+        calls.append((layer.stored_cores.basis,))
+    names = [name for name in rows.others if name in layer.lorasb_R]
+    if len(names) > 1 and on_one_basis(layer, names):
+        return [*calls, tuple(names)], []
+    return calls, names
 
 
-def of_rows(layer: AdaptedLayer, rows: Rows) -> RowCores:
-    """The operands of that call."""
-    if layer.stored_cores is not None and rows.places is not None:
-        return of_bank(layer, layer.stored_cores, rows.places)
-    return of_adapters(layer, _own(layer, rows), rows)
-
-
-def _own(layer: AdaptedLayer, rows: Rows) -> list[str]:
-    return [name for name in rows.others if name in layer.lorasb_R]
+def row_cores(layer: AdaptedLayer, names: tuple[str, ...], rows: Rows) -> RowCores:
+    """The operands of such a call: the R's of a bank, not copied, or the adapters' R's, stacked, with gradients."""
+    modules, bank, places = layer._modules, layer.stored_cores, rows.places  # the public way takes microseconds
+    a, b = (cast(Any, modules[factor])._parameters[names[0]] for factor in FROZEN_FACTORS)
+    if len(names) == 1 and bank is not None and places is not None:
+        return RowCores(a, b, bank.stack(), places, layer.adapters[names[0]].scaling)
+    cores = torch.stack([layer.core(name) for name in names])
+    index = torch.tensor([names.index(name) if name in names else -1 for name in rows.names])
+    return RowCores(a, b, cores, index[rows.index], layer.adapters[names[0]].scaling)
 
 
 def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = False) -> Tensor:
@@ -108,22 +104,6 @@ def trains_by_row(layer: AdaptedLayer, names: list[str]) -> bool:
     """True if rows may have these adapters while they are trained: one call has their gradients apart."""
     mine = [name for name in names if name in layer.lorasb_R]
     return not mine or (isinstance(layer, LoRASBLinear) and on_one_basis(layer, mine))
-
-
-def of_adapters(layer: AdaptedLayer, names: list[str], rows: Rows) -> RowCores:
-    """The R's of PEFT's adapters, stacked for this call, with gradients."""
-    first = names[0]
-    cores = torch.stack([layer.core(name) for name in names])
-    places = torch.tensor([names.index(name) if name in names else -1 for name in rows.names])
-    scaling = layer.adapters[first].scaling
-    return RowCores(layer.lorasb_A[first], layer.lorasb_B[first], cores, places[rows.index], scaling)
-
-
-def of_bank(layer: AdaptedLayer, bank: StoredCores, places: Tensor) -> RowCores:
-    """The R's of a bank, not copied; `places` [n]: each row's slot, or -1."""
-    basis, modules = bank.basis, layer._modules  # as in `adapter_forward`: the public way takes microseconds
-    a, b = (cast(Any, modules[factor])._parameters[basis] for factor in FROZEN_FACTORS)
-    return RowCores(a, b, bank.stack(), places, layer.adapters[basis].scaling)
 
 
 class LoRASBLinear(AdaptedLayer):

@@ -21,14 +21,14 @@ from ..functional import lora_sb_linear_group
 from ..ops.calls import autocast_on
 from ..utils.precision import SIXTEEN_BIT
 from .adapter_state import Rows
-from .linear import LoRASBLinear, in_one_call, of_rows
+from .linear import LoRASBLinear, calls_for, row_cores
 
 
 def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:
     """y_i [..., out_i] of members with equal `group_key`."""
     index, dropout = None, 0.0
     if rows is not None:
-        parts = [of_rows(member, rows) for member in members]
+        parts = [row_cores(member, calls_for(member, rows)[0][0], rows) for member in members]
         adapters = [(part.a, part.cores, part.b, part.scaling) for part in parts]
         index = parts[0].places
     else:
@@ -43,7 +43,7 @@ def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[T
 
 def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple[object, ...] | None:
     """A key that is equal for layers which can be computed together on x; None: compute this one alone."""
-    if layer.disable_adapters or layer.merged or layer.quantized() is not None:  # the group op takes dense weights
+    if layer.disable_adapters or layer.merged or layer.base.quantized() is not None:  # the group op takes dense weights
         return None
     # A patched or offloaded base has to run its own forward.
     if layer.base.fan_in_fan_out or _is_watched(layer) or hook_of(layer) is not None or layer.base.must_run():
@@ -51,7 +51,10 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
     weight = layer.weight
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
         return None
-    names = tuple(layer.active_adapters) if rows is None else in_one_call(layer, rows)
+    names = tuple(layer.active_adapters)
+    if rows is not None:
+        calls, alone = calls_for(layer, rows)
+        names = calls[0] if len(calls) == 1 and not alone else ()
     if not names or layer.any_wide or not all(name in layer.lorasb_R for name in names):
         return None
     # For an adapter that is trained before it is initialized, the layer's own forward raises the error.

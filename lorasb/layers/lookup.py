@@ -93,12 +93,6 @@ def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> 
         )
 
 
-def standing_on(model: nn.Module, adapter_name: str) -> list[str]:
-    """The adapters that have an adapter's A and B."""
-    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    return sorted({name for layer in layers for name, basis in layer.bases.items() if basis == adapter_name})
-
-
 def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Raise a ValueError where new A and B would be those of other adapters, too."""
     for layer in layers.values():
@@ -107,13 +101,20 @@ def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> N
                 f"adapter {adapter_name!r} has the A and B of {layer.bases[adapter_name]!r}, which new ones would "
                 "replace there, too: make an adapter with separate factors, without basis=..."
             )
-        others = [name for name, basis in layer.bases.items() if basis == adapter_name]
-        others += ["the model's bank"] if layer.serves_bank(adapter_name) else []
-        if others:
-            raise ValueError(
-                f"adapter {adapter_name!r} is the basis of {', '.join(others[:3])}, whose R would mean nothing on "
-                "other A and B: delete those first, or use an adapter of another name"
-            )
+    refuse_basis_of_others(layers, adapter_name)
+
+
+def refuse_basis_of_others(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
+    """Raise a ValueError for an adapter whose A and B others have."""
+    others = {name for layer in layers.values() for name, basis in layer.bases.items() if basis == adapter_name}
+    served = (
+        ["the model's bank (bank.detach())"] if any(one.serves_bank(adapter_name) for one in layers.values()) else []
+    )
+    if others or served:
+        raise ValueError(
+            f"adapter {adapter_name!r} is the basis of {', '.join([*served, *sorted(others)][:3])}, whose R would mean "
+            "nothing without its A and B: delete those first"
+        )
 
 
 def discard(model: Any, adapter_name: str) -> None:

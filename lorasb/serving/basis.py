@@ -27,7 +27,6 @@ from ..layers.lookup import (
     note_cast,
     refuse_shared_basis,
     refuse_uninitialized,
-    standing_on,
 )
 from ..utils.atomic_files import replacing
 from .bank import bank_of
@@ -61,16 +60,6 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.start_at = config.basis if config.basis_start == "same" else None
     config.basis = next(iter(layers.values())).bases.get(config.basis, config.basis)  # whose the tensors are
-
-
-def refuse_deletion(model: nn.Module, adapter_name: str) -> None:
-    """Raise a ValueError for an adapter whose A and B others have."""
-    others = standing_on(model, adapter_name)
-    if any(layer.serves_bank(adapter_name) for layer in layers_with(model, adapter_name).values()):
-        raise ValueError(f"adapter {adapter_name!r} is the basis of the model's bank: call bank.detach() first")
-    if others:
-        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        raise ValueError(f"adapter {adapter_name!r} is the basis of {shown}: delete those first")
 
 
 def without_factors(tensors: dict[str, Tensor], layers: dict[str, AdaptedLayer], adapter: str) -> dict[str, Tensor]:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import layers_with, refuse_uninitialized
+from ..layers.lookup import layers_with, refuse_basis_of_others, refuse_uninitialized
 from ..utils.reading import read_json, read_tensors
-from .basis import refuse_deletion
 
 ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
 Energies = tuple[float, float]  # of what a basis keeps of an update, and of all of it
@@ -272,5 +271,5 @@ def _layers_of_all(model: nn.Module, adapters: Sequence[str]) -> dict[str, Adapt
         if not mine or mine.keys() != layers.keys():
             raise ValueError(f"expected the same layers, {adapter!r} has {len(mine)}, {adapters[0]!r} {len(layers)}")
         refuse_uninitialized(mine, adapter)
-        refuse_deletion(model, adapter)
+        refuse_basis_of_others(mine, adapter)
     return layers

@@ -8,6 +8,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,72 +30,38 @@ Hook = tuple[nn.Module, Forward]  # a module, and a forward pre-hook that takes 
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
 Shapes = dict[str, torch.Size]  # [B, T] of hidden states, by the module's name
-_lock = threading.Lock()  # over the replacing of functions
-
-
-class _Block:
-    """A block with hooks, which act in the forwards of the thread that entered it."""
-
-    def __init__(self, hooks: Sequence[Hook]) -> None:
-        self.hooks, self.thread, self.is_open = hooks, threading.get_ident(), True
-
-    def repeated(self, forward: Forward) -> Forward:
-        """The forward, with the hooks where they do not act by themselves."""
-
-        def call(*args: object, **options: object) -> object:
-            with ExitStack() as stack:
-                if not self.is_open or threading.get_ident() != self.thread:
-                    _register(self.hooks, stack)
-                return forward(*args, **options)
-
-        return call
+_current: ContextVar[Sequence[Hook]] = ContextVar("hooks", default=())  # of the innermost block of this thread
 
 
 class _Checkpointing:
-    """A module's checkpointing function; what it repeats has the hooks of the block that the thread was in."""
+    """A module's checkpointing function; what backward repeats has the hooks of the block that forward was in."""
 
     def __init__(self, function: Forward) -> None:
         self.function = function
-        self.blocks: list[_Block] = []  # of all threads, the innermost last
 
     def __call__(self, forward: Forward, *args: object, **options: object) -> object:
-        thread = threading.get_ident()
-        mine = [block for block in list(self.blocks) if block.thread == thread]
-        return self.function(mine[-1].repeated(forward) if mine else forward, *args, **options)
+        hooks = _current.get()
+
+        def repeated(*args: object, **options: object) -> object:
+            with ExitStack() as stack:
+                if _current.get() is not hooks:  # after the block, in another one, or in a thread of autograd's
+                    _register(hooks, stack)
+                return forward(*args, **options)
+
+        return self.function(repeated if hooks else forward, *args, **options)
 
 
 @contextmanager
 def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[None]:
     """Have the hooks in this thread's forwards of this block, and where backward repeats parts of these."""
-    block = _Block(hooks)
+    for module in modules:
+        function = vars(module).get(CHECKPOINTING) if module.training else None  # no other mode checkpoints
+        if function is not None and not isinstance(function, _Checkpointing):
+            setattr(module, CHECKPOINTING, _Checkpointing(function))  # stays, and only passes on without hooks
     with ExitStack() as stack:  # undoes everything, also when a forward raises
-        # no other mode checkpoints
-        for module in (one for one in modules if one.training and vars(one).get(CHECKPOINTING) is not None):
-            stack.enter_context(_known_to_checkpoints(module, block))
         _register(hooks, stack)
-        try:
-            yield
-        finally:
-            block.is_open = False
-
-
-@contextmanager
-def _known_to_checkpoints(module: nn.Module, block: _Block) -> Iterator[None]:
-    """Replace the module's checkpointing function, until the last block is left."""
-    with _lock:
-        function = vars(module)[CHECKPOINTING]
-        if not isinstance(function, _Checkpointing):
-            function = _Checkpointing(function)
-            setattr(module, CHECKPOINTING, function)
-        original = function.function
-        function.blocks.append(block)
-    try:
+        stack.callback(_current.reset, _current.set(hooks))
         yield
-    finally:
-        with _lock:
-            function.blocks.remove(block)
-            if not function.blocks and vars(module).get(CHECKPOINTING) is function:
-                setattr(module, CHECKPOINTING, original)
 
 
 def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:

@@ -99,18 +99,19 @@ class InitCallback(TrainerCallback):
         """Initialize, or restore A and B; the trainer has loaded a checkpoint by now and made no step."""
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
         initialized = all(layer.is_initialized(name) for layer in layers.values())
+        resumed = state.global_step > 0
         # Resumed. FSDP's checkpoints have trainable parameters alone, so R is in place and A and B are those of a new
         # patch, even if a data-free init has filled them.
-        if state.global_step > 0 and (sharded(model) or not initialized):
+        if resumed and (sharded(model) or not initialized):
             _restore(args, state, name, layers, needed=not initialized)
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
         peak = _peak(optimizer, lr_scheduler, layers, name) or args.learning_rate
-        # A trial may have run out of memory, after which the trainer begins again with a smaller batch.
-        again = state.global_step == 0 and initialized and self._model is not None and self._model() is model
-        if state.global_step > 0 or (initialized and not again):
-            lost = state.global_step > 0 and optimizer is not None and not optimizer.state
-            if self.lr == "auto" and (state.global_step == 0 or lost):
+        # Initialized here, if a trial ran out of memory and the trainer begins again with a smaller batch.
+        here = self._model is not None and self._model() is model
+        if resumed or (initialized and not here):
+            lost = resumed and optimizer is not None and not optimizer.state
+            if self.lr == "auto" and (lost or not resumed):
                 why = f"adapter {name!r} is initialized already, so that no rate is measured"
                 if lost:
                     why = "the checkpoint lacks the optimizer (save_only_model), which has the rate that was measured"
@@ -119,7 +120,7 @@ class InitCallback(TrainerCallback):
         if optimizer is not None:
             _refuse_copies(optimizer, layers, name)
         size = state.train_batch_size or args.per_device_train_batch_size  # the first: that of `auto_find_batch_size`
-        if not again:
+        if not initialized:
             # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
             schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
             warmup = 0 if schedule in WITHOUT_WARMUP else args.get_warmup_steps(state.max_steps)

@@ -178,6 +178,12 @@ def _read(batches: Iterable[Batch], first: float, steps: int, judged: int, accum
     return held[:judged], [held[i : i + accumulation] for i in range(judged, wanted, accumulation)]
 
 
+def _started_here(config: object) -> bool:
+    """True if an initialization wrote R in this process: a loaded R was trained, and other inits have no η."""
+    made = getattr(config, "init_provenance", None)
+    return isinstance(made, WrittenHere) and bool(made.get("lr"))
+
+
 class _Trial:
     """Trains from the start of a model (whose R belongs to the rate `first`), judges, and restores."""
 
@@ -194,14 +200,15 @@ class _Trial:
         cores = [(name.rpartition(".")[2], parameter) for name, parameter in named if "lorasb_R" in name]
         self.adapters = {name for name, _ in cores if adapter in (None, name)}
         self.cores = [parameter for name, parameter in cores if name in self.adapters]
-        # those whose R an initialization wrote here: a loaded one was trained, and other inits have no η
         configs = getattr(self.model, "peft_config", {})
-        made = {name: getattr(config, "init_provenance", None) for name, config in configs.items()}
-        self.scaled = {name for name, one in made.items() if isinstance(one, WrittenHere) and one.get("lr")}
-        of_basis = {n for n, config in configs.items() if getattr(config, "basis_start", "") == "same"}
-        of_basis = {name for name in of_basis if configs[name].basis in self.scaled}  # R is a copy of its basis's
-        self.starts = [p for name, p in cores if name in self.adapters and name in self.scaled | of_basis]
-        self.scaled &= self.adapters
+        self.scaled = {name for name in self.adapters if _started_here(configs.get(name))}
+        copies = {  # of their basis's R
+            name
+            for name in self.adapters - self.scaled
+            if getattr(configs.get(name), "basis_start", "") == "same"
+            and _started_here(configs.get(configs[name].basis))
+        }
+        self.starts = [parameter for name, parameter in cores if name in self.scaled | copies]
 
     @torch.no_grad()
     def scale_start(self, rate: float) -> None:

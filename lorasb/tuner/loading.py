@@ -68,38 +68,34 @@ def with_factors(
     tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, AdaptedLayer], config: LoRASBConfig, share: bool
 ) -> dict[str, Tensor]:
     """A file's tensors with the A and B that its R belongs to, of the model where it has them."""
-    expected_digest = shared_factors.referenced_digest(tensors)
-    if expected_digest is None:
-        if share and basis.make_room(layers, adapter_name, tensors):
+    expected = shared_factors.referenced_digest(tensors)
+    # R is meaningless with other factors, so the digest decides, not the shapes.
+    found = None if expected is None else basis.with_digest(layers, expected, first=adapter_name)
+    if found is not None:  # the model has them
+        if found != adapter_name and share:
+            basis.stand_on(layers, adapter_name, found)
+            config.basis = next(iter(layers.values())).adapters[adapter_name].basis
+        # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
+        prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
+        own = {key: value for key, value in tensors.items() if key != DIGEST and not shared_factors.is_factor(key)}
+        return own | {f"{prefix}{key}": value for key, value in frozen_factors(layers, found).items()}
+    if expected is not None and config.source is not None:
+        tensors = with_folder(tensors, *config.source)
+    tensors = {key: value for key, value in tensors.items() if key != DIGEST}
+    if expected is None or any(map(shared_factors.is_factor, tensors)):  # the file or its folder has them
+        leaves_basis = share and basis.make_room(layers, adapter_name, tensors)
+        if expected is not None or leaves_basis:
             config.basis = None
         return tensors
-    # R is meaningless with other factors, so the digest decides, not the shapes.
-    found = basis.with_digest(layers, expected_digest, first=adapter_name)
-    if found is None and config.source is not None:
-        tensors = with_folder(tensors, *config.source)
-    others = {key: value for key, value in tensors.items() if key != DIGEST}
-    if found is None and any(shared_factors.is_factor(key) for key in others):  # from the folder
-        if share:
-            basis.make_room(layers, adapter_name, others)
-        config.basis = None
-        return others
-    if found is None and (fault := _faults.pop(tuple(expected_digest), None)):
+    if fault := _faults.pop(tuple(expected), None):
         raise ValueError(fault)
-    if found is None and not config.basis:
+    if not config.basis:
         raise shared_factors.missing_factors_error()
-    if found is None:
-        raise ValueError(
-            f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this "
-            "model nor the adapter's folder has: load that one first (PeftModel.from_pretrained(base, BASIS)), then "
-            "this one (model.load_adapter(FOLDER, NAME))"
-        )
-    if found != adapter_name and share:  # the adapter is to be loaded, and gets the model's own A and B
-        basis.stand_on(layers, adapter_name, found)
-        config.basis = next(iter(layers.values())).adapters[adapter_name].basis
-    # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
-    prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
-    own = {key: value for key, value in others.items() if not shared_factors.is_factor(key)}
-    return own | {f"{prefix}{key}": value for key, value in frozen_factors(layers, found).items()}
+    raise ValueError(
+        f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this "
+        "model nor the adapter's folder has: load that one first (PeftModel.from_pretrained(base, BASIS)), then "
+        "this one (model.load_adapter(FOLDER, NAME))"
+    )
 
 
 def without_foreign(

@@ -326,7 +326,7 @@ class LoRASBModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter that is not the basis of others."""
-        basis.refuse_deletion(self.model, adapter_name)
+        lookup.refuse_basis_of_others(lookup.layers_with(self.model, adapter_name), adapter_name)
         super().delete_adapter(adapter_name)
 
     @classmethod

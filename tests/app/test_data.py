@@ -98,10 +98,19 @@ def test_a_json_file_has_a_list_of_instructions_and_inputs_or_lines(tmp_path: Pa
     assert [example.completion for example in read_data(str(file), "exact")] == ["b", "d"]
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '[{"instruction": "a"}]', "[1]"])
-def test_json_that_is_no_list_of_instructions_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "holds no examples"),
+        ("{}", "line 1: expected an object with prompt and completion.*it has nothing"),
+        ('[{"instruction": "a"}]', "row 1: expected an object with .*instruction and output; it has instruction, but"),
+        ("[1]", "row 1: expected an object .* got int"),
+        ("[1", "this is not valid JSON"),
+    ],
+)
+def test_json_that_is_no_list_of_examples_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a\.json: expected a JSON list of objects with instruction and output"):
+    with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
         read_data(str(tmp_path / "a.json"), "exact")
 
 

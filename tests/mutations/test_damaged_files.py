@@ -23,8 +23,9 @@ from torch import nn
 import lorasb
 from lorasb.app import results, run_folder
 from lorasb.app.data import read_data
+from lorasb.app.evaluation import Evaluation
 from lorasb.app.finetune import run_finetune
-from lorasb.app.run_folder import RunFolder
+from lorasb.app.run_folder import RunFolder, read_record
 from lorasb.app.settings import Settings, read_config
 from lorasb.config.adapter import LoRASBConfig
 from lorasb.export.lora import export_lora
@@ -229,7 +230,7 @@ def look(world: World, folder: Path, changed: Path) -> None:
         assert changed.name == run_folder.MARK, "a damaged checkpoint is used"
     if place.name == "start":
         assert str(place) in state.left_out or run.load_start() is None or changed.name == "start.json"
-    run.before()
+    read_record(Evaluation, run.before)
     run.load_start()
 
 

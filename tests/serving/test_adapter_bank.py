@@ -218,14 +218,16 @@ def test_the_basis_of_a_bank_is_neither_deleted_nor_replaced(tmp_path: Path) -> 
     want = out(model, "ada", "grace")
     moved_to_bank(model)
     with_basis(init_seed=9).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the basis of the model's bank: call bank\.detach\(\) first"):
+    with pytest.raises(ValueError, match=r"the basis of the model's bank \(bank\.detach\(\)\), whose"):
         model.delete_adapter("default")
     for act in (
         lambda: model.load_adapter(tmp_path, "default"),
         lambda: hotswap_adapter(model, str(tmp_path), "default"),
         lambda: lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False),
     ):
-        with pytest.raises(ValueError, match="'default' is the basis of the model's bank, whose R would mean nothing"):
+        with pytest.raises(
+            ValueError, match=r"'default' is the basis of the model's bank .*, whose R would mean nothing"
+        ):
             act()
     check(out(model, "ada", "grace"), want, MERGE)
 

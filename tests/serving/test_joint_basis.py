@@ -173,7 +173,7 @@ def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
         ("ada", "expected two adapters or more to share a basis"),
         ("nobody", "'nobody' has 0, 'ada' 14"),
         ("new", "'new' has not been initialized"),
-        ("grace", "'grace' is the basis of user: delete those first"),
+        ("grace", "'grace' is the basis of user, whose"),
     ):
         with pytest.raises(ValueError, match=message):
             lorasb.share_basis(model, ["ada", other], "both")
