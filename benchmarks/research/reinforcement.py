@@ -30,6 +30,7 @@ from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.common.tables import show
 from benchmarks.common.timing import commit, machine_name
 from benchmarks.research import sums
+from benchmarks.research.methods.grid import Judged, Rates
 from benchmarks.research.methods.rows import append
 from benchmarks.research.methods.runner import RESULTS
 
@@ -64,9 +65,11 @@ class Entry:
         """The entry whose sweep its rate comes from: the same one with the first start."""
         return replace(self, start="examples")
 
-    def at(self, power: int) -> float:
-        """The rate times four to a power, to three digits."""
-        return float(f"{self.rate * 4.0**power:.3g}")
+    @property
+    def rates(self) -> Rates:
+        """The rate times powers of four, to three digits."""
+        powers = range(-FARTHEST, FARTHEST + 1)
+        return Rates(tuple(float(f"{self.rate * 4.0**power:.3g}") for power in powers), FARTHEST - 1)
 
 
 ENTRIES = {
@@ -144,7 +147,7 @@ def wanted(entries: Sequence[Entry], seeds: int, rows: Sequence[Row]) -> Iterato
     """The next runs: sweeps, then seeds at the best rates."""
     there = {(row["entry"], float(row["lr"]), int(row["seed"])) for row in rows}
     for entry in dict.fromkeys(entry.rated_by for entry in entries):
-        yield from ((entry, lr, SWEEP_SEED) for lr in rates_to_try(entry, swept(rows, entry)))
+        yield from ((entry, lr, SWEEP_SEED) for lr in entry.rates.next(swept(rows, entry)))
     for seed in range(seeds):
         for entry in entries:
             rate = best_rate(rows, entry)
@@ -152,28 +155,16 @@ def wanted(entries: Sequence[Entry], seeds: int, rows: Sequence[Row]) -> Iterato
                 yield entry, rate, seed
 
 
-def swept(rows: Sequence[Row], entry: Entry) -> dict[float, float]:
-    """By rate, the mean probability of the right answer after the sweep's run."""
+def swept(rows: Sequence[Row], entry: Entry) -> Judged:
+    """By rate, the mean probability of the right answer after the sweep's run, negated."""
     mine = (row for row in rows if row["entry"] == entry.name and int(row["seed"]) == SWEEP_SEED)
-    return {float(row["lr"]): float(row["chance"]) for row in mine}
-
-
-def rates_to_try(entry: Entry, tried: dict[float, float]) -> list[float]:
-    """The three around the entry's own, then the next beyond a best one that is at an end; none when it is not."""
-    first = [entry.at(power) for power in (0, -1, 1) if entry.at(power) not in tried]
-    if first:
-        return first
-    powers = [power for power in range(-FARTHEST, FARTHEST + 1) if entry.at(power) in tried]
-    best = max(powers, key=lambda power: tried[entry.at(power)])
-    beyond = best - 1 if best == powers[0] else best + 1 if best == powers[-1] else None
-    return [] if beyond is None or abs(beyond) > FARTHEST else [entry.at(beyond)]
+    return {float(row["lr"]): (-float(row["chance"]),) for row in mine}
 
 
 def best_rate(rows: Sequence[Row], entry: Entry) -> float | None:
     """The best rate of the sweep; None before all were tried."""
-    entry = entry.rated_by
-    tried = swept(rows, entry)
-    return None if rates_to_try(entry, tried) else max(tried, key=lambda lr: tried[lr])
+    rates, tried = entry.rated_by.rates, swept(rows, entry.rated_by)
+    return None if rates.next(tried) else rates.best(tried)
 
 
 def lines(rows: Sequence[Row]) -> Iterator[list[str]]:

@@ -13,7 +13,7 @@ import pytest
 import tolerances
 import torch
 import transformers
-from compared_methods import SHORT, R, cell_of, problem, put
+from compared_methods import SHORT, R, cell_of, problem, put, row
 from models import logits, make
 from rich.console import Console
 from tiny_run import write_rows
@@ -24,15 +24,10 @@ from benchmarks.research.methods import gradients, grid, rows, run, runner, star
 from benchmarks.research.methods.adapters import optimizer, sample_count
 from benchmarks.research.methods.gradients import LATER, take_again, weigh_by_spread, whiten
 from benchmarks.research.methods.grid import FULL, METHODS, TASKS, Cell
-from benchmarks.research.methods.problems import Problem, examples, matthews
+from benchmarks.research.methods.problems import Problem, examples
 from benchmarks.research.paired.grid import entries
 
 TASK = TASKS["chain_sum"]
-
-
-def row(cell: Cell, loss: float) -> dict[str, object]:
-    measured = {"adapter_params": 9, "seconds": 2, "init_seconds": 1, "peak_rss_mb": 3}
-    return {**cell.described(), "loss": loss, "score": 1 - loss, **measured}
 
 
 def swept(path: Path, method: str, losses: dict[float, float]) -> None:
@@ -64,6 +59,7 @@ def test_a_sweep_goes_outward_while_the_best_is_at_its_edge() -> None:
     assert after(tried | {16.0: math.nan}) == ()
     assert after({2.0: 0.1, 4.0: 0.4, 8.0: 0.3}) == (1.0,)
     assert after({2.0: 0.2, 4.0: 0.1, 8.0: 0.3}) == ()
+    assert after({2.0: math.nan, 3.0: 0.0, 4.0: 0.1, 8.0: 0.3}) == ()  # 2 diverged, 3 is not of the ladder
 
 
 def test_seeds_run_at_the_best_rate_and_what_is_there_is_not_run_again(
@@ -139,15 +135,6 @@ def test_no_split_has_an_example_of_more_tokens_than_its_task_takes(tiny: Path, 
     sizes = [len(example.prompt.split()) for part in found.values() for example in part]
     assert max(sizes) == 3  # and two of the answer and one that ends it
     assert not {e.prompt for e in found["train"]} & {e.prompt for e in found["validation"]}
-
-
-def test_matthews_correlation() -> None:
-    labels = torch.tensor([1, 1, 1, 0, 0, 1, 0, 1])
-    assert matthews(labels, labels) == pytest.approx(1)
-    assert matthews(1 - labels, labels) == pytest.approx(-1)
-    assert matthews(torch.ones(8), labels) == 0.0
-    guesses = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1])  # 4 right of 1, 2 of 0, one wrong of each
-    assert matthews(guesses, labels) == pytest.approx((4 * 2 - 1 * 1) / (5 * 3 * 5 * 3) ** 0.5)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's LoRA-GA

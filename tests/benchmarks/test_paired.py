@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
+from compared_methods import paired_row
 
 from benchmarks.common.csv_files import Row
 from benchmarks.research.methods.grid import LONGER, task_named
 from benchmarks.research.paired import compare, grid
 from benchmarks.research.paired.compare import Difference, difference, final_losses, half_width
-from benchmarks.research.paired.grid import Entry, best_rate, entries, rates_to_try, wanted
+from benchmarks.research.paired.grid import Entry, entries, wanted
 from benchmarks.research.reporting import paired
 
 TASK = "chain_sum by loss"
 SIGN = entries()["sign"]
-
-
-def row(entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> Row:
-    values = {"task": TASK, "variant": entry, "r": r, "lr": lr, "seed": seed, "loss": loss, "split": split}
-    return {name: str(value) for name, value in (values | {"adapter_params": 256}).items()}
+row = partial(paired_row, TASK)
 
 
 def swept(entry: str, r: int, best: int = 0) -> list[Row]:
@@ -53,20 +51,10 @@ def test_every_task_judges_a_thousand_examples_by_loss() -> None:
 )
 def test_rates_follow_the_rank(falls: float, r: int, expected: float) -> None:
     entry = Entry("an entry", "LoRA-SB", falls=falls)
-    assert entry.rates(r) == pytest.approx((expected / 2, expected, 2 * expected))
+    assert entry.rates(r).start == pytest.approx((expected / 2, expected, 2 * expected))
 
 
-def test_a_sweep_goes_outward_while_the_best_is_at_its_end() -> None:
-    low, middle, high = SIGN.rates(16)
-    assert rates_to_try(SIGN, 16, {}) == (low, middle, high)
-    assert rates_to_try(SIGN, 16, {low: 0.3, high: 0.3}) == (middle,)
-    for losses, further, best in (
-        ((0.4, 0.3, 0.4), (), middle),
-        ((0.4, 0.3, 0.2), (SIGN.at(16, 2),), None),
-        ((0.2, 0.3, 0.4), (SIGN.at(16, -2),), None),
-    ):
-        tried = dict(zip((low, middle, high), losses, strict=True))
-        assert (rates_to_try(SIGN, 16, tried), best_rate(SIGN, 16, tried)) == (further, best)
+def test_a_rate_at_the_end_of_the_ladder_is_marked() -> None:
     ended = grid.shown_rate(SIGN, 16, swept("sign", 16, grid.FARTHEST), TASK)
     assert ended == f"{SIGN.at(16, grid.FARTHEST):g} (last tried)"
     assert grid.shown_rate(SIGN, 16, swept("sign", 16), TASK) == "0.004"
@@ -130,15 +118,6 @@ def test_only_seeds_that_both_have_count_and_only_at_the_best_rate() -> None:
 def test_verdicts_are_the_intervals(mean: float, half: float, verdict: str) -> None:
     assert Difference(mean, half, 8, 0.3).verdict == verdict
     assert half_width([0.1]) == half_width([0.1, math.nan]) == math.inf  # one seed says nothing
-
-
-@pytest.mark.parametrize("order", [(-1, 0, 1), (1, 0, -1)])
-@pytest.mark.parametrize(("high", "beside"), [(math.nan, {}), (0.32, {0.0031: 0.1})])
-def test_rates_that_diverged_or_lie_beside_the_ladder_do_not_count(
-    order: tuple[int, ...], high: float, beside: dict[float, float]
-) -> None:
-    losses = {-1: 0.31, 0: 0.30, 1: high}
-    assert best_rate(SIGN, 16, {SIGN.at(16, power): losses[power] for power in order} | beside) == SIGN.at(16, 0)
 
 
 def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:

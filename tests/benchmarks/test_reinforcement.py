@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from compared_methods import paired_row
+
 from benchmarks.research import joint_basis
 from benchmarks.research.joint_basis import JOINT, OWN
 from benchmarks.research.methods.grid import BY_SCORE
-from benchmarks.research.reinforcement import ENTRIES, best_rate, rates_to_try, wanted
+from benchmarks.research.reinforcement import ENTRIES, best_rate, wanted
 
 ENTRY = ENTRIES["lora-sb-8"]
 
 
 def row(lr: float, seed: int, chance: float) -> dict[str, str]:
     return {"entry": ENTRY.name, "lr": str(lr), "seed": str(seed), "chance": str(chance)}
-
-
-def test_rates_go_outward_while_the_best_is_the_last() -> None:
-    assert rates_to_try(ENTRY, {}) == [6.25e-4, 1.56e-4, 2.5e-3]
-    tried = {1.56e-4: 0.2, 6.25e-4: 0.3, 2.5e-3: 0.4}
-    assert rates_to_try(ENTRY, tried) == [1e-2]
-    assert rates_to_try(ENTRY, tried | {1e-2: 0.0}) == []
 
 
 SWEPT = [row(lr, 100, chance) for lr, chance in ((1.56e-4, 0.2), (6.25e-4, 0.3), (2.5e-3, 0.0))]
@@ -33,19 +30,13 @@ def test_sweeps_come_first_and_seeds_at_the_best_rate() -> None:
 
 def test_other_starts_take_the_rate_of_the_first() -> None:
     other = ENTRIES["lora-sb-8, zero"]
-    assert {(entry, lr) for entry, lr, _ in wanted([other], 1, [])} == {(ENTRY, lr) for lr in rates_to_try(ENTRY, {})}
+    assert {(entry, lr) for entry, lr, _ in wanted([other], 1, [])} == {(ENTRY, lr) for lr in ENTRY.rates.start}
     assert list(wanted([other], 1, SWEPT)) == [(other, 6.25e-4, 0)]
 
 
 TASK = "gcd by score"
-
-
-def own_row(entry: str, split: str, lr: float, seed: int, loss: float) -> dict[str, str]:
-    values = {"task": TASK, "split": split, "variant": entry, "r": 16, "lr": lr, "seed": seed, "loss": loss}
-    return {name: str(value) for name, value in (values | {"score": 0.5, "energy": 0.75}).items()}
-
-
-OWN_SWEPT = [own_row(OWN.name, "validation", lr, 100, loss) for lr, loss in ((2e-3, 0.5), (4e-3, 0.3), (8e-3, 0.4))]
+own_row = partial(paired_row, TASK)
+OWN_SWEPT = [own_row(OWN.name, 16, lr, 100, loss, "validation") for lr, loss in ((2e-3, 0.5), (4e-3, 0.3), (8e-3, 0.4))]
 
 
 def test_both_are_run_at_the_rate_that_is_best_on_an_own_basis() -> None:
@@ -62,8 +53,8 @@ def test_both_are_run_at_the_rate_that_is_best_on_an_own_basis() -> None:
 
 
 def test_the_table_pairs_seeds() -> None:
-    rows = [*OWN_SWEPT, own_row(JOINT.name, "test", 4e-3, 3, 9.0)]  # no partner
+    rows = [*OWN_SWEPT, own_row(JOINT.name, 16, 4e-3, 3, 9.0)]  # no partner
     for seed in range(3):
-        rows += [own_row(e.name, "test", 4e-3, seed, start + 0.1 * seed) for e, start in ((OWN, 0.3), (JOINT, 0.4))]
+        rows += [own_row(e.name, 16, 4e-3, seed, start + 0.1 * seed) for e, start in ((OWN, 0.3), (JOINT, 0.4))]
     (line,) = joint_basis.lines(rows)
     assert (line[2], line[3], line[5]) == ("3", "0.4000 ± 0.1000", "+0.1000 ± 0.0000")

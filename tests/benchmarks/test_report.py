@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compared_methods import row
 
 from benchmarks.common.csv_files import read_csv
 from benchmarks.quantized import table as four_bits_table
@@ -37,12 +38,6 @@ def fill(path: Path) -> None:
             rows.append(path, row(Cell(TASK.name, "validation", method, r, lr, 0), loss + abs(i - 1)))
         for seed in grid.SEEDS:
             rows.append(path, row(Cell(TASK.name, "test", method, r, start[1], seed), loss + 0.02 * (seed - 1)))
-
-
-def row(cell: Cell, loss: float) -> dict[str, Any]:
-    found = {"loss": loss, "score": 1 - loss, "loss_before": 2, "energy_grad": 0.4, "steps": 75}
-    took = {"adapter_params": 100 * cell.r, "seconds": 2, "init_seconds": 1, "peak_rss_mb": 3}
-    return {**cell.described(), **found, **took, "version": "abc1234", "machine": "a machine", "date": "2026-01-01"}
 
 
 def test_verdicts(tmp_path: Path) -> None:

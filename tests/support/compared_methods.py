@@ -1,4 +1,4 @@
-"""The comparison of methods (benchmarks/research/methods) on a tiny Llama: a problem, cells, and models with a method."""
+"""The comparisons of benchmarks/research: a problem of a tiny Llama, cells, models with a method, and rows of results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from models import make, text
 
+from benchmarks.common.csv_files import Row
 from benchmarks.research.methods import run
 from benchmarks.research.methods.adapters import put_in
 from benchmarks.research.methods.grid import METHODS, TASKS, Cell
@@ -40,3 +41,17 @@ def cell_of(method: str = "LoRA-SB", r: int = R, **options: Any) -> Cell:
 def put(one: Problem, asked: Cell) -> Any:
     """The problem's model with the cell's method in it."""
     return put_in(one, METHODS[asked.method], asked, lambda count: run.drawn(one, SHORT, 0, count), 1)[0]
+
+
+def row(cell: Cell, loss: float) -> dict[str, Any]:
+    """What a run of the comparison of methods has found."""
+    found = {"loss": loss, "score": 1 - loss, "loss_before": 2, "energy_grad": 0.4, "steps": 75}
+    took = {"adapter_params": 100 * cell.r, "seconds": 2, "init_seconds": 1, "peak_rss_mb": 3}
+    return {**cell.described(), **found, **took, "version": "abc1234", "machine": "a machine", "date": "2026-01-01"}
+
+
+def paired_row(task: str, entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> Row:
+    """What a run of the pairs has found."""
+    given = {"task": task, "variant": entry, "r": r, "lr": lr, "seed": seed, "loss": loss, "split": split}
+    values = given | {"adapter_params": 256, "score": 0.5, "energy": 0.75}
+    return {name: str(value) for name, value in values.items()}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.research.methods.grid import Task
-from lorasb.app import scoring
 from lorasb.app.data import HELD_OUT_SEED, Example, generate, read_jsonl
 from lorasb.app.evaluation import HeldOut, LanguageModeling, example_losses
+from lorasb.app.scoring import matthews
 from lorasb.app.tokenize import Collator, Encoded, encode
 
 MAX_LENGTH = 320
@@ -208,17 +208,12 @@ def _cola(task: Task, folder: Path | None) -> Problem:
 def _classify(model: nn.Module, collate: Callable[[Sequence[Any]], Batch], rows: Sequence[Any]) -> tuple[float, float]:
     """Mean cross-entropy, and Matthews correlation."""
     model.eval()
-    loss, guesses, labels = 0.0, [], []
+    loss = 0.0
+    pairs: list[tuple[str, str]] = []
     for start in range(0, len(rows), 64):
         batch = collate(rows[start : start + 64])
         found = model(**batch)
         loss += float(found.loss) * len(batch["labels"])
-        guesses.append(found.logits.argmax(1))
-        labels.append(batch["labels"])
-    return loss / len(rows), matthews(torch.cat(guesses), torch.cat(labels))
-
-
-def matthews(guesses: Tensor, labels: Tensor) -> float:
-    """Matthews correlation of two 0/1 vectors; 0 where either is constant."""
-    pairs = zip(guesses.long().tolist(), labels.long().tolist(), strict=True)
-    return scoring.matthews([(str(guess), str(label)) for guess, label in pairs])
+        guesses, labels = (map(str, classes.tolist()) for classes in (found.logits.argmax(1), batch["labels"]))
+        pairs += zip(guesses, labels, strict=True)
+    return loss / len(rows), matthews(pairs)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.common.csv_files import Row
-from benchmarks.research.methods.grid import LONGER, Cell
+from benchmarks.research.methods.grid import LONGER, Cell, Judged, Rates
 
 FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # a constant rate, and the one that `lorasb.find_lr` finds from it
 MEASURED = "sign, rate measured"  # lr="auto", the default
@@ -51,9 +50,9 @@ class Entry:
         """The rank that it is run at, in a comparison at rank r."""
         return self.only or r
 
-    def rates(self, r: int) -> tuple[float, ...]:
+    def rates(self, r: int) -> Rates:
         """Three, around the rule's; more where the best is at an end."""
-        return tuple(self.at(r, power) for power in (-1, 0, 1))
+        return Rates(tuple(self.at(r, power) for power in range(-FARTHEST, FARTHEST + 1)), FARTHEST - 1)
 
     def at(self, r: int, power: int) -> float:
         """The rule's rate at rank r, times two to a power, to three digits."""
@@ -122,52 +121,28 @@ def sweep_of(task: str) -> str:
     return f"{base} by loss" if (base := LONGER.get(task.removesuffix(" by loss"), ("",))[0]) else task
 
 
-def swept(rows: Sequence[Row], task: str, entry: str, r: int) -> dict[float, float]:
+def swept(rows: Sequence[Row], task: str, entry: str, r: int) -> Judged:
     """Validation loss by rate."""
     found = rows_of(rows, sweep_of(task), entry, r, "validation")
-    return {float(row["lr"]): float(row["loss"]) for row in found if row["seed"] == str(SWEEP_SEED)}
+    return {float(row["lr"]): (float(row["loss"]),) for row in found if row["seed"] == str(SWEEP_SEED)}
 
 
-def rates_to_try(entry: Entry, r: int, tried: dict[float, float]) -> tuple[float, ...]:
-    """The three around the rule's, then outward for as long as the best is the last one tried; none at the end."""
-    if not entry.swept:
-        return ()
-    missing = tuple(lr for lr in entry.rates(r) if lr not in tried)
-    if missing:
-        return missing
-    powers, best = _ladder(entry, r, tried)
-    beyond = best - 1 if best == powers[0] else best + 1 if best == powers[-1] else None
-    return () if beyond is None or abs(beyond) > FARTHEST else (entry.at(r, beyond),)
-
-
-def _ladder(entry: Entry, r: int, tried: dict[float, float]) -> tuple[list[int], int]:
-    """The powers that were tried, and the best of them; a run that diverged comes last."""
-    powers = [power for power in range(-FARTHEST, FARTHEST + 1) if entry.at(r, power) in tried]
-    losses = {power: tried[entry.at(r, power)] for power in powers}
-    return powers, min(powers, key=lambda power: (not math.isfinite(losses[power]), losses[power]))
-
-
-def best_rate(entry: Entry, r: int, tried: dict[float, float]) -> float | None:
+def best_rate(entry: Entry, r: int, tried: Judged) -> float | None:
     """The rate of the least validation loss, or the only one; None before all were tried."""
     if not entry.swept:
         return entry.at(r, 0)
-    return None if rates_to_try(entry, r, tried) else entry.at(r, _ladder(entry, r, tried)[1])
-
-
-def is_last_tried(entry: Entry, r: int, tried: dict[float, float]) -> bool:
-    """Whether the ladder ended before the loss rose again."""
-    powers, best = _ladder(entry, r, tried)
-    return best in (powers[0], powers[-1])
+    rates = entry.rates(r)
+    return None if rates.next(tried) else rates.best(tried)
 
 
 def shown_rate(entry: Entry, r: int, rows: Sequence[Row], task: str) -> str:
-    """The best rate, for tables, or those that runs found."""
+    """The best rate, for tables, and whether the ladder ended before the loss rose again; or those that runs found."""
     if not entry.swept:
         found = {float(row["found_lr"]) for row in rows_of(rows, task, entry.name, r, "test") if row["found_lr"]}
         low, high = (f"{rate:.2g}" for rate in (min(found, default=entry.at(r, 0)), max(found, default=entry.at(r, 0))))
         return low if low == high else f"{low} to {high}"
-    tried = swept(rows, task, entry.name, r)
-    return f"{best_rate(entry, r, tried):g}" + (" (last tried)" if is_last_tried(entry, r, tried) else "")
+    rate = best_rate(entry, r, swept(rows, task, entry.name, r))
+    return f"{rate:g}" + (" (last tried)" if rate in (entry.at(r, -FARTHEST), entry.at(r, FARTHEST)) else "")
 
 
 def wanted(
@@ -186,7 +161,7 @@ def wanted(
 def cells(task: str, entry: Entry, r: int, seeds: Sequence[int], rows: Sequence[Row]) -> Iterator[Cell]:
     """The rates of an entry's sweep that are to be tried next, or its seeds at the best rate."""
     tried = swept(rows, task, entry.name, r)
-    for lr in rates_to_try(entry, r, tried):
+    for lr in entry.rates(r).next(tried) if entry.swept else ():
         yield entry.cell(sweep_of(task), "validation", r, lr, SWEEP_SEED)
     rate = best_rate(entry, r, tried)
     if rate is not None:
