@@ -17,7 +17,7 @@ from tiny_run import make_data, make_tiny
 import lorasb
 from lorasb.layers import linear_group
 
-pytest.register_assert_rewrite("finetune_runs", "linear_groups", "twins")  # their asserts say what differs
+pytest.register_assert_rewrite("adapters", "finetune_runs", "linear_groups")  # their asserts say what differs
 
 HERE = Path(__file__).parent
 LONGEST = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,12 +155,6 @@ def test_letters_that_end_a_line_elsewhere_are_kept(tmp_path: Path, letter: str)
     assert found == rows
 
 
-def test_a_tenth_is_held_out_where_no_file_is_given(data: Path) -> None:
-    train, held_out = load_examples(Settings(data=str(data)))
-    assert len(held_out) == 3
-    assert not {e.prompt for e in train} & {e.prompt for e in held_out}
-
-
 def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
     """A set in order of its subjects must not be judged by the first of them."""
     file = write_rows(tmp_path / "a.jsonl", ({"prompt": f"q{i}", "completion": "x"} for i in range(40)))
@@ -169,19 +164,23 @@ def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
     assert found[0] != read_data(file, "exact")[:8]
 
 
-@pytest.mark.parametrize(("prompts", "kept"), [(40, 36), (20, 36), (10, 36), (4, 30), (2, 20)])
-def test_all_rows_of_a_prompt_are_held_out_or_none(tmp_path: Path, prompts: int, kept: int) -> None:
+ROWS_OF: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "prompts": lambda i, prompts: {"prompt": f"q{i % prompts}", "completion": str(i)},
+    "chats": lambda i, prompts: {"messages": [{"role": "user", "content": f"q{i % prompts}"}, {"role": "assistant", "content": f"a{i}"}]},
+    "texts": lambda i, _: {"prompt": "", "completion": f"text {i}"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompts", "kept"),
+    [*(("prompts", *counts) for counts in ((40, 36), (20, 36), (10, 36), (4, 30), (2, 20))), ("chats", 20, 36), ("texts", 40, 36)],
+)  # fmt: skip
+def test_all_rows_of_a_prompt_are_held_out_or_none(tmp_path: Path, kind: str, prompts: int, kept: int) -> None:
     """A tenth of the rows; where no prompt has so few, part of one's rows, and the others of it are left out."""
-    rows = ({"prompt": f"q{i % prompts}", "completion": str(i)} for i in range(40))
+    rows = (ROWS_OF[kind](i, prompts) for i in range(40))
     train, held_out = load_examples(Settings(data=write_rows(tmp_path / "a.jsonl", rows)))
     assert (len(train), len(held_out)) == (kept, 4)
-    assert not {e.prompt for e in train} & {e.prompt for e in held_out}
-
-
-def test_texts_without_a_prompt_are_held_out_one_by_one(tmp_path: Path) -> None:
-    rows = ({"prompt": "", "completion": f"text {i}"} for i in range(40))
-    train, held_out = load_examples(Settings(data=write_rows(tmp_path / "a.jsonl", rows)))
-    assert (len(train), len(held_out)) == (36, 4)
+    assert kind == "texts" or not {e.prompt for e in train} & {e.prompt for e in held_out}
 
 
 @pytest.mark.parametrize(("count", "why"), [(1, "too few examples"), (9, "one prompt in all of its 9 rows")])
@@ -198,14 +197,6 @@ def test_of_people_with_a_row_each_nothing_is_held_out_and_not_for_their_prompts
         load_examples(settings)
     with pytest.raises(ValueError, match="--eval-data names no file: ','"):
         load_examples(replace(settings, eval_data=","))
-
-
-def test_chats_are_held_out_by_their_messages(tmp_path: Path) -> None:
-    chats = [[{"role": "user", "content": f"q{i % 10}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(20)]
-    file = write_rows(tmp_path / "a.jsonl", ({"messages": one} for one in chats))
-    train, held_out = load_examples(Settings(data=file))
-    assert not {e.prompt for e in train} & {e.prompt for e in held_out}
-    assert len(train) == 20 - 2 * len({e.prompt for e in held_out})
 
 
 @pytest.mark.parametrize(

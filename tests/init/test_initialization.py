@@ -27,8 +27,7 @@ from lorasb.init import InitReport
 def test_factors_are_the_best_rank_r_part_of_the_first_step(family: str, update: str) -> None:
     singles = batches_for(family, count=6, rows=1)
     want = autograd_sums(family, singles)
-    model = lorasb.patch(make(family), r=5, scaling=2.0)
-    lorasb.initialize(model, singles, lr=1e-2, update=update, longest_start=None, progress=False)
+    model, _ = started(family, r=5, scaling=2.0, batches=singles, lr=1e-2, update=update, longest_start=None)
     for name, layer in layers(model).items():
         g = want[name].double()
         step = -1e-2 * (torch.sign(g) if update == "adamw" else g / len(singles))
@@ -45,9 +44,7 @@ def cores(
     longest_start: float | None, update: str = "adamw", scaling: float = 1.0
 ) -> tuple[dict[str, Tensor], InitReport]:
     """s·R of all layers, and the report."""
-    model = lorasb.patch(make("llama"), r=4, scaling=scaling)
-    options = {"lr": 1e-3, "update": update, "longest_start": longest_start, "progress": False}
-    report = lorasb.initialize(model, batches_for("llama"), **options)
+    model, report = started(scaling=scaling, update=update, longest_start=longest_start)
     return {name: scaling * p.detach() for name, p in model.named_parameters() if "lorasb_R" in name}, report
 
 
@@ -101,9 +98,8 @@ def test_repeatable_and_the_global_rng_stays_where_it_was() -> None:
 
 @pytest.mark.parametrize("update", ["adamw", "per-sample"])
 def test_under_the_callers_autocast_factors_are_orthonormal(update: str) -> None:
-    model = lorasb.patch(make("llama"), r=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        lorasb.initialize(model, batches_for("llama"), lr=1e-3, update=update, progress=False)
+        model, _ = started(update=update)
     for name, p in model.named_parameters():
         if "lorasb_A" in name:
             tolerances.check(p @ p.t(), torch.eye(4), tolerances.ORTHONORMAL)

@@ -10,11 +10,10 @@ import peft
 import pytest
 import tolerances
 import torch
-from adapters import layers
+from adapters import check_training, layers
 from gradients import factors
 from models import EXPERTS, batches_for, logits, make
 from torch import nn
-from twins import check_training
 
 import lorasb
 from lorasb.init import initialization

@@ -8,10 +8,9 @@ import logging
 import pytest
 import torch
 from models import llama
-from quantized_models import initialized, to_bitsandbytes
+from quantized_models import batches, initialized, to_bitsandbytes
 from tolerances import EXACT, EXPORT, check
 from torch import nn
-from twins import batches
 
 import lorasb
 from lorasb.functional import dequantize

@@ -16,14 +16,15 @@ import peft
 import pytest
 import torch
 import transformers
-import twins
-from adapters import layers
+from adapters import check_training, layers
+from gradients import factors
 from models import llama
 from quantized_models import (
     CALLED,
     MAKERS,
     STORED,
     Scaled,
+    batches,
     dense_twin,
     initialized,
     patched,
@@ -33,9 +34,9 @@ from quantized_models import (
     torchao_int4_config,
     values,
 )
-from tolerances import EXACT, FOUR_BITS, PROCESS_SUMS, SAME_STEP, check, check_equal
+from tolerances import EXACT, EXPORT, FOUR_BITS, MERGE, PROCESS_SUMS, SAME_STEP, check, check_equal
 from torch import Tensor, nn
-from twins import batches
+from trainer_runs import train
 
 import lorasb
 from lorasb.layers import opaque_base
@@ -49,14 +50,24 @@ REQUANTIZE = ("hqq", "quanto")  # torchao, too, if transformers has loaded the m
 
 @pytest.mark.parametrize("kind", ALL)
 def test_a_model_is_its_dense_twin_in_forward_and_gradients(kind: str) -> None:
-    twins.check_gradients(patched(kind), dense_twin(quantized(kind)))
+    model, twin = patched(kind), lorasb.patch(dense_twin(quantized(kind)), r=4)
+    lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
+    for layer, other in zip(layers(model).values(), layers(twin).values(), strict=True):
+        layer.set_factors("default", other.lorasb_B["default"], other.lorasb_R["default"], other.lorasb_A["default"])
+    results = []
+    for each in (model, twin):
+        loss = each.train()(**batches()[0]).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
+    assert len(results[0]) == 15  # the loss and seven layers of two blocks
+    check(*results, PROCESS_SUMS)
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
     """Steps are compared as a whole: singular vectors may turn by their last bits."""
     one, other = (initialized(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
-    twins.check_equal(twins.factors(one), twins.factors(other))
+    check_equal(factors(one), factors(other))
     twin = lorasb.patch(dense_twin(quantized(kind)), r=4)
     lorasb.initialize(twin, batches(), lr=1e-2, progress=False)
     for layer, dense in zip(layers(one).values(), layers(twin).values(), strict=True):
@@ -68,7 +79,7 @@ def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
 def test_training_lowers_the_loss_and_leaves_the_storage(kind: str) -> None:
     model = initialized(kind)
     before = {name: contents(layer.base_layer) for name, layer in layers(model).items()}
-    twins.check_training(model)
+    check_training(model)
     for name, layer in layers(model).items():
         check_equal(contents(layer.base_layer), before[name])
 
@@ -97,13 +108,23 @@ def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
     "kind", ["own nested", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("nf4", "int8")), *CALLED]
 )
 def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    twins.check_resuming(lambda: patched(kind), tmp_path, num_samples=4)
+    done = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        callback = lorasb.InitCallback(num_samples=4)
+        done.append(factors(train(patched(kind), tmp_path, [callback], resume=resume).model))
+    check_equal(*done)
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_adapters_are_saved_loaded_exported_and_chosen_by_rows(kind: str, tmp_path: Path) -> None:
     model, batch = initialized(kind).eval(), batches()[0]
-    want = twins.check_files(model, quantized(kind), dense_twin(quantized(kind)), tmp_path)
+    want = model(**batch).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(quantized(kind), tmp_path / "adapter").eval()
+    check(again(**batch).logits, want, EXACT)
+    lorasb.export_lora(model, tmp_path / "lora", quiet=True)
+    plain = peft.PeftModel.from_pretrained(dense_twin(quantized(kind)), tmp_path / "lora").eval()
+    check(plain(**batch).logits, want, EXPORT)
     batch.pop("labels")
     with torch.no_grad():
         mixed = model(**batch, adapter_names=["default", "__base__"]).logits
@@ -116,7 +137,16 @@ def test_adapters_are_saved_loaded_exported_and_chosen_by_rows(kind: str, tmp_pa
 
 @pytest.mark.parametrize("kind", [*STORED, *GIVE_W])
 def test_merging_gives_dense_layers_and_unmerging_the_layers_back(kind: str) -> None:
-    twins.check_merging(initialized(kind).eval())
+    model = initialized(kind).eval()
+    want, bases = model(**batches()[0]).logits, [layer.base_layer for layer in layers(model).values()]
+    model.merge_adapter()
+    check(model(**batches()[0]).logits, want, MERGE)
+    model.unmerge_adapter()
+    assert [layer.base_layer for layer in layers(model).values()] == bases
+    check(model(**batches()[0]).logits, want, EXACT)
+    merged = model.merge_and_unload()
+    assert {type(m) for m in merged.modules() if hasattr(m, "in_features")} == {nn.Linear}
+    check(merged(**batches()[0]).logits, want, MERGE)
 
 
 @pytest.mark.parametrize("kind", REQUANTIZE)

@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 from processes import python as run_python
 
-ROOT = Path(__file__).parents[2]
 SOURCE = "csrc", "lorasb", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"
 NO_COMPILER = {"CC": "false", "CXX": "false"}
 

@@ -128,23 +128,6 @@ def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_pat
     assert torch.isfinite(answer(model, "mine")).all()
 
 
-def test_a_lora_with_biases_is_refused(tmp_path: Path) -> None:
-    lora(tmp_path / "lora")
-    reconfigure(tmp_path / "lora", lora_bias=True)
-    with pytest.raises(ValueError, match=r"expected a plain LoRA in .*, got LoRA with a bias of B"):
-        lorasb.project(with_basis(), tmp_path / "lora", "mine", most_lost=1.0)
-
-
-def test_a_lora_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    lora(tmp_path / "lora")
-    file = tmp_path / "lora" / "adapter_model.safetensors"
-    save_file({name: value * torch.nan for name, value in load_file(file).items()}, file)
-    model = with_basis()
-    with pytest.raises(ValueError, match="expected an adapter with finite values to project, got NaN or Inf"):
-        lorasb.project(model, tmp_path / "lora", "mine", most_lost=1.0)
-    assert list(model.peft_config) == ["default"]
-
-
 def test_a_basis_of_experts_loads(tmp_path: Path) -> None:
     target = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
     model = lorasb.patch(make("mixtral"), r=2, init="kaiming", **target)
@@ -160,10 +143,17 @@ def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
     model = two()
     model.save_pretrained(tmp_path)
     lora(tmp_path / "head", modules_to_save=["norm"])
+    for name in ("biased", "damaged"):
+        lora(tmp_path / name)
+    reconfigure(tmp_path / "biased", lora_bias=True)
+    file = tmp_path / "damaged" / "adapter_model.safetensors"
+    save_file({name: value * torch.nan for name, value in load_file(file).items()}, file)
     for folder, message in (
         ("", r"expected a LoRA adapter with adapter_config\.json"),
         ("ada", r"expected a plain LoRA in .*, got LORASB"),
         ("head", r"linear layers and nothing else in .*norm"),
+        ("biased", r"expected a plain LoRA in .*, got LoRA with a bias of B"),
+        ("damaged", "expected an adapter with finite values to project, got NaN or Inf"),
     ):
         with pytest.raises(ValueError, match=message):
             lorasb.project(model, tmp_path / folder, "mine", basis="ada", most_lost=1.0)

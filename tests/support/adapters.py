@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted, which of its parameters train, and a model with two adapters."""
+"""Which layers of a model are adapted, which of its parameters train and that they do, and a model with two adapters."""
 
 from __future__ import annotations
 
@@ -25,6 +25,24 @@ def adapted(model: nn.Module) -> set[str]:
 
 def trained(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_training(model: nn.Module) -> None:
+    """R alone trains and lowers the loss, where training and evaluation take turns."""
+    assert trained(model) == {f"base_model.model.{name}.lorasb_R.default" for name in layers(model)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, batch, losses = torch.optim.AdamW(parameters, lr=5e-2), batches_for("llama")[0], []
+    for _ in range(6):
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        with torch.no_grad():
+            model.eval()(**batch)
+            with model.disable_adapter():
+                model(**batch)
+    assert losses[-1] < losses[0] - 0.1
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import Batch, batches_for, llama, logits
+from models import batches_for, llama, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -71,15 +71,11 @@ def saved(folder: Path, *names: str) -> Any:
     return model
 
 
-def inputs() -> Batch:
-    """A batch of two rows without labels."""
-    return {name: value for name, value in batches_for("llama", 1)[0].items() if name != "labels"}
-
-
 def out(model: Any, *names: str) -> Tensor:
     """The logits of two rows, each by its adapter; by the active one without names."""
+    inputs = {name: value for name, value in batches_for("llama", 1)[0].items() if name != "labels"}
     with torch.no_grad():
-        return model(**inputs(), **({"adapter_names": list(names)} if names else {})).logits
+        return model(**inputs, **({"adapter_names": list(names)} if names else {})).logits
 
 
 def answer(model: Any, name: str) -> Tensor:

@@ -133,9 +133,11 @@ def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float3
     return model
 
 
-def started(family: str = "llama", r: int = 4, **options: object) -> tuple[nn.Module, lorasb.InitReport]:
+def started(
+    family: str = "llama", r: int = 4, scaling: float = 1.0, **options: object
+) -> tuple[nn.Module, lorasb.InitReport]:
     """A new model that is initialized with these options, and the report."""
-    model = lorasb.patch(make(family), r=r)
+    model = lorasb.patch(make(family), r=r, scaling=scaling)
     return model, lorasb.initialize(model, **{"batches": batches_for(family), "lr": 1e-3, "progress": False} | options)
 
 

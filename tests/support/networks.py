@@ -1,4 +1,4 @@
-"""Small networks that are no transformers models: one of layers whose W is no matrix, and a mixture of experts."""
+"""Small networks that are no transformers models: linears, layers whose W is no matrix, and a mixture of experts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ TARGETS = ["embed", "conv", "grouped", "image", "attention", "head"]
 # the parameter behind each layer of an adapter, by the layer's name
 PARAMETERS = {name: f"{name}.weight" for name in ("embed", "conv", "grouped", "image", "head")}
 PARAMETERS |= {"attention": "attention.in_proj_weight", "attention.base_layer": "attention.out_proj.weight"}
+
+
+class Mlp(nn.Module):
+    """Three linears, with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(10, 20), nn.Linear(20, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).tanh()).tanh())
+
+
+X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))  # for `Mlp`
 
 
 class Net(nn.Module):
@@ -31,10 +46,10 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def batch(seed: int = 0, rows: int = 6) -> dict[str, Tensor]:
+def batch(seed: int = 0) -> dict[str, Tensor]:
     """For `Net`."""
     g = torch.Generator().manual_seed(seed)
-    return {"ids": torch.randint(0, 20, (rows, 7), generator=g), "target": torch.randn(rows, 7, 4, generator=g)}
+    return {"ids": torch.randint(0, 20, (6, 7), generator=g), "target": torch.randn(6, 7, 4, generator=g)}
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -12,15 +12,32 @@ from typing import Any
 import peft.utils.quantization_utils
 import pytest
 import torch
-from models import llama
+from models import Batch, batches_for, llama
 from storages import exact
 from torch import Tensor, nn
-from twins import batches, dense_linear, with_linears
 
 import lorasb
 from lorasb.quantization.quantized_weight import is_quantized, of_module
 
 GROUP = 32  # weights that share a scale, in formats that have groups
+
+
+def batches() -> list[Batch]:
+    return batches_for("llama")
+
+
+def with_linears(model: Any, make: Callable[[Any], nn.Module]) -> Any:
+    """A language model whose blocks' linears are replaced."""
+    for name, layer in list(model.model.named_modules()):
+        if hasattr(layer, "in_features"):
+            model.model.set_submodule(name, make(layer))
+    return model
+
+
+def dense_linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight.data = weight
+    return layer
 
 
 class Scaled(nn.Module):
@@ -117,8 +134,8 @@ def patched(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> An
     return lorasb.patch(quantized(kind, dtype), **known | options)
 
 
-def initialized(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    model = patched(kind, dtype)
+def initialized(kind: str, **options: Any) -> Any:
+    model = patched(kind)
     lorasb.initialize(model, batches(), lr=1e-2, progress=False, **options)
     return model
 

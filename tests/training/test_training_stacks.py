@@ -11,13 +11,13 @@ import peft
 import pytest
 import tolerances
 import torch
+from adapters import check_training
 from gradients import factors
-from models import batches_for, llama, logits, make, patched
+from models import batches_for, llama, logits, make, patched, started
 from tolerances import check_equal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from trainer_runs import ROWS, train
-from twins import check_training
 
 import lorasb
 
@@ -179,8 +179,7 @@ def test_the_callback_initializes_as_one_does_by_hand(tmp_path: Path, warmup: fl
     train(model, tmp_path, [callback], warmup_steps=warmup)
     assert callback.report.lr == pytest.approx(1e-2 / 2)
     assert callback.report.num_samples == 6
-    by_hand = lorasb.patch(make("llama"), r=4)
-    report = lorasb.initialize(by_hand, DataLoader(ROWS, batch_size=3), lr=5e-3, num_samples=6, seed=5, progress=False)
+    by_hand, report = started(batches=DataLoader(ROWS, batch_size=3), lr=5e-3, num_samples=6, seed=5)
     a, b = (([layer.energy_sign for layer in found.layers], found.loss) for found in (callback.report, report))
     assert a == b
     frozen = {name: value for name, value in factors(by_hand).items() if "lorasb_R" not in name}

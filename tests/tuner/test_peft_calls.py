@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 from adapters import layers
-from model_kinds import Mlp, X
 from models import batches_for, llama, logits, make, patched
+from networks import Mlp, X
 from peft.helpers import disable_input_dtype_casting
 from tolerances import BF16_FEW, EXACT, EXPORT, HALF_FEW, MERGE, check
 from torch import nn
