@@ -161,28 +161,40 @@ def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(own: Settings, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("taken", [False, True])
+def check_moved(folder: Path, whole: Path) -> None:
+    for name in ("answers.json", "energy.png", "lora/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return [run_folder.step_of(one) for one in run_folder.complete_checkpoints(folder / "checkpoints")]
+
+
 def test_resume_never_sets_the_former_results_aside_before_it_starts(
-    own: Settings, whole: Path, tmp_path: Path, said: Callable[[], str], taken: bool
+    own: Settings, whole: Path, tmp_path: Path, said: Callable[[], str]
 ) -> None:
-    """And removes none that were set aside before, nor a folder or a file of the user's of that name."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
-    if taken:
-        (tmp_path / "former").mkdir()
-        (tmp_path / "former" / "thesis.txt").write_text("mine")
-    again = replace(own, lr=1e-3, resume="never")
-    stop_after(2, again, tmp_path)
+    stop_after(2, replace(own, lr=1e-3, resume="never"), tmp_path)
     assert "are moved to" in said()
-    if taken:
-        stop_after(1, replace(again, lr=2e-3), tmp_path)  # which has none to move
-        assert (tmp_path / "former" / "thesis.txt").read_text() == "mine"
-    steps = [run_folder.step_of(one) for one in run_folder.complete_checkpoints(tmp_path / "checkpoints")]
-    assert steps == ([1] if taken else [2])
-    formers = {"former", "former-2"} if taken else {"former"}
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml", "notes.txt"} | formers
-    for name in ("answers.json", "energy.png", "lora/adapter_model.safetensors"):
-        assert (tmp_path / max(formers) / name).read_bytes() == (whole / name).read_bytes()
+    assert saved_steps(tmp_path) == [2]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml", "notes.txt", "former"}
+    check_moved(tmp_path / "former", whole)
+
+
+def test_resume_never_removes_nothing_that_has_the_name_of_former_results(
+    own: Settings, whole: Path, tmp_path: Path
+) -> None:
+    """Neither a folder of the user's, nor what was set aside before."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "former").mkdir()
+    (tmp_path / "former" / "thesis.txt").write_text("mine")
+    for step, lr in ((2, 1e-3), (1, 2e-3)):  # the second has no results to move
+        stop_after(step, replace(own, lr=lr, resume="never"), tmp_path)
+    assert saved_steps(tmp_path) == [1]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml", "former", "former-2"}
+    assert [path.name for path in (tmp_path / "former").iterdir()] == ["thesis.txt"]
+    check_moved(tmp_path / "former-2", whole)
 
 
 @pytest.mark.parametrize(

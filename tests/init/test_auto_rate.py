@@ -28,14 +28,6 @@ from lorasb.layers.linear import LoRASBLinear
 from lorasb.training import init_callback
 
 
-def measured(
-    family: str = "llama", r: int = 4, scaling: float = 1.0, **options: object
-) -> tuple[nn.Module, InitReport]:
-    """A model whose start's rate is measured, and the report."""
-    model = lorasb.patch(make(family), r=r, scaling=scaling)
-    return model, lorasb.initialize(model, batches_for(family), **{"lr": "auto", "progress": False} | options)
-
-
 def cores(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if "lorasb_R" in name]
 
@@ -63,7 +55,7 @@ def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> flo
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 @pytest.mark.parametrize("update", ["adamw", "sgd", "per-sample"])
 def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str) -> None:
-    model, report = measured(family, update=update, scaling=0.5)
+    model, report = started(family, lr="auto", update=update, scaling=0.5)
     change = change_by_an_aligned_step(model, family, report.rate)
     tolerances.check(torch.tensor(change), torch.tensor(auto_rate.RHO), tolerances.fp32(64))
 
@@ -71,7 +63,7 @@ def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str) -> 
 @pytest.fixture(scope="module")
 def usual() -> tuple[nn.Module, InitReport]:
     """A Llama's measured start, and its report."""
-    return measured()
+    return started(lr="auto")
 
 
 def test_the_start_is_as_if_the_rate_had_been_given(usual: tuple[nn.Module, InitReport]) -> None:
@@ -86,7 +78,7 @@ def test_a_warm_up_divides_the_first_step_and_not_the_rate(usual: tuple[nn.Modul
     """R's length is proportional to the step's."""
     given = lorasb.first_step_lr("auto", 0.1, total_steps=50)
     assert given == AutoRate(5.0)
-    model, report = measured(lr=given)
+    model, report = started(lr=given)
     assert report.rate == usual[1].rate
     assert report.lr == pytest.approx(report.rate / 5)
     tolerances.check([5 * core for core in cores(model)], cores(usual[0]), tolerances.FACTORS)
@@ -94,8 +86,8 @@ def test_a_warm_up_divides_the_first_step_and_not_the_rate(usual: tuple[nn.Modul
 
 def test_the_samples_of_a_cache_are_measured_too(tmp_path: Path) -> None:
     file = tmp_path / "signs"
-    _, first = measured(cache=file)
-    _, second = measured(cache=file)
+    _, first = started(lr="auto", cache=file)
+    _, second = started(lr="auto", cache=file)
     assert (second.strategy, second.rate) == ("cache", pytest.approx(first.rate))
     model = lorasb.patch(make("llama"), r=4)
     with pytest.raises(ValueError, match="lr='auto' measures on samples, and a cache has signs alone"):
@@ -123,38 +115,47 @@ def test_what_cannot_be_measured_has_a_stated_fallback(weight: float, reason: st
 
 
 def test_a_loss_of_the_users_is_called_for_the_forward(usual: tuple[nn.Module, InitReport]) -> None:
-    _, given = measured(loss_fn=lambda model, batch: model(**batch).loss)
+    _, given = started(lr="auto", loss_fn=lambda model, batch: model(**batch).loss)
     assert given.rate == pytest.approx(usual[1].rate, rel=0.2)  # other weights of samples give other signs
+
+
+def begun(folder: Path, **options: object) -> tuple[Any, lorasb.InitCallback, list[tuple[Tensor, list[Tensor]]]]:
+    """A trainer, its callback that measured, and the random state and R before the callback and after it."""
+    seen: list[tuple[Tensor, list[Tensor]]] = []
+
+    class Begin(transformers.TrainerCallback):
+        def on_train_begin(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+            seen.append((torch.get_rng_state(), [core.detach().clone() for core in cores(model)]))
+
+    callback = lorasb.InitCallback(lr="auto", num_samples=6)
+    model = lorasb.patch(make("llama"), r=4)
+    return train(model, folder, [Begin(), callback, Begin()], warmup_steps=2, **options), callback, seen
+
+
+def by_hand() -> tuple[nn.Module, InitReport]:
+    """What the callback does before it tries rates on the trainer's data."""
+    return started(batches=DataLoader(ROWS, batch_size=3), lr=lorasb.first_step_lr("auto", 2), num_samples=6, seed=3)
 
 
 @pytest.mark.parametrize("option", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
 def test_a_trainer_trains_r_at_the_rate(tmp_path: Path, option: dict[str, object]) -> None:
-    """The measured rate is doubled or halved on the trainer's data, and R with it; random states stay."""
-    random_states = []
-
-    class Begin(transformers.TrainerCallback):
-        def on_train_begin(self, *args: object, model: nn.Module, **kwargs: object) -> None:
-            random_states.append(torch.get_rng_state())
-            starts.append([core.detach().clone() for core in cores(model)])
-
-    starts: list[list[Tensor]] = []
-    callback = lorasb.InitCallback(lr="auto", num_samples=6)
-    callbacks = [Begin(), callback, Begin()]
-    trainer = train(lorasb.patch(make("llama"), r=4), tmp_path, callbacks, warmup_steps=2, **option)
-    assert torch.equal(*random_states)
-    given = lorasb.first_step_lr("auto", 2)
-    by_hand = lorasb.patch(make("llama"), r=4)
-    raw = lorasb.initialize(by_hand, DataLoader(ROWS, batch_size=3), lr=given, num_samples=6, seed=3, progress=False)
+    """The measured rate is doubled or halved on the trainer's data; random states stay."""
+    trainer, callback, ((state_before, _), (state_after, _)) = begun(tmp_path, **option)
+    assert torch.equal(state_before, state_after)
     rate = callback.report.rate
-    assert rate / raw.rate in (pytest.approx(0.5, rel=2e-2), pytest.approx(2.0, rel=2e-2))
+    assert rate / by_hand()[1].rate in (pytest.approx(0.5, rel=2e-2), pytest.approx(2.0, rel=2e-2))
     assert callback.report.lr == pytest.approx(rate / 2)
     assert trainer.model.peft_config["default"].init_provenance["lr"] == pytest.approx(callback.report.lr)
-    if not option:
-        tolerances.check(starts[1], [core * rate / raw.rate for core in cores(by_hand)], tolerances.FACTORS)
     assert all(group["initial_lr"] == rate for group in trainer.optimizer.param_groups if group["params"])
     assert trainer.lr_scheduler.base_lrs[0] == rate
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert max(rates) <= rate * (1 + 1e-6)
+
+
+def test_a_trainers_start_is_doubled_or_halved_with_the_rate(tmp_path: Path) -> None:
+    _, callback, (_, (_, start)) = begun(tmp_path)
+    model, raw = by_hand()
+    tolerances.check(start, [core * callback.report.rate / raw.rate for core in cores(model)], tolerances.FACTORS)
 
 
 @pytest.mark.parametrize("size", [3, 12])
@@ -204,11 +205,6 @@ def test_other_optimizers_and_schedules_keep_the_rate_of_the_arguments(
     assert optimizer.param_groups[0]["initial_lr"] == before
 
 
-def test_an_initialized_adapter_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="is initialized already, so that no rate is measured: learning_rate=0.01"):
-        train(patched(), tmp_path, [lorasb.InitCallback(lr="auto")])
-
-
 def test_a_checkpoint_without_its_optimizer_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
     train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(lr="auto")], save_only_model=True)
     resumed, last = lorasb.patch(make("llama"), r=4), str(tmp_path / "checkpoint-2")
@@ -255,7 +251,6 @@ def test_every_model_of_a_callback_is_measured(tmp_path: Path) -> None:
         (3e-2, {}, 3e-2 / 2),
         (None, {"lr_scheduler_type": "constant"}, 1e-2),
         (None, {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, 1e-2),
-        (None, {}, 1e-2 / 2),
     ],
 )
 def test_a_start_is_that_of_the_optimizers_rate(
@@ -269,14 +264,14 @@ def test_a_start_is_that_of_the_optimizers_rate(
 
 
 def test_a_head_in_rs_own_group_is_named() -> None:
-    model, head = measured()[0], nn.Linear(2, 2)
+    model, head = started(lr="auto")[0], nn.Linear(2, 2)
     optimizer = torch.optim.AdamW([*cores(model), *head.parameters()], lr=1e-2)
     with pytest.warns(UserWarning, match=r"modules that are no R \(a head\) train at R's rate 0\.003"):
         init_callback._set_rate(3e-3, optimizer, None, layers(model), "default")
 
 
 def test_a_rate_of_zero_is_replaced() -> None:
-    model = measured()[0]
+    model = started(lr="auto")[0]
     optimizer = torch.optim.AdamW(cores(model), lr=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     init_callback._set_rate(3e-3, optimizer, schedule, layers(model), "default")

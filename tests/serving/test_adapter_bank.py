@@ -161,15 +161,19 @@ def test_threads_serve_while_others_add() -> None:
             if i >= 4:
                 bank.remove(f"user-{i - 4}")
 
+    check(out(model, "ada", "grace"), want, MERGE)
     with ThreadPoolExecutor(1) as thread:
         others = thread.submit(come_and_go)
         while not others.done():
             check(out(model, "ada", "grace"), want, MERGE)
     others.result()  # raises what was raised there
+    check(out(model, "ada", "grace"), want, MERGE)
 
 
-def test_an_adapter_of_the_model_is_copied_and_saved_ones_are_what_they_were() -> None:
+def test_an_adapter_of_the_model_is_copied_with_its_scale_and_saved_ones_are_what_they_were() -> None:
     model = with_users("ada")
+    for layer in layers_with(model, "ada").values():
+        layer.set_scale("ada", 2.0)
     want = out(model, "ada", "ada")
     bank = lorasb.AdapterBank(model)
     bank.add("copy", "ada")
@@ -325,15 +329,6 @@ def test_large_memory_is_zero_and_private_and_asks_for_huge_pages() -> None:
     permissions, flags = mapping_of(found.data_ptr())
     assert permissions == "rw-p"  # shared memory has no huge pages unless the system's shmem_enabled says so
     assert "hg" in flags.split()
-
-
-def test_a_copy_has_the_scale_of_its_original() -> None:
-    model = with_users("ada")
-    for layer in layers_with(model, "ada").values():
-        layer.set_scale("ada", 2.0)
-    bank = lorasb.AdapterBank(model)
-    bank.add("copy", "ada")
-    check(out(model, "copy", "copy"), out(model, "ada", "ada"), MERGE)
 
 
 def test_an_adapter_with_a_head_is_not_copied_into_a_bank() -> None:

@@ -17,26 +17,26 @@ import lorasb
 PARTS = [(family, {}) for family in FAMILIES]
 PARTS += [(family, {"target_parameters": EXPERTS}) for family in ("mixtral", "qwen3_moe")]
 PARTS += [("mixtral", {"target_parameters": EXPERTS[1:], "target_modules": []})]
-parts = pytest.mark.parametrize(
-    ("family", "fields"), PARTS, ids=lambda value: value if isinstance(value, str) else str(len(value))
-)
 
 
-@parts
+def named(value: Any) -> str:
+    return value if isinstance(value, str) else str(len(value))
+
+
+@pytest.mark.parametrize(("family", "fields"), [part for part in PARTS if part[0] != "t5"], ids=named)  # t5: two stacks
 def test_both_strategies_find_the_same_factors(family: str, fields: dict[str, Any]) -> None:
     found = {}
-    for strategy in ("accumulate", *(() if family == "t5" else ("layerwise",))):  # t5: two stacks
+    for strategy in ("accumulate", "layerwise"):
         model = lorasb.patch(make(family), r=4, **fields)
         report = lorasb.initialize(model, batches_for(family), lr=2e-2, strategy=strategy, progress=False)
         assert report.strategy == strategy
         found[strategy] = {name: layer.get_delta_weight("default") for name, layer in layers(model).items()}
         assert all(delta.abs().max() > 0 for delta in found[strategy].values())
     for name, delta in found["accumulate"].items():
-        other = found.get("layerwise", found["accumulate"])[name]
-        tolerances.check(other / delta.abs().max(), delta / delta.abs().max(), tolerances.FACTORS)
+        tolerances.check(found["layerwise"][name] / delta.abs().max(), delta / delta.abs().max(), tolerances.FACTORS)
 
 
-@parts
+@pytest.mark.parametrize(("family", "fields"), PARTS, ids=named)
 def test_train_save_load_merge_and_export(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
     """Of a model after three steps, which computed what its base does before it was initialized."""
     before, model = logits(make(family), family), lorasb.patch(make(family), r=4, **fields)

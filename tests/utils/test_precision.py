@@ -100,10 +100,10 @@ def test_a_dtype_that_the_device_has_not_got(monkeypatch: pytest.MonkeyPatch) ->
         precision.resolve("bfloat16", "cuda")
 
 
-def test_the_ratio_is_one_of_times_and_leaves_the_random_state() -> None:
+def test_timing_a_dtype_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
     precision.slowdown.cache_clear()
-    assert precision.slowdown(torch.float32) == pytest.approx(1, rel=20)  # a busy machine, and no bound on its speed
+    precision.slowdown(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
