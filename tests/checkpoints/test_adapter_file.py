@@ -343,10 +343,6 @@ def test_a_base_of_another_size_is_refused(saved: Path) -> None:
         peft.PeftModel.from_pretrained(llama(hidden_size=32), saved)
 
 
-def test_the_same_base_in_another_precision_is_the_same_base(saved: Path) -> None:
-    peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16), saved)
-
-
 @pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-llama")
 def test_the_card_says_where_the_adapter_comes_from_and_how_to_use_it(tmp_path: Path) -> None:
     model = patched()

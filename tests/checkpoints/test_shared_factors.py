@@ -12,8 +12,7 @@ import pytest
 import tolerances
 from gradients import factors
 from models import logits, make
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from trainer_runs import train
 
@@ -90,7 +89,7 @@ def test_without_hard_links(run: tuple[Path, nn.Module], tmp_path: Path, monkeyp
     assert one.stat().st_ino != two.stat().st_ino
 
 
-def test_factors_that_are_gone_or_damaged(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_factors_that_are_gone(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
     folder, _ = run
     shutil.copytree(folder / "checkpoint-3", tmp_path / "one")
     (tmp_path / "one" / FACTORS_NAME).unlink()
@@ -104,13 +103,6 @@ def test_factors_that_are_gone_or_damaged(run: tuple[Path, nn.Module], tmp_path:
             call()
     model.load_adapter(folder / "checkpoint-3", "second")  # a failed load leaves room for another
     assert set(model.peft_config) == {"default", "second"}
-    tensors = load_file(folder / "checkpoint-3" / FACTORS_NAME)
-    with safe_open(folder / "checkpoint-3" / FACTORS_NAME, framework="pt") as reader:
-        metadata = reader.metadata()
-    next(iter(tensors.values()))[0, 0] += 1
-    save_file(tensors, tmp_path / "one" / FACTORS_NAME, metadata=metadata)
-    with pytest.raises(ValueError, match="is damaged"):
-        lorasb.export_lora(tmp_path / "one", tmp_path / "out")
 
 
 def test_resuming_names_damage_and_leaves_the_adapter(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
@@ -121,6 +113,8 @@ def test_resuming_names_damage_and_leaves_the_adapter(run: tuple[Path, nn.Module
     model = lorasb.patch(make("llama"), r=4)
     with pytest.raises(ValueError, match=r"lorasb_factors\.safetensors is damaged"):
         model.load_adapter(last, "default", is_trainable=True)
+    with pytest.raises(ValueError, match="is damaged"):
+        lorasb.export_lora(last, tmp_path / "out")
     model.load_adapter(first, "default", is_trainable=True)
     assert all(value.any() for value in factors(model).values())
 

@@ -135,15 +135,6 @@ def test_a_compiled_model_is_exported_under_its_own_names(tmp_path: Path) -> Non
     assert plain.keys() == exported(torch.compile(model), tmp_path / "compiled").keys()
 
 
-def test_an_adapter_on_a_basis_is_exported_from_the_model_too(tmp_path: Path) -> None:
-    """Its file has R alone; A and B are the basis's."""
-    model = with_users("ada")
-    lorasb.export_lora(model, tmp_path / "lora", adapter_name="ada", quiet=True)
-    model.set_adapter("ada")
-    plain = peft.PeftModel.from_pretrained(base(), tmp_path / "lora").eval()
-    tolerances.check(logits(plain), logits(model), tolerances.EXPORT)
-
-
 # vllm/lora/utils.py, process_packed_modules_mapping: packed_modules_mapping["experts"] is the list of checkpoint names
 # of every expert and projection, `experts.{e}.{name}`; the names are the models' own (mixtral.py, qwen3_moe.py).
 EXPERTS_IN_VLLM = {
@@ -264,9 +255,13 @@ def test_a_tied_embedding_that_is_saved_is_exported(tmp_path: Path) -> None:
 
 
 def test_one_of_several_active_adapters_has_to_be_named(tmp_path: Path) -> None:
+    """Here one on a basis, whose A and B are exported with its R."""
     model = with_users("ada")
     model.base_model.set_adapter(["default", "ada"])
     for call in (lambda: lorasb.export_lora(model, tmp_path, quiet=True), lambda: lorasb.adapter_delta(model)):
         with pytest.raises(ValueError, match="adapters default, ada are active: name one by adapter_name="):
             call()
     lorasb.export_lora(model, tmp_path, adapter_name="ada", quiet=True)
+    model.set_adapter("ada")
+    plain = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    tolerances.check(logits(plain), logits(model), tolerances.EXPORT)

@@ -6,7 +6,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 
-import models
 import peft
 import pytest
 import tolerances
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 import lorasb
 from lorasb.layers.linear import LoRASBLinear
-from lorasb.layers.lookup import discard
 
 
 def make(dtype: torch.dtype = torch.float32, initialized: bool = True, **options: object) -> LoRASBLinear:
@@ -256,17 +254,6 @@ def test_dropout_acts_in_training_only() -> None:
 def test_a_model_on_the_meta_device_computes_shapes() -> None:
     model = patched().to("meta")
     assert model(input_ids=torch.zeros(2, 3, dtype=torch.long, device="meta")).logits.shape[:2] == (2, 3)
-
-
-def test_a_discarded_adapter_leaves_the_others_and_the_last_one_the_model() -> None:
-    model = patched()
-    kinds = [type(module) for module in models.make("llama").modules()]
-    model.add_adapter("second", lorasb.LoRASBConfig(r=2))
-    discard(model.base_model, "second")
-    assert list(model.peft_config) == ["default"]
-    assert all(set(layer.lorasb_R) == {"default"} for layer in layers(model).values())
-    discard(model.base_model, "default")
-    assert [type(module) for module in model.get_base_model().modules()] == kinds
 
 
 def test_dictionaries_by_adapter_name() -> None:

@@ -1,14 +1,13 @@
-"""Our layer in 4 bits: made by `lorasb.quantize`, its dense twin's answer, files of bitsandbytes, merged back into 4 bits."""
+"""Our layer in 4 bits: made by `lorasb.quantize`, its dense twin's answer, files of bitsandbytes."""
 
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
 from models import llama
-from quantized_models import batches, initialized, to_bitsandbytes
+from quantized_models import to_bitsandbytes
 from tolerances import EXACT, EXPORT, check
 from torch import nn
 
@@ -69,23 +68,6 @@ def test_heads_are_left_and_a_weight_that_is_not_finite_changes_nothing() -> Non
     model = lorasb.quantize(llama(), "fp4", blocksize=32)
     assert type(model.lm_head) is nn.Linear
     assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 14
-
-
-@pytest.mark.parametrize("kind", ["own nested", "nf4"])
-def test_merging_back_into_4_bits_tells_the_error(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = initialized(kind).eval()
-    dense = copy.deepcopy(model).merge_and_unload()
-    with caplog.at_level(logging.WARNING, logger="lorasb"):
-        packed = model.merge_and_unload(requantize=True)
-    assert "requantized 14 layers" in caplog.text
-    for name, error in packed.requantization_errors.items():
-        layer, wide = packed.get_submodule(name), dense.get_submodule(name).weight
-        assert isinstance(layer, Linear4bit)
-        assert layer.quant_state.nested == ("nested" in kind)
-        found = (dequantize(layer.quantized(), torch.float32) - wide).norm() / wide.norm()
-        assert error == pytest.approx(float(found), rel=1e-5)
-        assert 0.01 < error < 0.2
-    packed(**batches()[0])
 
 
 def test_requantizing_needs_something_to_requantize() -> None:

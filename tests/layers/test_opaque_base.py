@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import re
 import types
 import weakref
@@ -41,11 +42,12 @@ from trainer_runs import train
 import lorasb
 from lorasb.layers import opaque_base
 from lorasb.layers.linear import LoRASBLinear
+from lorasb.layers.linear4bit import Linear4bit
 from lorasb.quantization.quantized_weight import is_quantized
 
 ALL = (*STORED, *CALLED)
 GIVE_W = [kind for kind in CALLED if kind != "unknown"]
-REQUANTIZE = ("hqq", "quanto")  # torchao, too, if transformers has loaded the model: a test of its own
+REQUANTIZE = ("own nested", "nf4", "hqq", "quanto")  # torchao, if transformers has loaded the model: a test of its own
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -150,18 +152,24 @@ def test_merging_gives_dense_layers_and_unmerging_the_layers_back(kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", REQUANTIZE)
-def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str) -> None:
+def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """lorasb's own in place of bitsandbytes'."""
     model = initialized(kind).eval()
     merged_weights = {name: layer.merged_weight(["default"]) for name, layer in layers(model).items()}
-    kinds = {name: type(layer.base_layer) for name, layer in layers(model).items()}
-    plain: Any = model.merge_and_unload(requantize=True)
+    kinds = {name: Linear4bit if kind in STORED else type(layer.base_layer) for name, layer in layers(model).items()}
+    with caplog.at_level(logging.WARNING, logger="lorasb"):
+        plain: Any = model.merge_and_unload(requantize=True)
+    assert "requantized 14 layers" in caplog.text
     for name, want in merged_weights.items():
         layer = plain.get_submodule(name)
         assert type(layer) is kinds[name]
         relative = float((values(layer, torch.float32) - want).norm() / want.norm())
         assert plain.requantization_errors[name] == pytest.approx(relative, rel=1e-3)
-        assert 0 < relative < FOUR_BITS
+        assert (0.01 if kind in STORED else 0) < relative < FOUR_BITS
+        if kind in STORED:
+            assert layer.quant_state.nested == ("nested" in kind)
     assert not any(p.requires_grad for p in plain.get_submodule("model.layers").parameters())
+    plain(**batches()[0])
 
 
 def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
