@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,13 @@ import environment  # before anything reads it
 import interpreted_language
 import pytest
 import torch
+import transformers
 from measuring import SETS, instruction_set
-from tiny_run import make_data, make_tiny
+from models import llama
+from tiny_run import WORDS
 
 import lorasb
+from lorasb.backends import eager as by_torch
 from lorasb.layers import linear_group
 
 pytest.register_assert_rewrite("adapters", "finetune_runs", "linear_groups")  # their asserts say what differs
@@ -61,6 +65,13 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
 
 
+@pytest.fixture(params=[True, False], ids=["composed", "function"])
+def composed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways that calls on a CPU take: composed of torch's ops for small x, and a backward of our own."""
+    monkeypatch.setattr(by_torch, "SMALL_BYTES", 2**40 if request.param else 0)
+    return request.param
+
+
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that read the same input are computed together, as on machines with a GPU."""
@@ -104,13 +115,29 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and a tokenizer of whole words and letters."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder, letters = tmp_path_factory.mktemp("tiny"), [chr(code) for code in range(32, 127)]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS, *letters])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    llama(vocab_size=len(vocabulary), eos_token_id=1, bos_token_id=None).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file: "copy WORD" -> "WORD", thirty times."""
-    return make_data(tmp_path_factory.mktemp("data") / "copy.jsonl")
+    file = tmp_path_factory.mktemp("data") / "copy.jsonl"
+    rows = [{"prompt": f"copy {WORDS[i % 10]} {i % 7}", "completion": WORDS[i % 10]} for i in range(30)]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ import tolerances
 import torch
 import transformers
 from adapters import layers
-from models import batches_for, make, patched
+from models import batches_for, generated, make, patched
 from torch import nn
 
 import lorasb
@@ -51,12 +51,8 @@ def fine_tuned(tokenizer: transformers.PreTrainedTokenizerBase) -> nn.Module:
 
 
 def answers_here(model: nn.Module, asked: list[list[int]], tokens: int = TOKENS) -> list[list[int]]:
-    greedy = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    found = []
-    for given in (torch.tensor([ids]) for ids in asked):
-        whole = model.generate(input_ids=given, attention_mask=torch.ones_like(given), **greedy)
-        found.append(whole[0, given.shape[1] :].tolist())
-    return found
+    count = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    return [generated(model, torch.tensor([ids]), **count)[0, len(ids) :].tolist() for ids in asked]
 
 
 def answers_there(asked: list[list[int]], adapter: Path | None) -> list[list[int]]:

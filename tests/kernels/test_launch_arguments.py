@@ -1,6 +1,6 @@
 """What a prepared launch keeps of its first call, and its arguments against those of ordinary launches, as Triton's own
 launcher hands them to the driver: of the installed Triton, and in `make test-all` of every verified version in the folder
-LORASB_TRITONS.
+LORASB_TRITONS. And the counters of arriving programs, which calls on the default stream share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from processes import ROOT, python
 from torch import Tensor
 
-from lorasb.kernels import prepared_launch
+from lorasb.kernels import prepared_launch, workspace
 from lorasb.kernels.block_sizes import PrepConfig
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedLaunch
@@ -119,3 +119,48 @@ X, OTHER, THIRD = meta(4, 8), meta(4, 8), meta(4, 8)
 def test_what_is_not_prepared(arguments: dict[str, Any], tensors: list[Tensor], message: str) -> None:
     with pytest.raises(NotPreparedError, match=message):
         prepared(tensors, **arguments, **dict.fromkeys(("partial", "counters"), meta(1)))
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A device that there is not, whose tensors lie on the CPU."""
+    default = object()
+    state = SimpleNamespace(stream=default, capturing=False)
+
+    def zeros(*size: Any, device: torch.device, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, **options)
+
+    streams = SimpleNamespace(
+        is_current_stream_capturing=lambda: state.capturing,
+        current_stream=lambda device: state.stream,
+        default_stream=lambda device: default,
+    )
+    monkeypatch.setattr(workspace, "torch", SimpleNamespace(zeros=zeros, int32=torch.int32, cuda=streams))
+    workspace.forget()
+    yield state
+    workspace.forget()
+
+
+def test_the_default_streams_are_kept_and_grow(cuda: SimpleNamespace) -> None:
+    first = workspace.counters(DEVICE, 10)
+    assert workspace.counters(DEVICE, 4096).data_ptr() == first.data_ptr()
+    assert workspace.counters(DEVICE, 5000).numel() >= 5000
+
+
+@pytest.mark.parametrize("why", ["capturing", "another stream"])
+def test_new_zeros_where_none_may_be_shared(cuda: SimpleNamespace, why: str) -> None:
+    kept = workspace.counters(DEVICE, 10)
+    cuda.capturing = why == "capturing"
+    if not cuda.capturing:
+        cuda.stream = object()
+    found = [workspace.counters(DEVICE, 7) for _ in range(2)]
+    assert [one.numel() for one in found] == [7, 7]
+    assert not any(one.any() for one in found)
+    assert len({one.data_ptr() for one in (kept, *found)}) == 3
+
+
+def test_on_a_cpu_every_call_has_zeros_of_its_own() -> None:
+    assert not workspace.counters(torch.device("cpu"), 3).any()

@@ -1,4 +1,4 @@
-"""Rows with an R of their own through the fused kernels, under Triton's interpreter or as compiled code."""
+"""Rows with an R of their own through the fused kernels, under Triton's interpreter."""
 
 from __future__ import annotations
 

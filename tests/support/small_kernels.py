@@ -23,13 +23,6 @@ mov.u32 %r0, %tid.x;
 """
 
 
-def assemble(body: str, pointers: int, threads: int) -> Program:
-    """A kernel with so many pointers, which are in %rd1, %rd2, ... when the body begins; %r0 is the thread."""
-    parameters = ", ".join(f".param .u64 .ptr .global .align 16 kernel_param_{i}" for i in range(pointers))
-    loads = "".join(f"ld.param.b64 %rd{i + 1}, [kernel_param_{i}];\n" for i in range(pointers))
-    return Program.parse(HEAD.format(parameters=parameters, threads=threads) + f"{loads}{body}\nret;\n}}\n")
-
-
 def run(
     body: str,
     arrays: Sequence[Array],
@@ -37,8 +30,11 @@ def run(
     blocks: int = 1,
     order: Sequence[int] | None = None,
 ) -> list[Array]:
-    """The arrays after a kernel with a pointer to each."""
-    program, memory, starts = assemble(body, len(arrays), threads), GlobalMemory(1 << 18), []
+    """The arrays after a kernel with a pointer to each, in %rd1, %rd2, ... when the body begins; %r0 is the thread."""
+    parameters = ", ".join(f".param .u64 .ptr .global .align 16 kernel_param_{i}" for i in range(len(arrays)))
+    loads = "".join(f"ld.param.b64 %rd{i + 1}, [kernel_param_{i}];\n" for i in range(len(arrays)))
+    program = Program.parse(HEAD.format(parameters=parameters, threads=threads) + f"{loads}{body}\nret;\n}}\n")
+    memory, starts = GlobalMemory(1 << 18), []
     for array in arrays:
         starts.append(memory.allocate(np.ascontiguousarray(array).view(np.uint8).reshape(-1)))
     for i in order if order is not None else range(blocks):
