@@ -296,6 +296,7 @@ def test_a_read_only_cache_is_named_once(monkeypatch: pytest.MonkeyPatch) -> Non
         "{",
         "[]",
         '{"rules": [{"path": "magic"}]}',
+        '{"rules": [{"weights": "whole"}]}',
         '{"rules": [{"if": {"N": 3}}]}',
         '{"rules": [{"gemm": {}}]}',
         '{"rules": [{"if": {"M": [1]}, "path": "addmm"}]}',
@@ -314,17 +315,9 @@ def test_a_broken_table_is_left_out_and_named_and_overwritten(text: str, folder:
     assert len(plan.read_rules(path)) == 1
 
 
-def test_an_unreadable_table_is_left_out_and_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_table(folder, '{"rules": [{"path": "addmm"}]}')
-    read = plan.read_rules
-
-    def refuse(path: Path) -> tuple[plan.Rule, ...]:
-        if path.parent != plan.TABLES:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read(path)
-
-    monkeypatch.setattr(plan, "read_rules", refuse)
-    with pytest.warns(UserWarning, match=r"sm_86\.json cannot be read as a table of kernels \(Permission denied\)"):
+def test_an_unreadable_table_is_left_out_and_named(folder: Path) -> None:
+    (folder / "kernels" / f"{ARCH}.json").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"sm_86\.json cannot be read as a table of kernels \(Is a directory\)"):
         assert plan.choose(LARGE, ARCH, SMS).path == "fused"
 
 
@@ -464,32 +457,25 @@ def test_the_first_backward_of_a_kind_is_checked_without_what_was_not_saved(
 
 
 @pytest.mark.parametrize("tokens", [1, 12])
-def test_calls_with_an_r_for_each_row_are_checked(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two members, an adapter without rows, and a row without an adapter."""
-    index, generator = [2, -1, 0, 2], torch.Generator().manual_seed(0)
-    cases = [make_case((len(index), tokens), 64, 48, 16, torch.float32, seed=seed) for seed in (0, 1)]
-    stacks = [torch.randn((3, 16, 16), generator=generator) for _ in cases]
-    operands = operands_of(*cases, index=index)._replace(cores=stacks)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_calls_with_an_r_for_each_row_are_checked(
+    quantized: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two members or one over 4 bits, an adapter without rows, and a row without an adapter."""
+    index, g = [2, -1, 0, 2], torch.Generator().manual_seed(0)
+    cases = [
+        make_case((len(index), tokens), 64, 48, 16, torch.float32, seed=seed) for seed in range(1 if quantized else 2)
+    ]
+    if quantized:
+        cases[0].weight = storage(48, 64)
+    operands = operands_of(*cases, index=index)._replace(cores=[torch.randn(3, 16, 16, generator=g) for _ in cases])
     checks: list[Callable[[], None]] = []
     monkeypatch.setattr(autotune, "first_check", lambda shape, rows, check: checks.append(check))
-    *ys, first_u, second_u = fused.forward(cases[0].x, operands)
-    dx, *dcores = fused.backward([torch.ones_like(y) for y in ys], [first_u, second_u], operands, True, True)
-    for check, outputs in zip(checks, ((ys[0], ys[1]), (dx, dcores[1][2])), strict=True):
-        fails_if_spoiled(check, outputs)
-
-
-@pytest.mark.parametrize("tokens", [1, 12])
-def test_rows_over_a_quantized_weight_are_checked(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = torch.tensor([1, -1, 0])
-    case = make_case((len(index), tokens), 64, 48, 16, torch.float32)
-    stack = torch.randn((2, 16, 16), generator=torch.Generator().manual_seed(0))
-    case = replace(case, weight=storage(48, 64, "nf4", 64, False))
-    operands = operands_of(case)._replace(cores=[stack], row_index=index)
-    checks: list[Callable[[], None]] = []
-    monkeypatch.setattr(autotune, "first_check", lambda kind, rows, check: checks.append(check))
-    y, u = fused.forward(case.x, operands)
-    dx, dcore = fused.backward([torch.ones_like(y)], [u], operands, True, True)
-    for check, outputs in zip((checks[0], checks[-1]), ((y,), (dx, dcore[1])), strict=True):
+    found = fused.forward(cases[0].x, operands)
+    ys, us = found[: len(cases)], found[len(cases) :]
+    dx, *dcores = fused.backward([torch.ones_like(y) for y in ys], us, operands, True, True)
+    assert quantized or len(checks) == 2
+    for check, outputs in zip((checks[0], checks[-1]), (ys, (dx, dcores[-1][2])), strict=True):
         fails_if_spoiled(check, outputs)
 
 
@@ -504,34 +490,48 @@ def fails_if_spoiled(check: Callable[[], None], outputs: Sequence[torch.Tensor])
         output.copy_(right)
 
 
-@pytest.mark.parametrize("name", ["gradient_add", "gradient_signs", "dequantize"])
+def gradient_arguments() -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(24, 20, generator=g), torch.randn(24, 70, generator=g), torch.ones(20, 70), False
+
+
+def packed_arguments() -> tuple[Any, ...]:
+    weight = storage(48, 64)
+    return weight.tensors, weight.layout(torch.float32), 48, 64, torch.float32
+
+
+KERNELS: dict[str, tuple[Callable[[], tuple[Any, ...]], str, str, Callable[..., Any]]] = {
+    "gradient_add": (
+        gradient_arguments,
+        "weight_gradient",
+        "gradient_add",
+        lambda right, dy, x, total, *_: total.zero_(),
+    ),
+    "gradient_signs": (
+        gradient_arguments,
+        "weight_gradient",
+        "gradient_signs",
+        lambda right, *given: (~right(*given)[0], *right(*given)[1:]),
+    ),
+    "dequantize": (packed_arguments, "linear_quantized", "dequantized", lambda right, *given: right(*given).mul(2.0)),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_of_initialization_are_checked_before_they_change_a_sum(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong kernel of each is found, and a sum stays as it was."""
-    checks: list[Callable[[], None]] = []
+    arguments, module, attribute, fault = KERNELS[name]
+    given, kernels, checks = arguments(), getattr(fused._kernels(), module), []
     monkeypatch.setattr(autotune, "first_check", lambda kind, rows, check: (check(), checks.append(check)))
-    g = torch.Generator().manual_seed(0)
-    dy, x, total = torch.randn(24, 20, generator=g), torch.randn(24, 70, generator=g), torch.ones(20, 70)
-    given: tuple[Any, ...] = dy, x, total, False
-    module, kernel = fused._kernels().weight_gradient, name
-    if name == "dequantize":
-        case = replace(make_case((2,), 64, 48, 16, torch.float32), weight=storage(48, 64, "nf4", 64, False))
-        base, layout, *_ = operands_of(case)
-        given = list(base), list(layout), 48, 64, torch.float32
-        module, kernel = fused._kernels().linear_quantized, "dequantized"
     getattr(fused, name)(*given)
     assert len(checks) == 1
-    before, right = total.clone(), getattr(module, kernel)
-    wrong = {
-        "gradient_add": lambda dy, x, total, *_: total.zero_(),
-        "gradient_signs": lambda *args: (~right(*args)[0], *right(*args)[1:]),
-        "dequantize": lambda *args: right(*args).mul(2.0),
-    }
-    monkeypatch.setattr(module, kernel, wrong[name])
+    before = copy.deepcopy(given)
+    monkeypatch.setattr(kernels, attribute, functools.partial(fault, getattr(kernels, attribute)))
     with pytest.raises(autotune.WrongResultError):
         getattr(fused, name)(*given)
-    assert torch.equal(total, before)
+    assert all(torch.equal(*pair) for pair in zip(given, before, strict=True) if isinstance(pair[0], torch.Tensor))
 
 
 # faults as a wrong kernel makes them

@@ -11,7 +11,7 @@ import pytest
 import reference
 import tolerances
 import torch
-from calls import check, few_of, opcheck
+from calls import check, few_of
 from calls import run_kernels as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,12 +222,6 @@ def test_ranks_are_covered_with_little_padding(r: int) -> None:
 def test_splits_leave_no_program_without_work(blocks: int, steps: int) -> None:
     for splits in (prep_splits(blocks, steps), gemm_splits(blocks, steps, 16), gemm_splits(blocks, steps, 512)):
         assert 1 <= splits <= steps
-
-
-def test_opcheck() -> None:
-    cases = group_cases(20, 24, (20, 16), 4, torch.float32)
-    opcheck("triton", cases[0])
-    opcheck("triton", *cases, dropout=0.3, seeds=torch.tensor([2**40, 2**41]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *(() if environment.PTX else (torch.bfloat16,))], ids=str)

@@ -93,11 +93,6 @@ def test_the_tables_choose_by_tokens() -> None:
             assert plan.choose(shape, arch, 100).weights == weights
 
 
-def test_a_table_with_another_way_is_refused() -> None:
-    with pytest.raises(ValueError, match="inline or scratch"):
-        plan.Rule.from_json({"weights": "whole"})
-
-
 @pytest.mark.parametrize(
     ("n", "block", "byte", "shared"),
     [

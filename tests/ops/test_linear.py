@@ -129,7 +129,7 @@ def test_gradcheck(backend: str, kind: str, small_bytes: int, monkeypatch: pytes
     ("kind", "backend"),
     [("dense", name) for name in BACKENDS]
     + [(kind, "auto") for kind in ("no W", "frozen core", "frozen x", "dropout", "dropout of a group", "int8", "rows")]
-    + [("nf4", BACKENDS[-1]), ("rows of a group", BACKENDS[1])]
+    + [("nf4", BACKENDS[-1]), ("rows of a group", BACKENDS[1]), ("dense", "triton"), ("dropout of a group", "triton")]
     + [pytest.param(kind, name, marks=long) for kind in KINDS for name in BACKENDS],
 )
 def test_opcheck(kind: str, backend: str) -> None:
@@ -198,39 +198,58 @@ def test_autocast_is_linears_own_and_keeps_r_in_fp32(composed: bool, kind: str) 
     assert [one.dtype for one in found] == [torch.bfloat16] * count + [torch.float32] * (1 + count)
 
 
-@pytest.mark.parametrize(
-    ("kind", "dynamic"),
-    [("dense", True), ("rows", True), ("dropout", False), ("nf4", False), ("rows of a group", False)]
-    + [pytest.param(kind, dynamic, marks=long) for kind in (*KINDS, "dropout") for dynamic in (False, True)],
-)
-def test_compiles_without_a_graph_break_and_checks_an_index_there_too(
-    kind: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cases, options = make_call(kind, torch.float32, (2,), 64, 32, 4)
-    index = torch.tensor(INDEX) if "index" in options else None
-    torch._dynamo.reset()
-    if "group" in kind:  # dx of the op is one sum over the members
-        monkeypatch.setattr(by_torch, "SMALL_BYTES", 0)
+def with_compiled(cases: list[reference.Case], dynamic: bool, **options: Any) -> list[Callable[..., Tensor]]:
+    """The y_j in one tensor, by x, the cores and an index; and the same function compiled."""
 
     def function(x: Tensor, cores: list[Tensor], index: Tensor | None) -> Tensor:
-        return torch.cat(outputs(cases, x, cores, index=index, dropout=options.get("dropout", 0.0)), -1).relu()
+        return torch.cat(outputs(cases, x, cores, index=index, **options), -1).relu()
 
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    torch._dynamo.reset()
+    return [function, torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dynamic", "row_counts", "without_gradients"),
+    [
+        ("dense", True, (7, 5), False),
+        ("rows", True, (7,), False),
+        ("dropout", False, (7,), False),
+        ("nf4", False, (7,), True),
+        ("rows of a group", False, (7,), False),
+    ]
+    + [pytest.param(kind, one, (7, 5), True, marks=long) for kind in (*KINDS, "dropout") for one in (False, True)],
+)
+def test_compiles_without_a_graph_break(
+    kind: str, dynamic: bool, row_counts: tuple[int, ...], without_gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "group" in kind:  # dx of the op is one sum over the members
+        monkeypatch.setattr(by_torch, "SMALL_BYTES", 0)
+    cases, options = make_call(kind, torch.float32, (2,), 64, 32, 4)
+    index = options.pop("index", None)
+    functions = with_compiled(cases, dynamic, **options)
     cores = [case.core.requires_grad_(True) for case in cases]
-    for rows in (7, 5) if kind == "dense" else (7,):
-        x = cases[0].x[:rows].clone().requires_grad_(True)
-        given_ = x, cores, None if index is None else index[:rows]
+    for count in row_counts:
+        x = cases[0].x[:count].clone().requires_grad_(True)
+        given_ = x, cores, None if index is None else torch.tensor(index[:count])
         results = []
-        for call in (function, compiled):
+        for call in functions:
             torch.manual_seed(1)
             y = call(*given_)
             results.append([y.detach(), *torch.autograd.grad(y.sum(), (x, *cores))])
-            with torch.no_grad():
-                results[-1] += [call(*given_)] if kind in ("dense", "nf4") and not dynamic else []
+            if without_gradients:
+                with torch.no_grad():
+                    results[-1].append(call(*given_))
         tolerances.check_equal(*results)
-    if index is not None:
-        with pytest.raises(IndexError, match=r"expected index in \[-1, 3\).*got 3"):
-            compiled(x, cores, index[:rows] + 1)
+
+
+@pytest.mark.parametrize(("kind", "dynamic"), [("rows", True), ("rows of a group", False)])
+def test_a_compiled_call_checks_its_index(kind: str, dynamic: bool) -> None:
+    cases, _ = make_call(kind, torch.float32)
+    _, compiled = with_compiled(cases, dynamic)
+    given_, index = (cases[0].x, [case.core.requires_grad_(True) for case in cases]), torch.tensor(INDEX)
+    compiled(*given_, index)
+    with pytest.raises(IndexError, match=r"expected index in \[-1, 3\).*got 3"):
+        compiled(*given_, index + 1)
 
 
 def test_dropout_is_an_unbiased_mask_on_the_adapter_alone(composed: bool) -> None:
@@ -257,7 +276,12 @@ def test_a_groups_masks_are_those_of_separate_calls(backend: str, dtype: torch.d
 
 
 def test_dropout_follows_the_global_seed() -> None:
-    calls.check_dropout_follows_the_global_seed(reference.make_case((8,), 16, 8, 4, torch.float32))
+    """The same seed gives the same y, dx and dR to the bit; another one, others."""
+    case = reference.make_case((8,), 16, 8, 4, torch.float32)
+    results = [run(case, dropout=0.5, seed=seed) for seed in (1, 1, 2)]
+    for first, second, third in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        assert not torch.equal(first, third)
 
 
 Change = Callable[[reference.Case], dict[str, Any]]
