@@ -11,7 +11,7 @@ from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import joint_basis
 from benchmarks.research import people as compared
 from benchmarks.research.reporting.markdown import read_json, table, where, where_rows
-from benchmarks.research.shared_bases import SHARED
+from benchmarks.research.shared_bases import SHARED, TRAINED
 from benchmarks.research.unseen_tasks import (
     FILE,
     OWN,
@@ -93,18 +93,23 @@ def _prediction(rows: Sequence[Row]) -> Iterator[str]:
     pairs = []
     for row in rows:
         own = runs(rows, row["task"], OWN, int(row["r"]))
-        if row["basis"] in (*SHARED, RANDOM) and own and row["factor"] == "1" and row["share"] != "None":
+        of_first_steps = row["basis"] in (*SHARED, RANDOM) and row["basis"] != TRAINED
+        if of_first_steps and own and row["factor"] == "1" and row["share"] != "None":
             start = before(rows, row["task"])
             pairs.append((float(row["share"]), (start - float(row["loss"])) / (start - _loss(own))))
     if len(pairs) > 2 and len({share for share, _ in pairs}) > 1:
         found = statistics.correlation(*zip(*pairs, strict=True))
         least = min(gain for _, gain in pairs)
         yield (
-            f"Over {len(pairs)} runs on a shared or a random basis, the share of the first step that the basis keeps "
-            "correlates with the gain in loss, as a share of the gain on the task's own basis, with a coefficient of "
-            f"{found:.2f}{_interval(found, len(pairs))}. The smallest gain is {least:.0%} of the gain on the own basis."
+            f"Over {len(pairs)} runs on a basis of first steps or a random one, the share that it keeps of the task's "
+            "first step correlates with the gain in loss, as a share of the gain on the task's own basis, with a "
+            f"coefficient of {found:.2f}{_interval(found, len(pairs))}. The smallest gain is {least:.0%} of "
+            "the gain on the own basis."
         )
         yield ""
+    if kept := [float(row["share"]) for row in rows if row["basis"] == TRAINED]:
+        low, high = f"{min(kept):.2%}", f"{max(kept):.2%}"
+        yield from (f"A basis of a trained LoRA keeps {low} to {high} of first steps, which predicts nothing.", "")
 
 
 def _interval(correlation: float, count: int) -> str:
