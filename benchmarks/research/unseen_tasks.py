@@ -55,7 +55,7 @@ LORAS = {f"LoRA r={r}": r for r in (1, 3, 32)}  # of fewer numbers than any LoRA
 LORA = "LoRA r=1"
 SMALL = (16, 32)  # ranks of fewer numbers than LoRA r = 1 has
 KINDS = (OWN, *SHARED, RANDOM, LORA_XS, *LORAS, MEAN, NONE)
-WITHOUT_RANK = {**LORAS, NONE: 1}  # bases that have one rank, whatever is asked
+WITHOUT_RANK = {**LORAS, NONE: 1}  # bases of one rank, whatever --r says
 TASKS = (*UNSEEN, *FILES)
 RANKS = (8, 16, 32, 64, 128)
 FILE = "unseen-tasks.csv"
