@@ -43,6 +43,7 @@ class _Checkpointing:
         hooks = _current.get()
 
         def repeated(*args: object, **options: object) -> object:
+            """The forward, with the hooks of its block where those are not in place."""
             with ExitStack() as stack:
                 if _current.get() is not hooks:  # after the block, in another one, or in a thread of autograd's
                     _register(hooks, stack)
