@@ -118,6 +118,7 @@ def test_only_seeds_that_both_have_count_and_only_at_the_best_rate() -> None:
 def test_verdicts_are_the_intervals(mean: float, half: float, verdict: str) -> None:
     assert Difference(mean, half, 8, 0.3).verdict == verdict
     assert half_width([0.1]) == half_width([0.1, math.nan]) == math.inf  # one seed says nothing
+    assert str(Difference(0.1, half_width([0.1]), 1, 0.3)) == "+0.1000 (one seed)"
 
 
 def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:

@@ -42,6 +42,8 @@ class Difference:
         return "worse" if self.mean - self.half > 0 else "tie"
 
     def __str__(self) -> str:
+        if self.seeds == 1 and math.isfinite(self.mean):
+            return f"{self.mean:+.4f} (one seed)"
         return f"{self.mean:+.4f} ± {self.half:.4f} ({self.verdict})"
 
 
