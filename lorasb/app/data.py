@@ -50,8 +50,8 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     train_examples = read_data(settings.data, settings.score, adapter_column=settings.adapter_column)
     if not settings.eval_examples:
         return train_examples, []
-    held_out = _held_out(settings, train_examples) if settings.eval_data is None else _given(settings, train_examples)
-    remaining = _others(train_examples, held_out)
+    hold_out = _drawn if settings.eval_data is None else _given
+    remaining, held_out = hold_out(settings, train_examples)
     if not remaining or not held_out:
         count, prompts = len(train_examples), len(set(map(_prompt, train_examples)))
         why = f"one prompt in all of its {count} rows" if prompts == 1 < count else "too few examples"
@@ -74,8 +74,8 @@ def _prompt(example: Example) -> str:
     return json.dumps([example.prompt, example.pair, turns, example.adapter, text])  # dictionaries have no hash
 
 
-def _given(settings: Settings, train_examples: list[Example]) -> list[Example]:
-    """Examples of each set of `--eval-data`, drawn at random."""
+def _given(settings: Settings, train_examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """The training examples without those of `--eval-data`, and up to a number of each of its sets, drawn at random."""
     names = [name.strip() for name in (settings.eval_data or "").split(",") if name.strip()]
     if not names:
         raise ValueError(f"--eval-data names no file: {settings.eval_data!r}")
@@ -87,13 +87,14 @@ def _given(settings: Settings, train_examples: list[Example]) -> list[Example]:
     if strangers := sorted({example.adapter for example in held_out} - known):
         hint = nearest(strangers[0], known, f"{len(strangers)} in all", cutoff=0.6)
         raise ValueError(f"{settings.eval_data} has rows of adapter {strangers[0]!r}, and --data has none of it{hint}")
-    if not _others(train_examples, held_out):
+    remaining = _others(train_examples, held_out)
+    if not remaining:
         raise ValueError(f"{settings.eval_data} has every prompt of --data: name rows that are not to be trained on")
-    return held_out
+    return remaining, held_out
 
 
-def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example]:
-    """Up to a tenth of the training set, drawn at random, without adapters that would have none to train on."""
+def _drawn(settings: Settings, train_examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """The training examples without up to a tenth that is held out, and that; drawn at random."""
     by_prompt: dict[str, list[Example]] = {}
     for example in train_examples:
         by_prompt.setdefault(_prompt(example), []).append(example)
@@ -102,8 +103,13 @@ def _held_out(settings: Settings, train_examples: list[Example]) -> list[Example
     for rows in _shuffled(list(by_prompt.values()), settings.seed):  # all rows of a prompt, or none
         held_out += rows if len(held_out) + len(rows) <= count else []
     held_out = held_out or min(by_prompt.values(), key=len)[:count]
-    known = {example.adapter for example in _others(train_examples, held_out)}
-    return [example for example in held_out if example.adapter in known]
+    remaining = _others(train_examples, held_out)
+    # An adapter whose examples were all drawn would have none to train on.
+    known = {example.adapter for example in remaining}
+    if any(example.adapter not in known for example in held_out):
+        held_out = [example for example in held_out if example.adapter in known]
+        remaining = _others(train_examples, held_out)
+    return remaining, held_out
 
 
 def _shuffled(rows: Sequence[T], seed: int) -> list[T]:
@@ -183,9 +189,9 @@ def _example(values: object) -> Example:
         raise TypeError(f"got {type(values).__name__}")
     if "label" in values and "text" in values:
         return labeled(text_of(values, "text"), values["label"], str(values.get("text_pair") or ""))
-    if "instruction" in values:
-        return instructed(values)
     if "messages" not in values:
+        if "instruction" in values and "completion" not in values:
+            return instructed(values)
         return Example(text_of(values, "prompt"), text_of(values, "completion"))
     messages = [{name: text_of(message, name) for name in ("role", "content")} for message in values["messages"]]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":

@@ -239,6 +239,8 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
         wide = codes.view(rows, columns).float() * scales.view(-1, 1) * INT8_SCALE
         return wide.to(rounding).to(dtype) if rounding is not None else wide.to(dtype)
     octets, table, block = quant[0], quant[2], layout[0]
+    if block < 1:
+        raise ValueError(f"expected blocks of at least one weight, got {block}")
     # [256, 2]: the values of a byte's high and low nibble, so that one look-up decodes both.
     pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1)
     scales, count = block_scales(quant, layout), rows * columns

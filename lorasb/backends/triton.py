@@ -284,18 +284,23 @@ def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], ma
     rows = [rows_of(dy) for dy in dys]
     has_u = all(len(u) == len(row) for u, row in zip(us, rows, strict=True))  # which is not saved for a frozen R
     run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=has_u, mask=mask)
-    return _first_backward(
-        rows[0], members, mask, run, partial(autotune.check_backward, rows, members, us, mask), has_u
-    )
+    check = partial(autotune.check_backward, rows, members, us, mask)
+    return _first_backward(rows[0], members, mask, run, check, has_u)
 
 
 def _first_backward(
-    rows: Tensor, members: Members, mask: Mask, run: autotune.Run, check: autotune.Check, has_dcore: bool, *quant: str
+    rows: Tensor,
+    members: Members,
+    mask: Mask,
+    run: autotune.Run,
+    check: autotune.Check,
+    has_dcore: bool,
+    quant: str = "none",
 ) -> LaunchPlan:
     """The plan of a backward; one without dR is checked at the first of its kind, and decides no plan."""
     if has_dcore:
-        return _first_plan("backward", rows, members, mask, run, check, *quant)
-    given = "backward", rows, members, *(quant or ("none",)), mask.dropout > 0.0
+        return _first_plan("backward", rows, members, mask, run, check, quant)
+    given = "backward", rows, members, quant, mask.dropout > 0.0
     plan = plan_of(*given)
     autotune.first_check((_shape(*given), "dx alone"), rows, lambda: check(run(plan)))
     return plan

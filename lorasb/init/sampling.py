@@ -105,7 +105,7 @@ def without_repeats(loader: Loader) -> Iterable[Batch]:
     # torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples, after a rank's own;
     # these would count twice in ΣG.
     evened = getattr(getattr(loader, "batch_sampler", None), "even_batches", False)
-    padded = isinstance(getattr(loader, "sampler", None), DistributedSampler) and not loader.sampler.drop_last
+    padded = isinstance(getattr(loader, "sampler", None), DistributedSampler)
     return _first(loader, _own_rows(loader)) if padded or evened else loader
 
 

@@ -28,7 +28,8 @@ def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[T
     """y_i [..., out_i] of members with equal `group_key`."""
     index, dropout = None, 0.0
     if rows is not None:
-        parts = [row_cores(member, calls_for(member, rows)[0][0], rows) for member in members]
+        (names,), _ = calls_for(members[0], rows)  # the others' too: a group key has them
+        parts = [row_cores(member, names, rows) for member in members]
         adapters = [(part.a, part.cores, part.b, part.scaling) for part in parts]
         index = parts[0].places
     else:

@@ -106,14 +106,14 @@ def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> N
 
 def refuse_basis_of_others(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Raise a ValueError for an adapter whose A and B others have."""
-    others = {name for layer in layers.values() for name, basis in layer.bases.items() if basis == adapter_name}
-    served = (
-        ["the model's bank (bank.detach())"] if any(one.serves_bank(adapter_name) for one in layers.values()) else []
-    )
-    if others or served:
+    others = sorted({name for layer in layers.values() for name, basis in layer.bases.items() if basis == adapter_name})
+    if any(layer.serves_bank(adapter_name) for layer in layers.values()):
+        others.insert(0, "the model's bank (bank.detach())")
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise ValueError(
-            f"adapter {adapter_name!r} is the basis of {', '.join([*served, *sorted(others)][:3])}, whose R would mean "
-            "nothing without its A and B: delete those first"
+            f"adapter {adapter_name!r} is the basis of {shown}, whose R would mean nothing without its A and B: "
+            "delete those first"
         )
 
 

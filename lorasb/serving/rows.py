@@ -61,7 +61,8 @@ def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[N
             setattr(module, CHECKPOINTING, _Checkpointing(function))  # stays, and only passes on without hooks
     with ExitStack() as stack:  # undoes everything, also when a forward raises
         _register(hooks, stack)
-        stack.callback(_current.reset, _current.set(hooks))
+        token = _current.set(hooks)
+        stack.callback(_current.reset, token)
         yield
 
 

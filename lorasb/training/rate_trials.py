@@ -201,14 +201,11 @@ class _Trial:
         self.adapters = {name for name, _ in cores if adapter in (None, name)}
         self.cores = [parameter for name, parameter in cores if name in self.adapters]
         configs = getattr(self.model, "peft_config", {})
-        self.scaled = {name for name in self.adapters if _started_here(configs.get(name))}
-        copies = {  # of their basis's R
-            name
-            for name in self.adapters - self.scaled
-            if getattr(configs.get(name), "basis_start", "") == "same"
-            and _started_here(configs.get(configs[name].basis))
-        }
-        self.starts = [parameter for name, parameter in cores if name in self.scaled | copies]
+        started = {name for name, config in configs.items() if _started_here(config)}
+        same = {name: config for name, config in configs.items() if getattr(config, "basis_start", "") == "same"}
+        copies = {name for name, config in same.items() if config.basis in started}  # of their basis's R
+        self.starts = [p for name, p in cores if name in self.adapters & (started | copies)]
+        self.scaled = self.adapters & started
 
     @torch.no_grad()
     def scale_start(self, rate: float) -> None:

@@ -324,14 +324,25 @@ def missing_from_checkpoint(model: nn.Module) -> list[str]:
         task, base = TASKS.search(type(model).__name__), getattr(model, prefix, None)
         for name, module in model.named_modules():
             inside = name.rpartition(".")[2] in POOLERS or (task and name in TASK_MODULES_IN_BASE)
-            own = (one for n, one in module.named_parameters() if "lorasb_" not in n)
-            if inside and not all(map(is_loaded, own)):
+            if inside and not _all_loaded(module):
                 missing.update(_names_to_save(model, name, module))
         for name, child in model.named_children() if task else ():
             if child is not base and (isinstance(base, nn.Module) or name in HEADS_WITHOUT_BASE):
                 missing.update(_names_to_save(model, name, child))
     below = tuple(f"{name}." for name in missing)
     return [name for name, _ in model.named_modules() if name in missing and not name.startswith(below)]
+
+
+def _all_loaded(module: nn.Module) -> bool:
+    """True if transformers marked every parameter of the module as loaded; an earlier adapter's do not count."""
+    adapted = [name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
+    inside = tuple(f"{name}." if name else "" for name in adapted)
+    base = tuple(f"{prefix}base_layer." for prefix in inside)
+    return all(
+        is_loaded(parameter)
+        for name, parameter in module.named_parameters()
+        if not name.startswith(inside) or name.startswith(base)
+    )
 
 
 def _names_to_save(model: nn.Module, name: str, module: nn.Module) -> Iterator[str]:

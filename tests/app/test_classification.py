@@ -82,6 +82,7 @@ def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Pat
         run_finetune(settings)
     held_out = write_rows(tmp_path / "held.jsonl", [{"text": "one two", "text_pair": "two", "label": 0.5}] * 2)
     result = run_finetune(replace(settings, eval_data=held_out))
+    assert all(float(answer) == float(answer) for answer in result.after.answers)
     assert result.summary["eval_accuracy_after"] == 0.0  # two equal values have no correlation
     expected = sum((float(answer) - 0.5) ** 2 for answer in result.after.answers) / 2
     assert result.after.loss == pytest.approx(expected, rel=1e-5)

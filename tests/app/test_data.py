@@ -95,7 +95,7 @@ def test_a_json_file_has_a_list_of_instructions_and_inputs_or_lines(tmp_path: Pa
     (example,) = read_data(str(file), "choice")
     assert "### Input:\nHaus\n" in example.prompt
     assert (example.completion, example.source, example.score) == ("house", str(file), "choice")
-    write_rows(file, ({"prompt": "a", "completion": text} for text in "bd"))
+    write_rows(file, ({"prompt": "a", "completion": text, "instruction": "c"} for text in "bd"))
     assert [example.completion for example in read_data(str(file), "exact")] == ["b", "d"]
 
 

@@ -437,7 +437,7 @@ def test_the_first_backward_of_a_kind_is_checked_without_what_was_not_saved(
     chosen = plan.choose(plan.Shape("backward", "fp32", 64, 64, 48, 16), plan.INTERPRETER, 1)
     found: list[Any] = []
 
-    def first_plan(op: str, rows: torch.Tensor, members: Any, mask: Any, run: Any, check: Any) -> Any:
+    def first_plan(op: str, rows: torch.Tensor, members: Any, mask: Any, run: Any, check: Any, *quant: str) -> Any:
         if op == "backward":
             found.append(run(chosen))
             check(found[0])

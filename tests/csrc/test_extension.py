@@ -229,7 +229,7 @@ def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
         try:
             op(*arguments)
             outcomes["result"] += 1
-        except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError):  # eager's, of blocks of 0 in fp64
+        except (ValueError, TypeError, IndexError, RuntimeError):
             outcomes["error"] += 1
     cpp.use_instruction_set("")
     assert min(outcomes.values()) > CASES // 10, outcomes

@@ -16,6 +16,7 @@ from tolerances import check_equal
 from torch import Tensor
 
 import lorasb
+from lorasb.compat.transformers import CHECKPOINTING
 from lorasb.serving.rows import adapters_by_row
 
 pytestmark = pytest.mark.usefixtures("grouped")
@@ -63,6 +64,7 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 
 def test_overlapping_blocks_of_a_checkpointed_model_keep_to_their_rows_and_leave_nothing() -> None:
     model, first, second = trained(), ["ada", "grace"], ["emmy", "emmy"]
+    functions = [vars(m).get(CHECKPOINTING) for m in model.modules()]
     model(**batches_for("llama")[0], adapter_names=second).loss.backward()
     want = gradients(model)
     entered, left = threading.Event(), threading.Event()
@@ -82,6 +84,8 @@ def test_overlapping_blocks_of_a_checkpointed_model_keep_to_their_rows_and_leave
     loss.backward()
     check_equal(gradients(model), want)
     assert not any(module._forward_pre_hooks for module in model.modules() if hasattr(module, "lorasb_R"))
+    left_over = [vars(m).get(CHECKPOINTING) for m in model.modules()]  # wrapped once, which without rows only passes on
+    assert [getattr(function, "function", function) for function in left_over] == functions
 
 
 def test_backward_in_another_thread_has_the_rows_of_the_block_that_it_is_in() -> None:

@@ -100,10 +100,10 @@ def test_a_dtype_that_the_device_has_not_got(monkeypatch: pytest.MonkeyPatch) ->
         precision.resolve("bfloat16", "cuda")
 
 
-def test_timing_a_dtype_leaves_the_random_state() -> None:
+def test_the_ratio_is_one_of_times_and_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
     precision.slowdown.cache_clear()
-    precision.slowdown(torch.float32)
+    assert 0 < precision.slowdown(torch.float32) < 21  # a busy machine, and no bound on its speed
     assert torch.equal(torch.get_rng_state(), before)
 
 
