@@ -166,10 +166,10 @@ RESULTS ?= benchmarks/results
 RESEARCH ?= benchmarks/research/results
 BENCH = $(BIN)/python -m pytest benchmarks/layers -q -o python_files=bench_*.py --durations=0 --benchmark-disable-gc --seconds $(SECONDS)
 
-# What the documentation says of a GPU, on whatever card is there: no section begins after eight minutes; resumable.
+# What the documentation says of a GPU, on whatever card is there: tests, then eight minutes of measuring; resumable.
 bench-gpu: install
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_gpu.py
-	$(BIN)/python -m benchmarks.card --seconds $(CARD_SECONDS) --output $(RESULTS)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_gpu.py; tested=$$?; \
+	$(BIN)/python -m benchmarks.card --seconds $(CARD_SECONDS) --output $(RESULTS) && exit $$tested
 
 # The whole suite on a card: layers and groups of four models at 1 to 8192 tokens and three ranks, in hours.
 bench-gpu-suite: install

@@ -2,10 +2,10 @@
 
     python -m benchmarks.card [--output benchmarks/results] [--seconds 3] [--minutes 8] [--only SECTION]
 
-Each section is written to CARD.json as soon as it is measured, and none is begun after `--minutes`. A second run of the
-same commit measures what is missing; another commit starts again. Times are milliseconds by CUDA events, medians with
-percentiles, and ratios to the section's first way within the same round. What does not fit into the card's memory is
-left out, and the row says so.
+Each row is written to CARD.json as soon as it is measured, and none is begun after `--minutes`. A second run of the
+same commit measures the sections that are missing, or that failed or ran out of time; another commit starts again.
+Times are milliseconds by CUDA events, medians with percentiles, and ratios to the section's first way within the same
+round. What does not fit into the card's memory is left out, and the row says so.
 `--tiny` runs all sections on a CPU in shapes that mean nothing, as a test.
 """
 
@@ -41,6 +41,7 @@ MODEL, RANK, TOKENS, DROPOUT = "mistral-7b", 96, 2048, 0.05
 FEW = (1, 16, 64)  # tokens
 DIRECTIONS = ("forward", "forward+backward")
 NO_MEMORY = "out of memory: the card has too little for the rest of this section"
+NO_TIME, FAILED = "out of time: the same command measures this section again", "failed, and is measured again:"
 # Llama-3.2-1B's sizes, with random weights: nothing is downloaded.
 ONE_BILLION: dict[str, Any] = {
     "hidden_size": 2048,
@@ -271,17 +272,21 @@ def host(run: Run) -> Iterator[Row]:
     yield {"case": "µs of one thread", "host": json.loads(done.stdout)["rows"]}
 
 
-def measured(section: Callable[[Run], Iterator[Row]], run: Run) -> list[Row]:
-    """The rows of a section, as far as the card's memory goes."""
-    rows: list[Row] = []
+def measured(section: Callable[[Run], Iterator[Row]], run: Run, end: float) -> Iterator[Row]:
+    """Yield the rows of a section, as far as the card's memory and the time go; the last one says why it ended."""
     try:
         for one in section(run):
-            rows.append(one)
+            yield one
+            if time.monotonic() > end:
+                yield {"case": NO_TIME}
+                return
     except torch.OutOfMemoryError:
-        rows.append({"case": NO_MEMORY})
-    if run.device == "cuda":
-        torch.cuda.empty_cache()
-    return rows
+        yield {"case": NO_MEMORY}
+    except Exception as error:  # a package that is missing, a wrong result: the other sections are measured
+        yield {"case": f"{FAILED} {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
+    finally:
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 BLOCK, NOT_RUN = "docs/kernels.md", "not yet run on a card"
@@ -315,14 +320,19 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str],
 }
 
 
+def is_complete(section: Row | None) -> bool:
+    """True if a section was measured to its end, or as far as the memory goes."""
+    return section is not None and not section["rows"][-1]["case"].startswith((NO_TIME, FAILED))
+
+
 HEAD = ("case", "way", "ms (20th-80th percentile)", "ratio to the first")
 
 
 def lines(rows: list[Row]) -> Iterator[list[str]]:
     """Yield the lines of a section's table."""
     for one in rows:
-        if one["case"] == NO_MEMORY:
-            yield [NO_MEMORY]
+        if one.keys() == {"case"}:
+            yield [one["case"]]
         for way, s in one.get("ways", {}).items():
             times, ratio = f"{s['p50']:.3f} ({s['p20']:.3f}-{s['p80']:.3f})", f"{s['ratio']:.3f}"
             yield [one["case"], way, times, ratio]
@@ -335,7 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of CARD.json")
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no section is begun")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing more is measured")
     parser.add_argument("--only", choices=list(SECTIONS), action="append", help="these sections alone, measured again")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, in tiny shapes: a test of this program")
     options = parser.parse_args()
@@ -349,18 +359,21 @@ def main() -> None:
         found = provenance(run.device) | {"sections": {}}
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
-    (arch, _), end = architecture(torch.device(run.device)), time.monotonic() + 60 * options.minutes
+    arch = plan.family(architecture(torch.device(run.device))[0])  # that has a table
+    end = time.monotonic() + 60 * options.minutes
     for section, (measure_section, places) in SECTIONS.items():
         if options.only and section not in options.only:
             continue
         places = tuple((file.replace("ARCH", arch), text) for file, text in places)
-        if section not in found["sections"] or options.only:
+        if not is_complete(found["sections"].get(section)) or options.only:
             if time.monotonic() > end:
                 again = "" if options.only else "; the same command measures what is left"
                 print(f"{section}: not begun, as {options.minutes:g} minutes are over{again}")
                 continue
-            found["sections"][section] = {"replaces": places, "rows": measured(measure_section, run)}
-            write_json(path, found)
+            found["sections"][section] = {"replaces": places, "rows": (rows := [])}
+            for one in measured(measure_section, run, end):
+                rows.append(one)
+                write_json(path, found)
         show(section, HEAD, lines(found["sections"][section]["rows"]), left=2)
         print(*(f"replaces {text!r} of {file}" for file, text in places), "", sep="\n")
 

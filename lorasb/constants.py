@@ -3,6 +3,7 @@
 VERSION = "0.3.0"  # of the package, and in every saved adapter
 DOCS = "https://github.com/lorasb/lorasb/tree/main/docs"  # as in pyproject.toml; a wheel has no docs/
 
+DEFAULT_RANK = 64
 MAX_RANK = 256  # largest r that the kernels support
 
 PEFT_NAME = "LORASB"  # the method's name in PEFT's registry, and `peft_type` in adapter_config.json

@@ -95,8 +95,9 @@ class Rule:
             raise ValueError(f"unknown conditions {sorted(unknown)}")
         for name, wanted in conditions.items():
             _inside(VALUES[name], wanted)  # raises for what is no range
-        if not all(isinstance(size, int | None) for blocks in (prep or {}, gemm or {}) for size in blocks.values()):
-            raise ValueError(f"expected whole numbers, got prep {prep} and gemm {gemm}")
+        for blocks in (prep or {}, gemm or {}):
+            for name, size in blocks.items():
+                _check_size(name, size)
         return cls(
             conditions,
             entry.get("path"),
@@ -104,6 +105,16 @@ class Rule:
             None if gemm is None else GemmConfig(**gemm),
             entry.get("weights"),
         )
+
+
+def _check_size(name: str, size: Any) -> None:
+    """Raise a ValueError for a size of blocks that no kernel can have."""
+    if name == "registers" and size is None:
+        return
+    least, is_power = (16 if name.startswith("block_") else 1), name == "warps" or name.startswith("block_")
+    if type(size) is not int or size < least or (is_power and size & (size - 1)):
+        wanted = "a power of two" if is_power else "a whole number"
+        raise ValueError(f"expected {name} to be {wanted}, {least} or more, got {size!r}")
 
 
 def _inside(value: Any, wanted: Any) -> bool:

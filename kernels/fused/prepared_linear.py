@@ -30,11 +30,13 @@ _backwards: dict[Hashable, Backward] = {}
 Kind = TypeVar("Kind")  # Forward or Backward
 
 
-def forward(x: Tensor, members: Members, mask: Mask, plan: ForwardPlan, signature: Hashable) -> Ys | None:
+def forward(
+    x: Tensor, members: Members, mask: Mask, plan: ForwardPlan, signature: Hashable, check: Callable[..., None]
+) -> Ys | None:
     """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
 
-    x is [..., n]; `plan` is called for a new kind of call alone; `signature` is equal for calls whose tensors differ in
-    their values alone, and None where that is not known.
+    x is [..., n]; `plan` is called for a new kind of call alone, and `check` with its first results, to raise for wrong
+    ones; `signature` is equal for calls whose tensors differ in their values alone, and None where that is not known.
     """
     if signature is None or not _is_ready(x):
         return None
@@ -44,7 +46,10 @@ def forward(x: Tensor, members: Members, mask: Mask, plan: ForwardPlan, signatur
         if not _has_rows(x):
             return None
         kind = Forward(x, members, plan(x, members, mask), mask)
+        if (found := kind(x, members, mask)) is not None:
+            check(x, members, mask, found)
         _keep(_forwards, key, kind, x)
+        return found
     return kind(x, members, mask)
 
 
@@ -56,6 +61,7 @@ def backward(
     need: tuple[bool, bool],
     plan: BackwardPlan,
     signature: Hashable,
+    check: Callable[..., None],
 ) -> Gradients | None:
     """dx [..., n], or [M, n] where cuBLAS writes it, and dR_i [r, r]; None if `linear.backward` has to be called."""
     if signature is None or not _is_ready(dys[0]):
@@ -66,7 +72,10 @@ def backward(
         if not all(map(_has_rows, dys)):
             return None
         kind = Backward(dys, members, us, plan(dys, members, us, mask), *need, mask)
+        if (found := kind(dys, members, us, mask)) is not None:
+            check(dys, members, us, mask, found)
         _keep(_backwards, key, kind, dys[0])
+        return found
     return kind(dys, members, us, mask)
 
 

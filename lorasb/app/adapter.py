@@ -7,6 +7,7 @@ data fits it.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,14 +27,14 @@ from ..init import BasisFit, InitReport, RankSuggestion, TasksReport
 from ..init.pipeline import rate_of_initialized
 from ..init.sampling import Batch
 from ..init.task import InitOptions
-from ..layers.lookup import adapted_layers
+from ..layers.lookup import adapted_layers, layers_with
 from ..serving import joint_basis
 from ..tuner.targets import missing_from_checkpoint
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
 from ..utils.precision import resolve
 from ..utils.reading import read_json
-from .data import load_examples
+from .data import Example, load_examples
 from .evaluation import LanguageModeling
 from .prepare import Run, device, load_model, prepare, save_adapter
 from .reinforce import rewarded
@@ -49,7 +50,7 @@ REPORT_NAME = "report.json"
 def check_adapter(run: Run) -> None:
     """Raise where the run's model cannot have its adapter; for a new one, from a model without memory."""
     if run.settings.basis is not None:
-        refuse_labels(run)
+        refuse_labels(run.train, run.settings.data or "")
         refuse_other_base(run)
     elif run.settings.method != "lora":
         with torch.device("meta"):
@@ -57,10 +58,10 @@ def check_adapter(run: Run) -> None:
         lorasb.patch(empty, r=run.settings.r, **_common_options(run))
 
 
-def refuse_labels(run: Run) -> None:
-    """Raise a ValueError for a classifier, which no basis has."""
-    if not isinstance(run.problem, LanguageModeling):
-        raise ValueError("expected rows of prompt and completion, got labeled ones: a basis has no head")
+def refuse_labels(examples: Iterable[Example], file: str) -> None:
+    """Raise a ValueError for labeled rows: they need a classifier, which no basis has."""
+    if any(example.label is not None for example in examples):
+        raise ValueError(f"{file}: expected rows of prompt and completion, got labeled ones: a basis has no head")
 
 
 def refuse_other_base(run: Run) -> None:
@@ -71,11 +72,11 @@ def refuse_other_base(run: Run) -> None:
     found = {name: getattr(modules.get(name), "weight", None) for name in expected}
     weights = {name: weight for name, weight in found.items() if weight is not None}
     reason = difference(weights, {name: expected[name] for name in weights})
-    if reason is None and made_on != settings.model and fingerprint(weights) is None:
+    if reason is None and made_on != absolute(settings.model) and fingerprint(weights) is None:
         reason = "its weights cannot be compared, only its name"  # quantized ones
     if reason is not None:
         wrong = f"was made on {made_on}, got --model {settings.model}, which is another model ({reason}): give its own"
-        if made_on == settings.model:
+        if made_on == absolute(settings.model):
             wrong = f"was made on {made_on}, whose weights have changed ({reason}): make the basis again"
         raise ValueError(f"--basis {settings.basis} {wrong}")
 
@@ -190,15 +191,18 @@ CARD_NAME = "basis.json"
 BASIS_RATE = 1e-3  # η of the tasks' first steps, whose length is no part of a basis
 
 
+Tasks = dict[str, dict[str, float]]  # task -> number of its examples, and the share of its first step that is kept
+
+
 @dataclass(frozen=True)
 class BasisCard:
     """Description of a basis, in its folder's basis.json."""
 
-    model: str  # folder or hub id, as it was given
+    model: str  # folder, in full, or hub id
     digest: str  # SHA-256 of A and B, which every adapter on the basis names
     r: int
     update: str
-    tasks: dict[str, dict[str, float]]  # task -> number of its examples, and the share of its first step that is kept
+    tasks: Tasks
     dtype: str = "auto"  # of A and B, in which adapters on the basis compute
 
     @property
@@ -216,8 +220,8 @@ def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = (
         loras: folders of plain LoRAs of the model, in place of `data`; the basis keeps most of their updates.
 
     Raises:
-        ValueError: files in the folder, two tasks of one name, labeled examples, LoRAs of different layers, both or
-            neither of `data` and `loras`, or what initialization refuses.
+        ValueError: files in the folder, two tasks of one name, labeled examples, LoRAs that are not trained, or of
+            other layers than the model's, both or neither of `data` and `loras`, or what initialization refuses.
     """
     names, output = _names(data or loras), Path(settings.output)
     if bool(data) == bool(loras):
@@ -231,24 +235,35 @@ def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = (
         model, dtype, tasks = make(settings, data or loras, names)
         with replacing_folder(output) as folder:
             model.save_pretrained(str(folder))
-            shared_factors.share(folder)
-            digest = shared_factors.recorded_digest(folder / constants.FACTORS_NAME)
-            r = cast(lorasb.LoRASBConfig, model.peft_config["default"]).r or 0
-            card = BasisCard(settings.model, digest or "", r, settings.update, tasks, dtype)
-            write_json(folder / CARD_NAME, card.__dict__)
+            card = write_card(folder, settings, tasks, dtype)
     return card
 
 
-MadeBasis = tuple[peft.PeftModel, str, dict[str, dict[str, float]]]  # with its dtype, and what it keeps of each task
+def write_card(folder: Path, settings: Settings, tasks: Tasks, dtype: str) -> BasisCard:
+    """Split a saved adapter into R and the A and B that others may share, and write the card of that basis."""
+    shared_factors.share(folder)
+    digest, r = shared_factors.recorded_digest(folder / constants.FACTORS_NAME), read_config(folder)["r"]
+    card = BasisCard(absolute(settings.model), digest or "", r, settings.update, tasks, dtype)
+    write_json(folder / CARD_NAME, card.__dict__)
+    return card
+
+
+def absolute(model: str) -> str:
+    """A model's folder in full, or its hub id: a relative path is another one from another folder."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+MadeBasis = tuple[peft.PeftModel, str, Tasks]  # with its dtype
 
 
 def _of_first_steps(settings: Settings, data: Sequence[str], names: Sequence[str]) -> MadeBasis:
-    run = prepare(replace(settings, eval_examples=0))
-    encoded = {names[0]: run.train_ids}
-    for name, file in zip(names[1:], data[1:], strict=True):
-        examples, _ = load_examples(replace(settings, data=file, eval_examples=0))
-        encoded[name] = [run.problem.encode(one, run.tokenizer, settings.max_length) for one in examples]
-    refuse_labels(run)
+    settings, examples = replace(settings, eval_examples=0), {}
+    for name, file in zip(names, data, strict=True):
+        examples[name], _ = load_examples(replace(settings, data=file))
+        refuse_labels(examples[name], file)
+    run = prepare(settings, ([one for part in examples.values() for one in part], []))
+    rows = iter(run.train_ids)
+    encoded = {name: list(itertools.islice(rows, len(part))) for name, part in examples.items()}
     run.model = lorasb.patch(run.model, r=settings.r, target_modules=targets(settings.target_modules))
     loaders = {name: start_loader(run, rows) for name, rows in encoded.items()}
     options = {"update": settings.update, "seed": settings.seed}
@@ -258,16 +273,20 @@ def _of_first_steps(settings: Settings, data: Sequence[str], names: Sequence[str
 
 
 def _of_loras(settings: Settings, loras: Sequence[str], names: Sequence[str]) -> MadeBasis:
-    updates = [joint_basis.lora_updates(Path(folder)) for folder in loras]
-    layers = updates[0].keys()
-    odd = next((folder for folder, one in zip(loras, updates, strict=True) if one.keys() != layers), None)
-    if odd is not None:
-        raise ValueError(f"expected LoRAs of the same layers, and {odd} has others than {loras[0]}")
+    updates = {folder: joint_basis.lora_updates(Path(folder)) for folder in loras}
+    layers = updates[loras[0]].keys()
+    for folder, one in updates.items():
+        if one.keys() != layers:
+            raise ValueError(f"expected LoRAs of the same layers, and {folder} has others than {loras[0]}")
+        if not any(update.energy for update in one.values()):
+            raise ValueError(f"expected trained LoRAs, and B of {folder} is zero: train it first")
     precision = resolve(settings.dtype, device())
     _, base = load_model(settings, LanguageModeling(), precision.dtype)
-    r = settings.r or max(one.core.shape[0] for one in updates[0].values())
+    r = settings.r or max(one.core.shape[0] for one in updates[loras[0]].values())
     model = lorasb.patch(base, r=r, target_modules=sorted(layers))
-    shares = joint_basis.keep_most_of(model, updates)
+    for folder, one in updates.items():
+        joint_basis.refuse_other_layers(folder, one, layers_with(model, "default"))
+    shares = joint_basis.keep_most_of(model, list(updates.values()))
     return model, precision.name, {name: {"kept": share} for name, share in zip(names, shares, strict=True)}
 
 
@@ -297,7 +316,9 @@ def read_card(folder: str | Path) -> BasisCard:
     """The card of a basis; a ValueError if the folder is none, or its A and B are others."""
     file = Path(folder) / CARD_NAME
     if not file.is_file() or not (Path(folder) / constants.CONFIG_NAME).is_file():
-        raise ValueError(f"expected the folder of a basis (lorasb basis make), found no {CARD_NAME} in {folder}")
+        inside = next((f" (did you mean {one.parent}?)" for one in sorted(Path(folder).glob(f"*/{CARD_NAME}"))), "")
+        made = "lorasb basis make, or finetune --adapter-column"
+        raise ValueError(f"expected the folder of a basis ({made}), found no {CARD_NAME} in {folder}{inside}")
     try:
         card = BasisCard(**read_json(file))
     except TypeError as error:
@@ -323,6 +344,8 @@ def load_basis(run: Run) -> dict[str, float] | None:
     if not card.of_loras:
         found = _fit(run, card)
         run.fit = {"share": found.share, "random": found.random}
+    if settings.lr is None:
+        run.lr = settings.default_rate(card.r)
     if run.measures_rate:
         name, layers = adapted_layers(run.model, None)
         options = InitOptions(adapter=name, num_samples=settings.samples, seed=settings.seed)

@@ -83,13 +83,16 @@ def _given(settings: Settings, train_examples: list[Example]) -> tuple[list[Exam
     most = settings.eval_examples
     drawn = (part if len(part) <= most else _shuffled(part, settings.seed)[:most] for part in parts)
     held_out = [example for part in drawn for example in part]
-    known = {example.adapter for example in train_examples}
-    if strangers := sorted({example.adapter for example in held_out} - known):
+    known, remaining = {example.adapter for example in train_examples}, _others(train_examples, held_out)
+    asked = {example.adapter for example in held_out}
+    if strangers := sorted(asked - known):
         hint = nearest(strangers[0], known, f"{len(strangers)} in all", cutoff=0.6)
         raise ValueError(f"{settings.eval_data} has rows of adapter {strangers[0]!r}, and --data has none of it{hint}")
-    remaining = _others(train_examples, held_out)
-    if not remaining:
-        raise ValueError(f"{settings.eval_data} has every prompt of --data: name rows that are not to be trained on")
+    if untrained := sorted(asked - {example.adapter for example in remaining}):
+        whose = f" of adapter {untrained[0]!r}" if untrained[0] else ""
+        raise ValueError(
+            f"{settings.eval_data} has every prompt of --data{whose}: name rows that are not to be trained on"
+        )
     return remaining, held_out
 
 

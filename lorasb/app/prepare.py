@@ -33,7 +33,7 @@ from ..utils.precision import Precision, resolve, warn_if_slow
 from .data import Example, load_examples
 from .evaluation import Evaluation, HeldOut, LanguageModeling, Problem, problem_of, token_limit
 from .scoring import REASONED
-from .settings import DEFAULT_RATE, EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, targets
+from .settings import EMBEDDED, ENOUGH_STEPS, MOST_EPOCHS, Settings, targets
 from .terminal import console
 from .tokenize import ByLength, Collate, Encoded, Rows, check_model, collate_packs, pack, row_length
 
@@ -225,7 +225,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     # twice what is computed at once in training: no activations are kept for backward
     batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
     data = train_examples, train_ids, rows, HeldOut(held_out, held_ids, batch, limit)
-    return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or DEFAULT_RATE)
+    return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or settings.default_rate(settings.r))
 
 
 def _say_what_is_cut(rows: Rows, max_length: int) -> None:

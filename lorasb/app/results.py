@@ -31,7 +31,7 @@ from ..utils.atomic_files import cache_dir, replacing_folder, write_json
 from ..utils.plotting import GRAD, INK, MUTED, SIGN
 from ..utils.precision import processor_class, resolve
 from ..utils.reading import Json, parse_json, read_json, read_text
-from .adapter import REPORT_NAME, load_report
+from .adapter import REPORT_NAME, load_report, write_card
 from .data import INSTRUCTION, STEP_BY_STEP, Example
 from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
 from .prepare import Run, device, load_model, save_adapter
@@ -117,6 +117,9 @@ def save(run: Run, result: Result, history: list[Json]) -> None:
     # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
+        if run.adapters and settings.basis is None:  # so that others can be trained on the same A and B later
+            tasks = {Path(settings.data or "").stem: {"examples": float(len(run.train)), "kept": 1.0}}
+            write_card(target, settings, tasks, run.precision.name)
         usage = how_to(summary, folder)
         add_usage(target, f"```\n{usage['command']}\n```\n\n```python\n{usage['python']}\n```")
     files = (folder / "adapter" / name for name in (WEIGHTS_NAME, FACTORS_NAME))  # the second on a basis

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from ..constants import DOCS, MAX_RANK
+from ..constants import DEFAULT_RANK, DOCS, MAX_RANK
 from ..utils.atomic_files import write_text
 from ..utils.checks import MAX_LR, check_pattern
 from ..utils.reading import Json, read_text
@@ -135,6 +135,9 @@ def check_basis(settings: Settings) -> None:
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `prepare.demo_model`
 UPDATES = ("adamw", "sgd", "per-sample")
 DEFAULT_RATE = 2e-3  # where none is measured
+# With --rl: this over r, or LoRA's. Best of the rates of benchmarks/research/results/rl.csv: 1e-2, 6.25e-4 and 1e-4 at
+# r = 2, 8 and 64, where four times as much loses what GRPO had gained.
+RL_RATE, RL_RATE_OF_LORA = 6.4e-3, 2.5e-4
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 TASKS: dict[str, dict[str, int]] = {  # options of reasoning-gym's data sets
@@ -255,7 +258,8 @@ class Settings:
     )
     lr: float | None = TRAINING(
         None,
-        f"Peak learning rate; auto measures it for LoRA-SB ({DEFAULT_RATE:g} with --rl, --eta or another method).",
+        f"Peak learning rate; auto measures it for LoRA-SB ({DEFAULT_RATE:g} with --eta or another method; with --rl "
+        f"{RL_RATE:g} / r).",
         check=RATE,
         shown="auto",
         init=True,
@@ -315,6 +319,12 @@ class Settings:
         elif self.sampler is not None:
             raise ValueError("--sampler samples completions for --rl: name a reward with it, such as --rl exact")
         check_packages(self)
+
+    def default_rate(self, r: int | None) -> float:
+        """Peak learning rate where none is given or measured, for an adapter of rank r."""
+        if self.rl is None:
+            return DEFAULT_RATE
+        return RL_RATE_OF_LORA if self.method == "lora" else RL_RATE / (r or DEFAULT_RANK)
 
     @property
     def prompts_a_step(self) -> int:

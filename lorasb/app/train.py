@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,21 @@ def announcement(run: Run) -> str:
     passes = "" if settings.epochs or run.epochs == 1 else f" ({run.epochs:g} passes, --epochs auto)"
     task = "" if settings.data is not None else f" {settings.generated_task} (a generated task: no --data)"
     return f"Training{task} {begin} {rows}, {steps} {settings.batch_size}{passes}, {run.tokens:,} tokens"
+
+
+def remarks(run: Run) -> Iterator[str]:
+    """Yield lines on rows of people's adapters that teach little: a single one, or two answers to one prompt."""
+    counts = Counter(example.adapter for example in run.train)
+    alone = [name for name in run.adapters if counts[name] == 1]
+    if alone:
+        shown = ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else "")
+        yield f"{len(alone)} of {len(run.adapters)} adapters have one example to train on: {shown}"
+    answers: dict[tuple[str, str], str] = {}
+    for example in run.train if run.adapters else ():
+        asked = example.adapter, json.dumps([example.prompt, example.messages[:-1]])
+        if answers.setdefault(asked, example.completion) != example.completion:
+            yield f"adapter {example.adapter!r} has two answers to {example.prompt[:60]!r}: are they of two people?"
+            return
 
 
 def estimated(run: Run, seconds: float, memory: int) -> Iterator[str]:
@@ -275,7 +292,8 @@ def train(
     trainer = make(run, folder.checkpoints)
     trainer.identity = folder.identity
     _put_callbacks(trainer, run, stop)
-    console.print(announcement(run), highlight=False)
+    for line in (announcement(run), *remarks(run)):
+        console.print(line, highlight=False, markup=False)
     if Processes().world_size == 1 and (count := torch.cuda.device_count()) > 1:
         line = f"only one of {count} GPUs trains: torchrun --nproc-per-node {count} -m lorasb finetune ... takes all"
         console.print(line, highlight=False)
@@ -391,7 +409,7 @@ def find_rate(run: Run) -> float:
     if len(held) == 1:
         held = _halves(held[0])
     found = search(run.model, apart(held), run.lr, accumulation=settings.gradient_accumulation)
-    refined = f"learning rate {found.lr:.2g}, measured on the samples and by two trials of {found.steps} steps"
+    refined = f"learning rate {found.lr:.2g}, from the samples and two trials of {found.steps} steps"
     console.print(str(found) if settings.find_lr else refined, highlight=False, soft_wrap=True)
     return found.lr
 

@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 INTERPRET = "TRITON_INTERPRET"
 HAVE_KERNELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: a weight in 4 bits
 SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
-# What the driver reports at some later call, which is not its cause; nothing runs on the device afterwards.
-FAULTS = re.compile(
-    r"illegal (memory access|address|instruction)|misaligned address|device-side assert|hardware error|"
-    r"launch (failure|timed out)"
-)
 _broken: dict[Hashable, str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
 EVERY = "every kernel"  # key of what no kernel runs with
 # Triton's errors where it cannot build its launchers, and what helps
@@ -64,7 +59,8 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
             return forward(x, _dense_operands(operands, x.dtype))
         return _forward_quantized(x, operands)
     members, mask = members_of(operands), mask_of(operands)
-    found = _kernels().prepared_linear.forward(x, members, mask, _forward_plan, calls.metadata(x, *members[:5]))
+    signature = calls.metadata(x, *members[:5])
+    found = _kernels().prepared_linear.forward(x, members, mask, _forward_plan, signature, _check_forward)
     if found is None:
         found = _kernels().linear.forward(rows_of(x), members, _forward_plan(x, members, mask), mask)
     ys, us = found
@@ -83,7 +79,8 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
         return _backward_quantized(dys[0], us[0], operands, need_dx, need_dcores)
     members, mask = members_of(operands), mask_of(operands)
     given, signature = (dys, members, us, mask), calls.metadata(dys, us, *members[:4])
-    found = _kernels().prepared_linear.backward(*given, (need_dx, need_dcores), _backward_plan, signature)
+    need = need_dx, need_dcores
+    found = _kernels().prepared_linear.backward(*given, need, _backward_plan, signature, _check_backward)
     if found is None:
         rows, plan = [rows_of(dy) for dy in dys], _backward_plan(*given)
         found = _kernels().linear.backward(rows, members, us, plan, need_dx, need_dcores, mask)
@@ -288,6 +285,21 @@ def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], ma
     return _first_backward(rows[0], members, mask, run, check, has_u)
 
 
+def _check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[list[Tensor], list[Tensor]]) -> None:
+    """Check the first prepared launches of a kind: those that were checked for its plan are Triton's own."""
+    if x.is_cuda and not is_capturing():
+        autotune.check_forward(rows_of(x), members, mask, ([rows_of(y) for y in found[0]], found[1]))
+
+
+def _check_backward(
+    dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask, found: tuple[Tensor | None, list[Tensor]]
+) -> None:
+    """Check those of a kind of backward."""
+    if dys[0].is_cuda and not is_capturing():
+        dx = None if found[0] is None else rows_of(found[0])
+        autotune.check_backward([rows_of(dy) for dy in dys], members, us, mask, (dx, found[1]))
+
+
 def _first_backward(
     rows: Tensor,
     members: Members,
@@ -314,7 +326,8 @@ def _first_plan(
     if not rows.is_cuda or not rows.numel():
         return plan_of(*given)
     arch, sms = check_call(rows)
-    return autotune.first_plan(_shape(*given), arch, sms, run, check, partial(autotune.CudaClock, rows.device))
+    clock, has_bias = partial(autotune.CudaClock, rows.device), any(bias is not None for bias in members.biases)
+    return autotune.first_plan(_shape(*given), arch, sms, run, check, clock, has_bias)
 
 
 def or_eager(kernel: registry.Function, plain: registry.Function) -> registry.Function:
@@ -340,10 +353,11 @@ def or_eager(kernel: registry.Function, plain: registry.Function) -> registry.Fu
 
 def _raise_if_nothing_else_runs(error: Exception) -> None:
     """Raise after a fault of the device, and where a CUDA graph is being captured: eager torch would fail as well."""
-    if FAULTS.search(str(error)):
+    if autotune.FAULTS.search(str(error)):
         raise RuntimeError(
             f"the GPU reported a fault of an earlier kernel, lorasb's or another's ({error}): run again with "
-            "CUDA_LAUNCH_BLOCKING=1, which names it, and with LORASB_BACKEND=eager, which leaves lorasb's out"
+            "CUDA_LAUNCH_BLOCKING=1, which names it, and with LORASB_BACKEND=eager, which leaves lorasb's out, or "
+            "LORASB_TUNE=off, which leaves out those that are timed only"
         ) from error
     if is_capturing():
         raise CaptureError(

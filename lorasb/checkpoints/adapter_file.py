@@ -83,6 +83,20 @@ def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None
         )
 
 
+def check_saved(name: str, tensor: Tensor | None, parameter: Tensor | None) -> None:
+    """Raise a ValueError for a tensor of a module that was trained in full, if it is not the parameter's or finite."""
+    if tensor is None or parameter is None:
+        return
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # a shard of ZeRO-3 is empty
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} is {list(tensor.shape)} in the adapter file, expected {list(shape)}: load the base model with as "
+            "many labels or tokens as it was trained with"
+        )
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} has NaN or Inf values in the adapter file: its training had failed")
+
+
 def _shapes(factors: dict[str, Tensor]) -> Shapes:
     a, core, b = (factors[part].shape or (0,) for part in FACTORS)  # a scalar fits nothing
     return {"lorasb_A": (core[0], a[-1]), "lorasb_R": (core[0], core[0]), "lorasb_B": (b[0], core[0])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,6 +14,7 @@ from . import Private, find
 
 VERIFIED = "Triton 3.6 to 3.9"
 FIRST, LAST = (3, 6), (3, 9)
+DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")  # of releases, of torch's nightly builds, for Windows
 ORDINARY = "kernels are launched by Triton's own launcher, which takes 50 µs more per launch"
 NO_TMA = "cuBLAS multiplies"
 PRIVATE = {
@@ -36,11 +38,11 @@ PRIVATE = {
 @cache
 def installed() -> tuple[int, int]:
     """The installed version (major, minor); (0, 0) without Triton."""
-    try:
-        major, minor = re.findall(r"\d+", version("triton"))[:2]
-    except PackageNotFoundError:
-        return 0, 0
-    return int(major), int(minor)
+    for name in DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            major, minor = re.findall(r"\d+", version(name))[:2]
+            return int(major), int(minor)
+    return 0, 0
 
 
 @cache

@@ -17,13 +17,12 @@ from peft.utils.peft_types import PeftType
 from ..checkpoints.adapter_file import scaling_of
 from ..checkpoints.model_card import update_card
 from ..compat import peft as private
-from ..constants import CONFIG_NAME, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
+from ..constants import CONFIG_NAME, DEFAULT_RANK, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
 from ..utils.atomic_files import umask, write_json
 from ..utils.checks import MAX_REPEATS, check_pattern, matches
 from ..utils.reading import safetensors_header
 
 T = TypeVar("T")
-DEFAULT_RANK = 64
 INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name for the same, so that configs carry over

@@ -27,7 +27,8 @@ from .task import AutoRate, Work, frozen_base, to_device
 # Relative change of a layer's output by an aligned step. In the committed sweeps (SmolLM2, the sign's start at r = 4,
 # 16 and 64) the best is 0.003 to 0.008 for chain_sum and 0.024 to 0.06 for word reversal, at every rank.
 RHO = 0.015
-FALLBACK = 2e-3  # where nothing can be measured
+# Where nothing can be measured: this over r. For starts of SmolLM2 at r = 4, 16 and 64 it would be 0.24, 0.19 and 0.16.
+FALLBACK = 0.128
 
 
 def _add_squares(total: Tensor, adapter: str, layer: LoRASBLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -40,10 +41,12 @@ def _add_squares(total: Tensor, adapter: str, layer: LoRASBLinear, inputs: tuple
 
 
 def measured_rate(work: Work) -> float:
-    """ρ over the median leverage of the linear layers that samples reach, by one forward; `FALLBACK` without one."""
-    if sharded(work.model):
-        return _fall_back("the model is sharded")
+    """ρ over the median leverage of the linear layers that samples reach, by one forward; or `FALLBACK` / r."""
     adapter = work.options.adapter
+    ranks = [layer.adapters[adapter].r * layer.adapters[adapter].scaling for layer in work.layers.values()]
+    fallback = FALLBACK / (statistics.median(ranks) or 1.0)
+    if sharded(work.model):
+        return _fall_back(fallback, "the model is sharded")
     layers = [layer for layer in work.layers.values() if isinstance(layer, LoRASBLinear)]
     table = torch.zeros(len(layers), 2, dtype=torch.float64)
     with frozen_base(work.model), torch.no_grad(), ExitStack() as hooks:
@@ -61,14 +64,15 @@ def measured_rate(work: Work) -> float:
             state = layer.adapters[adapter]
             leverages.append(state.scaling * state.r * math.sqrt(low / whole))
     if not leverages:
-        return _fall_back("no activations of a linear layer are finite and not zero")
+        return _fall_back(fallback, "no activations of a linear layer are finite and not zero")
     rate = RHO / statistics.median(leverages)
-    return rate if rate <= MAX_LR else _fall_back(f"the samples ask for {rate:.2g}, more than {MAX_LR:g}")
+    return rate if rate <= MAX_LR else _fall_back(fallback, f"the samples ask for {rate:.2g}, more than {MAX_LR:g}")
 
 
-def _fall_back(reason: str) -> float:
-    warnings.warn(f"lr='auto' takes {FALLBACK:g}, as {reason}: pass a rate, or try some (find_lr)", stacklevel=2)
-    return FALLBACK
+def _fall_back(rate: float, reason: str) -> float:
+    given = f"lr='auto' takes {rate:g}, before any trials, as {reason}"
+    warnings.warn(f"{given}: pass a rate, or try some (find_lr)", stacklevel=2)
+    return rate
 
 
 @overload

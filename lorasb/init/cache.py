@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -179,12 +180,7 @@ def versions() -> dict[str, str]:
 
 def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int, data: str | None) -> dict[str, object]:
     """Everything that the signs of a model depend on, by field; a mismatch is reported by the field's name."""
-    # The rank and η are not among it: any adapter can be initialized from the same signs. A loss counts by its name.
-    loss = getattr(options.loss_fn, "func", options.loss_fn)  # of a partial, its function
-    loss_name: str | None = None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__)
-    code = getattr(loss, "__code__", None)
-    if loss_name is not None and loss_name.endswith("<lambda>") and code is not None:  # of several, which
-        loss_name += f", {Path(code.co_filename).name}, line {code.co_firstlineno}"
+    # The rank and η are not among it: any adapter can be initialized from the same signs.
     return {
         "dtype": str(next(iter(layers.values())).base.dtype).removeprefix("torch."),
         "base weights": weights_hash(model),
@@ -192,9 +188,28 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
         "seed": options.seed,
         "num_samples": seen,
         "data": data,
-        "loss_fn": loss_name,
+        "loss_fn": _name_of(options.loss_fn),
         "versions": versions() | {"lorasb": SIGNS_SINCE},
     }
+
+
+def _name_of(loss: Any) -> str | None:
+    """A loss's name, and the values that a partial, a closure or an object has for it; its code does not count."""
+    if loss is None:
+        return None
+    function = getattr(loss, "func", loss)  # of a partial
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    if code is None:  # an object: a name begins with _ for what Python or torch put there
+        plain = {key: value for key, value in getattr(function, "__dict__", {}).items() if key[0] != "_"}
+    else:
+        plain = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+    if name.endswith("<lambda>") and code is not None:  # of several, which
+        name += f", {Path(code.co_filename).name}, line {code.co_firstlineno}"
+    held = [plain, getattr(loss, "args", ()), getattr(loss, "keywords", {})]
+    if any(held):
+        name += f" with {json.dumps(held, sort_keys=True, default=lambda value: type(value).__qualname__)}"
+    return name
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from .cache import versions
 from .factorize import factor_weight
 from .init_report import InitReport
 from .loss import LossFn
-from .pipeline import from_gradients
+from .pipeline import from_gradients, rate_of_initialized
 from .sampling import Loader
 from .task import AutoRate, InitOptions, Layers
 from .write import staging
@@ -159,8 +159,10 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
         with staging(name) as write, torch.compiler.set_stance("force_eager"):
             found, data = from_gradients(model, layers, batches, options, write)
         report = _recorded(model, config, found, data, started)
-    else:  # the data-free inits ignore batches and lr
+    else:  # the data-free inits ignore batches and a rate; "auto" is measured on the batches
         report = without_data(model, config, name, layers, options.seed, options.progress)
+        if isinstance(options.lr, AutoRate) and batches is not None:
+            report.rate = rate_of_initialized(model, layers, batches, options)
     # PEFT freezes every adapter but the active one; R of an inactive adapter is meant to be frozen.
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):

@@ -93,6 +93,14 @@ def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> 
         )
 
 
+def scalings_of(layers: dict[str, AdaptedLayer], basis: str) -> dict[str, float]:
+    """The s of a basis by layer, of which those of adapters on it are multiples; a ValueError where it is 0."""
+    found = {name: layer.adapters[basis].scaling for name, layer in layers.items()}
+    if not all(found.values()):
+        raise ValueError(f"the scale of {basis!r} is 0, so that no R on it does anything: set_scale(...)")
+    return found
+
+
 def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Raise a ValueError where new A and B would be those of other adapters, too."""
     for layer in layers.values():

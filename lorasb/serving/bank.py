@@ -25,7 +25,7 @@ from ..checkpoints.adapter_file import read_config, read_cores
 from ..compat.torch import uncompiled
 from ..constants import BASE_ROW, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, digests, layers_with, refuse_uninitialized
+from ..layers.lookup import adapted_layers, digests, layers_with, refuse_uninitialized, scalings_of
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
 
@@ -210,7 +210,7 @@ class AdapterBank:
         Truncated files and adapters with other A and B are left out and named in the report.
 
         Raises:
-            ValueError: two folders have one name; no adapter is loaded.
+            ValueError: two folders have one name, or the basis's scale is 0; no adapter is loaded.
         """
         report = LoadReport()
         found = [(one.name, one) for folder in folders for one in adapters_in(Path(os.path.abspath(folder)))]
@@ -221,7 +221,7 @@ class AdapterBank:
                 raise ValueError(f"two adapters are called {name!r}, {paths[name]} and {path}: load(other_name=folder)")
         with self._lock:
             self._reserve(len({*self.names, *paths}))
-        scalings = {name: layer.adapters[self.basis].scaling for name, layer in self.layers.items()}
+        scalings = scalings_of(self.layers, self.basis)
         for name, path in found:
             try:
                 self.add(name, read_cores(path, read_config(path), self.digests, scalings))
@@ -340,11 +340,9 @@ class AdapterBank:
             raise ValueError(
                 f"adapter {adapter!r} has more than R (trained modules or token rows): serve it by its name"
             )
-        found = {}
+        found, scalings = {}, scalings_of(layers, self.basis)
         for name, layer in layers.items():
-            if not layer.adapters[self.basis].scaling:
-                raise ValueError(f"the scale of {self.basis!r} is 0, so that no R on it does anything: set_scale(...)")
-            ratio = layer.adapters[adapter].scaling / layer.adapters[self.basis].scaling
+            ratio = layer.adapters[adapter].scaling / scalings[name]
             found[name] = layer.lorasb_R[adapter] if ratio == 1.0 else layer.lorasb_R[adapter] * ratio
         return found
 

@@ -25,8 +25,9 @@ from ..layers.lookup import (
     frozen_factors,
     layers_with,
     note_cast,
-    refuse_shared_basis,
+    refuse_basis_of_others,
     refuse_uninitialized,
+    scalings_of,
 )
 from ..utils.atomic_files import replacing
 from .bank import bank_of
@@ -106,10 +107,10 @@ def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[
     owner = next(layer.bases.get(adapter_name, adapter_name) for layer in layers.values())
     if shared_factors.digest(_factors_in(tensors)) in digests(layers, owner):
         return False
+    refuse_basis_of_others(layers, adapter_name)
     leaves = any(adapter_name in layer.bases for layer in layers.values())
     for layer in layers.values():
         layer.leave_basis(adapter_name)
-    refuse_shared_basis(layers, adapter_name)
     note_cast(layers, adapter_name, _factors_in(tensors))
     return leaves
 
@@ -222,7 +223,7 @@ def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis
         if any(layer.lorasb_A[name] is not layer.lorasb_A[basis] for layer in having):
             raise ValueError(f"adapter {name!r} of the model has other A and B than {basis!r}: delete it first")
     known = digests(layers, basis)
-    scalings = {layer: module.adapters[basis].scaling for layer, module in layers.items()}
+    scalings = scalings_of(layers, basis)
     configs = {name: read_config(folder / name) for name in names}  # all files, before the model changes
     cores = {name: read_cores(folder / name, config, known, scalings) for name, config in configs.items()}
     shapes: dict[str, Shapes] = {layer: {CORE: (m.adapters[basis].r,) * 2} for layer, m in layers.items()}

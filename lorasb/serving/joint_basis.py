@@ -185,20 +185,14 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
     layers = layers_with(model, basis)
     cores, kept = {}, []
     for layer, update in lora_updates(Path(lora)).items():
-        module, shape = layers.get(layer), (update.left.shape[0], update.right.shape[1])
+        module = layers.get(layer)
         if module is None:
             kept.append((0.0, update.energy))
             continue
-        if shape != (module.out_features, module.in_features):
-            raise ValueError(
-                f"{lora} has an update {list(shape)} of layer {layer!r}, which is [{module.out_features}, "
-                f"{module.in_features}]: it belongs to another base model"
-            )
+        _refuse_other_shape(lora, layer, update, module)
         core, pair = _projected(update, module, basis)
         cores[layer] = core / module.adapters[basis].scaling
         kept.append(pair)
-    if not all(torch.isfinite(core).all() for core in cores.values()):
-        raise ValueError("expected an adapter with finite values to project, got NaN or Inf")
     lost = 1.0 - share_of(kept)
     if lost > most_lost:
         raise ValueError(
@@ -210,6 +204,21 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
         if layer in cores:
             module.lorasb_R[name].data.copy_(cores[layer])
     return lost
+
+
+def refuse_other_layers(lora: str | Path, updates: Mapping[str, Update], layers: Mapping[str, AdaptedLayer]) -> None:
+    """Raise a ValueError for a LoRA of layers that a model does not have, or has in other shapes."""
+    for name, update in updates.items():
+        if name not in layers:
+            raise ValueError(f"{lora} has an update of layer {name!r}, which the model does not have: it is another's")
+        _refuse_other_shape(lora, name, update, layers[name])
+
+
+def _refuse_other_shape(lora: str | Path, name: str, update: Update, layer: AdaptedLayer) -> None:
+    found, expected = (update.left.shape[0], update.right.shape[1]), (layer.out_features, layer.in_features)
+    if found != expected:
+        where = f"of layer {name!r}, which is {list(expected)}"
+        raise ValueError(f"{lora} has an update {list(found)} {where}: it belongs to another base model")
 
 
 def lora_updates(folder: Path) -> dict[str, Update]:
@@ -231,6 +240,8 @@ def lora_updates(folder: Path) -> dict[str, Update]:
         if separator and b is not None and a.dim() == 2:
             alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
             scale = float(alpha) / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise ValueError(f"expected finite values in {weights}, got NaN or Inf in {name}: its training failed")
             found[name] = Update.of(b, torch.eye(len(a), dtype=torch.float64) * scale, a)
     others = [key for key in tensors if key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] not in found]
     if not found or others:

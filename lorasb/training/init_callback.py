@@ -29,6 +29,7 @@ from .rate_trials import JUDGED, PROBE_STEPS, apart, refine_rate
 # DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
 # starts, the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+TRAINERS_RATE = 5e-5  # default learning_rate of TrainingArguments
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # transformers' schedules that ignore warm-up steps
 
 
@@ -127,6 +128,13 @@ class InitCallback(TrainerCallback):
             lr: float | AutoRate = first_step_lr(peak, warmup) if self.lr is None or self.lr == "auto" else self.lr
             if self.lr == "auto" and _takes_rates(optimizer, lr_scheduler, peak):
                 lr = first_step_lr("auto", warmup)
+                given = args.lr_scheduler_kwargs
+                if floor := given.get("min_lr") if isinstance(given, dict) else None:
+                    why = f"the schedule's min_lr={floor:g} is taken relative to learning_rate={peak:g}"
+                    warnings.warn(f"{why}, which lr='auto' replaces: pass min_lr_rate", stacklevel=2)
+            elif self.lr is None and peak == TRAINERS_RATE:
+                why = f"R trains at Trainer's default learning_rate={peak:g}, which is far below R's rates"
+                warnings.warn(f"{why}: InitCallback(lr='auto'), or pass a learning_rate", stacklevel=2)
             self.report = self._initialize(lr, size, args, model, train_dataloader)
             self._model, self._is_refined = weakref.ref(model), False
         report = self.report
@@ -216,21 +224,25 @@ def _peak(optimizer: Optimizer | None, scheduler: object, layers: Layers, name: 
 
 
 def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
-    """Set the peak rate of R's parameter groups; other groups (a head's) keep theirs."""
+    """Set the peak rate of R's parameter groups, of several by their ratios; other groups (a head's) keep theirs."""
     peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)
-    for i, group, is_shared in _groups(optimizer, layers, name):
+    groups, first = list(_groups(optimizer, layers, name)), rate
+    if groups:
+        first = groups[0][1].get("initial_lr", groups[0][1]["lr"])
+    for i, group, is_shared in groups:
         if is_shared:
-            groups = "torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3, other_lr=1e-3))"
+            apart = "torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3, other_lr=1e-3))"
             warnings.warn(
                 f"modules that are no R (a head) train at R's rate {rate:.2g}, as they share its parameter group: pass "
-                f"Trainer(optimizers=({groups}, None))",
+                f"Trainer(optimizers=({apart}, None))",
                 stacklevel=3,
             )
         peak = group.get("initial_lr", group["lr"])
-        group["lr"] = group["lr"] * rate / peak if peak else group["lr"]
-        group["initial_lr"] = rate
+        mine = rate * (peak / first) if first else rate
+        group["lr"] = group["lr"] * mine / peak if peak else group["lr"]
+        group["initial_lr"] = mine
         if peaks is not None:
-            peaks[i] = rate
+            peaks[i] = mine
 
 
 def _restore(args: TrainingArguments, state: TrainerState, name: str, layers: Layers, needed: bool) -> None:

@@ -122,10 +122,12 @@ def refine_rate(
     trial = _Trial(model, rate, _read(batches, rate, PROBE_STEPS, JUDGED, accumulation), adapter, loss_fn)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
         losses = {tried: trial.loss(tried, trial.adamw, bar) for tried in (rate / 4, rate)}
+    finite = [tried for tried, loss in losses.items() if math.isfinite(loss)]
     best = 2 * rate if losses[rate] < losses[rate / 4] else rate / 2
-    if not math.isfinite(min(losses.values())):
+    if not finite:
         warnings.warn(f"no trial of learning rates has a finite loss: {rate:.2g} stays as measured", stacklevel=2)
-        best = rate
+    if len(finite) < 2:  # beyond a rate that diverged, or next to it, none was tried
+        best = finite[0] if finite else rate
     trial.keep(best)
     return RateTrials(best, losses, PROBE_STEPS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -65,29 +65,41 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
 
 
 def with_factors(
-    tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, AdaptedLayer], config: LoRASBConfig, share: bool
-) -> dict[str, Tensor]:
-    """A file's tensors with the A and B that its R belongs to, of the model where it has them."""
+    tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, AdaptedLayer], config: LoRASBConfig
+) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """A file's tensors with the A and B that its R belongs to, of the model where it has them; and what follows.
+
+    The function that follows moves the adapter onto the basis that has these A and B, or off its own; it is to be
+    called when the tensors have been checked, and the model is unchanged until then.
+    """
     expected = shared_factors.referenced_digest(tensors)
+    fault = _faults.pop(tuple(expected), None) if expected is not None else None
     # R is meaningless with other factors, so the digest decides, not the shapes.
     found = None if expected is None else basis.with_digest(layers, expected, first=adapter_name)
     if found is not None:  # the model has them
-        if found != adapter_name and share:
-            basis.stand_on(layers, adapter_name, found)
-            config.basis = next(iter(layers.values())).adapters[adapter_name].basis
+
+        def move(owner: str = found) -> None:
+            """Give the adapter the A and B of another one, which it was trained on."""
+            if owner != adapter_name:
+                basis.stand_on(layers, adapter_name, owner)
+                config.basis = next(iter(layers.values())).adapters[adapter_name].basis
+
         # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
         prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
         own = {key: value for key, value in tensors.items() if key != DIGEST and not shared_factors.is_factor(key)}
-        return own | {f"{prefix}{key}": value for key, value in frozen_factors(layers, found).items()}
+        return own | {f"{prefix}{key}": value for key, value in frozen_factors(layers, found).items()}, move
     if expected is not None and config.source is not None:
         tensors = with_folder(tensors, *config.source)
     tensors = {key: value for key, value in tensors.items() if key != DIGEST}
     if expected is None or any(map(shared_factors.is_factor, tensors)):  # the file or its folder has them
-        leaves_basis = share and basis.make_room(layers, adapter_name, tensors)
-        if expected is not None or leaves_basis:
-            config.basis = None
-        return tensors
-    if fault := _faults.pop(tuple(expected), None):
+
+        def leave() -> None:
+            """Let the file's own A and B be written."""
+            if basis.make_room(layers, adapter_name, tensors) or expected is not None:
+                config.basis = None
+
+        return tensors, leave
+    if fault is not None:
         raise ValueError(fault)
     if not config.basis:
         raise shared_factors.missing_factors_error()
@@ -106,11 +118,15 @@ def without_foreign(
     parameters = {without_wrapper(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in parameters) else ""
     expected = {f"{prefix}{without_wrapper(layer)}.{factor}" for layer in layers for factor in FACTORS}
+    by_name = {without_wrapper(key): value for key, value in tensors.items()}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            wrapper = f"{without_wrapper(name)}."
+            wrapper, own = f"{without_wrapper(name)}.", module.state_dict(keep_vars=True)
             wrappers.append(wrapper)
-            expected.update(wrapper + key for key in module.adapter_state_dict_load_map(adapter_name).values())
+            for in_file, key in module.adapter_state_dict_load_map(adapter_name).items():
+                expected.add(wrapper + key)
+                place = f"{wrapper}{in_file}".removeprefix(PEFT_PREFIX)
+                adapter_file.check_saved(place, by_name.get(wrapper + key), own.get(key))
     if config.bias != "none":
         of_layers = tuple(f"{prefix}{without_wrapper(layer)}." for layer in layers)
         biases = (name for name in parameters if name.endswith(".bias"))
@@ -128,11 +144,17 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
     """Raise a ValueError for a module that a file's config names as saved and the file does not have."""
     if config.saved_names is None:
         return
-    saved = [name.removeprefix(PEFT_PREFIX) for name in config.saved_names]
+    saved = {name.removeprefix(PEFT_PREFIX) for name in config.saved_names}
     for name in config.modules_to_save or ():
-        places = [n for n, module in model.named_modules() if n == name or n.endswith(f".{name}")]
-        if places and not any(key.startswith(f"{place}.") for key in saved for place in places):
+        places = {n: module for n, module in model.named_modules() if n == name or n.endswith(f".{name}")}
+        found = {place: module for place, module in places.items() if any(k.startswith(f"{place}.") for k in saved)}
+        if places and not found:
             raise ValueError(f"modules_to_save {name!r}: expected its weights in the adapter file, got none: {AGAIN}")
+        for place, module in found.items():
+            own = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+            missing = [key for key in own.state_dict() if f"{place}.{key}" not in saved]
+            if missing:
+                raise ValueError(f"expected {place}.{missing[0]} in the adapter file, got none: {AGAIN}")
     if config.trainable_token_indices and not any("trainable_tokens" in key for key in saved):
         raise ValueError(f"trainable_token_indices: expected their rows in the adapter file, got none: {AGAIN}")
 
@@ -167,7 +189,7 @@ def swap(
     if reason:
         raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping replaces adapters of one base")
     tensors = peft.load_peft_weights(str(path), device=torch_device, **options)
-    tensors = with_factors(tensors, adapter_name, layers, config, share=False)
+    tensors, _ = with_factors(tensors, adapter_name, layers, config)
     try:
         adapter_file.check_tensors(tensors, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
     except ValueError as error:

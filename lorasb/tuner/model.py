@@ -357,9 +357,10 @@ class LoRASBModel(BaseTuner):
     ) -> dict[str, Tensor]:
         ours, layers = cast(LoRASBConfig, config), lookup.layers_with(model, adapter_name)
         try:
-            state_dict = loading.with_factors(state_dict, adapter_name, layers, ours, share=True)
+            state_dict, move = loading.with_factors(state_dict, adapter_name, layers, ours)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
             state_dict = loading.without_foreign(state_dict, model, ours, adapter_name, layers)
+            move()
         except BaseException:  # Ctrl-C, too
             # PEFT injected the adapter for this file only; one that was there before stays
             if ours.awaits_weights:

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints.adapter_file import difference
 from ..compat.accelerate import hook_of
 from ..compat.transformers import is_loaded
-from ..config.adapter import ALL_LINEAR, DEFAULT_RANK, LoRASBConfig
+from ..config.adapter import ALL_LINEAR, LoRASBConfig
+from ..constants import DEFAULT_RANK
 from ..layers import opaque_base, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present

@@ -215,7 +215,7 @@ def _insert(
                 modules = wrapper.modules_to_save
                 modules[adapter_name].load_state_dict(modules[template].state_dict())
                 modules[adapter_name].requires_grad_(False)
-    except Exception:
+    except BaseException:  # Ctrl-C, too
         discard(tuner, adapter_name)
         raise
     tuner.set_adapter(active)

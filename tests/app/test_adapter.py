@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from tiny_run import WORDS, write_rows
 import lorasb
 from lorasb.app import adapter, finetune, train
 from lorasb.app.adapter import fit_basis, make_basis, read_card
-from lorasb.app.data import load_examples
+from lorasb.app.data import Example, load_examples
 from lorasb.app.finetune import run_finetune
 from lorasb.app.prepare import prepare, save_adapter
 from lorasb.app.settings import Settings
@@ -364,8 +365,9 @@ def test_labeled_rows_are_refused_on_a_basis(on_it: Settings, made: Path, tmp_pa
         lambda: run_finetune(replace(on_it, data=labeled, output=str(tmp_path / "run"))),
         lambda: fit_basis(replace(on_it, data=labeled)),
         lambda: make_basis(replace(on_it, basis=None, output=str(tmp_path / "basis")), [labeled]),
+        lambda: make_basis(replace(on_it, basis=None, output=str(tmp_path / "basis")), [str(on_it.data), labeled]),
     ):
-        with pytest.raises(ValueError, match="got labeled ones: a basis has no head"):
+        with pytest.raises(ValueError, match=r"labels\.jsonl: expected rows .* got labeled ones: a basis has no head"):
             run()
     assert not (tmp_path / "basis" / "basis.json").exists()
 
@@ -386,6 +388,39 @@ def test_people_who_are_held_out_alone_are_refused(on_it: Settings, tmp_path: Pa
     )
     with pytest.raises(ValueError, match="has rows of adapter 'Ada', and --data has none of it: did you mean 'ada'"):
         load_examples(replace(on_it, data=data, eval_data=other, adapter_column="user"))
+
+
+def test_people_without_a_row_to_train_on_are_refused(on_it: Settings, tmp_path: Path) -> None:
+    """All of ada's rows are held out, too."""
+    rows = [row | {"user": name} for name in ("ada", "emmy") for row in task("copy", 1)]
+    data, held_out = write_rows(tmp_path / "data.jsonl", rows), write_rows(tmp_path / "held-out.jsonl", rows[:24])
+    with pytest.raises(ValueError, match="has every prompt of --data of adapter 'ada': name rows that are not to be"):
+        load_examples(replace(on_it, data=data, eval_data=held_out, adapter_column="user"))
+
+
+LORA_CHANGES: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Tensor]], str]] = {
+    "untrained": (lambda key, value: {key: value * ("lora_B" not in key)}, "expected trained LoRAs, and B of .* is zero"),
+    "not finite": (lambda key, value: {key: value / 0}, r"expected finite values in .*, got NaN or Inf in model\.layers"),
+    "of more layers": (
+        lambda key, value: {key: value, key.replace("layers.0.", "layers.9."): value.clone()},
+        r"has an update of layer 'model\.layers\.9\..*', which the model does not have: it is another's",
+    ),
+    "wider": (
+        lambda key, value: {key: torch.cat((value, value), int("lora_A" in key))},
+        r"has an update \[128, 128\] of layer .*, which is \[64, 64\]: it belongs to another base model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", LORA_CHANGES)
+def test_loras_that_make_no_basis(settings: Settings, tmp_path: Path, change: str) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(settings.model)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "lora")
+    file, (edit, message) = tmp_path / "lora" / WEIGHTS, LORA_CHANGES[change]
+    save_file({k: v for key, value in load_file(file).items() for k, v in edit(key, value).items()}, file)
+    with pytest.raises(ValueError, match=message):
+        make_basis(replace(settings, r=None, output=str(tmp_path / "basis")), [], [str(tmp_path / "lora")])
 
 
 def test_files_that_make_no_basis(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
@@ -462,6 +497,33 @@ def test_a_bank_serves_the_files(several: Settings, done: Path, tiny: Path) -> N
     assert sorted(lorasb.AdapterBank(served).load(folder).loaded) == NAMES
     one, other, _ = (logits(served, adapter_names=[name]) for name in NAMES)
     assert not torch.equal(one, other)
+
+
+def test_somebody_is_added_later(
+    several: Settings, done: Path, files: dict[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    """The run's folder is a basis; who is trained on it starts as the others did, and changes no byte of it."""
+    before = {path: path.read_bytes() for path in (done / "adapter").rglob("*") if path.is_file()}
+    card = read_card(done / "adapter")
+    assert (card.r, card.tasks["data"]["examples"], card.dtype) == (8, 27, "float32")
+    later = replace(several, r=None, data=files["mine"], adapter_column=None, basis=str(done / "adapter"))
+    run_finetune(replace(later, output=str(tmp_path / "later")))
+    bank = lorasb.AdapterBank(served := loaded(tiny, done / "adapter"))
+    assert bank.load(done / "adapter", later=tmp_path / "later" / "adapter").loaded == [*NAMES, "later"]
+    alone = loaded(tiny, tmp_path / "later" / "adapter")
+    assert torch.allclose(logits(served, adapter_names=["later"]), logits(alone), atol=1e-6)
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(ValueError, match=r"found no basis\.json in .* \(did you mean .*adapter\?\)"):
+        run_finetune(replace(later, basis=str(done), output=str(tmp_path / "no")))
+
+
+def test_rows_that_teach_an_adapter_little_are_named(several: Settings) -> None:
+    rows = [Example("Where?", "Oslo", adapter="ada"), Example("Where?", "Lima", adapter="ada")]
+    rows += [Example("Where?", "Rome", adapter=name) for name in ("b", "c", "d", "e")]
+    said = list(train.remarks(SimpleNamespace(train=rows, adapters=["ada", "b", "c", "d", "e"])))
+    assert said[0] == "4 of 5 adapters have one example to train on: b, c, d, ..."
+    assert said[1] == "adapter 'ada' has two answers to 'Where?': are they of two people?"
+    assert not list(train.remarks(SimpleNamespace(train=rows, adapters=[])))
 
 
 def test_kill_9_and_interrupts_end_in_the_same_bits(several: Settings, done: Path, tmp_path: Path) -> None:

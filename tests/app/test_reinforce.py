@@ -142,3 +142,11 @@ def test_bad_functions_get_one_line(reinforced: Settings, tmp_path: Path, monkey
     file.write_text("1 +")
     with pytest.raises(ValueError, match="the file cannot be imported: SyntaxError"):
         judge("letters")
+
+
+def test_without_a_rate_it_is_one_for_the_rank(base: Settings) -> None:
+    """As much as 2e-3 would undo at r = 64 what GRPO gains."""
+    rates = [replace(base, rl="exact", lr=None).default_rate(r) for r in (None, 64, 8)]
+    assert rates == pytest.approx([1e-4, 1e-4, 8e-4])
+    assert replace(base, rl="exact", method="lora").default_rate(32) == 2.5e-4
+    assert replace(base, lr=None).default_rate(8) == 2e-3

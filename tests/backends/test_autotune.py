@@ -304,6 +304,17 @@ def test_a_read_only_cache_is_named_once(monkeypatch: pytest.MonkeyPatch) -> Non
         '{"rules": [{"if": {"M": [1, "2"]}, "path": "addmm"}]}',
         '{"rules": [{"if": [], "path": "addmm"}]}',
         '{"rules": [{"prep": {"block_m": "16", "block_k": 64, "warps": 4, "stages": 3}}]}',
+        *(
+            json.dumps({"rules": [{"prep": {"block_m": 16, "block_k": 64, "warps": 4, "stages": 3} | change}]})
+            for change in (
+                {"block_m": 0},
+                {"block_m": None},
+                {"block_k": 48},
+                {"warps": 3},
+                {"stages": -1},
+                {"stages": True},
+            )
+        ),
     ],
 )
 def test_a_broken_table_is_left_out_and_named_and_overwritten(text: str, folder: Path) -> None:
@@ -548,6 +559,38 @@ def test_wrong_results_are_found(what: str, kind: str) -> None:
         check = functools.partial(autotune.check_backward, dys, members, outputs[1], NO_DROPOUT, gradients)
     with pytest.raises(autotune.WrongResultError, match=f"{what} differs from torch's by up to"):
         check()
+
+
+def test_no_judgment_where_fp16_overflows() -> None:
+    """As GradScaler's first step makes dx, on purpose."""
+    want, size = torch.tensor([[1e5, 10.0]]), torch.tensor([[1e5, 10.0]])
+    autotune._check("dx", torch.tensor([[torch.inf, 10.0]]).half(), want, size)
+    with pytest.raises(autotune.WrongResultError, match="dx differs"):
+        autotune._check("dx", torch.tensor([[torch.inf, torch.inf]]).half(), want, size)
+    with pytest.raises(autotune.WrongResultError, match="dx differs"):
+        autotune._check("dx", torch.tensor([[torch.inf, 10.0]]).bfloat16(), want, size)
+
+
+def test_a_fault_while_tiles_are_timed_is_no_tile_that_does_not_fit(folder: Path) -> None:
+    def faulty(chosen: LaunchPlan) -> LaunchPlan:
+        if chosen.path == "addmm":
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        return chosen
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        first(Clock("addmm"), faulty)
+
+
+def test_a_kernel_with_a_bias_is_checked_though_one_without_was(folder: Path) -> None:
+    checked: list[object] = []
+    for has_bias in (False, True, True):
+        autotune.first_plan(SHAPE, ARCH, SMS, lambda one: one, checked.append, lambda: Clock("addmm"), has_bias)
+    few = replace(SHAPE, M=16)
+    before = len(checked)
+    for has_bias in (False, True, True):
+        autotune.first_plan(few, ARCH, SMS, lambda one: one, checked.append, lambda: Clock("addmm"), has_bias)
+    assert before > 2
+    assert len(checked) - before == 2
 
 
 def test_no_judgment_where_torch_has_infinities() -> None:

@@ -218,9 +218,10 @@ CAPTURED = "call the model once with the same shapes before capturing"
         (RuntimeError, "CUDA error: device-side assert triggered", RuntimeError, FAULT),
         (RuntimeError, "CUDA error: unspecified launch failure", RuntimeError, FAULT),
         (RuntimeError, "CUDA error: misaligned address", RuntimeError, FAULT),
+        (RuntimeError, "CUDA error: uncorrectable ECC error encountered", RuntimeError, FAULT),
         (RuntimeError, "operation not permitted when stream is capturing", fused.CaptureError, CAPTURED),
     ],
-    ids=["memory", "access", "assert", "launch", "address", "capture"],
+    ids=["memory", "access", "assert", "launch", "address", "ECC", "capture"],
 )
 def test_what_eager_torch_would_not_survive_is_raised(
     kind: type[Exception], said: str, raised: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch

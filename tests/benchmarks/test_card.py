@@ -72,6 +72,35 @@ def test_a_card_that_is_too_small_goes_to_the_next_section(
     assert ran == ["large", "small"]
 
 
+def test_a_section_that_fails_or_runs_out_of_time_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows are kept as they come, and the sections after it are measured."""
+    found_at_second: list[Any] = []
+
+    def broken(run: card.Run) -> Iterator[card.Row]:
+        yield {"case": "first", "ways": {}}
+        found_at_second.append(found_in(tmp_path)["sections"]["broken"]["rows"][0]["case"])
+        raise ImportError("No module named 'bitsandbytes'\nmore")
+
+    def slow(run: card.Run) -> Iterator[card.Row]:
+        yield {"case": "first", "ways": {}}
+        monkeypatch.setattr(card.time, "monotonic", lambda: float("inf"))
+        yield {"case": "second", "ways": {}}
+        raise AssertionError("measured after its time")
+
+    monkeypatch.setattr(card, "SECTIONS", {"broken": (broken, ()), "slow": (slow, ())})
+    monkeypatch.setattr("sys.argv", ["card", "--tiny", "--output", str(tmp_path)])
+    card.main()
+    sections = found_in(tmp_path)["sections"]
+    failed = f"{card.FAILED} ImportError: No module named 'bitsandbytes'"
+    assert found_at_second == ["first"]
+    assert [row["case"] for row in sections["broken"]["rows"]] == ["first", failed]
+    assert [row["case"] for row in sections["slow"]["rows"]] == ["first", "second", card.NO_TIME]
+    assert "out of time" in capsys.readouterr().out
+    assert not any(map(card.is_complete, sections.values()))
+
+
 @pytest.mark.long
 def test_every_section_runs(tmp_path: Path) -> None:
     python("-m", "benchmarks.card", "--tiny", "--output", tmp_path)

@@ -154,6 +154,27 @@ def test_a_damaged_file_says_what_is_wrong_and_leaves_the_base_as_it_was(saved: 
     check_refused(saved, message)
 
 
+HEAD = f"{PREFIX}classifier.dense"
+DAMAGED_HEADS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "shape": (lambda t: t | {f"{HEAD}.weight": torch.zeros(3, 64)}, r"classifier.dense.weight is \[3, 64\] in the adapter file, expected \[64, 64\]: load the base model with as many labels"),
+    "NaN": (lambda t: t | {f"{HEAD}.bias": torch.full((64,), float("nan"))}, r"classifier\.dense\.bias has NaN or Inf values"),
+    "missing": (lambda t: {key: value for key, value in t.items() if key != f"{HEAD}.bias"}, r"expected classifier\.dense\.bias in the adapter file, got none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED_HEADS)
+def test_a_damaged_head_is_refused_and_leaves_the_base_as_it_was(tmp_path: Path, name: str) -> None:
+    change, message = DAMAGED_HEADS[name]
+    patched("roberta").save_pretrained(tmp_path)
+    edit(tmp_path, change)
+    base = make("roberta")
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+    assert [name for name, _ in base.named_modules()] == names
+    check_equal(dict(base.state_dict()), dict(make("roberta").state_dict()))
+
+
 @pytest.mark.parametrize("adapter", ["default", "second"])
 def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path, adapter: str) -> None:
     whole = (saved / WEIGHTS).read_bytes()

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -54,6 +55,17 @@ FALLBACKS = {name: one.fallback for name, one in private_torch.PRIVATE.items() i
 @pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda one: getattr(one, "__name__", one))
 def test_the_installed_version_has_the_name(module: ModuleType, name: str) -> None:
     assert compat.find(module.PRIVATE[name]._replace(fallback=GONE)) is not GONE
+
+
+@pytest.mark.parametrize(("name", "expected"), [("triton", (3, 9)), ("pytorch-triton", (3, 9)), ("other", (0, 0))])
+def test_triton_under_any_name_of_its_package(name: str, expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(asked: str) -> str:
+        if asked != name:
+            raise PackageNotFoundError(asked)
+        return "3.9.0+git1a2b"
+
+    monkeypatch.setattr(private_triton, "version", version)
+    assert private_triton.installed.__wrapped__() == expected
 
 
 @pytest.mark.parametrize("name", HEADERS)

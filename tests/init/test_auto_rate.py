@@ -110,8 +110,8 @@ def test_what_cannot_be_measured_has_a_stated_fallback(weight: float, reason: st
             layer.lorasb_A["default"].fill_(1e-3)
     pieces = [Piece(batch) for batch in batches_for("llama")]
     work = auto_rate.Work(model, layers(model), pieces, InitOptions(adapter="default"), Processes())
-    with pytest.warns(UserWarning, match=f"lr='auto' takes 0.002, as {reason}"):
-        assert auto_rate.measured_rate(work) == auto_rate.FALLBACK
+    with pytest.warns(UserWarning, match=f"lr='auto' takes 0.032, before any trials, as {reason}"):
+        assert auto_rate.measured_rate(work) == auto_rate.FALLBACK / 4
 
 
 def test_a_loss_of_the_users_is_called_for_the_forward(usual: tuple[nn.Module, InitReport]) -> None:
@@ -261,6 +261,40 @@ def test_a_start_is_that_of_the_optimizers_rate(
     given = (torch.optim.AdamW(cores(model), lr=rate), None) if rate else None
     train(model, tmp_path, [callback], optimizers=given, warmup_steps=2, **option)
     assert callback.report.lr == pytest.approx(eta)
+
+
+def test_groups_of_r_keep_their_ratios() -> None:
+    """As layer-wise decay makes them."""
+    model = started(lr="auto")[0]
+    near, far = cores(model)[:7], cores(model)[7:]
+    optimizer = torch.optim.AdamW([{"params": near, "lr": 1e-3}, {"params": far, "lr": 1e-4}])
+    schedule = schedules.LambdaLR(optimizer, lambda _: 1.0)
+    init_callback._set_rate(3e-3, optimizer, schedule, layers(model), "default")
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3, 3e-4])
+    assert schedule.base_lrs == pytest.approx([3e-3, 3e-4])
+
+
+@pytest.mark.parametrize(
+    ("lr", "option", "message"),
+    [
+        ("auto", {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}, r"min_lr=1e-05 is taken relative to learning_rate=0\.01.*pass min_lr_rate"),
+        (None, {"learning_rate": 5e-5}, r"trains at Trainer's default learning_rate=5e-05, .*: InitCallback\(lr='auto'\)"),
+    ],
+)  # fmt: skip
+def test_rates_of_the_arguments_that_are_no_good_for_r_are_named(
+    lr: Any, option: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=message):
+        train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(6, lr=lr)], **option)
+
+
+@pytest.mark.parametrize("init", ["random", "lora-xs", "kaiming"])
+def test_a_start_without_data_has_a_measured_rate_too(init: str) -> None:
+    model = lorasb.patch(make("llama"), r=4, init=init)
+    report = lorasb.initialize(model, batches_for("llama"), lr="auto", progress=False)
+    change = change_by_an_aligned_step(model, "llama", report.rate)
+    tolerances.check(torch.tensor(change), torch.tensor(auto_rate.RHO), tolerances.fp32(64))
+    assert lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False).rate is None
 
 
 def test_a_head_in_rs_own_group_is_named() -> None:

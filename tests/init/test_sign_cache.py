@@ -121,13 +121,29 @@ def test_every_field_that_differs_alone_is_named(path: Path, monkeypatch: pytest
             cache.load([])
 
 
+def weighted(share: float, model: nn.Module | None = None) -> Any:
+    return lambda _, batch: (share, model, batch)
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "name"),
-    [(None, None), (loss_of, "loss_of"), (partial(loss_of, share=1), "loss_of"), (nn.MSELoss(), "MSELoss")],
+    [
+        (None, None),
+        (loss_of, "loss_of"),
+        (partial(loss_of, share=1), 'loss_of with [{}, [], {"share": 1}]'),
+        (nn.MSELoss(), 'MSELoss with [{"reduction": "mean", "training": true}, [], {}]'),
+    ],
 )
-def test_a_loss_counts_by_its_name(loss_fn: Any, name: str | None) -> None:
+def test_a_loss_counts_by_its_name_and_its_values(loss_fn: Any, name: str | None) -> None:
     model = lorasb.patch(make("llama"), r=4)
     assert caches.cache_key(model, layers(model), InitOptions(loss_fn=loss_fn), 3, "0")["loss_fn"] == name
+
+
+def test_losses_of_one_name_and_other_values_are_others() -> None:
+    named = [caches._name_of(loss) for loss in (weighted(0.1), weighted(0.5), weighted(0.5), weighted(0.5, nn.ReLU()))]
+    assert len(set(named)) == 3
+    assert named[1] == named[2]
+    assert named[3].endswith('[{"model": "ReLU", "share": 0.5}, [], {}]')
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {

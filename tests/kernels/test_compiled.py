@@ -24,6 +24,8 @@ from torch import Tensor
 
 import lorasb
 from benchmarks.kernels.ptx.plugin import Executor
+from lorasb.backends import autotune
+from lorasb.backends import triton as fused
 from lorasb.functional import dequantize
 from lorasb.kernels import linear, plan, prepared_launch, prepared_linear
 from lorasb.kernels.launcher import observed
@@ -228,6 +230,26 @@ def test_a_kind_that_a_capture_met_first_is_prepared_and_checked_later(monkeypat
     monkeypatch.undo()
     check(run_kernels(case), case)
     assert kinds() == 2
+
+
+def test_the_first_prepared_results_of_a_kind_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were checked for its plan are of ordinary launches; wrong ones are computed by others, and not kept."""
+    checked: list[str] = []
+    monkeypatch.setattr(fused, "_check_forward", lambda *given: checked.append("forward"))
+    monkeypatch.setattr(fused, "_check_backward", lambda *given: checked.append("backward"))
+    case = make_case((20,), 64, 48, 8, BF16)
+    for _ in range(2):
+        check(run_kernels(case), case)
+    assert checked == ["forward", "backward"]
+
+    def wrong(*given: object) -> None:
+        raise autotune.WrongResultError("y differs from torch's")
+
+    prepared_linear.forget()
+    monkeypatch.setattr(fused, "_check_forward", wrong)
+    with pytest.raises(autotune.WrongResultError):
+        run_kernels(case)
+    assert kinds() == 0
 
 
 def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

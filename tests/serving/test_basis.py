@@ -202,6 +202,24 @@ def test_a_file_with_other_factors_does_not_overwrite_shared_ones(tmp_path: Path
     check_equal(answers(model, *before), before)
 
 
+@pytest.mark.parametrize("owner", ["own", "ada"])
+def test_a_damaged_file_moves_no_adapter_onto_a_basis_or_off_it(owner: str, tmp_path: Path) -> None:
+    """The adapter `own` has its own A and B, and the file is of the basis; `ada` is on the basis, and the file is not."""
+    saved(tmp_path, "grace")
+    model = with_users("ada")
+    model.add_adapter("own", lorasb.LoRASBConfig(r=4, init="kaiming", init_seed=5))
+    fill(model, "own", 6)
+    if owner == "ada":
+        with_basis(init_seed=9).save_pretrained(tmp_path / "grace")
+    rewrite(tmp_path / "grace", lambda key, core: {key: torch.full_like(core, float("nan"))})
+    before = answers(model, "own", "ada")
+    with pytest.raises(ValueError, match="has NaN or Inf values"):
+        model.load_adapter(tmp_path / "grace", owner)
+    check_equal(answers(model, *before), before)
+    assert a_layer(model).bases == {"ada": "default"}
+    assert (model.peft_config["own"].basis, model.peft_config["ada"].basis) == (None, "default")
+
+
 def test_a_basis_of_a_basis_is_found_by_its_root_and_merges_as_others_do(tmp_path: Path) -> None:
     model = with_users("ada")
     model.add_adapter("second", lorasb.LoRASBConfig(basis="ada", basis_start="same"))

@@ -172,12 +172,17 @@ def test_a_model_that_trains_nothing_is_named_and_the_result_says_what_was_tried
     assert str(found) == "learning rate 0.002, by trials of 12 steps (0.001: 0.500, 0.002: 0.250)"
 
 
-@pytest.mark.parametrize(("faster", "factor"), [(True, 2.0), (False, 0.5)])
-def test_a_measured_rate_is_doubled_or_halved(faster: bool, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By which of it and its quarter is ahead after four steps; R gets the start of the result."""
+@pytest.mark.parametrize(
+    ("of_whole", "of_quarter", "factor"),
+    [(1.0, 1.5, 2.0), (2.0, 1.5, 0.5), (math.inf, 1.5, 0.25), (1.0, math.inf, 1.0)],
+)
+def test_a_measured_rate_is_doubled_or_halved(
+    of_whole: float, of_quarter: float, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which of it and its quarter is ahead after four steps, or finite; R gets the start of the result."""
     model = patched()
     before = cores(model)
-    losses, rates = {1e-3: 1.0 if faster else 2.0, 2.5e-4: 1.5}, []
+    losses, rates = {1e-3: of_whole, 2.5e-4: of_quarter}, []
     monkeypatch.setattr(rate_trials._Trial, "_judged", lambda self: losses[rates.pop()])
     monkeypatch.setattr(rate_trials._Trial, "_steps", lambda self, opt, bar: rates.append(opt.param_groups[0]["lr"]))
     found = rate_trials.refine_rate(model, batches(8), 1e-3, progress=False)
