@@ -317,8 +317,9 @@ def read_card(folder: str | Path) -> BasisCard:
     file = Path(folder) / CARD_NAME
     if not file.is_file() or not (Path(folder) / constants.CONFIG_NAME).is_file():
         inside = next((f" (did you mean {one.parent}?)" for one in sorted(Path(folder).glob(f"*/{CARD_NAME}"))), "")
-        made = "lorasb basis make, or finetune --adapter-column"
-        raise ValueError(f"expected the folder of a basis ({made}), found no {CARD_NAME} in {folder}{inside}")
+        raise ValueError(
+            f"expected the folder of a basis (lorasb basis make), found no {CARD_NAME} in {folder}{inside}"
+        )
     try:
         card = BasisCard(**read_json(file))
     except TypeError as error:
