@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import peft
 import pytest
@@ -287,3 +291,30 @@ def test_another_base_layer_has_the_settings_of_the_one_before() -> None:
     assert layer.base.dtype == torch.bfloat16
     assert layer.base.trains_bias
     assert not layer.cast_input_dtype_enabled
+
+
+def test_a_dense_call_is_in_few_files_and_nested_calls(composed: bool) -> None:
+    """As docs/architecture.md says, whose reader follows it."""
+    layer, files, stack, depths = make(), set(), [0], []
+    layer.base_layer.requires_grad_(False)
+
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        if is_ours := "/lorasb/" in frame.f_code.co_filename:
+            files.add(Path(frame.f_code.co_filename).relative_to(Path(lorasb.__file__).parent).as_posix())
+        if event == "call":
+            stack.append(stack[-1] + is_ours)
+        elif event == "return":
+            stack.pop()
+        elif event == "c_call" and getattr(argument, "__name__", "") == "linear":
+            depths.append(stack[-1])
+
+    for _ in range(2):  # the first call of a signature is checked
+        files.clear()
+        sys.setprofile(watch)
+        try:
+            layer(torch.randn(3, 16, requires_grad=True)).sum().backward()
+        finally:
+            sys.setprofile(None)
+    assert "layers/linear.py" in files
+    assert len(files) <= 8
+    assert not composed or set(depths) == {5}  # else the products may be in the extension
