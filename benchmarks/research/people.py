@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.common.tables import show
 from benchmarks.common.timing import dtype_option, provenance, use_dtype
 from benchmarks.research.methods.runner import RESULTS
+from benchmarks.research.paired.compare import half_width
 from benchmarks.serving.people import rows, write_rows
 from lorasb.utils.atomic_files import write_json
 
@@ -127,10 +128,13 @@ def scored(summary: Mapping[str, Any], users: Sequence[str], some: Sequence[str]
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Rows of the table, for the screen and the report."""
+    """Rows of the table, for the screen and the report; with the 95% interval of the differences from the first way."""
+    first = next(iter(found["ways"].values()))["by_person"]
     for way, one in found["ways"].items():
+        differences = [mine - theirs for mine, theirs in zip(one["by_person"], first, strict=True)]
+        less = f" ({100 * statistics.fmean(differences):+.1f} ± {100 * half_width(differences):.1f} points)"
         rate = f" (rate {one['lr']:g}, the best of {len(RATES)})" if "lr" in one else ""
-        shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}"
+        shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}{less if one['by_person'] != first else ''}"
         yield [way + rate, str(one["people"]), str(one["answers"]), *shares, f"{one['seconds_per_person']:.1f}"]
 
 

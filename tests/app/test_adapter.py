@@ -276,6 +276,13 @@ def test_a_share_near_chance_is_a_warning() -> None:
     assert "little more than chance" not in basis_line(0.9, 0.4)
 
 
+def test_data_that_a_basis_does_not_hold_is_named(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    lorasb.patch(model, r=8, init="random").save_pretrained(tmp_path)
+    adapter.write_card(tmp_path, settings, {"nothing": {"examples": 0.0, "kept": 1.0}}, "float32")
+    assert "little more than chance" in call("basis", "fit", str(tmp_path), "--data", files["mine"])
+
+
 def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
     card = make_basis(replace(settings, output=str(tmp_path)), [files["copy"]])
     assert card.tasks == {"copy": {"examples": 24, "kept": 1.0}}

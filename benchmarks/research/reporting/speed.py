@@ -150,7 +150,9 @@ def in_vllm(folder: Path) -> Iterator[str]:
 
 def ordinary(folder: Path) -> Iterator[str]:
     """What was measured again on a processor without 16-bit products."""
-    found = [line for part in (four_bits, starts, training_step, decoded, many) for line in (*part(folder / ORDINARY), "")]
+    found = [
+        line for part in (four_bits, starts, training_step, decoded, many) for line in (*part(folder / ORDINARY), "")
+    ]
     if any(found):
         yield from ("### On a processor without bf16 products", "")
         yield from (f"#{line}" if line.startswith("### ") else line for line in found)
