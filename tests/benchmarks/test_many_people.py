@@ -89,7 +89,7 @@ def test_shares_of_right_answers_are_means_over_people() -> None:
     assert lines[1][0] == "LoRA (rate 0.002, the best of 2)"
     pairs = ({**found, "by_person": shares} for shares in ([1.0, 0.5], [0.5, 0.5]))
     _, other = compared.lines({"ways": dict(zip(("together", "alone"), pairs, strict=True))})
-    assert other[4] == "100.0% (-25.0 ± 317.7 points)"  # the mean of -50 and 0; t = 12.71 times 25
+    assert other[4] == "100.0% (-25.0 ± 317.6 points)"  # the mean of -50 and 0; t = 12.706 times 25
     assert (
         compared.named([{"prompt": "Where?", "completion": "Oslo", "user": "ada"}])[0]["prompt"] == "I am ada. Where?"
     )
