@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import signal
 import textwrap
 import warnings
@@ -167,6 +168,9 @@ def _finetune(values: Json) -> None:
         on_basis = summary["adapters"] or settings.basis
         by = f"vLLM with the plugin ({DOCS}/serving.md)" if on_basis else "vLLM, as a plain LoRA"
         typer.echo(f"Serve it, by {by}:\n\n  {lines['serve']}\n")
+    if summary["adapters"]:
+        on = shlex.quote(settings.basis or f"{settings.output}/adapter")
+        typer.echo(f"Add somebody later:\n\n  lorasb finetune --basis {on} --data NEW.jsonl --output runs/new\n")
 
 
 def _init(values: Json) -> None:

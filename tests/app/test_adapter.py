@@ -520,6 +520,9 @@ def test_somebody_is_added_later(
     alone = loaded(tiny, tmp_path / "later" / "adapter")
     assert torch.allclose(logits(served, adapter_names=["later"]), logits(alone), atol=1e-6)
     assert {path: path.read_bytes() for path in before} == before
+    assert f"lorasb finetune --basis {done}/adapter --data NEW.jsonl" in call(
+        "finetune", "--config", f"{done}/config.yaml"
+    )
     with pytest.raises(ValueError, match=r"found no basis\.json in .* \(did you mean .*adapter\?\)"):
         run_finetune(replace(later, basis=str(done), output=str(tmp_path / "no")))
 
