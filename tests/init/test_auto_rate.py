@@ -15,6 +15,7 @@ import torch
 import transformers
 from adapters import layers
 from models import batches_for, make, patched, started
+from quantized_models import dense_twin
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 from torch.utils.data import DataLoader
@@ -112,6 +113,15 @@ def test_what_cannot_be_measured_has_a_stated_fallback(weight: float, reason: st
     work = auto_rate.Work(model, layers(model), pieces, InitOptions(adapter="default"), Processes())
     with pytest.warns(UserWarning, match=f"lr='auto' takes 0.032, before any trials, as {reason}"):
         assert auto_rate.measured_rate(work) == auto_rate.FALLBACK / 4
+
+
+def test_a_base_in_4_bits_has_the_rate_of_its_values() -> None:
+    rates = []
+    for same in (dense_twin, nn.Module.eval):
+        model = lorasb.patch(same(lorasb.quantize(make("llama"), "nf4")), r=4)
+        rates.append(lorasb.initialize(model, batches_for("llama"), lr="auto", progress=False).rate)
+    assert rates[1] == pytest.approx(rates[0], rel=1e-3)
+    assert rates[0] != started(lr="auto")[1].rate
 
 
 def test_a_loss_of_the_users_is_called_for_the_forward(usual: tuple[nn.Module, InitReport]) -> None:
