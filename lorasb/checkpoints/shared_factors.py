@@ -119,7 +119,8 @@ def _link_or_write(
     same = next((file for file in files if file.is_file() and recorded_digest(file) == hexadecimal), None)
     with replacing(target) as temporary:
         if same is None:
-            save_file(factors, str(temporary), metadata={"format": "pt", "digest": hexadecimal})
+            # one entry: safetensors writes several in an order that depends on the process
+            save_file(factors, str(temporary), metadata={"digest": hexadecimal})
             return
         temporary.unlink()  # os.link does not overwrite
         try:
