@@ -23,20 +23,18 @@ from .prepared_launch import NotPreparedError, Prepared
 MOST_KINDS = 4096  # some KB each; every number of tokens is a kind
 Ys = tuple[list[Tensor], list[Tensor]]  # y_i and u_i
 Gradients = tuple[Tensor | None, list[Tensor]]  # dx and dR_i
-ForwardPlan = Callable[[Tensor, Members, Mask], LaunchPlan]
-BackwardPlan = Callable[[Sequence[Tensor], Members, list[Tensor], Mask], LaunchPlan]
+# What a new kind of call asks for: its plan, and a check that gets its first results, too, and raises for wrong ones.
+First = tuple[Callable[..., LaunchPlan], Callable[..., None]]
 _forwards: dict[Hashable, Forward] = {}
 _backwards: dict[Hashable, Backward] = {}
 Kind = TypeVar("Kind")  # Forward or Backward
 
 
-def forward(
-    x: Tensor, members: Members, mask: Mask, plan: ForwardPlan, signature: Hashable, check: Callable[..., None]
-) -> Ys | None:
+def forward(x: Tensor, members: Members, mask: Mask, first: First, signature: Hashable) -> Ys | None:
     """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
 
-    x is [..., n]; `plan` is called for a new kind of call alone, and `check` with its first results, to raise for wrong
-    ones; `signature` is equal for calls whose tensors differ in their values alone, and None where that is not known.
+    x is [..., n]; `signature` is equal for calls whose tensors differ in their values alone, and None where that is not
+    known.
     """
     if signature is None or not _is_ready(x):
         return None
@@ -45,6 +43,7 @@ def forward(
     if kind is None:
         if not _has_rows(x):
             return None
+        plan, check = first
         kind = Forward(x, members, plan(x, members, mask), mask)
         if (found := kind(x, members, mask)) is not None:
             check(x, members, mask, found)
@@ -59,9 +58,8 @@ def backward(
     us: list[Tensor],
     mask: Mask,
     need: tuple[bool, bool],
-    plan: BackwardPlan,
+    first: First,
     signature: Hashable,
-    check: Callable[..., None],
 ) -> Gradients | None:
     """dx [..., n], or [M, n] where cuBLAS writes it, and dR_i [r, r]; None if `linear.backward` has to be called."""
     if signature is None or not _is_ready(dys[0]):
@@ -71,6 +69,7 @@ def backward(
     if kind is None:
         if not all(map(_has_rows, dys)):
             return None
+        plan, check = first
         kind = Backward(dys, members, us, plan(dys, members, us, mask), *need, mask)
         if (found := kind(dys, members, us, mask)) is not None:
             check(dys, members, us, mask, found)

@@ -59,8 +59,8 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
             return forward(x, _dense_operands(operands, x.dtype))
         return _forward_quantized(x, operands)
     members, mask = members_of(operands), mask_of(operands)
-    signature = calls.metadata(x, *members[:5])
-    found = _kernels().prepared_linear.forward(x, members, mask, _forward_plan, signature, _check_forward)
+    first, signature = (_forward_plan, _check_forward), calls.metadata(x, *members[:5])
+    found = _kernels().prepared_linear.forward(x, members, mask, first, signature)
     if found is None:
         found = _kernels().linear.forward(rows_of(x), members, _forward_plan(x, members, mask), mask)
     ys, us = found
@@ -79,8 +79,8 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
         return _backward_quantized(dys[0], us[0], operands, need_dx, need_dcores)
     members, mask = members_of(operands), mask_of(operands)
     given, signature = (dys, members, us, mask), calls.metadata(dys, us, *members[:4])
-    need = need_dx, need_dcores
-    found = _kernels().prepared_linear.backward(*given, need, _backward_plan, signature, _check_backward)
+    need, first = (need_dx, need_dcores), (_backward_plan, _check_backward)
+    found = _kernels().prepared_linear.backward(*given, need, first, signature)
     if found is None:
         rows, plan = [rows_of(dy) for dy in dys], _backward_plan(*given)
         found = _kernels().linear.backward(rows, members, us, plan, need_dx, need_dcores, mask)

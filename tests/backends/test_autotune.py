@@ -584,13 +584,9 @@ def test_a_fault_while_tiles_are_timed_is_no_tile_that_does_not_fit(folder: Path
 def test_a_kernel_with_a_bias_is_checked_though_one_without_was(folder: Path) -> None:
     checked: list[object] = []
     for has_bias in (False, True, True):
-        autotune.first_plan(SHAPE, ARCH, SMS, lambda one: one, checked.append, lambda: Clock("addmm"), has_bias)
-    few = replace(SHAPE, M=16)
-    before = len(checked)
-    for has_bias in (False, True, True):
+        few = replace(SHAPE, M=16)  # not timed
         autotune.first_plan(few, ARCH, SMS, lambda one: one, checked.append, lambda: Clock("addmm"), has_bias)
-    assert before > 2
-    assert len(checked) - before == 2
+    assert len(checked) == 2
 
 
 def test_no_judgment_where_torch_has_infinities() -> None:
