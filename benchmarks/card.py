@@ -320,11 +320,6 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str],
 }
 
 
-def is_complete(section: Row | None) -> bool:
-    """True if a section was measured to its end, or as far as the memory goes."""
-    return section is not None and not section["rows"][-1]["case"].startswith((NO_TIME, FAILED))
-
-
 HEAD = ("case", "way", "ms (20th-80th percentile)", "ratio to the first")
 
 
@@ -365,17 +360,22 @@ def main() -> None:
         if options.only and section not in options.only:
             continue
         places = tuple((file.replace("ARCH", arch), text) for file, text in places)
-        if not is_complete(found["sections"].get(section)) or options.only:
+        if not found["sections"].get(section, {}).get("complete") or options.only:
             if time.monotonic() > end:
                 again = "" if options.only else "; the same command measures what is left"
                 print(f"{section}: not begun, as {options.minutes:g} minutes are over{again}")
                 continue
-            found["sections"][section] = {"replaces": places, "rows": (rows := [])}
+            found["sections"][section] = kept = {"replaces": places, "rows": (rows := []), "complete": False}
             for one in measured(measure_section, run, end):
                 rows.append(one)
                 write_json(path, found)
+            kept["complete"] = not any(row["case"].startswith((NO_TIME, FAILED)) for row in rows)
+            write_json(path, found)
         show(section, HEAD, lines(found["sections"][section]["rows"]), left=2)
         print(*(f"replaces {text!r} of {file}" for file, text in places), "", sep="\n")
+    failed = [name for name, kept in found["sections"].items() if any(FAILED in row["case"] for row in kept["rows"])]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; the same command measures them again")
 
 
 if __name__ == "__main__":

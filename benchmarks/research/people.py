@@ -131,10 +131,10 @@ def lines(found: Mapping[str, Any]) -> Iterator[list[str]]:
     """Rows of the table, for the screen and the report; with the 95% interval of the differences from the first way."""
     first = next(iter(found["ways"].values()))["by_person"]
     for way, one in found["ways"].items():
-        differences = [mine - theirs for mine, theirs in zip(one["by_person"], first, strict=True)]
-        less = f" ({100 * statistics.fmean(differences):+.1f} ± {100 * half_width(differences):.1f} points)"
+        less = [100 * (mine - theirs) for mine, theirs in zip(one["by_person"], first, strict=True)]
+        difference = f" ({statistics.fmean(less):+.1f} ± {half_width(less):.1f} points)" if any(less) else ""
         rate = f" (rate {one['lr']:g}, the best of {len(RATES)})" if "lr" in one else ""
-        shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}{less if one['by_person'] != first else ''}"
+        shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}{difference}"
         yield [way + rate, str(one["people"]), str(one["answers"]), *shares, f"{one['seconds_per_person']:.1f}"]
 
 

@@ -43,13 +43,13 @@ def forward(x: Tensor, members: Members, mask: Mask, first: First, signature: Ha
     if kind is None:
         if not _has_rows(x):
             return None
-        plan, check = first
-        kind = Forward(x, members, plan(x, members, mask), mask)
-        if (found := kind(x, members, mask)) is not None:
-            check(x, members, mask, found)
+        kind = Forward(x, members, first[0](x, members, mask), mask)
         _keep(_forwards, key, kind, x)
-        return found
-    return kind(x, members, mask)
+    found = kind(x, members, mask)
+    if found is not None and not kind.is_checked:
+        first[1](x, members, mask, found)
+        kind.is_checked = True
+    return found
 
 
 def backward(
@@ -69,13 +69,13 @@ def backward(
     if kind is None:
         if not all(map(_has_rows, dys)):
             return None
-        plan, check = first
-        kind = Backward(dys, members, us, plan(dys, members, us, mask), *need, mask)
-        if (found := kind(dys, members, us, mask)) is not None:
-            check(dys, members, us, mask, found)
+        kind = Backward(dys, members, us, first[0](dys, members, us, mask), *need, mask)
         _keep(_backwards, key, kind, dys[0])
-        return found
-    return kind(dys, members, us, mask)
+    found = kind(dys, members, us, mask)
+    if found is not None and not kind.is_checked:
+        first[1](dys, members, us, mask, found)
+        kind.is_checked = True
+    return found
 
 
 def _keep(kinds: dict[Hashable, Kind], key: Hashable, kind: Kind, like: Tensor) -> None:
@@ -89,6 +89,8 @@ def _keep(kinds: dict[Hashable, Kind], key: Hashable, kind: Kind, like: Tensor) 
 
 class Forward:
     """One kind of forward: its plan, the shapes of what it allocates, and its launches."""
+
+    is_checked = False  # the results of its launches
 
     def __init__(self, x: Tensor, members: Members, plan: LaunchPlan, mask: Mask) -> None:
         rows, self.count = _rows(x), len(members.a)
@@ -139,6 +141,8 @@ class Backward:
         after: the launch after that: it computes dR, so that nothing stands between the thin products and the launch by
             TMA that overlaps them; with dropout, and adds the adapter's masked term to what cuBLAS wrote.
     """
+
+    is_checked = False  # the results of its launches
 
     def __init__(
         self,

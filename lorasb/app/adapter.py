@@ -72,11 +72,11 @@ def refuse_other_base(run: Run) -> None:
     found = {name: getattr(modules.get(name), "weight", None) for name in expected}
     weights = {name: weight for name, weight in found.items() if weight is not None}
     reason = difference(weights, {name: expected[name] for name in weights})
-    if reason is None and made_on != absolute(settings.model) and fingerprint(weights) is None:
+    if reason is None and absolute(made_on) != absolute(settings.model) and fingerprint(weights) is None:
         reason = "its weights cannot be compared, only its name"  # quantized ones
     if reason is not None:
         wrong = f"was made on {made_on}, got --model {settings.model}, which is another model ({reason}): give its own"
-        if made_on == absolute(settings.model):
+        if absolute(made_on) == absolute(settings.model):
             wrong = f"was made on {made_on}, whose weights have changed ({reason}): make the basis again"
         raise ValueError(f"--basis {settings.basis} {wrong}")
 
@@ -279,7 +279,7 @@ def _of_loras(settings: Settings, loras: Sequence[str], names: Sequence[str]) ->
         if one.keys() != layers:
             raise ValueError(f"expected LoRAs of the same layers, and {folder} has others than {loras[0]}")
         if not any(update.energy for update in one.values()):
-            raise ValueError(f"expected trained LoRAs, and B of {folder} is zero: train it first")
+            raise ValueError(f"expected trained LoRAs, and the update of {folder} is zero: train it first")
     precision = resolve(settings.dtype, device())
     _, base = load_model(settings, LanguageModeling(), precision.dtype)
     r = settings.r or max(one.core.shape[0] for one in updates[loras[0]].values())

@@ -142,6 +142,7 @@ def _finetune(values: Json) -> None:
     settings.check()  # and the data's names: before torch and transformers are imported, which takes seconds
     check_names(settings)
     from . import tables
+    from .adapter import CARD_NAME
     from .finetune import run_finetune
     from .results import IN_WORDS, example_to_ask, how_to
 
@@ -168,9 +169,11 @@ def _finetune(values: Json) -> None:
         on_basis = summary["adapters"] or settings.basis
         by = f"vLLM with the plugin ({DOCS}/serving.md)" if on_basis else "vLLM, as a plain LoRA"
         typer.echo(f"Serve it, by {by}:\n\n  {lines['serve']}\n")
-    if summary["adapters"]:
-        on = shlex.quote(settings.basis or f"{settings.output}/adapter")
-        typer.echo(f"Add somebody later:\n\n  lorasb finetune --basis {on} --data NEW.jsonl --output runs/new\n")
+    on = settings.basis or f"{settings.output}/adapter"
+    if summary["adapters"] and Path(on, CARD_NAME).is_file():  # runs of 0.3 have none
+        typer.echo(
+            f"Add somebody later:\n\n  lorasb finetune --basis {shlex.quote(on)} --data NEW.jsonl --output runs/new\n"
+        )
 
 
 def _init(values: Json) -> None:

@@ -53,7 +53,7 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     hold_out = _drawn if settings.eval_data is None else _given
     remaining, held_out = hold_out(settings, train_examples)
     if not remaining or not held_out:
-        count, prompts = len(train_examples), len(set(map(_prompt, train_examples)))
+        count, prompts = len(train_examples), len(set(map(question_key, train_examples)))
         why = f"one prompt in all of its {count} rows" if prompts == 1 < count else "too few examples"
         raise ValueError(
             f"{settings.data} has {why}: add others to hold some out, or name held-out rows by --eval-data"
@@ -63,11 +63,11 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
 
 def _others(examples: list[Example], held_out: list[Example]) -> list[Example]:
     """By prompt, not by position: duplicates of a held-out prompt must not be trained on either."""
-    prompts = {_prompt(example) for example in held_out}
-    return [example for example in examples if _prompt(example) not in prompts]
+    prompts = {question_key(example) for example in held_out}
+    return [example for example in examples if question_key(example) not in prompts]
 
 
-def _prompt(example: Example) -> str:
+def question_key(example: Example) -> str:
     """Key of an example's question, whatever the answer; of a text without a prompt, the text."""
     turns = example.messages[:-1]
     text = "" if example.prompt.strip() or turns else example.completion
@@ -100,7 +100,7 @@ def _drawn(settings: Settings, train_examples: list[Example]) -> tuple[list[Exam
     """The training examples without up to a tenth that is held out, and that; drawn at random."""
     by_prompt: dict[str, list[Example]] = {}
     for example in train_examples:
-        by_prompt.setdefault(_prompt(example), []).append(example)
+        by_prompt.setdefault(question_key(example), []).append(example)
     count = max(1, min(settings.eval_examples, len(train_examples) // 10))
     held_out: list[Example] = []
     for rows in _shuffled(list(by_prompt.values()), settings.seed):  # all rows of a prompt, or none

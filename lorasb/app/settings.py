@@ -135,8 +135,8 @@ def check_basis(settings: Settings) -> None:
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `prepare.demo_model`
 UPDATES = ("adamw", "sgd", "per-sample")
 DEFAULT_RATE = 2e-3  # where none is measured
-# With --rl: this over r, or LoRA's. Best of the rates of benchmarks/research/results/rl.csv: 1e-2, 6.25e-4 and 1e-4 at
-# r = 2, 8 and 64, where four times as much loses what GRPO had gained.
+# With --rl: this over r, or LoRA's. The best rates of benchmarks/research/results/rl.csv are 1e-2, 6.25e-4 and 1e-4 at
+# r = 2, 8 and 64; four times as much lowers the share of right greedy answers from 0.506 to 0.348, 0.468 and 0.444.
 RL_RATE, RL_RATE_OF_LORA = 6.4e-3, 2.5e-4
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import sys
@@ -33,6 +32,7 @@ from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import JUDGED, OTHER_RATE, PROBE_STEPS, STEPS, apart, find_lr, refine_rate
 from ..utils.precision import DTYPES, native, slowdown
 from ..utils.reading import Json, read_json
+from .data import question_key
 from .evaluation import Classification
 from .prepare import Run, checkpoint_activations, device, load_adapters, save_adapter
 from .run_folder import MarkedCheckpoints, RunFolder, read_mark
@@ -65,11 +65,11 @@ def remarks(run: Run) -> Iterator[str]:
     if alone:
         shown = ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else "")
         yield f"{len(alone)} of {len(run.adapters)} adapters have one example to train on: {shown}"
-    answers: dict[tuple[str, str], str] = {}
+    answers: dict[str, str] = {}
     for example in run.train if run.adapters else ():
-        asked = example.adapter, json.dumps([example.prompt, example.messages[:-1]])
-        if answers.setdefault(asked, example.completion) != example.completion:
-            yield f"adapter {example.adapter!r} has two answers to {example.prompt[:60]!r}: are they of two people?"
+        if answers.setdefault(question_key(example), example.completion) != example.completion:
+            asked = f"adapter {example.adapter!r} has different answers to {example.prompt[:60]!r}"
+            yield f"{asked}: if they are of two people, give each a name"
             return
 
 

@@ -294,7 +294,7 @@ def _check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[list[Te
 def _check_backward(
     dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask, found: tuple[Tensor | None, list[Tensor]]
 ) -> None:
-    """Check those of a kind of backward."""
+    """Check the first prepared launches of a kind of backward."""
     if dys[0].is_cuda and not is_capturing():
         dx = None if found[0] is None else rows_of(found[0])
         autotune.check_backward([rows_of(dy) for dy in dys], members, us, mask, (dx, found[1]))

@@ -27,7 +27,7 @@ from .task import AutoRate, Work, frozen_base, to_device
 # Relative change of a layer's output by an aligned step. In the committed sweeps (SmolLM2, the sign's start at r = 4,
 # 16 and 64) the best is 0.003 to 0.008 for chain_sum and 0.024 to 0.06 for word reversal, at every rank.
 RHO = 0.015
-# Where nothing can be measured: this over r. For starts of SmolLM2 at r = 4, 16 and 64 it would be 0.24, 0.19 and 0.16.
+# Where nothing can be measured: this over s·r, since measured rates fall about as 1/r; 2e-3 at r = 64.
 FALLBACK = 0.128
 
 
@@ -41,7 +41,7 @@ def _add_squares(total: Tensor, adapter: str, layer: LoRASBLinear, inputs: tuple
 
 
 def measured_rate(work: Work) -> float:
-    """ρ over the median leverage of the linear layers that samples reach, by one forward; or `FALLBACK` / r."""
+    """ρ over the median leverage of the linear layers that samples reach, by one forward; or `FALLBACK` / (s·r)."""
     adapter = work.options.adapter
     ranks = [layer.adapters[adapter].r * layer.adapters[adapter].scaling for layer in work.layers.values()]
     fallback = FALLBACK / (statistics.median(ranks) or 1.0)

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import CellType
 from typing import Any
 
 import torch
@@ -194,22 +195,30 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
 
 
 def _name_of(loss: Any) -> str | None:
-    """A loss's name, and the values that a partial, a closure or an object has for it; its code does not count."""
+    """A loss's name, and the numbers and texts that a partial, a closure or an object has for it; not its code."""
     if loss is None:
         return None
     function = getattr(loss, "func", loss)  # of a partial
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    code = getattr(function, "__code__", None)
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
     if code is None:  # an object: a name begins with _ for what Python or torch put there
-        plain = {key: value for key, value in getattr(function, "__dict__", {}).items() if key[0] != "_"}
+        held = {key: value for key, value in getattr(function, "__dict__", {}).items() if key[0] != "_"}
+        held.pop("training", None)  # of a module, which computes the same in both modes
     else:
-        plain = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+        held = dict(zip(code.co_freevars, map(_content, getattr(function, "__closure__", None) or ()), strict=True))
     if name.endswith("<lambda>") and code is not None:  # of several, which
         name += f", {Path(code.co_filename).name}, line {code.co_firstlineno}"
-    held = [plain, getattr(loss, "args", ()), getattr(loss, "keywords", {})]
-    if any(held):
-        name += f" with {json.dumps(held, sort_keys=True, default=lambda value: type(value).__qualname__)}"
-    return name
+    held |= getattr(loss, "keywords", {}) | {str(i): value for i, value in enumerate(getattr(loss, "args", ()))}
+    shown = {k: v if isinstance(v, str | int | float | None) else type(v).__qualname__ for k, v in held.items()}
+    return f"{name} with {json.dumps(shown, sort_keys=True)}" if shown else name
+
+
+def _content(cell: CellType) -> object:
+    """What a closure's variable has; None before it has anything."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 @torch.no_grad()

@@ -67,10 +67,10 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
 def with_factors(
     tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, AdaptedLayer], config: LoRASBConfig
 ) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """A file's tensors with the A and B that its R belongs to, of the model where it has them; and what follows.
+    """A file's tensors with the A and B that its R belongs to, and a function that moves the adapter there.
 
-    The function that follows moves the adapter onto the basis that has these A and B, or off its own; it is to be
-    called when the tensors have been checked, and the model is unchanged until then.
+    A and B are those of the model, where it has them. The function puts the adapter on the basis that has them, or
+    takes it off its own one. Call it when the tensors have been checked: until then the model is unchanged.
     """
     expected = shared_factors.referenced_digest(tensors)
     fault = _faults.pop(tuple(expected), None) if expected is not None else None

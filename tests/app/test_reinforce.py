@@ -145,7 +145,7 @@ def test_bad_functions_get_one_line(reinforced: Settings, tmp_path: Path, monkey
 
 
 def test_without_a_rate_it_is_one_for_the_rank(base: Settings) -> None:
-    """As much as 2e-3 would undo at r = 64 what GRPO gains."""
+    """At r = 64 2e-3 is twenty times the best rate of a sweep."""
     rates = [replace(base, rl="exact", lr=None).default_rate(r) for r in (None, 64, 8)]
     assert rates == pytest.approx([1e-4, 1e-4, 8e-4])
     assert replace(base, rl="exact", method="lora").default_rate(32) == 2.5e-4

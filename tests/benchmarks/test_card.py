@@ -72,7 +72,7 @@ def test_a_card_that_is_too_small_goes_to_the_next_section(
     assert ran == ["large", "small"]
 
 
-def test_a_section_that_fails_or_runs_out_of_time_is_measured_again(
+def test_a_section_that_fails_or_is_cut_off_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its rows are kept as they come, and the sections after it are measured."""
@@ -89,16 +89,25 @@ def test_a_section_that_fails_or_runs_out_of_time_is_measured_again(
         yield {"case": "second", "ways": {}}
         raise AssertionError("measured after its time")
 
-    monkeypatch.setattr(card, "SECTIONS", {"broken": (broken, ()), "slow": (slow, ())})
+    def stopped(run: card.Run) -> Iterator[card.Row]:
+        yield {"case": "first", "ways": {}}
+        raise KeyboardInterrupt
+
     monkeypatch.setattr("sys.argv", ["card", "--tiny", "--output", str(tmp_path)])
-    card.main()
+    monkeypatch.setattr(card, "SECTIONS", {"stopped": (stopped, ())})
+    with pytest.raises(KeyboardInterrupt):
+        card.main()
+    assert not found_in(tmp_path)["sections"]["stopped"]["complete"]
+    monkeypatch.setattr(card, "SECTIONS", {"broken": (broken, ()), "slow": (slow, ())})
+    with pytest.raises(SystemExit, match="failed: broken; the same command measures them again"):
+        card.main()
     sections = found_in(tmp_path)["sections"]
     failed = f"{card.FAILED} ImportError: No module named 'bitsandbytes'"
     assert found_at_second == ["first"]
     assert [row["case"] for row in sections["broken"]["rows"]] == ["first", failed]
     assert [row["case"] for row in sections["slow"]["rows"]] == ["first", "second", card.NO_TIME]
     assert "out of time" in capsys.readouterr().out
-    assert not any(map(card.is_complete, sections.values()))
+    assert not any(kept["complete"] for kept in sections.values())
 
 
 @pytest.mark.long

@@ -130,8 +130,8 @@ def weighted(share: float, model: nn.Module | None = None) -> Any:
     [
         (None, None),
         (loss_of, "loss_of"),
-        (partial(loss_of, share=1), 'loss_of with [{}, [], {"share": 1}]'),
-        (nn.MSELoss(), 'MSELoss with [{"reduction": "mean", "training": true}, [], {}]'),
+        (partial(loss_of, share=1), 'loss_of with {"share": 1}'),
+        (nn.MSELoss(), 'MSELoss with {"reduction": "mean"}'),
     ],
 )
 def test_a_loss_counts_by_its_name_and_its_values(loss_fn: Any, name: str | None) -> None:
@@ -143,7 +143,8 @@ def test_losses_of_one_name_and_other_values_are_others() -> None:
     named = [caches._name_of(loss) for loss in (weighted(0.1), weighted(0.5), weighted(0.5), weighted(0.5, nn.ReLU()))]
     assert len(set(named)) == 3
     assert named[1] == named[2]
-    assert named[3].endswith('[{"model": "ReLU", "share": 0.5}, [], {}]')
+    assert named[3].endswith('with {"model": "ReLU", "share": 0.5}')
+    assert caches._name_of(partial(loss_of, {(0, 1): 0.5, "a": 1}, share=2)) == 'loss_of with {"0": "dict", "share": 2}'
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
