@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import make
+from processes import ROOT
 
 import lorasb
 from benchmarks.common.shapes import Group
@@ -93,3 +94,12 @@ def test_shares_of_right_answers_are_means_over_people() -> None:
     assert (
         compared.named([{"prompt": "Where?", "completion": "Oslo", "user": "ada"}])[0]["prompt"] == "I am ada. Where?"
     )
+
+
+def test_the_documentation_has_the_sizes_that_are_printed() -> None:
+    page, sizes = (ROOT / "docs" / "many-adapters.md").read_text(encoding="utf-8"), Sizes("Mistral-7B")
+    for count in (1, 10, 100, 1000):
+        found = [*(count * sizes.lora(r) for r in (1, 32)), *(sizes.on_basis(r, count) for r in (16, 64))]
+        shown = (f"{size / 1e6:,.1f}" if size < 1e8 else f"{size / 1e6:,.0f}" for size in found)
+        assert "|".join(("", f"{count:,}", *shown, "")) in page.splitlines()
+    assert (sizes.crossover(16, 1), sizes.crossover(16, 8)) == (17, 3)
