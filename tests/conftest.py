@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ import torch
 import transformers
 from measuring import SETS, instruction_set
 from models import llama
-from naive_backend import NAIVE
 from tiny_run import WORDS
 
 import lorasb
 from lorasb.backends import eager as by_torch
 from lorasb.layers import linear_group
-from lorasb.ops import registry
 
 pytest.register_assert_rewrite("adapters", "finetune_runs", "linear_groups")  # their asserts say what differs
 
@@ -57,16 +54,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["eager", "naive", *SETS])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Eager, another table of products, and the C++ kernels of every instruction set that this processor has."""
-    if request.param == "naive":
-        naive = (partial(call, NAIVE) for call in (by_torch.forward, by_torch.backward))
-        found = registry.direct_kernels["eager", "cpu"]
-        monkeypatch.setitem(registry.direct_kernels, ("eager", "cpu"), registry.Kernels(*naive, found.backward_op))
-    if request.param in ("eager", "naive"):
+@pytest.fixture(params=["eager", *SETS])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Eager, then the C++ kernels of every instruction set that this processor has."""
+    if request.param == "eager":
         with lorasb.backend("eager"):
-            yield request.param
+            yield "eager"
     else:
         with instruction_set(request.param), lorasb.backend("cpp"):
             yield request.param

@@ -1,0 +1,29 @@
+"""The kernels that the ops are tested with: besides those of all tests a naive table of products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+from measuring import SETS, instruction_set
+from naive_backend import NAIVE
+
+import lorasb
+from lorasb.backends import eager
+from lorasb.ops import registry
+
+
+@pytest.fixture(params=["eager", "naive", *SETS])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Eager, another table of products, and the C++ kernels of every instruction set that this processor has."""
+    if request.param == "naive":
+        naive = (partial(call, NAIVE) for call in (eager.forward, eager.backward))
+        found = registry.direct_kernels["eager", "cpu"]
+        monkeypatch.setitem(registry.direct_kernels, ("eager", "cpu"), registry.Kernels(*naive, found.backward_op))
+    if request.param in ("eager", "naive"):
+        with lorasb.backend("eager"):
+            yield request.param
+    else:
+        with instruction_set(request.param), lorasb.backend("cpp"):
+            yield request.param
