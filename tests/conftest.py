@@ -13,11 +13,10 @@ import interpreted_language
 import pytest
 import torch
 import transformers
-from measuring import SETS, instruction_set
+from measuring import SETS, kernels
 from models import llama
 from tiny_run import WORDS
 
-import lorasb
 from lorasb.backends import eager as by_torch
 from lorasb.layers import linear_group
 
@@ -57,12 +56,8 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(params=["eager", *SETS])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Eager, then the C++ kernels of every instruction set that this processor has."""
-    if request.param == "eager":
-        with lorasb.backend("eager"):
-            yield "eager"
-    else:
-        with instruction_set(request.param), lorasb.backend("cpp"):
-            yield request.param
+    with kernels(request.param) as name:
+        yield name
 
 
 @pytest.fixture(params=[True, False], ids=["composed", "function"])

@@ -214,7 +214,7 @@ def _name_of(loss: Any) -> str | None:
 
 
 def _content(cell: CellType) -> object:
-    """What a closure's variable has; None before it has anything."""
+    """Value of a closure's variable; None before it has one."""
     try:
         return cell.cell_contents
     except ValueError:

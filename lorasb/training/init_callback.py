@@ -226,15 +226,13 @@ def _peak(optimizer: Optimizer | None, scheduler: object, layers: Layers, name: 
 def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
     """Set the peak rate of R's parameter groups, of several by their ratios; other groups (a head's) keep theirs."""
     peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)
-    groups, first = list(_groups(optimizer, layers, name)), rate
-    if groups:
-        first = groups[0][1].get("initial_lr", groups[0][1]["lr"])
-    for i, group, is_shared in groups:
+    first = _peak(optimizer, scheduler, layers, name)
+    for i, group, is_shared in _groups(optimizer, layers, name):
         if is_shared:
-            apart = "torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3, other_lr=1e-3))"
+            groups = "torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3, other_lr=1e-3))"
             warnings.warn(
                 f"modules that are no R (a head) train at R's rate {rate:.2g}, as they share its parameter group: pass "
-                f"Trainer(optimizers=({apart}, None))",
+                f"Trainer(optimizers=({groups}, None))",
                 stacklevel=3,
             )
         peak = group.get("initial_lr", group["lr"])

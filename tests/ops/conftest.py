@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
-from measuring import SETS, instruction_set
+from measuring import SETS, kernels
 from naive_backend import NAIVE
 
-import lorasb
 from lorasb.backends import eager
 from lorasb.ops import registry
 
@@ -21,9 +20,5 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         naive = (partial(call, NAIVE) for call in (eager.forward, eager.backward))
         found = registry.direct_kernels["eager", "cpu"]
         monkeypatch.setitem(registry.direct_kernels, ("eager", "cpu"), registry.Kernels(*naive, found.backward_op))
-    if request.param in ("eager", "naive"):
-        with lorasb.backend("eager"):
-            yield request.param
-    else:
-        with instruction_set(request.param), lorasb.backend("cpp"):
-            yield request.param
+    with kernels(request.param) as name:
+        yield name

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+import lorasb
 from lorasb.backends import cpp
 
 SETS = cpp.instruction_sets() if cpp.missing() is None else []  # of this processor
@@ -31,6 +32,17 @@ def instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         cpp.use_instruction_set("")
+
+
+@contextmanager
+def kernels(name: str) -> Iterator[str]:
+    """The backend of a `kernel` fixture's parameter: eager torch, or the C++ kernels of an instruction set."""
+    if name in SETS:
+        with instruction_set(name), lorasb.backend("cpp"):
+            yield name
+    else:
+        with lorasb.backend("eager"):
+            yield name
 
 
 @contextmanager
