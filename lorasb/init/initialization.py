@@ -19,7 +19,7 @@ from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig, WrittenHere
 from ..constants import PEFT_PREFIX
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, any_merged, layers_with, refuse_shared_basis, uninitialized
+from ..layers.lookup import adapted_layers, any_merged, refuse_shared_basis, refuse_uninitialized
 from ..layers.unfused_experts import NAMES, OpenExperts
 from ..serving.basis import check_names
 from ..serving.joint_basis import KeptShares, kept_energies, share_into, share_of
@@ -298,9 +298,8 @@ def basis_fit(
     Raises:
         ValueError: no such basis, or it is not initialized; or what `initialize` refuses.
     """
-    layers = layers_with(model, basis)
-    if not layers or uninitialized(layers, basis):
-        raise ValueError(f"expected basis= to name an initialized adapter of the model, got {basis!r}")
+    _, layers = adapted_layers(model, basis)
+    refuse_uninitialized(layers, basis)
     own = f"{basis}_fit"
     while own in model.peft_config:
         own += "_"

@@ -79,16 +79,12 @@ def note_cast(layers: dict[str, AdaptedLayer], adapter_name: str, file: dict[str
             layer.adapters[adapter_name].cast_from = found
 
 
-def uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> list[str]:
-    """Names of layers whose adapter has not been initialized."""
-    return [name for name, layer in layers.items() if not layer.is_initialized(adapter_name)]
-
-
 def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Raise a ValueError for an adapter that has not been initialized."""
-    if fresh := uninitialized(layers, adapter_name):
+    fresh = next((name for name, layer in layers.items() if not layer.is_initialized(adapter_name)), None)
+    if fresh is not None:
         raise ValueError(
-            f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): call "
+            f"adapter {adapter_name!r} has not been initialized ({fresh}): call "
             f"lorasb.initialize(model, dataloader, adapter_name={adapter_name!r}, lr=...) first"
         )
 

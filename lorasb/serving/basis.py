@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -20,6 +20,7 @@ from ..config.adapter import LoRASBConfig
 from ..constants import BASE_ROW, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import (
+    adapted_layers,
     digests,
     discard,
     frozen_factors,
@@ -41,13 +42,7 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
     """Write the layers, ranks and scaling of the basis into the config of an adapter on it, or raise a ValueError."""
     if not config.basis or config.from_file:  # a file's config has them; A and B are found by their digest (`loading`)
         return
-    layers = layers_with(model, config.basis)
-    if not layers:
-        known = sorted({n for m in model.modules() if isinstance(m, AdaptedLayer) for n in m.lorasb_R})
-        raise ValueError(
-            f"basis={config.basis!r} is no adapter of this model, which has {', '.join(known) or 'none'}: make and "
-            "initialize that one first"
-        )
+    _, layers = adapted_layers(model, config.basis)
     ranks = {name: layer.adapters[config.basis].r for name, layer in layers.items()}
     largest = max(ranks.values())
     if config.r not in (None, largest):
@@ -93,11 +88,6 @@ def with_digest(layers: dict[str, AdaptedLayer], digest: bytes, first: str) -> s
     return None
 
 
-def stand_on(layers: dict[str, AdaptedLayer], adapter_name: str, basis: str) -> None:
-    for layer in layers.values():
-        layer.stand_on(adapter_name, layer.bases.get(basis, basis))
-
-
 def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
     """Let a file's own A and B be written; True if the adapter left its basis, a ValueError if others share them."""
     shared = adapter_name in {name for layer in layers.values() for pair in layer.bases.items() for name in pair}
@@ -113,13 +103,6 @@ def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[
         layer.leave_basis(adapter_name)
     note_cast(layers, adapter_name, _factors_in(tensors))
     return leaves
-
-
-def options_for(layer: AdaptedLayer, config: LoRASBConfig) -> dict[str, Any]:
-    """Arguments of `add_adapter` for an adapter that shares the factors of one of the layer's; none for others."""
-    if not config.basis or config.from_file or config.basis not in layer.lorasb_R:
-        return {}
-    return {"basis": config.basis, "start_at": config.start_at, "scaling": layer.adapters[config.basis].scaling}
 
 
 def add_adapters(
@@ -215,9 +198,7 @@ def save_cores(folder: Path, layers: Mapping[str, AdaptedLayer], name: str, conf
 @torch.no_grad()
 def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
     """Load R's of adapters on the basis from `folder`, adding missing adapters; a ValueError changes nothing."""
-    layers = layers_with(model, basis)
-    if not layers:
-        raise ValueError(f"the model has no adapter {basis!r}, on whose A and B to load others: load it first")
+    _, layers = adapted_layers(model, basis)
     for name in names:
         having = [layer for layer in layers.values() if name in layer.lorasb_R]
         if any(layer.lorasb_A[name] is not layer.lorasb_A[basis] for layer in having):

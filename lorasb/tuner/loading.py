@@ -19,7 +19,7 @@ from ..compat.torch import uncompiled
 from ..config.adapter import LoRASBConfig
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import frozen_factors, layers_with, note_cast, refuse_shared_basis
+from ..layers.lookup import adapted_layers, frozen_factors, note_cast, refuse_shared_basis
 from ..serving import basis
 from ..utils.reading import AGAIN
 from .targets import without_wrapper
@@ -81,7 +81,8 @@ def with_factors(
         def move(owner: str = found) -> None:
             """Give the adapter the A and B of another one, which it was trained on."""
             if owner != adapter_name:
-                basis.stand_on(layers, adapter_name, owner)
+                for layer in layers.values():
+                    layer.stand_on(adapter_name, owner)
                 config.basis = next(iter(layers.values())).adapters[adapter_name].basis
 
         # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
@@ -178,9 +179,7 @@ def swap(
     """Write a saved adapter's A, B and R into those of a loaded one, in place; on a ValueError nothing is changed."""
     model = uncompiled(model)
     config = LoRASBConfig.from_pretrained(str(path), **options)
-    layers = layers_with(model, adapter_name)
-    if not layers:
-        raise ValueError(f"no layer has an adapter {adapter_name!r}: load one first, which the other one replaces")
+    _, layers = adapted_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"adapter {adapter_name!r} is merged into the weights: call model.unmerge_adapter() first")
     refuse_shared_basis(layers, adapter_name)

@@ -264,7 +264,9 @@ class LoRASBModel(BaseTuner):
         rank = targets.rank_for(config, current_key)
         options: dict[str, Any] = {"r": rank, "scaling": config.scaling_for(rank), **config.options()}
         if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
-            options |= basis.options_for(target, config)
+            if config.basis in target.lorasb_R and not config.from_file:
+                scaling = target.adapters[config.basis].scaling
+                options |= {"basis": config.basis, "start_at": config.start_at, "scaling": scaling}
             target.add_adapter(adapter_name, **options)
             return
         layer = adapt_weights(target, adapter_name, **options) or LoRASBLinear(
@@ -339,13 +341,10 @@ class LoRASBModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         layers = lookup.layers_with(model, adapter_name)
-        fresh = lookup.uninitialized(layers, adapter_name)
-        if fresh:
-            warnings.warn(
-                f"adapter {adapter_name!r} has not been initialized ({fresh[0]}): it has to be initialized where it is "
-                "loaded. Call lorasb.initialize(model, dataloader, lr=...) first, or name others in selected_adapters",
-                stacklevel=3,
-            )
+        try:
+            lookup.refuse_uninitialized(layers, adapter_name)
+        except ValueError as error:
+            warnings.warn(f"{error}, or where it is loaded, or name others in selected_adapters", stacklevel=3)
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # R that trains in 16 bits on request is written in fp32, without a loss: what is loaded has fp32 anyway
         wide = {k: v.float() if targets.CORE in k and v.dtype in SIXTEEN_BIT else v for k, v in saved_tensors.items()}

@@ -87,6 +87,7 @@ def test_the_command_prints_and_writes_what_it_executed(tmp_path: Path) -> None:
         assert min(pipes.values()) > 0
 
 
+@pytest.mark.long
 def test_a_block_compiles_few_kernels_whatever_the_tokens() -> None:
     """Each is a second or three in the middle of a training: numbers of splits and of tokens are no constants."""
     # interpreted kernels are compiled for nothing

@@ -72,9 +72,9 @@ def test_the_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"basis": "nobody"}, "expected basis= to name an initialized adapter of the model, got 'nobody'"),
+        ({"basis": "nobody"}, "no layer has an adapter 'nobody'"),
         ({"num_samples": 9}, "9"),
-        ({"model": lorasb.patch(make("llama"), r=R)}, "expected basis= to name an initialized adapter"),
+        ({"model": lorasb.patch(make("llama"), r=R)}, "adapter 'default' has not been initialized"),
     ],
 )
 def test_an_error_changes_nothing(model: PeftModel, options: dict[str, object], message: str) -> None:

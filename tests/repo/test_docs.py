@@ -50,7 +50,8 @@ def test_every_block_runs(page: Path, names: dict[str, Any], tmp_path: Path) -> 
     run(page, tmp_path, names)
 
 
-@pytest.mark.parametrize("name", [pytest.param("README.md", marks=pytest.mark.long), "docs/quickstart.md"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_a_pasted_page_prints_what_it_says(name: str, tmp_path: Path) -> None:
     code = blocks(ROOT / name)
     said = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
