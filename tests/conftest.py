@@ -70,7 +70,7 @@ def composed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that read the same input are computed together, as on machines with a GPU."""
-    monkeypatch.setattr(linear_group, "wanted", lambda group: True)
+    monkeypatch.setattr(linear_group, "wanted", lambda *group: True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -135,7 +135,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
         chosen = AdapterOptions(lora_dropout, equivalent_gradient, wide_factors, **options)  # not the state's others
         self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **chosen.options())
-        self.any_wide = any(state.wide_factors for state in self.adapters.values())  # asked in every forward
         device, dtype, core_dtype = self.base.device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
         self.lorasb_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))

@@ -34,7 +34,7 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: o
     """y [..., out] of a linear with a choice of adapter for each row of x."""
     rows = layer.checked_rows(x, rows)
     calls, alone = calls_for(layer, rows)
-    if len(calls) == 1 and not (alone or args or kwargs or layer.any_wide or layer.base.must_run()):
+    if len(calls) == 1 and not (alone or args or kwargs or is_wide(layer, calls[0]) or layer.base.must_run()):
         taken = layer.fused_output(layer, x, rows) if layer.fused_output is not None else None
         if taken is None:
             return _computed(layer, x, row_cores(layer, calls[0], rows), fused=True)
@@ -63,6 +63,11 @@ def calls_for(layer: AdaptedLayer, rows: Rows) -> tuple[list[tuple[str, ...]], l
     if len(names) > 1 and on_one_basis(layer, names):
         return [*calls, tuple(names)], []
     return calls, names
+
+
+def is_wide(layer: AdaptedLayer, names: Sequence[str]) -> bool:
+    """True if one of these adapters computes in fp32, whatever the base's dtype."""
+    return True in [layer.adapters[name].wide_factors for name in names]
 
 
 def row_cores(layer: AdaptedLayer, names: tuple[str, ...], rows: Rows) -> RowCores:
@@ -147,7 +152,7 @@ class LoRASBLinear(AdaptedLayer):
         base, dtype = self.base, x.dtype
         if not names:
             return base.forward(x, *args, **kwargs)
-        if args or kwargs or self.any_wide or base.must_run():  # the base runs by itself, and adapters are added
+        if args or kwargs or is_wide(self, names) or base.must_run():  # the base runs by itself, and adapters are added
             y = base.forward(x, *args, **kwargs)
             for name in names:
                 y = y + self.adapter_forward(base.cast(x), name).to(y.dtype)

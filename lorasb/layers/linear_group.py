@@ -21,7 +21,7 @@ from ..functional import lora_sb_linear_group
 from ..ops.calls import autocast_on
 from ..utils.precision import SIXTEEN_BIT
 from .adapter_state import Rows
-from .linear import LoRASBLinear, calls_for, row_cores
+from .linear import LoRASBLinear, calls_for, is_wide, row_cores
 
 
 def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:
@@ -56,7 +56,7 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
     if rows is not None:
         calls, alone = calls_for(layer, rows)
         names = calls[0] if len(calls) == 1 and not alone else ()
-    if not names or layer.any_wide or not all(name in layer.lorasb_R for name in names):
+    if not names or not all(name in layer.lorasb_R for name in names) or is_wide(layer, names):
         return None
     # For an adapter that is trained before it is initialized, the layer's own forward raises the error.
     training = [name for name in names if torch.is_grad_enabled() and layer.lorasb_R[name].requires_grad]
@@ -182,10 +182,10 @@ def _state(members: Iterable[LoRASBLinear], x: Tensor, rows: Rows | None) -> tup
     return x._version, rows, torch.is_grad_enabled(), autocast_on(x.device.type), stream, *adapters
 
 
-def wanted(group: bool | None) -> bool:
-    """Return whether to form groups; None: on machines with a GPU, where it halves the host's time of a layer."""
-    # 21 instead of 45 µs (benchmarks.kernels.host_time); on CPUs times are 0.97 to 1.04 of separate ones (cpu.json)
-    return torch.cuda.is_available() if group is None else group
+def wanted(*asked: bool | None) -> bool:
+    """Return whether to form groups, by `group` of all adapters: False and then True decide, None is for a GPU."""
+    # 21 instead of 45 µs of the host's time (benchmarks.kernels.host_time); on CPUs 0.97 to 1.04 of the time (cpu.json)
+    return False not in asked and (True in asked or torch.cuda.is_available())
 
 
 def attach(model: nn.Module) -> None:

@@ -140,7 +140,7 @@ class LoRASBModel(BaseTuner):
                 reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
             # last: a group refers to the layers that were put in
             linear_group.detach(model)
-            if any(linear_group.wanted(cast(LoRASBConfig, one).group) for one in self.peft_config.values()):
+            if linear_group.wanted(*(cast(LoRASBConfig, one).group for one in self.peft_config.values())):
                 linear_group.attach(model)
 
     @contextmanager
@@ -264,7 +264,7 @@ class LoRASBModel(BaseTuner):
         rank = targets.rank_for(config, current_key)
         options: dict[str, Any] = {"r": rank, "scaling": config.scaling_for(rank), **config.options()}
         if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
-            if config.basis in target.lorasb_R and not config.from_file:
+            if config.basis and config.basis in target.lorasb_R and not config.from_file:
                 scaling = target.adapters[config.basis].scaling
                 options |= {"basis": config.basis, "start_at": config.start_at, "scaling": scaling}
             target.add_adapter(adapter_name, **options)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lorasb
 from lorasb.kernels.launcher import observed
-from lorasb.layers import linear
+from lorasb.layers import linear, linear_group
 
 pytestmark = pytest.mark.usefixtures("grouped")
 
@@ -173,8 +173,17 @@ def test_groups_are_formed(group: bool | None, gpu: bool, formed: int, monkeypat
     assert len(groups(model)) == formed
     config = model.peft_config["default"].to_dict()
     assert config["group"] is group  # and in no file, as machines differ
-    model.add_adapter("second", lorasb.LoRASBConfig(r=3, target_modules="all-linear", group=None if group else group))
+    model.add_adapter("second", lorasb.LoRASBConfig(r=3, target_modules="all-linear", group=None))
     assert len(groups(model)) == formed
+
+
+def test_a_wide_adapter_separates_layers_while_it_is_active() -> None:
+    model = patched("llama", **FIRST)
+    model.add_adapter("wide", lorasb.LoRASBConfig(r=3, wide_factors=True, init="kaiming", **FIRST))
+    for name, is_alone in (("wide", True), ("default", False)):
+        model.set_adapter(name)
+        key = linear_group.group_key(attention(model).q_proj, torch.randn(3, 64))
+        assert (key is None) == is_alone
 
 
 NAMES = ["default", "one", "__base__", "two"]
