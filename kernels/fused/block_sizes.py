@@ -62,7 +62,7 @@ class GemmConfig:
 DEQUANTIZE = PrepConfig(0, 0, 4, 1)  # of the dequantization on its own, which has no blocks of x
 # Of the gradient accumulator: here block_m x block_n is a tile of G [N, K], and block_k is tokens per step. Masks, and
 # products in fp32, take registers: the last two have smaller tiles over more warps, which compile without a spill.
-GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=32, group=8, warps=4, stages=3)
+GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=64, group=8, warps=4, stages=3)
 NARROW_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=32, group=8, warps=4, stages=3)
 FP32_GRADIENT = GemmConfig(block_m=64, block_n=64, block_k=16, group=8, warps=8, stages=2)
 

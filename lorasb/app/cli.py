@@ -183,7 +183,7 @@ def _init(values: Json) -> None:
 
     settings = InitSettings(**values)
     report, suggestion = run_init(settings)
-    console.print(tables.energies(report))
+    console.print(report)
     if suggestion is not None:
         console.print(tables.ranks(suggestion))
     console.print(_files(settings.output))

@@ -7,10 +7,10 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -21,7 +21,8 @@ from rich.text import Text
 from ..backends import cpp
 from ..checkpoints.model_card import short
 from ..constants import VERSION
-from ..init import BasisFit, InitReport, RankSuggestion
+from ..init import BasisFit, RankSuggestion
+from ..init.init_report import by_kind
 from ..init.plan import EFFICIENCY, gb, product_speed
 from ..ops.registry import BACKENDS, ENVIRONMENT_VARIABLE, unavailable
 from ..utils.precision import CAPS, native
@@ -34,7 +35,6 @@ from .scoring import LABEL_SCORES, is_right
 if TYPE_CHECKING:  # `lorasb plan` and `lorasb doctor` do without
     from .adapter import BasisCard
 
-T = TypeVar("T")
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
 FEW_EXAMPLES = 20  # whose share alone says little
@@ -164,23 +164,6 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
     return table
 
 
-def energies(report: InitReport) -> Table:
-    """An init report by kind of layer (q_proj, ...): share of the energy of sign(G) and of G that rank r keeps."""
-    # why: the reason for the strategy that "auto" chose
-    caption = f"{report.strategy}: {report.why}" if report.why else None
-    if report.stability is not None:
-        caption = f"{caption}; overlap of two halves of the samples {report.stability:.0%}"
-    title = f"{report.init} initialization, {report.num_samples} samples, {report.seconds:.1f} s"
-    table = table_of(title, "layers", "number", "r", "energy of sign(G)", "energy of G", "least of G", caption=caption)
-    for kind, layers in by_kind((layer.name, layer) for layer in report.layers).items():
-        ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
-        grads = [layer.energy_grad for layer in layers if layer.energy_grad is not None]
-        signs = [layer.energy_sign for layer in layers if layer.energy_sign is not None]
-        shown = [f"{100 * statistics.mean(v):.1f}%" if v else "—" for v in (signs, grads)]
-        table.add_row(kind, str(len(layers)), ranks, *shown, f"{100 * min(grads):.1f}%" if grads else "—")
-    return table
-
-
 def ranks(suggestion: RankSuggestion) -> Table:
     """Suggested ranks by kind of layer."""
     energy = f"keeps {suggestion.energy:.1%} of sign(G) with {suggestion.trained_parameters:,} trained parameters"
@@ -236,14 +219,6 @@ def fit_table(found: BasisFit) -> RenderableType:
     table.add_row("all", str(len(found.by_layer)), f"{found.share:.1%}", f"{min(found.by_layer.values()):.1%}")
     advice = "The share alone does not tell the loss after training: compare once with a run without --basis."
     return Group(table, basis_line(found.share, found.random), advice)
-
-
-def by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
-    """Group values by the kind of layer (q_proj, ...), from pairs of a layer's name and a value."""
-    kinds: dict[str, list[T]] = {}
-    for name, value in layers:
-        kinds.setdefault(name.rpartition(".")[2], []).append(value)
-    return kinds
 
 
 def _short(text: str, limit: int = 120) -> str:

@@ -8,8 +8,9 @@ import io
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +46,7 @@ class LayerReport:
         return cls(**fields)
 
 
+T = TypeVar("T")
 Path = str | os.PathLike[str]
 CURVES = (("grad", GRAD, "of the gradient ΣG"), ("sign", SIGN, "of its sign"))
 
@@ -96,15 +98,12 @@ def spectrum(report: InitReport, path: Path) -> None:
     figure, axes = canvas()
     import matplotlib
 
-    by_kind: dict[str, list[list[float]]] = {}
-    for layer in report.layers:
-        if layer.curve_sign:
-            values = (*layer.singular_values, *layer.beyond)
-            by_kind.setdefault(layer.name.rpartition(".")[2], []).append([v / (values[0] or 1.0) for v in values])
-    for i, (kind, spectra) in enumerate(by_kind.items()):
+    known = ((one.name, (*one.singular_values, *one.beyond)) for one in report.layers if one.curve_sign)
+    kinds = by_kind((name, [value / (values[0] or 1.0) for value in values]) for name, values in known)
+    for i, (kind, spectra) in enumerate(kinds.items()):
         length = min(map(len, spectra))
         medians = [statistics.median(v[k] for v in spectra) for k in range(length)]
-        color = matplotlib.colormaps["viridis"](0.05 + 0.85 * i / max(1, len(by_kind) - 1))
+        color = matplotlib.colormaps["viridis"](0.05 + 0.85 * i / max(1, len(kinds) - 1))
         axes.plot(range(1, length + 1), medians, color=color, linewidth=1.5, label=f"{kind} ({len(spectra)})")
     axes.set(xlabel="index", ylabel="σ over σ₁", yscale="log", xlim=(1, None))
     axes.legend(frameon=False, ncols=2)
@@ -207,23 +206,23 @@ class InitReport:
 
     def __rich__(self) -> Table:
         what = f"{len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
-        caption = f"mean energy kept: sign {_percent(self.energy_sign)}, gradient {_percent(self.energy_grad)}"
-        if self.why:
-            caption += f"; {self.strategy} ({self.why})"
+        lines = [f"{self.strategy}: {self.why}"] if self.why else []  # the reason for what "auto" chose
         if self.stability is not None:
-            caption += f"; overlap of two halves of the samples {_percent(self.stability)}"
+            lines.append(f"overlap of two halves of the samples {self.stability:.0%}")
         if self.start is not None and self.start < 1.0:
-            distance = f"{self.longest_start:g} optimizer steps from 0"
-            caption += f"; R starts {distance}, {_percent(self.start)} of the first step"
+            lines.append(f"R starts {self.longest_start:g} optimizer steps from 0, {self.start:.0%} of the first step")
         if self.rate is not None:
-            caption += f"; learning rate {self.rate:.2g}"
-        caption += "".join(f"\nleft alone: {line}" for line in self.left)
-        table = Table(title=f"{self.init} initialization: {what}", caption=caption)
-        table.add_column("layer", overflow="fold")
-        for name in ("shape", "r", "energy of sign(G)", "energy of G", "σ₁ σ₂ σ₃ … σᵣ", "zeros", "ms"):
+            lines.append(f"learning rate {self.rate:.2g}")
+        lines += [f"left alone: {line}" for line in self.left]
+        table = Table(title=f"{self.init} initialization: {what}", caption="\n".join(lines))
+        table.add_column("layers", overflow="fold")
+        for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):
             table.add_column(name, justify="right")
-        for layer in self.layers:
-            table.add_row(*_row(layer))
+        for kind, layers in by_kind((layer.name, layer) for layer in self.layers).items():
+            ranks = "/".join(map(str, sorted({layer.rank for layer in layers})))
+            signs, grads = ([getattr(layer, f"energy_{of}") for layer in layers] for of in ("sign", "grad"))
+            least = min((value for value in grads if value is not None), default=None)
+            table.add_row(kind, str(len(layers)), ranks, *map(_percent, (_mean(signs), _mean(grads), least)))
         return table
 
     def __str__(self) -> str:
@@ -296,6 +295,14 @@ class InitReport:
 PLOTS = {"layers": energy_by_layer, "ranks": energy_by_rank, "spectrum": spectrum}
 
 
+def by_kind(layers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """Group values by the kind of layer (q_proj, ...), from pairs of a layer's name and a value."""
+    kinds: dict[str, list[T]] = {}
+    for name, value in layers:
+        kinds.setdefault(name.rpartition(".")[2], []).append(value)
+    return kinds
+
+
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
@@ -303,12 +310,3 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _percent(value: float | None) -> str:
     return "—" if value is None else f"{100 * value:.1f}%"
-
-
-def _row(layer: LayerReport) -> list[str]:
-    sigma = [f"{value:.3g}" for value in layer.singular_values]
-    shown = " ".join(sigma if len(sigma) <= 3 else [*sigma[:3], "…", sigma[-1]])
-    shape = f"{layer.shape[0]} x {layer.shape[1]}"
-    energies = [_percent(layer.energy_sign), _percent(layer.energy_grad)]
-    zeros = "not reached" if layer.fallback else str(layer.zeros)
-    return [layer.name, shape, str(layer.rank), *energies, shown, zeros, f"{1000 * layer.seconds:.0f}"]

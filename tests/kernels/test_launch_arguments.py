@@ -6,7 +6,6 @@ LORASB_TRITONS. And the counters of arriving programs, which calls on the defaul
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,15 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ROOT, python
+from processes import ROOT, TRITONS, python
 from torch import Tensor
 
 from lorasb.kernels import prepared_launch, workspace
 from lorasb.kernels.block_sizes import PrepConfig
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedLaunch
-
-TRITONS = os.environ.get("LORASB_TRITONS")  # a folder with one folder per version
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +57,9 @@ def test_a_wrong_argument_is_found(library: Path) -> None:
     assert len(found["differences"]) >= found["launches"]
 
 
-def versions() -> list[Path]:
-    return sorted(path for path in Path(TRITONS).iterdir() if path.is_dir()) if TRITONS else []
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
-@pytest.mark.parametrize("triton", versions(), ids=lambda path: path.name)
+@pytest.mark.parametrize("triton", TRITONS, ids=lambda path: path.name)
 def test_with_every_verified_version(triton: Path, arch: str, library: Path) -> None:
     found = compared(library, "--arch", arch, triton=triton)
     assert found["triton"] == triton.name

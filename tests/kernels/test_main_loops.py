@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import python
+from processes import ROOT, TRITONS, python
 
 from benchmarks.kernels import sass
 from lorasb.compat.triton import installed
@@ -76,24 +77,32 @@ def test_warps_of_a_program_meet_at_a_barrier() -> None:
 
 
 # Kernel -> architecture -> the least bound of all its configurations under both policies, at the layer and tokens of
-# `main_loops`. From Triton 3.8 on; 3.6 and 3.7 do not prefetch, and cuBLAS multiplies there.
+# `main_loops`. From Triton 3.8 on.
 BOUNDS = {
     "extended_gemm": {"sm_80": 0.88, "sm_86": 0.97, "sm_89": 0.97, "sm_120": 0.92},
     "extended_gemm backward": {"sm_80": 0.78, "sm_86": 0.95, "sm_89": 0.95, "sm_120": 0.92},
-    "grad_sign": {"sm_80": 0.65, "sm_86": 0.93, "sm_89": 0.93, "sm_120": 0.9},
+    "grad_sign": {"sm_80": 0.75, "sm_86": 0.97, "sm_89": 0.97, "sm_120": 0.95},
 }
 LEAST = {(kernel, arch): least for kernel, row in BOUNDS.items() for arch, least in row.items()}
-BETTER = {("grad_sign", "sm_80"): 0.75}  # under the better policy, where the policies differ
+# Triton 3.6 and 3.7 do not prefetch. cuBLAS multiplies there, unless first calls on a card find these faster.
+OLDER_BOUNDS = {
+    "extended_gemm": {"sm_80": 0.75, "sm_86": 0.92},
+    "extended_gemm backward": {"sm_80": 0.63, "sm_86": 0.85},
+    "grad_sign": {"sm_80": 0.59, "sm_86": 0.77},
+}
 GRADIENT_KERNELS = 3  # that are added to, that end, and of one call
 MOST_TMA_INSTRUCTIONS = 12  # per 64x128x16; the extended GEMM has 31 forward, CUTLASS 6
 
 
+def measured(*archs: str, **environment: str) -> dict[str, Any]:
+    command = ("-m", "benchmarks.kernels.main_loops", "--json", *(word for arch in archs for word in ("--arch", arch)))
+    found: dict[str, Any] = json.loads(python(*command, TRITON_INTERPRET="0", **environment))
+    return found
+
+
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    archs = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-    command = ("-m", "benchmarks.kernels.main_loops", "--json", *(word for arch in archs for word in ("--arch", arch)))
-    found: dict[str, Any] = json.loads(python(*command, TRITON_INTERPRET="0"))
-    return found
+    return measured("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 
 prefetching = pytest.mark.skipif(
@@ -109,11 +118,23 @@ def without_dropout(report: dict[str, Any]) -> list[dict[str, Any]]:
 @prefetching
 @pytest.mark.parametrize(("kernel", "arch"), LEAST)
 def test_no_main_loop_got_slower(kernel: str, arch: str, report: dict[str, Any]) -> None:
+    check_bounds(report, kernel, arch, LEAST[kernel, arch])
+
+
+def check_bounds(report: dict[str, Any], kernel: str, arch: str, least: float) -> None:
     bounds = [row["bound"] for row in without_dropout(report) if (row["kernel"], row["arch"]) == (kernel, arch)]
     assert len(bounds) == (GRADIENT_KERNELS if kernel == "grad_sign" else 1)
-    least = LEAST[kernel, arch]
     assert min(map(min, bounds)) >= least
-    assert min(map(max, bounds)) >= BETTER.get((kernel, arch), least)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("triton", [path for path in TRITONS if path.name < "3.8"], ids=lambda path: path.name)
+def test_no_main_loop_of_an_older_triton_got_slower(triton: Path) -> None:
+    found = measured("sm_80", "sm_86", PYTHONPATH=f"{triton}:{ROOT}")
+    assert found["triton"] == triton.name
+    for kernel, row in OLDER_BOUNDS.items():
+        for arch, least in row.items():
+            check_bounds(found, kernel, arch, least)
 
 
 @pytest.mark.long
@@ -141,6 +162,6 @@ def test_every_element_of_w_is_loaded_once(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
-def test_the_report_has_cutlass_beside(report: dict[str, Any]) -> None:
+def test_the_report_has_cutlass_too(report: dict[str, Any]) -> None:
     assert {row["arch"] for row in report["peer"]} == {"sm_80", "sm_86", "sm_90"}
     assert all(0 < share <= 1 for row in [*report["rows"], *report["peer"]] for share in row["bound"])

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+FOLDER = os.environ.get("LORASB_TRITONS")  # with a folder per version of Triton; `make test-all` makes it
+TRITONS = sorted(path for path in Path(FOLDER).iterdir() if path.is_dir()) if FOLDER else []
 
 
 def attempt(
