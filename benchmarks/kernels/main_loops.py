@@ -23,6 +23,7 @@ import torch
 import triton
 from rich.table import Table
 
+from benchmarks.common.timing import provenance
 from benchmarks.kernels import sass, static_report
 from benchmarks.kernels.static_report import ARCHS, Job
 from benchmarks.kernels.variants import GRADIENTS
@@ -133,7 +134,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     found = measure(options.arch or list(ARCHS))
     rows = {"triton": triton.__version__, "rows": [asdict(row) for row in found], "peer": [asdict(row) for row in PEER]}
-    static_report.show(rows, table(found), options)
+    static_report.show(rows | provenance(), table(found), options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def blank_pictures() -> Iterator[None]:
     """Files in place of pictures, which take a third of a tiny run; those of runs by command are real ones."""
     with pytest.MonkeyPatch.context() as patch:
