@@ -132,7 +132,7 @@ def save(run: Run, result: Result, history: list[Json]) -> None:
     if plotting.installed():
         if report is not None and report.energy_sign is not None:
             report.plot(folder / "energy.png")
-        title = f"{settings.method}, r={summary['rank']}: {run.data}, lr {run.lr:g}"
+        title = f"{settings.method}, r={summary['rank']}: {run.data}, lr {run.lr:.3g}"
         plot_loss(history, summary["eval_loss_before"], summary["eval_loss_after"], folder / "loss.png", title)
     else:
         console.print("no pictures, as matplotlib is not installed: pip install matplotlib", highlight=False)
