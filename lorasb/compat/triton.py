@@ -63,7 +63,9 @@ def omits_fences() -> bool:
         return False
     from triton.runtime import driver
 
-    return bool(driver.active.get_current_target().arch == 90)
+    with suppress(RuntimeError):  # no card, where kernels are compiled alone
+        return bool(driver.active.get_current_target().arch == 90)
+    return False
 
 
 @cache

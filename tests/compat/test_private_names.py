@@ -202,6 +202,15 @@ def test_experts_of_another_kind_are_told_apart() -> None:
             assert not private_transformers.computes_like_mixtral(experts), name
 
 
+def test_without_a_card_no_fence_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_card() -> None:
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=SimpleNamespace(get_current_target=no_card)))
+    monkeypatch.setattr(private_triton, "installed", lambda: (3, 6))
+    assert not private_triton.omits_fences()
+
+
 @pytest.mark.parametrize(("version", "arch", "omitted"), [((3, 6), 90, True), ((3, 6), 86, False), ((3, 7), 90, False)])
 def test_fences_that_triton_omits(
     version: tuple[int, int], arch: int, omitted: bool, monkeypatch: pytest.MonkeyPatch
