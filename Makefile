@@ -62,9 +62,8 @@ docs-serve: install
 # Two processes of one thread each: a file's tests stay together, and the longest files come first (tests/conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# make test leaves to make test-ptx all dtypes but bf16 of a layer, other ARCHES, and what counts the work.
+# make test runs compiled layers in bf16 alone, for ARCHES; make test-ptx the other dtypes, architectures and kernel tests.
 ARCHES ?= sm_86
-COMPILED_TESTS = tests/kernels/test_compiled.py tests/kernels/test_executed_work.py
 test: install $(QUANTIZERS)/.installed
 	$(PYTEST) --ignore tests/layers/test_opaque_base.py
 	PYTHONPATH=$(abspath $(QUANTIZERS)) $(PYTEST) --dist load tests/layers/test_opaque_base.py
@@ -72,7 +71,7 @@ test: install $(QUANTIZERS)/.installed
 
 # The kernel tests on compiled code, every instruction executed and checked: make test-ptx ARCH=sm_90. Minutes.
 ARCH ?= sm_86
-KERNEL_TESTS = $(COMPILED_TESTS) tests/kernels/test_mutations.py tests/kernels/test_linear.py tests/kernels/test_linear_quantized.py \
+KERNEL_TESTS = tests/kernels/test_compiled.py tests/kernels/test_executed_work.py tests/kernels/test_mutations.py tests/kernels/test_linear.py tests/kernels/test_linear_quantized.py \
   tests/kernels/test_dropout.py tests/kernels/test_weight_gradient.py tests/kernels/test_tma_gemm.py
 test-ptx: install
 	$(PYTEST) --ptx $(ARCH) $(KERNEL_TESTS)

@@ -26,7 +26,7 @@ import lorasb
 
 from ..compat.transformers import on_one_device
 from ..distributed.process_group import Processes
-from ..init.sampling import Batch, batch_size, take_rows
+from ..init.sampling import Batch, split_in_half
 from ..serving import basis
 from ..serving.training import AdapterRowsCallback
 from ..training.rate_trials import JUDGED, OTHER_RATE, PROBE_STEPS, STEPS, apart, find_lr, refine_rate
@@ -407,9 +407,7 @@ def find_rate(run: Run) -> float:
     search, steps = (find_lr, STEPS) if settings.find_lr else (refine_rate, PROBE_STEPS)
     held = list(itertools.islice(batches(run), JUDGED + steps * settings.gradient_accumulation))
     if len(held) == 1:
-        rows = batch_size(held[0])
-        halves = torch.arange(rows).tensor_split([rows // 2])
-        held = [take_rows(held[0], half) for half in halves if len(half)]
+        held = split_in_half(held[0])
     found = search(run.model, apart(held), run.lr, accumulation=settings.gradient_accumulation)
     refined = f"learning rate {found.lr:.2g}, from the samples and two trials of {found.steps} steps"
     console.print(str(found) if settings.find_lr else refined, highlight=False, soft_wrap=True)

@@ -114,7 +114,7 @@ class LoRASBConfig(PeftConfig):
         check_base: compare the base model with a loaded adapter's fingerprint, and write one when a model is patched.
             `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
         group: compute linears that read the same input (q, k and v; gate and up) in one call. None: on machines with a
-            GPU, where it halves the host's time per layer; on CPUs it gained nothing. One adapter's False decides.
+            GPU, where it halves the host's time per layer; on CPUs it gained nothing. One False turns it off.
 
     Raises:
         ValueError: a field has a value that no model can use; the message says which are allowed.

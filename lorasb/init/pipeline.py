@@ -17,7 +17,7 @@ from .factorize import overlap
 from .init_report import InitReport
 from .loss import labeled_rows
 from .plan import InitPlan
-from .sampling import Batch, Loader, batch_size, samples_hash, select, take_rows
+from .sampling import Batch, Loader, batch_size, samples_hash, select, split_in_half, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
 from .task import AutoRate, InitOptions, Layers, Piece, Work, frozen_base
@@ -170,12 +170,12 @@ def _halves(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
     halves: tuple[list[Piece], list[Piece]] = ([], [])
     turns = itertools.cycle(halves)
     for piece in pieces:
-        rows = batch_size(piece.batch)
-        if rows == 1:
+        parts = split_in_half(piece.batch)
+        if len(parts) == 1:
             next(turns).append(piece)
             continue
-        for half, part in zip(halves, torch.arange(rows).tensor_split([rows // 2]), strict=True):
-            half.append(Piece(take_rows(piece.batch, part), piece.counts))
+        for half, part in zip(halves, parts, strict=True):
+            half.append(Piece(part, piece.counts))
     return halves
 
 

@@ -191,6 +191,12 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
     }
 
 
+def split_in_half(batch: Batch) -> list[Batch]:
+    """The rows of a batch in two batches, the second one larger by an odd row; the batch alone if it has one row."""
+    rows = batch_size(batch)
+    return [take_rows(batch, part) for part in torch.arange(rows).tensor_split([rows // 2]) if len(part)]
+
+
 @contextmanager
 def rng_untouched() -> Iterator[None]:
     """Restore the random states of Python, NumPy and torch: of the CPU and, once CUDA is in use, of every GPU."""

@@ -15,9 +15,9 @@ from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import Settings
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def blank_pictures() -> Iterator[None]:
-    """Files in place of pictures, which take a third of a tiny run; those of runs by command are real ones."""
+    """Write empty files in place of pictures, which take a third of a tiny run's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
         yield

@@ -33,6 +33,8 @@ from lorasb.app.tables import basis_line, card_table
 from lorasb.init.auto_rate import warmup_steps
 from lorasb.layers.lookup import layers_with
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 FACTORS, WEIGHTS = "lorasb_factors.safetensors", "adapter_model.safetensors"
 
 

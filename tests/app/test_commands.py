@@ -59,7 +59,7 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     assert summary["config"]["method"] == method
     assert summary["adapter_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert method == "lora" or summary["trainable_params"] == 14 * 8 * 8
-    assert way is call or (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert all(text in printed for text in ("held-out examples", "exact answers", "lorasb ask"))
     serve = f"vllm serve {tiny} --enable-lora --max-lora-rank 8 --lora-modules adapter={tmp_path / 'lora'}"
     assert (serve in printed) == (method != "lora")
@@ -108,8 +108,11 @@ def test_init_writes_an_adapter_a_report_and_pictures(tiny: Path, data: Path, tm
     assert "lorasb: layerwise (2 blocks at model.layers)" in printed
     assert "overlap of two halves of the samples" in printed
     assert "suggested ranks: keeps" in printed
+    pictures = ("energy.png", "ranks.png", "spectrum.png")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"adapter", "report.json", "ranks.json", "config.yaml", "energy.png", "ranks.png", "spectrum.png"}
+    assert names == {"adapter", "report.json", "ranks.json", "config.yaml", *pictures}
+    for name in pictures:
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     report = lorasb.InitReport.load(tmp_path / "run" / "report.json")
     assert report.num_samples == 8
     assert 0 < report.stability <= 1

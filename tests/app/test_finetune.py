@@ -23,6 +23,8 @@ from lorasb.app.terminal import StoppedError
 from lorasb.utils import precision
 from lorasb.utils.atomic_files import write_json
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 def test_kill_9_at_random_moments_ends_in_the_same_bits(own: Settings, whole: Path, tmp_path: Path) -> None:
     a, b, c = sorted(random.Random(7).sample(range(1, STEPS), 3))

@@ -45,7 +45,10 @@ def fails(completions, **given):
 class Answer:
     text: str
 """
-pytestmark = pytest.mark.filterwarnings("ignore")  # of what TRL casts and pins
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of what TRL casts and pins
+    pytest.mark.usefixtures("blank_pictures"),
+]
 
 
 @pytest.fixture

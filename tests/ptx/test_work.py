@@ -39,6 +39,15 @@ def test_wavefronts_and_sectors_are_those_of_the_definition(size: int, places: l
     assert sectors(addresses, size, of) == sum(map(len, touched))
 
 
+@pytest.mark.parametrize(
+    ("stride", "size", "expected"),
+    [(4, 4, 1), (8, 4, 2), (128, 4, 32), (0, 4, 1), (16, 16, 4), (144, 16, 4), (128, 16, 32), (2, 2, 1)],
+)
+def test_strides_that_everybody_knows(stride: int, size: int, expected: int) -> None:
+    addresses = np.arange(WARP) * stride
+    assert wavefronts(addresses, size, np.zeros(WARP, np.int32)) == expected
+
+
 REGISTERS = "{%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}"
 WGMMA = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, %p1, 1, 1, 0, 0"
 
