@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
-import json
 import math
 import re
-import select
 import statistics
-import subprocess
-import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -18,12 +13,8 @@ ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last o
 NEXT_PROMPT = "### Instruction"  # a base model that does not stop continues with another prompt
 NUMBER = re.compile(r"[-+]?\s?\$?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)")
 CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\s?[1-5])\b")
-LONGEST = 200  # characters of an expression that is parsed
-STARTING, DEADLINE = 60.0, 3.0  # seconds for a process to import sympy, and for it to compare two expressions
-POINTS = (0.7, -1.3, 2.1)
-# A word is no product of its letters, and 3\\frac{1}{2} no product of 3 and a half.
-NOT_ONE_EXPRESSION = re.compile(r"^[A-Za-z]{2,}$|\d\\frac")
-_comparing: subprocess.Popen[str] | None = None
+DEADLINE = 3  # seconds, to parse an expression and to compare two: what takes longer is not equal
+WORD = re.compile(r"^[A-Za-z]{2,}$")  # no product of its letters
 # Forms of one expression, in this order: units and sizes say nothing of its value.
 SAME_FORM = (
     (r"\\(?:text|mbox)\{\s[^}]*\}", ""),  # units begin with a space
@@ -67,61 +58,13 @@ def expression(text: str) -> str | None:
 
 
 def equal_expressions(one: str, other: str) -> bool:
-    """Return True if two LaTeX expressions have the same value, by sympy, as 2√2 and √8 do."""
-    # A separate process parses them by a grammar (nothing is evaluated as Python) and compares them at points of their
-    # symbols. What the grammar does not know, such as intervals, is not equal; nor is what takes longer than a
-    # deadline. The process starts at the first call, and again after one that took too long.
-    global _comparing
-    if any(NOT_ONE_EXPRESSION.search(text) or not 0 < len(text) <= LONGEST for text in (one, other)):
+    """Return True if two LaTeX expressions have the same value, by math-verify, as 2√2 and √8 do."""
+    from math_verify import parse, verify
+
+    if WORD.search(one) or WORD.search(other):
         return False
-    if _comparing is None or _comparing.poll() is not None:
-        code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
-        command = [sys.executable, "-c", code, *sys.path]
-        _comparing = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        atexit.register(_comparing.kill)
-        _asked(_comparing, "x", "x", STARTING)  # imports sympy
-    return _asked(_comparing, one, other, DEADLINE)
-
-
-def _asked(process: subprocess.Popen[str], one: str, other: str, seconds: float) -> bool:
-    if process.stdin is None or process.stdout is None:  # not reached; narrows the types
-        return False
-    try:
-        process.stdin.write(json.dumps([one, other]) + "\n")
-        process.stdin.flush()
-    except OSError:
-        return False
-    if not select.select([process.stdout], [], [], seconds)[0]:
-        process.kill()
-        process.wait()
-        return False
-    return process.stdout.readline() == "True\n"
-
-
-def serve() -> None:
-    """Answer pairs of expressions, a line each, until the input ends."""
-    for line in sys.stdin:
-        try:
-            equal = _compare(*json.loads(line))
-        except Exception:  # of the parser and of sympy, which have types of their own for what is no number
-            equal = False
-        print(equal, flush=True)
-
-
-def _compare(one: str, other: str) -> bool:
-    from sympy import Expr
-    from sympy.parsing.latex import parse_latex
-
-    left, right = (parse_latex(text.replace("\\pi", f"({math.pi})"), backend="lark") for text in (one, other))
-    if not isinstance(left, Expr) or not isinstance(right, Expr):
-        return False
-    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-    for point in POINTS:
-        at = {symbol: point * (k + 1) for k, symbol in enumerate(symbols)}
-        values = [complex(side.subs(at).evalf(17)) for side in (left, right)]
-        if not abs(values[0] - values[1]) <= 1e-9 * max(map(abs, values)):
-            return False
-    return True
+    found, expected = (parse(f"${text}$", parsing_timeout=DEADLINE) for text in (one, other))
+    return bool(verify(expected, found, timeout_seconds=DEADLINE))
 
 
 def _fraction(text: str) -> Fraction | None:

@@ -85,8 +85,8 @@ def check_layers(settings: Settings) -> None:
 def check_packages(settings: Settings) -> None:
     """Raise an ImportError if a setting needs a package that is not there."""
     report = settings.report_to
-    if settings.score == "symbolic" and importlib.util.find_spec("lark") is None:
-        raise ImportError("--score symbolic needs sympy and lark: pip install 'lorasb[math]'")
+    if settings.score == "symbolic" and importlib.util.find_spec("math_verify") is None:
+        raise ImportError("--score symbolic needs math-verify: pip install 'lorasb[math]'")
     if report != "none" and importlib.util.find_spec(report) is None:
         raise ImportError(f"--report-to {report} needs a package that is not installed: pip install {report}")
     if settings.rl is not None and importlib.util.find_spec("trl") is None:
