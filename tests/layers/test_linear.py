@@ -92,6 +92,8 @@ def test_casting_a_layer_leaves_r_in_fp32_and_input_in_another_dtype_is_cast_bac
         assert layer.lorasb_A["default"].dtype == dtype
         assert layer(torch.randn(3, 16)).dtype == torch.float32
         assert torch.equal(layer.lorasb_R["default"], before)
+    layer.lorasb_R["default"] = nn.Parameter(before.bfloat16())  # as a loader assigns it
+    assert layer.lorasb_R["default"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("cast", [torch.float32, torch.float16, torch.bfloat16])
