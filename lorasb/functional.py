@@ -137,7 +137,7 @@ def _row_index(index: Tensor | Sequence[int] | None, dropout: float) -> Tensor |
         raise ValueError(f"expected dropout 0 with an index of rows, got {dropout}: it draws one mask for one adapter")
     if index is None or isinstance(index, Tensor):
         return index
-    return torch.tensor(list(index), dtype=torch.int64)
+    return torch.tensor(list(index), dtype=torch.int64, device="cpu")
 
 
 def _check_quantized(weight: QuantizedWeight, x: Tensor, a: Tensor, b: Tensor) -> None:
@@ -149,7 +149,7 @@ def _check_quantized(weight: QuantizedWeight, x: Tensor, a: Tensor, b: Tensor) -
 
 def _served(x: Tensor, weight: QuantizedWeight, *others: Tensor | float | None) -> Tensor | None:
     """y of a call without gradients by `serve_quantized` of the extension; `others`: A, R, B, the bias and s."""
-    if torch.is_grad_enabled() or not x.is_cpu or is_transformed():
+    if torch.is_grad_enabled() or not x.is_cpu or is_transformed() or private.any_autocast():
         return None
     # For a single token, the checks and the choice of a kernel in Python take as long as the product itself.
     if cpp.serve_quantized is None or current_backend() not in ("auto", "cpp"):

@@ -53,17 +53,12 @@ Tensor serve(const Tensor& x, at::TensorList quant, at::IntArrayRef layout, int6
              const OptionalTensor& a, const OptionalTensor& core, const OptionalTensor& b, const OptionalTensor& bias,
              double scaling) {
   TORCH_CHECK_VALUE(layout.size() == 3, "expected [block, nested block, rounding], got ", layout);
-  const bool cast = at::autocast::is_autocast_enabled(at::kCPU) && x.scalar_type() != at::kDouble;
-  const at::ScalarType dtype = cast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
-  const auto like_x = [&](const OptionalTensor& tensor) {
-    return cast && tensor.has_value() ? OptionalTensor(tensor->to(dtype)) : tensor;
-  };
+  const at::ScalarType dtype = x.scalar_type();
   // rounding W to the dtype that it was quantized from, and then to x's, is one rounding where they are the same
   const auto rounding = static_cast<Rounding>(layout[2]);
   const bool same =
       (rounding == Rounding::bf16 && dtype == at::kBFloat16) || (rounding == Rounding::fp16 && dtype == at::kHalf);
   const std::array<int64_t, 3> call_layout{layout[0], layout[1], same ? 0 : layout[2]};
-  const at::TensorOptions options = x.options().dtype(dtype);
   const bool adapted = a.has_value();
   TORCH_CHECK_VALUE(core.has_value() == adapted && b.has_value() == adapted, "expected A, R and B, or none of them");
   TORCH_CHECK_VALUE(!adapted || (a->dim() == 2 && b->dim() == 2 && a->size(1) == columns && b->size(0) == rows),
@@ -71,10 +66,9 @@ Tensor serve(const Tensor& x, at::TensorList quant, at::IntArrayRef layout, int6
                     "], got [", rows, ", ", columns, "]");
   const BelowAutograd below_autograd;
   // without an adapter: factors of rank 0
-  return std::get<0>(
-      linear(cast ? x.to(dtype) : x, quant, call_layout, adapted ? *like_x(a) : at::empty({0, columns}, options),
-             adapted ? *core : at::empty({0, 0}, options.dtype(at::kFloat)),
-             adapted ? *like_x(b) : at::empty({rows, 0}, options), like_x(bias), scaling, 0.0, std::nullopt));
+  return std::get<0>(linear(x, quant, call_layout, adapted ? *a : at::empty({0, columns}, x.options()),
+                            adapted ? *core : at::empty({0, 0}, x.options().dtype(at::kFloat)),
+                            adapted ? *b : at::empty({rows, 0}, x.options()), bias, scaling, 0.0, std::nullopt));
 }
 
 TensorPair linear_backward(const Tensor& dy, at::TensorList quant, at::IntArrayRef layout, const Tensor& a,

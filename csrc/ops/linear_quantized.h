@@ -14,9 +14,8 @@ TensorPair linear(const Tensor& x, at::TensorList quant, at::IntArrayRef layout,
                   const Tensor& b, const OptionalTensor& bias, double scaling, double probability,
                   const OptionalTensor& seed);
 
-// y alone, without gradients: what generation calls. No A, R and B is no adapter. `layout` is that of the storage, and
-// autocast is applied here. Python's part of a call costs as much as the product of one token, so that all checks are
-// in this function.
+// y alone, without gradients: what generation calls. No A, R and B is no adapter. `layout` is that of the storage.
+// Python's part of a call costs as much as the product of one token, so that all checks are in this function.
 Tensor serve(const Tensor& x, at::TensorList quant, at::IntArrayRef layout, int64_t rows, int64_t columns,
              const OptionalTensor& a, const OptionalTensor& core, const OptionalTensor& b, const OptionalTensor& bias,
              double scaling);

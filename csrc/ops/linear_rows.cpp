@@ -65,7 +65,7 @@ void check_cores(const Tensor& left, const Tensor& cores, const Tensor& index) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
                    "expected cores in fp32, bf16 or fp16, got ", dtype);
   const int64_t r = cores.size(2);  // strides of a single element say nothing
-  TORCH_CHECK_VALUE(r <= 1 || (cores.stride(2) == 1 && cores.stride(1) == r),
+  TORCH_CHECK_VALUE(r <= 1 || cores.numel() == 0 || (cores.stride(2) == 1 && cores.stride(1) == r),
                     "expected each R contiguous, got strides ", cores.strides());
 }
 

@@ -46,6 +46,12 @@ PRIVATE = {
         "every call computes by composed torch operations",
         _yes,
     ),
+    "has_storage": Private(
+        "torch._C._has_storage",
+        "detects gradients in a batch (`is_grads_batched=True`), which get composed torch operations",
+        "some kernels raise PyTorch's error for an op without a batching rule",
+        lambda _: True,
+    ),
     "forward_level": Private(
         "torch.autograd.forward_ad._current_level",
         "detects forward-mode differentiation",
@@ -121,6 +127,7 @@ any_autocast: Callable[[], bool] = find(PRIVATE["any_autocast"])
 dispatch_modes: Callable[[], int] = find(PRIVATE["dispatch_modes"])
 function_modes: Callable[[], int] = find(PRIVATE["function_modes"])
 transforms_active: Callable[[], bool] = find(PRIVATE["transforms_active"])
+has_storage: Callable[[Tensor], bool] = find(PRIVATE["has_storage"])
 tracing_state: Callable[[], object] = find(PRIVATE["tracing_state"])
 is_wrapped: Callable[[Tensor], bool] = find(PRIVATE["is_wrapped"])
 graph_task: Callable[[], int] = find(PRIVATE["graph_task"])

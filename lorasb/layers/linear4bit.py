@@ -14,6 +14,8 @@ from ..quantization.quantized_weight import BLOCKS, KINDS, QuantizedWeight, Quan
 from ..quantization.quantizer import quantize_4bit
 from ..utils.precision import QUANTIZABLE
 from .adapted_layer import AdaptedLayer
+from .base import MergedBase
+from .lookup import unchanged_on_error
 from .opaque_base import OpaqueBase, has_dense_weight
 
 # dtypes that packed bytes may be viewed as
@@ -168,12 +170,12 @@ def quantize(
     for _, _, name, layer in targets:  # all weights before the first replacement
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"the weight of {name!r} has NaN or Inf values: nothing was quantized")
-    for parent, child, _, layer in targets:
-        packed, state = quantize_4bit(layer.weight.detach(), kind, blocksize, nested)
-        bias = None if layer.bias is None else layer.bias.detach()
-        new = Linear4bit(view_as_storage(packed, storage), state, bias, compute_dtype)
-        new.train(layer.training)
-        setattr(parent, child, new)
+    with unchanged_on_error(model):
+        for parent, child, _, layer in targets:
+            packed, state = quantize_4bit(layer.weight.detach(), kind, blocksize, nested)
+            bias = None if layer.bias is None else layer.bias.detach()
+            new = Linear4bit(view_as_storage(packed, storage), state, bias, compute_dtype)
+            setattr(parent, child, new.train(layer.training))
     return model
 
 
@@ -195,7 +197,8 @@ def quantized_bases(model: nn.Module) -> dict[str, QuantizedWeight | OpaqueBase]
     for name, layer in model.named_modules():
         if not isinstance(layer, AdaptedLayer):
             continue
-        base, weight = layer.base, layer.base.quantized()
+        base = layer.base.former if isinstance(layer.base, MergedBase) else layer.base
+        weight = base.quantized()
         if isinstance(base, OpaqueBase) and not base.requantizes:
             raise ValueError(f"the {base.name} layer {name!r} cannot be quantized again: merge without requantize")
         if isinstance(base, OpaqueBase):

@@ -119,10 +119,13 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Context, *grads: Tensor | None) -> tuple[object, ...]:
         rest = ctx.rest
         base, biases, count = rest[0], rest[1], len(rest[-1])
-        # The op itself under a functorch transform (`is_grads_batched=True`) and `create_graph=True`: it records a node
-        # that raises on the paths from dy, R and u, which is an output here so that one from x leads to it.
-        through_op = torch.is_grad_enabled() or private.transforms_active()
-        backward = ctx.kernels.backward_op if through_op else ctx.kernels.backward
+        backward = ctx.kernels.backward
+        if torch.is_grad_enabled():
+            # `create_graph=True`: the op records a node that raises on the paths from dy, R and u, which is an output
+            # here so that one from x leads to it.
+            backward = ctx.kernels.backward_op
+        elif not all(dy is None or private.has_storage(dy) for dy in grads):  # a batch of gradients
+            backward = registry.direct_kernels["eager", "cpu"].backward
         dx, dcores = _gradients(backward, ctx.saved_tensors, rest, grads)
         return dx, None, None, *[None] * (base + count), *dcores, *[None] * (count + biases)
 

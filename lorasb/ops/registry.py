@@ -177,8 +177,7 @@ def _dequantize_fake(quant: list[Tensor], layout: list[int], rows: int, columns:
 
 
 def _serve_fake(x: Tensor, quant: list[Tensor], layout: list[int], rows: int, *_: object) -> Tensor:
-    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    return x.new_empty((*x.shape[:-1], rows), dtype=torch.get_autocast_dtype("cpu") if cast else x.dtype)
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 # For `quant` and `layout` see `Operands`. Gradients are summed in a fixed order: results repeat to the bit.
@@ -189,8 +188,8 @@ SIGNS = "(Tensor dy, Tensor x, Tensor(a!)? total, bool fresh) -> (Tensor, Tensor
 define("gradient_signs", SIGNS, _signs_fake)
 DEQUANTIZE = "(Tensor[] quant, int[] layout, int rows, int columns, ScalarType dtype) -> Tensor"
 define("dequantize", DEQUANTIZE, _dequantize_fake)
-# y alone, for calls that record no gradient; takes `QuantizedWeight.layout()`, casts as autocast does and checks
-# its arguments itself. Not all backends have it.
+# y alone, for calls that record no gradient; takes `QuantizedWeight.layout()` and checks its arguments itself. Not all
+# backends have it.
 SERVE = (
     "(Tensor x, Tensor[] quant, int[] layout, int rows, int columns, Tensor? a, Tensor? core, Tensor? b, "
     "Tensor? bias, float scaling) -> Tensor"

@@ -70,7 +70,7 @@ class QuantState:
         metadata = json.loads(bytes(tensors[keys[0]].cpu().tolist()).decode())
         offset, state2 = None, None
         if "nested_absmax" in tensors:
-            offset = torch.tensor(float(metadata["nested_offset"]))
+            offset = torch.tensor(float(metadata["nested_offset"]), dtype=torch.float32, device="cpu")
             state2 = cls(tensors["nested_absmax"], tensors["nested_quant_map"], metadata["nested_blocksize"])
         absmax, code = tensors["absmax"], tensors["quant_map"]
         shape, dtype = torch.Size(metadata["shape"]), getattr(torch, metadata["dtype"])
@@ -100,8 +100,9 @@ class QuantizedWeight:
     """W [out, in] in 4 or 8 bits.
 
     4 bits: two nibbles per byte, high nibble first, over W flattened by rows; with i the flat index,
-    `W[i] = table[nibble[i]]·absmax[i // block]`, computed in fp32 and rounded to W's dtype. With nested statistics,
-    `absmax = table2[absmax8]·absmax2 + offset`. 8 bits: `W = codes·scale[row] / 127`.
+    `W[i] = table[nibble[i]]·absmax[i // block]`, computed in fp32 and rounded to W's dtype (on a CPU not for up to 8
+    tokens in fp32, which are the more exact). With nested statistics, `absmax = table2[absmax8]·absmax2 + offset`. 8
+    bits: `W = codes·scale[row] / 127`.
     """
 
     tensors: list[Tensor]  # of `QuantizedTensors`, in its order
@@ -127,8 +128,7 @@ class QuantizedWeight:
     def layout(self, dtype: torch.dtype | None = None) -> list[int]:
         """[block, block2, rounding] for a product in `dtype`; for `serve_quantized`, which rounds for any, if None."""
         # bitsandbytes dequantizes to W's own dtype and casts from there; W is computed in fp32 here
-        needs_no_rounding = self.dtype in (dtype, torch.float32)
-        return [self.block, self.block2, 0 if needs_no_rounding else ROUNDING[self.dtype]]
+        return [self.block, self.block2, 0 if self.dtype == dtype else ROUNDING.get(self.dtype, 0)]
 
 
 def of_module(module: nn.Module) -> QuantizedWeight:

@@ -4,6 +4,7 @@ divided, and which of two equally near table entries is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -81,7 +82,18 @@ def _nest(state: QuantState) -> QuantState:
     return replace(state, absmax=octets, offset=offset, state2=QuantState(largest, table, NESTED_BLOCK))
 
 
-@lru_cache(maxsize=1)
+def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep a table: a plain tensor on the CPU, whatever device and mode surround the first call."""
+
+    @lru_cache
+    def made(*given: str) -> Tensor:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return make(*given)
+
+    return made
+
+
+@_cached
 def _grid() -> Tensor:
     """Index of the nearest entry of the dynamic map for every grid point [GRID]; the lower one in a tie."""
     table = dynamic_map()
@@ -91,14 +103,14 @@ def _grid() -> Tensor:
     return torch.where(nearer, right, right - 1)
 
 
-@lru_cache(maxsize=2)
+@_cached
 def code(kind: str) -> Tensor:
     """The table [16] of NF4 (QLoRA, appendix E) or FP4, scaled to a largest absolute value of 1."""
-    table = torch.tensor(NF4 if kind == "nf4" else FP4)
+    table = torch.tensor(NF4 if kind == "nf4" else FP4, dtype=torch.float32)
     return table / table.abs().max()
 
 
-@lru_cache(maxsize=1)
+@_cached
 def dynamic_map() -> Tensor:
     """The 256 values of bitsandbytes' dynamic 8-bit type: sign, decimal exponent, and a fraction in the bits left."""
     values = [0.0, 1.0]

@@ -13,6 +13,7 @@ from torch import nn
 
 import lorasb
 from lorasb.functional import dequantize
+from lorasb.layers import linear4bit
 from lorasb.layers.linear4bit import Linear4bit
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -57,6 +58,15 @@ def test_bad_arguments_are_refused_and_change_nothing(arguments: dict, message: 
     with pytest.raises(ValueError, match=message):
         lorasb.quantize(model, **arguments)
     assert type(model[0]) is nn.Linear
+
+
+def test_an_error_in_the_middle_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantized = iter([linear4bit.quantize_4bit(model[0].weight)])
+    monkeypatch.setattr(linear4bit, "quantize_4bit", lambda *_: next(quantized, None) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lorasb.quantize(model)
+    assert [type(layer) for layer in model] == [nn.Linear] * 2
 
 
 def test_heads_are_left_and_a_weight_that_is_not_finite_changes_nothing() -> None:

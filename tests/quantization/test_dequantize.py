@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from storages import bits_of, exact, octets, storage
 from tolerances import check_equal
 
 from lorasb.functional import dequantize
-from lorasb.quantization.quantized_weight import BLOCKS, QuantizedWeight
-from lorasb.quantization.quantizer import code, quantize_4bit
+from lorasb.quantization.quantized_weight import BLOCKS, QuantizedWeight, QuantState
+from lorasb.quantization.quantizer import _grid, code, dynamic_map, quantize_4bit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((64, 64), (59, 123), (1, 1), (3, 7), (123, 64), (5, 192), (16, 4096), (0, 64), (64, 0))
@@ -97,6 +99,31 @@ def test_our_quantizer_is_bitsandbytes_own(dtype: torch.dtype, kind: str, nested
             if nested:
                 ours, reference = ([each.state2.absmax, each.state2.code, each.offset] for each in (found, state))
                 check_equal(ours, reference)
+
+
+@contextmanager
+def bf16_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta"), bf16_by_default])
+def test_statistics_do_not_depend_on_what_surrounds_them(around: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Tables are made at their first use; a state dict has the mean of nested scales as a number."""
+    _, state = quantize_4bit(torch.randn(8, 64), nested=True)
+    tables = ((code, ("nf4",)), (code, ("fp4",)), (dynamic_map, ()), (_grid, ()))
+    expected = [make(*given) for make, given in tables]
+    written = state.as_tensors()
+    for make, _ in tables:
+        make.cache_clear()
+    with around():
+        found = [make(*given) for make, given in tables]
+        offset = QuantState.of_tensors(written).offset
+    check_equal([*found, offset], [*expected, state.offset])
+    assert not any(table.is_inference() for table in found)
 
 
 def test_zero_blocks_stay_zero() -> None:
