@@ -193,11 +193,13 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
 def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]) -> str | None:
     """Return how these weights differ from a fingerprint's by more than a rounding to bf16; None if they do not."""
     for name, text in expected.items():
+        if name.endswith(".base_layer"):  # of attention, in files up to 0.3: no base without adapters has it
+            continue
         if name not in weights:
             return f"it has no adapted layer {name!r}"
         values, weight = [float(value) for value in text.split()], weights[name]
         if weight is None or not _readable(weight):  # counts as equal
-            return None
+            continue
         pairs = zip(_sample(weight), values, strict=True)
         num_different = sum(abs(a - b) > TOLERANCE * abs(b) + SMALLEST for a, b in pairs)
         if num_different:

@@ -71,7 +71,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.adapters: dict[str, AdapterState] = {}  # state by adapter name
         self.stored_cores: StoredCores | None = None  # set by a bank of adapters
-        self._trained_before: list[str] = []  # adapters whose R required a gradient when adapters were disabled
+        # the active adapters, and those whose R required a gradient, when adapters were disabled
+        self._before: tuple[list[str], list[str]] = [], []
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = adapter_name
         self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors, **options)
@@ -167,10 +168,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Set the active adapters as PEFT does; adapters in joint training continue to train with them."""
         if not enabled and not self._disable_adapters:
-            self._trained_before = [name for name, core in self.lorasb_R.items() if core.requires_grad]
+            trained = [name for name, core in self.lorasb_R.items() if core.requires_grad]
+            self._before = list(self.active_adapters), trained
         super().enable_adapters(enabled)
-        if enabled:
-            self.set_requires_grad(self._trained_before)
+        if enabled and self._before[0] == self.active_adapters:  # others that were chosen meanwhile train alone
+            self.set_requires_grad(self._before[1])
 
     def stand_on(self, adapter_name: str, basis: str) -> None:
         """Give an adapter the A and B of another one."""
@@ -199,7 +201,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Give an adapter the A, B, rank and s of another one, and an R [r, r]; dropout and all else stays."""
         old, state, other = self.lorasb_R[adapter_name], self.adapters[adapter_name], self.adapters[basis]
         self.stand_on(adapter_name, basis)
-        state.r, state.scaling, state.made_with = other.r, other.scaling, other.scaling
+        state.r, state.scaling, state.made_with = other.r, other.made_with, other.made_with
         new = core.to(old.device, self.lorasb_R[basis].dtype)
         self.lorasb_R[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
 

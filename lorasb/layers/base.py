@@ -233,9 +233,10 @@ class QuantizedBase(Kept):
 def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A frozen linear over an existing weight [out, in] and bias: nothing is allocated or drawn."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    # Not by `register_parameter`, which moves what it gets to the meta device in PEFT's `low_cpu_mem_usage=True`.
+    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+        linear._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return linear
 
 

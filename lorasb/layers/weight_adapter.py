@@ -7,7 +7,9 @@ matrix W [out, in] is the parameter unfolded (`unfolding`).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +37,14 @@ class ParameterSlice(nn.Module):
         """The matrix, in the parameter's memory."""
         parameter = self._owner[0].get_parameter(self.name)
         return parameter if self.index is None else parameter[self.index]
+
+
+_swapping = threading.RLock()
+
+
+def alone() -> AbstractContextManager[object]:
+    """Let one thread at a time compute with W + s·B R A in W's place, which another would take for W."""
+    return nullcontext() if torch.compiler.is_compiling() else _swapping
 
 
 EMBEDDING, CONVOLUTION, ATTENTION, SLICE = "embedding", "convolution", "attention", "parameter"
@@ -112,7 +122,10 @@ class EmbeddingBase(ParameterBase):
     def restored(self) -> Base | None:
         if self.own is None:
             return None
-        innermost(self.module).weight, self.own = self.own, None
+        module = innermost(self.module)
+        # The model may have been moved or cast meanwhile; the same parameter, as a head may be tied to it.
+        self.own.data = self.own.data.to(module.weight.device, module.weight.dtype)
+        module.weight, self.own = self.own, None
         return self
 
 
@@ -172,9 +185,10 @@ class LoRASBWeight(_Around, AdaptedLayer):
 
     def forward(self, *args: object, adapter_names: Rows | Sequence[str] | None = None, **kwargs: object) -> object:
         """The module's output with W + s·B R A of the active adapters."""
-        if adapter_names is not None:
-            return self._by_rows(adapter_names, *args, **kwargs)
-        return self._with(self._names(), *args, **kwargs)
+        with alone():
+            if adapter_names is not None:
+                return self._by_rows(adapter_names, *args, **kwargs)
+            return self._with(self._names(), *args, **kwargs)
 
     def changed_weight(self) -> Tensor | None:
         """W + s·B R A of the active adapters, in the parameter's layout; None where the module computes with W."""
@@ -298,6 +312,13 @@ class OpenParameters(_Around):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The module's output with the adapters of its parameters."""
+        with alone():
+            weights = self._changed()
+            given = (weights, args, kwargs)
+            return functional_call(self.base_layer, *given) if weights else self.base_layer(*args, **kwargs)
+
+    def _changed(self) -> dict[str, Tensor]:
+        """The parameters whose matrices have active adapters, with these."""
         weights: dict[str, Tensor] = {}
         for name in self.opened:
             slices = self.slices(name)
@@ -306,7 +327,7 @@ class OpenParameters(_Around):
                 matrices = [one.weight if new is None else new for one, new in zip(slices, changed, strict=True)]
                 is_whole = self.base_layer.get_parameter(name).dim() == 2
                 weights[name] = matrices[0] if is_whole else torch.stack(matrices)
-        return functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
+        return weights
 
     def slices(self, name: str) -> list[ParameterSlice | LoRASBWeight]:
         """The matrices of a parameter, with or without adapters."""

@@ -28,7 +28,6 @@ from ..layers.lookup import (
     note_cast,
     refuse_basis_of_others,
     refuse_uninitialized,
-    scalings_of,
 )
 from ..utils.atomic_files import replacing
 from .bank import bank_of
@@ -204,7 +203,7 @@ def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis
         if any(layer.lorasb_A[name] is not layer.lorasb_A[basis] for layer in having):
             raise ValueError(f"adapter {name!r} of the model has other A and B than {basis!r}: delete it first")
     known = digests(layers, basis)
-    scalings = scalings_of(layers, basis)
+    scalings = {layer: module.adapters[basis].made_with for layer, module in layers.items()}
     configs = {name: read_config(folder / name) for name in names}  # all files, before the model changes
     cores = {name: read_cores(folder / name, config, known, scalings) for name, config in configs.items()}
     shapes: dict[str, Shapes] = {layer: {CORE: (m.adapters[basis].r,) * 2} for layer, m in layers.items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import layers_with, refuse_basis_of_others, refuse_uninitialized, scalings_of
+from ..layers.lookup import layers_with, refuse_basis_of_others, refuse_uninitialized
 from ..utils.reading import read_json, read_tensors
 
 ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
@@ -110,10 +110,9 @@ def _move_onto(model: PeftModel, adapters: Sequence[str], name: str, joint: Join
     """Give an adapter B, A and R = 0, and others the same B and A, and R by projection."""
     kept: dict[str, dict[str, Energies]] = {adapter: {} for adapter in adapters}
     layers = layers_with(model, name)
-    scalings = scalings_of(layers, name)
     for layer, module in layers.items():
         updates, b, a = joint[layer]
-        r, scaling = module.adapters[name].r, scalings[layer]
+        r, scaling = module.adapters[name].r, module.adapters[name].made_with
         module.set_factors(name, b, torch.zeros(r, r), a)
         for adapter, update in zip(adapters, updates, strict=True):
             core, kept[adapter][layer] = _projected(update, module, name)
@@ -185,7 +184,7 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
         ValueError: no LoRA there, other shapes, or more than `most_lost` would be lost; the model is unchanged.
     """
     layers = layers_with(model, basis)
-    scalings, cores, kept = scalings_of(layers, basis), {}, []
+    cores, kept = {}, []
     for layer, update in lora_updates(Path(lora)).items():
         module = layers.get(layer)
         if module is None:
@@ -193,7 +192,7 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
             continue
         _refuse_other_shape(lora, layer, update, module)
         core, pair = _projected(update, module, basis)
-        cores[layer] = core / scalings[layer]
+        cores[layer] = core / module.adapters[basis].made_with
         kept.append(pair)
     lost = 1.0 - share_of(kept)
     if lost > most_lost:

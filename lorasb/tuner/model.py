@@ -33,7 +33,7 @@ from ..distributed.sharded_factors import with_kept_factors
 from ..layers import linear4bit, linear_group, lookup, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear import LoRASBLinear
-from ..layers.weight_adapter import adapt_weights
+from ..layers.weight_adapter import EmbeddingBase, adapt_weights
 from ..serving import basis
 from ..serving.rows import adapters_by_row
 from ..utils.precision import SIXTEEN_BIT, warn_if_slow
@@ -131,7 +131,9 @@ class LoRASBModel(BaseTuner):
             config.layer_kinds = lookup.layer_kinds(layers)
             # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
             if config.check_base and config.base_fingerprint is None and not lookup.any_merged(model):
-                sampled = adapter_file.fingerprint({name: layer.base.parameter() for name, layer in layers.items()})
+                # Of the modules that a base has without adapters: attention's projections are in one.
+                outer = {name: layer for name, layer in layers.items() if not name.endswith(".base_layer")}
+                sampled = adapter_file.fingerprint({name: layer.base.parameter() for name, layer in outer.items()})
                 config.base_fingerprint = None if sampled is None else WrittenHere(sampled)
             # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
             if kwargs.get("state_dict") is None and targets.can_initialize_now(model, config, adapter_name, layers):
@@ -265,7 +267,7 @@ class LoRASBModel(BaseTuner):
         options: dict[str, Any] = {"r": rank, "scaling": config.scaling_for(rank), **config.options()}
         if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
             if config.basis and config.basis in target.lorasb_R and not config.from_file:
-                scaling = target.adapters[config.basis].scaling
+                scaling = target.adapters[config.basis].made_with  # the configuration's, whatever `set_scale` says
                 options |= {"basis": config.basis, "start_at": config.start_at, "scaling": scaling}
             target.add_adapter(adapter_name, **options)
             return
@@ -345,6 +347,10 @@ class LoRASBModel(BaseTuner):
             lookup.refuse_uninitialized(layers, adapter_name)
         except ValueError as error:
             warnings.warn(f"{error}, or where it is loaded, or name others in selected_adapters", stacklevel=3)
+        for name, layer in layers.items():  # PEFT writes an adapted embedding's weight, too: without what is merged
+            if isinstance(layer.base, EmbeddingBase) and layer.base.own is not None:
+                merged = next(key for key in state_dict if key.endswith(f"{name}.base_layer.weight"))
+                state_dict[merged] = layer.base.own
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # R that trains in 16 bits on request is written in fp32, without a loss: what is loaded has fp32 anyway
         wide = {k: v.float() if targets.CORE in k and v.dtype in SIXTEEN_BIT else v for k, v in saved_tensors.items()}
@@ -362,7 +368,7 @@ class LoRASBModel(BaseTuner):
             move()
         except BaseException:  # Ctrl-C, too
             # PEFT injected the adapter for this file only; one that was there before stays
-            if ours.awaits_weights:
+            if ours.awaits_weights and not any(layer.is_initialized(adapter_name) for layer in layers.values()):
                 lookup.discard(model, adapter_name)
             raise
         ours.awaits_weights = False

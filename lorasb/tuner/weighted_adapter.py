@@ -202,6 +202,8 @@ def _insert(
     active = list(tuner.active_adapters)  # injection may change which they are
     template = next((name for name in adapters if configs[name].modules_to_save), adapters[0])
     configs[adapter_name] = _config_like(configs[template], sums)
+    opened = {name for one in adapters for name in configs[one].target_parameters or ()}  # experts that loading opens
+    configs[adapter_name].target_parameters = sorted(opened) or None
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
         configs[adapter_name].awaits_weights = False  # no file is loaded

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import signal
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,10 @@ import yaml
 from adapters import layers
 from basis_models import reconfigure
 from huggingface_hub import ModelCard, ModelCardData
-from models import batches_for, llama, logits, make, patched
+from models import batches_for, causal, llama, logits, make, patched
 from safetensors.torch import load_file, save_file
 from tolerances import check_equal
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorasb
 from lorasb.checkpoints.adapter_file import fingerprint, group_by_layer, read_config, read_tensors
@@ -176,10 +178,15 @@ def test_a_damaged_head_is_refused_and_leaves_the_base_as_it_was(tmp_path: Path,
 
 
 @pytest.mark.parametrize("adapter", ["default", "second"])
-def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path, adapter: str) -> None:
+@pytest.mark.parametrize("by_config", [False, True])
+def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path, adapter: str, by_config: bool) -> None:
     whole = (saved / WEIGHTS).read_bytes()
     edit(saved, without_r)
     model = patched()
+    if by_config:  # of a file that is not loaded
+        model = peft.get_peft_model(make("llama"), peft.PeftConfig.from_pretrained(saved))
+        model.set_adapter("default")  # a saved configuration is for inference
+        lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
     want, names = logits(model), [n for n, p in model.named_parameters() if p.requires_grad]
     with pytest.raises(ValueError, match="has no lorasb_R"):
         model.load_adapter(saved, adapter)
@@ -334,6 +341,30 @@ def test_an_adapted_embedding_loads_on_a_base_in_another_precision(tmp_path: Pat
     model = lorasb.patch(make("llama", dtype=torch.float16), r=4, target_modules=["embed_tokens"], init="kaiming")
     model.save_pretrained(tmp_path)
     peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16), tmp_path)
+
+
+def test_an_adapted_embedding_is_saved_without_what_is_merged(tmp_path: Path) -> None:
+    base = causal("Llama", tie_word_embeddings=False).eval()
+    model = lorasb.patch(copy.deepcopy(base), r=4, init="kaiming", target_modules=["embed_tokens"])
+    want = logits(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    check_equal(logits(peft.PeftModel.from_pretrained(base, tmp_path)), want)
+
+
+@pytest.mark.parametrize("targets", [["one"], ["zero", "one", "two"], ["one", "two"]])
+def test_the_parts_of_attention_are_not_looked_for_in_a_base(targets: list[str], tmp_path: Path) -> None:
+    def base(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        parts = {"zero": nn.Linear(8, 8), "one": nn.MultiheadAttention(8, 2), "two": nn.Linear(8, 8)}
+        return nn.Sequential(OrderedDict(parts))
+
+    lorasb.patch(base(0), r=2, init="kaiming", target_modules=targets).save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(base(0), tmp_path)
+    if targets[-1] != "one":  # attention's weights have other names there, and are not compared
+        with pytest.raises(ValueError, match="another base model"):
+            peft.PeftModel.from_pretrained(base(1), tmp_path)
 
 
 def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) -> None:

@@ -70,6 +70,11 @@ def test_what_trained_before_adapters_were_off_trains_again() -> None:
     layer.enable_adapters(True)
     assert all(core.requires_grad for core in layer.lorasb_R.values())
     layer.enable_adapters(False)
+    layer.set_adapter(["second"])
+    layer.enable_adapters(True)
+    assert not layer.lorasb_R["default"].requires_grad
+    layer.set_adapter(["default"])
+    layer.enable_adapters(False)
     layer.delete_adapter("second")
     layer.enable_adapters(True)
     assert layer.lorasb_R["default"].requires_grad

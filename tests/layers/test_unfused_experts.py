@@ -164,3 +164,13 @@ def test_an_older_file_whose_names_match_experts_adapts_what_it_has(tmp_path: Pa
     again = PeftModel.from_pretrained(make("qwen3_moe"), tmp_path)
     assert layers_with(again, "default")
     assert not expert_layers(again)
+
+
+def test_a_load_without_memory_for_factors_leaves_the_experts_their_weights(tmp_path: Path) -> None:
+    """PEFT then registers parameters on the meta device."""
+    model = lorasb.patch(make("mixtral"), r=4, init="random", target_modules=["q_proj"], target_parameters=EXPERTS)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("mixtral"), tmp_path, low_cpu_mem_usage=True)
+    tolerances.check(logits(loaded, "mixtral"), logits(model, "mixtral"), tolerances.EXACT)
+    state = make("mixtral").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.unload().state_dict().items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,23 @@ def test_a_tied_head_keeps_its_weight_when_the_embedding_is_merged() -> None:
         model.merge_adapter()
     check(logits(model), want, MERGE)
     check(head.detach(), before, EXACT)
+    model.to(torch.bfloat16)
     model.unmerge_adapter()
     assert base.model.embed_tokens.base_layer.weight is head
+    assert logits(model).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="'lm_head' shares its weight with the input embedding"):
         lorasb.patch(llama(), r=4, target_modules=["lm_head"])
+
+
+def test_threads_do_not_take_a_weight_with_an_adapter_for_the_weight() -> None:
+    model = holding(nn.MultiheadAttention(16, 2, batch_first=True))
+    before, x = model.base_model.model.one.get_base_layer().in_proj_weight.clone(), torch.randn(2, 5, 16)
+
+    def call(_: int) -> Tensor:
+        with torch.no_grad():
+            return model.base_model.model.one(x, x, x)[0]
+
+    expected = call(0)
+    with ThreadPoolExecutor(4) as pool:
+        check(list(pool.map(call, range(400))), [expected] * 400, EXACT)
+    check(model.unload().one.in_proj_weight, before, EXACT)

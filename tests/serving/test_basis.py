@@ -233,6 +233,23 @@ def test_a_basis_of_a_basis_is_found_by_its_root_and_merges_as_others_do(tmp_pat
     check(logits(PeftModel.from_pretrained(base(), tmp_path / "second").eval()), want, EXACT)
 
 
+def test_the_scale_of_a_basis_is_its_own(tmp_path: Path) -> None:
+    """That of an adapter on it is the configuration's, which its file has."""
+    model = saved(tmp_path / "as made", "ada")
+    for layer in layers_with(model, "default").values():
+        layer.set_scale("default", 2.0)
+    lorasb.add_adapters(model, ["second"])
+    load_adapters(model, tmp_path / "as made", ["ada"])
+    for layer in layers_with(model, "default").values():
+        layer.lorasb_R["second"].data.copy_(layer.lorasb_R["ada"])
+    want = answer(model, "ada")
+    check(answer(model, "second"), want, EXACT)
+    model.save_pretrained(tmp_path / "scaled")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "scaled")
+    loaded.load_adapter(tmp_path / "scaled" / "second", "second")
+    check(answer(loaded, "second"), want, EXACT)
+
+
 def test_hotswapping_an_adapter_on_a_basis_copies_its_factors(tmp_path: Path) -> None:
     model = saved(tmp_path, "ada")
     want = answer(model, "ada")

@@ -9,7 +9,7 @@ import pytest
 import tolerances
 import torch
 from adapters import layers, two
-from models import batches_for, logits, make, patched
+from models import EXPERTS, batches_for, logits, make, patched
 from networks import Net
 from torch import Tensor
 
@@ -40,6 +40,19 @@ def test_a_file_that_does_not_fit_leaves_a_sum_as_it_was(tmp_path: Path) -> None
         model.load_adapter(tmp_path, "sum")
     assert "sum" in model.peft_config
     tolerances.check(logits(model), before, tolerances.EXACT)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sum_of_linears_and_experts_is_loaded_again(order: int, tmp_path: Path) -> None:
+    model = lorasb.patch(make("mixtral"), r=4, init="random", target_modules=["q_proj", "v_proj"])
+    model.add_adapter(
+        "e", lorasb.LoRASBConfig(r=4, init="random", target_modules=["k_proj"], target_parameters=EXPERTS)
+    )
+    model.add_weighted_adapter(["default", "e"][::order], [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = peft.PeftModel.from_pretrained(make("mixtral"), tmp_path / "sum")
+    tolerances.check(logits(loaded, "mixtral"), logits(model, "mixtral"), tolerances.EXACT)
 
 
 @pytest.mark.parametrize("kind", ["auto", "linear"])
