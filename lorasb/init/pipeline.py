@@ -17,7 +17,7 @@ from .factorize import overlap
 from .init_report import InitReport
 from .loss import labeled_rows
 from .plan import InitPlan
-from .sampling import Batch, Loader, batch_size, samples_hash, select, split_in_half, take_rows
+from .sampling import Batch, Loader, batch_size, rng_untouched, samples_hash, select, split_in_half, take_rows
 from .strategies import Executor
 from .svd import Triplets, full_precision, truncated_svd
 from .task import AutoRate, InitOptions, Layers, Piece, Work, frozen_base
@@ -105,7 +105,8 @@ def _work(model: nn.Module, layers: Layers, batches: Loader, options: InitOption
     processes = Processes()
     if batches is None:
         return Work(model, layers, [], options, processes), 0, None
-    batches = select(batches, options.num_samples, options.seed)
+    with rng_untouched():  # samplers and collators may draw
+        batches = select(batches, options.num_samples, options.seed)
     seen = sum(processes.all_gather(sum(map(batch_size, batches))))
     # Over all ranks: one rank's share without labels is no error.
     if options.loss_fn is None and not any(processes.all_gather(sum(map(labeled_rows, batches)))):

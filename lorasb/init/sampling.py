@@ -68,14 +68,17 @@ def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
 
 
 def samples_hash(batches: list[Batch], processes: Processes) -> str:
-    """SHA-256 of the samples' tensors, in their order; of several ranks, over their digests."""
+    """SHA-256 of the samples' values, in their order; of several ranks, over their digests."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):  # a collator may order its keys differently from run to run
-            if isinstance(batch[name], Tensor):
+            value = batch[name]
+            if isinstance(value, Tensor):
                 digest.update(name.encode())
-                content = batch[name].detach().cpu().contiguous().view(-1)
+                content = value.detach().cpu().contiguous().view(-1)
                 digest.update(content.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+            elif value is not None:  # a list of weights, adapters' names, an array
+                digest.update(f"{name} {value.tolist() if hasattr(value, 'tolist') else value!r}".encode())
     every = processes.gather_json(digest.hexdigest())
     return every[0] if len(every) == 1 else hashlib.sha256(b"".join(map(bytes.fromhex, every))).hexdigest()
 
@@ -184,11 +187,15 @@ def batch_size(batch: Mapping[str, object]) -> int:
 
 
 def take_rows(batch: Batch, rows: Tensor) -> Batch:
-    """The samples of a batch at the indices `rows`; 0-D tensors and other values are passed on unchanged."""
-    return {
-        name: value.index_select(0, rows.to(value.device)) if isinstance(value, Tensor) and value.dim() > 0 else value
-        for name, value in batch.items()
-    }
+    """The samples of a batch at the indices `rows`: of its tensors and of lists with a value for each sample."""
+    size = batch_size(batch)
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.index_select(0, rows.to(value.device))
+        return [value[i] for i in rows.tolist()] if isinstance(value, list | tuple) and len(value) == size else value
+
+    return {name: taken(value) for name, value in batch.items()}
 
 
 def split_in_half(batch: Batch) -> list[Batch]:

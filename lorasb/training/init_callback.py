@@ -225,7 +225,8 @@ def _peak(optimizer: Optimizer | None, scheduler: object, layers: Layers, name: 
 
 def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
     """Set the peak rate of R's parameter groups, of several by their ratios; other groups (a head's) keep theirs."""
-    peaks = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", None)
+    schedule = getattr(scheduler, "scheduler", scheduler)
+    peaks, last = (getattr(schedule, name, None) for name in ("base_lrs", "_last_lr"))  # the second is logged
     first = _peak(optimizer, scheduler, layers, name)
     for i, group, is_shared in _groups(optimizer, layers, name):
         if is_shared:
@@ -239,8 +240,8 @@ def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Laye
         mine = rate * (peak / first) if first else rate
         group["lr"] = group["lr"] * mine / peak if peak else group["lr"]
         group["initial_lr"] = mine
-        if peaks is not None:
-            peaks[i] = mine
+        if peaks is not None and last is not None:
+            peaks[i], last[i] = mine, group["lr"]
 
 
 def _restore(args: TrainingArguments, state: TrainerState, name: str, layers: Layers, needed: bool) -> None:

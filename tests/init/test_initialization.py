@@ -17,6 +17,7 @@ from gradients import autograd_sums, factors
 from models import Batch, batches_for, logits, make, patched, started
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
 import lorasb
 from lorasb.init import InitReport
@@ -86,11 +87,15 @@ def test_a_bf16_layer_has_orthonormal_factors_up_to_its_rounding() -> None:
 def test_repeatable_and_the_global_rng_stays_where_it_was() -> None:
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    models = [lorasb.patch(make("llama"), r=4) for _ in range(3)]
+    *models, drawn = (lorasb.patch(make("llama"), r=4) for _ in range(4))
     torch.set_rng_state(state)
     for seed, model in zip((5, 5, 6), models, strict=True):
         lorasb.initialize(model, batches_for("llama"), lr=1e-3, num_samples=4, seed=seed, progress=False)
         assert torch.equal(torch.get_rng_state(), state)
+    data = list(range(8))
+    drawing = DataLoader(data, sampler=SubsetRandomSampler(data), collate_fn=lambda _: batches_for("llama", 1)[0])
+    lorasb.initialize(drawn, drawing, lr=1e-3, num_samples=4, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
     first, second, third = (factors(model) for model in models)
     tolerances.check_equal(first, second)
     assert not all(torch.equal(value, third[name]) for name, value in first.items())

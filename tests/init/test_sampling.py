@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from models import Batch
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler
 
+from lorasb.distributed.process_group import Processes
 from lorasb.init import first_step_lr
-from lorasb.init.sampling import select
+from lorasb.init.sampling import samples_hash, select
 
 
 def test_by_default_32_samples_or_a_thousandth_are_taken() -> None:
@@ -46,6 +48,18 @@ def test_a_loader_with_a_sampler_of_its_own_keeps_its_choice() -> None:
         drawn = [int(value) for batch in samples for value in batch["x"]]
         assert len(drawn) == 16
         assert set(drawn) <= chosen
+
+
+def test_lists_of_a_value_for_each_sample_are_taken_with_it() -> None:
+    data = [{"x": part, "name": [str(i) for i in part.tolist()], "of all": [1]} for part in torch.arange(10).split(4)]
+    for batch in select(data, 5, seed=0):
+        assert batch["name"] == [str(i) for i in batch["x"].tolist()]
+        assert batch["of all"] == [1]
+
+
+def test_all_values_of_samples_count() -> None:
+    batches = [{"x": torch.zeros(2)}, *({"x": torch.zeros(2), "w": w} for w in ([1, 2], [2, 1], np.ones(2), None))]
+    assert len({samples_hash([batch], Processes()) for batch in batches}) == 4  # None is nothing
 
 
 def test_a_loader_of_ready_batches_gives_as_many_samples_as_asked() -> None:
