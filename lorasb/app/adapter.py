@@ -314,9 +314,10 @@ def initialize_basis(model: peft.PeftModel, tasks: Mapping[str, Iterable[Batch]]
 
 def read_card(folder: str | Path) -> BasisCard:
     """The card of a basis; a ValueError if the folder is none, or its A and B are others."""
-    file = Path(folder) / CARD_NAME
-    if not file.is_file() or not (Path(folder) / constants.CONFIG_NAME).is_file():
-        inside = next((f" (did you mean {one.parent}?)" for one in sorted(Path(folder).glob(f"*/{CARD_NAME}"))), "")
+    folder = Path(folder).expanduser()  # as in `--basis=~/b`
+    file = folder / CARD_NAME
+    if not file.is_file() or not (folder / constants.CONFIG_NAME).is_file():
+        inside = next((f" (did you mean {one.parent}?)" for one in sorted(folder.glob(f"*/{CARD_NAME}"))), "")
         raise ValueError(
             f"expected the folder of a basis (lorasb basis make), found no {CARD_NAME} in {folder}{inside}"
         )
@@ -324,7 +325,7 @@ def read_card(folder: str | Path) -> BasisCard:
         card = BasisCard(**read_json(file))
     except TypeError as error:
         raise ValueError(f"{file} is no card of a basis ({error}): make the basis again") from None
-    if shared_factors.recorded_digest(Path(folder) / constants.FACTORS_NAME) != card.digest:
+    if shared_factors.recorded_digest(folder / constants.FACTORS_NAME) != card.digest:
         raise ValueError(f"{folder} has other A and B than its {CARD_NAME} says: copy the folder again, all of it")
     return card
 

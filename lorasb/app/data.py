@@ -46,7 +46,9 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
     if settings.data is None:
         task = settings.generated_task
         held_out = generate(task, settings.eval_examples, HELD_OUT_SEED + settings.seed)
-        return generate(task, settings.train_examples, settings.seed, exclude=held_out), held_out
+        train = generate(task, settings.train_examples, settings.seed, exclude=held_out)
+        train, held_out = ([replace(one, score=settings.score) for one in part] for part in (train, held_out))
+        return train, held_out
     train_examples = read_data(settings.data, settings.score, adapter_column=settings.adapter_column)
     if not settings.eval_examples:
         return train_examples, []
@@ -79,7 +81,9 @@ def _given(settings: Settings, train_examples: list[Example]) -> tuple[list[Exam
     names = [name.strip() for name in (settings.eval_data or "").split(",") if name.strip()]
     if not names:
         raise ValueError(f"--eval-data names no file: {settings.eval_data!r}")
-    parts = [read_data(name, settings.score, True, settings.adapter_column) for name in names]
+    of_values = settings.score == "exact" and are_values([example.label for example in train_examples])
+    score = "pearson" if of_values else settings.score  # also where the held-out values are whole numbers
+    parts = [read_data(name, score, True, settings.adapter_column) for name in names]
     most = settings.eval_examples
     drawn = (part if len(part) <= most else _shuffled(part, settings.seed)[:most] for part in parts)
     held_out = [example for part in drawn for example in part]
@@ -324,8 +328,9 @@ def read_data(name: str, score: str, held_out: bool = False, adapter_column: str
     split = source.held_out if held_out else source.train
     if split is None:
         raise ValueError(f"{name} has no held-out split: name another set, or leave --eval-data out")
+    score = source.score if score == "exact" else score
     return [
-        replace(with_adapter(source.example(row), row, adapter_column, name), source=name, score=source.score)
+        replace(with_adapter(source.example(row), row, adapter_column, name), source=name, score=score)
         for row in _rows(name, source, split)
     ]
 

@@ -254,6 +254,8 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
     # Llama's tokenizer has no padding token; padding is masked, so any token serves.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None and isinstance(problem, LanguageModeling):
+        raise ValueError(f"the tokenizer of --model {settings.model!r} has no eos_token, which ends an answer: set one")
     if isinstance(names := targets(settings.target_modules), list):
         refuse_unknown_names(model, names)
     model.to(device())  # type: ignore[arg-type]  # transformers wraps the method

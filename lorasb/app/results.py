@@ -326,7 +326,8 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name
         basis, model, module = map(shlex.quote, (basis or str(folder / "adapter"), model, module))
         serve = f"LORASB_BASIS={basis} vllm serve {model} --enable-lora --lora-modules {module}"
     else:
-        serve = lora.serve_command(model, folder / "lora", summary["rank"])
+        largest = max([summary["rank"], *(summary["config"].get("rank_pattern") or {}).values()])
+        serve = lora.serve_command(model, folder / "lora", largest)
     return {"command": command, "python": "\n".join(_python(summary, adapter)), "serve": serve}
 
 

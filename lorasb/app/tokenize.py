@@ -66,6 +66,8 @@ def encode(
         text_ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]
         ids += text_ids
         learned += [mark] * len(text_ids)
+    if not ids:  # a text without a prompt: its first token is predicted from another one
+        ids, learned = [tokenizer.bos_token_id or tokenizer.eos_token_id], [False]
     completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     is_cut = len(ids) + len(completion) > max_length
     completion = completion[: max(max_length - len(ids), max_length // 8, 1) if whole_prompt else max_length - 1]

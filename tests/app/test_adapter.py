@@ -196,8 +196,9 @@ def whole(on_it: Settings, made: Path) -> Path:
     return folder
 
 
-def test_the_card_says_what_the_basis_is(made: Path, settings: Settings) -> None:
-    card = read_card(made)
+def test_the_card_says_what_the_basis_is(made: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(made.parent))
+    card = read_card(f"~/{made.name}")
     assert (card.model, card.r, card.update) == (settings.model, 8, "adamw")
     assert {name: found["examples"] for name, found in card.tasks.items()} == {"copy": 24, "next": 24}
     assert all(0.5 < found["kept"] <= 1 for found in card.tasks.values())

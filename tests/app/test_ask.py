@@ -166,6 +166,8 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     of_demo = ask.how_to(summary | {"config": {"model": EMBEDDED}}, Path("run"))
     lora = "--enable-lora --max-lora-rank 8 --lora-modules adapter=run/lora"
     assert of_demo["serve"] == f"vllm serve {cache_dir() / EMBEDDED} {lora}"
+    of_ranks = ask.how_to(summary | {"config": {"model": "m", "rank_pattern": {"down_proj": 24}}}, Path("run"))
+    assert "--max-lora-rank 32" in of_ranks["serve"]
     assert of_several["serve"].startswith("LORASB_BASIS=run/adapter vllm serve m --enable-lora")
     on_basis = ask.how_to(summary | {"config": {"model": "m", "basis": "b"}}, Path("run"))
     served = "LORASB_BASIS=b vllm serve m --enable-lora --lora-modules adapter=run/adapter"

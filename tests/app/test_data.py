@@ -70,6 +70,8 @@ def test_several_held_out_sets_each_give_so_many(hub: list[Any], data: Path) -> 
     train, held_out = load_examples(Settings(data="metamathqa", eval_data=f"gsm8k, {data}", eval_examples=2))
     assert [(e.source, e.score) for e in held_out] == [("gsm8k", "number"), *[(str(data), "exact")] * 2]
     assert len(train) == 1
+    asked = Settings(data="metamathqa", eval_data="gsm8k", score="symbolic")
+    assert {e.score for e in load_examples(asked)[1]} == {"symbolic"}
 
 
 def test_a_file_goes_before_a_name(hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +208,9 @@ def test_labels_have_a_score_of_their_own(tmp_path: Path, labels: list[Any], sco
     file = write_rows(tmp_path / "a.jsonl", ({"text": "t", "label": label} for label in labels))
     assert {example.score for example in read_data(file, "exact")} == {score}
     assert {example.score for example in read_data(file, "matthews")} == {"matthews"}
+    whole = write_rows(tmp_path / "b.jsonl", [{"text": "u", "label": 1}])
+    held_out = load_examples(Settings(data=str(file), eval_data=str(whole)))[1]
+    assert held_out[0].score == ("pearson" if score == "pearson" else "label")
 
 
 def test_prompts_with_a_label_column_stay_prompts(tmp_path: Path) -> None:

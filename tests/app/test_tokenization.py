@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,10 @@ import transformers
 import lorasb
 from lorasb.app import tokenize
 from lorasb.app.data import Example
+from lorasb.app.prepare import prepare
+from lorasb.app.settings import Settings
 from lorasb.app.tokenize import IGNORED, ByLength, Collator, Encoded, encode
+from lorasb.utils.atomic_files import write_json
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
@@ -105,17 +111,18 @@ def test_a_held_out_question_that_fits_is_whole_and_others_leave_room_for_an_ans
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "learned"), [("a", "b", " b"), ("a\n", "b", "b"), ("a", "  b\n", "  b\n")]
+    ("prompt", "completion", "learned"), [("", "b", " b"), ("a", "b", " b"), ("a\n", "b", "b"), ("a", "  b\n", "  b\n")]
 )
 def test_white_space_of_the_users_own_is_kept(prompt: str, completion: str, learned: str) -> None:
     class Letters:
-        eos_token_id = 0
+        bos_token_id, eos_token_id = None, 0
 
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [ord(letter) for letter in text]}
 
     encoded = encode(Example(prompt, completion), Letters(), 64)
     assert "".join(map(chr, encoded.completion[:-1])) == learned
+    assert encoded.prompt == (tuple(map(ord, prompt)) or (0,))  # the first token of a text is predicted, too
 
 
 def test_before_and_after_are_measured_alike() -> None:
@@ -124,6 +131,14 @@ def test_before_and_after_are_measured_alike() -> None:
     before = Collator(0, model)(encoded)
     after = Collator(0, lorasb.patch(model, r=4))(encoded)
     assert before.keys() == after.keys() >= {"position_ids", "logits_to_keep"}
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(base: Settings, tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", {key: value for key, value in config.items() if key != "eos_token"})
+    with pytest.raises(ValueError, match=r"the tokenizer of --model .*model' has no eos_token, which ends an answer"):
+        prepare(replace(base, model=str(folder)))
 
 
 def test_prompts_are_not_learned(tokenizer: Any, model: Any) -> None:
