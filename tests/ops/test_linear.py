@@ -323,6 +323,11 @@ BAD_INPUT: dict[str, tuple[str, Change, type[Exception], str]] = {
 }  # fmt: skip
 
 
+def test_the_largest_rank_is_taken() -> None:
+    cases, _ = make_call("dense", torch.float32, (2,), 256, 256, 256)
+    check(run(*cases), *cases)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_is_refused_alike_by_every_backend(name: str, backend: str) -> None:

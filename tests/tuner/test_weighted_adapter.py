@@ -67,6 +67,7 @@ def test_adapters_that_share_factors_are_added_exactly(kind: str, tmp_path: Path
         tolerances.check(layer.get_delta_weight("sum"), want, tolerances.EXPORT)
     model.set_adapter("sum")
     after = logits(model)
+    assert model.peft_config["sum"].inference_mode
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "sum").eval()
     tolerances.check(logits(again), after, tolerances.EXACT)
