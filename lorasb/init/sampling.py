@@ -191,6 +191,7 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
     size = batch_size(batch)
 
     def taken(value: Any) -> Any:
+        """An entry's part that belongs to the rows."""
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.index_select(0, rows.to(value.device))
         return [value[i] for i in rows.tolist()] if isinstance(value, list | tuple) and len(value) == size else value
