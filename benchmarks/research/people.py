@@ -1,10 +1,12 @@
 """Many people on one basis, against each of them alone and one LoRA for all: held-out answers and time.
 
-    python -m benchmarks.research.people [--people 200] [--alone 16] [--work runs/people-compared] [--output FOLDER]
+    python -m benchmarks.research.people [--people 200] [--alone 50] [--rates 4e-3 8e-3] [--work runs/people-compared]
+        [--output FOLDER]
 
 The people of `make demo-many`, by `lorasb finetune`: all together on a basis of r = 16, an R each; some alone on
 the same basis, like somebody who comes later; and one LoRA for all, whose prompts say who asks. All answer the
-wordings that were not trained on. Runs that are there are not run again.
+wordings that were not trained on. Runs that are there are not run again; with
+an empty --rates the LoRA of an earlier file stays, with its machine.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import show
-from benchmarks.common.timing import dtype_option, provenance, use_dtype
+from benchmarks.common.timing import dtype_name, dtype_option, machine_name, provenance, use_dtype
 from benchmarks.research.methods.runner import RESULTS
 from benchmarks.research.paired.compare import half_width
 from benchmarks.serving.people import rows, write_rows
@@ -42,6 +44,7 @@ HEAD = (
     "right",
     "right, of the people who also trained alone",
     "seconds per person",
+    "machine",
 )
 
 
@@ -70,7 +73,7 @@ def command(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "lorasb", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def run(work: Path, people: int, alone: int) -> dict[str, Any]:
+def run(work: Path, people: int, alone: int, rates: Sequence[float]) -> dict[str, Any]:
     """Train all ways: the shares of right answers, of everybody and of those who also train alone, and the seconds."""
     users = [f"person-{i}" for i in range(people)]
     everybody = {user: rows(user) for user in users}
@@ -88,7 +91,7 @@ def run(work: Path, people: int, alone: int) -> dict[str, Any]:
         for user in some
     ]
     found[ALONE] = scored(joined(runs), some, some)
-    for lr in RATES:
+    for lr in rates:
         lora = finetune(
             work / f"lora-{lr:g}-{PASSES}",
             named(train),
@@ -106,7 +109,7 @@ def run(work: Path, people: int, alone: int) -> dict[str, Any]:
         one = scored(lora, users, some) | {"lr": lr}
         if LORA not in found or one["right"] > found[LORA]["right"]:
             found[LORA] = one
-    return found
+    return {way: one | {"machine": machine_name(dtype_name())} for way, one in found.items()}
 
 
 def joined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -131,26 +134,33 @@ def lines(found: Mapping[str, Any]) -> Iterator[list[str]]:
     """Rows of the table, for the screen and the report; with the 95% interval of the differences from the first way."""
     first = next(iter(found["ways"].values()))["by_person"]
     for way, one in found["ways"].items():
-        less = [100 * (mine - theirs) for mine, theirs in zip(one["by_person"], first, strict=True)]
-        difference = f" ({statistics.fmean(less):+.1f} ± {half_width(less):.1f} points)" if any(less) else ""
+        of_some = "-"
+        if len(one["by_person"]) == len(first):  # an earlier LoRA may have been asked about others
+            less = [100 * (mine - theirs) for mine, theirs in zip(one["by_person"], first, strict=True)]
+            difference = f" ({statistics.fmean(less):+.1f} ± {half_width(less):.1f} points)" if any(less) else ""
+            of_some = f"{one['right_of_some']:.1%}{difference}"
         rate = f" (rate {one['lr']:g}, the best of {len(RATES)})" if "lr" in one else ""
-        shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}{difference}"
-        yield [way + rate, str(one["people"]), str(one["answers"]), *shares, f"{one['seconds_per_person']:.1f}"]
+        counts = str(one["people"]), str(one["answers"])
+        measured = f"{one['right']:.1%}", of_some, f"{one['seconds_per_person']:.1f}", one["machine"]
+        yield [way + rate, *counts, *measured]
 
 
 def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=200)
-    parser.add_argument("--alone", type=int, default=16, help="people who also train alone")
+    parser.add_argument("--alone", type=int, default=50, help="people who also train alone")
+    parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="of the LoRA for all")
     parser.add_argument("--work", type=Path, default=Path("runs/people-compared"))
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder of {FILE}")
     dtype_option(parser)
     options = parser.parse_args()
     use_dtype(options.dtype)
-    found = {**provenance(), "ways": run(options.work, options.people, options.alone)}
+    file = options.output / FILE
+    earlier = json.loads(file.read_text())["ways"] if file.is_file() else {}
+    found = {**provenance(), "ways": earlier | run(options.work, options.people, options.alone, options.rates)}
     show("people on one basis, SmolLM2-135M", HEAD, lines(found))
-    write_json(options.output / FILE, found)
+    write_json(file, found)
 
 
 if __name__ == "__main__":
