@@ -128,6 +128,7 @@ def test_a_cast_keeps_the_parameter_of_r_whatever_its_dtype() -> None:
 def test_a_base_that_was_merged_while_it_was_cast_computes() -> None:
     model = lorasb.patch(lorasb.quantize(nn.Sequential(nn.Linear(64, 64))), r=4, init="random", target_modules=["0"])
     model.merge_adapter()
+    assert not any(parameter.requires_grad for parameter in model.base_model.model[0].get_base_layer().parameters())
     model.half()
     model.unmerge_adapter()
     layer = model.base_model.model[0]
