@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -269,6 +270,12 @@ class LoRASBConfig(PeftConfig):
         config.saved_names = names
         config.source = str(pretrained_model_name_or_path), {"subfolder": subfolder, **kwargs}
         return config.weights_follow()
+
+
+def ranks_by_name(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The largest rank, and a `rank_pattern` of the others, each of which matches one layer by its whole name."""
+    largest = max(ranks.values())
+    return largest, {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
 
 
 def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:

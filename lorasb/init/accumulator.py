@@ -170,7 +170,13 @@ class GradientSums:
             return output
         self.called.add(name)
         self._pending[name] += 1
-        output.register_hook(partial(self._add, name, inputs[0].detach()))
+        # F.linear of three dimensions returns a view, whose hook an operation in place on it would leave out: that of
+        # the product itself stays.
+        root = output if output._base is None else output._base
+        if root.numel() != output.numel() or not (root.is_contiguous() and output.is_contiguous()):
+            root = output = output.clone()
+        x = inputs[0].detach()  # with the version counter of the input
+        root.register_hook(partial(self._add, name, x, 0 if x.is_inference() else x._version))
         # Tensor hooks run in the order of registration, so hooks that others register on this output later (the
         # loss rescales the gradient at the logits) would run after ours. They go onto a view, nearer to the loss.
         return output.view_as(output)
@@ -199,7 +205,12 @@ class GradientSums:
         return self.sums[name]
 
     @torch.no_grad()
-    def _add(self, name: str, x: Tensor, dy: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:
+        if not x.is_inference() and x._version != version:  # as autograd would say if the weight trained
+            raise ValueError(
+                f"the input of layer {name!r} was changed in place after it ran: write x = x + y, not x += y"
+            )
+        dy = dy.reshape(*x.shape[:-1], dy.shape[-1])
         self._pending[name] -= 1
         # A layer may run several times in a forward (shared modules): only its last backward completes the sum.
         self._sum_of(name).add(dy, x, self.closing and self._pending[name] == 0)

@@ -6,11 +6,12 @@ the recomputed gradients would be wrong without notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class Call:
     kwargs: Kwargs  # keyword arguments without the hidden states
     by_keyword: bool  # True if the hidden states were passed by keyword
     autocast: tuple[str, torch.dtype | None]  # device type, and autocast's dtype or None if it was disabled
+    random: list[Tensor]  # random states of the CPU and of the hidden states' GPU, which a block may draw from
 
     def repeat(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Recompute the block's output (its hidden states) for the same call."""
@@ -102,10 +104,22 @@ class Call:
         kwargs = {name: _with_tensors(value, back) for name, value in self.kwargs.items()}
         # Backward runs after the forward's autocast context has ended, so it is entered again.
         kind, dtype = self.autocast
-        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        gpus = [hidden.device] if hidden.is_cuda else []
+        with torch.random.fork_rng(gpus), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+            _set_random(self.random, hidden)
             if self.by_keyword:
                 return _hidden_of(block(*args, **{HIDDEN: hidden}, **kwargs))
             return _hidden_of(block(hidden, *args, **kwargs))
+
+
+def _random(hidden: Tensor) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(hidden.device)] if hidden.is_cuda else ())]
+
+
+def _set_random(states: list[Tensor], hidden: Tensor) -> None:
+    torch.set_rng_state(states[0])
+    if hidden.is_cuda:
+        torch.cuda.set_rng_state(states[1], hidden.device)
 
 
 @dataclass
@@ -116,6 +130,8 @@ class Traversal:
     # tensors between blocks, from the first block's input to the last one's output. The graph is cut at each of them,
     # so that no graph is longer than a block
     leaves: list[Tensor] = field(default_factory=list)
+    # outputs of targets that do not depend on hidden states (a position bias): only their own block may use them
+    aside: list[Tensor] = field(default_factory=list)
     # stored copies by id of the argument, so that an argument of many blocks (a mask) is stored once
     stored: dict[int, Tensor] = field(default_factory=dict)
     # every tensor that passed between blocks, with its version at that time. The references keep ids from being reused
@@ -159,6 +175,7 @@ class Recorder:
                 handles.enter_context(block.register_forward_hook(partial(self._after, i)))
                 for name, layer in self.targets[i].items():
                     handles.enter_context(layer.register_forward_pre_hook(partial(self._inside, i, name)))
+                    handles.enter_context(layer.register_forward_hook(self._aside))
             yield
 
     def settle(self, counts: bool) -> None:
@@ -170,11 +187,12 @@ class Recorder:
             # A recomputation would see other values; autograd's own check covers only what it saved for backward.
             if any(_version(tensor) != version for tensor, version in traversal.versions):
                 raise NotAStackError(MODIFIED_IN_PLACE)
-            if any(leaf.grad is not None for leaf in traversal.leaves[:-1]):
+            if any(leaf.grad is not None for leaf in (*traversal.leaves[:-1], *traversal.aside)):
                 raise NotAStackError("the loss depends on the hidden states between blocks too")
             traversal.gradient = traversal.leaves[-1].grad if complete else None
             traversal.counts = counts
-            traversal.leaves, traversal.stored, traversal.versions = [], {}, []  # needed for the checks only
+            # needed for the checks only
+            traversal.leaves, traversal.aside, traversal.stored, traversal.versions = [], [], {}, []
             if traversal.gradient is not None:
                 self.traversals.append(traversal)
         self.above, self._open = False, []
@@ -211,6 +229,15 @@ class Recorder:
         if torch.is_grad_enabled() and self._running != i:
             raise NotAStackError(f"layer {name!r} also runs outside of its block")
 
+    def _aside(self, module: nn.Module, args: Args, output: object) -> Tensor | None:
+        """Have a target's output in the graph, so that a later block or the loss that gets it is noticed."""
+        recorded = self._open and not self._passive and self._running is not None and torch.is_grad_enabled()
+        if not recorded or not isinstance(output, Tensor) or output.requires_grad:
+            return None
+        leaf = output.detach().requires_grad_(True)
+        self._open[-1].aside.append(leaf)
+        return leaf.clone()  # a leaf may not be changed in place
+
     def _store_call(self, hidden: Tensor, args: Args, kwargs: Kwargs) -> None:
         """Store a block's input and other arguments, which may not depend on earlier blocks."""
         traversal, leaves = self._open[-1], self._leaves()
@@ -228,7 +255,8 @@ class Recorder:
         named = {n: _with_tensors(value, store_once) for n, value in kwargs.items() if args or n != HIDDEN}
         kind = hidden.device.type
         autocast = kind, torch.get_autocast_dtype(kind) if autocast_on(kind) else None
-        traversal.calls[block] = Call(self.store(hidden.detach()), positional, named, not args, autocast)
+        given = self.store(hidden.detach()), positional, named, not args
+        traversal.calls[block] = Call(*given, autocast, _random(hidden))
 
     def _after(self, i: int, module: nn.Module, args: Args, output: object) -> object:
         if self._passive:
@@ -239,10 +267,10 @@ class Recorder:
         self._open[-1].leaves.append(self._open[-1].watch(leaf))
         # The head and targets above the stack are summed by `GradientSums` from here on.
         self.above = i == len(self.blocks) - 1
-        return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+        return _tuple_like(output, (leaf, *output[1:])) if isinstance(output, tuple) else leaf
 
     def _leaves(self) -> set[int]:
-        return {id(leaf) for traversal in self._open for leaf in traversal.leaves}
+        return {id(leaf) for traversal in self._open for leaf in (*traversal.leaves, *traversal.aside)}
 
 
 def _depends_on(tensor: Tensor, leaves: set[int]) -> bool:
@@ -270,7 +298,14 @@ def _with_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
-        return tuple(_with_tensors(item, change) for item in value)
-    if isinstance(value, dict | list) or "Cache" in type(value).__name__:
+        return _tuple_like(value, [_with_tensors(item, change) for item in value])
+    held = getattr(value, "__dict__", {}).values()  # a context that blocks write their results into
+    depends = any(isinstance(one, Tensor) and one.requires_grad for one in held)
+    if isinstance(value, dict | list) or "Cache" in type(value).__name__ or depends:
         raise NotAStackError(f"blocks share a {type(value).__name__} that they may write to")
     return value
+
+
+def _tuple_like(value: tuple[object, ...], items: Sequence[object]) -> tuple[object, ...]:
+    """A tuple of the same type, which may be a named one."""
+    return cast("tuple[object, ...]", getattr(value, "_make", tuple)(items))

@@ -59,7 +59,7 @@ def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Facto
     """
     u, s, vt = truncated_svd(weight, r, seed)
     # Drawn on the CPU, where a seed gives the same numbers whatever device the layer is on.
-    core = torch.randn(r, r, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype) * XS_NOISE
+    core = torch.randn(r, r, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype, device="cpu") * XS_NOISE
     b, a = (u, s[:, None] * vt) if sigma_on == "input" else (u * s, vt)
     return Factors(b, core.to(weight.device), a, s)
 
@@ -68,14 +68,17 @@ def random_subspace(shape: tuple[int, int], r: int, seed: int) -> Factors:
     """Random control: orthonormal B [out, r] and A [r, in], independent of W and of the data, and R = 0."""
     # Uniform over the subspaces: Q of the QR of a Gaussian matrix, drawn on the CPU.
     generator = torch.Generator().manual_seed(seed)
-    b, a = (torch.linalg.qr(torch.randn(side, r, generator=generator, dtype=torch.float32)).Q for side in shape)
+    b, a = (
+        torch.linalg.qr(torch.randn(side, r, generator=generator, dtype=torch.float32, device="cpu")).Q
+        for side in shape
+    )
     return Factors(b, b.new_zeros(r, r), a.t().contiguous(), b.new_zeros(r))
 
 
 def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
     """Truncated SVD of a Kaiming-uniform random matrix of W's shape (Table 5)."""
     bound = math.sqrt(6.0 / weight.shape[1])  # as nn.init.kaiming_uniform_ with a=0 and fan_in
-    noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
+    noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype, device="cpu")
     u, s, vt = truncated_svd(((2.0 * noise - 1.0) * bound).to(weight.device), r, seed)
     return Factors(u, torch.diag(s / scaling), vt, s)
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from ..constants import MAX_RANK
 from ..utils.atomic_files import write_json
 from ..utils.plotting import GRAD, INK, MUTED, SIGN, canvas, save
 from ..utils.reading import Json, read_json
@@ -269,6 +270,8 @@ class InitReport:
             raise ValueError(f"expected an energy target in (0, 1], got {energy!r}")
         else:
             ranks = {name: min(bisect.bisect_left(curve, energy) + 1, len(curve)) for name, curve in curves.items()}
+        # The longest names first: a pattern matches by its end, and `proj` would take `encoder.proj`, too.
+        ranks = {name: min(ranks[name], MAX_RANK) for name in sorted(ranks, key=len, reverse=True)}
         captured = {name: curves[name][r - 1] for name, r in ranks.items()}
         short = tuple(name for name, value in captured.items() if energy is not None and value < energy)
         return RankSuggestion(ranks, sum(r * r for r in ranks.values()), sum(captured.values()) / len(captured), short)

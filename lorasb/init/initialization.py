@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -160,9 +161,9 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
             found, data = from_gradients(model, layers, batches, options, write)
         report = _recorded(model, config, found, data, started)
     else:  # the data-free inits ignore batches and a rate; "auto" is measured on the batches
-        report = without_data(model, config, name, layers, options.seed, options.progress)
-        if isinstance(options.lr, AutoRate) and batches is not None:
-            report.rate = rate_of_initialized(model, layers, batches, options)
+        measured = isinstance(options.lr, AutoRate) and batches is not None
+        rate_of = partial(rate_of_initialized, model, layers, batches, options) if measured else None
+        report = without_data(model, config, name, layers, options.seed, options.progress, rate_of)
     # PEFT freezes every adapter but the active one; R of an inactive adapter is meant to be frozen.
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
@@ -175,9 +176,15 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
 
 
 def without_data(
-    model: nn.Module, config: LoRASBConfig, name: str, layers: Layers, seed: int = 0, progress: bool = True
+    model: nn.Module,
+    config: LoRASBConfig,
+    name: str,
+    layers: Layers,
+    seed: int = 0,
+    progress: bool = True,
+    rate_of: Callable[[], float] | None = None,
 ) -> InitReport:
-    """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself."""
+    """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself, and measure a rate."""
     started, options = time.perf_counter(), InitOptions(adapter=name, seed=seed)
     report = InitReport(config.init, "none", None, 0, seed, None, 0.0)
     bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False, delay=2.0)
@@ -186,6 +193,7 @@ def without_data(
             factors, of_layer = factor_weight(layer_name, layer, config.init, options)
             write(layer, factors)
             report.layers.append(of_layer)
+        report.rate = rate_of() if rate_of else None
     return _recorded(model, config, report, None, started)
 
 
@@ -218,6 +226,8 @@ def _initialize_tasks(
         raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
     if isinstance(options.lr, AutoRate):
         raise ValueError("lr='auto' measures the rate of one task, and several share a basis: pass a number")
+    if options.longest_start == 0:
+        raise ValueError("longest_start=0 leaves no first steps, which several tasks share a basis for: leave it out")
     basis, layers = adapted_layers(model, adapter_name)
     refuse_shared_basis(layers, basis)  # before any task's gradients are taken
     taken = [task for task in tasks if task in model.peft_config]

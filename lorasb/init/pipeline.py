@@ -24,6 +24,7 @@ from .task import AutoRate, InitOptions, Layers, Piece, Work, frozen_base
 from .write import LayerWriter, Write
 
 
+@rng_untouched()  # samplers and collators may draw, and models that do in evaluation
 def from_gradients(
     model: nn.Module, layers: Layers, batches: Loader, options: InitOptions, write: Write
 ) -> tuple[InitReport, str | None]:
@@ -83,6 +84,7 @@ def _scaled_to_rate(work: Work) -> tuple[float, float | None]:
     return lr, rate
 
 
+@rng_untouched()
 def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> float:
     """The learning rate of lr="auto" for an adapter that has its factors, by a forward over the samples."""
     return measured_rate(_work(model, layers, batches, options)[0])
@@ -105,8 +107,7 @@ def _work(model: nn.Module, layers: Layers, batches: Loader, options: InitOption
     processes = Processes()
     if batches is None:
         return Work(model, layers, [], options, processes), 0, None
-    with rng_untouched():  # samplers and collators may draw
-        batches = select(batches, options.num_samples, options.seed)
+    batches = select(batches, options.num_samples, options.seed, options.whole_batches)
     seen = sum(processes.all_gather(sum(map(batch_size, batches))))
     # Over all ranks: one rank's share without labels is no error.
     if options.loss_fn is None and not any(processes.all_gather(sum(map(labeled_rows, batches)))):

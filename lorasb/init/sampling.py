@@ -25,15 +25,17 @@ DATA_SET_DIVISOR = 1000  # the paper takes 1/1000 of the data set (appendix I)
 MIN_SAMPLES = 32  # the default never takes fewer, unless the data set has fewer
 
 
-def select(batches: Loader, num_samples: int | None, seed: int) -> list[Batch]:
+def select(batches: Loader, num_samples: int | None, seed: int, whole: bool = False) -> list[Batch]:
     """This rank's samples: drawn from a DataLoader's data set or a list's rows, else the first of an iterable.
 
-    A DataLoader with a custom sampler (a subset, a rank's share) is taken in its order, as an iterable is.
+    A DataLoader with a custom sampler (a subset, a rank's share) is taken in its order, as an iterable is. `whole`
+    batches (of pairs) are not cut: lists are taken in order, too, and the last batch may exceed the number.
     """
     processes = Processes()
     # All ranks have to draw, or all take their own order: the branch is chosen by counts that every rank knows.
     with processes.together():
         count = _countable(batches, num_samples)
+        count = -1 if whole and not _can_draw(batches) else count
     counts = processes.all_gather(count)
     limit: int | None = None  # of samples in iteration order
     if min(counts) >= 0:
@@ -44,7 +46,7 @@ def select(batches: Loader, num_samples: int | None, seed: int) -> list[Batch]:
         lengths, source = processes.all_gather(-1 if own is None else own), without_repeats(batches)
         limit = _default_count(sum(lengths)) if num_samples is None and min(lengths) >= 0 else num_samples
     with processes.together():
-        found = list(_first(source, limit))
+        found = list(_first(source, limit, whole))
     counts = processes.all_gather(sum(map(batch_size, found)))
     if sum(counts) == 0:  # the same sum, and so the same error, on every rank
         raise ValueError("expected at least one sample to initialize from, got none: the batches are empty")
@@ -52,16 +54,17 @@ def select(batches: Loader, num_samples: int | None, seed: int) -> list[Batch]:
         raise ValueError(too_few(num_samples, sum(counts)))
     if limit is None or sum(counts) <= limit:
         return found
-    return list(_first(found, _quotas(counts, limit)[processes.rank]))
+    return list(_first(found, _quotas(counts, limit)[processes.rank], whole))
 
 
-def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
+def _first(batches: Iterable[Batch], limit: int | None, whole: bool = False) -> Iterator[Batch]:
     """Batches up to a number of samples, or all; empty ones are passed over."""
     left = math.inf if limit is None else limit
     for batch in batches if left else ():
         rows = int(min(batch_size(batch), left))
         if rows:
-            yield dict(take_rows(batch, torch.arange(rows)) if rows < batch_size(batch) else batch)
+            cut = rows < batch_size(batch) and not whole
+            yield dict(take_rows(batch, torch.arange(rows)) if cut else batch)
         left -= rows
         if not left:  # before the next batch is fetched: a stream may be endless, or costly
             break
@@ -72,15 +75,25 @@ def samples_hash(batches: list[Batch], processes: Processes) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):  # a collator may order its keys differently from run to run
-            value = batch[name]
-            if isinstance(value, Tensor):
+            for content in _contents(batch[name]):
                 digest.update(name.encode())
-                content = value.detach().cpu().contiguous().view(-1)
-                digest.update(content.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
-            elif value is not None:  # a list of weights, adapters' names, an array
-                digest.update(f"{name} {value.tolist() if hasattr(value, 'tolist') else value!r}".encode())
+                digest.update(content)
     every = processes.gather_json(digest.hexdigest())
     return every[0] if len(every) == 1 else hashlib.sha256(b"".join(map(bytes.fromhex, every))).hexdigest()
+
+
+def _contents(value: object) -> Iterator[bytes]:
+    """The bytes of an entry: of a tensor or array, a text or number, or a list of such; nothing of other objects."""
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().view(-1)
+        yield content.view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
+    elif isinstance(value, np.ndarray):
+        yield value.tobytes()
+    elif isinstance(value, str | int | float):
+        yield repr(value).encode()
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _contents(one)
 
 
 def _countable(batches: Loader, num_samples: int | None) -> int:
@@ -114,6 +127,8 @@ def without_repeats(loader: Loader) -> Iterable[Batch]:
 
 def _own_rows(loader: Loader) -> int | None:
     """Number of samples in this rank's iteration order, before any that are repeated; None if unknown."""
+    if isinstance(loader, list | tuple):
+        return sum(map(batch_size, loader))
     sampler, sharded = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
         # rank, rank + num_replicas, ...
@@ -158,7 +173,7 @@ def draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> li
     if count > available:
         raise ValueError(too_few(count, available))
     # The same permutation on every rank, so no communication is needed to split it.
-    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
     drawn = drawn - sum(counts[:rank])
     return drawn[(drawn >= 0) & (drawn < counts[rank])].tolist()
 
@@ -187,14 +202,17 @@ def batch_size(batch: Mapping[str, object]) -> int:
 
 
 def take_rows(batch: Batch, rows: Tensor) -> Batch:
-    """The samples of a batch at the indices `rows`: of its tensors and of lists with a value for each sample."""
+    """The samples of a batch at the indices `rows`: of its tensors, and of lists and arrays with a value for each."""
     size = batch_size(batch)
 
     def taken(value: Any) -> Any:
         """An entry's part that belongs to the rows."""
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.index_select(0, rows.to(value.device))
-        return [value[i] for i in rows.tolist()] if isinstance(value, list | tuple) and len(value) == size else value
+        if isinstance(value, np.ndarray) and value.ndim and len(value) == size:
+            return value[rows.numpy()]
+        # not a tuple, which is one value (an image's size)
+        return [value[i] for i in rows.tolist()] if isinstance(value, list) and len(value) == size else value
 
     return {name: taken(value) for name, value in batch.items()}
 

@@ -128,7 +128,9 @@ def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tens
     source = matrix.words if isinstance(matrix, SignBits) else matrix
     dtype = torch.float32 if isinstance(matrix, SignBits) else matrix.dtype
     # Drawn on the CPU: one seed gives the same start on every device.
-    basis = torch.randn(short, q, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(source.device)
+    basis = torch.randn(short, q, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu").to(
+        source.device
+    )
     gram = None
     # W Wᵀ and [s, s] products, where these take fewer multiplications (over s) than two [s, l] products per iteration;
     # exact for signs, whose products are integers (below 2^24 in fp32).
@@ -175,7 +177,7 @@ class MomentSketch:
         q = min(r + OVERSAMPLE, *shape)
         # drawn on the CPU: the same on every device and rank
         generator = torch.Generator().manual_seed(seed)
-        self._starts = [torch.randn(side, q, generator=generator, dtype=torch.float32) for side in shape]
+        self._starts = [torch.randn(side, q, generator=generator, dtype=torch.float32, device="cpu") for side in shape]
         self.sums = [torch.zeros(side, q, dtype=torch.float32) for side in shape]
 
     def to(self, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import Shapes, check_factors, group_by_layer, read_config, read_cores
-from ..config.adapter import LoRASBConfig
+from ..config.adapter import LoRASBConfig, ranks_by_name
 from ..constants import BASE_ROW, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import (
@@ -43,7 +42,7 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
         return
     _, layers = adapted_layers(model, config.basis)
     ranks = {name: layer.adapters[config.basis].r for name, layer in layers.items()}
-    largest = max(ranks.values())
+    largest, pattern = ranks_by_name(ranks)
     if config.r not in (None, largest):
         raise ValueError(f"an adapter on {config.basis!r} has its rank, {largest}, got r={config.r}: leave r out")
     refuse_uninitialized(layers, config.basis)
@@ -51,7 +50,7 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
         setattr(config, field, copy.deepcopy(getattr(configs[config.basis], field)))
     config.target_modules = set(layers)
     config.r = largest
-    config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
+    config.rank_pattern = pattern
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.start_at = config.basis if config.basis_start == "same" else None
     config.basis = next(iter(layers.values())).bases.get(config.basis, config.basis)  # whose the tensors are

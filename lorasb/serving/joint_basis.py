@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from peft import PeftModel
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..config.adapter import LoRASBConfig
+from ..config.adapter import LoRASBConfig, ranks_by_name
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_basis_of_others, refuse_uninitialized
@@ -80,8 +79,7 @@ def share_basis(model: PeftModel, adapters: Sequence[str], name: str, r: int | N
         wanted = r if r is not None else max(module.adapters[adapter].r for adapter in adapters)
         ranks[layer] = min(wanted, module.in_features, module.out_features)
     joint = _joined(layers, adapters, ranks)  # all that may fail, before the model is changed
-    largest = max(ranks.values())
-    pattern = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
+    largest, pattern = ranks_by_name(ranks)
     like = cast(LoRASBConfig, model.peft_config[adapters[0]])
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
     config.task_type, config.target_parameters = like.task_type, copy.copy(like.target_parameters)
@@ -165,7 +163,7 @@ def _completed(columns: Tensor, r: int) -> Tensor:
     if missing <= 0:
         return columns
     g = torch.Generator().manual_seed(0)
-    more = torch.randn(columns.shape[0], missing, generator=g, dtype=columns.dtype).to(columns.device)
+    more = torch.randn(columns.shape[0], missing, generator=g, dtype=columns.dtype, device="cpu").to(columns.device)
     return torch.linalg.qr(torch.cat((columns, more), 1)).Q
 
 

@@ -100,7 +100,7 @@ def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) 
         if bank is not None:
             # any other name is the bank's, or was removed meanwhile: a KeyError
             slots = stack.enter_context(bank.serving([BASE_ROW if name in known else name for name in rows.names]))
-            rows = replace(rows, slots=torch.tensor(slots, dtype=torch.int64), basis=bank.basis)
+            rows = replace(rows, slots=torch.tensor(slots, dtype=torch.int64, device="cpu"), basis=bank.basis)
         checker = functools.partial(_check_length, len(rows), num_beams)
         hooks: list[Hook] = [(model, checker), *_hooks(model, modules, rows, num_beams)]
         stack.enter_context(installed(modules.values(), hooks))

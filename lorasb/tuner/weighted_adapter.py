@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -17,7 +16,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
-from ..config.adapter import LoRASBConfig
+from ..config.adapter import LoRASBConfig, ranks_by_name
 from ..constants import MAX_RANK
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, any_merged, discard, refuse_uninitialized
@@ -226,9 +225,7 @@ def _insert(
 def _config_like(template: LoRASBConfig, combined: dict[str, Combined]) -> LoRASBConfig:
     config = copy.deepcopy(template).weights_follow()
     config.__dict__.pop("_asked", None)  # or `start_over` would restore the template's ranks and targets
-    ranks = {name: factors.core.shape[0] for name, factors in combined.items()}
-    config.r = max(ranks.values())
-    config.rank_pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
+    config.r, config.rank_pattern = ranks_by_name({name: one.core.shape[0] for name, one in combined.items()})
     # Layers are named in full and every rank is set, so the template's selections must not filter them again.
     config.target_modules, config.inference_mode = set(combined), True
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

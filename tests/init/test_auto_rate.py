@@ -273,6 +273,15 @@ def test_a_start_is_that_of_the_optimizers_rate(
     assert callback.report.lr == pytest.approx(eta)
 
 
+def test_a_rate_that_cannot_be_measured_leaves_a_start_without_data_as_it_was() -> None:
+    model = lorasb.patch(make("llama"), r=4, init="lora-xs")
+    for core in cores(model):
+        core.data.fill_(0.1)
+    with pytest.raises(ValueError, match="the batches are empty"):
+        lorasb.initialize(model, [], lr="auto", progress=False)
+    assert all((core == 0.1).all() for core in cores(model))
+
+
 def test_groups_of_r_keep_their_ratios() -> None:
     """As layer-wise decay makes them."""
     model = started(lr="auto")[0]

@@ -9,7 +9,7 @@ import pytest
 import tolerances
 import torch
 from gradients import autograd_sums, check_sums, factors, library_sums
-from models import causal, text
+from models import causal, make, text
 from networks import Mixture, loss_of
 from torch import Tensor, nn
 
@@ -26,6 +26,15 @@ def test_an_encoder_decoder_is_a_stack_and_a_pass() -> None:
         assert report.strategy == ("layerwise" if strategy == "auto" else "accumulate")
         assert {name.partition(".")[0] for name in got} == {"encoder", "decoder"}
         check_sums(got, want, tolerances.BATCHING)  # the encoder's output gathers its gradients in another order
+
+
+def test_a_position_bias_that_later_blocks_get_is_no_stack() -> None:
+    batches, targets = [text(1, 8, seed) for seed in range(2)], ["q", "wo", "relative_attention_bias"]
+    want = autograd_sums("t5", batches)
+    want |= {name: g.t() for name, g in want.items() if "bias" in name}  # an embedding's W has a column for each id
+    got, report = library_sums(lorasb.patch(make("t5"), r=2, target_modules=targets), batches)
+    assert report.strategy == "accumulate"
+    check_sums(got, want, tolerances.BATCHING)
 
 
 def test_the_router_of_a_mixture_has_a_loss_of_its_own() -> None:

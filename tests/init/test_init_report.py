@@ -90,6 +90,15 @@ def test_a_budget_goes_where_it_gains_most_per_parameter() -> None:
     assert found.rank_pattern == {"a": 3, "b": 1}
 
 
+def test_suggested_ranks_are_those_of_their_layers() -> None:
+    """A pattern matches a name by its end, and no layer has a rank above the kernels'."""
+    curves = {"proj": (0.9,), "enc.proj": (0.1, 0.9), "wide": tuple(i / 300 for i in range(1, 301))}
+    layers = [LayerReport(n, (8, 8), 3, c[-1], None, c, 0, 0.0, curve_sign=c) for n, c in curves.items()]
+    ranks = InitReport("update", "adamw", 1e-3, 1, 0, None, 0.0, layers).suggest_ranks(energy=0.9).rank_pattern
+    assert list(ranks) == ["enc.proj", "proj", "wide"]
+    assert ranks == {"enc.proj": 2, "proj": 1, "wide": 256}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

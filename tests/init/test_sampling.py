@@ -51,15 +51,31 @@ def test_a_loader_with_a_sampler_of_its_own_keeps_its_choice() -> None:
 
 
 def test_lists_of_a_value_for_each_sample_are_taken_with_it() -> None:
-    data = [{"x": part, "name": [str(i) for i in part.tolist()], "of all": [1]} for part in torch.arange(10).split(4)]
+    data = [
+        {"x": part, "name": [str(i) for i in part.tolist()], "array": part.numpy(), "size": (2,) * len(part)}
+        for part in torch.arange(10).split(4)
+    ]
+    sizes = {part["size"] for part in data}
     for batch in select(data, 5, seed=0):
         assert batch["name"] == [str(i) for i in batch["x"].tolist()]
-        assert batch["of all"] == [1]
+        assert batch["array"].tolist() == batch["x"].tolist()
+        assert batch["size"] in sizes  # a tuple is one value
+
+
+def test_whole_batches_are_not_cut() -> None:
+    data = [{"x": torch.arange(10)}] * 4
+    for batches in (data, iter(data), DataLoader(data, batch_size=None)):
+        assert [len(batch["x"]) for batch in select(batches, 24, seed=0, whole=True)] == [10, 10, 10]
+    assert len(select([{"x": torch.arange(10)}] * 8, None, seed=0, whole=True)) == 4  # 32 samples
 
 
 def test_all_values_of_samples_count() -> None:
-    batches = [{"x": torch.zeros(2)}, *({"x": torch.zeros(2), "w": w} for w in ([1, 2], [2, 1], np.ones(2), None))]
-    assert len({samples_hash([batch], Processes()) for batch in batches}) == 4  # None is nothing
+    long = torch.zeros(5000)
+    values = ([1, 2], [2, 1], np.ones(2), np.zeros(2), [long], [long.index_fill(0, torch.tensor([2500]), 1.0)])
+    batches = [{"x": torch.zeros(2)}, *({"x": torch.zeros(2), "w": w} for w in values)]
+    found = [samples_hash([batch], Processes()) for batch in batches]
+    assert len(set(found)) == len(batches)
+    assert samples_hash([{"x": torch.zeros(2), "w": object()}], Processes()) == found[0]  # it has no value
 
 
 def test_a_loader_of_ready_batches_gives_as_many_samples_as_asked() -> None:

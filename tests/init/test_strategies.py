@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from adapters import layers
 from gradients import autograd_sums, check_sums, factors, library_sums, padded
 from models import Batch, batches_for, llama, make, started
-from tolerances import check_equal
+from networks import loss_of
+from tolerances import BATCHING, check_equal
 from torch import Tensor, nn
 
 import lorasb
@@ -214,3 +217,57 @@ def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch)
     lorasb.initialize(model, singles("llama"), lr=1e-3, strategy="layerwise", progress=False)
     assert most[0] == 7
     assert boundaries == [15, 12, 9, 6, 3, 0]
+
+
+class InPlace(nn.Module):
+    """Two linears, and an operation in place between them."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.change = nn.Linear(8, 8), nn.Linear(8, 8), change
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = torch.tanh(input_ids.double())
+        return {"loss": (self.second(self.change(self.first(x), x)) - labels).square().mean()}
+
+
+IN_PLACE = {
+    "relu": lambda y, x: torch.relu_(y),
+    "sum": lambda y, x: y.add_(x),
+    "part": lambda y, x: (y[..., :4].mul_(2), y)[1],
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("shape", [(1, 8), (1, 5, 8)])
+def test_outputs_may_be_changed_in_place(change: str, shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    batches = [{name: torch.randn(shape, generator=g).double() for name in ("input_ids", "labels")} for _ in range(3)]
+    model = InPlace(IN_PLACE[change]).double()
+    want = autograd_sums(copy.deepcopy(model), batches, loss_of)
+    got, _ = library_sums(lorasb.patch(model, r=3, target_modules=["first", "second"]), batches, loss_fn=loss_of)
+    check_sums(got, want, BATCHING)
+
+
+def test_an_input_that_is_changed_in_place_is_refused() -> None:
+    model = lorasb.patch(InPlace(lambda y, x: x.add_(y)).double(), r=3, target_modules=["first", "second"])
+    batch = {name: torch.ones(1, 5, 8).double() for name in ("input_ids", "labels")}
+    with pytest.raises(ValueError, match="the input of layer 'first' was changed in place after it ran: write x = x"):
+        lorasb.initialize(model, [batch], lr=1e-3, loss_fn=loss_of, progress=False)
+
+
+def test_blocks_that_draw_in_evaluation_draw_the_same_again() -> None:
+    batches, state = singles("llama"), torch.get_rng_state()
+
+    def drawing() -> nn.Module:
+        model = lorasb.patch(make("llama"), r=3)
+        for block in model.model.model.layers:
+            block.mlp.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.5))
+        torch.manual_seed(3)
+        return model
+
+    layerwise, accumulated = (library_sums(drawing(), batches, strategy=s)[0] for s in ("layerwise", "accumulate"))
+    assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(3).get_state())
+    check_sums(layerwise, accumulated, BATCHING)
+    torch.set_rng_state(state)

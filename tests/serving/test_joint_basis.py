@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from models import batches_for, logits, make, started
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorasb
 from lorasb.layers.lookup import layers_with
@@ -128,6 +129,18 @@ def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_pat
     assert torch.isfinite(answer(model, "mine")).all()
 
 
+def test_ranks_are_those_of_whole_names() -> None:
+    """`proj` is the end of `enc.proj`, too."""
+    names = {"proj": nn.Linear(16, 16), "enc": nn.Sequential(OrderedDict(proj=nn.Linear(16, 16)))}
+    model = lorasb.patch(nn.Sequential(OrderedDict(names)), r=4, rank_pattern={"^proj": 2}, init="random")
+    model.add_adapter("second", lorasb.LoRASBConfig(r=4, rank_pattern={"^proj": 2}, init="random", init_seed=1))
+    lorasb.share_basis(model, ["default", "second"], "joint")
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="linear")
+    for adapter in ("joint", "sum"):
+        found = {name: layer.r[adapter] for name, layer in layers_with(model, adapter).items()}
+        assert found == {"proj": 2, "enc.proj": 4}
+
+
 def test_a_basis_of_experts_loads(tmp_path: Path) -> None:
     target = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
     model = lorasb.patch(make("mixtral"), r=2, init="kaiming", **target)
@@ -204,6 +217,8 @@ def test_each_task_has_the_projection_of_its_own_start_and_all_train_in_one_batc
 
 
 def test_tasks_that_cannot_be_are_refused_and_leave_the_model() -> None:
+    with pytest.raises(ValueError, match="longest_start=0 leaves no first steps"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), {"a": [], "b": []}, lr=1e-3, longest_start=0)
     model = lorasb.patch(base(), r=4)
     for tasks, options, message in (
         ({"math": batches_for("llama")}, {}, "two tasks or more, with names that no adapter has: got 1"),
