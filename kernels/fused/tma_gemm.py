@@ -108,6 +108,7 @@ def has_descriptors(operands: Sequence[Tensor | None]) -> bool:
         matrix is not None
         and matrix.element_size() == 2
         and matrix.stride(-1) == 1
+        and matrix.stride(0) >= matrix.shape[1]  # not an expanded row
         and matrix.stride(0) % (ALIGNMENT // 2) == matrix.data_ptr() % ALIGNMENT == 0
         and matrix.numel() > 0
         for matrix in operands

@@ -292,7 +292,8 @@ def _of_loras(settings: Settings, loras: Sequence[str], names: Sequence[str]) ->
 
 def _names(data: Sequence[str]) -> list[str]:
     """Names of the tasks, after their files."""
-    names = [path.parent.name if path.name == "adapter" else path.stem for path in map(Path, data)]
+    paths = [path.parent if path.name in ("adapter", "lora") else path for path in map(Path, data)]  # of a run
+    names = [path.name if path.is_dir() else path.stem for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"expected a file or LoRA for each task, each with another name, got two named {twice!r}")

@@ -223,7 +223,7 @@ def plan(
     card = find_gpu(gpu) if gpu else None
     request = Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
     where = card.title if card else "this machine"
-    with errors.status(f"counting a step of {request.model} for {where}: up to a minute"):
+    with errors.status(f"counting a step of {escape(request.model)} for {where}: up to a minute"):
         found = plan_memory(request)
         better = [] if found.fits else list(smaller_plans(found))
     if as_json:
@@ -270,7 +270,8 @@ def export(
     from ..export.lora import export_lora
 
     whole = adapter.resolve()  # "." has no name
-    export_lora(adapter, output or whole.with_name(whole.name + "-lora"), format=format)
+    folder = output.expanduser() if output else whole.with_name(whole.name + "-lora")  # `--output=~/x`
+    export_lora(adapter, folder, format=format)
 
 
 @app.command()
@@ -308,7 +309,7 @@ def make(
 
     settings = Settings(model=model, output=output, r=r, update=update, samples=samples, template=template, seed=seed)
     console.print(card_table(make_basis(settings, data or [], lora or [])))
-    console.print(_files(output))
+    console.print(_files(settings.output))
 
 
 @basis.command(cls=Command)

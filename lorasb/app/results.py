@@ -212,6 +212,8 @@ IN_WORDS = {
 def prompt_format(run: Run) -> str:
     """Describe the form of a run's prompts, for its summary."""
     example = run.train[0]
+    if example.label is not None:  # a classifier reads texts as they are
+        return PLAIN
     if messages_of(example, run.tokenizer, run.settings.template == "auto"):
         return CHAT
     if example.formatted:
@@ -338,7 +340,10 @@ def _python(summary: Json, adapter: Path) -> Iterator[str]:
         load = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={max(1, len(classes))})"
     yield "import lorasb, peft, transformers  # lorasb registers its method with PEFT"
     yield f"base = {'lorasb.demo_model()' if base == EMBEDDED else repr(base)}"
-    yield f"model = peft.PeftModel.from_pretrained(transformers.{load}, {str(adapter)!r})"
+    loaded = f"transformers.{load}"
+    if summary["config"].get("bits") == 4:
+        loaded = f'lorasb.quantize({loaded}, "nf4", nested=True)'
+    yield f"model = peft.PeftModel.from_pretrained({loaded}, {str(adapter)!r})"
     yield "tokenizer = transformers.AutoTokenizer.from_pretrained(base)"
     if classes is not None:
         yield 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 from rich.console import Group, JustifyMethod, RenderableType
+from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
 from ..backends import cpp
+from ..checkpoints.adapter_file import scaling_of
 from ..checkpoints.model_card import short
 from ..constants import VERSION
 from ..init import BasisFit, RankSuggestion
@@ -53,15 +55,15 @@ INIT_NAMES = {"lr": "η of the first step"}  # of what an adapter's config says 
 
 def table_of(title: str, first: str, *others: str, caption: str | None = None) -> Table:
     """An empty table, whose columns but the first are aligned on the right."""
-    return Table(first, *(Column(name, justify="right") for name in others), title=title, caption=caption)
+    return Table(first, *(Column(name, justify="right") for name in others), title=escape(title), caption=caption)
 
 
 def properties_of(title: str | None, properties: Mapping[str, object], align: JustifyMethod = "left") -> Table:
     """A table of names and values, without those that are None."""
-    table = Table(Column(), Column(justify=align), show_header=False, title=title)
+    table = Table(Column(), Column(justify=align), show_header=False, title=title and escape(title))
     for name, value in properties.items():
         if value is not None:
-            table.add_row(name, short(value))
+            table.add_row(name, escape(short(value)))  # paths may have brackets, which are rich's markup
     return table
 
 
@@ -78,7 +80,8 @@ def before_and_after(summary: Json) -> Table:
             table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
         else:
             count, is_one_set = summary["eval_examples"], not summary["eval_accuracy_by_set"]["before"]
-            few = f" ({new * count:.0f} of {count})" if count < FEW_EXAMPLES and is_one_set else ""
+            is_share = label != SCORE_NAMES["f1"]  # which counts no answers
+            few = f" ({new * count:.0f} of {count})" if count < FEW_EXAMPLES and is_one_set and is_share else ""
             table.add_row(label, f"{old:.0%}", f"{new:.0%}{few}", f"{100 * (new - old):+.0f} points")
     return table
 
@@ -181,7 +184,7 @@ def adapter(config: Json, layers: dict[str, dict[str, torch.Tensor]], size: int)
     properties = {
         "base model": config.get("base_model_name_or_path"),
         "rank": config.get("r"),
-        "scaling s": config.get("scaling"),
+        "scaling s": scaling_of(config, config["r"]) if config.get("r") else None,
         "targets": ", ".join(sorted({name.rpartition(".")[2] for name in layers})),
         "layers": len(layers),
         "trained parameters": f"{sum(p['lorasb_R'].numel() for p in layers.values()):,}",
@@ -206,7 +209,7 @@ def card_table(card: BasisCard) -> Table:
     table = table_of(f"Basis of rank {card.r} for {card.model}", *columns)
     for name, found in card.tasks.items():
         count = [] if card.of_loras else [f"{found['examples']:.0f}"]
-        table.add_row(name, *count, f"{found['kept']:.0%}")
+        table.add_row(escape(name), *count, f"{found['kept']:.0%}")
     return table
 
 

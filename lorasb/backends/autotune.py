@@ -47,7 +47,8 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 10
 WIDE = 0.2  # of the median: times that differ by more, without a quarter at either end, decide nothing
 TMA_HOST = 0.065  # ms of the host for a call by TMA, whose launch is not prepared; for others 0.025 (Zen 5)
 WORTH = 0.97  # another plan is taken where it takes less than this share of the table's time
-FLUSHED = 1 << 26  # bytes written before every call, which takes longer than a launch; twice L2 where that is more
+FLUSHED = 1 << 26  # bytes written before every call; twice L2 where that is more
+AHEAD = 1_000_000  # cycles before every call, in which the host launches all of it: what is compared is the card's time
 # Paths and tiles in addition to the table's choice. What needs more registers or shared memory than the card has does
 # not compile, and is left out.
 PREPS = (PrepConfig(32, 64, 4, 3), PrepConfig(64, 64, 4, 3), PrepConfig(64, 32, 4, 4), PrepConfig(128, 32, 8, 3))
@@ -236,6 +237,7 @@ class CudaClock:
             for call in calls:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self.flushed.zero_()
+                torch.cuda._sleep(AHEAD)
                 start.record()
                 call()
                 end.record()

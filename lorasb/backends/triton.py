@@ -340,7 +340,7 @@ def or_eager(kernel: registry.Function, plain: registry.Function) -> registry.Fu
         if not _broken or not (EVERY in _broken or call_key(kernel, arguments) in _broken):
             try:
                 return kernel(*arguments)
-            except (torch.OutOfMemoryError, CaptureError):
+            except (torch.OutOfMemoryError, CaptureError, IndexError):  # the last is a wrong index of rows
                 raise
             except Exception as error:
                 _raise_if_nothing_else_runs(error)

@@ -11,14 +11,15 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+import yaml
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from ..checkpoints import adapter_file
 from ..checkpoints.shared_factors import DIGEST
@@ -97,7 +98,7 @@ def export_lora(
     written |= in_pefts_layout(named, config.get("layer_kinds") or {})
     if format == "gguf":
         found = write_gguf(written, rank, base, folder / "adapter.gguf")
-        usage = f"Run it with:\n  llama-cli -m BASE_MODEL.gguf --lora {found}"
+        usage = f"Run it with:\n  llama-cli -m BASE_MODEL.gguf --lora {shlex.quote(str(found))}"
     else:
         found, usage = folder, f"Serve it with:\n  {_write_peft(config, written, rank, folder)}"
     if not quiet:
@@ -125,8 +126,9 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
     write_json(folder / CONFIG_NAME, _lora_config(config, rank))
     name = config.get("base_model_name_or_path")
     base = name or "unknown"
+    front = yaml.safe_dump({"library_name": "peft", "base_model": base, "tags": ["lora"]}, sort_keys=False)
     card = (
-        f"---\nlibrary_name: peft\nbase_model: {base}\ntags:\n- lora\n---\n\n# A plain LoRA of rank {rank}\n\n"
+        f"---\n{front}---\n\n# A plain LoRA of rank {rank}\n\n"
         f"Exported by lorasb from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
         f"```\n{serve_command(name, Path('THIS_FOLDER'), rank)}\n```\n"
     )
@@ -171,6 +173,9 @@ def _read_folder(path: str | os.PathLike[str]) -> tuple[Json, dict[str, Tensor],
     values, tensors = adapter_file.read_config(path), adapter_file.read_tensors(path)
     config = LoRASBConfig.from_pretrained(str(path))
     layers = adapter_file.group_by_layer(tensors)
+    fresh = next((name for name, factors in layers.items() if not factors["lorasb_A"].any()), None)
+    if fresh is not None:
+        raise ValueError(f"the adapter in {path} was saved before it was initialized ({fresh}): nothing was written")
     return values, tensors, {n: config.scaling_for(factors["lorasb_R"].shape[0]) for n, factors in layers.items()}
 
 
@@ -239,7 +244,7 @@ def in_pefts_layout(factors: Mapping[str, Pair], kinds: Mapping[str, Sequence[An
         if what == ATTENTION or groups != 1:
             reason = "nn.MultiheadAttention, whose output projection PEFT's LoRA updates twice"
             if what == CONVOLUTION:
-                reason = "a convolution in groups, which a plain LoRA cannot hold"
+                reason = "a convolution in groups, dilated or padded by others than zeros, which no plain LoRA has"
             raise ValueError(f"{name!r} is {reason}: merge it (model.merge_and_unload()), or use exclude_modules")
         if what == CONVOLUTION:
             a, b = a.reshape(-1, *shape[1:]), b.reshape(*b.shape, *[1] * len(shape[2:]))
@@ -336,13 +341,13 @@ def base_config(model: object, name: str | None) -> Any:
     model_config = getattr(model, "config", None) if isinstance(model, nn.Module) else None
     if model_config is not None and not isinstance(model_config, dict):
         return model_config
-    file = Path(name or "") / "config.json"
-    if not name or not file.is_file():
+    try:
+        return AutoConfig.from_pretrained(name or "")  # of a folder, or of the Hub
+    except (OSError, ValueError, TypeError, AttributeError):
         raise ValueError(
             f"this format needs its base's configuration, and there is none in {name or 'no folder'!r}: export from "
             "the patched model"
-        )
-    return SimpleNamespace(**read_json(file))
+        ) from None
 
 
 PARTS = ("lora", "basis", "core")  # of `adapter_delta`

@@ -154,7 +154,7 @@ class Rows:
     def of(cls, names: Sequence[str]) -> Rows:
         """Rows from a list with one name per row."""
         distinct = tuple(sorted(set(names)))
-        return cls(distinct, torch.tensor([distinct.index(name) for name in names], dtype=torch.int64))
+        return cls(distinct, torch.tensor([distinct.index(name) for name in names], dtype=torch.int64, device="cpu"))
 
     def __len__(self) -> int:
         return self.index.shape[0]  # not len(): torch's takes microseconds, and every layer asks

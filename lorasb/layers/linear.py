@@ -77,7 +77,7 @@ def row_cores(layer: AdaptedLayer, names: tuple[str, ...], rows: Rows) -> RowCor
     if len(names) == 1 and bank is not None and places is not None:
         return RowCores(a, b, bank.stack(), places, layer.adapters[names[0]].scaling)
     cores = torch.stack([layer.core(name) for name in names])
-    index = torch.tensor([names.index(name) if name in names else -1 for name in rows.names])
+    index = torch.tensor([names.index(name) if name in names else -1 for name in rows.names], device="cpu")
     return RowCores(a, b, cores, index[rows.index], layer.adapters[names[0]].scaling)
 
 

@@ -26,12 +26,16 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
 
 
 def layer_kinds(layers: dict[str, AdaptedLayer]) -> dict[str, list[Any]] | None:
-    """Kind, parameter, groups and shape of the layers that adapt no linear's weight; None without any."""
+    """Kind, parameter, groups and shape of the layers that adapt no linear's weight; None without any.
+
+    0 groups are a convolution that PEFT's LoRA does not compute: dilated, or padded otherwise than by zeros.
+    """
     found = {}
     for name, layer in layers.items():
         if isinstance(layer, LoRASBWeight):
-            one, groups = layer.unfolding, getattr(layer.get_base_layer(), "groups", 1)
-            found[name] = [one.kind, one.path, groups, *one.stored]
+            one, base = layer.unfolding, layer.get_base_layer()
+            plain = getattr(base, "padding_mode", "zeros") == "zeros" and set(getattr(base, "dilation", [1])) == {1}
+            found[name] = [one.kind, one.path, getattr(base, "groups", 1) if plain else 0, *one.stored]
     return found or None
 
 

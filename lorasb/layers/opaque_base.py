@@ -239,7 +239,7 @@ def has_own_result(layer: nn.Module) -> bool:
 
 def _probe(in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[0, x, 2x] for a random x; the global random state is not touched."""
-    x = torch.randn(in_features, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(in_features, generator=torch.Generator().manual_seed(0), device="cpu")
     return torch.stack((torch.zeros_like(x), x, 2 * x)).to(device, dtype)
 
 

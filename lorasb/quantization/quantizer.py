@@ -83,7 +83,7 @@ def _nest(state: QuantState) -> QuantState:
 
 
 def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep a table: a plain tensor on the CPU, whatever device and mode surround the first call."""
+    """Keep a table: a plain tensor on the CPU, also if the first call is on another device or in inference mode."""
 
     @lru_cache
     def made(*given: str) -> Tensor:

@@ -28,7 +28,7 @@ from ..checkpoints import adapter_file
 from ..compat import peft as private
 from ..compat.bitsandbytes import keep_unpacked
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
-from ..constants import PEFT_NAME
+from ..constants import PEFT_NAME, PEFT_PREFIX
 from ..distributed.sharded_factors import with_kept_factors
 from ..layers import linear4bit, linear_group, lookup, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
@@ -96,6 +96,10 @@ def _check_fields(fields: Collection[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)  # similarity in [0, 1]; 0.6 by default
             hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
             raise TypeError(f"LoRASBConfig has no field {name!r}: {hint}")
+
+
+def _observe(*_: object) -> None:
+    """Change nothing."""
 
 
 class LoRASBModel(BaseTuner):
@@ -279,6 +283,8 @@ class LoRASBModel(BaseTuner):
             resolver_options=get_quantization_kwargs(self.model),
             **options,
         )
+        if isinstance(parent, nn.TransformerEncoderLayer):  # in evaluation it reads weights, unless it sees a hook
+            layer.register_forward_hook(_observe)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -349,8 +355,8 @@ class LoRASBModel(BaseTuner):
             warnings.warn(f"{error}, or where it is loaded, or name others in selected_adapters", stacklevel=3)
         for name, layer in layers.items():  # PEFT writes an adapted embedding's weight, too: without what is merged
             if isinstance(layer.base, EmbeddingBase) and layer.base.own is not None:
-                merged = next(key for key in state_dict if key.endswith(f"{name}.base_layer.weight"))
-                state_dict[merged] = layer.base.own
+                merged = {key for key in state_dict if key.removeprefix(PEFT_PREFIX) == f"{name}.base_layer.weight"}
+                state_dict.update(dict.fromkeys(merged, layer.base.own))
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # R that trains in 16 bits on request is written in fp32, without a loss: what is loaded has fp32 anyway
         wide = {k: v.float() if targets.CORE in k and v.dtype in SIXTEEN_BIT else v for k, v in saved_tensors.items()}

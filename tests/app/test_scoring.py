@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -145,6 +146,12 @@ def test_expressions_are_equal_by_value(one: str, other: str, equal: bool) -> No
 def test_what_takes_longer_than_the_deadline_is_not_equal(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "DEADLINE", 1)
     assert not equal_expressions(text, "1")
+
+
+def test_a_thread_compares_without_a_deadline() -> None:
+    """Rewards run in threads."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(is_right, r"\boxed{2\sqrt{2}}", r"\boxed{\sqrt{8}}", "symbolic").result()
 
 
 def test_without_its_parser_the_score_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,7 @@ CAPTURED = "call the model once with the same shapes before capturing"
 @pytest.mark.parametrize(
     ("kind", "said", "raised", "message"),
     [
+        (IndexError, "expected index in [-1, 3)", IndexError, "expected index"),
         (torch.OutOfMemoryError, "CUDA out of memory", torch.OutOfMemoryError, "CUDA out of memory"),
         (RuntimeError, "Triton Error [CUDA]: an illegal memory access was encountered", RuntimeError, FAULT),
         (RuntimeError, "CUDA error: device-side assert triggered", RuntimeError, FAULT),
@@ -221,7 +222,7 @@ CAPTURED = "call the model once with the same shapes before capturing"
         (RuntimeError, "CUDA error: uncorrectable ECC error encountered", RuntimeError, FAULT),
         (RuntimeError, "operation not permitted when stream is capturing", fused.CaptureError, CAPTURED),
     ],
-    ids=["memory", "access", "assert", "launch", "address", "ECC", "capture"],
+    ids=["index", "memory", "access", "assert", "launch", "address", "ECC", "capture"],
 )
 def test_what_eager_torch_would_not_survive_is_raised(
     kind: type[Exception], said: str, raised: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import textwrap
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import torch
 import transformers
 from adapters import layers
 from basis_models import base, with_users
+from huggingface_hub import ModelCard
 from models import EXPERTS, batches_for, causal, llama, logits, make, patched
 from networks import Net
 from processes import python
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lorasb
 from lorasb.app import cli
@@ -95,6 +98,7 @@ def test_the_command_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     lorasb.export_lora(patched(r=4), tmp_path)
     assert "--max-lora-rank 8" in capsys.readouterr().out
     card = (tmp_path / "README.md").read_text()
+    assert ModelCard(card).data.tags == ["lora"]
     assert "--max-lora-rank 8 --lora-modules adapter=THIS_FOLDER" in card  # which may move
 
 
@@ -103,6 +107,16 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         lorasb.export_lora(make("llama"), tmp_path / "a")
     with pytest.raises(ValueError, match="has not been initialized"):
         lorasb.export_lora(lorasb.patch(make("llama"), r=4), tmp_path / "a")
+    with pytest.warns(UserWarning, match="has not been initialized"):
+        lorasb.patch(make("llama"), r=4).save_pretrained(tmp_path / "fresh")
+    with pytest.raises(ValueError, match="was saved before it was initialized"):
+        lorasb.export_lora(tmp_path / "fresh", tmp_path / "a")
+    for options in ({"padding_mode": "circular", "padding": 1}, {"dilation": 2}):
+        net = nn.Sequential(OrderedDict(one=nn.Conv2d(3, 8, 3, **options)))
+        with pytest.raises(
+            ValueError, match="'one' is a convolution in groups, dilated or padded by others than zeros"
+        ):
+            lorasb.export_lora(lorasb.patch(net, r=2, target_modules=["one"], init="kaiming"), tmp_path / "a")
     with pytest.raises(ValueError, match="no layer has an adapter 'other'"):
         lorasb.export_lora(patched(), tmp_path / "a", adapter_name="other")
     model = patched()

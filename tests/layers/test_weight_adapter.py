@@ -192,11 +192,12 @@ def test_dropout_of_a_convolution_drops_its_input_on_the_adapters_path() -> None
     assert ((runs.mean(0) - whole).abs() < 6 * spread + 1e-4).all()
 
 
-def test_an_encoder_layer_of_torch_does_not_read_past_the_adapter() -> None:
+@pytest.mark.parametrize("target", ["self_attn", "linear1"])
+def test_an_encoder_layer_of_torch_does_not_read_past_the_adapter(target: str) -> None:
     """In evaluation without gradients it would hand the attention's plain weights to a kernel."""
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
-    model = lorasb.patch(net, r=2, target_modules=["self_attn"], init="kaiming").eval()
+    model = lorasb.patch(net, r=2, target_modules=[target], init="kaiming").eval()
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         inference = model(x)
