@@ -20,7 +20,7 @@ from tiny_run import WORDS
 from lorasb.app import results as ask
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import EMBEDDED, Settings
-from lorasb.app.tables import advice
+from lorasb.app.tables import advice, before_and_after
 from lorasb.utils.atomic_files import cache_dir
 
 
@@ -86,12 +86,13 @@ def test_an_answer_is_that_of_the_run(finished: Callable[[str], Path], kind: str
     card = (run / "adapter" / "README.md").read_text()
     lines = ask.how_to(summary, run)
     assert lines["command"].startswith(f"lorasb ask {run} ")
+    assert kind not in ("labels", "values") or summary["prompt_format"] == ask.PLAIN  # whatever the chat template
     assert ("--adapter u0" in lines["command"]) == (kind == "adapters")
     assert lines["command"] in card
     assert lines["python"] in card
 
 
-@pytest.mark.parametrize("kind", ["chat template", "system", "plain", "labels"])
+@pytest.mark.parametrize("kind", ["chat template", "system", "plain", "labels", "four bits"])
 def test_the_four_lines_of_python_run(
     finished: Callable[[str], Path], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +146,11 @@ def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
 def test_what_was_held_out_of_people_s_rows_is_said() -> None:
     summary = {"adapters": {"ada": {}}, "config": {"eval_data": None}, "eval_accuracy_after": 0.2}
     assert "cannot be learned: see --eval-data" in "".join(advice(summary))
+    by_set = {"before": {}, "after": {}}
+    of_f1 = {"eval_scores": ["f1"], "eval_accuracy_before": 0.0, "eval_accuracy_after": 0.5, "eval_examples": 10}
+    of_f1 |= {"eval_loss_before": 1.0, "eval_loss_after": 1.0, "rank": 4, "config": {"method": "lora-sb"}}
+    cells = before_and_after(of_f1 | {"eval_accuracy_by_set": by_set}).columns[2]._cells
+    assert cells[1] == "50%"  # of no count of answers
     quiet = {"eval_accuracy_after": 1.0}, {"config": {"eval_data": "rows.jsonl"}}, {"adapters": {}}
     assert [list(advice(summary | one)) for one in quiet] == [[], [], []]
 
@@ -166,6 +172,8 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     of_demo = ask.how_to(summary | {"config": {"model": EMBEDDED}}, Path("run"))
     lora = "--enable-lora --max-lora-rank 8 --lora-modules adapter=run/lora"
     assert of_demo["serve"] == f"vllm serve {cache_dir() / EMBEDDED} {lora}"
+    four = ask.how_to(summary | {"config": {"model": "m", "bits": 4}}, Path("run"))
+    assert 'lorasb.quantize(transformers.AutoModelForCausalLM.from_pretrained(base), "nf4"' in four["python"]
     of_ranks = ask.how_to(summary | {"config": {"model": "m", "rank_pattern": {"down_proj": 24}}}, Path("run"))
     assert "--max-lora-rank 32" in of_ranks["serve"]
     assert of_several["serve"].startswith("LORASB_BASIS=run/adapter vllm serve m --enable-lora")

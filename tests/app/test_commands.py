@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import transformers
 from adapters import layers
 from command import call
-from models import patched
+from models import make, patched
 from processes import python
 from tiny_run import write_rows
 
@@ -78,7 +79,18 @@ def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: 
     assert "other/test.jsonl" in start("finetune", tiny, data, tmp_path / "run", *more)
 
 
-def test_inspect_and_export(tmp_path: Path) -> None:
+def test_inspect_shows_names_with_brackets_and_the_scaling_that_counts(tmp_path: Path) -> None:
+    model = lorasb.patch(make("llama"), r=4, init="lora-xs", lora_alpha=8)
+    model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    base = {"base_model_name_or_path": "data/x[/v2]/llama"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | base))
+    shown = call("inspect", tmp_path / "adapter")
+    assert "data/x[/v2]/llama" in shown
+    assert re.search(r"scaling s\W+2\b", shown)
+
+
+def test_inspect_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patched().save_pretrained(tmp_path / "adapter")
     shown = call("inspect", tmp_path / "adapter")
     for text in (
@@ -93,6 +105,9 @@ def test_inspect_and_export(tmp_path: Path) -> None:
         assert text in shown
     assert "--max-lora-rank 8" in call("export", tmp_path / "adapter")
     assert (tmp_path / "adapter-lora" / "adapter_model.safetensors").is_file()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    call("export", tmp_path / "adapter", "--output=~/other")
+    assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
 
 
 def test_doctor() -> None:
