@@ -5,8 +5,8 @@
 
 The people of `make demo-many`, by `lorasb finetune`: all together on a basis of r = 16, an R each; some alone on
 the same basis, like somebody who comes later; and one LoRA for all, whose prompts say who asks. All answer the
-wordings that were not trained on. Runs that are there are not run again; with
-an empty --rates the LoRA of an earlier file stays, with its machine.
+wordings that were not trained on. Runs that are there are not run again. The
+file keeps what other machines have measured; an empty --rates leaves the LoRA out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ HEAD = (
     "right",
     "right, of the people who also trained alone",
     "seconds per person",
-    "machine",
 )
 
 
@@ -109,7 +108,8 @@ def run(work: Path, people: int, alone: int, rates: Sequence[float]) -> dict[str
         one = scored(lora, users, some) | {"lr": lr}
         if LORA not in found or one["right"] > found[LORA]["right"]:
             found[LORA] = one
-    return {way: one | {"machine": machine_name(dtype_name())} for way, one in found.items()}
+    machine = machine_name(dtype_name())
+    return {f"{way}; {machine}": one | {"machine": machine} for way, one in found.items()}
 
 
 def joined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -131,18 +131,15 @@ def scored(summary: Mapping[str, Any], users: Sequence[str], some: Sequence[str]
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Rows of the table, for the screen and the report; with the 95% interval of the differences from the first way."""
-    first = next(iter(found["ways"].values()))["by_person"]
+    """Rows of the table, for screen and report; with 95% intervals of the differences from a machine's first way."""
+    first: dict[str, list[float]] = {}
     for way, one in found["ways"].items():
-        of_some = "-"
-        if len(one["by_person"]) == len(first):  # an earlier LoRA may have been asked about others
-            less = [100 * (mine - theirs) for mine, theirs in zip(one["by_person"], first, strict=True)]
-            difference = f" ({statistics.fmean(less):+.1f} ± {half_width(less):.1f} points)" if any(less) else ""
-            of_some = f"{one['right_of_some']:.1%}{difference}"
+        together = first.setdefault(one["machine"], one["by_person"])
+        less = [100 * (mine - theirs) for mine, theirs in zip(one["by_person"], together, strict=True)]
+        difference = f" ({statistics.fmean(less):+.1f} ± {half_width(less):.1f} points)" if any(less) else ""
         rate = f" (rate {one['lr']:g}, the best of {len(RATES)})" if "lr" in one else ""
-        counts = str(one["people"]), str(one["answers"])
-        measured = f"{one['right']:.1%}", of_some, f"{one['seconds_per_person']:.1f}", one["machine"]
-        yield [way + rate, *counts, *measured]
+        shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}{difference}"
+        yield [way + rate, str(one["people"]), str(one["answers"]), *shares, f"{one['seconds_per_person']:.1f}"]
 
 
 def main() -> None:
