@@ -48,7 +48,7 @@ WIDE = 0.2  # of the median: times that differ by more, without a quarter at eit
 TMA_HOST = 0.065  # ms of the host for a call by TMA, whose launch is not prepared; for others 0.025 (Zen 5)
 WORTH = 0.97  # another plan is taken where it takes less than this share of the table's time
 FLUSHED = 1 << 26  # bytes written before every call; twice L2 where that is more
-AHEAD = 1_000_000  # cycles before every call, in which the host launches all of it: what is compared is the card's time
+AHEAD = 400_000  # cycles before every call, in which the host launches all of it: the card's time is compared
 # Paths and tiles in addition to the table's choice. What needs more registers or shared memory than the card has does
 # not compile, and is left out.
 PREPS = (PrepConfig(32, 64, 4, 3), PrepConfig(64, 64, 4, 3), PrepConfig(64, 32, 4, 4), PrepConfig(128, 32, 8, 3))
