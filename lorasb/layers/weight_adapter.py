@@ -185,10 +185,14 @@ class LoRASBWeight(_Around, AdaptedLayer):
 
     def forward(self, *args: object, adapter_names: Rows | Sequence[str] | None = None, **kwargs: object) -> object:
         """The module's output with W + s·B R A of the active adapters."""
-        with alone():
+        with alone() if self._swaps() else nullcontext():
             if adapter_names is not None:
                 return self._by_rows(adapter_names, *args, **kwargs)
             return self._with(self._names(), *args, **kwargs)
+
+    def _swaps(self) -> bool:
+        """True if another weight takes W's place while the module computes; a convolution's update is added."""
+        return self.tap is not None or self.unfolding.kind != CONVOLUTION
 
     def changed_weight(self) -> Tensor | None:
         """W + s·B R A of the active adapters, in the parameter's layout; None where the module computes with W."""
@@ -258,10 +262,14 @@ class LoRASBWeight(_Around, AdaptedLayer):
 class LoRASBEmbedding(LoRASBWeight):
     """An embedding with rows W[:, id] + s·B R A[:, id]: A [r, num_embeddings], B [dim, r]."""
 
+    def _swaps(self) -> bool:
+        """True for those that do not look up what they are given: positions, of a mask."""
+        base = self.get_base_layer()
+        return self.tap is not None or not (type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale"))
+
     def _with(self, names: list[str], *args: object, **kwargs: object) -> object:
         base: Any = self.get_base_layer()
-        plain = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
-        if self.tap is not None or not plain:  # others do not look up what they are given: positions, of a mask
+        if self._swaps():
             sparse, base.sparse = base.sparse, False  # a sparse gradient does not pass through the weight's view
             try:
                 return super()._with(names, *args, **kwargs)
