@@ -1,12 +1,12 @@
 """Many people on one basis, against each of them alone and one LoRA for all: held-out answers and time.
 
-    python -m benchmarks.research.people [--people 200] [--alone 50] [--rates 4e-3 8e-3] [--work runs/people-compared]
+    python -m benchmarks.research.people [--people 200] [--alone 50] [--no-lora] [--work runs/people-compared]
         [--output FOLDER]
 
 The people of `make demo-many`, by `lorasb finetune`: all together on a basis of r = 16, an R each; some alone on
 the same basis, like somebody who comes later; and one LoRA for all, whose prompts say who asks. All answer the
-wordings that were not trained on. Runs that are there are not run again. The
-file keeps what other machines have measured; an empty --rates leaves the LoRA out.
+wordings that were not trained on. Runs that are there are not run again. The file keeps what other machines have
+measured; --no-lora leaves the LoRA out.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=200)
     parser.add_argument("--alone", type=int, default=50, help="people who also train alone")
-    parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="of the LoRA for all")
+    parser.add_argument("--no-lora", action="store_true", help="leave the LoRA for all out")
     parser.add_argument("--work", type=Path, default=Path("runs/people-compared"))
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder of {FILE}")
     dtype_option(parser)
@@ -155,7 +155,8 @@ def main() -> None:
     use_dtype(options.dtype)
     file = options.output / FILE
     earlier = json.loads(file.read_text())["ways"] if file.is_file() else {}
-    found = {**provenance(), "ways": earlier | run(options.work, options.people, options.alone, options.rates)}
+    rates = () if options.no_lora else RATES
+    found = {**provenance(), "ways": earlier | run(options.work, options.people, options.alone, rates)}
     show("people on one basis, SmolLM2-135M", HEAD, lines(found))
     write_json(file, found)
 

@@ -99,6 +99,9 @@ PRIVATE = {
     **several("skips attribute lookup", NO_FORWARD, "torch.nn.Module()._parameters", "torch.nn.Module()._modules"),
     **several("detects changes of a tensor in place", NO_FORWARD, "torch.Tensor._version"),
     **several(
+        "finds the product under a linear's view", "`lorasb.initialize` raises an AttributeError", "torch.Tensor._base"
+    ),
+    **several(
         "overridden: 4-bit statistics, and a record of a checkpoint's factors",
         "4-bit weights are saved without statistics, and loaded factors count as not initialized",
         *("torch.nn.Module._save_to_state_dict", "torch.nn.Module._load_from_state_dict"),

@@ -116,6 +116,11 @@ def _op(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return backend_op(name, current_backend())
 
 
+def version_of(tensor: Tensor) -> int:
+    """The number of changes in place; inference tensors count none, and cannot change outside of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class GradientSums:
     """Sums dyᵀ x of linear layers, by name, inside its block, whenever a backward reaches their outputs.
 
@@ -176,7 +181,7 @@ class GradientSums:
         if root.numel() != output.numel() or not (root.is_contiguous() and output.is_contiguous()):
             root = output = output.clone()
         x = inputs[0].detach()  # with the version counter of the input
-        root.register_hook(partial(self._add, name, x, 0 if x.is_inference() else x._version))
+        root.register_hook(partial(self._add, name, x, version_of(x)))
         # Tensor hooks run in the order of registration, so hooks that others register on this output later (the
         # loss rescales the gradient at the logits) would run after ours. They go onto a view, nearer to the loss.
         return output.view_as(output)
@@ -206,7 +211,7 @@ class GradientSums:
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:
-        if not x.is_inference() and x._version != version:  # as autograd would say if the weight trained
+        if version_of(x) != version:  # as autograd would say if the weight trained
             raise ValueError(
                 f"the input of layer {name!r} was changed in place after it ran: write x = x + y, not x += y"
             )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..constants import PEFT_PREFIX
 from ..ops.calls import autocast_on
+from .accumulator import version_of
 from .task import Layers
 
 
@@ -104,9 +105,7 @@ class Call:
         kwargs = {name: _with_tensors(value, back) for name, value in self.kwargs.items()}
         # Backward runs after the forward's autocast context has ended, so it is entered again.
         kind, dtype = self.autocast
-        gpus = [hidden.device] if hidden.is_cuda else []
-        with torch.random.fork_rng(gpus), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-            _set_random(self.random, hidden)
+        with _drawing(self.random, hidden), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             if self.by_keyword:
                 return _hidden_of(block(*args, **{HIDDEN: hidden}, **kwargs))
             return _hidden_of(block(hidden, *args, **kwargs))
@@ -116,10 +115,14 @@ def _random(hidden: Tensor) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(hidden.device)] if hidden.is_cuda else ())]
 
 
-def _set_random(states: list[Tensor], hidden: Tensor) -> None:
-    torch.set_rng_state(states[0])
-    if hidden.is_cuda:
-        torch.cuda.set_rng_state(states[1], hidden.device)
+@contextmanager
+def _drawing(states: list[Tensor], hidden: Tensor) -> Iterator[None]:
+    """Draw from `_random`'s states inside; those from before come back."""
+    with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
+        torch.set_rng_state(states[0])
+        if hidden.is_cuda:
+            torch.cuda.set_rng_state(states[1], hidden.device)
+        yield
 
 
 @dataclass
@@ -142,13 +145,8 @@ class Traversal:
 
     def watch(self, tensor: Tensor) -> Tensor:
         """Record a tensor's version; returns the tensor."""
-        self.versions.append((tensor, _version(tensor)))
+        self.versions.append((tensor, version_of(tensor)))
         return tensor
-
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors have no version counter (reading it raises), and cannot change outside of inference mode.
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class Recorder:
@@ -185,7 +183,7 @@ class Recorder:
             if not complete and any(leaf.grad is not None for leaf in traversal.leaves):
                 raise NotAStackError("a forward leaves the stack before its last block")
             # A recomputation would see other values; autograd's own check covers only what it saved for backward.
-            if any(_version(tensor) != version for tensor, version in traversal.versions):
+            if any(version_of(tensor) != version for tensor, version in traversal.versions):
                 raise NotAStackError(MODIFIED_IN_PLACE)
             if any(leaf.grad is not None for leaf in (*traversal.leaves[:-1], *traversal.aside)):
                 raise NotAStackError("the loss depends on the hidden states between blocks too")

@@ -42,9 +42,9 @@ class ParameterSlice(nn.Module):
 _swapping = threading.RLock()
 
 
-def alone() -> AbstractContextManager[object]:
+def alone(swaps: bool = True) -> AbstractContextManager[object]:
     """Let one thread at a time compute with W + s·B R A in W's place, which another would take for W."""
-    return nullcontext() if torch.compiler.is_compiling() else _swapping
+    return _swapping if swaps and not torch.compiler.is_compiling() else nullcontext()
 
 
 EMBEDDING, CONVOLUTION, ATTENTION, SLICE = "embedding", "convolution", "attention", "parameter"
@@ -185,7 +185,7 @@ class LoRASBWeight(_Around, AdaptedLayer):
 
     def forward(self, *args: object, adapter_names: Rows | Sequence[str] | None = None, **kwargs: object) -> object:
         """The module's output with W + s·B R A of the active adapters."""
-        with alone() if self._swaps() else nullcontext():
+        with alone(self._swaps()):
             if adapter_names is not None:
                 return self._by_rows(adapter_names, *args, **kwargs)
             return self._with(self._names(), *args, **kwargs)
