@@ -156,8 +156,10 @@ def remove_forward_hooks(module: nn.Module, owner: type) -> None:
             module._forward_hooks_always_called.pop(number, None)
 
 
-def uncompiled(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)
+def unwrapped(model: Any) -> Any:
+    """The model that torch.compile or DistributedDataParallel wraps, or itself."""
+    model = getattr(model, "_orig_mod", model)
+    return unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def forward_level() -> int:

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from ..checkpoints import adapter_file
 from ..checkpoints.shared_factors import DIGEST
-from ..compat.torch import uncompiled
+from ..compat.torch import unwrapped
 from ..compat.transformers import name_or_path
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
@@ -79,7 +79,7 @@ def export_lora(
     folder = Path(path)
     if format != "gguf":
         _refuse_adapters_folder(folder)
-    model = uncompiled(model)
+    model = unwrapped(model)
     config, tensors, scalings = _read(model, adapter_name) if isinstance(model, nn.Module) else _read_folder(model)
     layers = adapter_file.group_by_layer(tensors)
     # One rank for all layers: vLLM ignores rank_pattern, and llama.cpp scales by lora_alpha / rank of each tensor.
@@ -377,7 +377,7 @@ def adapter_delta(
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
-    model = uncompiled(model)
+    model = unwrapped(model)
     name, layers = _layers_of_one(model, adapter_name)
     if part == "core":
         return {path: layer.lorasb_R[name].detach().to(dtype=dtype) for path, layer in layers.items()}

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..compat.torch import uncompiled
+from ..compat.torch import unwrapped
 from ..config.adapter import LoRASBConfig, WrittenHere
 from ..constants import PEFT_PREFIX
 from ..layers.adapted_layer import AdaptedLayer
@@ -135,7 +135,7 @@ def initialize(
     if isinstance(batches, Mapping) and any(isinstance(value, Tensor) for value in batches.values()):
         raise TypeError("expected a list of batches, or a loader by task, got a single batch: pass [batch]")
     run = _initialize_tasks if isinstance(batches, Mapping) else _initialize
-    return cast(InitReport, run(uncompiled(model), batches, adapter_name, options))
+    return cast(InitReport, run(unwrapped(model), batches, adapter_name, options))
 
 
 def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, options: InitOptions) -> InitReport:

@@ -23,6 +23,7 @@ Batch = dict[str, Any]
 Loader = Any  # a DataLoader of torch or accelerate, a list of batches or another iterable of them
 DATA_SET_DIVISOR = 1000  # the paper takes 1/1000 of the data set (appendix I)
 MIN_SAMPLES = 32  # the default never takes fewer, unless the data set has fewer
+BOUNDARIES = "cu_seq_lens"  # prefix of a packed batch's entries: where its examples begin, none per row
 
 
 def select(batches: Loader, num_samples: int | None, seed: int, whole: bool = False) -> list[Batch]:
@@ -121,15 +122,23 @@ def without_repeats(loader: Loader) -> Iterable[Batch]:
     # torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples, after a rank's own;
     # these would count twice in ΣG.
     evened = getattr(getattr(loader, "batch_sampler", None), "even_batches", False)
-    padded = isinstance(getattr(loader, "sampler", None), DistributedSampler)
+    padded = isinstance(_sampler(loader), DistributedSampler)
     return _first(loader, _own_rows(loader)) if padded or evened else loader
+
+
+def _sampler(loader: Loader) -> object:
+    """What gives the indices of a loader's rows: of a batch sampler of the caller's own, its sampler."""
+    batched, own = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
+    return getattr(batched, "sampler", own) if getattr(loader, "batch_size", None) is None else own
 
 
 def _own_rows(loader: Loader) -> int | None:
     """Number of samples in this rank's iteration order, before any that are repeated; None if unknown."""
     if isinstance(loader, list | tuple):
         return sum(map(batch_size, loader))
-    sampler, sharded = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    if not hasattr(getattr(loader, "dataset", loader), "__len__"):
+        return None
+    sampler, sharded = _sampler(loader), getattr(loader, "batch_sampler", None)
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
         # rank, rank + num_replicas, ...
         return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
@@ -195,7 +204,8 @@ def batch_size(batch: Mapping[str, object]) -> int:
     if not isinstance(batch, Mapping):
         raise TypeError(f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn")
     # A set, so that a mask or a label of another length is noticed.
-    sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0}
+    of_rows = (value for name, value in batch.items() if not str(name).startswith(BOUNDARIES))
+    sizes = {value.shape[0] for value in of_rows if isinstance(value, Tensor) and value.dim() > 0}
     if len(sizes) != 1:
         raise ValueError(f"expected the tensors of a batch to share their first dimension, got {sorted(sizes)}")
     return int(sizes.pop())
@@ -214,7 +224,7 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
         # not a tuple, which is one value (an image's size)
         return [value[i] for i in rows.tolist()] if isinstance(value, list) and len(value) == size else value
 
-    return {name: taken(value) for name, value in batch.items()}
+    return {name: value if name.startswith(BOUNDARIES) else taken(value) for name, value in batch.items()}
 
 
 def split_in_half(batch: Batch) -> list[Batch]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..checkpoints.adapter_file import read_config, read_cores
-from ..compat.torch import uncompiled
+from ..compat.torch import unwrapped
 from ..constants import BASE_ROW, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, digests, layers_with, refuse_uninitialized, scalings_of
@@ -111,7 +111,7 @@ class AdapterBank:
         block: int = 64,
         resident: int | None = None,
     ) -> None:
-        model = uncompiled(model)
+        model = unwrapped(model)
         _, layers = adapted_layers(model, basis)
         _check(layers, basis, dtype, block, resident)
         self.basis, self.block, self.resident = basis, block, resident

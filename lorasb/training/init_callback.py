@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.data_loader import IterableDatasetShard
 from peft import PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,7 +31,6 @@ from .rate_trials import JUDGED, PROBE_STEPS, apart, refine_rate
 # starts, the policy is the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 TRAINERS_RATE = 5e-5  # default learning_rate of TrainingArguments
-WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # transformers' schedules that ignore warm-up steps
 
 
 class InitCallback(TrainerCallback):
@@ -107,7 +107,7 @@ class InitCallback(TrainerCallback):
             _restore(args, state, name, layers, needed=not initialized)
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
-        peak = _peak(optimizer, lr_scheduler, layers, name) or args.learning_rate
+        peak = _peak(optimizer, layers, name) or args.learning_rate
         # Initialized here, if a trial ran out of memory and the trainer begins again with a smaller batch.
         here = self._model is not None and self._model() is model
         if resumed or (initialized and not here):
@@ -122,9 +122,7 @@ class InitCallback(TrainerCallback):
             _refuse_copies(optimizer, layers, name)
         size = state.train_batch_size or args.per_device_train_batch_size  # the first: that of `auto_find_batch_size`
         if not initialized:
-            # The schedule multiplies by step / warm-up steps: the first rate above 0 is peak / warm-up steps.
-            schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-            warmup = 0 if schedule in WITHOUT_WARMUP else args.get_warmup_steps(state.max_steps)
+            warmup = args.get_warmup_steps(state.max_steps) if lr_scheduler is None else _warmup_steps(lr_scheduler)
             lr: float | AutoRate = first_step_lr(peak, warmup) if self.lr is None or self.lr == "auto" else self.lr
             if self.lr == "auto" and _takes_rates(optimizer, lr_scheduler, peak):
                 lr = first_step_lr("auto", warmup)
@@ -181,8 +179,10 @@ class InitCallback(TrainerCallback):
             size = max(1, min(size, count // (2 * Processes().world_size)))
         with Processes().together("reading batches for trials of the rate"), rng_untouched():
             held = [batch for batch in _batches(data, size, count, seed) if loss_fn or labeled_rows(batch)]
-            if not held:
-                raise ValueError("expected labels in the trainer's batches, found none to try rates on: pass lr=NUMBER")
+        if not all(Processes().all_gather(len(held))):
+            why = "a process has no labeled rows of its own to try rates on"
+            warnings.warn(f"{why}: {rate:.2g} stays as measured", stacklevel=3)
+            return report
         options = {"loss_fn": loss_fn, "progress": self.options.get("progress", not args.disable_tqdm)}
         found = refine_rate(model, apart(held), rate, accumulation=parts, adapter=name, **options)
         return replace(report, rate=found.lr, lr=None if report.lr is None else report.lr * found.lr / rate)
@@ -215,19 +215,26 @@ def _groups(optimizer: Optimizer, layers: Layers, name: str) -> Iterator[tuple[i
             yield i, group, not all(mine)
 
 
-def _peak(optimizer: Optimizer | None, scheduler: object, layers: Layers, name: str) -> float | None:
-    """The peak rate of R's parameter group; None without an optimizer, or with a schedule whose peak is another."""
+def _peak(optimizer: Optimizer | None, layers: Layers, name: str) -> float | None:
+    """The peak rate of R's parameter group, of OneCycleLR its `max_lr`; None without an optimizer."""
+    groups = () if optimizer is None else (group for _, group, _ in _groups(optimizer, layers, name))
+    return next((group.get("max_lr", group.get("initial_lr", group["lr"])) for group in groups), None)
+
+
+def _warmup_steps(scheduler: object) -> float:
+    """1 / (share of the peak at the first step that moves) of a transformers' schedule; 0 for others."""
     schedule = getattr(scheduler, "scheduler", scheduler)
-    if optimizer is None or not isinstance(schedule, LambdaLR | None):
-        return None
-    return next((group.get("initial_lr", group["lr"]) for _, group, _ in _groups(optimizer, layers, name)), None)
+    if not isinstance(schedule, LambdaLR):
+        return 0
+    # In a warm-up of N steps the share is step / N, and step 0 does not move.
+    return 1 / min(1.0, next((share for share in map(schedule.lr_lambdas[0], (0, 1)) if share > 0), 1.0))
 
 
 def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
     """Set the peak rate of R's parameter groups, of several by their ratios; other groups (a head's) keep theirs."""
     schedule = getattr(scheduler, "scheduler", scheduler)
     peaks, last = (getattr(schedule, name, None) for name in ("base_lrs", "_last_lr"))  # the second is logged
-    first = _peak(optimizer, scheduler, layers, name)
+    first = _peak(optimizer, layers, name)
     for i, group, is_shared in _groups(optimizer, layers, name):
         if is_shared:
             groups = "torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3, other_lr=1e-3))"
@@ -259,6 +266,8 @@ def _restore(args: TrainingArguments, state: TrainerState, name: str, layers: La
 def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int) -> Iterator[Batch]:
     """Batches of this process's share: random samples of a map-style data set, or the first of a stream."""
     dataset, processes = loader.dataset, Processes()
+    if isinstance(dataset, IterableDatasetShard):  # of this process's rows already
+        dataset = dataset.dataset
     if not _is_sized(dataset):
         if num_samples is None:
             raise ValueError("the trainer's data set is a stream: say how many samples, InitCallback(num_samples=64)")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..compat.torch import uncompiled
+from ..compat.torch import unwrapped
 from ..config.adapter import WrittenHere
 from ..distributed.process_group import Processes
 from ..init.loss import LossFn
@@ -67,9 +67,9 @@ def find_lr(
     """Try learning rates for a few steps each, and scale R's start to the best one.
 
     The best rates of two tasks at one rank are up to 16 times apart (REPORT.md): no rule over ranks can replace this.
-    A trial trains all that requires a gradient, always on the same batches; then parameters, random states and train or
-    eval mode are restored to the bit. Rates go from `lr` by factors of two, up while the loss falls, else down. An
-    initialization's R is proportional to its η, so R's start is scaled with the rate; a loaded R is not.
+    A trial trains all that requires a gradient, always on the same batches; then parameters, the global random states
+    and train or eval mode are restored to the bit. Rates go from `lr` by factors of two, up while the loss falls, else
+    down. An initialization's R is proportional to its η, so R's start is scaled with the rate; a loaded R is not.
 
     Args:
         model: a patched model, just initialized or loaded, or any other whose trained parameters require a gradient.
@@ -170,13 +170,14 @@ def _read(batches: Iterable[Batch], first: float, steps: int, judged: int, accum
         if value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value!r}")
     wanted = steps * accumulation + judged
-    with rng_untouched():  # a DataLoader draws its order
-        held = list(islice(iter(batches), wanted))
-    if len(held) < wanted:
-        raise ValueError(
-            f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are "
-            f"{len(held)}: pass more, or steps={max(1, (len(held) - judged) // accumulation)}"
-        )
+    with Processes().together("reading batches for trials of the rate"):
+        with rng_untouched():  # a DataLoader draws its order
+            held = list(islice(iter(batches), wanted))
+        if len(held) < wanted:
+            raise ValueError(
+                f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are "
+                f"{len(held)}: pass more, or steps={max(1, (len(held) - judged) // accumulation)}"
+            )
     return held[:judged], [held[i : i + accumulation] for i in range(judged, wanted, accumulation)]
 
 
@@ -192,7 +193,9 @@ class _Trial:
     def __init__(
         self, model: nn.Module, first: float, parts: Parts, adapter: str | None = None, loss_fn: LossFn | None = None
     ) -> None:
-        self.model, self.first, self.loss_fn = uncompiled(model), first, loss_fn
+        self.first, self.loss_fn, inner = first, loss_fn, unwrapped(model)
+        # DistributedDataParallel runs itself, as it averages gradients; a compiled model would be compiled for trials.
+        self.model = model if isinstance(model, nn.parallel.DistributedDataParallel) else inner
         self.judge, self.train = parts
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not named:
@@ -202,7 +205,7 @@ class _Trial:
         cores = [(name.rpartition(".")[2], parameter) for name, parameter in named if "lorasb_R" in name]
         self.adapters = {name for name, _ in cores if adapter in (None, name)}
         self.cores = [parameter for name, parameter in cores if name in self.adapters]
-        configs = getattr(self.model, "peft_config", {})
+        self.configs = configs = getattr(inner, "peft_config", {})
         started = {name for name, config in configs.items() if _started_here(config)}
         same = {name: config for name, config in configs.items() if getattr(config, "basis_start", "") == "same"}
         copies = {name for name, config in same.items() if config.basis in started}  # of their basis's R
@@ -218,7 +221,7 @@ class _Trial:
         """Leave R at the start of a rate, and η in the adapters' configurations with it."""
         self.scale_start(rate)
         for name in self.scaled:
-            self.model.peft_config[name].init_provenance["lr"] *= rate / self.first
+            self.configs[name].init_provenance["lr"] *= rate / self.first
 
     def adamw(self, trained: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         """AdamW with this rate for R; others, which learn at theirs, must not decide it."""
@@ -230,11 +233,14 @@ class _Trial:
         return ADAMW(groups, rate)
 
     def loss(self, rate: float, make: MakeOptimizer, bar: tqdm) -> float:
-        """The mean loss of the held-out batches after a trial at a rate."""
-        with _restored(self.model, self.trained):
+        """The mean loss of the held-out batches of all ranks after a trial at a rate; infinite if it is no number."""
+        processes = Processes()
+        with processes.together("a trial of the rate"), _restored(self.model, self.trained):
             self.scale_start(rate)
             self._steps(make(self.trained, rate), bar)
-            return self._judged()
+            own = self._judged()
+        mean = float(processes.all_reduce_sum(own.cpu().reshape(1))) / processes.world_size
+        return mean if math.isfinite(mean) else math.inf
 
     def _steps(self, optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
         self.model.train()
@@ -251,12 +257,9 @@ class _Trial:
             bar.update(1)
 
     @torch.no_grad()
-    def _judged(self) -> float:
-        """The mean over all ranks' batches; infinite if it is no number."""
+    def _judged(self) -> Tensor:
         self.model.eval()
-        losses = torch.stack([self._loss(batch).double() for batch in self.judge])
-        mean = float(Processes().all_reduce_sum(losses.mean().cpu().reshape(1))) / Processes().world_size
-        return mean if math.isfinite(mean) else math.inf
+        return torch.stack([self._loss(batch).double() for batch in self.judge]).mean()
 
     def _loss(self, batch: Batch) -> Tensor:
         batch = to_device(batch, self.trained[0].device)

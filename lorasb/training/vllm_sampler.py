@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..checkpoints import shared_factors
 from ..compat import vllm as private
-from ..compat.torch import uncompiled
+from ..compat.torch import unwrapped
 from ..constants import CONFIG_NAME, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, frozen_factors, refuse_uninitialized
@@ -97,7 +97,7 @@ class VLLMSampler:
             RuntimeError: vLLM refused it, with its reason: other A and B than the server's, or no plugin.
         """
         started = time.perf_counter()
-        model = uncompiled(model)
+        model = unwrapped(model)
         name, layers = adapted_layers(model, adapter_name)
         _check(layers, name)
         first = next(iter(layers.values())).lorasb_A[name]
@@ -131,7 +131,7 @@ class VLLMSampler:
         """A completion of every prompt (texts or chats), as TRL's `rollout_func` returns them."""
         now = weakref.ref(trainer.model), trainer.state.global_step
         if self.synced is None or self._sent != now:
-            model = uncompiled(trainer.accelerator.unwrap_model(trainer.model))
+            model = unwrapped(trainer.accelerator.unwrap_model(trainer.model))
             name, layers = adapted_layers(model, None)
             _check(layers, name)  # on all processes, or the others would wait for one that has failed
             if not isinstance(self.client, str) or trainer.accelerator.is_main_process:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoints import adapter_file, shared_factors
 from ..checkpoints.adapter_file import SMALLEST, TOLERANCE, difference
 from ..checkpoints.shared_factors import DIGEST, join_factors
-from ..compat.torch import uncompiled
+from ..compat.torch import unwrapped
 from ..config.adapter import LoRASBConfig
 from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
 from ..layers.adapted_layer import AdaptedLayer
@@ -177,7 +177,7 @@ def swap(
     model: Any, path: str | os.PathLike[str], adapter_name: str, torch_device: str | None = None, **options: Any
 ) -> None:
     """Write a saved adapter's A, B and R into those of a loaded one, in place; on a ValueError nothing is changed."""
-    model = uncompiled(model)
+    model = unwrapped(model)
     config = LoRASBConfig.from_pretrained(str(path), **options)
     _, layers = adapted_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):

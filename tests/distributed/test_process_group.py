@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from models import started
 from processes import ROOT, python
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from two_ranks import SAMPLES
 
 from lorasb.init.cache import read
@@ -99,11 +99,16 @@ def test_errors_are_raised_by_all_ranks(found: Found) -> None:
         assert any(words in error for words in ("is inf", "NaN or Inf", "rank 1"))
 
 
-def test_repeats_of_a_distributed_sampler_are_dropped() -> None:
+@pytest.mark.parametrize("batched", [False, True])
+def test_repeats_of_a_distributed_sampler_are_dropped(batched: bool) -> None:
     data = [{"x": torch.tensor([i])} for i in range(7)]
     seen = []
     for rank in range(3):
-        loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, 3, rank, shuffle=True, seed=4))
+        sampler = DistributedSampler(data, 3, rank, shuffle=True, seed=4)
+        options = (
+            {"batch_sampler": BatchSampler(sampler, 2, False)} if batched else {"sampler": sampler, "batch_size": 2}
+        )
+        loader = DataLoader(data, **options)
         seen += [int(value) for batch in without_repeats(loader) for value in batch["x"]]
     assert sorted(seen) == list(range(7))
 

@@ -273,6 +273,31 @@ def test_a_start_is_that_of_the_optimizers_rate(
     assert callback.report.lr == pytest.approx(eta)
 
 
+@pytest.mark.parametrize(
+    ("schedule_of", "eta"),
+    [
+        (lambda own: schedules.CosineAnnealingLR(own, 6), 1e-3),
+        (lambda own: schedules.OneCycleLR(own, 8e-3, 100), 8e-3),
+        (lambda own: transformers.get_linear_schedule_with_warmup(own, 10, 100), 1e-4),
+        (lambda own: schedules.LambdaLR(own, lambda _: 2.0), 1e-3),
+    ],
+)
+def test_a_start_is_that_of_the_users_own_schedule(schedule_of: Any, eta: float, tmp_path: Path) -> None:
+    """Its peak, and the warm-up of those made of lambdas, whatever the arguments have."""
+    model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(num_samples=6)
+    optimizer = torch.optim.AdamW(cores(model), lr=1e-3)
+    train(model, tmp_path, [callback], optimizers=(optimizer, schedule_of(optimizer)))
+    assert callback.report.lr == pytest.approx(eta)
+
+
+def test_a_process_without_labels_keeps_the_measured_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of several has whose share of few rows has none."""
+    monkeypatch.setattr(init_callback, "labeled_rows", lambda batch: 0)
+    with pytest.warns(UserWarning, match=r"a process has no labeled rows of its own to try rates on: .* as measured"):
+        _, callback, _ = begun(tmp_path)
+    assert callback.report.rate == by_hand()[1].rate
+
+
 def test_a_rate_that_cannot_be_measured_leaves_a_start_without_data_as_it_was() -> None:
     model = lorasb.patch(make("llama"), r=4, init="lora-xs")
     for core in cores(model):

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Batch
-from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
 
 from lorasb.distributed.process_group import Processes
 from lorasb.init import first_step_lr
-from lorasb.init.sampling import samples_hash, select
+from lorasb.init.sampling import batch_size, samples_hash, select
 
 
 def test_by_default_32_samples_or_a_thousandth_are_taken() -> None:
@@ -48,6 +49,26 @@ def test_a_loader_with_a_sampler_of_its_own_keeps_its_choice() -> None:
         drawn = [int(value) for batch in samples for value in batch["x"]]
         assert len(drawn) == 16
         assert set(drawn) <= chosen
+
+
+def test_a_stream_of_accelerates_is_taken_in_order() -> None:
+    """Its loader's `total_dataset_length` asks for the length of a data set that has none."""
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[Batch]:
+            return ({"x": torch.tensor([i])} for i in range(48))
+
+    loader = prepare_data_loader(DataLoader(Stream(), batch_size=4), num_processes=1, process_index=0)
+    for wanted, count in ((None, 48), (16, 16)):
+        assert [int(i) for batch in select(loader, wanted, seed=0) for i in batch["x"]] == list(range(count))
+
+
+def test_the_boundaries_of_packed_examples_belong_to_no_row() -> None:
+    """As TRL's packing gives them: one row of all tokens, and where each example begins."""
+    packed = {"input_ids": torch.arange(9).view(1, 9), "cu_seq_lens_q": torch.tensor([0, 2, 5, 9]), "max_length_q": 4}
+    (found,) = select([packed], 1, seed=0)
+    assert batch_size(found) == 1
+    assert found["cu_seq_lens_q"].tolist() == [0, 2, 5, 9]
 
 
 def test_lists_of_a_value_for_each_sample_are_taken_with_it() -> None:

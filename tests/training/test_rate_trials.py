@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from models import make, text
@@ -126,10 +128,27 @@ def test_ranks_decide_by_the_mean_of_their_losses(monkeypatch: pytest.MonkeyPatc
     """The other rank's loss is 3 whatever the rate."""
     alone = find(patched())
     two = SimpleNamespace(rank=1, world_size=2, all_reduce_sum=lambda value: value + 3.0)
+    two.together = lambda doing: contextlib.nullcontext()
     monkeypatch.setattr(rate_trials, "Processes", lambda: two)
     found = find(patched())
     assert found.lr == alone.lr
     assert found.losses == {rate: pytest.approx((loss + 3.0) / 2) for rate, loss in alone.losses.items()}
+
+
+def test_a_wrapped_model_is_tried_as_itself(tmp_path: Path) -> None:
+    """DistributedDataParallel has no `peft_config`: R's start and η are its module's."""
+    model, wrapped = patched(), patched()
+    alone = find(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert find(nn.parallel.DistributedDataParallel(wrapped)).losses == alone.losses
+        again = lorasb.initialize(nn.parallel.DistributedDataParallel(patched()), batches(4), lr=1e-3, progress=False)
+    finally:
+        dist.destroy_process_group()
+    check_equal(cores(wrapped), cores(model))
+    etas = [one.peft_config["default"].init_provenance["lr"] for one in (wrapped, model)]
+    assert etas == [pytest.approx(alone.lr)] * 2
+    assert len(again.layers) == 14
 
 
 def test_a_head_keeps_its_own_rate() -> None:
@@ -183,7 +202,7 @@ def test_a_measured_rate_is_doubled_or_halved(
     model = patched()
     before = cores(model)
     losses, rates = {1e-3: of_whole, 2.5e-4: of_quarter}, []
-    monkeypatch.setattr(rate_trials._Trial, "_judged", lambda self: losses[rates.pop()])
+    monkeypatch.setattr(rate_trials._Trial, "_judged", lambda self: torch.tensor(losses[rates.pop()]).double())
     monkeypatch.setattr(rate_trials._Trial, "_steps", lambda self, opt, bar: rates.append(opt.param_groups[0]["lr"]))
     found = rate_trials.refine_rate(model, batches(8), 1e-3, progress=False)
     assert (found.lr, found.losses, found.steps) == (1e-3 * factor, losses, rate_trials.PROBE_STEPS)
