@@ -27,8 +27,7 @@ from ..compat.torch import unwrapped
 from ..compat.transformers import name_or_path
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
-from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, frozen_factors, layer_kinds, refuse_uninitialized
+from ..layers.lookup import frozen_factors, layer_kinds, layers_of_one, refuse_more_than_factors
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
 from ..utils.atomic_files import replacing, write_json, write_text
@@ -146,19 +145,8 @@ def serve_command(base: str | None, folder: Path, rank: int) -> str:
     return f"vllm serve {shlex.quote(base or 'BASE_MODEL')} {options}"
 
 
-def _layers_of_one(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, AdaptedLayer]]:
-    """An initialized adapter's name, by default that of the only active one, and its layers."""
-    name, layers = adapted_layers(model, adapter_name)
-    refuse_uninitialized(layers, name)
-    active = next(iter(layers.values())).active_adapters
-    if adapter_name is None and len(active) > 1:
-        which = f"adapters {', '.join(active)} are active"
-        raise ValueError(f"{which}: name one by adapter_name=, or sum them by add_weighted_adapter")
-    return name, layers
-
-
 def _read(model: nn.Module, adapter_name: str | None) -> tuple[Json, dict[str, Tensor], dict[str, float]]:
-    name, layers = _layers_of_one(model, adapter_name)
+    name, layers = layers_of_one(model, adapter_name)
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if DIGEST in tensors:  # an adapter on another one's A and B
         del tensors[DIGEST]
@@ -373,12 +361,14 @@ def adapter_delta(
         scale changes them: copy them to keep them beyond the next step.
 
     Raises:
-        ValueError: an unknown part, several active adapters, or one that is not initialized.
+        ValueError: an unknown part, several active adapters, or one that is not initialized or has more than factors
+            (trained modules, token rows or biases).
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
     model = unwrapped(model)
-    name, layers = _layers_of_one(model, adapter_name)
+    name, layers = layers_of_one(model, adapter_name)
+    refuse_more_than_factors(model, name, "export_lora writes all of it")
     if part == "core":
         return {path: layer.lorasb_R[name].detach().to(dtype=dtype) for path, layer in layers.items()}
     basis: dict[str, Tensor] = {}

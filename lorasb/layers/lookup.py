@@ -66,11 +66,11 @@ def frozen_factors(layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[s
     }
 
 
-def digests(layers: dict[str, AdaptedLayer], adapter_name: str) -> set[bytes]:
-    """The digest of an adapter's A and B, and that of their file, where they have been cast since it was read."""
+def digests(layers: dict[str, AdaptedLayer], adapter_name: str) -> tuple[bytes, ...]:
+    """The digest of an adapter's A and B; then that of their file, where they have been cast since it was read."""
     found = digest(frozen_factors(layers, adapter_name))
     cast = next((layer.adapters[adapter_name].cast_from for layer in layers.values()), None)
-    return {found, cast[1]} if cast is not None and cast[0] == found else {found}
+    return (found, cast[1]) if cast is not None and cast[0] == found else (found,)
 
 
 def note_cast(layers: dict[str, AdaptedLayer], adapter_name: str, file: dict[str, Tensor]) -> None:
@@ -99,6 +99,26 @@ def scalings_of(layers: dict[str, AdaptedLayer], basis: str) -> dict[str, float]
     if not all(found.values()):
         raise ValueError(f"the scale of {basis!r} is 0, so that no R on it does anything: set_scale(...)")
     return found
+
+
+def layers_of_one(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, AdaptedLayer]]:
+    """An initialized adapter's name, by default that of the only active one, and its layers."""
+    name, layers = adapted_layers(model, adapter_name)
+    refuse_uninitialized(layers, name)
+    active = next(iter(layers.values())).active_adapters
+    if adapter_name is None and len(active) > 1:
+        which = f"adapters {', '.join(active)} are active"
+        raise ValueError(f"{which}: name one by adapter_name=, or sum them by add_weighted_adapter")
+    return name, layers
+
+
+def refuse_more_than_factors(model: Any, adapter_name: str, remedy: str) -> None:
+    """Raise a ValueError for an adapter that trains more than R: modules, token rows or biases."""
+    wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    with_modules = any(adapter_name in wrapper._adapters for wrapper in wrappers)
+    if with_modules or model.peft_config[adapter_name].bias != "none":
+        what = "trained modules or token rows" if with_modules else "trained biases"
+        raise ValueError(f"adapter {adapter_name!r} has more than R ({what}): {remedy}")
 
 
 def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:

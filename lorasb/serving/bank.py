@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -25,7 +24,14 @@ from ..checkpoints.adapter_file import read_config, read_cores
 from ..compat.torch import unwrapped
 from ..constants import BASE_ROW, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, digests, layers_with, refuse_uninitialized, scalings_of
+from ..layers.lookup import (
+    adapted_layers,
+    digests,
+    layers_with,
+    refuse_more_than_factors,
+    refuse_uninitialized,
+    scalings_of,
+)
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
 
@@ -165,9 +171,12 @@ class AdapterBank:
             cores: R [r, r] by the layer's name; or an adapter of the model on the same A and B, to copy; None: R = 0.
 
         Raises:
-            ValueError: the model has an adapter of this name, or an R is missing, of another shape or not finite.
+            ValueError: a name that is no text or is that of an adapter of the model; or an R is missing, of another
+                shape or not finite.
             RuntimeError: a batch in progress uses the adapter that would be replaced.
         """
+        if not isinstance(name, str):
+            raise ValueError(f"expected a text as the adapter's name, got {name!r}")
         if name == BASE_ROW or name in getattr(self._model(), "peft_config", ()):
             raise ValueError(f"the model has an adapter {name!r} itself: choose another name for the bank's")
         if isinstance(cores, str):
@@ -334,12 +343,8 @@ class AdapterBank:
         for layer in layers.values():
             if adapter not in layer.lorasb_R or layer.lorasb_A[adapter] is not layer.lorasb_A[self.basis]:
                 raise ValueError(f"expected an adapter of the model on the A and B of {self.basis!r}, got {adapter!r}")
-        model = cast(nn.Module, self._model())
-        wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
-        if adapter != self.basis and any(adapter in wrapper._adapters for wrapper in wrappers):
-            raise ValueError(
-                f"adapter {adapter!r} has more than R (trained modules or token rows): serve it by its name"
-            )
+        if adapter != self.basis:
+            refuse_more_than_factors(self._model(), adapter, "serve it by its name")
         found, scalings = {}, scalings_of(layers, self.basis)
         for name, layer in layers.items():
             ratio = layer.adapters[adapter].scaling / scalings[name]

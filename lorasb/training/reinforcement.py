@@ -17,6 +17,9 @@ from ..serving.training import token_losses
 
 Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
 SMALLEST_SPREAD = 1e-4  # added to a group's standard deviation, as GRPO does
+# Samples of the policy itself: a checkpoint's own settings of generation would be another one.
+NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "repetition_penalty": 1.0}
+NEUTRAL |= {"num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": []}
 
 
 class RewardError(ValueError):
@@ -29,10 +32,11 @@ def checked_rewards(
     """The rewards of completions; a RewardError if the function fails or returns no finite number per completion."""
     name = f"reward {getattr(reward, '__name__', type(reward).__name__)}"
     try:
-        values = [float(value) for value in reward(prompts=prompts, completions=completions, **columns)]
+        given = reward(prompts=list(prompts), completions=list(completions), **columns)
+        values = [float(value) for value in given]
     except RewardError:
         raise
-    except Exception as error:  # the caller's own code
+    except (Exception, SystemExit) as error:  # the caller's own code
         raise RewardError(f"{name} failed: {type(error).__name__}: {error}") from error
     if len(values) != len(completions):
         raise RewardError(f"{name}: expected {len(completions)} numbers, one for each completion, got {len(values)}")
@@ -78,11 +82,16 @@ def reward_batches(
         seed: of sampling; the global random state stays as it was.
 
     Returns:
-        For each prompt `input_ids`, `attention_mask` and `completion_mask` [generations, T], and `advantages`.
+        For each prompt `input_ids`, `attention_mask` and `completion_mask` [generations, T], and `advantages` and
+        `temperature` [generations].
 
     Raises:
+        ValueError: one text in place of prompts, or fewer than two generations.
         RewardError: `reward` failed or returned something else, or no prompt's completions differ in reward.
     """
+    if isinstance(prompts, str) or generations < 2:
+        got = f"the text {prompts!r}" if isinstance(prompts, str) else f"generations={generations}"
+        raise ValueError(f"expected a list of prompts and at least two generations of each, got {got}")
     batches = []
     with rng_untouched(), modes_restored(model):
         model.eval()
@@ -96,6 +105,7 @@ def reward_batches(
                 batch = {"input_ids": ids, "attention_mask": torch.cat((prompt_mask, mask), 1)}
                 batch["completion_mask"] = torch.cat((0 * prompt_mask, mask), 1)
                 batch["advantages"] = torch.tensor(advantages(values), device=ids.device)
+                batch["temperature"] = torch.full((generations,), temperature, device=ids.device)
                 batches.append(batch)
     if not batches:
         raise RewardError(
@@ -113,19 +123,29 @@ def _sampled(
     chat = not isinstance(prompt, str)
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
     given = tokenizer([text] * generations, return_tensors="pt", add_special_tokens=not chat).to(device)
-    end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    # of the policy itself: a checkpoint's own settings of generation would be another one
-    options = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    options |= {"max_new_tokens": max_new_tokens, "do_sample": True, "pad_token_id": pad, "eos_token_id": end}
+    if not given["input_ids"].shape[1]:
+        raise ValueError("a prompt has no tokens: expected a text, or a tokenizer that begins one with a token")
+    ends = _ends(tokenizer, model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
+    options = NEUTRAL | {"temperature": temperature, "max_new_tokens": max_new_tokens, "do_sample": True}
+    options |= {"pad_token_id": pad, "eos_token_id": ends or None}
     ids = model.generate(input_ids=given["input_ids"], attention_mask=given["attention_mask"], **options)
     completion = ids[:, given["input_ids"].shape[1] :]
-    ends = completion == (-1 if end is None else end)  # no token is -1
-    return ids, (ends.cumsum(1) - ends.long() == 0).long()
+    found = torch.isin(completion, torch.tensor(ends, dtype=completion.dtype, device=device)).long()
+    return ids, (found.cumsum(1) - found == 0).long()
+
+
+def _ends(tokenizer: Any, model: Any) -> list[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's own generation."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(one for one in (tokenizer.eos_token_id, *own) if one is not None))
 
 
 def policy_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """−mean over completions of advantage · mean over tokens of log π: GRPO's gradient where the policy has sampled.
+
+    π is the softmax of logits / temperature, as it was sampled from.
 
     Args:
         model: the policy.
@@ -154,5 +174,7 @@ def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
     """Σ log π of each row's completion, and its number of tokens, both [n]."""
     ids, mask = batch["input_ids"], batch["completion_mask"]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+    if "temperature" in batch:  # that of `reward_batches`
+        logits = logits / batch["temperature"].to(logits.dtype)[:, None, None]
     labels = ids.masked_fill(mask == 0, IGNORED)
     return -token_losses(logits, labels).sum(1), mask[:, 1:].sum(1).clamp(min=1)

@@ -16,19 +16,18 @@ import urllib.error
 import urllib.request
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
 from torch import Tensor
 
-from ..checkpoints import shared_factors
 from ..compat import vllm as private
 from ..compat.torch import unwrapped
 from ..constants import CONFIG_NAME, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, frozen_factors, refuse_uninitialized
+from ..layers.lookup import digests, frozen_factors, layers_of_one, refuse_more_than_factors
 from ..serving.basis import save_cores
 
 MEMORY = "/dev/shm"  # a file system in memory, where there is one
@@ -85,28 +84,33 @@ class VLLMSampler:
         self.folder = Path(tempfile.mkdtemp(prefix="lorasb-", dir=place)).resolve()
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.synced: Synced | None = None
-        self._sent: tuple[object, int] | None = None  # the trainer's model, weakly, and step when R was sent
+        self._sent: tuple[object, ...] | None = None  # the trainer's model, weakly, the step and the version of R
         self._counter = itertools.count()
-        self._digest: tuple[Tensor, bytes] | None = None  # of A and B, with the first A
+        self._digest: tuple[Tensor, int, bytes] | None = None  # of A and B, with the first A and their version
 
     def sync(self, model: PeftModel, adapter_name: str | None = None) -> Synced:
         """Send R of an adapter of a patched model, the active one by default.
 
         Raises:
-            ValueError: an adapter that is not initialized, or whose R is sharded.
+            ValueError: several active adapters, or one that is not initialized, has more than R, shards of R, or
+                another scale than it was made with.
             RuntimeError: vLLM refused it, with its reason: other A and B than the server's, or no plugin.
         """
         started = time.perf_counter()
         model = unwrapped(model)
-        name, layers = adapted_layers(model, adapter_name)
-        _check(layers, name)
-        first = next(iter(layers.values())).lorasb_A[name]
-        if self._digest is None or self._digest[0] is not first:  # once: it takes seconds for gigabytes
-            self._digest = first, shared_factors.digest(frozen_factors(layers, name))
+        name, layers = _to_send(model, adapter_name)
+        factors = frozen_factors(layers, name).values()
+        first, version = next(iter(layers.values())).lorasb_A[name], _version(factors)
+        if self._digest is None or self._digest[0] is not first or self._digest[1] != version:
+            self._digest = first, version, digests(layers, name)[-1]  # seconds for gigabytes
         number = next(self._counter)
         path = self.folder / f"{self.name}-{number}"
-        save_cores(path, layers, name, model.peft_config[name], self._digest[1])
-        request = self._load(path)
+        try:
+            save_cores(path, layers, name, model.peft_config[name], self._digest[2])
+            request = self._load(path)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         # Remove the R's that no step can ask for: vLLM may read the last one again, after it has evicted it.
         shutil.rmtree(self.folder / f"{self.name}-{number - 2}", ignore_errors=True)
         size = sum((path / file).stat().st_size for file in (WEIGHTS_NAME, CONFIG_NAME))
@@ -129,11 +133,11 @@ class VLLMSampler:
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[list[int]] | list[list[float]]]:
         """A completion of every prompt (texts or chats), as TRL's `rollout_func` returns them."""
-        now = weakref.ref(trainer.model), trainer.state.global_step
+        model = unwrapped(trainer.accelerator.unwrap_model(trainer.model))
+        name, layers = _to_send(model, None)  # on all processes, or the others would wait for one that has failed
+        version = _version(layer.lorasb_R[name] for layer in layers.values())
+        now = weakref.ref(trainer.model), trainer.state.global_step, version
         if self.synced is None or self._sent != now:
-            model = unwrapped(trainer.accelerator.unwrap_model(trainer.model))
-            name, layers = adapted_layers(model, None)
-            _check(layers, name)  # on all processes, or the others would wait for one that has failed
             if not isinstance(self.client, str) or trainer.accelerator.is_main_process:
                 self.sync(model)
             else:  # the first process alone sends R to a server that all have
@@ -189,7 +193,7 @@ def sync_to_vllm(model: PeftModel, client: str | VLLMSampler, *, adapter_name: s
         The adapter's name for requests, the `LoRARequest` of an `LLM`, bytes and seconds.
 
     Raises:
-        ValueError: an adapter that is not initialized or is sharded, or a client of neither kind.
+        ValueError: a client of neither kind, or an adapter that `VLLMSampler.sync` refuses.
         RuntimeError: vLLM refused it, with its reason.
     """
     if not isinstance(client, str | VLLMSampler):
@@ -200,11 +204,21 @@ def sync_to_vllm(model: PeftModel, client: str | VLLMSampler, *, adapter_name: s
 _sampler = functools.cache(VLLMSampler)  # one for all calls, which hashes A and B once, and removes old R's
 
 
-def _check(layers: dict[str, AdaptedLayer], name: str) -> None:
-    refuse_uninitialized(layers, name)
+def _to_send(model: PeftModel, adapter_name: str | None) -> tuple[str, dict[str, AdaptedLayer]]:
+    """An adapter's name and layers; a ValueError where R alone is not what the model computes with."""
+    name, layers = layers_of_one(model, adapter_name)
+    refuse_more_than_factors(model, name, "it is not sent, so serve a merged model or export_lora")
     cores = [layer.lorasb_R[name] for layer in layers.values()]
     if any(hasattr(core, "full_tensor") or core.numel() == 0 for core in cores):
         raise ValueError("expected R whole on every process, got shards of it (FSDP2 or ZeRO-3): train with DDP")
+    if any(layer.adapters[name].scaling != layer.adapters[name].made_with for layer in layers.values()):
+        raise ValueError(f"adapter {name!r} has another scale than it was made with: set_scale({name!r}, 1.0)")
+    return name, layers
+
+
+def _version(tensors: Iterable[Tensor]) -> int:
+    """A number that grows when any of the tensors is written."""
+    return sum(tensor._version for tensor in tensors)
 
 
 def _tokens(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:

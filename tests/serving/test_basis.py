@@ -420,6 +420,9 @@ def test_on_a_cast_basis_adapters_and_the_basis_load_again(tmp_path: Path) -> No
     load_adapters(model, tmp_path / "all", ["ada"])
     with pytest.raises(ValueError, match="no layer has an adapter 'nobody'"):
         load_adapters(model, tmp_path / "all", ["ada"], basis="nobody")
+    model.save_pretrained(tmp_path / "cast")  # in bf16, with the adapter that belongs to it
+    again = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path / "cast").eval()
+    again.load_adapter(tmp_path / "cast" / "ada", "ada")
     swapped = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path / "other").eval()
     hotswap_adapter(swapped, str(tmp_path / "all"), "default")
     assert not lorasb.AdapterBank(swapped).load(tmp_path / "all" / "ada").failed

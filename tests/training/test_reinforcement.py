@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tolerances
@@ -149,9 +152,9 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
     return next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.grad.clone()
 
 
-def log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def log_probabilities(model: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
     """Of every token after the first [rows, tokens - 1]."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1] / temperature
     return logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
 
 
@@ -167,11 +170,13 @@ def test_the_preference_gradient_is_dpos(tiny: Path) -> None:
     tolerances.check_scaled(beta / 2 * got, want, tolerances.FP32_LOGITS)
 
 
-def test_the_policy_gradient_is_grpos(tiny: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_policy_gradient_is_grpos(temperature: float, tiny: Path, tokenizer: Tokenizer) -> None:
     model = fresh(tiny).double()
-    (batch, *_) = lorasb.reward_batches(model, tokenizer, ["copy red"], length, generations=4, max_new_tokens=5)
+    options = {"generations": 4, "max_new_tokens": 5, "temperature": temperature}
+    (batch, *_) = lorasb.reward_batches(model, tokenizer, ["copy red"], length, **options)
     mask = batch["completion_mask"][:, 1:]
-    per_token = log_probabilities(model, batch)
+    per_token = log_probabilities(model, batch, temperature)
     ratio = (per_token - per_token.detach()).exp()  # 1, with the gradient of log π
     clipped = torch.minimum(ratio * batch["advantages"][:, None], ratio.clamp(0.8, 1.2) * batch["advantages"][:, None])
     want = gradient(model, -((clipped * mask).sum(1) / mask.sum(1)).mean())
@@ -193,6 +198,41 @@ def test_completions_end_at_their_end_and_sampling_leaves_the_random_state(tiny:
             assert ends in ([], [int(mask.sum()) - 1])
 
 
+def test_completions_end_where_the_model_ends_them_and_are_of_the_policy(tiny: Path, tokenizer: Tokenizer) -> None:
+    """A checkpoint may have an end that its tokenizer does not know, and settings of generation of its own."""
+    model = fresh(tiny)
+    given = {"generations": 4, "max_new_tokens": 30}
+    plain = lorasb.reward_batches(model, tokenizer, ["copy red"], length, **given)[0]
+    model.generation_config.update(min_p=0.5, no_repeat_ngram_size=1, suppress_tokens=[5, 6], typical_p=0.5)
+    assert torch.equal(
+        lorasb.reward_batches(model, tokenizer, ["copy red"], length, **given)[0]["input_ids"], plain["input_ids"]
+    )
+    ends = plain["input_ids"][:, -3].unique().tolist()
+    model.generation_config.eos_token_id = ends
+    (batch,) = lorasb.reward_batches(model, tokenizer, ["copy red"], length, **given)
+    for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True):
+        places = torch.isin(ids, torch.tensor([tokenizer.eos_token_id, *ends])) & mask.bool()
+        assert places.nonzero().flatten().tolist() in ([], [int(mask.nonzero().max())])
+    assert int(batch["completion_mask"].sum(1).min()) < 30
+
+
+@pytest.mark.parametrize(
+    ("prompts", "generations", "message"),
+    [
+        ("one", 4, "got the text 'one'"),
+        (["one"], 1, "got generations=1"),
+        ([[{"role": "user", "content": ""}]], 2, "a prompt has no tokens"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(
+    prompts: Any, generations: int, message: str, tiny: Path, tokenizer: Tokenizer
+) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = "{{ '' }}"
+    with pytest.raises(ValueError, match=message):
+        lorasb.reward_batches(fresh(tiny), bare, prompts, length, generations=generations)
+
+
 def test_advantages_are_of_a_group() -> None:
     found = advantages([1.0, 0.0])
     assert found[0] == pytest.approx(-found[1])
@@ -204,6 +244,8 @@ REWARDS: dict[str, tuple[Callable[..., object], str]] = {
     "NaN": (lambda **given: [1.0, float("nan")], "expected finite numbers, got nan for 'b'"),
     "too few": (lambda **given: [1.0], "expected 2 numbers, one for each completion, got 1"),
     "no list": (lambda **given: 1.0, "failed: TypeError: 'float' object is not iterable"),
+    "exits": (lambda **given: sys.exit("no key"), "failed: SystemExit: no key"),
+    "takes them": (lambda completions, **given: completions.clear() or [1.0], "expected 2 numbers, one for each"),
     "no numbers": (lambda **given: ["yes", "no"], "failed: ValueError: could not convert"),
 }
 

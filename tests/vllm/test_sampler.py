@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from basis_models import a_layer, fill, with_basis
+from basis_models import a_layer, base, fill, with_basis
+from peft import PeftModel
 from safetensors.torch import load_file
 from tolerances import EXACT, check
 
 import lorasb
+from lorasb.checkpoints.shared_factors import DIGEST, digest
 from lorasb.constants import WEIGHTS_NAME
-from lorasb.layers.lookup import layers_with
+from lorasb.layers.lookup import frozen_factors, layers_with
 from lorasb.vllm import plugin
 
 
@@ -150,6 +152,42 @@ def test_what_the_server_refuses_is_one_line(server: Server) -> None:
         lorasb.sync_to_vllm(model(), server.address)
 
 
+def test_what_is_sent_is_of_the_factors_and_cores_of_now(server: Server, tmp_path: Path) -> None:
+    """A new initialization writes into the same A and B, and a second training begins at the same step."""
+    server.answer = {"choices": [{"index": 0, "token_ids": [1], "logprobs": {"token_logprobs": [0.0]}}]}
+    trainer, sampler = grpo(temperature=1.0), lorasb.VLLMSampler(server.address, folder=tmp_path)
+    layer = a_layer(trainer.model)
+    for factor in (1.0, 2.0):
+        with torch.no_grad():
+            layer.lorasb_A["default"].mul_(factor)
+        sampler.sync(trainer.model)
+        (path,) = [body["lora_path"] for path, body in server.asked[-1:]]
+        sent = load_file(f"{path}/{WEIGHTS_NAME}")
+        layers = layers_with(trainer.model, "default")
+        assert bytes(sent[DIGEST].tolist()) == digest(frozen_factors(layers, "default"))
+    sampler(["a"], trainer)
+    count = len(server.asked)
+    with torch.no_grad():
+        layer.lorasb_R["default"].add_(1.0)
+    sampler(["a"], trainer)
+    assert [path for path, _ in server.asked[count:]] == ["/v1/load_lora_adapter", "/v1/completions"]
+
+
+def test_a_cast_basis_is_that_of_its_file(server: Server, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "basis")
+    cast = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path / "basis")
+    lorasb.VLLMSampler(server.address, folder=tmp_path).sync(cast)
+    ((_, body),) = server.asked
+    assert len(plugin._cores(Path(body["lora_path"]), plugin.read_basis(tmp_path / "basis"), torch.float32)) == 14
+
+
+def test_a_refused_sync_leaves_no_files(server: Server, tmp_path: Path) -> None:
+    sampler, server.status = lorasb.VLLMSampler(server.address, folder=tmp_path), 500
+    with pytest.raises(RuntimeError, match="answered 500"):
+        sampler.sync(model())
+    assert list(sampler.folder.iterdir()) == []
+
+
 def test_chats_are_rendered_as_the_trainer_does(server: Server, tmp_path: Path) -> None:
     given: list[dict[str, Any]] = []
 
@@ -177,6 +215,20 @@ def test_what_cannot_be_sent_is_refused(server: Server) -> None:
     a_layer(sharded).lorasb_R["default"].data = torch.empty(0)  # as ZeRO-3 leaves it
     with pytest.raises(ValueError, match="got shards of it"):
         lorasb.sync_to_vllm(sharded, server.address)
+    two = model()
+    two.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
+    two.base_model.set_adapter(["default", "ada"])
+    with pytest.raises(ValueError, match="adapters default, ada are active: name one"):
+        lorasb.sync_to_vllm(two, server.address)
+    scaled = model()
+    a_layer(scaled).set_scale("default", 0.5)
+    with pytest.raises(ValueError, match=r"has another scale than it was made with: set_scale\('default', 1.0\)"):
+        lorasb.sync_to_vllm(scaled, server.address)
+    for option in ({"modules_to_save": ["norm"]}, {"bias": "lorasb_only"}):
+        more = lorasb.patch(with_basis().unload(), r=4, init="random", **option)
+        for send in (lorasb.adapter_delta, lambda one: lorasb.sync_to_vllm(one, server.address)):
+            with pytest.raises(ValueError, match=r"has more than R \(trained "):
+                send(more)
     fresh = lorasb.patch(with_basis().unload(), r=4)
     with pytest.raises(ValueError, match="has not been initialized"):
         lorasb.sync_to_vllm(fresh, server.address)
