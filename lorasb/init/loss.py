@@ -82,7 +82,7 @@ def _field(outputs: object, name: str) -> Tensor | None:
 
 
 def _checked(loss: object, batch: Batch) -> Tensor:
-    """The loss, if it is a finite scalar with a graph."""
+    """The loss, if it is a finite scalar; without a graph, a leaf that has a backward."""
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"the model returned no loss for a batch with {', '.join(sorted(batch))}: add labels to the batches, or "
@@ -92,9 +92,8 @@ def _checked(loss: object, batch: Batch) -> Tensor:
         raise ValueError(f"expected one loss, got a tensor {list(loss.shape)}: reduce it to its mean")
     if not torch.isfinite(loss.detach()).all():
         raise ValueError(f"the loss of an initialization batch is {float(loss.detach())}: check the data and the dtype")
-    if not loss.requires_grad:
-        raise ValueError("the loss does not depend on any adapted layer: nothing to initialize from")
-    return loss
+    # Of a pass none of whose layers is reached (experts without tokens): other passes may reach theirs.
+    return loss if loss.requires_grad else loss.detach().requires_grad_()
 
 
 @torch.no_grad()

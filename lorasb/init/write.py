@@ -12,6 +12,7 @@ from torch import nn
 
 from ..constants import FACTORS
 from ..distributed.process_group import Processes
+from ..layers import unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..utils.reading import Json
 from .accumulator import GradientSums, LayerSum
@@ -69,9 +70,23 @@ class LayerWriter:
 
     def write_sums(self, sums: GradientSums) -> list[str]:
         """Write the layers of a block or a pass, and free their sums; returns the names of those reached."""
-        reached = self.reached(sums)
         # `reduced` takes the references, so that a sum is freed when `_factor_and_write` deletes it.
-        self._factor_and_write({n: _checked(n, self.layers[n], self.reduced(n, sums)) for n in reached})
+        totals = {name: self.reduced(name, sums) for name in self.reached(sums)}
+        zero = []
+        for name, total in totals.items():
+            _refuse_not_finite(name, total)
+            if total.signs().zeros == self.layers[name].in_features * self.layers[name].out_features:
+                zero.append(name)
+        for name in filter(unfused_experts.parameter_of, zero):  # whose tokens have no loss: as if none had come
+            del totals[name]
+            self.called.discard(name)
+        if zero := [name for name in zero if name in totals]:
+            more = f" (and of {', '.join(zero[1:])})" if zero[1:] else ""
+            raise ValueError(
+                f"the gradient of layer {zero[0]!r}{more} is zero: the loss does not depend on it. Nothing was changed"
+            )
+        reached = list(totals)
+        self._factor_and_write(totals)
         return reached
 
     def write_cached(self, gradients: dict[str, CachedGradient]) -> None:
@@ -138,6 +153,8 @@ class LayerWriter:
         names = [name for name in self.layers if name not in self.reports]
         if not names:
             return
+        if not self.reports:
+            raise ValueError("the loss does not depend on any adapted layer: nothing to initialize from")
         try:
             blocks = find_stack(model, self.layers).targets
         except NotAStackError:
@@ -154,7 +171,8 @@ class LayerWriter:
         # After all checks, so that an initialization that fails does not warn.
         warnings.warn(
             f"{len(names)} layers were not reached by these samples and start from their weight's subspace with R = 0: "
-            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. More samples may reach them",
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. More samples may reach them, "
+            "unless the model reads their weight without calling them: then name them in exclude_modules",
             UserWarning,
             stacklevel=4,
         )
@@ -167,13 +185,9 @@ class LayerWriter:
             self.reports[name] = replace(report, singular_values=sigma, fallback="weight")
 
 
-def _checked(name: str, layer: AdaptedLayer, total: LayerSum) -> LayerSum:
-    """Return a layer's sum, or raise a ValueError for NaN, Inf or only zeros."""
+def _refuse_not_finite(name: str, total: LayerSum) -> None:
     if not total.signs().finite:
         raise ValueError(
             f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
             "bf16. Nothing was changed"
         )
-    if total.signs().zeros == layer.in_features * layer.out_features:
-        raise ValueError(f"the gradient of layer {name!r} is zero: the loss does not depend on it. Nothing was changed")
-    return total

@@ -224,7 +224,8 @@ def has_weight_values(base: nn.Module) -> bool:
 
 def has_own_result(layer: nn.Module) -> bool:
     """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores."""
-    # A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear.
+    # A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear; one that
+    # takes no [rows, in_features] (DeepSeek-V4's linear of groups) is none.
     if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear):
         return False
     if not is_dense(layer) or not has_weight_values(layer):  # not dense: another quantizer's, whose format is known
@@ -232,6 +233,8 @@ def has_own_result(layer: nn.Module) -> bool:
     try:
         with torch.no_grad():
             y = layer(_probe(layer.in_features, layer.weight.device, layer.weight.dtype))
+    except (RuntimeError, IndexError):
+        return True
     except Exception:
         return False
     return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())

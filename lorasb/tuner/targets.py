@@ -5,8 +5,10 @@ is replaced, before an initialization and before a merge.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Collection, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +52,11 @@ def check_targets(
         refuse_unknown_names(model, config.target_modules)
     for name, module in targets.items():
         check_supported(name, module)
+        if state_dict is None and not config.from_file and is_read_by_fused_kernels(model, name):
+            raise ValueError(
+                f"target {name!r}: the fused kernels of its Mamba block read its weight without calling it, so that an "
+                "adapter would have no effect in training: name it in exclude_modules"
+            )
     refuse_tied_head(model, targets)
     refuse_half_of_an_embedding(model, targets)
     check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
@@ -91,6 +98,21 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
     config.r, config.rank_pattern = config.r or DEFAULT_RANK, config.rank_pattern | capped
 
 
+def is_read_by_fused_kernels(model: nn.Module, name: str) -> bool:
+    """True for a layer of a Mamba block that is called on a CPU or in evaluation alone; else its weight is passed."""
+    parent, _, child = name.rpartition(".")
+    block = model.get_submodule(parent)
+    return hasattr(block, "A_log") and f"self.{child}.weight" in _source(type(block))
+
+
+@cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed into an interpreter
+        return ""
+
+
 def refuse_unknown_names(model: nn.Module, names: Collection[str]) -> None:
     """Raise a ValueError if no module has one of the names, with the names that are close."""
     modules = [name for name, _ in model.named_modules()]
@@ -114,6 +136,7 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
         if not isinstance(model.get_submodule(n), LINEARS_NOT_CALLED)
         and unfused_experts.parameter_of(n) is None
         and not n.startswith(inside)
+        and not is_read_by_fused_kernels(model, n)
         and not has_own_result(model.get_submodule(n))  # routers of a linear's class (Llama 4's)
     }
     if config.layers_to_transform is None:  # PEFT ignores it for the full names of "all-linear"

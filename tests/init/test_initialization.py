@@ -206,3 +206,11 @@ def test_merged_or_unpatched_models_are_refused() -> None:
         lorasb.initialize(model, batches_for("llama"), lr=1e-3)
     with pytest.raises(ValueError, match=r"call model = lorasb\.patch\(model\) first"):
         lorasb.initialize(make("llama"), batches_for("llama"), lr=1e-3)
+
+
+def test_a_layer_outside_of_the_blocks_that_is_not_reached_is_named() -> None:
+    base = make("llama")
+    base.spare = nn.Linear(4, 4)
+    model = lorasb.patch(base, r=4, target_modules=["q_proj", "spare"])
+    with pytest.raises(ValueError, match="layer 'spare' was never reached by these batches"):
+        lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)

@@ -219,3 +219,15 @@ def test_all_linear_leaves_a_router_alone_that_has_a_linears_class() -> None:
     assert torch.isfinite(model(**text(4, 12, 0)).loss)
     with pytest.raises(TypeError, match=r"router' is a Llama4Router, an nn.Linear whose forward gives something else"):
         lorasb.patch(llama4(), r=3, target_modules=["router"])
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4's: [.., groups, in] to [.., groups, out / groups]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...gi,goi->...go", x.unflatten(-2, (-1, 2)), self.weight.unflatten(0, (2, -1)))
+
+
+def test_all_linear_leaves_a_linear_of_groups_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Grouped(8, 8))
+    assert list(layers(lorasb.patch(model, r=2, target_modules="all-linear"), AdaptedLayer)) == ["0"]

@@ -80,6 +80,43 @@ def test_experts_without_a_token_start_from_their_weight_and_the_report_says_so(
     assert left == {name for name in expert_layers(model) if name.endswith(".3")}
 
 
+@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
+def test_experts_whose_tokens_have_no_loss_start_from_their_weight(strategy: str) -> None:
+    """In the last block the gradient of a prompt's tokens is zero, and so is that of experts that get no others."""
+    model = lorasb.patch(make("qwen3_moe"), r=4, target_parameters=EXPERTS)
+    model.base_model.model.model.layers[-1].mlp.gate.register_forward_hook(_prompts_to_the_last)
+    batches = [batch | {"labels": batch["labels"].clone()} for batch in batches_for("qwen3_moe")]
+    for batch in batches:
+        batch["labels"][:, :-2] = -100
+    with pytest.warns(UserWarning, match="not reached by these samples"):
+        report = lorasb.initialize(model, batches, lr=2e-2, strategy=strategy, progress=False)
+    last = {name for name in expert_layers(model) if name.startswith("model.layers.1.") and name.endswith(".3")}
+    assert {layer.name for layer in report.layers if layer.fallback} >= last
+
+
+def _prompts_to_the_last(_: nn.Module, __: object, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """All tokens but the last three of a row choose expert 3 twice, and these the first two."""
+    scores, weights, chosen = out
+    rows = torch.full_like(chosen, 3)
+    per_row = len(rows) // 2  # two rows per batch
+    for row in range(2):
+        rows[(row + 1) * per_row - 3 : (row + 1) * per_row] = torch.tensor([0, 1])
+    return scores, weights, rows
+
+
+def test_passes_whose_experts_have_no_token_are_no_error() -> None:
+    """However small the passes are, initialization finds the same layers."""
+    ids = torch.full((2, 6), 7)
+    batch, found = {"input_ids": ids, "labels": ids}, []
+    for budget in (None, 2e5):
+        model = lorasb.patch(make("mixtral"), r=4, target_parameters=EXPERTS)
+        options = {"strategy": "accumulate", "memory_budget": budget, "progress": False}
+        with pytest.warns(UserWarning, match="not reached by these samples.*: then name them in exclude_modules"):
+            report = lorasb.initialize(model, [batch], lr=2e-2, **options)
+        found.append([(layer.name, layer.fallback) for layer in report.layers])
+    assert sorted(found[0]) == sorted(found[1])
+
+
 def _without_the_last(_: nn.Module, __: object, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     scores, weights, chosen = out
     return scores, weights, torch.where(chosen == 3, (chosen.roll(1, -1) + 1) % 3, chosen)

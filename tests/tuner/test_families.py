@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import peft
 import pytest
 import tolerances
 import torch
+import transformers
 from adapters import layers
 from models import EXPERTS, FAMILIES, batches_for, logits, make
 
 import lorasb
+from lorasb.layers.lookup import layers_with
 
 PARTS = [(family, {}) for family in FAMILIES]
 PARTS += [(family, {"target_parameters": EXPERTS}) for family in ("mixtral", "qwen3_moe")]
@@ -61,3 +64,16 @@ def test_train_save_load_merge_and_export(family: str, fields: dict[str, Any], t
     assert not layers(merged)
     assert type(merged) is type(plain.get_base_model())
     tolerances.check(logits(merged, family), after, tolerances.MERGE)
+
+
+@pytest.mark.parametrize(("family", "left"), [("Mamba", {"in_proj"}), ("Mamba2", {"in_proj"})])
+def test_what_fused_kernels_read_is_no_target(family: str, left: set[str]) -> None:
+    """In training on a GPU a Mamba block's kernels take the weights of other linears, and call none of them."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 99, "state_size": 8}
+    sizes |= {"num_heads": 8, "head_dim": 8, "n_groups": 1} if family == "Mamba2" else {}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    make_one = partial(getattr(transformers, f"{family}ForCausalLM"), config)
+    found = {name.rpartition(".")[2] for name in layers_with(lorasb.patch(make_one(), r=2), "default")}
+    assert found == left
+    with pytest.raises(ValueError, match=r"out_proj': the fused kernels of its Mamba block read its weight"):
+        lorasb.patch(make_one(), r=2, target_modules=["out_proj"])
