@@ -80,7 +80,8 @@ def half_width(pairs: Sequence[float]) -> float:
     freedom = len(pairs) - 1
     if freedom == 0 or not all(map(math.isfinite, pairs)):
         return math.inf
-    return T95[min(freedom, len(T95)) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    t = T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.5 / freedom
+    return t * statistics.stdev(pairs) / math.sqrt(len(pairs))
 
 
 def head(other: str) -> list[str]:
