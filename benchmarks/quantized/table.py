@@ -7,7 +7,6 @@ from typing import Any
 BLOCK, STEP = ("block", "Mistral-7B, 512 tokens, f+b"), ("step", "SmolLM2, 4 x 128 tokens")
 DENSE, DENSE_BEFORE = "PEFT, dense, r=32", "PEFT on bf16, r=32"  # the name that older results have
 QLORA, BARE, OURS = "Linear4bit + LoRA r=32", "dense, bare", "ours, r=96"
-MORE = (2, 4, 8, 16, 32, 64, 128, 512)
 
 # row, case, against, ours, what the table calls it
 LINES = (

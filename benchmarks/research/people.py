@@ -107,7 +107,7 @@ def run(work: Path, people: int, alone: int, rates: Sequence[float]) -> dict[str
         )
         for answer in lora["answers"]:
             answer["adapter"] = answer["prompt"].partition(".")[0].removeprefix("I am ")
-        one = scored(lora, users, some) | {"lr": lr}
+        one = scored(lora, users, some) | {"lr": lr, "rates": rates}
         if LORA not in found or one["right"] > found[LORA]["right"]:
             found[LORA] = one
     machine, measured = machine_name(together["dtype"]), commit()
@@ -140,7 +140,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[list[str]]:
         pairs = zip(one["by_person"], together, strict=False)  # of a run with other people none
         less = [100 * (mine - theirs) for mine, theirs in pairs if len(together) == len(one["by_person"])]
         difference = f" ({statistics.fmean(less):+.1f} ± {half_width(less):.1f} points)" if any(less) else ""
-        rate = f" (rate {one['lr']:g}, the best of {len(RATES)})" if "lr" in one else ""
+        rate = f" (rate {one['lr']:g}, the best of {', '.join(map('{:g}'.format, one['rates']))})" if "lr" in one else ""
         shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}{difference}"
         yield [way + rate, str(one["people"]), str(one["answers"]), *shares, f"{one['seconds_per_person']:.1f}"]
 

@@ -47,7 +47,7 @@ def lines(found: dict[str, Any]) -> Iterator[list[str]]:
             one = times[name]
             p20, p50, p80 = (one[p] / Steps.COUNT for p in ("p20", "p50", "p80"))
             cells.append(f"{p50:.0f} ms ({p20:.0f}-{p80:.0f})")
-        ratios = times[PEFT]["ratio"], times[OURS]["ratio"], times[OURS]["p50"] / times[PEFT]["p50"]
+        ratios = times[PEFT]["ratio"], times[OURS]["ratio"], times[OURS]["ratio"] / times[PEFT]["ratio"]
         yield [rows, *cells, *(f"{ratio:.2f}x" for ratio in ratios)]
 
 
