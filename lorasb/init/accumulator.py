@@ -176,9 +176,10 @@ class GradientSums:
         self.called.add(name)
         self._pending[name] += 1
         # F.linear of three dimensions returns a view, whose hook an operation in place on it would leave out: that of
-        # the product itself stays.
+        # the product itself stays. A quantizer's function may return a view of what has no gradient.
         root = output if output._base is None else output._base
-        if root.numel() != output.numel() or not (root.is_contiguous() and output.is_contiguous()):
+        is_whole = root.numel() == output.numel() and root.is_contiguous() and output.is_contiguous()
+        if not (is_whole and root.requires_grad):
             root = output = output.clone()
         x = inputs[0].detach()  # with the version counter of the input
         root.register_hook(partial(self._add, name, x, version_of(x)))

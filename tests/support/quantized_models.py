@@ -87,7 +87,7 @@ def to_hqq(layer: nn.Linear, **options: Any) -> nn.Module:
 
 def to_quanto(layer: nn.Linear) -> nn.Module:
     quanto = pytest.importorskip("optimum.quanto")
-    new = quanto.QLinear.from_module(layer, weights=quanto.qint4)
+    new = quanto.QLinear.from_module(layer, weights=quanto.qint8)
     new.freeze()
     return new
 
