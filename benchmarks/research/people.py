@@ -140,7 +140,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[list[str]]:
         pairs = zip(one["by_person"], together, strict=False)  # of a run with other people none
         less = [100 * (mine - theirs) for mine, theirs in pairs if len(together) == len(one["by_person"])]
         difference = f" ({statistics.fmean(less):+.1f} ± {half_width(less):.1f} points)" if any(less) else ""
-        rate = f" (rate {one['lr']:g}, the best of {', '.join(map('{:g}'.format, one['rates']))})" if "lr" in one else ""
+        tried = ", ".join(f"{rate:g}" for rate in one.get("rates", ()))
+        rate = f" (rate {one['lr']:g}, the best of {tried})" if tried else ""
         shares = f"{one['right']:.1%}", f"{one['right_of_some']:.1%}{difference}"
         yield [way + rate, str(one["people"]), str(one["answers"]), *shares, f"{one['seconds_per_person']:.1f}"]
 

@@ -29,6 +29,7 @@ from ..init.sampling import Batch
 from ..init.task import InitOptions
 from ..layers.lookup import adapted_layers, layers_with
 from ..serving import joint_basis
+from ..serving.basis import check_names
 from ..tuner.targets import missing_from_checkpoint
 from ..utils import plotting
 from ..utils.atomic_files import locked, replacing_folder, write_json
@@ -48,7 +49,8 @@ REPORT_NAME = "report.json"
 
 
 def check_adapter(run: Run) -> None:
-    """Raise where the run's model cannot have its adapter; for a new one, from a model without memory."""
+    """Raise where the run's model cannot have its adapters; for a new one, from a model without memory."""
+    check_names(run.model, run.adapters)
     if run.settings.basis is not None:
         refuse_labels(run.train, run.settings.data or "")
         refuse_other_base(run)

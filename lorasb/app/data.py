@@ -18,7 +18,7 @@ from .settings import TASKS, Settings, nearest
 HELD_OUT_SEED = 10_000_000
 MAX_LABEL = 3e38  # about the largest number that an fp32 tensor takes
 # A name is a folder, and a part of parameters' names, which have no dots.
-ADAPTER_NAME, TAKEN_NAMES = r"[\w@+-]+", ("default", BASE_ROW)
+ADAPTER_NAME, TAKEN_NAMES = r"[\w@+][\w@+-]{0,59}", ("default", BASE_ROW)
 MAX_DRAWS = 20  # per example, before a task is taken to have too few
 QUESTION_ONLY = ("word_sequence_reversal", "leg_counting")  # without instructions, which every question repeats
 Row = Json  # of a file or a data set
@@ -200,6 +200,8 @@ def _example(values: object) -> Example:
         if "instruction" in values and "completion" not in values:
             return instructed(values)
         return Example(text_of(values, "prompt"), text_of(values, "completion"))
+    if values.get("tools") or any(message.get("tool_calls") for message in values["messages"]):
+        raise ValueError("tools and tool_calls are not read: write them into the content")
     messages = [{name: text_of(message, name) for name in ("role", "content")} for message in values["messages"]]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
@@ -226,9 +228,9 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
 
     value = values[column]
     name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    if name in TAKEN_NAMES or hasattr(ParameterDict, name) or not re.fullmatch(ADAPTER_NAME, name):
+    if name in TAKEN_NAMES or hasattr(ParameterDict(), name) or not re.fullmatch(ADAPTER_NAME, name):
         taken = f"{' or '.join(TAKEN_NAMES)}, nor a dictionary's method"
-        wanted = f"an adapter's name in {column}, of letters, digits and _ - + @, not {taken}"
+        wanted = f"an adapter's name in {column}, of at most 60 letters, digits and _ - + @, not {taken}"
         raise ValueError(f"{where}: expected {wanted}, got {value!r}: write other characters as _")
     return replace(example, adapter=name)
 

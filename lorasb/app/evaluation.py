@@ -18,9 +18,10 @@ from ..distributed.process_group import Processes
 from ..init.sampling import Batch
 from ..init.task import modes_restored, to_device
 from ..serving.training import token_losses
+from ..training.reinforcement import ends_of
 from ..tuner.targets import missing_from_checkpoint
 from .data import Example, are_values
-from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, is_right
+from .scoring import CORRELATIONS, LABEL_SCORES, OF_VALUES, SCORES, in_order, is_right, number
 from .settings import Settings
 from .tokenize import Collate, Collator, Encoded, EncodedText, Rows, collate_prompts, collate_texts, encode
 
@@ -131,6 +132,7 @@ def generate_answers(
         max_new_tokens=token_limit(chunk, limit),
         **GREEDY,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends_of(tokenizer, model),
         stopping_criteria=[advance],
     )
     answers = output[:, prompts["input_ids"].shape[1] :]
@@ -192,13 +194,12 @@ class Classification:
         """The problem that labels make: of values, or of classes."""
         if are_values([example.label for example in train]):
             for one in held_out:
-                if _number(one.completion) is None:
+                if number(one.completion) is None:
                     raise ValueError(f"the training labels are numbers, and a held-out one is {one.completion!r}")
                 if one.score not in OF_VALUES:
                     raise ValueError(f"--score {one.score} counts equal labels, and these are values: take pearson")
             return cls(())
-        texts = {example.completion for example in train}  # numbers come first, by their value
-        classes = sorted(texts, key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
+        classes = sorted({example.completion for example in train}, key=in_order)
         unknown = next((one.completion for one in held_out if one.completion not in classes), None)
         if unknown is not None:
             raise ValueError(f"the held-out label {unknown} is none of the training labels: {_shown(classes)}")
@@ -207,7 +208,7 @@ class Classification:
         asked = {example.score for example in held_out}
         of_values = sorted(asked & set(OF_VALUES))
         labels = f"and the labels are {_shown(classes)}: take label or matthews"
-        if of_values and any(_number(label) is None for label in classes):
+        if of_values and any(number(label) is None for label in classes):
             raise ValueError(f"--score {of_values[0]} takes numbers, {labels}")
         if len(classes) > 2 and "f1" in asked:
             raise ValueError(f"--score f1 is for two classes, {labels}")
@@ -268,13 +269,6 @@ class Classification:
     def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
         """The mean loss alone."""
         return self.evaluate(model, tokenizer, held_out, "").loss
-
-
-def _number(label: str) -> float | None:
-    try:
-        return float(label)
-    except ValueError:
-        return None
 
 
 def _shown(classes: Sequence[str]) -> str:

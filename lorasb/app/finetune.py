@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -93,8 +94,13 @@ def _look_up_state(folder: RunFolder, processes: Processes, held: ExitStack) -> 
 
 def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport | None, float]:
     """Load the initialized adapter, or make and save it; returns its report and the seconds that took."""
-    earlier = folder.load_start()
+    earlier, rows = folder.load_start(), hashlib.sha256(repr(run.train_ids).encode()).hexdigest()
     if earlier is not None:
+        if earlier.rows not in ("", rows):
+            raise ValueError(
+                f"--output {folder.folder}: the tokenizer or its chat template makes other tokens of the examples than "
+                "when this run began: put it back, or start again with --resume never"
+            )
         run.lr, run.fit = earlier.lr, earlier.fit
         load_adapter(run, folder.start)
         load_adapters(run, folder.start)
@@ -115,7 +121,7 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
             save_adapter(run, target)
             if report is not None:
                 report.save(target / REPORT_NAME)
-            write_json(target / START_FILE, asdict(Start(seconds, run.lr, digests(target), run.fit)))
+            write_json(target / START_FILE, asdict(Start(seconds, run.lr, digests(target), run.fit, rows)))
     return report, seconds
 
 

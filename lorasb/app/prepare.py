@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from json import JSONDecodeError
 from pathlib import Path
@@ -205,6 +205,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     problem = problem_of(train_examples, held_out, settings)
     tokenizer, model = load_model(settings, problem, precision.dtype)
     warn_if_slow(model)  # before it is evaluated, and once: `lorasb.patch` does so, too
+    train_examples, held_out = ([_without_end(one, tokenizer) for one in part] for part in (train_examples, held_out))
 
     def encoded(part: list[Example], is_held_out: bool) -> Rows:
         bar = tqdm(part, desc="tokens", unit="example", delay=2, leave=False)
@@ -226,6 +227,16 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
     data = train_examples, train_ids, rows, HeldOut(held_out, held_ids, batch, limit)
     return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or settings.default_rate(settings.r))
+
+
+def _without_end(example: Example, tokenizer: Tokenizer) -> Example:
+    """The example without an end of text in its completion: tokenization adds one, and answers lose it."""
+    end = tokenizer.eos_token
+    if example.label is not None or not end or not example.completion.endswith(end):
+        return example
+    completion = example.completion.removesuffix(end)
+    messages = (*example.messages[:-1], {**example.messages[-1], "content": completion}) if example.messages else ()
+    return replace(example, completion=completion, messages=messages)
 
 
 def _say_what_is_cut(rows: Rows, max_length: int) -> None:

@@ -121,6 +121,7 @@ class Start:
     lr: float  # that its R belongs to
     files: dict[str, str]  # name -> SHA-256
     fit: dict[str, float] | None = None  # the run's, where it has a basis
+    rows: str = ""  # SHA-256 of the training examples' tokens; runs of 0.3 have none
 
 
 class RunFolder:

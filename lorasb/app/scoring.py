@@ -111,12 +111,25 @@ def matthews(pairs: Sequence[tuple[str, str]]) -> float:
     return covariance / math.sqrt(spreads[0] * spreads[1]) if all(spreads) else 0.0
 
 
+def number(label: str) -> float | None:
+    """The value of a label, or None."""
+    try:
+        return float(label)
+    except ValueError:
+        return None
+
+
+def in_order(label: str) -> tuple[bool, float, str]:
+    """A key by which classes are sorted: numbers first, by their value."""
+    return number(label) is None, number(label) or 0.0, label
+
+
 def f1(pairs: Sequence[tuple[str, str]]) -> float:
     """F1 of two classes' second one (1 of 0 and 1): 2·hits / (predicted + right); 0 without either."""
     labels = {label for pair in pairs for label in pair}
     if len(labels) == 1 and "1" not in labels:  # the first class alone, as nearly always
         return 0.0
-    positive = "1" if labels <= {"0", "1"} else max(labels)
+    positive = "1" if labels <= {"0", "1"} else max(labels, key=in_order)
     hits = sum(guess == label == positive for guess, label in pairs)
     named = sum((guess == positive) + (label == positive) for guess, label in pairs)
     return 2 * hits / named if named else 0.0

@@ -50,6 +50,7 @@ def check_rules(settings: Settings) -> None:
 SHARE = (lambda value: 0 <= value < 1), "is a share in [0, 1)"
 ENERGY = (lambda value: 0 < value <= 1), "is a share in (0, 1]"
 RATE = (lambda value: 0 < value <= MAX_LR), f"must be positive, at most {MAX_LR:g}"
+AT_LEAST_TWO = (lambda value: value >= 2), "must be at least 2"
 NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
 BITS = (lambda value: value in (4, 16)), "must be 4 or 16"
 RANKS = (lambda value: all(rank > 0 for rank in value.values())), "must have positive ranks"
@@ -207,7 +208,7 @@ class Settings:
     max_new_tokens: int | None = DATA(
         None, "Maximum number of tokens per answer.", positive=True, shown="4 more than the longest right answer"
     )
-    max_length: int = DATA(512, "Maximum number of tokens per example.", init=True, positive=True)
+    max_length: int = DATA(512, "Maximum number of tokens per example.", init=True, check=AT_LEAST_TWO)
     packing: bool = DATA(False, "Pack short examples into rows of --max-length tokens; --batch-size counts rows.")
     rl: str | None = RL(
         None, "Train with GRPO on this reward: verifier (of --task), exact (by --score), or FILE.py:FUNCTION."

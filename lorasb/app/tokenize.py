@@ -63,17 +63,27 @@ def encode(
     learned: list[bool] = []
     for text, mark in pieces:
         # a chat template writes the special tokens (BOS) itself
-        text_ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]
+        text_ids = _continued(text, tokenizer) if ids else tokenizer(text, add_special_tokens=not messages)["input_ids"]
         ids += text_ids
         learned += [mark] * len(text_ids)
     if not ids:  # a text without a prompt: its first token is predicted from another one
-        ids, learned = [tokenizer.bos_token_id or tokenizer.eos_token_id], [False]
-    completion = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids, learned = [first], [False]
+    completion = [*_continued(answer, tokenizer), tokenizer.eos_token_id]
     is_cut = len(ids) + len(completion) > max_length
     completion = completion[: max(max_length - len(ids), max_length // 8, 1) if whole_prompt else max_length - 1]
     room = max_length - len(completion)
     prompt, marks = tuple(ids[-room:]), tuple(learned[-room:])
     return Encoded(prompt, tuple(completion), marks if any(marks) else (), example.adapter, is_cut)
+
+
+def _continued(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text that another one precedes: SentencePiece begins a text with a space."""
+    line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # it merges the line's end with the text
 
 
 def messages_of(example: Example, tokenizer: Tokenizer, template: bool) -> tuple[dict[str, str], ...]:

@@ -301,16 +301,18 @@ TASK_BY_SUFFIX = {
 
 def infer_task_type(model: Any) -> str | None:
     """PEFT's task type for a transformers model; None if its class name fits none."""
-    # PEFT's task-specific wrappers pass `input_ids`, so audio and vision models get the generic wrapper
-    if "input_ids" not in inspect.signature(model.forward).parameters:
+    # PEFT's task-specific wrappers pass `input_ids`, so audio and vision models get the generic wrapper; two of them
+    # pass `inputs_embeds`, too, which CLIP hands on to encoders that have their own.
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
         return None
-    name = type(model).__name__
+    name, embeds = type(model).__name__, "inputs_embeds" in parameters
     for suffix, task in TASK_BY_SUFFIX.items():
         if name.endswith(suffix):
-            return task
+            return task if embeds or task != "QUESTION_ANS" else None
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and name.endswith("Generation"):
         return "SEQ_2_SEQ_LM"
     # bare encoders and decoders, BertModel or LlamaModel; other libraries' models have no config
-    if name.endswith("Model") and hasattr(model, "config"):
+    if name.endswith("Model") and embeds and hasattr(model, "config"):
         return "FEATURE_EXTRACTION"
     return None

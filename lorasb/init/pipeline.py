@@ -24,6 +24,7 @@ from .task import AutoRate, InitOptions, Layers, Piece, Work, frozen_base
 from .write import LayerWriter, Write
 
 
+@torch.inference_mode(False)  # of the caller, whose tensors take no gradients
 @rng_untouched()  # samplers and collators may draw, and models that do in evaluation
 def from_gradients(
     model: nn.Module, layers: Layers, batches: Loader, options: InitOptions, write: Write

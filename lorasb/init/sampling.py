@@ -206,17 +206,27 @@ def batch_size(batch: Mapping[str, object]) -> int:
     # A set, so that a mask or a label of another length is noticed.
     of_rows = (value for name, value in batch.items() if not str(name).startswith(BOUNDARIES))
     sizes = {value.shape[0] for value in of_rows if isinstance(value, Tensor) and value.dim() > 0}
+    ids = batch.get("input_ids")
+    if len(sizes) > 1 and isinstance(ids, Tensor) and len(ids) == 1:
+        return 1  # patches or images of one row
     if len(sizes) != 1:
-        raise ValueError(f"expected the tensors of a batch to share their first dimension, got {sorted(sizes)}")
+        raise ValueError(
+            f"expected the tensors of a batch to share their first dimension, got {sorted(sizes)}: give batches of one "
+            "row, or those of another length as a list with an entry per row, which loss_fn joins"
+        )
     return int(sizes.pop())
 
 
 def take_rows(batch: Batch, rows: Tensor) -> Batch:
     """The samples of a batch at the indices `rows`: of its tensors, and of lists and arrays with a value for each."""
     size = batch_size(batch)
+    if size == 1 and len(rows):
+        return dict(batch)
 
     def taken(value: Any) -> Any:
         """An entry's part that belongs to the rows."""
+        if isinstance(value, Mapping):
+            return {name: taken(one) for name, one in value.items()}
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.index_select(0, rows.to(value.device))
         if isinstance(value, np.ndarray) and value.ndim and len(value) == size:

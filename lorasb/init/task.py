@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import nn
 
 from ..distributed.process_group import Processes
 from ..layers.adapted_layer import AdaptedLayer
@@ -133,8 +134,9 @@ class Work:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a copy of a batch with its tensors on a device."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    """Return a copy of a batch with its tensors, in lists and dictionaries too, on a device."""
+    moved: Batch = send_to_device(dict(batch), device)
+    return moved
 
 
 EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions")

@@ -71,7 +71,7 @@ class LayerWriter:
     def write_sums(self, sums: GradientSums) -> list[str]:
         """Write the layers of a block or a pass, and free their sums; returns the names of those reached."""
         # `reduced` takes the references, so that a sum is freed when `_factor_and_write` deletes it.
-        totals = {name: self.reduced(name, sums) for name in self.reached(sums)}
+        totals: dict[str, Gradient] = {name: self.reduced(name, sums) for name in self.reached(sums)}
         zero = []
         for name, total in totals.items():
             _refuse_not_finite(name, total)
@@ -83,7 +83,8 @@ class LayerWriter:
         if zero := [name for name in zero if name in totals]:
             more = f" (and of {', '.join(zero[1:])})" if zero[1:] else ""
             raise ValueError(
-                f"the gradient of layer {zero[0]!r}{more} is zero: the loss does not depend on it. Nothing was changed"
+                f"the gradient of layer {zero[0]!r}{more} is zero: the loss does not depend on it, or "
+                "compares the rows of a batch, which takes loss_fn. Nothing was changed"
             )
         reached = list(totals)
         self._factor_and_write(totals)
@@ -185,7 +186,7 @@ class LayerWriter:
             self.reports[name] = replace(report, singular_values=sigma, fallback="weight")
 
 
-def _refuse_not_finite(name: str, total: LayerSum) -> None:
+def _refuse_not_finite(name: str, total: Gradient) -> None:
     if not total.signs().finite:
         raise ValueError(
             f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "

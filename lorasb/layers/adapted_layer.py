@@ -24,6 +24,7 @@ from .adapter_state import (
     FrozenFactors,
     Rows,
     Scales,
+    check_name,
     has_values,
     other_length,
     refuse_training,
@@ -132,6 +133,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # are the tensors of another adapter, and R starts at zero, or at a copy of that of the adapter `start_at`.
         if not 0 < r <= min(self.in_features, self.out_features):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
+        check_name(adapter_name)
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
         chosen = AdapterOptions(lora_dropout, equivalent_gradient, wide_factors, **options)  # not the state's others

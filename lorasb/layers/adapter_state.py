@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from ..config.adapter import AdapterOptions
+from ..constants import BASE_ROW
 from ..utils.precision import SIXTEEN_BIT
+
+
+def check_name(adapter_name: object) -> None:
+    """Raise a ValueError for what cannot name an adapter."""
+    # It is an entry of ParameterDicts, which cannot be that of their methods and attributes.
+    is_text = isinstance(adapter_name, str) and adapter_name != "" and "." not in adapter_name
+    if not is_text or adapter_name == BASE_ROW or hasattr(nn.ParameterDict(), str(adapter_name)):
+        raise ValueError(
+            f"expected a name without dots for each adapter, not {BASE_ROW} or a method's of a dictionary, got "
+            f"{adapter_name!r}"
+        )
 
 
 @dataclass(kw_only=True)

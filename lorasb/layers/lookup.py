@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..checkpoints.shared_factors import digest
-from ..constants import FROZEN_FACTORS, PEFT_PREFIX
+from ..constants import FACTORS, FROZEN_FACTORS, PEFT_PREFIX
 from . import linear_group, unfused_experts
 from .adapted_layer import AdaptedLayer
 from .weight_adapter import LoRASBWeight
+
+NESTED = "lorasb_nested"  # attribute of a TransformerEncoder that made nested tensors
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
@@ -121,6 +123,20 @@ def refuse_more_than_factors(model: Any, adapter_name: str, remedy: str) -> None
         raise ValueError(f"adapter {adapter_name!r} has more than R ({what}): {remedy}")
 
 
+def parts_of_keys(paths: Iterable[str]) -> set[str]:
+    """What stands between dots in a state dict's keys of layers at these paths, before an adapter's name."""
+    parts = {part for path in (PEFT_PREFIX, *paths) for part in path.split(".")}
+    return (parts | {"base_layer", *FACTORS}) - {""}
+
+
+def unsavable(adapter_name: str) -> str:
+    """The message for an adapter whose name stands in the keys of others' layers, which PEFT then does not save."""
+    return (
+        f"adapter {adapter_name!r} has the name of a part of the model, as in model.layers.0, whose layers PEFT would "
+        f"leave out of other adapters' files: take another name, such as 'u{adapter_name}'"
+    )
+
+
 def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Raise a ValueError where new A and B would be those of other adapters, too."""
     for layer in layers.values():
@@ -145,6 +161,18 @@ def refuse_basis_of_others(layers: dict[str, AdaptedLayer], adapter_name: str) -
         )
 
 
+def allow_nested(model: nn.Module, allowed: bool) -> None:
+    """Forbid the nested tensors that a TransformerEncoder makes of padded rows, which adapted layers do not take."""
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoder):
+            continue
+        if allowed and vars(module).pop(NESTED, False):
+            module.use_nested_tensor = True
+        elif not allowed and module.use_nested_tensor and any(isinstance(m, AdaptedLayer) for m in module.modules()):
+            module.use_nested_tensor = False
+            setattr(module, NESTED, True)
+
+
 def discard(model: Any, adapter_name: str) -> None:
     """Remove an adapter; if it is the model's only one, put the original modules back in place of the wrappers."""
     adapter_names = {name for layer in model.modules() if isinstance(layer, AdaptedLayer) for name in layer.lorasb_R}
@@ -158,6 +186,7 @@ def discard(model: Any, adapter_name: str) -> None:
         return
     # The only adapter: the model becomes what it was before `lorasb.patch`.
     linear_group.detach(model)
+    allow_nested(model, True)
     for parent in list(model.modules()):  # lists: children are replaced while iterating
         for name, child in list(parent.named_children()):
             if isinstance(child, AdaptedLayer):

@@ -131,6 +131,7 @@ class AdapterBank:
         with torch.inference_mode(False):
             self.storage = torch.zeros((0, size), dtype=dtype, device=device)
         self.digests = digests(layers, basis)
+        self._factors_dtype = next(iter(layers.values())).lorasb_A[basis].dtype
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._free: list[int] = []
         self._waiting: dict[str, Tensor] = {}
@@ -230,7 +231,10 @@ class AdapterBank:
                 raise ValueError(f"two adapters are called {name!r}, {paths[name]} and {path}: load(other_name=folder)")
         with self._lock:
             self._reserve(len({*self.names, *paths}))
-        scalings = scalings_of(self.layers, self.basis)
+        layers, scalings = self.layers, scalings_of(self.layers, self.basis)
+        dtype = next(iter(layers.values())).lorasb_A[self.basis].dtype
+        if dtype != self._factors_dtype:  # the model was cast, and saves others
+            self.digests, self._factors_dtype = (*self.digests, *digests(layers, self.basis)), dtype
         for name, path in found:
             try:
                 self.add(name, read_cores(path, read_config(path), self.digests, scalings))

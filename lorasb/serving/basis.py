@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import Shapes, check_factors, group_by_layer, read_config, read_cores
 from ..config.adapter import LoRASBConfig, ranks_by_name
-from ..constants import BASE_ROW, FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
+from ..constants import FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
+from ..layers.adapter_state import check_name
 from ..layers.lookup import (
     adapted_layers,
     digests,
@@ -25,8 +26,10 @@ from ..layers.lookup import (
     frozen_factors,
     layers_with,
     note_cast,
+    parts_of_keys,
     refuse_basis_of_others,
     refuse_uninitialized,
+    unsavable,
 )
 from ..utils.atomic_files import replacing
 from .bank import bank_of
@@ -148,14 +151,12 @@ def add_adapters(
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
     """Raise a ValueError for names that the model cannot add adapters of."""
     taken: set[str] = set(getattr(model, "peft_config", {}))
+    parts = parts_of_keys({path for path, _ in model.named_modules()}) - taken  # `modules_to_save` has them as modules
     bank = bank_of(model.modules())
     for name in names:
-        # names are entries of a ParameterDict, which cannot be those of its methods
-        if not isinstance(name, str) or not name or "." in name or name == BASE_ROW or hasattr(nn.ParameterDict, name):
-            raise ValueError(
-                f"expected a name without dots for each adapter, not {BASE_ROW} or a method's of a dictionary, got "
-                f"{name!r}"
-            )
+        check_name(name)
+        if name in parts:
+            raise ValueError(unsavable(name))
         if name in taken or (bank is not None and name in bank):
             raise ValueError(
                 f"the model or its bank has an adapter {name!r} already, or it is named twice: take another"

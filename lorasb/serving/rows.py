@@ -125,8 +125,15 @@ def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> It
 
 def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: AdapterBank | None) -> set[str]:
     """Raise where rows cannot have these adapters; return the names that the model has itself."""
-    if isinstance(names, str) or not isinstance(names, Sequence):
+    is_list = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_list or not all(isinstance(name, str) for name in names):
         raise TypeError(f"expected adapter_names as a list, a name for each row, got {names!r}")
+    compiled = [name for name, module in modules.items() if getattr(module, "_compiled_call_impl", None) is not None]
+    if compiled := compiled or [name for name in modules if name.endswith("_orig_mod")]:
+        raise ValueError(
+            f"expected `adapter_names` of a model that is compiled as a whole, and {compiled[0] or 'its base'!r} is "
+            "compiled by itself, which would ignore them: torch.compile(model), or none of its modules"
+        )
     layers = [module for module in modules.values() if isinstance(module, AdaptedLayer)]
     known = {name for layer in layers for name in layer.lorasb_R}
     distinct = sorted(set(names) - {BASE_ROW})
@@ -225,7 +232,9 @@ class _NamePasser:
                 "row of the batch; where that is so, run one adapter at a time: model.set_adapter(name)"
             )
         # PEFT's wrappers of modules_to_save take a list of names; LoRA-SB layers take `Rows`.
-        names = input_rows.to_list() if isinstance(module, AuxiliaryTrainingWrapper) else input_rows
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            return args, kwargs | {"adapter_names": input_rows}
+        names = [name if name in module._adapters else BASE_ROW for name in input_rows.to_list()]
         return args, kwargs | {"adapter_names": names}
 
     def _outer_shape(self) -> torch.Size | None:

@@ -18,7 +18,14 @@ from ..serving.training import token_losses
 Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
 SMALLEST_SPREAD = 1e-4  # added to a group's standard deviation, as GRPO does
 # Samples of the policy itself: a checkpoint's own settings of generation would be another one.
-NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "repetition_penalty": 1.0}
+NEUTRAL: dict[str, object] = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+}
 NEUTRAL |= {"num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": []}
 
 
@@ -125,7 +132,7 @@ def _sampled(
     given = tokenizer([text] * generations, return_tensors="pt", add_special_tokens=not chat).to(device)
     if not given["input_ids"].shape[1]:
         raise ValueError("a prompt has no tokens: expected a text, or a tokenizer that begins one with a token")
-    ends = _ends(tokenizer, model)
+    ends = ends_of(tokenizer, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
     options = NEUTRAL | {"temperature": temperature, "max_new_tokens": max_new_tokens, "do_sample": True}
     options |= {"pad_token_id": pad, "eos_token_id": ends or None}
@@ -135,7 +142,7 @@ def _sampled(
     return ids, (found.cumsum(1) - found == 0).long()
 
 
-def _ends(tokenizer: Any, model: Any) -> list[int]:
+def ends_of(tokenizer: Any, model: Any) -> list[int]:
     """Tokens that end a completion: the tokenizer's, and those of the model's own generation."""
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]

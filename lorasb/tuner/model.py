@@ -148,6 +148,7 @@ class LoRASBModel(BaseTuner):
             linear_group.detach(model)
             if linear_group.wanted(*(cast(LoRASBConfig, one).group for one in self.peft_config.values())):
                 linear_group.attach(model)
+            lookup.allow_nested(model, False)
 
     @contextmanager
     def _places_known(self) -> Iterator[None]:
@@ -311,6 +312,7 @@ class LoRASBModel(BaseTuner):
         with self._places_known():
             model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         unfused_experts.close(model)
+        lookup.allow_nested(self.model, True)
         return model
 
     def merge_and_unload(
@@ -349,6 +351,9 @@ class LoRASBModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         layers = lookup.layers_with(model, adapter_name)
+        parts = lookup.parts_of_keys(layers)
+        if clash := next((name for name in unwanted_adapter_names if name in parts), None):
+            raise ValueError(lookup.unsavable(clash))
         try:
             lookup.refuse_uninitialized(layers, adapter_name)
         except ValueError as error:

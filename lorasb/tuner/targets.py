@@ -8,7 +8,6 @@ import difflib
 import inspect
 import re
 from collections.abc import Collection, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -105,7 +104,6 @@ def is_read_by_fused_kernels(model: nn.Module, name: str) -> bool:
     return hasattr(block, "A_log") and f"self.{child}.weight" in _source(type(block))
 
 
-@cache
 def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)
@@ -137,6 +135,7 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
         and unfused_experts.parameter_of(n) is None
         and not n.startswith(inside)
         and not is_read_by_fused_kernels(model, n)
+        and not {"original_module", "modules_to_save"} & set(n.split("."))  # another adapter's, trained in full
         and not has_own_result(model.get_submodule(n))  # routers of a linear's class (Llama 4's)
     }
     if config.layers_to_transform is None:  # PEFT ignores it for the full names of "all-linear"

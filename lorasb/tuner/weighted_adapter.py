@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..config.adapter import LoRASBConfig, ranks_by_name
 from ..constants import MAX_RANK
 from ..layers.adapted_layer import AdaptedLayer
+from ..layers.adapter_state import check_name
 from ..layers.lookup import adapted_layers, any_merged, discard, refuse_uninitialized
 
 PRUNING = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
@@ -57,8 +59,9 @@ class SumOptions:
         kind, density = self.pruning, self.density
         if kind is None:
             return
-        if not isinstance(density, int | float) or isinstance(density, bool) or not 0.0 <= density <= 1.0:
-            raise ValueError(f"{kind} takes density in [0, 1], the share of entries that stay, got {density!r}")
+        least, low = ("(", 1e-9) if kind.startswith("dare") else ("[", 0.0)  # DARE divides by it
+        if not isinstance(density, int | float) or isinstance(density, bool) or not low <= density <= 1.0:
+            raise ValueError(f"{kind} takes density in {least}0, 1], the share of entries that stay, got {density!r}")
         if self.majority_sign_method not in SIGN_METHODS:
             methods = " or ".join(map(repr, SIGN_METHODS))
             raise ValueError(f"majority_sign_method must be {methods}, got {self.majority_sign_method!r}")
@@ -119,6 +122,9 @@ def _check(
     configs = cast("dict[str, LoRASBConfig]", tuner.peft_config)
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"expected a weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"expected finite weights, got {list(weights)}")
+    check_name(adapter_name)
     if adapter_name in tuner.peft_config:
         raise ValueError(f"the model has an adapter {adapter_name!r} already: model.delete_adapter({adapter_name!r})")
     if any_merged(tuner.model):

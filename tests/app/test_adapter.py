@@ -545,11 +545,14 @@ def test_a_person_with_one_example_trains_on_it(several: Settings, tmp_path: Pat
     assert {example.adapter for example in held_out} == {"ada"}
 
 
-@pytest.mark.parametrize("user", [None, True, 1.5, ["ada"], "default", "update", "__base__", "a.b", "a/b", "a b", ""])
+@pytest.mark.parametrize(
+    "user",
+    [None, True, 1.5, ["ada"], "default", "update", "training", "__base__", "a.b", "a/b", "a b", "-x", "x" * 61, ""],
+)
 def test_what_names_no_adapter_is_refused(user: Any, several: Settings, tmp_path: Path) -> None:
     row = {"prompt": "copy red", "completion": "red", "user": user}
     file = write_rows(tmp_path / "data.jsonl", [row | {"user": "ada"}, row])
-    with pytest.raises(ValueError, match="line 2: expected an adapter's name in user, of letters"):
+    with pytest.raises(ValueError, match="line 2: expected an adapter's name in user, of at most 60 letters"):
         load_examples(replace(several, data=file))
 
 
@@ -562,3 +565,11 @@ def test_two_processes_train_what_one_does(several: Settings, done: Path, tmp_pa
     assert ours["identity"]["processes"] == 2
     assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=1e-2)
     assert ours["eval_loss_after"] == pytest.approx(alone["eval_loss_after"], rel=1e-2)
+
+
+def test_a_layers_number_names_no_adapter(several: Settings, tmp_path: Path) -> None:
+    """Refused before the model is evaluated."""
+    rows = [{"prompt": f"copy red {i}", "completion": "red", "user": i % 2} for i in range(20)]
+    with pytest.raises(ValueError, match="adapter '0' has the name of a part of the model"):
+        run_finetune(replace(several, data=write_rows(tmp_path / "data.jsonl", rows), output=str(tmp_path / "run")))
+    assert not list((tmp_path / "run").rglob("before.json"))

@@ -132,6 +132,7 @@ NUMBERS = ("NaN", "Infinity", "-Infinity", "1e400", "1" * 400)
         (GOOD + "[1]", LINE_2 + "got list"),
         (GOOD + '{"prompt": "a"}', LINE_2 + "completion"),
         (GOOD + '{"messages": []}', LINE_2 + "not the assistant's"),
+        (GOOD + '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}]}', LINE_2 + "tools and tool_calls are not read"),
         (GOOD + '{"prompt": "a", "completion": null}', LINE_2 + "completion has to be a text, got 'None'"),
         (GOOD + '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', LINE_2 + "prompt has to be a text"),
         (GOOD + '{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', LINE_2 + "content has to be a text"),

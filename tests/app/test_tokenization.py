@@ -56,6 +56,18 @@ def chatting(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
+def test_pieces_of_a_text_get_no_space_of_sentencepieces_own(tmp_path: Path) -> None:
+    """Its tokenizers begin every text with one: answers that follow another piece would be learned with it."""
+    words = ["▁ask", "\n", "▁red", "r", "e", "d", "red", "▁", "ask"]
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *words])}
+    llama = transformers.LlamaTokenizer(vocab=vocabulary, merges=[("r", "e"), ("re", "d")][:0])
+    for prompt, answer in (("ask\n", "red"), ("ask", "red")):
+        encoded = encode(Example(prompt, answer), llama, 50)
+        joined = prompt + ("" if prompt.endswith("\n") else " ") + answer
+        whole = llama(joined)["input_ids"]
+        assert [*encoded.prompt, *encoded.completion] == [*whole, llama.eos_token_id]
+
+
 def test_every_turn_of_the_assistants_is_learned(chatting: Any, tokenizer: Any, model: Any) -> None:
     encoded, learned = chatting(CHATML)
     want = tokenizer.decode(tokenizer("red <|end|> two")["input_ids"]) + " <eos>"

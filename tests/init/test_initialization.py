@@ -214,3 +214,11 @@ def test_a_layer_outside_of_the_blocks_that_is_not_reached_is_named() -> None:
     model = lorasb.patch(base, r=4, target_modules=["q_proj", "spare"])
     with pytest.raises(ValueError, match="layer 'spare' was never reached by these batches"):
         lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+
+
+def test_inference_mode_of_the_caller_is_left() -> None:
+    model = lorasb.patch(make("llama"), r=4)
+    with torch.inference_mode():
+        report = lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
+    assert report.num_samples == started()[1].num_samples
+    model(**batches_for("llama")[0]).loss.backward()

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 from lorasb.distributed.process_group import Processes
 from lorasb.init import first_step_lr
 from lorasb.init.sampling import batch_size, samples_hash, select
+from lorasb.init.task import to_device
 
 
 def test_by_default_32_samples_or_a_thousandth_are_taken() -> None:
@@ -173,3 +174,22 @@ def test_first_step_lr(arguments: tuple[object, ...], rate: float) -> None:
 def test_a_first_step_without_a_rate_is_refused(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         first_step_lr(*arguments)
+
+
+def test_a_row_may_have_patches_and_parts_may_be_dictionaries() -> None:
+    """As Qwen2.5-VL's batches of one row, and those of models with several inputs."""
+    row = {"input_ids": torch.zeros(1, 12), "pixel_values": torch.zeros(16, 96), "image_grid_thw": torch.ones(1, 3)}
+    (found,) = select([row], 1, seed=0)
+    assert found["pixel_values"].shape == (16, 96)
+    with pytest.raises(ValueError, match=r"got \[2, 32\]: give batches of one row, or .* as a list"):
+        select([{"input_ids": torch.zeros(2, 12), "pixel_values": torch.zeros(32, 96)}], 1, seed=0)
+    nested = [{"x": {"v": torch.arange(40)}, "y": torch.arange(40)}]
+    (drawn,) = select(nested, 32, seed=0)
+    assert drawn["x"]["v"].tolist() == drawn["y"].tolist()
+
+
+def test_tensors_in_lists_and_dictionaries_are_moved() -> None:
+    """As labels of detection are: a list with a dictionary per image."""
+    moved = to_device({"labels": [{"boxes": torch.zeros(2)}], "name": ["a"]}, torch.device("meta"))
+    assert moved["labels"][0]["boxes"].is_meta
+    assert moved["name"] == ["a"]

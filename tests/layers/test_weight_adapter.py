@@ -205,6 +205,22 @@ def test_an_encoder_layer_of_torch_does_not_read_past_the_adapter(target: str) -
     assert (inference - copy.deepcopy(model).unload()(x)).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("target", ["self_attn", "linear1"])
+def test_padded_rows_go_through_an_adapted_encoder_of_torch(target: str) -> None:
+    """It would make nested tensors of them, which its layers take by the kernel alone that reads past adapters."""
+    torch.manual_seed(0)
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, pad = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        before = net(x, src_key_padding_mask=pad)
+    model = lorasb.patch(net, r=2, target_modules=[target], init="kaiming").eval()
+    with torch.no_grad():
+        masked = model(x, src_key_padding_mask=pad)
+        check(masked[1, :3], model(x[1:, :3])[0], EXPORT)
+        check(model.unload()(x, src_key_padding_mask=pad), before, EXACT)
+
+
 def test_a_compiled_network_is_one_graph_and_computes_the_same() -> None:
     model = patched()
     for layer in adapted(model).values():

@@ -379,3 +379,18 @@ def test_copies_of_rows_follow_a_generation_config(options: dict[str, object]) -
         want = model.generate(prompts[row : row + 1], generation_config=given)
         assert torch.equal(found[row], want)
         assert torch.equal(positional[row], want)
+
+
+def test_a_bank_of_a_cast_model_takes_what_it_saves(tmp_path: Path) -> None:
+    model = with_users("ada")
+    model.save_pretrained(tmp_path / "wide")
+    bank = lorasb.AdapterBank(model)
+    model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "cast")
+    report = bank.load(one=tmp_path / "wide" / "ada", two=tmp_path / "cast" / "ada")
+    assert report.failed == {}
+
+
+def test_a_name_is_a_text() -> None:
+    with pytest.raises(ValueError, match="expected a text as the adapter's name, got 3"):
+        lorasb.AdapterBank(with_users()).add(3)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from basis_models import NAMES, a_layer, answer, base, fill, out, reconfigure, rewrite, saved, with_basis, with_users
-from models import EXPERTS, batches_for, logits, make, patched
+from models import EXPERTS, batches_for, causal, logits, make, patched
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
@@ -323,6 +323,11 @@ def test_bad_names_leave_the_model_as_it_was() -> None:
         (["ada", "ada"], {}, "or it is named twice"),
         (["a.b"], {}, "expected a name without dots"),
         ([3], {}, "expected a name without dots for each adapter, .* got 3"),
+        (["training"], {}, "a method's of a dictionary, got 'training'"),
+        *(
+            ([name], {}, f"adapter '{name}' has the name of a part of the model")
+            for name in ("0", "q_proj", "lorasb_R")
+        ),
         (["ada"], {"basis": "missing"}, "no layer has an adapter 'missing': the model has default"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -446,3 +451,32 @@ def test_a_damaged_digest_leaves_no_adapter(digest: torch.Tensor, tmp_path: Path
     with pytest.raises(ValueError, match="expected lorasb_factors_digest of 32 bytes, got"):
         model.load_adapter(tmp_path / "ada", "ada")
     assert "ada" not in a_layer(model).lorasb_R
+
+
+def test_a_name_that_would_empty_other_files_is_refused_there_too(tmp_path: Path) -> None:
+    """PEFT leaves out every key with `.0.`, were it a layer's number."""
+    model = with_basis()
+    model.add_adapter("0", lorasb.LoRASBConfig(basis="default"))
+    with pytest.raises(ValueError, match="take another name, such as 'u0'"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["v1.0", "keys"])
+def test_a_refused_name_leaves_layers_that_merge(name: str) -> None:
+    model = with_basis()
+    fill(model, "default", 1)
+    before = logits(model, "llama")
+    with pytest.raises(ValueError, match="expected a name without dots"):
+        model.add_adapter(name, lorasb.LoRASBConfig(r=2, init="random"))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    check(logits(model, "llama"), before, MERGE)
+    model.to(torch.bfloat16)
+
+
+def test_another_adapters_head_is_no_target(tmp_path: Path) -> None:
+    model = lorasb.patch(causal("Llama"), r=4, init="random", modules_to_save=["lm_head"])
+    model.add_adapter("other", lorasb.LoRASBConfig(r=4, init="random"))
+    assert not any("lm_head" in name for name in layers_with(model, "other"))
+    model.save_pretrained(tmp_path)

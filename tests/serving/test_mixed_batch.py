@@ -144,12 +144,31 @@ def test_what_rows_cannot_ask_for_is_refused() -> None:
     for names, error, message in (
         (["nobody", "default"], ValueError, r"non-existing adapter\(s\): nobody\. The model has default, second"),
         ("default", TypeError, "expected adapter_names as a list"),
+        ([None, "default"], TypeError, "expected adapter_names as a list"),
         (["default"] * 3, ValueError, "same as the number of inputs, but got 3 and 2"),
         (["__base__"], ValueError, "same as the number of inputs, but got 1 and 2"),
     ):
         with pytest.raises(error, match=message):
             model(**batches_for("llama")[0], adapter_names=names)
         assert not any(layer._forward_pre_hooks for layer in layers(model).values())
+    compiled = two()
+    compiled.base_model.model.model.layers[1].compile()  # a graph without names would be used for rows with names
+    with pytest.raises(ValueError, match=r"'model\.layers\.1' is compiled by itself, which would ignore them"):
+        compiled(**batches_for("llama")[0], adapter_names=["default", "second"])
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"model\.unmerge_adapter\(\)"):
         model(**batches_for("llama")[0], adapter_names=["default", "default"])
+
+
+def test_rows_of_an_adapter_without_its_own_head_use_the_models() -> None:
+    model = lorasb.patch(causal("Llama"), r=4, init="random", modules_to_save=["lm_head"])
+    model.add_adapter("third", lorasb.LoRASBConfig(r=2, init="random", target_modules=["q_proj"]))
+    ids = batches_for("llama")[0]["input_ids"][:1]
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2.0)
+        alone = []
+        for name in ("default", "third"):
+            model.set_adapter(name)
+            alone.append(model.eval()(input_ids=ids).logits)
+        both = model(input_ids=ids.repeat(2, 1), adapter_names=["default", "third"]).logits
+    tolerances.check(both, torch.cat(alone), tolerances.MERGE)

@@ -77,3 +77,14 @@ def test_what_fused_kernels_read_is_no_target(family: str, left: set[str]) -> No
     assert found == left
     with pytest.raises(ValueError, match=r"out_proj': the fused kernels of its Mamba block read its weight"):
         lorasb.patch(make_one(), r=2, target_modules=["out_proj"])
+
+
+def test_a_model_without_inputs_embeds_has_pefts_plain_wrapper() -> None:
+    """The others pass it, and CLIP hands it on to encoders that make their own."""
+    part = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = part | {"vocab_size": 99}, part | {"image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = lorasb.patch(transformers.CLIPModel(config), r=2)
+    batch = {"input_ids": torch.arange(3, 19).view(2, 8), "pixel_values": torch.randn(2, 3, 8, 8), "return_loss": True}
+    lorasb.initialize(model, [batch], lr=1e-2, loss_fn=lambda m, b: m(**b).loss, progress=False)
+    assert torch.isfinite(model(**batch).loss)

@@ -187,17 +187,22 @@ def test_one_adapter_may_leave_layers_out_and_train_modules_which_go_along() -> 
 
 def test_what_cannot_be_combined_is_refused() -> None:
     model, ties = two(shared=True), (["default", "second"], [1.0, 1.0], "sum", "ties")
+    first_three = ties[:3]
     for options, message in (
         ({"density": 1.5}, r"ties takes density in \[0, 1\].*got 1.5"),
         ({"density": 0.5, "majority_sign_method": "most"}, "'total' or 'frequency', got 'most'"),
+        ({"density": 0.0, "combination_type": "dare_linear"}, r"dare_linear takes density in \(0, 1\].*got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            model.add_weighted_adapter(*ties, **options)
+            model.add_weighted_adapter(*first_three, **{"combination_type": "ties"} | options)
         assert set(model.peft_config) == {"default", "second"}
     model = two()
     for arguments, message in (
         ((["default", "second"], [1.0, 1.0], "sum", "svd", -1), "svd_rank must be positive"),
         ((["default", "second"], [1.0], "sum"), "a weight for each adapter"),
+        ((["default", "second"], [1.0, float("nan")], "sum"), "expected finite weights"),
+        ((["default", "second"], [1.0, 1.0], "a.b"), "expected a name without dots"),
+        ((["default", "second"], [1.0, 1.0], "__base__"), "expected a name without dots"),
         ((["default", "nobody"], [1.0, 1.0], "sum"), "no layer has an adapter 'nobody'"),
         ((["default", "second"], [1.0, 1.0], "second"), "has an adapter 'second' already"),
         ((["default", "second"], [1.0, 1.0], "sum", "tied"), "combination_type must be one of auto, linear, svd, cat"),
