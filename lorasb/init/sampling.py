@@ -127,7 +127,7 @@ def without_repeats(loader: Loader) -> Iterable[Batch]:
 
 
 def _sampler(loader: Loader) -> object:
-    """What gives the indices of a loader's rows: of a batch sampler of the caller's own, its sampler."""
+    """Sampler of a loader's rows, inside the batch sampler where the caller gave one."""
     batched, own = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
     return getattr(batched, "sampler", own) if getattr(loader, "batch_size", None) is None else own
 

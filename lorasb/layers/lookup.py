@@ -124,7 +124,7 @@ def refuse_more_than_factors(model: Any, adapter_name: str, remedy: str) -> None
 
 
 def parts_of_keys(paths: Iterable[str]) -> set[str]:
-    """What stands between dots in a state dict's keys of layers at these paths, before an adapter's name."""
+    """Parts of a state dict's keys, between their dots, of layers at these paths: all before an adapter's name."""
     parts = {part for path in (PEFT_PREFIX, *paths) for part in path.split(".")}
     return (parts | {"base_layer", *FACTORS}) - {""}
 

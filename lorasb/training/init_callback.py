@@ -180,7 +180,7 @@ class InitCallback(TrainerCallback):
         with Processes().together("reading batches for trials of the rate"), rng_untouched():
             held = [batch for batch in _batches(data, size, count, seed) if loss_fn or labeled_rows(batch)]
         if not all(Processes().all_gather(len(held))):
-            why = "a process has no labeled rows of its own to try rates on"
+            why = "a process has no labeled rows to try rates on"
             warnings.warn(f"{why}: {rate:.2g} stays as measured", stacklevel=3)
             return report
         options = {"loss_fn": loss_fn, "progress": self.options.get("progress", not args.disable_tqdm)}
@@ -222,7 +222,7 @@ def _peak(optimizer: Optimizer | None, layers: Layers, name: str) -> float | Non
 
 
 def _warmup_steps(scheduler: object) -> float:
-    """1 / (share of the peak at the first step that moves) of a transformers' schedule; 0 for others."""
+    """Warm-up of a transformers' schedule: 1 / (share of the peak at its first step that moves); 0 for others."""
     schedule = getattr(scheduler, "scheduler", scheduler)
     if not isinstance(schedule, LambdaLR):
         return 0

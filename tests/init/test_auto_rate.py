@@ -293,7 +293,7 @@ def test_a_start_is_that_of_the_users_own_schedule(schedule_of: Any, eta: float,
 def test_a_process_without_labels_keeps_the_measured_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one of several has whose share of few rows has none."""
     monkeypatch.setattr(init_callback, "labeled_rows", lambda batch: 0)
-    with pytest.warns(UserWarning, match=r"a process has no labeled rows of its own to try rates on: .* as measured"):
+    with pytest.warns(UserWarning, match=r"a process has no labeled rows to try rates on: .* as measured"):
         _, callback, _ = begun(tmp_path)
     assert callback.report.rate == by_hand()[1].rate
 
