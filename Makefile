@@ -39,7 +39,7 @@ demo-many: install
 	$(BIN)/lorasb finetune --basis $(MANY)/basis --data $(MANY)/people.jsonl --eval-data $(MANY)/held_out.jsonl \
 	  --adapter-column user --template none --batch-size 64 --eval-examples 400 --output $(MANY)/people
 	$(BIN)/lorasb finetune --basis $(MANY)/basis --data $(MANY)/newcomer.jsonl --eval-data $(MANY)/newcomer_held_out.jsonl \
-	  --template none --batch-size 4 --output $(MANY)/newcomer
+	  --template none --output $(MANY)/newcomer
 	$(BIN)/python -m benchmarks.serving.people serve $(MANY)
 
 demo: install

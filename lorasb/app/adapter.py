@@ -140,7 +140,7 @@ def start_loader(run: Run, encoded: Rows) -> Iterable[Batch]:
     rank, world_size = Processes().rank, Processes().world_size
     share = encoded[len(encoded) * rank // world_size : len(encoded) * (rank + 1) // world_size]
     collate = run.problem.collator(run.tokenizer, run.model)
-    return DataLoader(cast(Dataset, share), batch_size=run.settings.batch_size, collate_fn=collate)
+    return DataLoader(cast(Dataset, share), batch_size=run.settings.usual_batch, collate_fn=collate)
 
 
 def load_adapter(run: Run, folder: Path) -> None:

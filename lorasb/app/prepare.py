@@ -24,6 +24,7 @@ import lorasb
 from ..checkpoints import shared_factors
 from ..checkpoints.model_card import ORIGIN_NAME
 from ..compat.transformers import set_name_or_path
+from ..distributed.process_group import Processes
 from ..init.auto_rate import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis
@@ -131,6 +132,15 @@ class Run:
         return max(1, math.ceil(self._steps_per_epoch * self.epochs))  # epochs may be a fraction
 
     @property
+    def batch_size(self) -> int:
+        """Rows per step: those of the settings, or as few as make enough steps of a few rows."""
+        given, usual = self.settings, self.settings.usual_batch
+        is_set = given.batch_size is not None or given.epochs is not None or given.rl is not None
+        if is_set or len(self.adapters) > 1 or given.gradient_accumulation > 1 or Processes().is_distributed:
+            return usual
+        return min(usual, max(1, len(self.rows) * MOST_EPOCHS // ENOUGH_STEPS))
+
+    @property
     def epochs(self) -> float:
         """Passes over the training rows: those of the settings, or as many as make enough steps, of every adapter."""
         steps: float = max(1, self._steps_per_epoch)
@@ -142,7 +152,7 @@ class Run:
     def _steps_per_epoch(self) -> int:
         if self.settings.rl is not None:  # TRL leaves out the prompts that are too few for a step
             return len(self.rows) // self.settings.prompts_a_step
-        return -(-len(self.rows) // self.settings.batch_size)  # the last step may be smaller than the others
+        return -(-len(self.rows) // self.batch_size)  # the last step may be smaller than the others
 
     @property
     def measures_rate(self) -> bool:
@@ -179,7 +189,7 @@ class Run:
 
     def order(self) -> ByLength:
         """The order of the training rows."""
-        return ByLength([row_length(row) for row in self.rows], self.settings.batch_size, self.settings.seed)
+        return ByLength([row_length(row) for row in self.rows], self.batch_size, self.settings.seed)
 
     def collator(self) -> Collate:
         """From training rows to a batch."""
@@ -224,7 +234,7 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     longest = max((len(one.prompt) + token_limit([one], limit) for one in asked), default=0)
     check_positions(model, settings.model, longest, "--max-new-tokens or --max-length")
     # twice what is computed at once in training: no activations are kept for backward
-    batch = max(1, 2 * settings.batch_size // settings.gradient_accumulation)
+    batch = max(1, 2 * settings.usual_batch // settings.gradient_accumulation)
     data = train_examples, train_ids, rows, HeldOut(held_out, held_ids, batch, limit)
     return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or settings.default_rate(settings.r))
 

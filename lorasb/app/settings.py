@@ -96,9 +96,9 @@ def check_packages(settings: Settings) -> None:
 
 def check_reinforcement(settings: Settings) -> None:
     """Raise a ValueError for what does not go with sampled completions."""
-    if settings.generations < 2 or settings.batch_size % settings.generations:
+    if settings.generations < 2 or settings.usual_batch % settings.generations:
         more = f"take a multiple of --generations ({settings.generations}), which has to be 2 or more"
-        raise ValueError(f"--batch-size {settings.batch_size} counts completions with --rl: {more}")
+        raise ValueError(f"--batch-size {settings.usual_batch} counts completions with --rl: {more}")
     if settings.rl == "verifier" and settings.data is not None:
         raise ValueError("--rl verifier is a generated task's own reward: with --data take exact, or FILE.py:FUNCTION")
     if settings.rl_start == "rewards" and settings.method != "lora-sb":
@@ -149,6 +149,7 @@ TASKS: dict[str, dict[str, int]] = {  # options of reasoning-gym's data sets
     "gcd": {"max_value": 99},
 }
 DEFAULT_TASK = "word_sequence_reversal"
+BATCH_SIZE = 16  # where none is given
 ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: fewer steps leave a small set unlearned
 PATHS = ("data", "eval_data", "basis", "resume", "output", "cache")  # settings; `resolve_model` expands a model's
 REWARDS = ("verifier", "exact")  # of --rl; anything else is code of the user's
@@ -275,7 +276,13 @@ class Settings:
         init=True,
         shown="auto",
     )
-    batch_size: int = TRAINING(16, "Examples per step of training, across all processes.", init=True, positive=True)
+    batch_size: int | None = TRAINING(
+        None,
+        "Examples per step of training, across all processes.",
+        init=True,
+        positive=True,
+        shown=f"{BATCH_SIZE}; a third of fewer than {BATCH_SIZE * 3}",
+    )
     gradient_accumulation: int = TRAINING(1, "Number of micro-batches that a step is split into.", positive=True)
     gradient_checkpointing: bool = TRAINING(False, "Recompute activations in the backward pass to save memory.")
     scheduler: str = TRAINING("linear", f"Learning rate schedule: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS)
@@ -296,6 +303,11 @@ class Settings:
             if value := getattr(self, name, None):
                 parts = (os.path.expanduser(part.strip()) if "~" in part else part for part in value.split(","))
                 object.__setattr__(self, name, ",".join(parts))
+
+    @property
+    def usual_batch(self) -> int:
+        """Examples per step, where they are not too few."""
+        return self.batch_size or BATCH_SIZE
 
     @property
     def generated_task(self) -> str:
@@ -330,15 +342,15 @@ class Settings:
     @property
     def prompts_a_step(self) -> int:
         """Prompts of a step of `--rl`, whose batch size counts completions."""
-        return self.batch_size // self.generations
+        return self.usual_batch // self.generations
 
     def check_processes(self, processes: int = 1) -> None:
         """Raise a ValueError if the batch size is not divisible by the number of processes times accumulations."""
         parts = self.gradient_accumulation * processes
-        if self.batch_size % parts:
+        if self.usual_batch % parts:
             where = f" times {processes} processes" if processes > 1 else ""
             by = f"--gradient-accumulation {self.gradient_accumulation}{where}"
-            raise ValueError(f"--batch-size {self.batch_size} is not divisible by {by}: take a multiple of {parts}")
+            raise ValueError(f"--batch-size {self.usual_batch} is not divisible by {by}: take a multiple of {parts}")
 
 
 @dataclass(frozen=True)

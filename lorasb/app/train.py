@@ -55,7 +55,7 @@ def announcement(run: Run) -> str:
     rows = f"{len(run.rows):,} {'rows' if settings.packing else 'examples'} ({len(run.held_out.examples):,} held out)"
     passes = "" if settings.epochs or run.epochs == 1 else f" ({run.epochs:g} passes, --epochs auto)"
     task = "" if settings.data is not None else f" {settings.generated_task} (a generated task: no --data)"
-    return f"Training{task} {begin} {rows}, {steps} {settings.batch_size}{passes}, {run.tokens:,} tokens"
+    return f"Training{task} {begin} {rows}, {steps} {run.batch_size}{passes}, {run.tokens:,} tokens"
 
 
 def remarks(run: Run) -> Iterator[str]:
@@ -343,7 +343,7 @@ def argument_values(run: Run, folder: Path) -> Json:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(settings.output) / "tensorboard"))
     return dict(  # noqa: C408  as they are passed
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size // micro_batches,
+        per_device_train_batch_size=run.batch_size // micro_batches,
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=run.steps,
         learning_rate=run.lr,
@@ -418,7 +418,7 @@ def batches(run: Run) -> Iterator[Batch]:
     """The batches of the run's first pass in its order, in this process's parts of the steps."""
     collate, order, processes = run.collator(), run.order(), Processes()
     count = run.settings.gradient_accumulation * processes.world_size
-    size = run.settings.batch_size // count
+    size = run.batch_size // count
     for step in order.order(0):
         # a step with too few rows for every process has its first ones for the others
         for start in range(size * processes.rank, len(step), size * processes.world_size) or (0,):

@@ -468,6 +468,29 @@ def test_passes_give_every_adapter_enough_steps(
     assert prepare(settings).epochs == passes
 
 
+@pytest.mark.parametrize(
+    ("count", "given", "found"),
+    [
+        (8, {}, (2, 15.0, 60)),
+        (1, {}, (1, 20.0, 20)),
+        (47, {}, (15, 15.0, 60)),
+        (48, {}, (16, 20.0, 60)),
+        (8, {"epochs": 2.0}, (16, 2.0, 2)),
+        (8, {"batch_size": 4}, (4, 20.0, 40)),
+        (8, {"gradient_accumulation": 2}, (16, 20.0, 20)),
+    ],
+)
+def test_a_few_examples_make_enough_steps(
+    base: Settings, count: int, given: dict[str, Any], found: tuple[int, float, int], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"copy red {i}", "completion": "red"} for i in range(count)]
+    held_out = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "copy two", "completion": "two"}])
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    fields = {"batch_size": None, "epochs": None, "data": data, "eval_data": held_out} | given
+    run = prepare(replace(base, **fields))
+    assert (run.batch_size, run.epochs, run.steps) == found
+
+
 def test_each_learns_its_own_answers(several: Settings, tiny: Path, tmp_path: Path) -> None:
     sure = shutil.copytree(tiny, tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)

@@ -229,7 +229,9 @@ def a_run(name: str = "float32", **values: Any) -> Any:
     rows = [Encoded((1,) * 20, (2,) * 5)] * 64
     held_out = SimpleNamespace(examples=[None] * 3)
     counts = {"steps": 125, "tokens": 50_000, "epochs": values.get("epochs", 1.0), "held_out": held_out}
-    return SimpleNamespace(settings=replace(Settings(), **values), precision=Precision(name, ""), rows=rows, **counts)
+    return SimpleNamespace(
+        settings=replace(Settings(), **values), precision=Precision(name, ""), rows=rows, batch_size=16, **counts
+    )
 
 
 def test_lines_say_steps_and_tokens_then_time_and_memory() -> None:
