@@ -94,7 +94,10 @@ def _look_up_state(folder: RunFolder, processes: Processes, held: ExitStack) -> 
 
 def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport | None, float]:
     """Load the initialized adapter, or make and save it; returns its report and the seconds that took."""
-    earlier, rows = folder.load_start(), hashlib.sha256(repr(run.train_ids).encode()).hexdigest()
+    earlier, tokens = folder.load_start(), hashlib.sha256()
+    for row in run.train_ids:
+        tokens.update(repr(row).encode())
+    rows = tokens.hexdigest()
     if earlier is not None:
         if earlier.rows not in ("", rows):
             raise ValueError(

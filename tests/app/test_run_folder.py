@@ -21,7 +21,7 @@ import safetensors
 import torch
 from finetune_runs import STEPS, assert_same, stop_after
 from tiny_run import WORDS
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from lorasb.app import finetune, results, run_folder, settings, train
 from lorasb.app.finetune import run_finetune
@@ -96,6 +96,19 @@ def test_other_examples_in_the_same_file_are_refused(base: Settings, data: Path,
         ValueError, match="other settings: the examples, or what this version holds out of them, have changed"
     ):
         run_finetune(replace(settings, data=str(file)))
+
+
+def test_a_run_is_not_resumed_with_another_chat_template(base: Settings, tiny: Path, tmp_path: Path) -> None:
+    model, run = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "run"
+    settings = replace(base, model=str(model), output=str(run), template="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for i, role in enumerate(("'red'", "'two'")):
+        tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {role} }}}} {{{{ m['content'] }}}} {{% endfor %}}"
+        tokenizer.save_pretrained(model)
+        if i == 0:
+            stop_after(3, settings, run)
+    with pytest.raises(ValueError, match="or its chat template makes other tokens of the examples than when this run"):
+        run_finetune(settings)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
