@@ -200,7 +200,8 @@ def _example(values: object) -> Example:
         if "instruction" in values and "completion" not in values:
             return instructed(values)
         return Example(text_of(values, "prompt"), text_of(values, "completion"))
-    if values.get("tools") or any(message.get("tool_calls") for message in values["messages"]):
+    calls = (message.get("tool_calls") for message in values["messages"] if isinstance(message, dict))
+    if values.get("tools") or any(calls):
         raise ValueError("tools and tool_calls are not read: write them into the content")
     messages = [{name: text_of(message, name) for name in ("role", "content")} for message in values["messages"]]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":

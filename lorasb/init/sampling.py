@@ -206,9 +206,9 @@ def batch_size(batch: Mapping[str, object]) -> int:
     # A set, so that a mask or a label of another length is noticed.
     of_rows = (value for name, value in batch.items() if not str(name).startswith(BOUNDARIES))
     sizes = {value.shape[0] for value in of_rows if isinstance(value, Tensor) and value.dim() > 0}
-    ids = batch.get("input_ids")
-    if len(sizes) > 1 and isinstance(ids, Tensor) and len(ids) == 1:
-        return 1  # patches or images of one row
+    row = [value for name in ("input_ids", "labels") if isinstance(value := batch.get(name), Tensor)]
+    if len(sizes) > 1 and row and all(len(value) == 1 for value in row if value.dim()):
+        return 1  # with its patches or images
     if len(sizes) != 1:
         raise ValueError(
             f"expected the tensors of a batch to share their first dimension, got {sorted(sizes)}: give batches of one "
