@@ -88,7 +88,7 @@ def run(work: Path, people: int, alone: int, rates: Sequence[float]) -> dict[str
     on_basis = ("--basis", str(work / "basis"))
     together = finetune(work / f"together-{PASSES}", train, held_out, *on_basis, "--adapter-column", "user", *ALL)
     found = {TOGETHER: scored(together, users, some)}
-    for way, size in ((ALONE, "4"), (ALONE_BY_ROWS, "1")):  # the first as demo-many's newcomer
+    for way, size in ((ALONE, "4"), (ALONE_BY_ROWS, "1")):
         options = (*on_basis, "--adapter-column", "user", *ONE, size)
         runs = [finetune(work / f"{user}-{PASSES}-{size}", *everybody[user], *options) for user in some]
         found[way] = scored(joined(runs), some, some)

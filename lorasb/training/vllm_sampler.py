@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 import uuid
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from ..compat import vllm as private
 from ..compat.torch import unwrapped
 from ..constants import CONFIG_NAME, WEIGHTS_NAME
+from ..init.accumulator import version_of
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import digests, frozen_factors, layers_of_one, refuse_more_than_factors
 from ..serving.basis import save_cores
@@ -99,8 +100,8 @@ class VLLMSampler:
         started = time.perf_counter()
         model = unwrapped(model)
         name, layers = _to_send(model, adapter_name)
-        factors = frozen_factors(layers, name).values()
-        first, version = next(iter(layers.values())).lorasb_A[name], _version(factors)
+        first = next(iter(layers.values())).lorasb_A[name]
+        version = sum(map(version_of, frozen_factors(layers, name).values()))  # grows where any is written
         if self._digest is None or self._digest[0] is not first or self._digest[1] != version:
             self._digest = first, version, digests(layers, name)[-1]  # seconds for gigabytes
         number = next(self._counter)
@@ -135,7 +136,7 @@ class VLLMSampler:
         """A completion of every prompt (texts or chats), as TRL's `rollout_func` returns them."""
         model = unwrapped(trainer.accelerator.unwrap_model(trainer.model))
         name, layers = _to_send(model, None)  # on all processes, or the others would wait for one that has failed
-        version = _version(layer.lorasb_R[name] for layer in layers.values())
+        version = sum(version_of(layer.lorasb_R[name]) for layer in layers.values())
         now = weakref.ref(trainer.model), trainer.state.global_step, version
         if self.synced is None or self._sent != now:
             if not isinstance(self.client, str) or trainer.accelerator.is_main_process:
@@ -214,11 +215,6 @@ def _to_send(model: PeftModel, adapter_name: str | None) -> tuple[str, dict[str,
     if any(layer.adapters[name].scaling != layer.adapters[name].made_with for layer in layers.values()):
         raise ValueError(f"adapter {name!r} has another scale than it was made with: set_scale({name!r}, 1.0)")
     return name, layers
-
-
-def _version(tensors: Iterable[Tensor]) -> int:
-    """A number that grows when any of the tensors is written."""
-    return sum(tensor._version for tensor in tensors)
 
 
 def _tokens(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
