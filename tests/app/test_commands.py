@@ -21,7 +21,7 @@ import pytest
 import transformers
 from adapters import layers
 from command import call
-from models import make, patched
+from models import patched
 from processes import python
 from tiny_run import write_rows
 
@@ -61,7 +61,7 @@ def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, metho
     assert summary["adapter_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert method == "lora" or summary["trainable_params"] == 14 * 8 * 8
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert all(text in printed for text in ("held-out examples", "exact answers", "lorasb ask"))
+    assert all(text in printed for text in ("steps of 4", "held-out examples", "exact answers", "lorasb ask"))
     serve = f"vllm serve {tiny} --enable-lora --max-lora-rank 8 --lora-modules adapter={tmp_path / 'lora'}"
     assert (serve in printed) == (method != "lora")
 
@@ -79,30 +79,16 @@ def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: 
     assert "other/test.jsonl" in start("finetune", tiny, data, tmp_path / "run", *more)
 
 
-def test_inspect_shows_names_with_brackets_and_the_scaling_that_counts(tmp_path: Path) -> None:
-    model = lorasb.patch(make("llama"), r=4, init="lora-xs", lora_alpha=8)
-    model.save_pretrained(tmp_path / "adapter")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    base = {"base_model_name_or_path": "data/x[/v2]/llama"}
-    config.write_text(json.dumps(json.loads(config.read_text()) | base))
-    shown = call("inspect", tmp_path / "adapter")
-    assert "data/x[/v2]/llama" in shown
-    assert re.search(r"scaling s\W+2\b", shown)
-
-
 def test_inspect_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patched().save_pretrained(tmp_path / "adapter")
+    model = patched(scaling=2.0)
+    model.peft_config["default"].base_model_name_or_path = "data/x[/v2]/llama"
+    with pytest.warns(UserWarning, match="Could not find a config file"):
+        model.save_pretrained(tmp_path / "adapter")
     shown = call("inspect", tmp_path / "adapter")
-    for text in (
-        "LoRA-SB adapter",
-        "trained parameters",
-        "224",
-        "q_proj",
-        "down_proj",
-        "init: η of the first step",
-        "0.02",
-    ):
+    facts = ("LoRA-SB adapter", "trained parameters", "224", "q_proj", "down_proj", "init: η of the first step", "0.02")
+    for text in ("data/x[/v2]/llama", *facts):
         assert text in shown
+    assert re.search(r"scaling s\W+2\b", shown)
     assert "--max-lora-rank 8" in call("export", tmp_path / "adapter")
     assert (tmp_path / "adapter-lora" / "adapter_model.safetensors").is_file()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -267,12 +253,3 @@ def test_ctrl_c_ends_in_one_line_at_any_time(tiny: Path, data: Path, tmp_path: P
     assert child.returncode in (1, 130)  # 1 of click, which says Aborted
     assert "Traceback" not in said
     assert said.strip()
-
-
-def test_few_rows_are_trained_for_sixty_steps(tiny: Path, tmp_path: Path) -> None:
-    """The user hears of it before the run, not after a useless one."""
-    file = write_rows(tmp_path / "rows.jsonl", ({"prompt": f"copy red {i}", "completion": "red"} for i in range(60)))
-    where = ("--model", tiny, "--data", file, "--output", tmp_path / "run")
-    printed = call("finetune", *where, "--r", "4", "--samples", "8")
-    assert "60 steps of 16 (15 passes, --epochs auto)" in " ".join(printed.split())
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_steps"] == 60

@@ -127,12 +127,11 @@ def test_what_does_not_fit_is_told_what_does(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
     wide = transformers.LlamaConfig(**CONFIGS["llama"].to_dict() | sizes)
     whole = plan_memory(asked(tmp_path, wide, batch=8, seq=256, card=plan.find_gpu("a6000")))
-    for share in (0.95, 0.7):
-        refused = with_less(whole, share)
-        assert not refused.fits
-        ((change, better),) = plan.smaller_plans(refused)
-        assert better.fits
-        assert change.startswith("--")
+    refused = with_less(whole, 0.7)
+    assert not refused.fits
+    ((change, better),) = plan.smaller_plans(refused)
+    assert better.fits
+    assert change.startswith("--")
     assert not list(plan.smaller_plans(with_less(whole, -1)))
 
 
@@ -150,13 +149,13 @@ def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
     assert next(started) > 1.2 * next(started)
 
 
-def test_experts_that_a_token_goes_through_are_counted(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_experts_that_a_token_goes_through_are_counted(tmp_path: Path) -> None:
     sizes = {name: getattr(CONFIGS["llama"], name) for name in SIZES} | {"num_hidden_layers": 2}
     flops = []
     for used in (1, 4):
         experts = {"num_local_experts": 4, "num_experts_per_tok": used, "architectures": ["MixtralForCausalLM"]}
         config = transformers.MixtralConfig(**sizes, **experts)
-        flops.append(plan_memory(asked(tmp_path / str(used), config)).flops)
+        flops.append(plan_memory(asked(tmp_path / str(used), config, card=plan.find_gpu("t4"))).flops)
     experts = 3 * 3 * 64 * 160 * 2  # three more, of three matrices, in two layers
     assert flops[1] - flops[0] == pytest.approx(4 * experts * SEQ)
 
@@ -239,6 +238,9 @@ def test_lines_say_steps_and_tokens_then_time_and_memory() -> None:
     assert train.announcement(a_run(data="a.jsonl")) == f"Training on the CPU in float32: {length}"
     task = "word_sequence_reversal (a generated task: no --data)"
     assert train.announcement(a_run()) == f"Training {task} on the CPU in float32: {length}"
+    again = a_run(data="a.jsonl")
+    again.epochs = 15.0
+    assert "125 steps of 16 (15 passes, --epochs auto), 50,000" in train.announcement(again)
     (line,) = train.estimated(a_run(), 260, 2_100_000_000)
     assert line == "Estimate from the first steps: about 4 min and 2.1 GB"
 

@@ -30,6 +30,8 @@ from lorasb.app.settings import Settings, read_config
 from lorasb.utils import plotting
 from lorasb.utils.atomic_files import locked
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 def test_a_finished_run_gives_its_results_again(
     base: Settings, whole: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
@@ -183,31 +185,23 @@ def saved_steps(folder: Path) -> list[int]:
     return [run_folder.step_of(one) for one in run_folder.complete_checkpoints(folder / "checkpoints")]
 
 
-def test_resume_never_sets_the_former_results_aside_before_it_starts(
+def test_resume_never_sets_the_former_results_aside_and_removes_nothing(
     own: Settings, whole: Path, tmp_path: Path, said: Callable[[], str]
-) -> None:
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "notes.txt").write_text("mine")
-    stop_after(2, replace(own, lr=1e-3, resume="never"), tmp_path)
-    assert "are moved to" in said()
-    assert saved_steps(tmp_path) == [2]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml", "notes.txt", "former"}
-    check_moved(tmp_path / "former", whole)
-
-
-def test_resume_never_removes_nothing_that_has_the_name_of_former_results(
-    own: Settings, whole: Path, tmp_path: Path
 ) -> None:
     """Neither a folder of the user's, nor what was set aside before."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "former").mkdir()
     (tmp_path / "former" / "thesis.txt").write_text("mine")
     for step, lr in ((2, 1e-3), (1, 2e-3)):  # the second has no results to move
         stop_after(step, replace(own, lr=lr, resume="never"), tmp_path)
-    assert saved_steps(tmp_path) == [1]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml", "former", "former-2"}
+        assert ("are moved to" in said()) == (step == 2)
+        assert saved_steps(tmp_path) == [step]
+    names = {"checkpoints", "config.yaml", "notes.txt", "former", "former-2"}
+    assert {path.name for path in tmp_path.iterdir()} == names
     assert [path.name for path in (tmp_path / "former").iterdir()] == ["thesis.txt"]
     check_moved(tmp_path / "former-2", whole)
+    assert RunFolder(replace(own, output=str(tmp_path / "new")), {})._free_former().name == "former"
 
 
 @pytest.mark.parametrize(
@@ -341,8 +335,8 @@ UNWRITTEN = RuntimeError("PytorchStreamWriter failed writing file data/0: No spa
 
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
-    [(Trainer, "_save_optimizer_and_scheduler", UNWRITTEN), (run_folder, "share", FULL), (run_folder, "mark_complete", FULL)],
-)  # fmt: skip
+    [(Trainer, "_save_optimizer_and_scheduler", UNWRITTEN), (run_folder, "mark_complete", FULL)],
+)
 def test_a_full_disk_is_one_error_and_loses_nothing(
     cut: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
 ) -> None:  # fmt: skip

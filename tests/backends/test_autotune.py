@@ -268,13 +268,6 @@ def test_what_does_not_run_or_is_wrong_is_left_out() -> None:
     assert autotune.fastest(shape, plans[2:], run, check, Clock("fused")) is None
 
 
-def test_a_cache_that_cannot_be_written(folder: Path) -> None:
-    (folder / "kernels").write_text("a file, where a folder has to be")
-    with pytest.warns(UserWarning, match=r"the kernels' timings cannot be kept .*Set LORASB_CACHE"):
-        assert first(Clock("addmm")).path == "fused"
-    assert first(Clock("fused")).path == "fused"  # this process keeps it
-
-
 def test_a_read_only_cache_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write fails with another temporary name."""
     names = itertools.count()
@@ -283,9 +276,10 @@ def test_a_read_only_cache_is_named_once(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError(errno.EROFS, "Read-only file system", str(path.with_name(f".{next(names)}")))
 
     monkeypatch.setattr(autotune, "write_text", write)
-    with one_line(r"cannot be kept in .*kernels \(Read-only file system\)"):
+    with one_line(r"the kernels' timings cannot be kept in .*kernels \(Read-only file system\).*Set LORASB_CACHE"):
         for m in (48, 96):
             assert first(Clock("addmm"), shape=replace(SHAPE, m=m)).path == "fused"
+        assert first(Clock("fused"), shape=replace(SHAPE, m=48)).path == "fused"  # this process keeps it
     assert next(names) == 2
 
 
@@ -327,6 +321,10 @@ def test_a_broken_table_is_left_out_and_named_and_overwritten(text: str, folder:
 
 
 def test_an_unreadable_table_is_left_out_and_named(folder: Path) -> None:
+    (folder / "kernels").write_text("a file, where a folder has to be: nobody's table")
+    assert plan.user_rules(ARCH) == ()
+    plan.forget()
+    (folder / "kernels").unlink()
     (folder / "kernels" / f"{ARCH}.json").mkdir(parents=True)
     with pytest.warns(UserWarning, match=r"sm_86\.json cannot be read as a table of kernels \(Is a directory\)"):
         assert plan.choose(LARGE, ARCH, SMS).path == "fused"
@@ -360,11 +358,6 @@ def test_cublas_multiplies_where_triton_does_not_prefetch(
     assert paths == {(7, 128): "fused", (7, 256): "addmm" if slow else "fused", (8, 128): "fused", (8, 256): "fused"}
     assert tiles == {7: 64 if slow else 128, 8: 128}  # forward, the tile whose simulated bound is highest
     assert plan.bucket(autotune.LEAST_TOKENS // 2 + 1) == 256  # from 129 tokens on calls are timed
-
-
-def test_buckets() -> None:
-    tokens = (0, 1, 2, 3, 16, 17, 2048, 2049)
-    assert [plan.bucket(count) for count in tokens] == [1, 1, 2, 4, 16, 32, 2048, 4096]
 
 
 def test_a_second_shape_keeps_the_first(folder: Path) -> None:

@@ -97,7 +97,8 @@ def test_a_block_compiles_few_kernels_whatever_the_tokens() -> None:
         assert sum(kernels.values()) <= 48
 
 
-@pytest.mark.parametrize("others", [[], pytest.param(["3.0.0"], marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("others", [[], ["3.0.0"]])
 def test_it_measures_what_launches_cost(others: list[str], tmp_path: Path) -> None:
     """With the installed Triton, and with every one in a folder: here the installed one again."""
     for name in others:

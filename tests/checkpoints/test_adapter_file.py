@@ -21,7 +21,7 @@ import yaml
 from adapters import layers
 from basis_models import reconfigure
 from huggingface_hub import ModelCard, ModelCardData
-from models import batches_for, causal, llama, logits, make, patched
+from models import batches_for, causal, logits, make, patched
 from safetensors.torch import load_file, save_file
 from tolerances import check_equal
 from torch import Tensor, nn
@@ -128,9 +128,6 @@ LAYER = "model.layers.0.self_attn.q_proj.base_layer"
 FOREIGN = {  # which PEFT loads into the base, where `disable_adapter()` does not take it back
     "model.norm.weight": (64,),
     f"{LAYER}.weight": (64, 64),
-    "model.embed_tokens.weight": (99, 64),
-    "lm_head.weight": (99, 64),
-    f"{LAYER}.bias": (4,),
     "model.warp": (4,),
 }
 DAMAGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
@@ -381,18 +378,6 @@ def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) 
         assert values["base_fingerprint"] is None
         assert not {"check_base", "init_seed"} & set(values)
         assert torch.equal(logits(peft.PeftModel.from_pretrained(make("llama", seed=1), again)), want)
-
-
-def test_an_adapter_saved_without_a_fingerprint_loads_on_any_base(tmp_path: Path) -> None:
-    patched(check_base=False).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["base_fingerprint"] is None
-    peft.PeftModel.from_pretrained(make("llama", seed=1), tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore:Already found")
-def test_a_base_of_another_size_is_refused(saved: Path) -> None:
-    with pytest.raises(ValueError, match="this base is another one"):
-        peft.PeftModel.from_pretrained(llama(hidden_size=32), saved)
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-llama")

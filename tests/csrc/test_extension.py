@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from processes import ROOT, attempt, python
+from processes import ROOT, run_each
 from storages import bits_of, exact, storage
 from torch import Tensor
 
@@ -29,19 +29,49 @@ def test_the_extension_is_loaded_where_a_compiler_is() -> None:
     assert cpp.missing() is None
 
 
-def test_without_the_extension_everything_works_and_one_line_says_so() -> None:
-    code = (
-        "import logging; logging.basicConfig(level=logging.INFO); import torch, lorasb\n"
-        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.functional import dequantize\n"
-        "from lorasb.quantization.quantized_weight import of_state; from lorasb.functional import quantized_linear\n"
-        "w = of_state(*quantize_4bit(torch.randn(8, 64)))\n"
-        "print(quantized_linear(torch.ones(2, 64), w).sub(dequantize(w).sum(1)).abs().max().item() < 1e-4)\n"
-        "try:\n    lorasb.backend('cpp').__enter__()\nexcept RuntimeError as error:\n    print(error)\n"
-    )
-    done = attempt("-c", code, **{cpp.DISABLE: "1"})
-    assert "True" in done.stdout
-    assert "backend 'cpp' is not available" in done.stdout
-    assert done.stderr.count("C++ kernels: LORASB_NO_CSRC=1") == 1
+DISABLED = f"""
+import logging, os
+os.environ[{cpp.DISABLE!r}] = "1"
+logging.basicConfig(level=logging.INFO)
+import torch, lorasb
+from lorasb.quantization.quantizer import quantize_4bit; from lorasb.functional import dequantize
+from lorasb.quantization.quantized_weight import of_state; from lorasb.functional import quantized_linear
+w = of_state(*quantize_4bit(torch.randn(8, 64)))
+print(quantized_linear(torch.ones(2, 64), w).sub(dequantize(w).sum(1)).abs().max().item() < 1e-4)
+try:
+    lorasb.backend('cpp').__enter__()
+except RuntimeError as error:
+    print(error)
+"""
+CAPPED = f"""
+import os, torch
+os.environ[{cpp.CAP!r}] = "portable"
+from lorasb.backends import cpp
+print(cpp.instruction_sets(), cpp.serves(torch.bfloat16))
+"""
+THREADS = """
+import torch, lorasb.backends; from pathlib import Path
+from lorasb.quantization.quantizer import quantize_4bit; from lorasb.functional import dequantize
+from lorasb.quantization.quantized_weight import of_state
+threads = lambda: len(list(Path('/proc/self/task').iterdir()))
+w = of_state(*quantize_4bit(torch.randn(2048, 2048)))
+torch.set_num_threads(3); torch.randn(1 << 22).sum(); before = threads()
+dequantize(w); print(threads() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """What each code prints in a process of its own."""
+    codes = [DISABLED, *((CAPPED, THREADS, MAPPED) if cpp.missing() is None else ())]
+    paths = (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
+    return dict(zip(codes, run_each(codes, PYTHONPATH=os.pathsep.join(filter(None, paths))), strict=True))
+
+
+def test_without_the_extension_everything_works_and_one_line_says_so(printed: dict[str, str]) -> None:
+    assert "True" in printed[DISABLED]
+    assert "backend 'cpp' is not available" in printed[DISABLED]
+    assert printed[DISABLED].count("C++ kernels: LORASB_NO_CSRC=1") == 1
 
 
 @built
@@ -57,26 +87,17 @@ def test_instruction_sets_are_chosen_at_run_time() -> None:
 
 
 @built
-def test_the_instruction_set_can_be_capped() -> None:
-    code = "from lorasb.backends import cpp; print(cpp.instruction_sets(), cpp.serves(__import__('torch').bfloat16))"
-    done = [attempt("-c", code, **{cpp.CAP: cap}) for cap in ("portable", "mmx")]
-    assert done[0].stdout.strip() == "['portable'] True"
+def test_the_instruction_set_can_be_capped(printed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printed[CAPPED] == "['portable'] True"
+    monkeypatch.setenv(cpp.CAP, "mmx")
     message = "expected LORASB_MAX_CPU_ISA to be one of amx, avx512_bf16, avx512, avx2, portable, got 'mmx'"
-    assert f"ValueError: {message}" in done[1].stderr
+    with pytest.raises(ValueError, match=message):
+        cpp._load()
 
 
 @built
-def test_threads_are_torchs_own() -> None:
-    code = (
-        "import torch, lorasb.backends; from pathlib import Path\n"
-        "from lorasb.quantization.quantizer import quantize_4bit; from lorasb.functional import dequantize\n"
-        "from lorasb.quantization.quantized_weight import of_state\n"
-        "threads = lambda: len(list(Path('/proc/self/task').iterdir()))\n"
-        "w = of_state(*quantize_4bit(torch.randn(2048, 2048)))\n"
-        "torch.set_num_threads(3); torch.randn(1 << 22).sum(); before = threads()\n"
-        "dequantize(w); print(threads() - before)\n"
-    )
-    assert python("-c", code).strip() == "0"
+def test_threads_are_torchs_own(printed: dict[str, str]) -> None:
+    assert printed[THREADS] == "0"
 
 
 class Drawn(NamedTuple):
@@ -235,10 +256,8 @@ def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
     assert min(outcomes.values()) > CASES // 10, outcomes
 
 
-@built
-def test_nothing_past_the_end_of_a_mapping_is_read() -> None:
-    """Tensors that end where a page ends: reading one byte more stops the process."""
-    code = """
+# Tensors that end where a page ends: reading one byte more stops the process.
+MAPPED = """
 import ctypes, torch
 from itertools import product
 from lorasb.backends import cpp
@@ -280,8 +299,11 @@ for name in cpp.instruction_sets():
         torch.ops.lorasb_csrc.dense_linear_backward(dy, w, *factors, at_the_end(u), *options[1:], True, True)
 print('whole')
 """
-    paths = (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
-    assert python("-c", code, PYTHONPATH=os.pathsep.join(filter(None, paths))).strip().endswith("whole")
+
+
+@built
+def test_nothing_past_the_end_of_a_mapping_is_read(printed: dict[str, str]) -> None:
+    assert printed[MAPPED].endswith("whole")
 
 
 @built

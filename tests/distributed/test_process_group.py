@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import tolerances
 import torch
 from accelerate.data_loader import prepare_data_loader
 from models import started
-from processes import ROOT, python
+from processes import run_ranks
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
-from two_ranks import SAMPLES
+from two_ranks import SAMPLES, write_all
 
 from lorasb.init.cache import read
 from lorasb.init.sampling import select, without_repeats
@@ -28,9 +29,7 @@ ALL += ["cached", "again", "sharded", "sharded uneven", "sharded accumulate"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
-    python(*command, ROOT / "tests" / "support" / "two_ranks.py", folder, **environment)
+    run_ranks(2, folder, partial(write_all, folder))
     return folder
 
 

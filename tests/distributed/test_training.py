@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import train_ranks
 import trainer_ranks
 from models import make, text
 from peft import PeftModel
-from processes import ROOT, attempt, python
+from processes import ROOT, attempt, python, run_ranks
 from train_ranks import WAYS
 
 import lorasb
@@ -23,7 +24,6 @@ SUPPORT, CONFIGS = ROOT / "tests" / "support", ROOT / "docs" / "accelerate"
 # DeepSpeed looks for GPUs first
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
 WRAP = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
-KILLED_AFTER = 5  # steps, of which every second is saved
 ENGINES = ("ddp", "fsdp2")
 
 
@@ -42,7 +42,7 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loops")
     for way in WAYS:
         (folder / f"{way}.1.json").write_text(json.dumps(train_ranks.train(way, 0, 1)))
-    python(*torchrun(2), SUPPORT / "train_ranks.py", folder, *WAYS, **ENVIRONMENT)
+    run_ranks(2, folder, partial(train_ranks.write_all, folder, 2))
     return folder
 
 
@@ -64,7 +64,7 @@ def test_two_ranks_train_as_one_process(loops: Path, way: str) -> None:
 
 @pytest.mark.long
 def test_four_ranks_train_as_one_process(loops: Path) -> None:
-    python(*torchrun(4), SUPPORT / "train_ranks.py", loops, *WAYS, **ENVIRONMENT)
+    run_ranks(4, loops, partial(train_ranks.write_all, loops, 4))
     for way in WAYS:
         check_loops(loops, way, 4)
 
@@ -82,13 +82,12 @@ def found_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
 
 
-def kill(start: list[object], folder: Path, *options: object, cut: Path | None = None) -> None:
-    """A run that loses a rank between two checkpoints; in `cut` where that is given, after a whole run in `folder`."""
-    options = ("--kill", KILLED_AFTER, *(("--cut", cut) if cut else ()), *options)
-    done = attempt(*start, SUPPORT / "trainer_ranks.py", folder, *options, **ENVIRONMENT)
-    assert done.returncode != 0
-    assert (folder / "found.json").exists() == bool(cut), done.stderr[-3000:]
-    assert not ((cut or folder) / "found.json").exists()
+def kill(start: list[object], folder: Path, *options: object) -> None:
+    """A run that loses a rank between two checkpoints."""
+    given = ("--kill", trainer_ranks.CUT_AFTER, *options)
+    assert attempt(*start, SUPPORT / "trainer_ranks.py", folder, *given, **ENVIRONMENT).returncode != 0
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (folder / "found.json").exists()
 
 
 def factors(adapter: Path, bits: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -119,9 +118,10 @@ def alone(runs: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(runs: Path) -> dict[str, dict[str, Any]]:
-    """Two processes, the whole of training and a killed one, by the configuration files that the project ships."""
-    for name in ENGINES:
-        kill(accelerate(f"{name}.yaml"), runs / name, cut=runs / f"{name} killed")
+    """Two processes, the whole of training and the end once more; FSDP by the configuration file that is shipped."""
+    options = trainer_ranks.parse([runs / "ddp", "--again", runs / "ddp again"])
+    run_ranks(2, runs, partial(trainer_ranks.run_rank, options, 2))
+    train(accelerate("fsdp2.yaml"), runs / "fsdp2", "--again", runs / "fsdp2 again")
     return {name: found_in(runs / name) for name in ENGINES}
 
 
@@ -135,24 +135,17 @@ def test_trainer_gets_what_one_process_gets(engine: str, runs: Path, alone: Any,
     same_factors(runs / engine / "adapter", runs / "alone" / "adapter", tolerances.STEPS)
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
-def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(engine: str, runs: Path, whole: Any) -> None:
-    start = torchrun(2) if engine == "ddp" else accelerate("fsdp2.yaml")
-    folder = runs / f"{engine} killed"
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    for step in (2, 4):
-        same_factors(folder / f"checkpoint-{step}", runs / engine / f"checkpoint-{step}", tolerances.EXACT)
-    again = runs / f"{engine} again"
-    shutil.copytree(folder, again)
-    found = train(start, again, "--resume")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_goes_on_from_a_checkpoint(engine: str, runs: Path, whole: Any) -> None:
+    found = found_in(runs / f"{engine} again")
     assert not found["initialized"]
     assert found["losses"][-2:] == whole[engine]["losses"][-2:]
-    same_factors(again / "adapter", runs / engine / "adapter", tolerances.EXACT)
+    same_factors(runs / f"{engine} again" / "adapter", runs / engine / "adapter", tolerances.EXACT)
 
 
 def test_a_run_of_two_goes_on_alone(runs: Path, whole: Any) -> None:
     folder = runs / "ddp alone again"
-    shutil.copytree(runs / "ddp killed", folder)
+    shutil.copytree(runs / "ddp again", folder, ignore=shutil.ignore_patterns("checkpoint-6"))
     found = train([], folder, "--resume")
     assert found["size"] == 1
     assert found["losses"][-1] == pytest.approx(whole["ddp"]["losses"][-1], rel=1e-4)
@@ -160,15 +153,22 @@ def test_a_run_of_two_goes_on_alone(runs: Path, whole: Any) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("bits", "dtype"), [(16, "bfloat16"), (4, "float32"), (4, "bfloat16")])
-def test_a_killed_shard_goes_on_in_16_and_4_bits(bits: int, dtype: str, runs: Path) -> None:
-    options = ["--bits", bits, "--dtype", dtype]
-    cut, full = runs / f"cut {bits} {dtype}", runs / f"full {bits} {dtype}"
-    whole = train(accelerate("fsdp2.yaml"), full, *options)
-    kill(accelerate("fsdp2.yaml"), cut, *options)
-    assert train(accelerate("fsdp2.yaml"), cut, "--resume", *options)["losses"][-2:] == whole["losses"][-2:]
-    assert whole["sharded"]
-    same_factors(cut / "adapter", full / "adapter", tolerances.EXACT, bits=bits, dtype=getattr(torch, dtype))
+@pytest.mark.parametrize(
+    ("engine", "bits", "dtype"),
+    [("ddp", 16, "float32"), *(("fsdp2", *one) for one in ((16, "bfloat16"), (4, "float32"), (4, "bfloat16")))],
+)
+def test_a_killed_rank_leaves_whole_checkpoints_and_training_goes_on(
+    engine: str, bits: int, dtype: str, runs: Path
+) -> None:
+    options, start = ["--bits", bits, "--dtype", dtype], accelerate(f"{engine}.yaml")
+    again = torchrun(2) if engine == "ddp" else start
+    cut, full = (runs / f"{kind} {engine} {bits} {dtype}" for kind in ("cut", "full"))
+    whole = train(start, full, *options)
+    kill(start, cut, *options)
+    assert train(again, cut, "--resume", *options)["losses"][-2:] == whole["losses"][-2:]
+    assert whole["sharded"] == (engine == "fsdp2")
+    for name in ("checkpoint-2", "checkpoint-4", "adapter"):
+        same_factors(cut / name, full / name, tolerances.EXACT, bits=bits, dtype=getattr(torch, dtype))
 
 
 @pytest.mark.long

@@ -53,8 +53,7 @@ def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> flo
     return statistics.median(math.sqrt(low / whole) for low, whole in shares.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "roberta"])
-@pytest.mark.parametrize("update", ["adamw", "sgd", "per-sample"])
+@pytest.mark.parametrize(("family", "update"), [("llama", "adamw"), ("roberta", "per-sample")])
 def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str) -> None:
     model, report = started(family, lr="auto", update=update, scaling=0.5)
     change = change_by_an_aligned_step(model, family, report.rate)
@@ -115,13 +114,13 @@ def test_what_cannot_be_measured_has_a_stated_fallback(weight: float, reason: st
         assert auto_rate.measured_rate(work) == auto_rate.FALLBACK / 4
 
 
-def test_a_base_in_4_bits_has_the_rate_of_its_values() -> None:
+def test_a_base_in_4_bits_has_the_rate_of_its_values(usual: tuple[nn.Module, InitReport]) -> None:
     rates = []
     for same in (dense_twin, nn.Module.eval):
         model = lorasb.patch(same(lorasb.quantize(make("llama"), "nf4")), r=4)
         rates.append(lorasb.initialize(model, batches_for("llama"), lr="auto", progress=False).rate)
     assert rates[1] == pytest.approx(rates[0], rel=1e-3)
-    assert rates[0] != started(lr="auto")[1].rate
+    assert rates[0] != usual[1].rate
 
 
 def test_a_loss_of_the_users_is_called_for_the_forward(usual: tuple[nn.Module, InitReport]) -> None:
@@ -150,22 +149,18 @@ def by_hand() -> tuple[nn.Module, InitReport]:
 @pytest.mark.parametrize("option", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
 def test_a_trainer_trains_r_at_the_rate(tmp_path: Path, option: dict[str, object]) -> None:
     """The measured rate is doubled or halved on the trainer's data; random states stay."""
-    trainer, callback, ((state_before, _), (state_after, _)) = begun(tmp_path, **option)
+    trainer, callback, ((state_before, _), (state_after, start)) = begun(tmp_path, **option)
     assert torch.equal(state_before, state_after)
-    rate = callback.report.rate
-    assert rate / by_hand()[1].rate in (pytest.approx(0.5, rel=2e-2), pytest.approx(2.0, rel=2e-2))
+    rate, (model, raw) = callback.report.rate, by_hand()
+    assert rate / raw.rate in (pytest.approx(0.5, rel=2e-2), pytest.approx(2.0, rel=2e-2))
+    if not option:  # the start is doubled or halved with the rate
+        tolerances.check(start, [core * rate / raw.rate for core in cores(model)], tolerances.FACTORS)
     assert callback.report.lr == pytest.approx(rate / 2)
     assert trainer.model.peft_config["default"].init_provenance["lr"] == pytest.approx(callback.report.lr)
     assert all(group["initial_lr"] == rate for group in trainer.optimizer.param_groups if group["params"])
     assert trainer.lr_scheduler.base_lrs[0] == rate
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert max(rates) <= rate * (1 + 1e-6)
-
-
-def test_a_trainers_start_is_doubled_or_halved_with_the_rate(tmp_path: Path) -> None:
-    _, callback, (_, (_, start)) = begun(tmp_path)
-    model, raw = by_hand()
-    tolerances.check(start, [core * callback.report.rate / raw.rate for core in cores(model)], tolerances.FACTORS)
 
 
 @pytest.mark.parametrize("size", [3, 12])
@@ -182,16 +177,34 @@ def test_a_trainers_rows_judge_or_are_trained_on(size: int, tmp_path: Path, monk
     assert judging.isdisjoint(trained)
 
 
-def test_a_head_keeps_the_rate_of_the_arguments(usual: tuple[nn.Module, InitReport]) -> None:
-    model, report = usual
-    head = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW([{"params": head.parameters(), "lr": 0.5}, {"params": cores(model)}], lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
-    init_callback._set_rate(report.rate, optimizer, schedule, layers(model), "default")
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, report.rate])
+def set_rate(model: nn.Module, groups: list[Any]) -> list[list[float]]:
+    """The rates of an optimizer's groups once R's is 0.003, and after a step of a schedule that halves them."""
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    schedule = schedules.LambdaLR(optimizer, lambda step: 0.5**step)
+    init_callback._set_rate(3e-3, optimizer, schedule, layers(model), "default")
+    rates = [[group["lr"] for group in optimizer.param_groups]]
+    assert schedule.get_last_lr() == rates[0]  # which is logged
+    assert schedule.base_lrs == [group["initial_lr"] for group in optimizer.param_groups]
     optimizer.step()
     schedule.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, report.rate / 2])
+    return [*rates, [group["lr"] for group in optimizer.param_groups]]
+
+
+def test_r_alone_gets_the_rate(usual: tuple[nn.Module, InitReport]) -> None:
+    """Its groups keep their ratios, as layer-wise decay makes them; a head keeps its own, and is named among R's."""
+    model, head = usual[0], [*nn.Linear(2, 2).parameters()]
+    near, far = cores(model)[:7], cores(model)[7:]
+    for groups, rates, peaks in (
+        ([{"params": head, "lr": 0.5}, {"params": cores(model)}], [0.5, 3e-3], [0.5, 3e-3]),
+        ([{"params": near, "lr": 1e-3}, {"params": far, "lr": 1e-4}], [3e-3, 3e-4], [3e-3, 3e-4]),
+        ([{"params": cores(model), "lr": 0.0}], [0.0], [3e-3]),  # from the first step of the schedule on
+    ):
+        first, second = set_rate(model, groups)
+        assert first == pytest.approx(rates)
+        assert second == pytest.approx([rate / 2 for rate in peaks])
+    optimizer = torch.optim.AdamW([*cores(model), *head], lr=1e-2)
+    with pytest.warns(UserWarning, match=r"modules that are no R \(a head\) train at R's rate 0\.003"):
+        init_callback._set_rate(3e-3, optimizer, None, layers(model), "default")
 
 
 @pytest.mark.parametrize(
@@ -215,19 +228,19 @@ def test_other_optimizers_and_schedules_keep_the_rate_of_the_arguments(
     assert optimizer.param_groups[0]["initial_lr"] == before
 
 
-def test_a_checkpoint_without_its_optimizer_keeps_the_rate_of_the_arguments(tmp_path: Path) -> None:
-    train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(lr="auto")], save_only_model=True)
-    resumed, last = lorasb.patch(make("llama"), r=4), str(tmp_path / "checkpoint-2")
-    with pytest.warns(UserWarning, match=r"which has the rate that was measured: learning_rate=0\.01 stays"):
-        train(resumed, tmp_path, [lorasb.InitCallback(lr="auto")], resume=last)
-
-
 def test_a_checkpoint_has_the_measured_rate_in_its_optimizer(tmp_path: Path) -> None:
-    first = lorasb.InitCallback(lr="auto")
+    """Without it, the rate of the arguments stays."""
+    first, last = lorasb.InitCallback(lr="auto"), tmp_path / "checkpoint-2"
     train(lorasb.patch(make("llama"), r=4), tmp_path, [first])
-    resumed, last = lorasb.patch(make("llama"), r=4), str(tmp_path / "checkpoint-2")
-    trainer = train(resumed, tmp_path, [lorasb.InitCallback(lr="auto")], resume=last, save_only_model=True)
-    assert trainer.optimizer.param_groups[0]["initial_lr"] == first.report.rate
+
+    def resumed() -> Any:
+        model = lorasb.patch(make("llama"), r=4)
+        return train(model, tmp_path, [lorasb.InitCallback(lr="auto")], resume=str(last), save_strategy="no")
+
+    assert resumed().optimizer.param_groups[0]["initial_lr"] == first.report.rate
+    (last / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match=r"which has the rate that was measured: learning_rate=0\.01 stays"):
+        resumed()
 
 
 def test_a_training_that_begins_again_is_measured_no_more_and_refined_once(
@@ -256,37 +269,25 @@ def test_every_model_of_a_callback_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "option", "eta"),
+    ("rate", "schedule_of", "option", "eta"),
     [
-        (3e-2, {}, 3e-2 / 2),
-        (None, {"lr_scheduler_type": "constant"}, 1e-2),
-        (None, {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, 1e-2),
+        (3e-2, lambda _: None, {"warmup_steps": 2}, 3e-2 / 2),
+        (None, None, {"warmup_steps": 2, "lr_scheduler_type": "constant"}, 1e-2),
+        (None, None, {"warmup_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, 1e-2),
+        (1e-3, lambda own: schedules.CosineAnnealingLR(own, 6), {}, 1e-3),
+        (1e-3, lambda own: schedules.OneCycleLR(own, 8e-3, 100), {}, 8e-3),
+        (1e-3, lambda own: transformers.get_linear_schedule_with_warmup(own, 10, 100), {}, 1e-4),
+        (1e-3, lambda own: schedules.LambdaLR(own, lambda _: 2.0), {}, 1e-3),
     ],
 )
-def test_a_start_is_that_of_the_optimizers_rate(
-    rate: float | None, option: dict[str, object], eta: float, tmp_path: Path
+def test_a_start_is_that_of_the_optimizers_rate_and_schedule(
+    rate: float | None, schedule_of: Any, option: dict[str, object], eta: float, tmp_path: Path
 ) -> None:
-    """Whatever the arguments have; a constant schedule has no warm-up."""
+    """Its peak and its warm-up, whatever the arguments have; a constant schedule has no warm-up."""
     model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(num_samples=6)
-    given = (torch.optim.AdamW(cores(model), lr=rate), None) if rate else None
-    train(model, tmp_path, [callback], optimizers=given, warmup_steps=2, **option)
-    assert callback.report.lr == pytest.approx(eta)
-
-
-@pytest.mark.parametrize(
-    ("schedule_of", "eta"),
-    [
-        (lambda own: schedules.CosineAnnealingLR(own, 6), 1e-3),
-        (lambda own: schedules.OneCycleLR(own, 8e-3, 100), 8e-3),
-        (lambda own: transformers.get_linear_schedule_with_warmup(own, 10, 100), 1e-4),
-        (lambda own: schedules.LambdaLR(own, lambda _: 2.0), 1e-3),
-    ],
-)
-def test_a_start_is_that_of_the_users_own_schedule(schedule_of: Any, eta: float, tmp_path: Path) -> None:
-    """Its peak, and the warm-up of those made of lambdas, whatever the arguments have."""
-    model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(num_samples=6)
-    optimizer = torch.optim.AdamW(cores(model), lr=1e-3)
-    train(model, tmp_path, [callback], optimizers=(optimizer, schedule_of(optimizer)))
+    own = torch.optim.AdamW(cores(model), lr=rate) if rate else None
+    given = (own, schedule_of(own)) if own else None
+    train(model, tmp_path, [callback], optimizers=given, save_strategy="no", **option)
     assert callback.report.lr == pytest.approx(eta)
 
 
@@ -307,17 +308,6 @@ def test_a_rate_that_cannot_be_measured_leaves_a_start_without_data_as_it_was() 
     assert all((core == 0.1).all() for core in cores(model))
 
 
-def test_groups_of_r_keep_their_ratios() -> None:
-    """As layer-wise decay makes them."""
-    model = started(lr="auto")[0]
-    near, far = cores(model)[:7], cores(model)[7:]
-    optimizer = torch.optim.AdamW([{"params": near, "lr": 1e-3}, {"params": far, "lr": 1e-4}])
-    schedule = schedules.LambdaLR(optimizer, lambda _: 1.0)
-    init_callback._set_rate(3e-3, optimizer, schedule, layers(model), "default")
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3e-3, 3e-4])
-    assert schedule.base_lrs == schedule.get_last_lr() == pytest.approx([3e-3, 3e-4])  # the second is logged
-
-
 @pytest.mark.parametrize(
     ("lr", "option", "message"),
     [
@@ -332,27 +322,9 @@ def test_rates_of_the_arguments_that_are_no_good_for_r_are_named(
         train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(6, lr=lr)], **option)
 
 
-@pytest.mark.parametrize("init", ["random", "lora-xs", "kaiming"])
-def test_a_start_without_data_has_a_measured_rate_too(init: str) -> None:
-    model = lorasb.patch(make("llama"), r=4, init=init)
+def test_a_start_without_data_has_a_measured_rate_too() -> None:
+    model = lorasb.patch(make("llama"), r=4, init="lora-xs")
     report = lorasb.initialize(model, batches_for("llama"), lr="auto", progress=False)
     change = change_by_an_aligned_step(model, "llama", report.rate)
     tolerances.check(torch.tensor(change), torch.tensor(auto_rate.RHO), tolerances.fp32(64))
     assert lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False).rate is None
-
-
-def test_a_head_in_rs_own_group_is_named() -> None:
-    model, head = started(lr="auto")[0], nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW([*cores(model), *head.parameters()], lr=1e-2)
-    with pytest.warns(UserWarning, match=r"modules that are no R \(a head\) train at R's rate 0\.003"):
-        init_callback._set_rate(3e-3, optimizer, None, layers(model), "default")
-
-
-def test_a_rate_of_zero_is_replaced() -> None:
-    model = started(lr="auto")[0]
-    optimizer = torch.optim.AdamW(cores(model), lr=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    init_callback._set_rate(3e-3, optimizer, schedule, layers(model), "default")
-    optimizer.step()
-    schedule.step()
-    assert optimizer.param_groups[0]["lr"] == 3e-3

@@ -23,7 +23,7 @@ import lorasb
 from lorasb.init import InitReport
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])
+@pytest.mark.parametrize("family", ["llama", "roberta"])
 @pytest.mark.parametrize("update", ["adamw", "sgd"])
 def test_factors_are_the_best_rank_r_part_of_the_first_step(family: str, update: str) -> None:
     singles = batches_for(family, count=6, rows=1)

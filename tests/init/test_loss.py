@@ -27,12 +27,6 @@ def hooked_sums(model: nn.Module | str, batches: list[Batch], without: str = "he
     return {name: one.value() for name, one in found.sums.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "roberta"])
-def test_a_sum_over_samples_however_they_are_batched(family: str) -> None:
-    batches = batches_for(family, count=2, rows=3)
-    check_sums(hooked_sums(family, batches), autograd_sums(family, batches), BATCHING)
-
-
 def test_padding_and_unequal_lengths_do_not_matter() -> None:
     want = autograd_sums("llama", SAMPLES[:4])
     for batches in ([padded(SAMPLES[:4], 12)], [padded(SAMPLES[:3], 20), padded(SAMPLES[3:4], 11)]):

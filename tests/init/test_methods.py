@@ -108,7 +108,7 @@ def test_a_model_without_values_waits() -> None:
     assert not any(layer.is_initialized("default") for layer in layers(model).values())
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ["lora-xs", "random"])  # one reads W
 def test_four_bits_and_experts(init: str) -> None:
     model = lorasb.patch(lorasb.quantize(make("llama")), r=4, init=init)
     same(factors(model), again(model))

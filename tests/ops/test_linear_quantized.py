@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calls import check, check_halves, dense, exact, run
-from measuring import allocations, threads
+from measuring import SETS, allocations, threads
 from reference import make_case
 from storages import octets, storage, unrounded
 from storages import quantized_case as make
@@ -71,6 +71,7 @@ def test_halves_in_any_shape(kernel: str, rows: int, m: int, n: int, block: int,
     check_halves([make(storage(m, n, "nf4", block, nested), rows, r, torch.bfloat16)])
 
 
+@pytest.mark.parametrize("kernel", SETS, indirect=True)
 @pytest.mark.parametrize("block", [32, 128, 256, 512, 1024, 2048, 4096])
 def test_few_tokens_meet_the_scales_of_every_block(kernel: str, block: int) -> None:
     weight = storage(24, 8192, "nf4", block)
@@ -126,8 +127,10 @@ def test_any_number_of_dimensions_and_strides(kernel: str) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float16, False), (torch.float32, True)],
+)
 def test_without_gradients_the_result_is_the_same_to_the_bit(
     kernel: str, kind: str, stored: torch.dtype, dtype: torch.dtype, autocast: bool
 ) -> None:

@@ -78,8 +78,3 @@ def test_warps_that_are_elsewhere_do_not_issue() -> None:
     active[[0, 5, 70]] = True
     work.issue(parse_instruction("@%p1 add.s32 %r1, %r2, %r3"), active, 128)
     assert work == Work(2)
-
-
-def test_work_adds_and_repeats() -> None:
-    one = Work(1, 2, 3, 4, 5)
-    assert one + one == one * 2 == Work(2, 4, 6, 8, 10)

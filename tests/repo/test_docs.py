@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -103,7 +104,9 @@ def test_the_commands_of_quick_start_run(tiny: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     finetune, ask, export = commands("lorasb", ROOT / "docs" / "quickstart.md")[:3]
-    assert "In runs/names:" in call(*shlex.split(finetune, comments=True), "--model", tiny)
+    assert "In runs/names:" in call(*shlex.split(finetune, comments=True), "--model", tiny, "--epochs", 1)
+    found = json.loads((tmp_path / "runs/names/summary.json").read_text(encoding="utf-8"))
+    assert found["config"]["dtype"] == "auto" != found["identity"]["dtype"] == found["dtype"]
     assert call(*shlex.split(ask, comments=True))
     assert call(*shlex.split(export, comments=True))
     assert (tmp_path / "runs/names/adapter-lora/adapter.gguf").is_file()

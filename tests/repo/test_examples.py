@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import ast
-import asyncio
+import json
 import os
 import re
 import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-import nbclient
-import nbformat
+import matplotlib.pyplot as plt
 import pytest
-import torch
 from command import call
-from processes import python
-from safetensors.torch import load_file
 
 from lorasb.app.data import load_examples
 from lorasb.app.settings import Settings
@@ -61,20 +58,6 @@ def test_it_runs(
         assert text in printed
 
 
-@pytest.mark.long
-def test_two_processes_end_where_one_does(tiny: Path, tmp_path: Path) -> None:
-    for name, launcher in {"one": (), "two": ("-m", "torch.distributed.run", "--nproc-per-node", 2)}.items():
-        (tmp_path / name).mkdir()
-        options = {"cwd": tmp_path / name, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
-        printed = python("-W", "ignore", *launcher, FOLDER / "trainer.py", 3, tiny, **options)
-        assert printed.count("held-out lists right") == 1
-    file = "runs/trainer/adapter/adapter_model.safetensors"
-    one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
-
-
 def test_a_row_of_each_of_the_people_is_held_out_by_default() -> None:
     train, held_out = load_examples(Settings(data=str(FOLDER / "people.jsonl"), adapter_column="user"))
     assert sorted(example.adapter for example in held_out) == ["ada", "alan", "grace"]
@@ -93,12 +76,17 @@ def test_what_the_demo_says_comes_next_are_commands_that_parse_and_files_that_ar
             assert not argument.endswith(".jsonl") or (FOLDER.parent / argument).is_file()
 
 
+def code_cells(notebook: Path) -> list[dict[str, Any]]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
 def test_both_are_there_with_outputs_and_no_paths_of_a_machine() -> None:
     assert [notebook.stem for notebook in NOTEBOOKS] == ["how_it_works", "quickstart"]
     for notebook in NOTEBOOKS:
-        cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
-        assert all(cell.execution_count for cell in cells), notebook.name
-        assert sum(bool(cell.outputs) for cell in cells) >= 4, notebook.name
+        cells = code_cells(notebook)
+        assert all(cell["execution_count"] for cell in cells), notebook.name
+        assert sum(bool(cell["outputs"]) for cell in cells) >= 4, notebook.name
         text = notebook.read_text()
         assert not any(part in text for part in ("/home/", "/root/", "/tmp/", '"stderr"')), notebook.name
 
@@ -111,8 +99,9 @@ ONE, OTHER = NOTEBOOKS  # the first with more cells; docs/quickstart.md runs wha
 )
 def test_a_notebook_runs(notebook: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLE_MODEL", str(tiny))
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    found = nbformat.read(notebook, 4)
-    client = nbclient.NotebookClient(found, timeout=120, resources={"metadata": {"path": str(tmp_path)}})
-    asyncio.run(client.async_execute())  # raises for a cell that does
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plt, "show", lambda: None)
+    code = "\n\n".join("".join(cell["source"]) for cell in code_cells(notebook))
+    exec(compile(code, notebook.name, "exec"), {"__name__": "__main__"})
+    plt.close("all")

@@ -28,6 +28,7 @@ WITHOUT = {  # module or package -> what it must not import, at any depth: impor
 }
 CALLS = {"torch.load", "pickle.load", "pickle.loads", "exec", "eval", "os.system", "torch.save"}
 USES_TRANSFORMERS = ("lorasb.tuner", "lorasb.export", "lorasb.training", "lorasb.serving.training", "lorasb.app")
+GRAPH = import_levels.graph()
 
 
 def under(name: str, prefix: str) -> bool:
@@ -35,8 +36,8 @@ def under(name: str, prefix: str) -> bool:
 
 
 def test_every_import_runs_down_and_no_files_import_each_other() -> None:
-    assert import_levels.upward(import_levels.graph()) == []
-    assert import_levels.cycles(import_levels.graph()) == []
+    assert import_levels.upward(GRAPH) == []
+    assert import_levels.cycles(GRAPH) == []
     assert {import_levels.folder_of(name) for name in MODULES} == set(import_levels.LEVEL_OF)
 
 
@@ -50,7 +51,7 @@ def test_what_is_wrong_is_found() -> None:
 
 def test_the_picture_is_of_these_imports() -> None:
     picture = (ROOT / "docs" / "import_levels.svg").read_text(encoding="utf-8")
-    assert picture == import_levels.draw(import_levels.graph()), "draw it again: python -m docs.import_levels"
+    assert picture == import_levels.draw(GRAPH), "draw it again: python -m docs.import_levels"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=lambda p: str(p.relative_to(ROOT)))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
 from operator import attrgetter
 
 import pytest
 from peft import PeftConfig
-from processes import ROOT, python
+from processes import ROOT, python, run_each
 
 import lorasb
 
@@ -34,14 +33,6 @@ NAMES = (
 )
 PATCH = "import lorasb, lorasb.app.finetune, lorasb.tuner\nfrom lorasb.tuner.model import patch\nassert callable(lorasb.patch)"
 BACKEND = "import lorasb\nwith lorasb.backend('triton'): print(lorasb.ops.registry.current_backend())"
-
-
-def run_each(codes: Sequence[str]) -> list[str]:
-    """What each code prints where neither PEFT nor lorasb has been imported; all have to succeed."""
-    script = ROOT / "tests" / "support" / "fresh_imports.py"
-    found = json.loads(python("-W", "ignore", script, given=json.dumps(codes)))
-    assert {code: text for code, (status, text) in zip(codes, found, strict=True) if status} == {}
-    return [text for _, text in found]
 
 
 def test_import_is_light_touches_no_device_and_may_come_before_transformers() -> None:

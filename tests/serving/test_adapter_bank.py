@@ -197,6 +197,7 @@ def test_names_and_values_that_cannot_be_are_refused() -> None:
         assert "new" not in bank
     for call, error, message in (
         (lambda: bank.add("ada"), ValueError, "the model has an adapter 'ada' itself"),
+        (lambda: bank.add(3), ValueError, "expected a text as the adapter's name, got 3"),
         (lambda: out(model, "nobody", "ada"), ValueError, r"nobody\. The model has ada, default, and its bank 0"),
         (lambda: lorasb.AdapterBank(model), ValueError, r"bank\.detach\(\) first"),
         (lambda: lorasb.AdapterBank(lorasb.patch(base(), r=4)), ValueError, "has not been initialized"),
@@ -389,8 +390,3 @@ def test_a_bank_of_a_cast_model_takes_what_it_saves(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "cast")
     report = bank.load(one=tmp_path / "wide" / "ada", two=tmp_path / "cast" / "ada")
     assert report.failed == {}
-
-
-def test_a_name_is_a_text() -> None:
-    with pytest.raises(ValueError, match="expected a text as the adapter's name, got 3"):
-        lorasb.AdapterBank(with_users()).add(3)

@@ -349,7 +349,7 @@ def test_of_none_nothing_and_of_hundreds_one_is_added_by_peft(monkeypatch: pytes
     assert len(model.peft_config) == 201
 
 
-@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("at", [0, 1, 5])
 def test_an_interrupt_in_the_middle_of_a_copy_leaves_nothing(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_basis()
     before, count = state(model), iter(range(99))

@@ -132,7 +132,8 @@ def check(results: Sequence[Tensor], *cases: Case, index: list[int] | None = Non
     first, r, count = cases[0], cases[0].a.shape[0], len(cases)
     tokens = first.x[..., 0].numel()
     lengths = [first.x.shape[-1] + r] * count + [sum(c.dy.shape[-1] for c in cases) + r * count] + [tokens] * count
-    wanted, chains = exact(*cases, index=index), plain(*cases, index=index)
+    wanted = exact(*cases, index=index)
+    chains = wanted if first.x.dtype == torch.float32 else plain(*cases, index=index)  # which takes most of the time
     for result, want, chain, length in zip(results, wanted, chains, lengths, strict=True):
         if first.x.dtype == torch.float32:
             tolerances.check(result, want, tolerances.fp32(max(1, length)))

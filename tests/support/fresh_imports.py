@@ -1,4 +1,4 @@
-"""What repo/test_imports.py runs: pieces of code, each in a fork of a process that has what PEFT needs, but not PEFT.
+"""What `run_each` runs: pieces of code, each in a fork of a process that has what PEFT needs, but not PEFT.
 
 python tests/support/fresh_imports.py < JSON list of code; prints a JSON list of [exit status, output].
 """

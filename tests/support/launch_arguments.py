@@ -1,11 +1,11 @@
 """Prepared launches against ordinary ones by Triton's own launcher, over a libcuda that records (`recording_cuda.c`).
 
-    python -m tests.support.launch_arguments LIBRARY [--arch sm_86] [--fault]
+    python -m tests.support.launch_arguments LIBRARY [--arch sm_86]
 
 CPU tensors stand for a card's, and nothing runs. For each kind of call: the same kernels in the same order, with the
 same grid, block, shared memory, stream and attributes, and every parameter byte for byte. Prints a JSON object: the
-version of Triton, the number of launches, and what differs. `--fault` adds one to the first number of every prepared
-launch, which has to be found.
+version of Triton, the number of launches, what differs, and how much does where one is added to the first number of
+every prepared launch.
 """
 
 from __future__ import annotations
@@ -139,6 +139,13 @@ def compare(case: Case, library: ctypes.CDLL) -> tuple[int, list[str]]:
     return len(ordinary), found + ([] if prepared == again else ["a repetition differs from the one before"])
 
 
+def compare_all(library: ctypes.CDLL) -> tuple[int, list[str]]:
+    """Number of launches of all cases, and what differs."""
+    found = {case: compare(case, library) for case in CASES}
+    differing = [f"{case}: {one}" for case, (_, those) in found.items() for one in those]
+    return sum(count for count, _ in found.values()), differing
+
+
 def use_driver(library: ctypes.CDLL, arch: str) -> None:
     """Launch by Triton's own driver on a recorded card."""
     capability = divmod(int(arch[3:]), 10)
@@ -166,15 +173,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path)
     parser.add_argument("--arch", default="sm_86")
-    parser.add_argument("--fault", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     library = ctypes.CDLL(str(options.library), mode=ctypes.RTLD_GLOBAL)
     use_driver(library, options.arch)
-    bind = faulty(private.launcher) if options.fault else private.launcher
-    total, found = 0, []
     with (
-        mock.patch.object(private, "launcher", bind),
         mock.patch.object(kernels, "architecture", return_value=(options.arch, 84)),
         mock.patch.object(kernels, "interpreting", return_value=True),
         # the base's products, which take a processor without bf16 seconds each, and whose values nothing reads
@@ -182,12 +185,12 @@ def main() -> None:
         mock.patch.object(torch.Tensor, "addmm_", lambda y, *factors: y),
         backend("triton"),
     ):
-        for case in CASES:
-            count, differing = compare(case, library)
-            total += count
-            found += [f"{case}: {one}" for one in differing]
+        total, found = compare_all(library)
+        prepared_linear.forget()
+        with mock.patch.object(private, "launcher", faulty(private.launcher)):
+            _, injected = compare_all(library)
     versions = {"triton": triton.__version__, "extension": cpp.missing() is None}
-    print(json.dumps(versions | {"launches": total, "differences": found}))
+    print(json.dumps(versions | {"launches": total, "differences": found, "injected": len(injected)}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
-"""Python in a separate process, at the root of the repository if no other folder is named."""
+"""Python in a separate process, at the root of the repository if no other folder is named; and ranks of a group."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 FOLDER = os.environ.get("LORASB_TRITONS")  # with a folder per version of Triton; `make test-all` makes it
@@ -26,3 +35,45 @@ def python(*arguments: object, **options: Any) -> str:
     done = attempt(*arguments, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def run_each(codes: Sequence[str], **variables: str) -> list[str]:
+    """What each code prints where neither PEFT nor lorasb has been imported; all have to succeed."""
+    script = ROOT / "tests" / "support" / "fresh_imports.py"
+    found = json.loads(python("-W", "ignore", script, given=json.dumps(codes), **variables))
+    assert {code: text for code, (status, text) in zip(codes, found, strict=True) if status} == {}
+    return [text for _, text in found]
+
+
+def run_ranks(count: int, folder: Path, work: Callable[[int], object]) -> None:
+    """Do the work of each rank of a gloo group in a fork of this process; all have to succeed, in eight minutes."""
+    running = {_fork(rank, count, folder / f"group-of-{count}", work) for rank in range(count)}
+    end, failed = time.monotonic() + 500, False
+    while running:
+        ended = {child: status for child in running for found, status in [os.waitpid(child, os.WNOHANG)] if found}
+        running -= ended.keys()
+        if not failed and (any(ended.values()) or time.monotonic() > end):  # the others would wait for it
+            failed = True
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    assert not failed
+
+
+def _fork(rank: int, count: int, file: Path, work: Callable[[int], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            warnings.simplefilter("ignore")
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            patience = timedelta(seconds=60)
+            dist.init_process_group("gloo", f"file://{file}", timeout=patience, rank=rank, world_size=count)
+            work(rank)
+            dist.destroy_process_group()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return child

@@ -1,12 +1,8 @@
-"""What distributed/test_training.py runs, on one rank or several: initialize, train, save; what was found as JSON.
-
-python -m torch.distributed.run --standalone --nproc-per-node 2 tests/support/train_ranks.py FOLDER WAY...
-"""
+"""A few steps of every way to train, on one rank or several: what was found as JSON."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +44,12 @@ def cores(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in found.items()}
 
 
-def main() -> None:
-    """Every way that is asked for, one after another."""
-    folder, ways = Path(sys.argv[1]), sys.argv[2:]
-    rank, size = 0, 1
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-        rank, size = dist.get_rank(), dist.get_world_size()
-    for way in ways:
+def write_all(folder: Path, size: int, rank: int) -> None:
+    """Train every way on this rank, and write what the first one found."""
+    for way in WAYS:
         found = train(way, rank, size)
         if rank == 0:
             (folder / f"{way}.{size}.json").write_text(json.dumps(found))
-    if size > 1:
-        dist.destroy_process_group()
 
 
 def train(way: str, rank: int, size: int) -> dict[str, Any]:
@@ -86,7 +75,3 @@ def train(way: str, rank: int, size: int) -> dict[str, Any]:
     moved = {name: value - start[name] for name, value in cores(model).items()}
     values = {"start": start, "moved": moved}
     return {"losses": losses, **{key: {n: v.tolist() for n, v in part.items()} for key, part in values.items()}}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What distributed/test_training.py starts by torchrun and by `accelerate launch`: a Trainer over a tiny model.
 
-trainer_ranks.py FOLDER [--kill STEP] [--cut FOLDER] [--resume] [--first] [--bits 16|4]
+trainer_ranks.py FOLDER [--kill STEP] [--again FOLDER] [--resume] [--first] [--bits 16|4]
                  [--dtype float32|bfloat16]
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 import lorasb
 
-STEPS = 6
+STEPS, CUT_AFTER = 6, 5  # of which every second is saved
 ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(24)]
 
 
@@ -46,7 +47,7 @@ def parse(given: Sequence[object] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", type=int, default=0)
-    parser.add_argument("--cut", type=Path, help="train here too, after the whole run, and be killed")
+    parser.add_argument("--again", type=Path, help="train the last steps here too, from a checkpoint of the whole run")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--first", action="store_true", help="initialize before the Trainer, as DeepSpeed wants")
     parser.add_argument("--bits", type=int, default=16)
@@ -55,16 +56,28 @@ def parse(given: Sequence[object] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, save, and say what came of it; with `--cut`, once whole and once more until the kill."""
-    options = parse()
+    """Train, save, and say what came of it; with `--again`, once whole and once from a checkpoint."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpus()
-    run(options.folder, options, 0 if options.cut else options.kill)
-    if options.cut:
-        run(options.cut, options, options.kill)
+    run_all(parse())
 
 
-def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
+def run_rank(options: argparse.Namespace, size: int, rank: int) -> None:
+    """The same in a fork, as if torchrun had started it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 29500}
+    os.environ |= {"MASTER_ADDR": "localhost"} | {name: str(value) for name, value in place.items()}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_all(options)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    run(options.folder, options)
+    if options.again:
+        options.resume = True
+        run(options.again, options)
+
+
+def run(folder: Path, options: argparse.Namespace) -> None:
     """One run of a Trainer that leaves its checkpoints, its adapter and found.json in a folder."""
     dtype = getattr(torch, options.dtype)
     base: Any = make("llama", dtype=dtype)
@@ -79,8 +92,10 @@ def run(folder: Path, options: argparse.Namespace, kill: int = 0) -> None:
         share = range(arguments.process_index, 8, arguments.world_size)  # asking for it starts the processes' group
         lorasb.initialize(model, [text(1, 12, seed) for seed in share], lr=1e-2, progress=False)
     callbacks = [init]
-    if kill and arguments.process_index == arguments.world_size - 1:  # ends without a word
-        callbacks.append(trainer_runs.At(kill, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    if options.kill and arguments.process_index == arguments.world_size - 1:  # ends without a word
+        callbacks.append(trainer_runs.At(options.kill, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    if options.again and not options.resume and arguments.process_index == 0:
+        callbacks.append(trainer_runs.At(CUT_AFTER, lambda: shutil.copytree(folder, options.again)))
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=options.resume or None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,6 @@ KINDS = {
     "fp32": (torch.float32, {}),
     "bf16 weights": (torch.bfloat16, {}),
     "bf16 autocast": (torch.float32, {"bf16": True}),
-    "gradient checkpointing": (torch.float32, {"gradient_checkpointing": True}),
 }
 
 
@@ -172,11 +171,10 @@ def test_a_base_offloaded_before_patching_is_initialized_trained_and_merged() ->
     tolerances.check(*(logits(one.eval().merge_and_unload()) for one in (model, plain)), tolerances.EXPORT)
 
 
-@pytest.mark.parametrize("warmup", [2, 0.5])  # steps, or their share
-def test_the_callback_initializes_as_one_does_by_hand(tmp_path: Path, warmup: float) -> None:
+def test_the_callback_initializes_as_one_does_by_hand(tmp_path: Path) -> None:
     callback = lorasb.InitCallback(num_samples=6, seed=5)
     model = lorasb.patch(make("llama"), r=4)
-    train(model, tmp_path, [callback], warmup_steps=warmup)
+    train(model, tmp_path, [callback], warmup_steps=2)
     assert callback.report.lr == pytest.approx(1e-2 / 2)
     assert callback.report.num_samples == 6
     by_hand, report = started(batches=DataLoader(ROWS, batch_size=3), lr=5e-3, num_samples=6, seed=5)
@@ -201,9 +199,8 @@ def test_the_callback_changes_no_order_of_training(tmp_path: Path) -> None:
     check_equal(*found)
 
 
-@pytest.mark.parametrize("make_one", [patched, lambda: lorasb.patch(make("llama"), r=4, init="lora-xs")])
-def test_the_callback_leaves_an_initialized_adapter_alone(make_one: Callable[[], nn.Module], tmp_path: Path) -> None:
-    model, callback = make_one(), lorasb.InitCallback()
+def test_the_callback_leaves_an_initialized_adapter_alone(tmp_path: Path) -> None:
+    model, callback = patched(), lorasb.InitCallback()
     frozen = {name: value for name, value in factors(model).items() if "lorasb_R" not in name}
     train(model, tmp_path, [callback])
     assert callback.report is None

@@ -26,7 +26,11 @@ def named(value: Any) -> str:
     return value if isinstance(value, str) else str(len(value))
 
 
-@pytest.mark.parametrize(("family", "fields"), [part for part in PARTS if part[0] != "t5"], ids=named)  # t5: two stacks
+# t5 has two stacks; of the others, both strategies' sums are plain autograd's bits (tests/init/test_strategies.py)
+OTHERS = [one for one in PARTS if one[0] not in ("t5", "llama", "roberta", "gpt2")]
+
+
+@pytest.mark.parametrize(("family", "fields"), OTHERS, ids=named)
 def test_both_strategies_find_the_same_factors(family: str, fields: dict[str, Any]) -> None:
     found = {}
     for strategy in ("accumulate", "layerwise"):

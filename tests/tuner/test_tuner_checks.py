@@ -119,26 +119,18 @@ def test_an_adapter_has_any_name_and_the_file_has_none(kind: Kind, name: str, tm
     assert not any(key.endswith(f".{name}") for key in peft.get_peft_model_state_dict(model, adapter_name=name))
 
 
-@pytest.mark.parametrize("cheap", [False, True])
-def test_a_file_has_the_config_and_loads_in_both_ways(kind: Kind, cheap: bool, tmp_path: Path) -> None:
+def test_a_file_has_the_config_and_loads_in_both_ways(kind: Kind, tmp_path: Path) -> None:
     model = adapted(kind)
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(kind.make(), tmp_path, low_cpu_mem_usage=cheap).eval()
-    check(kind.out(again), kind.out(model), EXACT)
-    assert not any(p.is_meta for p in again.parameters())
-    assert trained(again) == set()
+    for cheap in (False, True):
+        again = peft.PeftModel.from_pretrained(kind.make(), tmp_path, low_cpu_mem_usage=cheap).eval()
+        check(kind.out(again), kind.out(model), EXACT)
+        assert not any(p.is_meta for p in again.parameters())
+        assert trained(again) == set()
     read = lorasb.LoRASBConfig.from_pretrained(tmp_path)
     for name in ("r", "target_modules", "init", "scaling", "rank_pattern", "peft_type", "bias", "layer_kinds"):
         assert getattr(read, name) == getattr(model.peft_config["default"], name), name
     assert read.inference_mode
-
-
-def test_r_is_what_is_counted(kind: Kind) -> None:
-    model = adapted(kind)
-    heads = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "lorasb_R" not in n)
-    count, everything = model.get_nb_trainable_parameters()
-    assert count - heads == sum(layer.r["default"] ** 2 for layer in layers_of(model))
-    assert everything > count
 
 
 def test_requires_grad_follows_every_call(kind: Kind) -> None:
@@ -171,6 +163,8 @@ def test_active_adapters_go_together_and_merge_in_every_combination(kind: Kind) 
     for chosen, want in outputs.items():
         model.base_model.set_adapter(list(chosen))
         model.merge_adapter()
+        with pytest.warns(UserWarning, match="already merged|nothing to do"):
+            model.merge_adapter()
         same(kind.out(model), want)
         model.unmerge_adapter()
         same(kind.out(model), want)
@@ -182,15 +176,6 @@ def test_active_adapters_go_together_and_merge_in_every_combination(kind: Kind) 
     with pytest.warns(UserWarning, match="additionally merging two"):
         model.merge_adapter(["two"])
     same(kind.out(model), outputs["one", "two"])
-
-
-def test_merging_twice_warns_and_changes_nothing(kind: Kind) -> None:
-    model = adapted(kind)
-    want = kind.out(model)
-    model.merge_adapter()
-    with pytest.warns(UserWarning, match="already merged|nothing to do"):
-        model.merge_adapter()
-    same(kind.out(model), want)
 
 
 @torch.no_grad()  # frozen weights may send attention through another kernel
