@@ -168,6 +168,8 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
         raise ValueError(
             f"--output {folder} has a run of lorasb finetune, whose adapter this would replace: take another"
         )
+    if (folder / "adapter").exists() and not (folder / REPORT_NAME).exists():
+        raise ValueError(f"--output {folder} has a folder adapter that lorasb init did not write: take another")
     with locked(folder):
         run = prepare(replace(settings, eval_examples=0))
         console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)

@@ -238,6 +238,7 @@ def with_adapter(example: Example, values: Row, column: str | None, where: str) 
 
 def labeled(text: str, label: Label, pair: str = "") -> Example:
     """A text, or a pair of texts, with its label."""
+    label = label.strip() if isinstance(label, str) else label  # answers are compared without spaces
     return Example(text, text_of({"label": label}, "label"), pair=pair, label=label, score="label")
 
 

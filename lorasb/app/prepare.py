@@ -129,7 +129,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Number of optimizer steps of the whole run."""
-        return max(1, math.ceil(self._steps_per_epoch * self.epochs))  # epochs may be a fraction
+        return max(1, math.ceil(round(self._steps_per_epoch * self.epochs, 6)))  # epochs may be a fraction, as 1.1
 
     @property
     def batch_size(self) -> int:

@@ -34,7 +34,7 @@ from ..utils.reading import Json, parse_json, read_json, read_text
 from .adapter import REPORT_NAME, load_report, write_card
 from .data import INSTRUCTION, STEP_BY_STEP, Example
 from .evaluation import Classification, Evaluation, HeldOut, LanguageModeling, Problem, generate_answers, score_by
-from .prepare import Run, device, load_model, save_adapter
+from .prepare import Run, check_positions, device, load_model, save_adapter
 from .run_folder import ANSWERS_NAME, SUMMARY_NAME
 from .scoring import is_right
 from .settings import CONFIG_NAME, EMBEDDED, Settings, read_config
@@ -276,6 +276,9 @@ def answers(
             example = asked(one, summary["prompt_format"], summary.get("system", ""))
             encoded = problem.encode(example, tokenizer, settings.max_length, held_out=True)
             limit = max_new_tokens or settings.max_new_tokens or TOKENS
+            check_positions(
+                base, settings.model, len(encoded.prompt) + limit, "--max-new-tokens, or a shorter question"
+            )
             yield generate_answers(model, tokenizer, [encoded], limit=limit)[0]
 
 

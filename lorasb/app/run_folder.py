@@ -223,14 +223,15 @@ class RunFolder:
         """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""
         for path in self.checkpoints.glob("*/"):
             shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in (BEFORE_NAME, RUN_NAME):
+            (self.checkpoints / name).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # a link, perhaps to a larger disk, stays
 
     def _set_aside(self) -> None:
-        """Move the results of an earlier run in this folder into one of their own: `former/`, then `former-2/`, ..."""
-        if not any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}")):
-            if (config := self.folder / CONFIG_NAME).exists():  # the user's, perhaps with comments
-                config.replace(self.folder / f"former-{CONFIG_NAME}")
-            return
+        """Move what has the names of a run's results into a folder: `former/`, then `former-2/`, ..."""
+        is_runs = any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}"))
+        if not is_runs and (config := self.folder / CONFIG_NAME).exists():  # the user's, perhaps with comments
+            config.replace(self.folder / f"former-{CONFIG_NAME}")
         found = [path for name in RESULT_NAMES if (path := self.folder / name).exists()]
         if {path.name for path in found} <= {CONFIG_NAME}:  # of a run that came to no results
             return
@@ -264,7 +265,7 @@ def differences(saved: Json, current: Json) -> str:
         old, new = ("not given" if one.get(name) is None else one[name] for one in (saved, current))
         if old == new:
             continue
-        if name not in saved:
+        if name not in saved and hasattr(Settings, name):
             messages.append(f"an earlier version of lorasb made it, without {option(name)}")
         elif name in CHANGED:
             messages.append(f"{CHANGED[name]} have changed")

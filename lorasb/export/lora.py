@@ -31,11 +31,12 @@ from ..layers.lookup import frozen_factors, layer_kinds, layers_of_one, refuse_m
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
 from ..utils.atomic_files import replacing, write_json, write_text
-from ..utils.reading import Json, read_json
+from ..utils.reading import Json, read_json, read_text
 
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FORMATS = ("peft", "vllm", "gguf")
+EXPORTED = "Exported by lorasb"  # in the card
 Pair = tuple[Tensor, Tensor]  # A and B
 BIASES = {"all": "all", "lorasb_only": "lora_only", "lora_only": "lora_only"}  # PEFT's names of our fields' values
 COPIED_FIELDS = (
@@ -106,13 +107,16 @@ def export_lora(
 
 
 def _refuse_adapters_folder(folder: Path) -> None:
-    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, whose R it does not have."""
+    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, whose R it does not have, or a README."""
     try:
         kind = read_json(folder / CONFIG_NAME).get("peft_type")
     except (OSError, ValueError):
-        return
+        kind = None
     if kind == PEFT_NAME:
         raise ValueError(f"{folder} has a LoRA-SB adapter, which the plain LoRA would replace: name another folder")
+    card = folder / "README.md"
+    if card.is_file() and EXPORTED not in read_text(card):
+        raise ValueError(f"{card} is no export's, and would be replaced: name another folder")
 
 
 def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Path) -> str:
@@ -128,7 +132,7 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
     front = yaml.safe_dump({"library_name": "peft", "base_model": base, "tags": ["lora"]}, sort_keys=False)
     card = (
         f"---\n{front}---\n\n# A plain LoRA of rank {rank}\n\n"
-        f"Exported by lorasb from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
+        f"{EXPORTED} from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
         f"```\n{serve_command(name, Path('THIS_FOLDER'), rank)}\n```\n"
     )
     write_text(folder / "README.md", card)
@@ -288,24 +292,25 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
     # the gguf package maps its enum to names; this is the way back
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    written: dict[str, Tensor] = {}
+    for key, tensor in sorted(tensors.items()):
+        match = GGUF_KEY.match(key)
+        if match is None:
+            raise ValueError(f"{key} is no factor of a linear layer, as GGUF adapters need: merge the model")
+        layer, factor = match.groups()
+        # llama.cpp reads lora_a and lora_b under the base tensor's name
+        tensor_name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        if tensor_name is None:
+            raise ValueError(f"llama.cpp has no tensor for layer {layer!r} of a {architecture} model")
+        turned = factor == "lora_B" and permuted
+        written[f"{tensor_name}.{factor.lower()}"] = _permute_rows(layer, tensor, config) if turned else tensor
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(str(temporary), architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-        # An error below leaves no file: `replacing` renames the temporary file only at the end of the block.
-        for key, tensor in sorted(tensors.items()):
-            match = GGUF_KEY.match(key)
-            if match is None:
-                raise ValueError(f"{key} is no factor of a linear layer, as GGUF adapters need: merge the model")
-            layer, factor = match.groups()
-            # llama.cpp reads lora_a and lora_b under the base tensor's name
-            tensor_name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
-            if tensor_name is None:
-                raise ValueError(f"llama.cpp has no tensor for layer {layer!r} of a {architecture} model")
-            if factor == "lora_B" and permuted:
-                tensor = _permute_rows(layer, tensor, config)
-            writer.add_tensor(f"{tensor_name}.{factor.lower()}", tensor.float().contiguous().numpy())
+        for name, tensor in written.items():
+            writer.add_tensor(name, tensor.float().contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

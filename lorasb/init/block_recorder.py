@@ -6,7 +6,7 @@ the recomputed gradients would be wrong without notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -299,7 +299,7 @@ def _with_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
         return _tuple_like(value, [_with_tensors(item, change) for item in value])
     held = getattr(value, "__dict__", {}).values()  # a context that blocks write their results into
     depends = any(isinstance(one, Tensor) and one.requires_grad for one in held)
-    if isinstance(value, dict | list) or "Cache" in type(value).__name__ or depends:
+    if isinstance(value, MutableMapping | MutableSequence) or "Cache" in type(value).__name__ or depends:
         raise NotAStackError(f"blocks share a {type(value).__name__} that they may write to")
     return value
 

@@ -230,6 +230,8 @@ def _initialize_tasks(
         raise ValueError("longest_start=0 leaves no first steps, which several tasks share a basis for: leave it out")
     basis, layers = adapted_layers(model, adapter_name)
     refuse_shared_basis(layers, basis)  # before any task's gradients are taken
+    if (init := model.peft_config[basis].init) != "update":
+        raise ValueError(f"several tasks share their first steps, which init={init!r} does not take: patch without it")
     taken = [task for task in tasks if task in model.peft_config]
     if len(tasks) < 2 or taken:
         found = f"an adapter {taken[0]!r} is there already" if taken else f"got {len(tasks)}"

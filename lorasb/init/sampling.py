@@ -84,7 +84,7 @@ def samples_hash(batches: list[Batch], processes: Processes) -> str:
 
 
 def _contents(value: object) -> Iterator[bytes]:
-    """The bytes of an entry: of a tensor or array, a text or number, or a list of such; nothing of other objects."""
+    """The bytes of an entry: of a tensor or array, a text or number, or a list or dict of such; nothing of others."""
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous().view(-1)
         yield content.view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
@@ -95,6 +95,10 @@ def _contents(value: object) -> Iterator[bytes]:
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _contents(one)
+    elif isinstance(value, Mapping):  # boxes and classes of an image
+        for name in sorted(value, key=str):
+            yield repr(name).encode()
+            yield from _contents(value[name])
 
 
 def _countable(batches: Loader, num_samples: int | None) -> int:

@@ -129,6 +129,11 @@ class Linear4bit(nn.Linear):
 
 
 LEFT_OUT = ("lm_head",)  # bitsandbytes' integration in transformers leaves the output head in 16 bits as well
+# Parts of names of layers that are never quantized: heads of tasks, which train, and wo, to whose dtype T5 casts x.
+DENSE = (
+    *("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj", "pooler"),
+    "DenseReluDense.wo",
+)
 
 
 def quantize(
@@ -143,7 +148,8 @@ def quantize(
 ) -> nn.Module:
     """Replace a model's linears by `Linear4bit`, in place; on any error the model is left unchanged.
 
-    The storage equals bitsandbytes' bit for bit, and bitsandbytes loads the files. Output embeddings stay dense.
+    The storage equals bitsandbytes' bit for bit, and bitsandbytes loads the files. Output embeddings and the heads of
+    tasks stay dense.
 
     Args:
         model: with `nn.Linear` layers in fp32, bf16 or fp16.
@@ -152,7 +158,7 @@ def quantize(
         nested: quantize the scales too ("double quantization"), which saves 0.4 bits per weight.
         compute_dtype: dtype of the matrix products; x's dtype if None.
         storage: dtype that the packed bytes are viewed as (bitsandbytes' `quant_storage`); FSDP2 needs the model's.
-        exclude: full names, or last components of names, of layers to leave dense.
+        exclude: full names, or parts of names between dots, of layers to leave dense.
 
     Returns:
         The model.
@@ -164,7 +170,7 @@ def quantize(
     for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    targets = list(_targets(model, set(exclude)))
+    targets = list(_targets(model, {*exclude, *DENSE}))
     if not targets:
         raise ValueError("found no linear layer to quantize: expected nn.Linear in fp32, bf16 or fp16")
     for _, _, name, layer in targets:  # all weights before the first replacement
@@ -187,7 +193,7 @@ def _targets(model: nn.Module, exclude: set[str]) -> Iterable[tuple[nn.Module, s
             full = f"{name}.{child}" if name else child
             # Subclasses have forwards of their own, and a weight on meta has no values to quantize.
             plain = type(layer) is nn.Linear and layer.weight.dtype in QUANTIZABLE and not layer.weight.is_meta
-            if plain and layer is not head and not {full, child} & exclude:
+            if plain and layer is not head and not any(f".{part}." in f".{full}." for part in exclude):
                 yield parent, child, full, layer
 
 

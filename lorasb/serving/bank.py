@@ -232,6 +232,8 @@ class AdapterBank:
         with self._lock:
             self._reserve(len({*self.names, *paths}))
         layers, scalings = self.layers, scalings_of(self.layers, self.basis)
+        if not layers:
+            raise ValueError("the bank's model, or its basis, is gone: make another, AdapterBank(model)")
         dtype = next(iter(layers.values())).lorasb_A[self.basis].dtype
         if dtype != self._factors_dtype:  # the model was cast, and saves others
             self.digests, self._factors_dtype = (*self.digests, *digests(layers, self.basis)), dtype
@@ -268,12 +270,16 @@ class AdapterBank:
             yield slots
         finally:
             with self._lock:
-                self._in_use.subtract(distinct)
+                self._in_use -= Counter(distinct)  # and of none in use, no name
 
     def detach(self) -> None:
-        """Remove the bank from the model."""
-        for layer in self.layers.values():
-            layer.stored_cores = None
+        """Remove the bank from the model; a RuntimeError while a batch uses it."""
+        with self._lock:
+            if self._in_use:
+                raise RuntimeError("the bank serves a batch at the moment: detach it afterwards")
+            for layer in self.layers.values():
+                if getattr(layer.stored_cores, "bank", None) is self:  # another bank stays
+                    layer.stored_cores = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> AdapterBank | None:
         """Copy for the copied model; None if a layer is copied without its model."""

@@ -118,7 +118,15 @@ def _move_onto(model: PeftModel, adapters: Sequence[str], name: str, joint: Join
     configs = cast("dict[str, LoRASBConfig]", model.peft_config)
     for adapter in adapters:
         config, of_basis = configs[adapter], configs[name]
-        for name_of_field in ("init", "lora_alpha", "scaling", "wide_factors", "r", "rank_pattern"):
+        for name_of_field in (
+            "init",
+            "lora_alpha",
+            "scaling",
+            "wide_factors",
+            "r",
+            "rank_pattern",
+            "target_parameters",
+        ):
             setattr(config, name_of_field, copy.deepcopy(getattr(of_basis, name_of_field)))
         config.basis = name
     by_layer = {adapter: {layer: share_of([pair]) for layer, pair in found.items()} for adapter, found in kept.items()}
@@ -255,13 +263,19 @@ def _update_of(layer: AdaptedLayer, adapter: str) -> Update:
 
 
 def _projected(update: Update, layer: AdaptedLayer, basis: str) -> tuple[Tensor, Energies]:
-    """Bᵀ Δ Aᵀ [r, r] for the B and A of an adapter, as rounded to their dtype, and (‖Bᵀ Δ Aᵀ‖², ‖Δ‖²)."""
-    core = update.on(layer.lorasb_B[basis].double(), layer.lorasb_A[basis].double())
-    return core, (float(core.square().sum()), update.energy)
+    """R [r, r] for which B R A is nearest to Δ, B and A as rounded to their dtype, and (‖B R A‖², ‖Δ‖²)."""
+    # Bᵀ Δ Aᵀ where B and A are orthonormal; Σ is in one of them for init="lora-xs"
+    b, upper = torch.linalg.qr(layer.lorasb_B[basis].double())
+    a, lower = torch.linalg.qr(layer.lorasb_A[basis].double().t())
+    inside = update.on(b, a.t())
+    return torch.linalg.pinv(upper) @ inside @ torch.linalg.pinv(lower).t(), (
+        float(inside.square().sum()),
+        update.energy,
+    )
 
 
 def kept_energies(layers: Mapping[str, AdaptedLayer], adapter: str, basis: str) -> dict[str, Energies]:
-    """Layer -> (‖Bᵀ Δ Aᵀ‖², ‖Δ‖²) for an adapter's update Δ, and the B and A of another one."""
+    """Layer -> (‖B R A‖², ‖Δ‖²), B R A nearest to Δ, for an adapter's update Δ, and the B and A of another one."""
     return {name: _projected(_update_of(layer, adapter), layer, basis)[1] for name, layer in layers.items()}
 
 

@@ -171,6 +171,9 @@ def _layers(modules: Modules) -> Modules:
 
 def _encoder(model: nn.Module) -> set[nn.Module]:
     """The modules of an encoder: generation runs it once per row, before rows are repeated for beams."""
+    config = getattr(model, "config", None)
+    if not any(getattr(one, "is_encoder_decoder", False) for one in (config, getattr(config, "text_config", None))):
+        return set()  # where `get_encoder` gives the one stack that there is
     encoder = getattr(model, "get_encoder", lambda: None)()
     return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
 

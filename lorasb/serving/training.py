@@ -159,6 +159,7 @@ class AdapterRowsCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.max_norm = 0.0
+        self._parameters: list[nn.Parameter] = []  # of all groups
         self._labeled: list[tuple[Sequence[str], Tensor]] = []  # a step's batches: whose rows, and their tokens
         self._batch: tuple[Sequence[str], Tensor, Tensor | int | None] | None = None  # of the forward that runs
 
@@ -173,7 +174,9 @@ class AdapterRowsCallback(TrainerCallback):
     ) -> None:
         """Replace the loss; the trainer has loaded a checkpoint by now, which leaves one adapter to train."""
         _check(args)
-        for parameter in (one for group in _groups(optimizer) for one in group["params"]):
+        _refuse_other_tasks(model)
+        self._parameters = [parameter for group in _groups(optimizer) for parameter in group["params"]]
+        for parameter in self._parameters:
             parameter.requires_grad_(True)
         # A run that an error ended has given nothing back: what it took is kept with the arguments and the model.
         self.on_train_end(args, state, control, model)
@@ -240,14 +243,26 @@ class AdapterRowsCallback(TrainerCallback):
         counted = (labels[:, 1:] != IGNORED).sum(1) * rows
         self._labeled.append((names, counted))
         total = losses.sum()
-        if not total.requires_grad:  # rows of the base alone
-            total = total.detach().requires_grad_()
+        if not total.requires_grad:  # rows of the base alone; DDP waits for a gradient of every parameter
+            total = total.detach() + sum(parameter.sum() * 0.0 for parameter in self._parameters)
         mean = (total / (counted.sum().clamp(min=1) if items is None else items)).detach()
         # Shown is the mean; the gradient is the sum's, whatever the trainer divides the loss by.
         loss = mean + (total - total.detach())
         loss.register_hook(torch.ones_like)
         output["loss"] = loss
         return output
+
+
+def _refuse_other_tasks(model: Any) -> None:
+    """Raise a ValueError for a model whose loss does not compare each logit with the next label."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name, config = type(base).__name__, getattr(base, "config", None)
+    others = ("ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
+    if name.endswith(others) or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"AdapterRowsCallback trains causal language models, whose labels are shifted by one, got {name}: train "
+            "its adapters one after another"
+        )
 
 
 def _groups(optimizer: Optimizer | None) -> list[dict[str, Any]]:

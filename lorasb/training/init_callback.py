@@ -23,6 +23,7 @@ from ..distributed.sharded_factors import keep_factors, restore_factors
 from ..init import InitReport, first_step_lr, initialize
 from ..init.loss import labeled_rows
 from ..init.sampling import Batch, Loader, draw, rng_untouched, too_few
+from ..init.sampling import batch_size as count_rows
 from ..init.task import AutoRate, Layers
 from ..layers.lookup import adapted_layers
 from .rate_trials import JUDGED, PROBE_STEPS, apart, refine_rate
@@ -281,6 +282,9 @@ def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int
         remaining = (dataset[i] for i in chosen[processes.rank :: processes.world_size])  # read batch by batch
     while batch := list(itertools.islice(remaining, batch_size)):
         collated = loader.collate_fn(batch)
+        if len(batch) > 1 and isinstance(collated, Mapping) and not _has_rows(collated):  # images, cut to patches
+            remaining, batch_size = itertools.chain(batch, remaining), 1
+            continue
         if not isinstance(collated, Mapping):
             raise ValueError(
                 f"the trainer's batches are no batches of tokens with labels, but {type(collated).__name__}s, as "
@@ -289,6 +293,14 @@ def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int
                 "loss_fn=lorasb.policy_loss) those of rewards"
             )
         yield {name: value for name, value in collated.items() if name not in REFERENCE}
+
+
+def _has_rows(batch: Mapping[str, object]) -> bool:
+    try:
+        count_rows(batch)
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse_copies(optimizer: Optimizer, layers: Layers, name: str) -> None:

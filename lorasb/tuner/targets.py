@@ -54,7 +54,7 @@ def check_targets(
         check_supported(name, module)
         if state_dict is None and not config.from_file and is_read_by_fused_kernels(model, name):
             raise ValueError(
-                f"target {name!r}: the fused kernels of its Mamba block read its weight without calling it, so that an "
+                f"target {name!r}: its block, or fused kernels of it, read its weight without calling it, so that an "
                 "adapter would have no effect in training: name it in exclude_modules"
             )
     refuse_tied_head(model, targets)
@@ -99,12 +99,11 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
 
 
 def is_read_by_fused_kernels(model: nn.Module, name: str) -> bool:
-    """True for a layer of a Mamba block that is called on a CPU or in evaluation alone; else its weight is passed."""
+    """True for a layer whose weight its parent reads: always, or on a GPU in training, as blocks of Mamba do."""
     parent, _, child = name.rpartition(".")
     block = model.get_submodule(parent)
-    if not hasattr(block, "A_log"):
-        return False
-    return f"self.{child}.weight" in _source(type(block))  # type: ignore[arg-type]  # classes are hashable
+    text = "".join(map(_source, type(block).__mro__[:-2]))  # of torch's Module nothing
+    return f"self.{child}.weight" in text and (hasattr(block, "A_log") or f"self.{child}(" not in text)
 
 
 @cache  # reading a class parses its file

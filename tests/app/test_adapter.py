@@ -29,7 +29,7 @@ from lorasb.app import adapter, finetune, train
 from lorasb.app.adapter import fit_basis, make_basis, read_card
 from lorasb.app.data import Example, load_examples
 from lorasb.app.finetune import run_finetune
-from lorasb.app.prepare import prepare, save_adapter
+from lorasb.app.prepare import Run, prepare, save_adapter
 from lorasb.app.settings import Settings
 from lorasb.app.tables import basis_line, card_table
 from lorasb.init.auto_rate import warmup_steps
@@ -79,6 +79,12 @@ def test_the_start_and_its_rate_are_those_that_were_asked_for(
     assert facts["lr"] == pytest.approx(lr)
     norms = [float(layer.lorasb_R["default"].detach().norm()) for layer in layers_with(run.model, "default").values()]
     assert (max(norms) == 0.0) == (start == 0.0)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 110), (0.07, 7), (2.2, 220), (0.071, 8)])
+def test_a_share_of_an_epoch_has_no_step_too_many(epochs: float, steps: int) -> None:
+    run = SimpleNamespace(_steps_per_epoch=100, epochs=epochs)
+    assert Run.steps.fget(run) == steps
 
 
 @pytest.mark.parametrize("steps", [1, 3, 9, 10, 11, 125, 312])

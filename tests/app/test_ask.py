@@ -17,6 +17,7 @@ import pytest
 from command import call
 from tiny_run import WORDS
 
+from lorasb.app import prepare
 from lorasb.app import results as ask
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import EMBEDDED, Settings
@@ -101,6 +102,14 @@ def test_the_four_lines_of_python_run(
     exec(compile(code, "card", "exec"), {})
     printed = capsys.readouterr().out
     assert "tensor" in printed if kind == "labels" else row["after"] in printed
+
+
+def test_a_question_longer_than_the_models_positions_is_one_line(
+    finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "POSITIONS", ("embed_tokens",))  # whose rows stand for a table of positions
+    with pytest.raises(ValueError, match=r"learned positions, got .* take a smaller --max-new-tokens, or a shorter"):
+        list(ask.answers(finished("plain"), "copy red", max_new_tokens=200))
 
 
 def test_a_run_is_asked_where_its_model_is(finished: Callable[[str], Path], tiny: Path, tmp_path: Path) -> None:

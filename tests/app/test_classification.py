@@ -170,7 +170,7 @@ def test_what_cannot_be_learned_is_said(train: list[Example], held_out: Example,
 
 def test_texts_may_be_packed_and_a_class_that_was_drawn_to_be_held_out_is_learned_of() -> None:
     assert isinstance(problem_of([PLAIN], [PLAIN], Settings(packing=True)), LanguageModeling)
-    found = problem_of([labeled("a", "x"), labeled("b", "y")], [labeled("c", "z")], Settings())
+    found = problem_of([labeled("a", " x"), labeled("b", "y")], [labeled("c", "z")], Settings())
     assert isinstance(found, Classification)
     assert found.classes == ("x", "y", "z")
 

@@ -169,7 +169,10 @@ def test_bad_calls_end_in_one_line(
     assert name == "finetune" or not (tmp_path / "run").exists()
 
 
-def test_init_does_not_replace_a_trained_adapter(whole: Path, data: Path) -> None:
+def test_init_does_not_replace_a_trained_adapter(whole: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has a folder adapter that lorasb init did not write: take another"):
+        run_init(InitSettings(output=str(tmp_path / "mine")))
     with pytest.raises(ValueError, match="has a run of lorasb finetune, whose adapter this would replace"):
         run_init(InitSettings(data=str(data), output=str(whole)))
 

@@ -132,6 +132,29 @@ def test_a_config_of_the_users_is_kept(own: Settings) -> None:
     assert read_config(folder.folder / "config.yaml")["r"] == own.r
 
 
+def test_folders_of_the_users_with_the_names_of_results_are_set_aside(own: Settings, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine.txt").write_text("mine")
+    RunFolder(own, {}).begin(State(NEW))
+    assert (tmp_path / "former" / "adapter" / "mine.txt").read_text() == "mine"
+
+
+def test_nothing_of_a_run_stays_where_checkpoints_is_a_link(own: Settings, tmp_path: Path) -> None:
+    """To a larger disk; the next run would take over the evaluation before training."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
+    folder = RunFolder(own, {})
+    folder.begin(State(NEW))
+    folder.before.write_text("{}")
+    folder.end()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_setting_that_a_run_did_not_have_is_named_only_where_it_is_one() -> None:
+    said = run_folder.differences({"basis": None}, {"basis": "b", "basis_digest": "1"})
+    assert said == "--basis was not given and is b, A and B of the basis have changed"
+
+
 def test_a_checkpoint_does_not_replace_the_results_of_another_run(cut: Settings, whole: Path, tmp_path: Path) -> None:
     done, named = tmp_path / "done", Path(cut.output) / "checkpoints" / "checkpoint-6"
     shutil.copytree(whole, done)

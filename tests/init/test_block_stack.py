@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
+from collections.abc import Callable
 
 import pytest
 import tolerances
@@ -68,7 +69,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         between, aux, start, step = [], 0.0, self.stem(x), torch.ones(40)
-        x, shared = start, {} if self.kind == "shared" else None
+        x, shared = start, SHARED.get(self.kind, lambda: None)()
         for i in ORDERS.get(self.kind, [0, 1, 2]):
             if self.kind == "first" and between:
                 shared = between[0]
@@ -106,7 +107,8 @@ class Block(nn.Module):
 ORDERS = {"twice": [0, 1, 1, 2], "loop": [0, 1, 2, 0, 1, 2]}
 STACKS = ("plain", "skip")
 TWICE = ("twice", "loop", "used outside", "first", "argument in place")
-SHARING = ("shared", "first", "argument in place")
+SHARED: dict[str, Callable[[], object]] = {"shared": dict, "shared by a class": UserDict}
+SHARING = (*SHARED, "first", "argument in place")
 NO_STACKS = {
     "twice": "block 1 runs after block 1, or more than once",
     "loop": "block 0 runs more than once in a forward, on its own results",
@@ -115,6 +117,7 @@ NO_STACKS = {
     "side": "the loss depends on the hidden states between blocks too",
     "first": "block 1 takes more from the blocks before than their hidden states",
     "shared": "blocks share a dict that they may write to",
+    "shared by a class": "blocks share a UserDict that they may write to",  # as Gemma 3n's keys and values
     "in place": "something that passes between blocks is changed in place",
     "argument in place": "something that passes between blocks is changed in place",
     "used outside": "layer 'layers.0.proj' also runs outside of its block",

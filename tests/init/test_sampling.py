@@ -94,6 +94,7 @@ def test_whole_batches_are_not_cut() -> None:
 def test_all_values_of_samples_count() -> None:
     long = torch.zeros(5000)
     values = ([1, 2], [2, 1], np.ones(2), np.zeros(2), [long], [long.index_fill(0, torch.tensor([2500]), 1.0)])
+    values += ([{"boxes": torch.ones(4)}], [{"boxes": torch.zeros(4)}], [{"masks": torch.zeros(4)}])
     batches = [{"x": torch.zeros(2)}, *({"x": torch.zeros(2), "w": w} for w in values)]
     found = [samples_hash([batch], Processes()) for batch in batches]
     assert len(set(found)) == len(batches)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import llama
+from models import batches_for, llama, make
 from quantized_models import to_bitsandbytes
 from tolerances import EXACT, EXPORT, check
 from torch import nn
@@ -78,6 +78,15 @@ def test_heads_are_left_and_a_weight_that_is_not_finite_changes_nothing() -> Non
     model = lorasb.quantize(llama(), "fp4", blocksize=32)
     assert type(model.lm_head) is nn.Linear
     assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 14
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert", "vit", "t5"])
+def test_heads_of_tasks_and_weights_that_are_read_stay_dense_and_the_rest_trains(family: str) -> None:
+    model = lorasb.patch(lorasb.quantize(make(family)), r=2, init="random")
+    heads = [p for n, p in model.named_parameters() if p.requires_grad and "lorasb_R" not in n]
+    assert bool(heads) == (family != "t5")
+    assert all(p.is_floating_point() for p in heads)
+    model(**batches_for(family)[0]).loss.backward()
 
 
 def test_requantizing_needs_something_to_requantize() -> None:

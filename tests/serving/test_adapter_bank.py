@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
 import shutil
@@ -206,6 +207,25 @@ def test_names_and_values_that_cannot_be_are_refused() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_a_bank_is_detached_between_batches_and_takes_no_other_away() -> None:
+    model = with_users()
+    first = moved_to_bank(model)
+    first.add("ada", cores_of(first))
+    with first.serving(["ada"]), pytest.raises(RuntimeError, match="the bank serves a batch at the moment"):
+        first.detach()
+    assert not first._in_use
+    first.detach()
+    second = lorasb.AdapterBank(model)
+    second.add("emmy", cores_of(second))
+    want = out(model, "emmy", "emmy")
+    first.detach()
+    check(out(model, "emmy", "emmy"), want, MERGE)
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match="the bank's model, or its basis, is gone"):
+        second.load()
 
 
 def test_a_copied_model_keeps_its_bank() -> None:

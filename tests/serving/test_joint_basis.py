@@ -118,6 +118,21 @@ def test_a_lora_in_the_basis_is_projected_without_a_loss(tmp_path: Path, options
     check(answer(model, "mine"), want, MERGE)
 
 
+@pytest.mark.parametrize("init", ["lora-xs", "lora-xs-output"])
+def test_a_basis_with_sigma_in_a_factor_projects_too(tmp_path: Path, init: str) -> None:
+    model = with_basis(init=init)
+    plain = get_peft_model(base(), LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+    for name, layer in layers_with(model, "default").items():
+        mine = plain.base_model.model.get_submodule(name)
+        g = torch.Generator().manual_seed(len(name))
+        mine.lora_A["default"].weight.data = layer.lorasb_A["default"].data.clone()
+        mine.lora_B["default"].weight.data = layer.lorasb_B["default"] @ torch.randn(4, 4, generator=g) * 0.1
+    plain.save_pretrained(tmp_path)
+    want = logits(plain.eval())
+    assert lorasb.project(model, tmp_path, "mine") < 1e-6
+    check(answer(model, "mine"), want, MERGE)
+
+
 def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_path: Path) -> None:
     lora(tmp_path / "lora")
     model = with_basis()
@@ -150,6 +165,8 @@ def test_a_basis_of_experts_loads(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(make("mixtral"), tmp_path / "both")
     again.load_adapter(tmp_path / "other", "other")
     check(answer(again, "other"), answer(model, "other"), MERGE)
+    alone = PeftModel.from_pretrained(make("mixtral"), tmp_path / "other")
+    check(answer(alone, "default"), answer(model, "other"), MERGE)
 
 
 def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
@@ -219,6 +236,8 @@ def test_each_task_has_the_projection_of_its_own_start_and_all_train_in_one_batc
 def test_tasks_that_cannot_be_are_refused_and_leave_the_model() -> None:
     with pytest.raises(ValueError, match="longest_start=0 leaves no first steps"):
         lorasb.initialize(lorasb.patch(make("llama"), r=4), {"a": [], "b": []}, lr=1e-3, longest_start=0)
+    with pytest.raises(ValueError, match="first steps, which init='lora-xs' does not take"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4, init="lora-xs"), TASKS, lr=1e-3)
     model = lorasb.patch(base(), r=4)
     for tasks, options, message in (
         ({"math": batches_for("llama")}, {}, "two tasks or more, with names that no adapter has: got 1"),

@@ -7,7 +7,7 @@ import tolerances
 import torch
 import transformers
 from adapters import layers, two
-from models import EXPERTS, FAMILIES, SIZES, batches_for, causal, generated, opt
+from models import EXPERTS, FAMILIES, SIZES, batches_for, causal, encoder, generated, opt
 from torch import Tensor, nn
 
 import lorasb
@@ -53,6 +53,8 @@ MODELS = {
     "qwen3_moe": FAMILIES["qwen3_moe"],
     "opt": opt,
     "opt, norm after": lambda: opt(do_layer_norm_before=False),
+    # whose get_encoder() is the decoder's stack
+    "roberta decoder": lambda: encoder("Roberta", "ForCausalLM", pad_token_id=1, is_decoder=True),
 }
 
 
@@ -62,7 +64,7 @@ MODELS = {
 def test_rows_reach_experts_and_flattened_layers(name: str, everything: bool) -> None:
     """Over batches in which the number of tokens an expert gets is that of the rows, among others."""
     torch.manual_seed(0)
-    moe = not name.startswith("opt")
+    moe = name in ("mixtral", "qwen3_moe")
     fields: dict[str, object] = {"target_parameters": EXPERTS if everything else EXPERTS[:1]} if moe else {}
     model = with_two(MODELS[name](), **fields)
     for seed in range(12):
@@ -129,10 +131,11 @@ def test_families_whose_layers_get_tokens_first_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "t5", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "t5", "mixtral", "roberta decoder"])
 def test_generation_with_an_adapter_for_each_row_is_that_of_each_alone(family: str, beams: int) -> None:
     torch.manual_seed(0)
-    model = with_two(MODELS[family](), target_parameters=EXPERTS) if family in MODELS else two(family)
+    fields = {"target_parameters": EXPERTS} if family == "mixtral" else {}
+    model = with_two(MODELS[family](), **fields) if family in MODELS else two(family)
     ids = batches_for(family, count=1)[0]["input_ids"]
     mixed = generated(model, ids, num_beams=beams, adapter_names=["second", "default"])
     for i, name in enumerate(("second", "default")):

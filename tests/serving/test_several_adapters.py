@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from basis_models import NAMES, a_layer, with_users
+from models import make
 from peft import PeftModel
+from processes import run_ranks
 from tolerances import FP32_NORMS, FP64, check, check_equal
 from torch import Tensor
 from trainer_runs import ROWS, At, arguments
@@ -195,6 +200,27 @@ def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
     assert all(torch.equal(cores(model, name)[0], before[name]) for name in NAMES)
 
 
+def train_rank(folder: Path, rank: int) -> None:
+    """One rank has rows of the base alone, the other those of adapters; what has moved is written."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29500}
+    os.environ |= {"MASTER_ADDR": "localhost"} | {name: str(value) for name, value in place.items()}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = with_users(*NAMES)
+    before = {name: cores(model, name)[0].clone() for name in NAMES}
+    trainer = trainer_for(model, folder, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
+    rows = [row | {"user": "__base__" if i % 4 > 1 else "ada"} for i, row in enumerate(EXAMPLES[:8])]
+    trainer.train_dataset = rows
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    moved = [name for name in NAMES if not torch.equal(cores(model, name)[0], before[name])]
+    (folder / f"moved.{rank}").write_text(" ".join(moved))
+
+
+def test_a_rank_may_have_rows_of_the_base_alone(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, partial(train_rank, tmp_path))
+    assert [(tmp_path / f"moved.{rank}").read_text() for rank in (0, 1)] == ["ada", "ada"]
+
+
 def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     failed = trainer_for(model, tmp_path)
@@ -262,5 +288,7 @@ def test_trainers_that_cannot_train_rows_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="expected a batch with adapter_names and labels, got"):
         nameless.train()
+    with pytest.raises(ValueError, match="trains causal language models, whose labels are shifted by one, got T5"):
+        lorasb.AdapterRowsCallback().on_train_begin(nameless.args, None, None, make("t5"))
     with pytest.raises(ValueError, match=r"expected a column 'person' in every example, got .*remove_unused_columns"):
         lorasb.AdapterRowsCollator(dict, column="person")([{"user": "ada"}])  # type: ignore[arg-type]

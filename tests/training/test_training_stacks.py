@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from trainer_runs import ROWS, train
 
 import lorasb
+from lorasb.training import init_callback
 
 KINDS = {
     "fp32": (torch.float32, {}),
@@ -183,6 +184,18 @@ def test_the_callback_initializes_as_one_does_by_hand(tmp_path: Path) -> None:
     frozen = {name: value for name, value in factors(by_hand).items() if "lorasb_R" not in name}
     assert all(torch.equal(value, factors(model)[name]) for name, value in frozen.items())
     assert model.peft_config["default"].init_provenance["num_samples"] == 6
+
+
+def test_batches_whose_rows_cannot_be_told_apart_are_taken_row_by_row(tmp_path: Path) -> None:
+    """As a collator of images has them, whose patches come one after another."""
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        joined = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return joined | {"patches": torch.zeros(3 * len(rows), 4)}
+
+    loader = DataLoader(ROWS, batch_size=3, collate_fn=collate)
+    found = list(init_callback._batches(loader, 3, 6, 5))
+    assert [len(batch["input_ids"]) for batch in found] == [1] * 6
 
 
 def test_the_callback_changes_no_order_of_training(tmp_path: Path) -> None:

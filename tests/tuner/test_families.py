@@ -79,8 +79,20 @@ def test_what_fused_kernels_read_is_no_target(family: str, left: set[str]) -> No
     make_one = partial(getattr(transformers, f"{family}ForCausalLM"), config)
     found = {name.rpartition(".")[2] for name in layers_with(lorasb.patch(make_one(), r=2), "default")}
     assert found == left
-    with pytest.raises(ValueError, match=r"out_proj': the fused kernels of its Mamba block read its weight"):
+    with pytest.raises(ValueError, match=r"out_proj': its block, or fused kernels of it, read its weight"):
         lorasb.patch(make_one(), r=2, target_modules=["out_proj"])
+
+
+def test_weights_that_a_block_reads_and_never_calls_are_no_targets() -> None:
+    """WavLM hands its attention's weights to a function of torch."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    convolutions = {"conv_dim": (16,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
+    config = transformers.WavLMConfig(**sizes, **convolutions, num_conv_pos_embedding_groups=2, vocab_size=20)
+    found = {
+        name.rpartition(".")[2] for name in layers_with(lorasb.patch(transformers.WavLMModel(config), r=2), "default")
+    }
+    assert found >= {"intermediate_dense", "output_dense"}
+    assert not found & {"q_proj", "k_proj", "v_proj", "out_proj"}
 
 
 def test_a_model_without_inputs_embeds_has_pefts_plain_wrapper() -> None:
