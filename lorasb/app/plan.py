@@ -126,6 +126,8 @@ def on_meta(name: str, dtype: torch.dtype) -> nn.Module:
         raise ValueError(
             f"cannot read the config of {name!r}, expected a folder or hub id: {_first_line(error)}"
         ) from None
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{name} is quantized already: plan for its dense base, with --bits 4")
     named = (getattr(transformers, one, None) for one in config.architectures or ())
     kind = next((one for one in named if one is not None), None)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections import Counter
@@ -323,7 +324,7 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name
     if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
         question = "QUESTION"
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(question)}{extra}"
-    adapter, base = folder / "adapter" / name, summary["config"]["model"]
+    adapter, base = folder / "adapter" / name, _model_of(summary)
     model = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run has loaded it from
     basis = summary["config"].get("basis")
     if basis or name:
@@ -336,8 +337,14 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name
     return {"command": command, "python": "\n".join(_python(summary, adapter)), "serve": serve}
 
 
+def _model_of(summary: Json) -> str:
+    """The run's model, as other programs find it: `--model=~/folder` reaches lorasb unexpanded."""
+    name: str = summary["config"]["model"]
+    return os.path.expanduser(name) if name.startswith("~") else name
+
+
 def _python(summary: Json, adapter: Path) -> Iterator[str]:
-    base, classes, kind = summary["config"]["model"], summary["classes"], summary["prompt_format"]
+    base, classes, kind = _model_of(summary), summary["classes"], summary["prompt_format"]
     load = "AutoModelForCausalLM.from_pretrained(base)"
     if classes is not None:
         load = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={max(1, len(classes))})"

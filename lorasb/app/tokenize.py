@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -248,15 +249,17 @@ TOLERANCE = 0.05
 def pack(examples: Sequence[Encoded], length: int) -> list[Pack]:
     """Pack examples into rows of up to `length` tokens: first fit, in order of decreasing length."""
     rows: list[list[Encoded]] = []
-    free_tokens: list[int] = []
+    by_free: dict[int, list[int]] = {}  # tokens that are free -> indices of rows, a heap: a search of all is quadratic
     for example in sorted(examples, key=len, reverse=True):
-        row_index = next((i for i, tokens in enumerate(free_tokens) if tokens >= len(example)), None)
-        if row_index is None:
+        first = min(((heap[0], free) for free, heap in by_free.items() if heap and free >= len(example)), default=None)
+        if first is None:
+            first = len(rows), length
             rows.append([])
-            free_tokens.append(length)
-            row_index = len(rows) - 1
+        else:
+            heapq.heappop(by_free[first[1]])
+        row_index, free = first
         rows[row_index].append(example)
-        free_tokens[row_index] -= len(example)
+        heapq.heappush(by_free.setdefault(free - len(example), []), row_index)
     return [tuple(row) for row in rows]
 
 

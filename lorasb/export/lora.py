@@ -217,7 +217,9 @@ def _lora_config(config: Json, rank: int) -> Json:
 
 # Of gate, up and down, and of the block's module, where a checkpoint has others than most: by config.model_type.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-OTHER_NAMES = {"mixtral": (("w1", "w3", "w2"), ".mlp.experts", ".block_sparse_moe.experts")}
+OF_MIXTRAL = (("w1", "w3", "w2"), ".mlp.experts", ".block_sparse_moe.experts")
+OTHER_NAMES = dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2"), OF_MIXTRAL)
+OTHER_NAMES["lfm2_moe"] = (("w1", "w3", "w2"), "", "")
 
 
 def in_pefts_layout(factors: Mapping[str, Pair], kinds: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:

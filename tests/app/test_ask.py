@@ -176,6 +176,8 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     assert ask.how_to(summary, tmp_path / "run")["command"].endswith(" QUESTION")
     of_several = ask.how_to(summary | {"adapters": {"grace": {}, "ada": {}}}, Path("run"))
     assert "'run/adapter/ada'" in of_several["python"]  # not the basis
+    at_home = ask.how_to(summary | {"config": {"model": "~/m"}}, Path("run"))
+    assert f"base = '{Path.home() / 'm'}'" in at_home["python"]
     of_demo = ask.how_to(summary | {"config": {"model": EMBEDDED}}, Path("run"))
     lora = "--enable-lora --max-lora-rank 8 --lora-modules adapter=run/lora"
     assert of_demo["serve"] == f"vllm serve {cache_dir() / EMBEDDED} {lora}"

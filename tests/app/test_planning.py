@@ -168,6 +168,7 @@ REFUSED = {
     "bits": (CONFIGS["gpt2"], SHORT, {"bits": 4, "seq": 16}, r"--bits 4: .* has no linear layer that lorasb.quantize"),
     "activation": (CONFIGS["llama"], {"hidden_act": "nope"}, {}, NO_MODEL),
     "width": (CONFIGS["llama"], {"hidden_size": 65}, {}, NO_MODEL),
+    "packed": (CONFIGS["llama"], {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, {}, "is quantized already: plan for its dense base, with --bits 4"),
     "no linears": (transformers.ResNetConfig(architectures=["ResNetModel"]), {}, {}, r"cannot be patched|no language model|cannot be computed"),
     "images": (transformers.ViTConfig(**SMALL, architectures=["ViTForImageClassification"]), {}, {"seq": 64}, "a step of 1 x 64 tokens cannot be computed"),
 }  # fmt: skip

@@ -13,6 +13,8 @@ import models
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lorasb
 from lorasb.app import tokenize
@@ -176,6 +178,18 @@ def some_examples(count: int) -> list[Encoded]:
     draw = random.Random(1)
     lengths = ((draw.randint(1, 9), 3) for _ in range(count))
     return [Encoded(*(tuple(draw.choices(range(3, 99), k=k)) for k in both)) for both in lengths]
+
+
+@given(lengths=st.lists(st.integers(2, 20), max_size=60))
+def test_packs_are_those_of_first_fit_by_decreasing_length(lengths: list[int]) -> None:
+    examples = [tokenize.Encoded((1,) * (n - 1), (i,)) for i, n in enumerate(lengths)]
+    rows: list[list[tokenize.Encoded]] = []
+    for example in sorted(examples, key=len, reverse=True):
+        row = next((row for row in rows if sum(map(len, row)) + len(example) <= 32), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(example)
+    assert tokenize.pack(examples, 32) == [tuple(row) for row in rows]
 
 
 def test_all_examples_are_in_packs_that_are_full() -> None:

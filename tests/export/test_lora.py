@@ -163,6 +163,25 @@ def test_every_name_is_one_that_vllm_expands_and_every_delta_is_the_experts(kind
     assert set(config["target_modules"]) == {"q_proj", gate, up, down}
 
 
+SIZES_OF_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_experts": 2, "moe_intermediate_size": 48}
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Phimoe", "MiniMaxM2", "Lfm2Moe", "Qwen3Moe"])
+def test_experts_have_the_names_of_the_checkpoint(family: str, tmp_path: Path) -> None:
+    """Which are those that vLLM reads."""
+    more = {"head_dim": 16, "layer_types": ["full_attention"] * 2, "num_dense_layers": 0} if family != "Mixtral" else {}
+    base = causal(family, **SIZES_OF_EXPERTS, **more)
+    base.save_pretrained(tmp_path / "base")
+    known = {key.removesuffix(".weight") for key in load_file(tmp_path / "base" / "model.safetensors")}
+    model = lorasb.patch(base, r=3, init="kaiming", target_modules=[], target_parameters=["gate_up_proj", "down_proj"])
+    names = {
+        key.removeprefix("base_model.model.").partition(".lora_")[0]
+        for key in exported(model, tmp_path / "a", format="vllm")
+    }
+    assert len(names) == 2 * 2 * 3
+    assert names <= known
+
+
 def served(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of stock PEFT with these tensors in a plain LoRA, layer by layer at its own rank."""
     factors = ((key.partition(".lora_A"), value) for key, value in tensors.items() if "lora_A" in key)
