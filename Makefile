@@ -60,7 +60,8 @@ docs-serve: install
 	$(MKDOCS) serve
 
 # Two processes of one thread each: a file's tests stay together, and the longest files come first (tests/conftest.py).
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+ALONE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST = $(ALONE) -n 2 --dist loadfile --no-loadscope-reorder
 
 # make test runs compiled layers in bf16 alone, for ARCHES; make test-ptx the other dtypes, architectures and kernel tests.
 ARCHES ?= sm_86
@@ -68,8 +69,7 @@ test: install $(QUANTIZERS)/.installed
 	$(PYTEST) --ignore tests/layers/test_opaque_base.py
 	$(MAKE) --jobs 2 --output-sync test-quantizers test-compiled
 
-# Each on its own is a process, as to start two takes as long as half of the tests.
-ALONE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One process each, side by side: starting two more takes as long as half of these tests.
 test-quantizers: install $(QUANTIZERS)/.installed
 	PYTHONPATH=$(abspath $(QUANTIZERS)) $(ALONE) tests/layers/test_opaque_base.py
 

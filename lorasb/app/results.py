@@ -324,7 +324,7 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name
     if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
         question = "QUESTION"
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(question)}{extra}"
-    adapter, base = folder / "adapter" / name, _model_of(summary)
+    adapter, base = folder / "adapter" / name, os.path.expanduser(summary["config"]["model"])  # `--model=~/x`
     model = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run has loaded it from
     basis = summary["config"].get("basis")
     if basis or name:
@@ -337,14 +337,9 @@ def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name
     return {"command": command, "python": "\n".join(_python(summary, adapter)), "serve": serve}
 
 
-def _model_of(summary: Json) -> str:
-    """The run's model, as other programs find it: `--model=~/folder` reaches lorasb unexpanded."""
-    name: str = summary["config"]["model"]
-    return os.path.expanduser(name) if name.startswith("~") else name
-
-
 def _python(summary: Json, adapter: Path) -> Iterator[str]:
-    base, classes, kind = _model_of(summary), summary["classes"], summary["prompt_format"]
+    base = os.path.expanduser(summary["config"]["model"])
+    classes, kind = summary["classes"], summary["prompt_format"]
     load = "AutoModelForCausalLM.from_pretrained(base)"
     if classes is not None:
         load = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={max(1, len(classes))})"

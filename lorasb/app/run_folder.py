@@ -229,8 +229,8 @@ class RunFolder:
 
     def _set_aside(self) -> None:
         """Move what has the names of a run's results into a folder: `former/`, then `former-2/`, ..."""
-        is_runs = any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}"))
-        if not is_runs and (config := self.folder / CONFIG_NAME).exists():  # the user's, perhaps with comments
+        has_run = any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}"))
+        if not has_run and (config := self.folder / CONFIG_NAME).exists():  # the user's, perhaps with comments
             config.replace(self.folder / f"former-{CONFIG_NAME}")
         found = [path for name in RESULT_NAMES if (path := self.folder / name).exists()]
         if {path.name for path in found} <= {CONFIG_NAME}:  # of a run that came to no results

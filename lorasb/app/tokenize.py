@@ -251,13 +251,12 @@ def pack(examples: Sequence[Encoded], length: int) -> list[Pack]:
     rows: list[list[Encoded]] = []
     by_free: dict[int, list[int]] = {}  # tokens that are free -> indices of rows, a heap: a search of all is quadratic
     for example in sorted(examples, key=len, reverse=True):
-        first = min(((heap[0], free) for free, heap in by_free.items() if heap and free >= len(example)), default=None)
-        if first is None:
-            first = len(rows), length
+        fitting = ((heap[0], free) for free, heap in by_free.items() if heap and free >= len(example))
+        row_index, free = min(fitting, default=(len(rows), length))
+        if row_index == len(rows):
             rows.append([])
         else:
-            heapq.heappop(by_free[first[1]])
-        row_index, free = first
+            heapq.heappop(by_free[free])
         rows[row_index].append(example)
         heapq.heappush(by_free.setdefault(free - len(example), []), row_index)
     return [tuple(row) for row in rows]

@@ -129,11 +129,9 @@ class Linear4bit(nn.Linear):
 
 
 LEFT_OUT = ("lm_head",)  # bitsandbytes' integration in transformers leaves the output head in 16 bits as well
-# Parts of names of layers that are never quantized: heads of tasks, which train, and wo, to whose dtype T5 casts x.
-DENSE = (
-    *("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj", "pooler"),
-    "DenseReluDense.wo",
-)
+HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")  # of tasks
+# Parts of names of layers that are never quantized: heads and poolers, which train, and wo, to whose dtype T5 casts x.
+DENSE = (*HEADS, "pooler", "DenseReluDense.wo")
 
 
 def quantize(

@@ -270,7 +270,7 @@ class AdapterBank:
             yield slots
         finally:
             with self._lock:
-                self._in_use -= Counter(distinct)  # and of none in use, no name
+                self._in_use -= Counter(distinct)  # which drops names that no batch uses
 
     def detach(self) -> None:
         """Remove the bank from the model; a RuntimeError while a batch uses it."""

@@ -118,16 +118,8 @@ def _move_onto(model: PeftModel, adapters: Sequence[str], name: str, joint: Join
     configs = cast("dict[str, LoRASBConfig]", model.peft_config)
     for adapter in adapters:
         config, of_basis = configs[adapter], configs[name]
-        for name_of_field in (
-            "init",
-            "lora_alpha",
-            "scaling",
-            "wide_factors",
-            "r",
-            "rank_pattern",
-            "target_parameters",
-        ):
-            setattr(config, name_of_field, copy.deepcopy(getattr(of_basis, name_of_field)))
+        for part in ("init", "lora_alpha", "scaling", "wide_factors", "r", "rank_pattern", "target_parameters"):
+            setattr(config, part, copy.deepcopy(getattr(of_basis, part)))
         config.basis = name
     by_layer = {adapter: {layer: share_of([pair]) for layer, pair in found.items()} for adapter, found in kept.items()}
     return KeptShares(by_layer, {adapter: share_of(found.values()) for adapter, found in kept.items()})
@@ -268,10 +260,8 @@ def _projected(update: Update, layer: AdaptedLayer, basis: str) -> tuple[Tensor,
     b, upper = torch.linalg.qr(layer.lorasb_B[basis].double())
     a, lower = torch.linalg.qr(layer.lorasb_A[basis].double().t())
     inside = update.on(b, a.t())
-    return torch.linalg.pinv(upper) @ inside @ torch.linalg.pinv(lower).t(), (
-        float(inside.square().sum()),
-        update.energy,
-    )
+    core = torch.linalg.pinv(upper) @ inside @ torch.linalg.pinv(lower).t()
+    return core, (float(inside.square().sum()), update.energy)
 
 
 def kept_energies(layers: Mapping[str, AdaptedLayer], adapter: str, basis: str) -> dict[str, Energies]:

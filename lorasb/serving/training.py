@@ -159,7 +159,6 @@ class AdapterRowsCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.max_norm = 0.0
-        self._parameters: list[nn.Parameter] = []  # of all groups
         self._labeled: list[tuple[Sequence[str], Tensor]] = []  # a step's batches: whose rows, and their tokens
         self._batch: tuple[Sequence[str], Tensor, Tensor | int | None] | None = None  # of the forward that runs
 
@@ -175,8 +174,7 @@ class AdapterRowsCallback(TrainerCallback):
         """Replace the loss; the trainer has loaded a checkpoint by now, which leaves one adapter to train."""
         _check(args)
         _refuse_other_tasks(model)
-        self._parameters = [parameter for group in _groups(optimizer) for parameter in group["params"]]
-        for parameter in self._parameters:
+        for parameter in (one for group in _groups(optimizer) for one in group["params"]):
             parameter.requires_grad_(True)
         # A run that an error ended has given nothing back: what it took is kept with the arguments and the model.
         self.on_train_end(args, state, control, model)
@@ -244,7 +242,7 @@ class AdapterRowsCallback(TrainerCallback):
         self._labeled.append((names, counted))
         total = losses.sum()
         if not total.requires_grad:  # rows of the base alone; DDP waits for a gradient of every parameter
-            total = total.detach() + sum(parameter.sum() * 0.0 for parameter in self._parameters)
+            total = total.detach() + sum(one.sum() * 0.0 for one in module.parameters() if one.requires_grad)
         mean = (total / (counted.sum().clamp(min=1) if items is None else items)).detach()
         # Shown is the mean; the gradient is the sum's, whatever the trainer divides the loss by.
         loss = mean + (total - total.detach())

@@ -8,6 +8,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..constants import DEFAULT_RANK
 from ..layers import opaque_base, unfused_experts
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.base import weight_present
+from ..layers.linear4bit import HEADS
 from ..layers.lookup import any_merged, layers_with
 from ..layers.opaque_base import check_linear, has_dense_weight, has_own_result, has_weight_values, make_base
 from ..layers.weight_adapter import KINDS_WITH_WEIGHT, LoRASBEmbedding, OpenParameters, unfoldings
@@ -52,7 +54,7 @@ def check_targets(
         refuse_unknown_names(model, config.target_modules)
     for name, module in targets.items():
         check_supported(name, module)
-        if state_dict is None and not config.from_file and is_read_by_fused_kernels(model, name):
+        if state_dict is None and not config.from_file and is_read_without_a_call(model, name):
             raise ValueError(
                 f"target {name!r}: its block, or fused kernels of it, read its weight without calling it, so that an "
                 "adapter would have no effect in training: name it in exclude_modules"
@@ -98,20 +100,23 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
     config.r, config.rank_pattern = config.r or DEFAULT_RANK, config.rank_pattern | capped
 
 
-def is_read_by_fused_kernels(model: nn.Module, name: str) -> bool:
-    """True for a layer whose weight its parent reads: always, or on a GPU in training, as blocks of Mamba do."""
+def is_read_without_a_call(model: nn.Module, name: str) -> bool:
+    """True for a layer whose weight its parent reads: always, or in training on a GPU, as blocks of Mamba do."""
     parent, _, child = name.rpartition(".")
     block = model.get_submodule(parent)
-    text = "".join(map(_source, type(block).__mro__[:-2]))  # of torch's Module nothing
+    text = _source(type(block))  # type: ignore[arg-type]  # classes are hashable
     return f"self.{child}.weight" in text and (hasattr(block, "A_log") or f"self.{child}(" not in text)
 
 
 @cache  # reading a class parses its file
 def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed into an interpreter
-        return ""
+    """The text of a class and of those that it derives from."""
+    text = ""
+    for one in kind.__mro__:
+        if one not in (nn.Module, object):
+            with suppress(OSError, TypeError):  # typed into an interpreter, or compiled
+                text += inspect.getsource(one)
+    return text
 
 
 def refuse_unknown_names(model: nn.Module, names: Collection[str]) -> None:
@@ -137,7 +142,7 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
         if not isinstance(model.get_submodule(n), LINEARS_NOT_CALLED)
         and unfused_experts.parameter_of(n) is None
         and not n.startswith(inside)
-        and not is_read_by_fused_kernels(model, n)
+        and not is_read_without_a_call(model, n)
         and not {"original_module", "modules_to_save"} & set(n.split("."))  # another adapter's, trained in full
         and not has_own_result(model.get_submodule(n))  # routers of a linear's class (Llama 4's)
     }
@@ -310,7 +315,6 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
                 raise ValueError(f"{name}: {error}") from None
 
 
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")
 # Heads of task models that have no base model attribute, as their layers hang on the task model itself.
 HEADS_WITHOUT_BASE = (*HEADS, "fc", "head", "projector")
 TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|XVector)")

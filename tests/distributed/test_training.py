@@ -120,7 +120,7 @@ def alone(runs: Path) -> dict[str, Any]:
 def whole(runs: Path) -> dict[str, dict[str, Any]]:
     """Two processes, the whole of training and the end once more; FSDP by the configuration file that is shipped."""
     options = trainer_ranks.parse([runs / "ddp", "--again", runs / "ddp again"])
-    run_ranks(2, runs, partial(trainer_ranks.run_rank, options, 2))
+    run_ranks(2, runs, partial(trainer_ranks.run_all, options))
     train(accelerate("fsdp2.yaml"), runs / "fsdp2", "--again", runs / "fsdp2 again")
     return {name: found_in(runs / name) for name in ENGINES}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from basis_models import NAMES, a_layer, with_users
 from models import make
 from peft import PeftModel
@@ -202,9 +200,6 @@ def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
 
 def train_rank(folder: Path, rank: int) -> None:
     """One rank has rows of the base alone, the other those of adapters; what has moved is written."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29500}
-    os.environ |= {"MASTER_ADDR": "localhost"} | {name: str(value) for name, value in place.items()}
-    AcceleratorState._reset_state(reset_partial_state=True)
     model = with_users(*NAMES)
     before = {name: cores(model, name)[0].clone() for name in NAMES}
     trainer = trainer_for(model, folder, max_steps=1, per_device_train_batch_size=2, save_strategy="no")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[2]
 FOLDER = os.environ.get("LORASB_TRITONS")  # with a folder per version of Triton; `make test-all` makes it
@@ -46,7 +47,7 @@ def run_each(codes: Sequence[str], **variables: str) -> list[str]:
 
 
 def run_ranks(count: int, folder: Path, work: Callable[[int], object]) -> None:
-    """Do the work of each rank of a gloo group in a fork of this process; all have to succeed, in eight minutes."""
+    """Do each rank's work in a fork of this process, as if torchrun had started it; all succeed within 500 seconds."""
     running = {_fork(rank, count, folder / f"group-of-{count}", work) for rank in range(count)}
     end, failed = time.monotonic() + 500, False
     while running:
@@ -66,7 +67,17 @@ def _fork(rank: int, count: int, file: Path, work: Callable[[int], object]) -> i
         status = 1
         try:
             warnings.simplefilter("ignore")
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "LOCAL_WORLD_SIZE": count,
+                "MASTER_PORT": 29500,
+            }
+            os.environ |= {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "lo"} | {
+                n: str(v) for n, v in place.items()
+            }
+            AcceleratorState._reset_state(reset_partial_state=True)
             patience = timedelta(seconds=60)
             dist.init_process_group("gloo", f"file://{file}", timeout=patience, rank=rank, world_size=count)
             work(rank)

@@ -62,15 +62,8 @@ def main() -> None:
     run_all(parse())
 
 
-def run_rank(options: argparse.Namespace, size: int, rank: int) -> None:
-    """The same in a fork, as if torchrun had started it."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 29500}
-    os.environ |= {"MASTER_ADDR": "localhost"} | {name: str(value) for name, value in place.items()}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    run_all(options)
-
-
-def run_all(options: argparse.Namespace) -> None:
+def run_all(options: argparse.Namespace, rank: int = 0) -> None:
+    """The runs of a rank, which accelerate reads from the environment."""
     run(options.folder, options)
     if options.again:
         options.resume = True
