@@ -317,7 +317,7 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 # Heads of task models that have no base model attribute, as their layers hang on the task model itself.
 HEADS_WITHOUT_BASE = (*HEADS, "fc", "head", "projector")
-TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|XVector)")
+TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|XVector|Segmentation|DepthEstimation)")
 POOLERS = ("pooler",)  # part of a base model, but missing from checkpoints that were pretrained without one
 # Perceiver's task models pass these to the base model's constructor, so they are inside it and still task-specific.
 TASK_MODULES_IN_BASE = ("perceiver.decoder", "perceiver.input_preprocessor")
@@ -377,7 +377,7 @@ def _all_loaded(module: nn.Module) -> bool:
 
 def _names_to_save(model: nn.Module, name: str, module: nn.Module) -> Iterator[str]:
     """Yield names for modules_to_save: the module's own, or those of its children."""
-    if not any(isinstance(submodule, nn.Linear) for submodule in module.modules()):
+    if not any(isinstance(submodule, nn.Linear | nn.Conv1d | nn.Conv2d) for submodule in module.modules()):
         return
     module = _unwrapped(module)
     children = [(f"{name}.{n}", child) for n, child in module.named_children() if any(True for _ in child.parameters())]

@@ -25,6 +25,7 @@ from lorasb.tuner.targets import save_heads
 TASKS = [
     "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE", "AUDIO_CLASSIFICATION",
     "AUDIO_FRAME_CLASSIFICATION", "AUDIO_XVECTOR", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION",
+    "SEMANTIC_SEGMENTATION", "DEPTH_ESTIMATION",
 ]  # fmt: skip
 LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"]
 SMALL = {**dict.fromkeys(LAYERS, 1), "num_labels": 3, "image_size": 64, "num_frames": 4}
@@ -58,7 +59,7 @@ def built(family: str, kind: str) -> tuple[nn.Module, nn.Module] | None:
 
 
 def linears(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
 def within(name: str, modules: list[str]) -> bool:
@@ -67,7 +68,7 @@ def within(name: str, modules: list[str]) -> bool:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_head_of_transformers_is_trained_whole(task: str) -> None:
-    """A linear that the base model of the same configuration has not is saved, and PEFT's matching never targets it."""
+    """A layer that the base model of the same configuration has not is saved, and PEFT's matching never targets it."""
     count = 0
     for family, kind in classes(task):
         models = built(family, kind)
