@@ -1,5 +1,5 @@
 """The functional API: adapted linears over dense and quantized weights, groups of them, and dequantization.
-Shapes, dtypes and devices are checked here, which every backend relies on; the current backend's op computes.
+Shapes, dtypes and devices are checked here for all backends; then the current backend's op computes.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def lora_sb_linear(
 
     Raises:
         ValueError: shapes, ranks or devices do not match, r is over 256, dropout is not in [0, 1) or comes with
-            `index`, `index` does not have n entries or lora_R is no stack, or x requires grad under inference mode.
+            `index`, `index` does not have n entries or lora_R is not a stack, or x requires grad under inference mode.
         TypeError: dtypes do not match, x is not floating point, or `index` is a tensor that is not int64 on the CPU.
-        IndexError: an entry of `index` is no adapter's.
+        IndexError: an entry of `index` is out of range.
     """
     quantized = of_weight(weight) if isinstance(weight, QuantizedWeight) or hasattr(weight, "quant_state") else None
     if quantized is not None and index is None and dropout == 0.0:
@@ -82,10 +82,10 @@ def _call(
     dropout: float,
     index: Tensor | Sequence[int] | None,
 ) -> list[Tensor]:
-    """The y_j of all members, checked, by the cheapest of three ways: torch's own ops, the kernels, the op."""
+    """Check operands and return all y_j by the cheapest of three ways: torch's own ops, the kernels, the op."""
     a, cores, b, biases = adapters
     quantized, weights = (base, []) if isinstance(base, QuantizedWeight) else (None, base)
-    # Before the checks and the op, which ask for equal dtypes; the kernels switch autocast off.
+    # Cast before the checks and the op, which require equal dtypes; the kernels switch autocast off.
     if private.any_autocast() and calls.autocast_on(x.device.type):
         x, (weights, a, b, biases) = calls.cast_lists(x, [weights, a, b, biases])
     if index is not None or dropout != 0.0:
@@ -93,7 +93,7 @@ def _call(
     if quantized is not None:  # the packed weight is checked where it is read from a layer
         _check_quantized(quantized, x, a[0], b[0])
     lists = weights, a, cores, b, biases
-    # torch.compile takes the checks apart, and would guard on all signatures that are known.
+    # torch.compile traces through the checks, and would guard on all known signatures.
     compiling = torch.compiler.is_compiling()
     stored = None if quantized is None else quantized.tensors
     signature = None if compiling else calls.signature_of(x, *lists, index, stored)
@@ -117,20 +117,20 @@ def _call(
     # Plain tensors skip the dispatcher: two passes through it and back take as long as a small layer's adapter.
     kernels = direct_kernels.get((backend, x.device.type)) if plain else None
     if kernels and x.is_cpu and quantized is None and index is None and dropout == 0.0:
-        # Small dense calls are faster composed of torch's own ops, where these would compute them in any case.
+        # Small dense calls that torch would compute anyway are faster as a composition of torch ops.
         forward = kernels.forward
         if forward is eager.eager_forward or (forward is cpp.forward and not cpp.computes(x, weights)):
             ys = eager.composed(x, lists, scalings)
             if ys is not None:
                 return ys
-    # On the CPU for any device of x, so that reading it does not synchronize with a GPU.
+    # On the CPU for any device of x, so that reading the seeds does not synchronize with a GPU.
     seeds = torch.randint(2**63 - 1, (len(a),), dtype=torch.int64, device="cpu") if dropout > 0.0 else None
     operands = Operands(tensors, layout, a, cores, b, biases, scalings, index, dropout, seeds)
     return adapted_linear(x, operands, backend, kernels)
 
 
 def _row_index(index: Tensor | Sequence[int] | None, dropout: float) -> Tensor | None:
-    """The index as a tensor; raises where dropout is out of range, or cannot be had with an index."""
+    """Return the index as a tensor; raise if dropout is out of range, or is combined with an index."""
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"expected dropout in [0, 1), the probability that an element is dropped, got {dropout}")
     if index is not None and dropout != 0.0:
@@ -148,7 +148,7 @@ def _check_quantized(weight: QuantizedWeight, x: Tensor, a: Tensor, b: Tensor) -
 
 
 def _served(x: Tensor, weight: QuantizedWeight, *others: Tensor | float | None) -> Tensor | None:
-    """y of a call without gradients by `serve_quantized` of the extension; `others`: A, R, B, the bias and s."""
+    """Return y by the extension's `serve_quantized`, if it applies, else None; `others`: A, R, B, the bias and s."""
     if torch.is_grad_enabled() or not x.is_cpu or is_transformed() or private.any_autocast():
         return None
     # For a single token, the checks and the choice of a kernel in Python take as long as the product itself.
@@ -221,9 +221,9 @@ def lora_sb_linear_group(
         The y_i [..., out_i].
 
     Raises:
-        ValueError: what `lora_sb_linear` raises it for, or numbers of entries or ranks of the members differ.
+        ValueError: as in `lora_sb_linear`, or the members' numbers of entries or ranks differ.
         TypeError: as in `lora_sb_linear`.
-        IndexError: an entry of `index` is no adapter's.
+        IndexError: an entry of `index` is out of range.
     """
     if not weights:
         raise ValueError(f"expected one of each argument for every member, got no weights for {len(lora_A)} members")

@@ -1,9 +1,9 @@
-"""Autotuning of the Triton kernels: candidates are timed in turns, and the choice stays in the user's table.
+"""Autotuning of the Triton kernels: candidates are timed in turns, and the choice is saved in the user's table.
 
-At the first call of a kind on a card, one tile of each result is compared with torch's, and from `LEAST_TOKENS` on
-paths and tiles are timed: about 10 ms, or five rounds, besides compiling them. LORASB_TUNE=cached takes what earlier
-runs measured and times nothing, as under CUDA graph capture and `torch.use_deterministic_algorithms`; LORASB_TUNE=off
-takes the shipped tables.
+The first call of each kind on a GPU compares one tile of each result with torch's; with `LEAST_TOKENS` tokens or more
+it also times paths and tiles: about 10 ms, or five rounds, plus compilation. LORASB_TUNE=cached uses the measurements
+of earlier runs and times nothing, as do CUDA graph capture and `torch.use_deterministic_algorithms`; LORASB_TUNE=off
+uses the shipped tables.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from ..utils.reading import Json
 from .eager import philox_mask
 
 MODE = "LORASB_TUNE"  # environment variable
-# What the driver reports at some later call, which is not its cause; nothing runs on the device afterwards.
+# Errors that the driver reports at some later call, not their cause; nothing runs on the device afterwards.
 FAULTS = re.compile(
     r"illegal (memory access|address|instruction)|misaligned address|device-side assert|hardware error|"
     r"launch (failure|timed out)|uncorrectable|invalid program counter|invalid address space"
 )
 MODES = ("on", "cached", "off")
 DRIVER = Path("/proc/driver/nvidia/version")  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  ..."
-LEAST_TOKENS = 256  # fewer are bound by reading W with any tiles
-BUDGET = 10.0  # ms of timing per kind, beyond the least rounds
+LEAST_TOKENS = 256  # with fewer, reading W is the bottleneck for any tiles
+BUDGET = 10.0  # ms of timing per kind; LEAST_ROUNDS run in any case
 LEAST_ROUNDS, MOST_ROUNDS = 5, 10
-WIDE = 0.2  # of the median: times that differ by more, without a quarter at either end, decide nothing
-TMA_HOST = 0.065  # ms of the host for a call by TMA, whose launch is not prepared; for others 0.025 (Zen 5)
-WORTH = 0.97  # another plan is taken where it takes less than this share of the table's time
+MAX_SPREAD = 0.2  # of the median: if the times, without a quarter at either end, differ by more, they are not used
+TMA_HOST = 0.065  # ms of host time per TMA call, whose launch is not prepared; others take 0.025 (Zen 5)
+WORTH = 0.97  # another plan is chosen if it takes less than this share of the table's time
 FLUSHED = 1 << 26  # bytes written before every call; twice L2 where that is more
-AHEAD = 400_000  # cycles before every call, in which the host launches all of it: the card's time is compared
-# Paths and tiles in addition to the table's choice. What needs more registers or shared memory than the card has does
-# not compile, and is left out.
+AHEAD = 400_000  # cycles of delay before every call, for the host to launch all of it: only GPU time is compared
+# Paths and tiles in addition to the table's choice. Those that need more registers or shared memory than the GPU has
+# do not compile, and are skipped.
 PREPS = (PrepConfig(32, 64, 4, 3), PrepConfig(64, 64, 4, 3), PrepConfig(64, 32, 4, 4), PrepConfig(128, 32, 8, 3))
 GEMMS = (
     GemmConfig(128, 128, 32, 8, 4, 4),
@@ -62,24 +62,24 @@ GEMMS = (
     GemmConfig(128, 64, 64, 8, 4, 3),
     GemmConfig(64, 64, 32, 8, 4, 4),
 )
-# Tiles of a first call, each compiled while the user waits: for mma.sync, and for wgmma.
+# Tiles tried at a first call, each compiled while the user waits: for mma.sync, and for wgmma.
 FIRST_GEMMS, FIRST_WIDE_GEMMS = GEMMS[:2], GEMMS[2:3]
-# Tiles by TMA, on sm_90; the first one at a first call.
+# TMA tiles, on sm_90; a first call tries only the first one.
 TMA_GEMMS = (GemmConfig(128, 256, 64, 8, 8, 3), GemmConfig(128, 128, 64, 8, 8, 4))
 # For up to DECODE_ROWS tokens: the smallest block of rows that a tensor-core product has.
 DECODE_GEMMS = (GemmConfig(16, 64, 64, 1, 4, 3), GemmConfig(16, 32, 128, 1, 4, 4), GemmConfig(16, 128, 64, 1, 4, 4))
-# Largest difference from torch's result, over its magnitude: TF32 and the rounding of v and y, many times over.
+# Largest accepted difference from torch's result, over its magnitude: many times the error of TF32 and rounding.
 TOLERANCES = {torch.bfloat16: 0.04, torch.float16: 0.01, torch.float32: 0.01}
 TILE_ROWS, TILE_COLUMNS = 16, 64
-OVERFLOWING = 64.0  # v and w are larger than y and dx: by sqrt(m / r), as B's columns have unit norm
+OVERFLOWING = 64.0  # v and w are larger than y and dx by sqrt(m / r), as B's columns have unit norm
 
 Gradients = tuple[Tensor | None, Sequence[Tensor]]  # dx, dR_j
 Call = Callable[[], object]
 Run = Callable[[LaunchPlan], Any]  # computes a call by a plan
-Check = Callable[[Any], None]  # raises a `WrongResultError` for a wrong result of it
+Check = Callable[[Any], None]  # raises a `WrongResultError` for a wrong result
 Clock = Callable[[Sequence[Call]], "list[float]"]  # runs each call once, and returns their times in ms
 _first: dict[Hashable, LaunchPlan] = {}  # plans of kinds that have had their first call
-_checked: set[Hashable] = set()  # kinds of `first_check` that have had theirs
+_checked: set[Hashable] = set()  # kinds that have passed `first_check`
 
 
 class WrongResultError(RuntimeError):
@@ -87,7 +87,7 @@ class WrongResultError(RuntimeError):
 
 
 class Tuned(NamedTuple):
-    """The fastest plan of a shape, and the times in ms of the table's former choice and of this plan."""
+    """The fastest plan of a shape, and the times in ms of the table's previous choice and of this plan."""
 
     shape: Shape
     best: LaunchPlan
@@ -96,10 +96,10 @@ class Tuned(NamedTuple):
 
 
 def mode() -> str:
-    """LORASB_TUNE: "on", "cached" or "off"; "on" for another value, with a warning."""
+    """Return LORASB_TUNE: "on", "cached" or "off"; warn about other values and return "on"."""
     value = os.environ.get(MODE) or "on"
     if value not in MODES:
-        warnings.warn(f"expected {MODE} to be one of {', '.join(MODES)}, got {value!r}: taking 'on'", stacklevel=2)
+        warnings.warn(f"expected {MODE} to be one of {', '.join(MODES)}, got {value!r}: using 'on'", stacklevel=2)
     return value if value in MODES else "on"
 
 
@@ -110,7 +110,7 @@ def tables() -> Path | None:
 
 @cache
 def machine() -> dict[str, object]:
-    """The card and its driver, which measured rules have as conditions; {} without a card."""
+    """Return the GPU and its driver, which measured rules depend on; {} without a GPU."""
     if not torch.cuda.is_available():
         return {}
     found = re.search(r"\d+\.[\d.]+", DRIVER.read_text(encoding="utf-8")) if DRIVER.is_file() else None
@@ -120,9 +120,9 @@ def machine() -> dict[str, object]:
 def first_plan(
     shape: Shape, arch: str, sms: int, run: Run, check: Check, clock: Callable[[], Clock], variant: Hashable = None
 ) -> LaunchPlan:
-    """The plan of a kind of call, checked and timed at its first; `clock` makes what times calls.
+    """Return the plan of a kind of call, checked and timed on its first call; `clock` creates the timer.
 
-    A `variant` of the shape is another compiled kernel, which is checked, too, such as that with a bias.
+    A `variant` of the shape, such as one with a bias, is a separate compiled kernel and is checked as well.
     """
     kind = shape, arch, sms, variant, plan.generation
     chosen = plan.choice(shape, arch, sms)
@@ -137,15 +137,15 @@ def first_plan(
                 chosen = tuned.best
                 _remember(tuned, arch, sms)
     except torch.OutOfMemoryError:  # raised again by the call itself, if that does not fit either
-        warn_once("the card has too little free memory to time the kernels: calls take the shipped tables' plans")
+        warn_once("the GPU has too little free memory to time the kernels: calls use the shipped tables' plans")
     _first[kind] = chosen
     return chosen
 
 
 def first_check(kind: Hashable, rows: Tensor, check: Callable[[], None]) -> None:
-    """Check a kind of call whose plans are not timed, at its first on a card."""
+    """Check a kind of call whose plans are not timed, on its first call on a GPU."""
     if rows.is_cuda and rows.numel() and kind not in _checked and not is_capturing():
-        with suppress(torch.OutOfMemoryError):  # the next call is checked
+        with suppress(torch.OutOfMemoryError):  # the next call is checked instead
             check()
             _checked.add(kind)
 
@@ -165,7 +165,7 @@ def _is_timed(shape: Shape, arch: str, sms: int) -> bool:
 def candidates(
     shape: Shape, chosen: LaunchPlan, arch: str, gemms: Sequence[GemmConfig] | None = None
 ) -> Iterator[LaunchPlan]:
-    """The table's choice, then plans with another path and with `gemms`; without these, all tiles and thin products."""
+    """Yield the table's choice, then plans with another path and `gemms`, or all tiles and thin products if None."""
     yield chosen
     for one in dict.fromkeys(_others(shape, chosen, gemms)):
         if one != chosen and plan.has_executed_code(one, shape, arch):
@@ -173,7 +173,7 @@ def candidates(
 
 
 def _others(shape: Shape, chosen: LaunchPlan, gemms: Sequence[GemmConfig] | None) -> Iterator[LaunchPlan]:
-    if shape.quant != "none":  # read inline, they have one path, which needs whole bytes and has no mask
+    if shape.quant != "none":  # inline weights have one path, which needs full bytes per row and has no mask
         if not shape.dropout and shape.n % 2 == 0:
             yield replace(chosen, weights="inline")
         yield (chosen := replace(chosen, weights="scratch"))
@@ -188,7 +188,7 @@ def _others(shape: Shape, chosen: LaunchPlan, gemms: Sequence[GemmConfig] | None
 
 
 def fastest(shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Check, clock: Clock) -> Tuned | None:
-    """Time plans in turns, the table's choice first, without those that do not run; None where times decide nothing."""
+    """Time the plans that run, in turns, the table's choice first; return None if the times are inconclusive."""
     plans = list(plans)
     running: dict[LaunchPlan, Call] = {}
     for one in plans:
@@ -208,10 +208,10 @@ def fastest(shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Check, c
     times = {one: statistics.median(taken) for one, taken in by_plan.items()}
     times |= {one: max(time, TMA_HOST) for one, time in times.items() if one.path == "tma"}
     best, before = min(times, key=times.__getitem__), times.get(plans[0], float("inf"))
-    if any(_is_wide(by_plan[one]) for one in (best, plans[0]) if one in by_plan):
+    if any(_is_noisy(by_plan[one]) for one in (best, plans[0]) if one in by_plan):
         warn_once(
-            f"another program seems to use the GPU: times of one kernel differ by more than {WIDE:.0%}, and the "
-            "built-in choice of kernels stays. `lorasb bench tune MODEL` times them when nothing else runs"
+            f"another program seems to use the GPU: times of one kernel differ by more than {MAX_SPREAD:.0%}, so the "
+            "built-in choice of kernels stays. To time them, run `lorasb bench tune MODEL` when nothing else runs"
         )
         return None
     if times[best] > WORTH * before:
@@ -219,13 +219,13 @@ def fastest(shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Check, c
     return Tuned(shape, best, before, times[best])
 
 
-def _is_wide(times: Sequence[float]) -> bool:
+def _is_noisy(times: Sequence[float]) -> bool:
     ordered, cut = sorted(times), len(times) // 4
-    return ordered[-1 - cut] - ordered[cut] > WIDE * statistics.median(times)
+    return ordered[-1 - cut] - ordered[cut] > MAX_SPREAD * statistics.median(times)
 
 
 class CudaClock:
-    """Times by CUDA events, each call with a cold L2; writing the L2 takes long enough to hide the host's launches."""
+    """Time calls by CUDA events, each with a cold L2; writing the L2 takes long enough to hide the host's launches."""
 
     def __init__(self, device: torch.device) -> None:
         size = max(FLUSHED, 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", FLUSHED))
@@ -233,7 +233,7 @@ class CudaClock:
 
     def __call__(self, calls: Sequence[Call]) -> list[float]:
         marks = []
-        with torch.cuda.device(self.flushed.device):  # events are of the current device
+        with torch.cuda.device(self.flushed.device):  # events belong to the current device
             for call in calls:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self.flushed.zero_()
@@ -247,7 +247,7 @@ class CudaClock:
 
 
 def write(tuned: Sequence[Tuned], arch: str, sms: int) -> Path:
-    """Write the user's table: new rules, then those that it had for other shapes; an OSError if that is impossible."""
+    """Write the user's table: new rules, then its old ones for other shapes; raise an OSError if that fails."""
     path = cache_dir() / "kernels" / f"{arch}.json"
     rules = [_rule(result, sms) for result in tuned]
     new_conditions = [rule["if"] for rule in rules]
@@ -259,7 +259,7 @@ def write(tuned: Sequence[Tuned], arch: str, sms: int) -> Path:
 
 
 def _rules_of(path: Path) -> list[Json]:
-    """The rules of a table as they are on disk; none of a broken one, which is overwritten."""
+    """Return a table's rules as stored on disk; none if it is broken, so that it is overwritten."""
     try:
         plan.read_rules(path)
         rules: list[Json] = json.loads(path.read_text(encoding="utf-8"))["rules"]
@@ -269,12 +269,12 @@ def _rules_of(path: Path) -> list[Json]:
 
 
 def _remember(tuned: Tuned, arch: str, sms: int) -> None:
-    """Write the table, or warn: this process keeps its choice."""
+    """Write the table, or warn: this process uses its choice anyway."""
     try:
         write([tuned], arch, sms)
     except OSError as error:
-        warn_once(  # without the name of the temporary file, which differs every time
-            f"the kernels' timings cannot be kept in {cache_dir() / 'kernels'} ({error.strerror or error}). "
+        warn_once(  # without the temporary file's name, which differs every time
+            f"the kernels' timings cannot be saved in {cache_dir() / 'kernels'} ({error.strerror or error}). "
             f"Set LORASB_CACHE to a writable folder, or {MODE}=cached"
         )
 
@@ -295,7 +295,7 @@ def check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[Sequence
     """
     ys, _ = found
     rows = x[:TILE_ROWS].float()
-    for y, keep, weight, a, core, b, bias, scale in zip(ys, _kept(mask, x, members), *members, strict=True):
+    for y, keep, weight, a, core, b, bias, scale in zip(ys, _keep_masks(mask, x, members), *members, strict=True):
         v, b = scale * _times((rows * keep) @ a.float().mT, core.float().mT), b[:TILE_COLUMNS].float()
         want, size = v @ b.mT, (v.square() @ b.mT.square()).sqrt()
         if weight is not None:
@@ -310,7 +310,7 @@ def _times(rows: Tensor, core: Tensor) -> Tensor:
     return rows @ core if core.dim() == 2 else (rows.unsqueeze(1) @ core).squeeze(1)
 
 
-def _kept(mask: Mask, rows: Tensor, members: Members) -> list[Tensor]:
+def _keep_masks(mask: Mask, rows: Tensor, members: Members) -> list[Tensor]:
     """Return 1 per member where dropout keeps an element of x's first rows, and 0 elsewhere."""
     if mask.dropout == 0.0:
         return [torch.ones((1, 1), device=rows.device)] * len(members.a)
@@ -319,11 +319,13 @@ def _kept(mask: Mask, rows: Tensor, members: Members) -> list[Tensor]:
 
 
 def check_backward(dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask, found: Gradients) -> None:
-    """Raise where those of dx [M, n] differ, or the first entries of a dR_j."""
+    """Raise where the first entries of dx [M, n] or of a dR_j differ from torch's."""
     dx, dcores = found
     if dx is not None:
         want = size = torch.zeros((), device=dx.device)
-        for dy, keep, weight, a, core, b, _, scale in zip(dys, _kept(mask, dys[0], members), *members, strict=True):
+        for dy, keep, weight, a, core, b, _, scale in zip(
+            dys, _keep_masks(mask, dys[0], members), *members, strict=True
+        ):
             rows, a = dy[:TILE_ROWS].float(), a[:, :TILE_COLUMNS].float()
             w = scale * _times(rows @ b.float(), core.float())
             want, size = want + keep[:, :TILE_COLUMNS] * (w @ a), size + (w.square() @ a.square()).sqrt()
@@ -343,7 +345,7 @@ def check_gradient(dy: Tensor, x: Tensor, found: Tensor) -> None:
 
 
 def check_signs(dy: Tensor, x: Tensor, words: Tensor, nonzero: Tensor) -> None:
-    """Raise where the packed signs of the first entries of G are others, but for entries near zero."""
+    """Raise where the packed signs of the first entries of G differ, except for entries near zero."""
     (want, size), count = _gradient_tile(dy, x), TILE_COLUMNS // WORD
     signs = unpack_words(words[:TILE_ROWS, :count], want.shape[1], -1.0, 1.0, want.dtype)
     kept = unpack_words(nonzero[:TILE_ROWS, :count], want.shape[1], 0.0, 1.0, want.dtype)
@@ -359,16 +361,16 @@ def _gradient_tile(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def check_weight(found: Tensor, want: Tensor) -> None:
     """Raise where the first entries of a dequantized W differ."""
     tile = want[:TILE_ROWS, :TILE_COLUMNS].float()
-    wide = torch.float32 if found.dtype == torch.float64 else None  # of which W has no more digits
+    wide = torch.float32 if found.dtype == torch.float64 else None  # W has no more digits than that
     _check("W", found[:TILE_ROWS, :TILE_COLUMNS], tile, tile.abs(), wide)
 
 
 def _check(name: str, got: Tensor, want: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> None:
     """Compare two tiles, except where torch's values are not finite; `size`: the magnitude of their sums."""
     error, magnitude = (got.float() - want).abs(), size + want.abs()
-    # In fp16 larger ones overflow, at GradScaler's first step by design, and v and w before them.
-    is_judged = magnitude < torch.finfo(got.dtype).max / OVERFLOWING
-    is_wrong = ~(error <= TOLERANCES[dtype or got.dtype] * magnitude) & is_judged
+    # Larger values overflow in fp16 (by design in GradScaler's first step), and v and w overflow earlier.
+    is_compared = magnitude < torch.finfo(got.dtype).max / OVERFLOWING
+    is_wrong = ~(error <= TOLERANCES[dtype or got.dtype] * magnitude) & is_compared
     if bool(is_wrong.any()):
         worst = error[is_wrong].nan_to_num(torch.inf).max().item()
         raise WrongResultError(f"{name} differs from torch's by up to {worst:.3g} in the tile that was compared")

@@ -1,5 +1,5 @@
-"""The C++ backend: on CPUs the extension, if built, has quantized layers, 16-bit layers that the processor does not
-multiply, large fp32 weights on AVX2, and few tokens in bf16; eager torch computes the rest by the BLAS.
+"""The C++ backend. On CPUs the extension, if built, computes quantized layers, layers in 16-bit dtypes that the
+processor cannot multiply, large fp32 weights on AVX2, and few tokens in bf16; eager torch computes the rest by BLAS.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DISABLE = "LORASB_NO_CSRC"  # environment variable: 1 runs without the extension
 CAP = "LORASB_MAX_CPU_ISA"  # environment variable, read by the extension: the best instruction set to use
 CAPS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# On AVX2 the BLAS was slower in fp32 with two threads. In 16 bits that the processor does not multiply, torch takes 3
-# to 5 times as long as in fp32 forward and about 100 times backward; the extension widens W to fp32 panel by panel.
+# On AVX2 the BLAS was slower in fp32 with two threads. In 16 bits, without hardware support, torch takes 3
+# to 5 times as long as fp32 in forward and about 100 times in backward; the extension widens W to fp32 panel by panel.
 LARGE_WEIGHT = 1 << 21  # elements of W; from here on the extension is faster in fp32 (measured on two Zen 3 cores)
 EXTENSION_OPS = (
     *("instruction_set", "instruction_sets", "use_instruction_set", "serves", "max_unpacked_tokens"),
@@ -39,7 +39,7 @@ _reason: str | None = "not loaded yet"
 # The module, once loaded; besides its kernels it has functions that Python calls directly.
 extension: ModuleType | None = None
 serve_quantized: registry.Function | None = None  # the op, once loaded
-# The extension's ops, filled when it is loaded: to choose an overload in every call takes as long as a small product.
+# The extension's ops, filled when it loads: choosing an overload in every call takes as long as a small product.
 _csrc = SimpleNamespace()
 
 
@@ -50,7 +50,7 @@ def library() -> Path | None:
 
 
 def missing() -> str | None:
-    """The reason why the C++ kernels cannot run; None if they can."""
+    """Return why the C++ kernels cannot run; None if they can."""
     return _reason
 
 
@@ -75,25 +75,25 @@ def serves(dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> bool:
 
 
 def computes(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """True if the extension computes a dense forward; eager torch computes all others, by the BLAS."""
+    """True if the extension computes a dense forward; eager torch computes all others, with the BLAS."""
     if _multiplies(x.dtype):
         return serves(x.dtype, weights)
     if x.dtype != torch.bfloat16 or not weights:
         return False
-    # few tokens: contiguous W's [out, in] are read in place, in one call; the BLAS packs each again every time, in four
+    # few tokens: one call reads contiguous W's [out, in] in place; the BLAS takes four, and packs each W every time
     width = x.shape[-1]
     return all(w.is_contiguous() and 0 < x.numel() <= most_tokens(w.numel()) * width for w in weights)
 
 
 @lru_cache
 def most_tokens(elements: int) -> int:
-    """The most tokens for which reading a W of so many elements in place is faster; 0 without such a product."""
+    """Return the most tokens for which reading a W of this size in place is faster; 0 without such a product."""
     return 0 if _reason is not None else int(_csrc.max_unpacked_tokens(elements))
 
 
 @lru_cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """True if the extension computes products of a dtype on the instruction set in use; every call asks."""
+    """True if the extension computes products of a dtype on the instruction set in use; cached for every call."""
     return _reason is None and dtype in DTYPES and bool(_csrc.serves(dtype))
 
 
@@ -142,7 +142,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
         for dy, u, one in zip(dys, us, operands.members(), strict=True)
     ]
     dx = results[0][0]
-    for other, _ in results[1:] if need_dx else ():  # each with a mask
+    for other, _ in results[1:] if need_dx else ():  # each has its own mask
         dx.add_(other)
     return [dx, *(dcore for _, dcore in results)]
 
@@ -166,7 +166,7 @@ def times_core(left: Tensor, core: Tensor, index: Tensor | None, scale: float, t
 
 
 def add_rows(y: Tensor, x: Tensor, a: Tensor, cores: Tensor, b: list[Tensor], first: list[int], index: Tensor) -> None:
-    """y [T, m] += B R_k A x of a layer's parts, in place: a [parts·r, n], cores [K, parts, r, r], a B for each."""
+    """Add B R_k A x of a layer's parts to y [T, m] in place: a [parts·r, n], cores [K, parts, r, r], a B per part."""
     _csrc.add_rows(y, x, a, cores, b, first, index)
 
 
@@ -198,13 +198,13 @@ def _extended_transposed(rows: Tensor, base: eager.Base, w: Tensor, a: Tensor, o
 
 
 def _storage(base: eager.Base) -> tuple[object, ...]:
-    """W, or None, then the tensors and the layout of a quantized one, as the extension takes them."""
+    """Return W or None, then a quantized W's tensors and layout, as the extension takes them."""
     return (None, *base) if isinstance(base, tuple) else (base, [], list(DENSE))
 
 
 @lru_cache
 def _products(dtype: torch.dtype) -> eager.Products:
-    """Products with an R for each row; the thin ones are torch's, except in 16 bits that it multiplies slowly."""
+    """Return products with one R per row; torch computes thin ones, unless it is slow in the dtype."""
     widened = dtype != torch.float32 and serves(dtype)
     return eager.Products(_thin if widened else eager.thin, times_core, _extended, _extended_transposed)
 
@@ -224,20 +224,18 @@ def register() -> None:
 def _load() -> str | None:
     global extension, serve_quantized
     if os.environ.get(DISABLE) == "1":
-        return f"{DISABLE}=1 leaves them out"
+        return f"{DISABLE}=1 disables them"
     cap = os.environ.get(CAP) or CAPS[0]
     if cap not in CAPS:
         raise ValueError(f"expected {CAP} to be one of {', '.join(CAPS)}, got {cap!r}")
     path = library()
     if path is None:
-        return (
-            "this build of lorasb has no C++ extension: install it where a C++ compiler is, with --no-build-isolation"
-        )
+        return "this build of lorasb has no C++ extension: install lorasb with a C++ compiler and --no-build-isolation"
     try:
         loaded = importlib.import_module("lorasb._C")  # registers its ops
         vars(_csrc).update({name: getattr(torch.ops.lorasb_csrc, name).default for name in EXTENSION_OPS})
         calls.signature_of, calls.metadata = loaded.signature, loaded.metadata
     except (ImportError, AttributeError) as error:
-        return f"{path.name} does not load, it was built for another torch or lorasb ({error}): install lorasb again"
+        return f"{path.name} does not load, as it was built for another torch or lorasb ({error}): reinstall lorasb"
     extension, serve_quantized = loaded, registry.backend_op("serve_quantized", "cpp")
     return None

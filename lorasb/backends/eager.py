@@ -1,4 +1,4 @@
-"""The eager backend: every op in plain torch for any device; the adapted linear by a table of products."""
+"""The eager backend: every op in plain torch for any device; the adapted linear is built from a table of products."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
 # takes longer than the pass over dx that it saves. Measured with 4096 features and 512
 # tokens: bf16 (4 MiB) is below the crossover, fp32 (8 MiB) above.
 SMALL_BYTES = 6 * 2**20
-Base = Tensor | tuple[list[Tensor], list[int]] | None  # of a `Member`
+Base = Tensor | tuple[list[Tensor], list[int]] | None  # `base` of a `Member`
 
 
 class Products(NamedTuple):
-    """Matrix products of a backend: with these it computes the adapted linear of every kind."""
+    """A backend's matrix products, from which it computes every kind of adapted linear."""
 
     # (rows [M, k], factor, transposed) -> rows factorᵀ, or rows factor, in rows' dtype or wider
     thin: Callable[[Tensor, Tensor, bool], Tensor]
@@ -57,8 +57,8 @@ def forward(products: Products, x: Tensor, operands: Operands) -> list[Tensor]:
 def backward(
     products: Products, dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool
 ) -> list[Tensor]:
-    """dx = Σ_j dy_j W_j + w_j A_j with t_j = dy_j B_j, w_j = s_j·t_j R_j, then dR_j = s_j·t_jᵀ u_j; or empty."""
-    dx: Tensor | None = None  # of all members: autograd would write one for each and add them up
+    """dx = Σ_j dy_j W_j + w_j A_j with t_j = dy_j B_j, w_j = s_j·t_j R_j, then dR_j = s_j·t_jᵀ u_j; unneeded: empty."""
+    dx: Tensor | None = None  # one for all members: autograd would write one for each and add them up
     dcores = []
     with no_autocast(dys[0]):
         for dy, u, one in zip(dys, us, operands.members(), strict=True):
@@ -109,7 +109,7 @@ def thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
 
 
 def times_core(left: Tensor, core: Tensor, index: Tensor | None, scale: float, transposed: bool) -> Tensor:
-    """s·left Rᵀ, or s·left R, in left's dtype; with an index each row's R is gathered, and zero where k = -1."""
+    """s·left Rᵀ, or s·left R, in left's dtype; with an index each row has its own R, and k = -1 gives zeros."""
     if index is not None:
         check_index(index, len(core))
         if len(index) == 0 or len(left) == 0 or len(core) == 0:
@@ -153,17 +153,17 @@ def extended_transposed(rows: Tensor, base: Base, w: Tensor, a: Tensor, onto: Te
 
 
 def core_gradient(t: Tensor, u: Tensor, core: Tensor, index: Tensor | None, scale: float) -> Tensor:
-    """dR = s·tᵀ u [r, r] in R's dtype; with an index dR_k [K, r, r] over its own rows, as if k were the only one."""
+    """dR = s·tᵀ u [r, r] in R's dtype; with an index each dR_k of [K, r, r] sums over its own rows."""
     if index is None:
         return _core_gradient(t, u, core, scale)
     gradients = torch.zeros_like(core)
-    order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows by adapter, those of none left out
+    order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows sorted by adapter, without rows that have none
     if len(order) == 0:
         return gradients
     present, counts = index[order].unique_consecutive(return_counts=True)
     rows = order.to(t.device)
     t_rows, u_rows = (one.view(len(index), -1, one.shape[1]).index_select(0, rows) for one in (t, u))
-    if bool((counts == counts[0]).all()):  # one batched product, where each adapter has as many rows
+    if bool((counts == counts[0]).all()):  # one batched product if all adapters have equally many rows
         t_rows, u_rows = (one.reshape(len(present), -1, one.shape[2]) for one in (t_rows, u_rows))
         gradients[present.to(t.device)] = _core_gradient(t_rows, u_rows, core, scale)
         return gradients
@@ -185,7 +185,7 @@ _masks = threading.local()  # `philox` is set while eager computes in place of a
 
 @contextmanager
 def kernel_masks() -> Iterator[None]:
-    """Inside, dropout uses the Triton kernels' mask: a fallback in one direction whose other one ran a kernel."""
+    """Use the Triton kernels' dropout mask inside the block: for a fallback when a kernel ran the other direction."""
     _masks.philox = True
     try:
         yield
@@ -221,7 +221,7 @@ def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.dev
     """The mask [M, n] of the elements that dropout keeps."""
     if getattr(_masks, "philox", False):
         return philox_mask(shape, dropout, int(seed), device)
-    # A separate generator: the global random state advances by the draw of the seed alone.
+    # A separate generator: only the draw of the seed advances the global random state.
     generator = torch.Generator(device=device).manual_seed(int(seed))
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1.0 - dropout, generator=generator)
 
@@ -292,7 +292,7 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
         for rows in _row_blocks((dy.shape[1], x.shape[1])):
             block = _sum_rows(left, right, total, rows, fresh)
             words[rows], nonzero[rows] = pack_words(block > 0), pack_words(block != 0)
-            squares = torch.linalg.vector_norm(block, dtype=torch.float64).square()  # without an fp64 copy of it
+            squares = torch.linalg.vector_norm(block, dtype=torch.float64).square()  # without an fp64 copy of the block
             counts += torch.stack((squares, (block == 0).sum(), (~block.isfinite()).sum())).double()
     return words, nonzero, counts
 
@@ -303,7 +303,7 @@ def _row_blocks(shape: tuple[int, ...] | torch.Size) -> Iterator[slice]:
 
 
 def _sum_rows(left: Tensor, right: Tensor, total: Tensor | None, rows: slice, fresh: bool) -> Tensor:
-    """Some rows of G; a view of `total`, which is updated, if it is given."""
+    """Return some rows of G: if `total` is given, update it and return a view of it."""
     product = left[:, rows].t() @ right if len(left) else None  # None for a batch without tokens
     if total is None:
         return product if product is not None else left.new_zeros((left[:, rows].shape[1], right.shape[1]))
@@ -331,7 +331,7 @@ def composed(x: Tensor, lists: Sequence[Sequence[Tensor]], scalings: Sequence[fl
                 return None
     ys = []
     for j, core in enumerate(cores):
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # one for each member: dx is summed by members
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # per member: dx sums by member
         scaled = core if scalings[j] == 1.0 else core * scalings[j]
         v, bias = functional.linear(functional.linear(rows, a[j]), scaled.to(x.dtype)), biases[j] if biases else None
         if weights:
@@ -352,7 +352,7 @@ def chosen_cores(stack: Tensor, index: Tensor) -> Tensor:
 
 
 def transformed(x: Tensor, one: Member, dropout: float, index: Tensor | None) -> Tensor:
-    """y over a dense W by out-of-place torch operations, which have every derivative, forward mode and `vmap`."""
+    """Return y over a dense W by out-of-place torch operations, with all derivatives, forward mode and `vmap`."""
     core, base = one.core, cast("Tensor | None", one.base)
     with torch.autocast(x.device.type, enabled=False):
         a, b = one.a.detach(), one.b.detach()  # frozen, as for the ops

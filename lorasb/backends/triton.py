@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 INTERPRET = "TRITON_INTERPRET"
 HAVE_KERNELS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: a weight in 4 bits
 SMALLEST_CAPABILITY = (8, 0)  # bf16 and TF32 in tensor cores; the tables start at sm_80
-_broken: dict[Hashable, str] = {}  # kernel and shapes -> why `auto` no longer takes it for them
-EVERY = "every kernel"  # key of what no kernel runs with
-# Triton's errors where it cannot build its launchers, and what helps
+_broken: dict[Hashable, str] = {}  # kernel and shapes -> why `auto` no longer uses it for them
+EVERY = "every kernel"  # key in `_broken` for errors that affect all kernels
+# Triton's errors if it cannot build its launchers, and the fix
 BUILDS = re.compile(r"C compiler|libcuda|\bPython\.h\b")
 HELP = f"Triton needs a C compiler and Python's headers (apt-get install gcc python3-dev); tested with {VERIFIED}"
 
@@ -49,7 +49,7 @@ class CaptureError(RuntimeError):
 
 
 def forward(x: Tensor, operands: Operands) -> list[Tensor]:
-    """The y_j [..., m_j], then the u_j [M, r]: one pass over x and one extended GEMM, whatever the members."""
+    """The y_j [..., m_j], then the u_j [M, r]: one pass over x and one extended GEMM for any number of members."""
     if operands.row_index is not None:
         return _forward_by_row(x, operands, operands.row_index)
     if operands.is_quantized:
@@ -68,7 +68,7 @@ def forward(x: Tensor, operands: Operands) -> list[Tensor]:
 
 
 def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: bool, need_dcores: bool) -> list[Tensor]:
-    """dx = Σ_j dy_j W_j + (s_j·t_j R_j) A_j, written once, then the dR_j; what is not needed is returned empty."""
+    """dx = Σ_j dy_j W_j + (s_j·t_j R_j) A_j, written once, then the dR_j; unneeded results are empty."""
     if operands.row_index is not None:
         return _backward_by_row(dys, us, operands, operands.row_index, need_dx, need_dcores)
     if operands.is_quantized:
@@ -121,12 +121,12 @@ def _backward_quantized(dy: Tensor, u: Tensor, operands: Operands, need_dx: bool
 
 
 def _dense_members(operands: Operands, members: Members, rows: Tensor) -> Members:
-    """The members with W as eager torch dequantizes it, to check a first call."""
+    """Return the members with W dequantized by eager torch, to check a first call."""
     return members._replace(weights=_dense_operands(operands, rows.dtype).base)
 
 
 def _forward_by_row(x: Tensor, operands: Operands, index: Tensor) -> list[Tensor]:
-    """With an R for each row; over a quantized weight the adapter is added to what kernels compute with R = 0."""
+    """Compute with one R per row; over a quantized weight, add the adapter to the kernels' result for R = 0."""
     check_index(index, min(map(len, operands.cores)))
     base, of_rows, rows = _without_cores(operands), _row_products(operands, index), rows_of(x)
     members = members_of(base)
@@ -174,18 +174,18 @@ def _backward_by_row(
 
 
 def _kind(op: str, rows: Tensor, members: Members, operands: Operands) -> Hashable:
-    """Kind of a call with an R for each row, whose plans are not timed."""
+    """Return the kind of a call with one R per row; its plans are not timed."""
     return _shape(op, rows, members, "4bit" if operands.is_quantized else "none", False)
 
 
 def _without_cores(operands: Operands) -> Operands:
-    """Layers with one R = 0 in fp32, for kernels whose own product with R is not used."""
+    """Replace each stack by one R = 0 in fp32, for kernels whose own product with R is not used."""
     cores = [stack.new_zeros(stack.shape[1:], dtype=torch.float32) for stack in operands.cores]
     return operands._replace(cores=cores, scalings=[1.0] * len(cores), row_index=None)
 
 
 def _members_of_first(operands: Operands, index: Tensor, rows: Tensor) -> Members:
-    """The members with an R for each of the first tokens of `rows`, zeros where there is none."""
+    """Return the members with one R for each of the first tokens of `rows`, zero for tokens that have none."""
     places = index.repeat_interleave(len(rows) // len(index))[: autotune.TILE_ROWS].to(rows.device)
     cores = [chosen_cores(stack, places) for stack in operands.cores]
     members = members_of(operands)._replace(cores=cores)
@@ -198,11 +198,11 @@ def _row_products(operands: Operands, index: Tensor) -> list[RowProducts]:
 
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """W [rows, columns]. In 8 bits by eager torch, as there is no kernel."""
+    """Return W [rows, columns]; eager torch dequantizes 8 bits, as there is no kernel."""
     tensors = QuantizedTensors(*quant)
     if tensors.kind == INT8:
         return eager.dequantize(quant, layout, rows, columns, dtype)
-    check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # the device; any dtype that the kernels have
+    check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # checks the device; any supported dtype will do
     kernels = _kernels().linear_quantized
     found: Tensor = kernels.dequantized(kernels.Quantized(tensors, tuple(layout), rows, columns), dtype)
 
@@ -233,7 +233,7 @@ def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
     dy, arch, kernel = dy.to(x.dtype), _check_gradient(x, total), _kernels().weight_gradient.gradient_add
 
     def _check() -> None:
-        trial = torch.empty_like(total)  # `total` is changed once
+        trial = torch.empty_like(total)  # `total` must change only once
         kernel(dy, x, trial, True, arch)
         autotune.check_gradient(dy, x, trial)
 
@@ -242,7 +242,7 @@ def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
 
 
 def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Signs and nonzero places of total + dyᵀ x, as words; and Σ G², zeros, not finite."""
+    """Return the bits G > 0 and G != 0 of G = total + dyᵀ x, as words; and [Σ G², zeros, NaN or Inf entries]."""
     dy, arch, kernel = dy.to(x.dtype), _check_gradient(x, total), _kernels().weight_gradient.gradient_signs
 
     def _check() -> None:
@@ -255,7 +255,7 @@ def gradient_signs(dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> 
 
 
 def _check_gradient(x: Tensor, total: Tensor | None) -> str:
-    """The architecture of a call that the accumulator has a kernel for."""
+    """Return the architecture for a gradient call; raise if there is no kernel for it."""
     arch, _ = check_call(x)
     if total is not None and total.dtype != torch.float32:
         raise TypeError(f"backend 'triton' expected an fp32 sum, got {total.dtype}: backend('eager') takes it")
@@ -263,11 +263,11 @@ def _check_gradient(x: Tensor, total: Tensor | None) -> str:
 
 
 def mask_of(operands: Operands) -> Mask:
-    """Dropout's probability, and its seeds as numbers."""
+    """Return dropout's probability, and its seeds as numbers."""
     if operands.seeds is None or operands.dropout <= 0.0:
         return NO_DROPOUT
     if is_capturing():  # replays would repeat the mask
-        raise CaptureError("a CUDA graph would repeat one mask: set lora_dropout=0 or call model.eval() before capture")
+        raise CaptureError("a CUDA graph would replay one mask: set lora_dropout=0 or call model.eval() before capture")
     return Mask(kernel_dropout(operands.dropout), tuple(operands.seeds.tolist()))
 
 
@@ -279,14 +279,14 @@ def _forward_plan(x: Tensor, members: Members, mask: Mask) -> LaunchPlan:
 
 def _backward_plan(dys: Sequence[Tensor], members: Members, us: list[Tensor], mask: Mask) -> LaunchPlan:
     rows = [rows_of(dy) for dy in dys]
-    has_u = all(len(u) == len(row) for u, row in zip(us, rows, strict=True))  # which is not saved for a frozen R
+    has_u = all(len(u) == len(row) for u, row in zip(us, rows, strict=True))  # u is not saved for a frozen R
     run = partial(_kernels().linear.backward, rows, members, us, need_dx=True, need_dcore=has_u, mask=mask)
     check = partial(autotune.check_backward, rows, members, us, mask)
     return _first_backward(rows[0], members, mask, run, check, has_u)
 
 
 def _check_forward(x: Tensor, members: Members, mask: Mask, found: tuple[list[Tensor], list[Tensor]]) -> None:
-    """Check the first prepared launches of a kind: those that were checked for its plan are Triton's own."""
+    """Check the first prepared launches of a kind: the check of its plan ran Triton's own launches."""
     if x.is_cuda and not is_capturing():
         autotune.check_forward(rows_of(x), members, mask, ([rows_of(y) for y in found[0]], found[1]))
 
@@ -309,7 +309,7 @@ def _first_backward(
     has_dcore: bool,
     quant: str = "none",
 ) -> LaunchPlan:
-    """The plan of a backward; one without dR is checked at the first of its kind, and decides no plan."""
+    """Return the plan of a backward; without dR, the first call of its kind is checked but not timed."""
     if has_dcore:
         return _first_plan("backward", rows, members, mask, run, check, quant)
     given = "backward", rows, members, quant, mask.dropout > 0.0
@@ -321,7 +321,7 @@ def _first_backward(
 def _first_plan(
     op: str, rows: Tensor, members: Members, mask: Mask, run: autotune.Run, check: autotune.Check, quant: str = "none"
 ) -> LaunchPlan:
-    """The plan of a call; at the first of its kind on a card checked and timed."""
+    """Return the plan of a call, checked and timed on the first call of its kind on a GPU."""
     given = op, rows, members, quant, mask.dropout > 0.0
     if not rows.is_cuda or not rows.numel():
         return plan_of(*given)
@@ -331,7 +331,7 @@ def _first_plan(
 
 
 def or_eager(kernel: registry.Function, plain: registry.Function) -> registry.Function:
-    """The kernel, or eager torch where this GPU or dtype has no kernels or one of them has failed."""
+    """Wrap a kernel: eager torch computes if the GPU or dtype has no kernels, or after a failure."""
 
     def call(*arguments: Any) -> Any:
         x = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
@@ -340,7 +340,7 @@ def or_eager(kernel: registry.Function, plain: registry.Function) -> registry.Fu
         if not _broken or not (EVERY in _broken or call_key(kernel, arguments) in _broken):
             try:
                 return kernel(*arguments)
-            except (torch.OutOfMemoryError, CaptureError, IndexError):  # the last is a wrong index of rows
+            except (torch.OutOfMemoryError, CaptureError, IndexError):  # IndexError: a wrong index of rows
                 raise
             except Exception as error:
                 _raise_if_nothing_else_runs(error)
@@ -352,12 +352,12 @@ def or_eager(kernel: registry.Function, plain: registry.Function) -> registry.Fu
 
 
 def _raise_if_nothing_else_runs(error: Exception) -> None:
-    """Raise after a fault of the device, and where a CUDA graph is being captured: eager torch would fail as well."""
+    """Raise after a device fault or during CUDA graph capture: eager torch would fail as well."""
     if autotune.FAULTS.search(str(error)):
         raise RuntimeError(
-            f"the GPU reported a fault of an earlier kernel, lorasb's or another's ({error}): run again with "
-            "CUDA_LAUNCH_BLOCKING=1, which names it, and with LORASB_BACKEND=eager, which leaves lorasb's out, or "
-            "LORASB_TUNE=off, which leaves out those that are timed only"
+            f"the GPU reported a fault of an earlier kernel, lorasb's or another's ({error}): rerun with "
+            "CUDA_LAUNCH_BLOCKING=1 to identify it, and with LORASB_BACKEND=eager to exclude lorasb's kernels, or "
+            "LORASB_TUNE=off to exclude those that run only to be timed"
         ) from error
     if is_capturing():
         raise CaptureError(
@@ -366,7 +366,7 @@ def _raise_if_nothing_else_runs(error: Exception) -> None:
 
 
 def missing() -> str | None:
-    """Why the kernels cannot run here, or None where they can."""
+    """Return why the kernels cannot run here; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if interpreting() or torch.cuda.is_available():
@@ -391,7 +391,7 @@ def register() -> None:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as [M, n] with a contiguous last dimension and its signs applied in memory."""
+    """Return x as [M, n] with a contiguous last dimension and any lazy negation applied."""
     x = x.resolve_neg()
     # reshape(-1, 0) is ambiguous
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
@@ -399,7 +399,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def members_of(operands: Operands) -> Members:
-    """The layers as the kernels take them; scales include dropout's factor 1 / (1 - p), so that they multiply once."""
+    """Return the layers as the kernels take them; scales include dropout's factor 1 / (1 - p), to multiply once."""
     base, layout, a, cores, b, biases, scales, _, dropout, _ = operands
     if dropout > 0.0:
         scales = [scale / (1.0 - kernel_dropout(dropout)) for scale in scales]
@@ -409,7 +409,7 @@ def members_of(operands: Operands) -> Members:
 
 @cache
 def _kernels() -> ModuleType:
-    """The package, whose modules import triton: at the first call. Kept: an import statement takes a microsecond."""
+    """Import the kernels, and thus triton, at the first call. Cached: an import statement takes a microsecond."""
     import lorasb.kernels.linear_quantized
     import lorasb.kernels.prepared_launch
     import lorasb.kernels.prepared_linear
@@ -422,7 +422,7 @@ def _kernels() -> ModuleType:
 
 
 def plan_of(op: str, rows: Tensor, members: Members, quant: str = "none", dropout: bool = False) -> LaunchPlan:
-    """The tables' choice for this call."""
+    """Return the tables' choice for this call."""
     arch, sms = check_call(rows)
     return plan_tables.choice(_shape(op, rows, members, quant, dropout), arch, sms)
 
@@ -434,7 +434,7 @@ def _shape(op: str, rows: Tensor, members: Members, quant: str, dropout: bool) -
 
 
 def check_call(x: Tensor) -> tuple[str, int]:
-    """Architecture and number of multiprocessors of the call's device; raises where the kernels cannot run."""
+    """Return architecture and number of multiprocessors of x's device; raise if the kernels cannot run on x."""
     if x.dtype not in plan_tables.DTYPES:
         raise TypeError(f"backend 'triton' expected x in fp32, bf16 or fp16, got {x.dtype}: backend('eager') takes it")
     arch, sms = architecture(x.device)
@@ -447,7 +447,7 @@ def check_call(x: Tensor) -> tuple[str, int]:
 
 @lru_cache
 def architecture(device: torch.device) -> tuple[str, int]:
-    """The name of a device's architecture, as tables have it, and its number of multiprocessors."""
+    """Return the name of a device's architecture, as in the tables, and its number of multiprocessors."""
     if device.type != "cuda":
         return plan_tables.INTERPRETER, 1
     properties = torch.cuda.get_device_properties(device)
@@ -462,7 +462,7 @@ def _is_capable(device: torch.device) -> bool:
 
 
 def call_key(kernel: registry.Function, arguments: Sequence[object]) -> tuple[Hashable, ...]:
-    """Key under which a failure is remembered: the kernel, dtypes, and shapes with the rows as plans see them."""
+    """Return the key for a failure: kernel, dtype, and shapes, with the number of rows rounded as for plans."""
     tensors = list(_tensors(arguments))
     first = tensors[0]
     rows = math.prod(first.shape[:-1])
@@ -479,13 +479,13 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _stops_all(error: Exception) -> bool:
-    """True if every kernel fails as this one: Triton lacks a name, or cannot build its launcher."""
+    """True if every kernel would fail like this one: Triton lacks a name, or cannot build its launcher."""
     return isinstance(error, ImportError | subprocess.CalledProcessError) or bool(BUILDS.search(str(error)))
 
 
 def _give_up(key: Any, error: Exception) -> None:
-    """Warn, and leave this kernel alone for such calls from now on, as others may well run; or all kernels."""
-    if not isinstance(error, ImportError):  # else there is nothing to forget, and this would raise it again
+    """Warn, and from now on avoid this kernel for such calls, as others may well run; or all kernels."""
+    if not isinstance(error, ImportError):  # ImportError: nothing to forget, and this would raise it again
         _kernels().workspace.forget()
         _kernels().prepared_linear.forget()
     _broken[key] = f"{type(error).__name__}: {error}"

@@ -3,6 +3,6 @@
 Imports functional, checkpoints, quantization and what is below them; never tuner or init.
 """
 
-# Importing peft runs our registration hook, which imports modules of this package. Done here, before any of them has
-# started to import, it cannot meet one that is only half imported.
+# Importing peft runs our registration hook, which imports modules of this package. Import it first, so that the hook
+# never meets a half-imported module.
 import peft  # noqa: F401

@@ -1,4 +1,4 @@
-"""`AdaptedLayer`: the adapters of a frozen layer, by name: their A, R and B, their states, bases, scales and dtypes."""
+"""`AdaptedLayer`: a frozen layer with named adapters: their A, R and B, states, bases, scales and dtypes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from .opaque_base import make_base
 
 
 class StoredCores(Protocol):
-    """R's of many adapters on the basis of one of the layer's: a layer's part of an `AdapterBank`."""
+    """A layer's part of an `AdapterBank`: the R's of many adapters that share the A and B of one adapter."""
 
     basis: str
 
     def stack(self) -> Tensor:
-        """[capacity, r, r], by slot."""
+        """Return the R's [capacity, r, r], by slot."""
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -72,8 +72,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.adapters: dict[str, AdapterState] = {}  # state by adapter name
         self.stored_cores: StoredCores | None = None  # set by a bank of adapters
-        # the active adapters, and those whose R required a gradient, when adapters were disabled
-        self._before: tuple[list[str], list[str]] = [], []
+        # when adapters were disabled: the active ones, and those whose R required a gradient
+        self._before_disabling: tuple[list[str], list[str]] = [], []
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = adapter_name
         self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors, **options)
@@ -96,14 +96,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.base.casts = enabled
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
-        """Move or cast the layer, and A and B with their base; read a quantized base again."""
+        """Move or cast the layer, and A and B with their base; reread a quantized base."""
         super()._apply(fn, recurse)
         self.base.moved()
         self._follow_base()
         return self
 
     def _follow_base(self) -> None:
-        """Cast A and B as their base was cast; R, which optimizers hold, stays the same parameter."""
+        """Cast A and B like their base; R stays the same parameter object, because optimizers hold it."""
         for name, state in self.adapters.items():
             if self.lorasb_A[name].dtype != self.factor_dtype_of(name):
                 self.cast_factors(name, frozen_alone=True)
@@ -129,14 +129,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         **options: Any,
     ) -> None:
         """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero."""
-        # With `wide_factors` A and B are in fp32, too, and the adapter computes in it, not the base. With `basis` they
-        # are the tensors of another adapter, and R starts at zero, or at a copy of that of the adapter `start_at`.
+        # With `wide_factors` A and B are in fp32, too, and the adapter computes in fp32, but not the base. With `basis`
+        # A and B are another adapter's tensors, and R starts at zero or at a copy of the R of the adapter `start_at`.
         if not 0 < r <= min(self.in_features, self.out_features):
             raise ValueError(f"expected 0 < r <= min(in, out) = {min(self.in_features, self.out_features)}, got {r}")
         check_name(adapter_name)
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        chosen = AdapterOptions(lora_dropout, equivalent_gradient, wide_factors, **options)  # not the state's others
+        chosen = AdapterOptions(lora_dropout, equivalent_gradient, wide_factors, **options)  # options only
         self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **chosen.options())
         device, dtype, core_dtype = self.base.device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
@@ -168,13 +168,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.adapters[adapter_name].initialized = True
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Set the active adapters as PEFT does; adapters in joint training continue to train with them."""
+        """Enable or disable adapters as PEFT does; enabling them resumes joint training."""
         if not enabled and not self._disable_adapters:
             trained = [name for name, core in self.lorasb_R.items() if core.requires_grad]
-            self._before = list(self.active_adapters), trained
+            self._before_disabling = list(self.active_adapters), trained
         super().enable_adapters(enabled)
-        if enabled and self._before[0] == self.active_adapters:  # others that were chosen meanwhile train alone
-            self.set_requires_grad(self._before[1])
+        if enabled and self._before_disabling[0] == self.active_adapters:  # if others are active now, they train alone
+            self.set_requires_grad(self._before_disabling[1])
 
     def stand_on(self, adapter_name: str, basis: str) -> None:
         """Give an adapter the A and B of another one."""
@@ -185,7 +185,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             factors[adapter_name] = factors[basis]
 
     def copy_adapter(self, adapter_name: str, name: str) -> None:
-        """Add an adapter like another one on a basis: the same A and B, and a copy of R, which does not train yet."""
+        """Copy an adapter that has a basis: the same A and B, and a copy of R that does not train yet."""
         try:
             self.adapters[name] = replace(self.adapters[adapter_name], preconditioner=None)
             self.stand_on(name, cast(str, self.adapters[name].basis))
@@ -195,12 +195,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         except BaseException:  # Ctrl-C, too
             self.lorasb_R.stored_16bit.discard(name)
             for values in (self.adapters, self.lorasb_A, self.lorasb_B, self.lorasb_R):
-                with suppress(KeyError, AttributeError):  # a ParameterDict may have the key, and no parameter yet
+                with suppress(KeyError, AttributeError):  # a ParameterDict may have the key but no parameter yet
                     del values[name]
             raise
 
     def move_to_basis(self, adapter_name: str, basis: str, core: Tensor) -> None:
-        """Give an adapter the A, B, rank and s of another one, and an R [r, r]; dropout and all else stays."""
+        """Give an adapter the A, B, rank and s of another one, and a new R [r, r]; other settings stay."""
         old, state, other = self.lorasb_R[adapter_name], self.adapters[adapter_name], self.adapters[basis]
         self.stand_on(adapter_name, basis)
         state.r, state.scaling, state.made_with = other.r, other.made_with, other.made_with
@@ -208,7 +208,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.lorasb_R[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def leave_basis(self, adapter_name: str) -> None:
-        """Give an adapter that shares another one's factors copies of these A and B."""
+        """Give an adapter that shares another one's A and B its own copies of them."""
         state = self.adapters[adapter_name]
         if state.basis is not None:
             state.basis = None
@@ -217,17 +217,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def bases(self) -> dict[str, str]:
-        """Adapters that have the A and B of another one, and whose."""
+        """Each adapter that uses another one's A and B, mapped to that one."""
         return {name: state.basis for name, state in self.adapters.items() if state.basis is not None}
 
     def serves_bank(self, adapter_name: str) -> bool:
-        """True if a bank's adapters have this one's A and B."""
+        """True if a bank's adapters use this one's A and B."""
         return self.stored_cores is not None and bool(self.stored_cores.basis == adapter_name)
 
     def core(self, name: str) -> Tensor:
-        """R of an adapter for a forward, with the gradient that it is to get (Theorem 3, if `equivalent_gradient`)."""
+        """Return an adapter's R for a forward; `equivalent_gradient` changes its gradient (Theorem 3)."""
         core: Tensor = cast(Any, self._modules["lorasb_R"])._parameters[name]
-        if core.dtype in SIXTEEN_BIT:  # as asked: products take fp32 or wider, and the gradient is rounded to R's dtype
+        if core.dtype in SIXTEEN_BIT:  # products take fp32 or wider, and the gradient is rounded to R's dtype
             core = core.float()
         if not torch.is_grad_enabled():
             return core
@@ -241,7 +241,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def preconditioner(self, name: str) -> tuple[Tensor, Tensor]:
         """(BᵀB)⁻¹/s² and (AAᵀ)⁻¹ [r, r] of an adapter (Theorem 3), in R's dtype; cached until A, B or s changes."""
         state, a, b, dtype = self.adapters[name], self.lorasb_A[name], self.lorasb_B[name], self.lorasb_R[name].dtype
-        # Pointers show that a parameter was replaced or moved, versions that it was written to in place.
+        # The pointer changes if a parameter is replaced or moved, the version if it is written in place.
         key = (a.data_ptr(), a._version, b.data_ptr(), b._version, state.scaling)
         if state.preconditioner is None or state.preconditioner[0] != key:
             wide_a, wide_b = a.double(), b.double()  # a Gram matrix squares the factors' condition number
@@ -253,7 +253,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def is_initialized(self, name: str) -> bool:
         """True if an adapter was initialized, or loaded from one that was."""
         state = self.adapters[name]
-        # transformers' loader assigns parameters past `_load_from_state_dict`, and marks each one that it loaded.
+        # transformers' loader bypasses `_load_from_state_dict`, and marks each parameter that it loaded.
         if not state.initialized and all(is_loaded(getattr(self, f)[name]) for f in FACTORS):
             state.initialized = has_values(self.lorasb_A[name])
         return state.initialized
@@ -264,7 +264,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return {"lorasb_A": (r, self.in_features), "lorasb_R": (r, r), "lorasb_B": (self.out_features, r)}
 
     def cast_factors(self, adapter_name: str, wide_core: bool | None = None, frozen_alone: bool = False) -> None:
-        """Move an adapter, or A and B alone, to the base's device, in the dtypes that they were asked in."""
+        """Move an adapter, or only A and B, to the base's device, in the configured dtypes."""
         if adapter_name not in self.lorasb_R:
             return
         if wide_core is not None:
@@ -277,16 +277,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             device = old.device if old.device.type == "meta" else self.base.device
             if (old.dtype, old.device) != (dtype, device):
                 new = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
-                new.__dict__.update(old.__dict__)  # attributes set from outside, as transformers' loaded flag
+                new.__dict__.update(old.__dict__)  # attributes set from outside, such as transformers' loaded flag
                 factors[adapter_name] = new
-        # A loader or a change of dtype replaces shared tensors by separate ones.
+        # A loader or a change of dtype replaces shared tensors with separate ones.
         for name, basis in self.bases.items():
             if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
                 self.stand_on(name, basis)
 
     @property
     def core_dtype(self) -> torch.dtype:
-        """The dtype of R: fp32 for a 16-bit base, where small updates would round to nothing, else the base's."""
+        """The dtype of R: fp32 for a 16-bit base, as 16 bits would round small updates away, else the base's."""
         dtype = self.base.dtype
         return torch.float32 if dtype in SIXTEEN_BIT else dtype
 
@@ -316,11 +316,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def scaling(self) -> dict[str, float]:
-        """The s by adapter name."""
+        """The scale s of each adapter, by name."""
         return Scales(self.adapters)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's s to `scale` times the one that it was made with; others' names are passed over."""
+        """Set an adapter's s to `scale` times its original s; names that this layer lacks are ignored."""
         if adapter in self.adapters:
             self.adapters[adapter].scaling = scale * self.adapters[adapter].made_with
 
@@ -330,7 +330,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.adapters[name].scaling *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the s of every active adapter; None puts back the one that it was made with."""
+        """Divide the s of every active adapter; None restores its original s."""
         for name in self.active_here():
             state = self.adapters[name]
             state.scaling = state.made_with if scale is None else state.scaling / scale
@@ -340,12 +340,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.adapters]
 
     def checked_rows(self, x: Tensor, names: Rows | Sequence[str]) -> Rows:
-        """The adapters of the rows of x; a ValueError if they are not one for each, or if adapters are merged."""
+        """Return the adapter of each row of x; raise a ValueError if their numbers differ or adapters are merged."""
         rows = names if isinstance(names, Rows) else Rows.of(names)
         if rows.index.shape[0] != x.shape[0]:
             raise ValueError(other_length(x.shape[0], len(rows)))
         if self.merged:
-            raise ValueError(  # in PEFT's words, by which programs tell this error, and the fix
+            raise ValueError(  # PEFT's wording, which programs match, and the fix
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first: "
                 "model.unmerge_adapter()"
             )
@@ -358,7 +358,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return self._delta(adapter)
 
     def _delta(self, name: str) -> Tensor:
-        """s·B R A with R's graph."""
+        """Return s·B R A, differentiable with respect to R."""
         # A and B are widened, as a product in 16 bits would round the delta before it is added to the weight.
         core = self.core(name)
         b, a = self.lorasb_B[name].to(core.dtype), self.lorasb_A[name].to(core.dtype)
@@ -368,7 +368,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The base weight plus sign times the adapters' deltas, summed in R's dtype.
 
         Raises:
-            ValueError: the result is not finite, or the base layer is opaque without a way to W, or computes W itself.
+            ValueError: the result is not finite, or the base layer's W cannot be read, or the layer computes it itself.
         """
         self.base.refuse_computed_weight()
         weight = self.base.merging_weight().detach()
@@ -390,7 +390,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         A quantized or opaque base layer is replaced by a dense one in its compute dtype, until `unmerge`.
 
         Raises:
-            ValueError: the result is not finite, with `safe_merge` and without; or the base layer gives no W.
+            ValueError: the result is not finite (with or without `safe_merge`), or the base layer's W cannot be read.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.lorasb_R]
         if names:
@@ -406,15 +406,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _use(self, base: Base) -> None:
-        """Take another base, and its module, with the settings of the one before."""
+        """Switch to another base and its module, and keep the current base's settings."""
         base.trains_bias, base.casts = self.base.trains_bias, self.base.casts
         self.base = base
         if base.module is not self.base_layer:
             self.base_layer = base.module
-        self._follow_base()  # a merged one may have been cast meanwhile
+        self._follow_base()  # a merged base may have been cast meanwhile
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """W [out, in] of a tensor in the base weight's layout; a view."""
+        """View a tensor in the base weight's layout as W [out, in]."""
         return self.base.matrix(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

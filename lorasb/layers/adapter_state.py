@@ -17,33 +17,33 @@ from ..utils.precision import SIXTEEN_BIT
 
 
 def check_name(adapter_name: object) -> None:
-    """Raise a ValueError for what cannot name an adapter."""
-    # It is an entry of ParameterDicts, which cannot be that of their methods and attributes.
+    """Raise a ValueError for an invalid adapter name."""
+    # Names are keys of ParameterDicts, so they must differ from a ParameterDict's methods and attributes.
     is_text = isinstance(adapter_name, str) and adapter_name != "" and "." not in adapter_name
     if not is_text or adapter_name == BASE_ROW or hasattr(nn.ParameterDict(), str(adapter_name)):
         raise ValueError(
-            f"expected a name without dots for each adapter, not {BASE_ROW} or a method's of a dictionary, got "
+            f"expected a name without dots for each adapter, not {BASE_ROW} or an attribute of ParameterDict, got "
             f"{adapter_name!r}"
         )
 
 
 @dataclass(kw_only=True)
 class AdapterState(AdapterOptions):
-    """An adapter of a layer."""
+    """The state of one adapter in a layer."""
 
     r: int  # rank
     scaling: float  # s
-    made_with: float  # the s that it was made with
-    # whether A, R and B have values; ask `AdaptedLayer.is_initialized`, which sees loaded ones, too
+    made_with: float  # the original s
+    # whether A, R and B have values; read `AdaptedLayer.is_initialized` instead, which also detects loaded values
     initialized: bool = False
-    basis: str | None = None  # the adapter whose A and B it has; None if they belong to it
-    cast_from: tuple[bytes, bytes] | None = None  # digests of A and B, cast and as their file has them
-    # of Theorem 3, with the state of A, B and s that it was computed from; None before
+    basis: str | None = None  # the adapter whose A and B it uses; None if it has its own
+    cast_from: tuple[bytes, bytes] | None = None  # digests of A and B: after the cast, and as in their file
+    # Theorem 3's matrices, after a key of the A, B and s that they were computed from; None if not computed yet
     preconditioner: tuple[object, Tensor, Tensor] | None = field(default=None, repr=False)
 
 
 class Scales(dict[str, float]):
-    """The s by adapter name, which may be set, as in PEFT's layers."""
+    """The s by adapter name; assigning to an entry sets the adapter's s, as in PEFT's layers."""
 
     def __init__(self, adapters: dict[str, AdapterState]) -> None:
         super().__init__({name: state.scaling for name, state in adapters.items()})
@@ -81,13 +81,13 @@ def refuse_training(core: Tensor, name: str, training: bool) -> Tensor:
     def raise_error(_: Tensor) -> None:
         raise error
 
-    core = core.view_as(core)  # a hook on the parameter itself would outlive this forward and collect with each one
+    core = core.view_as(core)  # a hook on the parameter itself would outlive this forward and pile up
     core.register_hook(raise_error)
     return core
 
 
 def has_values(a: Tensor) -> bool:
-    """False for the zeros of an adapter that was saved before it was initialized."""
+    """Return False if A is all zeros: its adapter was saved before it was initialized."""
     a = a.detach()
     a = a.to_local() if hasattr(a, "to_local") else a  # a DTensor's own shard
     return a.is_meta or a.numel() == 0 or bool(a.any())
@@ -102,7 +102,7 @@ class FrozenFactors(nn.ParameterDict):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFactors:
-        """Move A or B; their dtype is the base's or fp32, and a cast would round what stays in fp32."""
+        """Move A or B without a cast, which would round factors that stay in fp32."""
 
         def move_only(tensor: Tensor) -> Tensor:
             new = fn(tensor)
@@ -113,7 +113,7 @@ class FrozenFactors(nn.ParameterDict):
 
 
 class Cores(nn.ParameterDict):
-    """R by adapter name, not in 16 bits, where small updates would round to nothing, unless that was asked for."""
+    """R by adapter name; never in 16 bits, which would round small updates away, unless requested."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,13 +121,13 @@ class Cores(nn.ParameterDict):
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if isinstance(value, nn.Parameter) and value.dtype in SIXTEEN_BIT and name not in self.stored_16bit:
-            marks = vars(value)  # set from outside, as transformers' loaded flag
+            marks = vars(value)  # set from outside, such as transformers' loaded flag
             value = nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
             vars(value).update(marks)
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
-        """Move R; of a cast to 16 bits (`model.to(torch.bfloat16)`) only the change of device is applied."""
+        """Move R; a cast to 16 bits (`model.to(torch.bfloat16)`) only changes its device."""
 
         # `_apply` may set `parameter.data` in place, which does not pass through `__setattr__`.
         def move_only(tensor: Tensor) -> Tensor:
@@ -142,10 +142,10 @@ TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")  # `config.model_type` of 
 
 
 def other_length(inputs: int, names: int) -> str:
-    """The message for adapter_names that are not one for each row, in PEFT's words, and the fix."""
+    """Return PEFT's message for adapter_names of the wrong length, plus the fix."""
     return (
         f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {inputs} "
-        "respectively: give a name for each row of the batch, and num_beams or num_return_sequences to generate()"
+        "respectively: give one name per row of the batch, and pass num_beams or num_return_sequences to generate()"
     )
 
 
@@ -153,14 +153,14 @@ def other_length(inputs: int, names: int) -> str:
 class Rows:
     """The adapter name of each of n rows.
 
-    A layer may get the batch's rows [B, ...] or their tokens flattened [B·T, in]. Others reorder or select tokens,
-    where a matching number of rows would be a coincidence.
+    A layer may get the batch's rows [B, ...] or their tokens flattened [B·T, in]. Other layers reorder or select
+    tokens, so a matching number of rows would be a coincidence.
     """
 
     names: tuple[str, ...]  # the distinct names
     index: Tensor  # [n], int64 on the CPU: each row's index into `names`
-    slots: Tensor | None = None  # [names], int64: where a bank has each of them, or -1; None without a bank
-    basis: str = ""  # the adapter whose A and B those of the bank have, and whose trained modules serve them, too
+    slots: Tensor | None = None  # [names], int64: each name's slot in the bank, or -1; None without a bank
+    basis: str = ""  # the adapter whose A, B and trained modules the bank's adapters use
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Rows:
@@ -169,13 +169,13 @@ class Rows:
         return cls(distinct, torch.tensor([distinct.index(name) for name in names], dtype=torch.int64, device="cpu"))
 
     def __len__(self) -> int:
-        return self.index.shape[0]  # not len(): torch's takes microseconds, and every layer asks
+        return self.index.shape[0]  # not len(): torch's takes microseconds, and every layer calls this
 
     def __eq__(self, other: object) -> bool:
-        """True if every row has the same name."""
+        """True if both have the same name for every row."""
         return isinstance(other, Rows) and self.names == other.names and torch.equal(self.index, other.index)
 
-    # Cached, as every layer asks: a batch has one `Rows` for all of them.
+    # Cached, as every layer reads it: all layers share the batch's `Rows`.
     @cached_property
     def places(self) -> Tensor | None:
         """[n]: each row's slot in the bank, or -1; None without a bank."""
@@ -183,13 +183,13 @@ class Rows:
 
     @cached_property
     def others(self) -> tuple[str, ...]:
-        """Names that no bank has."""
+        """Names that are not in the bank."""
         if self.slots is None:
             return self.names
         return tuple(name for name, slot in zip(self.names, self.slots.tolist(), strict=True) if slot < 0)
 
     def to_list(self) -> list[str]:
-        """One name per row, of adapters of the model: of those in a bank their basis."""
+        """One name per row; adapters in a bank are listed as their basis."""
         others = set(self.others)
         return [name if name in others else self.basis for name in (self.names[i] for i in self.index.tolist())]
 
@@ -198,12 +198,12 @@ class Rows:
         return replace(self, index=self.index[rows.to(self.index.device)])
 
     def repeat_interleave(self, repeats: int) -> Rows:
-        """Each row's name `repeats` times in turn, as for flattened tokens or for beams."""
+        """Repeat each row's name `repeats` times in succession, as for flattened tokens or for beams."""
         return replace(self, index=self.index.repeat_interleave(repeats))
 
 
 def chooses_tokens(name: str) -> bool:
-    """True if a module's name is that of a routed expert, which gets a selection of the tokens."""
+    """True if a module's name indicates a routed expert, which gets only some of the tokens."""
     # Shared experts get all tokens.
     return any("expert" in component and "shared" not in component for component in name.split("."))
 
@@ -214,7 +214,7 @@ def rows_of(x: Tensor, rows: Rows, outer: torch.Size | None, tokens_first: bool)
         fits = x.dim() == 2 or tokens_first or len(x) % len(rows) == 0
         return replace(rows, index=rows.index[:1].expand(len(x))) if fits else None
     if x.dim() > 2:
-        # With B = T, [B, T, in] and [T, B, in] have the same shape; strides of a transpose give the latter away.
+        # With B = T, [B, T, in] and [T, B, in] have the same shape; the strides of a transpose reveal the latter.
         unclear = x.shape[0] == x.shape[1] and (tokens_first or x.stride(0) < x.stride(1))
         return rows if len(x) == len(rows) and not unclear else None
     if outer is not None and outer[0] == len(rows) and len(x) == outer[0] * outer[1]:  # flattened to [B·T, in]

@@ -1,6 +1,6 @@
 """`Base`: the frozen module under a layer's adapters: its weight, dtype, device, forward and merging.
 
-It is dense, quantized (in storage that our kernels read) or opaque (another quantizer's, which is called).
+It is dense, quantized (in storage that our kernels read) or opaque (another quantizer's, whose forward is called).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..quantization.quantized_weight import QuantizedWeight, of_module
 class Base:
     """A frozen linear module under adapters, with a dense W [out, in], or [in, out] if `fan_in_fan_out`.
 
-    Subclasses have other kinds. The module is the layer's `base_layer`, too; the layer itself is not known, as a cycle
-    of references would keep a dropped model in memory.
+    Subclasses handle other kinds. The module is also the layer's `base_layer`; there is no reference to the layer
+    itself, as a reference cycle would keep a dropped model in memory.
     """
 
     def __init__(self, module: nn.Module, fan_in_fan_out: bool = False) -> None:
-        # Every forward asks for it: `layer.base_layer`, by `nn.Module.__getattr__`, takes longer than a small product.
+        # Every forward reads it: `layer.base_layer` calls `nn.Module.__getattr__`, slower than a small product.
         self.module: Any = module
         self.fan_in_fan_out = fan_in_fan_out
-        self.reads_storage = fan_in_fan_out  # whether our ops compute x Wᵀ whatever forward the module's class has
+        self.reads_storage = fan_in_fan_out  # whether our ops compute x Wᵀ regardless of the class's forward
         self.trains_bias = False  # our ops do not differentiate the bias: the module's own forward does
         self.casts = True  # PEFT's `disable_input_dtype_casting` switches it off
 
@@ -47,15 +47,15 @@ class Base:
         weight = module._parameters.get("weight") if type(module) is nn.Linear else None
         if weight is not None:
             return weight
-        weight = getattr(module, "weight", None)  # of a module that is parametrized, no parameter of that name
+        weight = getattr(module, "weight", None)  # not a parameter if the module is parametrized
         return weight if isinstance(weight, Tensor) else first_tensor(module)
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """W [out, in] of a tensor in the weight's layout; a view."""
+        """View a tensor in the weight's layout as W [out, in]."""
         return stored.t() if self.fan_in_fan_out else stored
 
     def folded(self, matrix: Tensor) -> Tensor:
-        """A matrix [out, in] in the weight's layout."""
+        """Return a matrix [out, in] in the weight's layout."""
         return matrix.t() if self.fan_in_fan_out else matrix
 
     def weight(self) -> Tensor:
@@ -72,7 +72,7 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the module computes in; also that of A and B."""
+        """The module's compute dtype; also the dtype of A and B."""
         return self.parameter().dtype
 
     @property
@@ -105,7 +105,7 @@ class Base:
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]:
         """Operands of an op: x in the module's dtype, W [out, in] or its storage, and the bias."""
         parameters, weight = self.module._parameters, None
-        if type(self.module) is nn.Linear:  # every forward asks: `nn.Module.__getattr__` takes longer
+        if type(self.module) is nn.Linear:  # runs in every forward: `nn.Module.__getattr__` is slower
             weight, bias = parameters.get("weight"), parameters["bias"]
         if weight is None:
             weight, bias = self.parameter(), self.module.bias
@@ -113,7 +113,7 @@ class Base:
         return x, weight.t() if self.fan_in_fan_out else weight, bias
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """y of the module alone."""
+        """Return the module's own output, without adapters."""
         return cast(Tensor, self.module(x, *args, **kwargs))
 
     def refuse_computed_weight(self) -> None:
@@ -127,20 +127,20 @@ class Base:
             )
 
     def merged(self, weight: Tensor) -> Base:
-        """The base with merged values, in the weight's layout, in the weight's place."""
-        self.parameter().data = weight  # the parameter object stays, with whatever refers to it
+        """Return a base with the merged values `weight`, in the weight's layout, as its weight."""
+        self.parameter().data = weight  # the same parameter object, as others may refer to it
         return self
 
     def restored(self) -> Base | None:
-        """The base as it was before `merged`; None if what was added has to be subtracted."""
+        """Return the base from before `merged`; None if the merged deltas have to be subtracted."""
         return None
 
     def moved(self) -> None:
-        """Refresh values that were read from a module that was moved or cast."""
+        """Refresh values read from the module, after it was moved or cast."""
 
 
-class Kept(Base):
-    """A module that a dense one replaces while adapters are merged."""
+class ReplaceableBase(Base):
+    """A module that is replaced by a dense one while adapters are merged."""
 
     def merged(self, weight: Tensor) -> Base:
         bias: Tensor | None = getattr(self.module, "bias", None)
@@ -149,14 +149,14 @@ class Kept(Base):
 
 
 class MergedBase(Base):
-    """The dense linear in place of a quantized or opaque module, which is kept."""
+    """The dense linear that stands in for a quantized or opaque module while adapters are merged."""
 
     def __init__(self, module: nn.Module, former: Base) -> None:
         super().__init__(module)
         self.former = former
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        # The dense linear has the former's compute dtype: x is cast for it.
+        # The dense linear has the replaced module's compute dtype, so x is cast to it.
         y = super().forward(self.cast(x), *args, **kwargs)
         return y if autocast_on(x.device.type) else y.to(x.dtype)
 
@@ -164,13 +164,13 @@ class MergedBase(Base):
         return self.former
 
 
-class QuantizedBase(Kept):
+class QuantizedBase(ReplaceableBase):
     """A linear in 4 or 8 bits, in storage that our kernels read: its own forward does not run."""
 
     def __init__(self, module: nn.Module, int8_dtype: torch.dtype | None) -> None:
         super().__init__(module)
         self.reads_storage = True
-        self.int8_dtype = int8_dtype  # compute dtype of 8 bits, whose storage has none; of the bias, or fp16, if None
+        self.int8_dtype = int8_dtype  # 8 bits: compute dtype, which the storage lacks; None: the bias's or fp16
         # The storage as read, and the parameter it was read from, with its version and pointer. All three are compared:
         # assigning a new parameter may reuse the address, in-place ops change the version alone, and
         # `parameter.data = ...` the pointer alone.
@@ -195,7 +195,7 @@ class QuantizedBase(Kept):
         return weight
 
     def moved(self) -> None:
-        # Read the storage at once, not at the next forward: a compiled one returns the last one without a check.
+        # Reread the storage now, not in the next forward: a compiled forward uses the cached one unchecked.
         if self._read is not None and not self.module.weight.is_meta:
             self._read = None
             self.quantized()
@@ -231,9 +231,9 @@ class QuantizedBase(Kept):
 
 
 def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A frozen linear over an existing weight [out, in] and bias: nothing is allocated or drawn."""
+    """Return a frozen linear over an existing weight [out, in] and bias, without allocation or random values."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    # Not by `register_parameter`, which moves what it gets to the meta device in PEFT's `low_cpu_mem_usage=True`.
+    # Not `register_parameter`: PEFT's `low_cpu_mem_usage=True` makes it move parameters to the meta device.
     linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
@@ -241,7 +241,7 @@ def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def first_tensor(layer: nn.Module) -> Tensor:
-    """A tensor of a layer's storage, which says the device."""
+    """Return a tensor of a layer's storage, which shows its device."""
     for tensors in (layer.parameters(), layer.buffers()):
         for tensor in tensors:
             return tensor
@@ -249,7 +249,7 @@ def first_tensor(layer: nn.Module) -> Tensor:
 
 
 def innermost(module: nn.Module) -> Any:
-    """The module below the layers that adapt it."""
+    """Return the module below the layers that adapt it."""
     while hasattr(module, "base_layer"):
         module = cast(nn.Module, module.base_layer)
     return module
@@ -257,11 +257,11 @@ def innermost(module: nn.Module) -> Any:
 
 @contextmanager
 def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[Tensor]]:
-    """The factors of an offloaded adapter on their execution device; offloaded again afterwards."""
-    # accelerate's hooks load a module's parameters around its forward, which a `ParameterDict` does not have.
+    """Yield an offloaded adapter's factors on their execution device, and offload them again afterwards."""
+    # accelerate's hooks load a module's parameters around its forward, but a `ParameterDict` has no forward.
     if torch.is_grad_enabled() and any(c._parameters[name].requires_grad for c in containers):  # type: ignore[union-attr]
         raise RuntimeError(
-            f"adapter {name!r} was offloaded with its base and cannot train so: offload the base model first, then "
+            f"adapter {name!r} was offloaded with its base, so it cannot train: offload the base model first, then "
             "call lorasb.patch, which leaves A, R and B where the model runs; or evaluate under torch.no_grad()"
         )
     if any(hook_of(container) is None for container in containers):
@@ -273,6 +273,6 @@ def factors_on_device(containers: list[nn.Module], name: str) -> Iterator[list[T
 
 
 def weight_present(base: nn.Module) -> AbstractContextManager[None]:
-    """A block in which an offloaded weight of a base layer is on its execution device; others are not touched."""
+    """Load an offloaded base weight onto its execution device inside the block; other weights are not touched."""
     weight = base._parameters.get("weight")
     return align_module_device(base) if weight is not None and weight.is_meta else nullcontext()

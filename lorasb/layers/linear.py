@@ -21,7 +21,7 @@ from .base import factors_on_device
 
 
 class RowCores(NamedTuple):
-    """Operands of `lora_sb_linear` for rows with adapters on one basis."""
+    """Operands of `lora_sb_linear` for rows whose adapters share a basis."""
 
     a: Tensor  # [r, in]
     b: Tensor  # [out, r]
@@ -31,7 +31,7 @@ class RowCores(NamedTuple):
 
 
 def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: object, **kwargs: object) -> Tensor:
-    """y [..., out] of a linear with a choice of adapter for each row of x."""
+    """Return y [..., out] of a linear with one adapter per row of x."""
     rows = layer.checked_rows(x, rows)
     calls, alone = calls_for(layer, rows)
     if len(calls) == 1 and not (alone or args or kwargs or is_wide(layer, calls[0]) or layer.base.must_run()):
@@ -42,7 +42,7 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: o
     y = layer.base.forward(x, *args, **kwargs)
     for names in calls:
         y = y + _computed(layer, x, row_cores(layer, names, rows)).to(y.dtype)
-    for name in alone:  # over its rows
+    for name in alone:  # on its rows only
         indices = (rows.index == rows.names.index(name)).nonzero().flatten().to(x.device)
         if len(indices) == len(x):
             y = y + layer.adapter_forward(layer.base.cast(x), name).to(y.dtype)
@@ -53,7 +53,7 @@ def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: o
 
 
 def calls_for(layer: AdaptedLayer, rows: Rows) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The adapters of each call that computes all rows (for a bank its basis), and those with factors of their own."""
+    """Return the adapters of each call that computes all rows (for a bank its basis), and those computed alone."""
     if layer.disable_adapters:
         return [], []
     calls: list[tuple[str, ...]] = []
@@ -66,13 +66,13 @@ def calls_for(layer: AdaptedLayer, rows: Rows) -> tuple[list[tuple[str, ...]], l
 
 
 def is_wide(layer: AdaptedLayer, names: Sequence[str]) -> bool:
-    """True if one of these adapters computes in fp32, whatever the base's dtype."""
+    """True if one of these adapters computes in fp32 regardless of the base's dtype."""
     return True in [layer.adapters[name].wide_factors for name in names]
 
 
 def row_cores(layer: AdaptedLayer, names: tuple[str, ...], rows: Rows) -> RowCores:
-    """The operands of such a call: the R's of a bank, not copied, or the adapters' R's, stacked, with gradients."""
-    modules, bank, places = layer._modules, layer.stored_cores, rows.places  # the public way takes microseconds
+    """Return the operands of one call: a bank's R's, not copied, or the adapters' R's, stacked, with gradients."""
+    modules, bank, places = layer._modules, layer.stored_cores, rows.places  # public access takes microseconds
     a, b = (cast(Any, modules[factor])._parameters[names[0]] for factor in FROZEN_FACTORS)
     if len(names) == 1 and bank is not None and places is not None:
         return RowCores(a, b, bank.stack(), places, layer.adapters[names[0]].scaling)
@@ -82,7 +82,7 @@ def row_cores(layer: AdaptedLayer, names: tuple[str, ...], rows: Rows) -> RowCor
 
 
 def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = False) -> Tensor:
-    """s·x_i Aᵀ R_kᵀ Bᵀ of all rows; `fused` with the base's product in the same call."""
+    """Return s·x_i Aᵀ R_kᵀ Bᵀ of all rows, plus the base's product if `fused`."""
     dtype, autocast = x.dtype, autocast_on(x.device.type)
     x, weight, bias = layer.base.operands(x) if fused else (layer.base.cast(x), None, None)
     if not fused and not autocast:
@@ -92,7 +92,7 @@ def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = Fals
 
 
 def on_one_basis(layer: AdaptedLayer, names: list[str]) -> bool:
-    """True if adapters have the same A and B tensors and one s, and nothing that is computed adapter by adapter."""
+    """True if adapters share A, B and s, and no option requires computing them separately."""
     first = names[0]
     a, b = layer.lorasb_A[first], layer.lorasb_B[first]
     return all(
@@ -106,7 +106,7 @@ def on_one_basis(layer: AdaptedLayer, names: list[str]) -> bool:
 
 
 def trains_by_row(layer: AdaptedLayer, names: list[str]) -> bool:
-    """True if rows may have these adapters while they are trained: one call has their gradients apart."""
+    """True if one batch can train all of these adapters: one call gives each R its own gradient."""
     mine = [name for name in names if name in layer.lorasb_R]
     return not mine or (isinstance(layer, LoRASBLinear) and on_one_basis(layer, mine))
 
@@ -125,10 +125,10 @@ class LoRASBLinear(AdaptedLayer):
         adapter_name, r, scaling: name, rank and s of the first adapter.
         lora_dropout, equivalent_gradient, wide_factors: its options, as in `LoRASBConfig`.
         fan_in_fan_out: the weight is stored transposed, as in `transformers.Conv1D`.
-        octet_dtype: compute dtype of an 8-bit base, which its storage does not record; the dtype of its bias, or fp16
-            without one, if None.
-        resolver_options: of PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
-        options: others of `AdapterOptions`, of which there are none yet.
+        octet_dtype: compute dtype of an 8-bit base, which its storage does not record; if None, the dtype of its bias,
+            or fp16 without a bias.
+        resolver_options: for PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
+        options: other fields of `AdapterOptions`; there are none yet.
 
     Forward: x [..., in] -> y [..., out], in x's dtype, or autocast's.
 
@@ -136,7 +136,7 @@ class LoRASBLinear(AdaptedLayer):
         RuntimeError: on a training forward of an adapter that has not been initialized.
     """
 
-    # `linear_group.attach` sets it: y as computed with other layers that read x, or None
+    # set by `linear_group.attach`: returns y computed together with other layers that read x, or None
     fused_output: Callable[[LoRASBLinear, Tensor, Rows | None], Tensor | None] | None = None
 
     def forward(
@@ -170,7 +170,7 @@ class LoRASBLinear(AdaptedLayer):
         self, x: Tensor, name: str, weight: Tensor | QuantizedWeight | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """s·x Aᵀ Rᵀ Bᵀ of one adapter [..., out], plus the base's product if its weight is given."""
-        # Indexing ParameterDicts the public way takes as long as the adapter's products for a single token.
+        # Public indexing of ParameterDicts takes as long as the adapter's products for a single token.
         modules: dict[str, Any] = self._modules
         a, b = modules["lorasb_A"]._parameters[name], modules["lorasb_B"]._parameters[name]
         core, state = modules["lorasb_R"]._parameters[name], self.adapters[name]
@@ -179,7 +179,7 @@ class LoRASBLinear(AdaptedLayer):
                 if weight is None and not autocast_on(x.device.type):
                     x = x.to(a.dtype)  # as below
                 return lora_sb_linear(x, weight, a, core, b, bias, state.scaling)
-        # transformers' loader reads adapter_model.safetensors alone, so a checkpoint with shared factors gets R only.
+        # transformers' loader reads only adapter_model.safetensors, which has no A and B if factors are shared.
         if not state.initialized and is_loaded(core) and not is_loaded(a):
             raise missing_factors_error()
         if not state.initialized or state.equivalent_gradient or core.dtype in SIXTEEN_BIT:  # else R as it is
@@ -201,7 +201,7 @@ def equivalent_gradient(layer: LoRASBLinear, adapter_name: str | None = None) ->
         adapter_name: name of the adapter; the first active one if None.
 
     Returns:
-        [r, r] in R's dtype. If the layer was made with `equivalent_gradient=True`, this is R's gradient as it is.
+        [r, r] in R's dtype. If the layer was made with `equivalent_gradient=True`, this is R's gradient unchanged.
 
     Raises:
         ValueError: R has no gradient yet.

@@ -1,4 +1,4 @@
-"""`Linear4bit`: a frozen linear in 4 bits with bitsandbytes' storage and files; quantizing a model, merged ones too."""
+"""`Linear4bit`: a frozen 4-bit linear with bitsandbytes' storage and files; quantization of models, merged ones too."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ class Linear4bit(nn.Linear):
         packed = self.weight
         if packed.is_floating_point() and type(packed.data) is Tensor:
             # Packed bytes viewed as floats: `fn` may be a cast, which would convert their values. It gets them as
-            # uint8, which casts leave alone. A DTensor of FSDP2 goes through as it is.
+            # uint8, which casts leave alone. A DTensor of FSDP2 passes through unchanged.
             self._parameters["weight"] = None
             try:
                 super()._apply(fn, recurse)
                 moved = fn(packed.data.view(torch.uint8))
                 packed.data = moved.view(packed.dtype)
-            finally:  # a GPU may be too small
+            finally:  # the move may fail on a GPU that is too small
                 self._parameters["weight"] = cast("nn.Parameter", packed)
         else:
             super()._apply(fn, recurse)
@@ -92,7 +92,7 @@ class Linear4bit(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # FSDP2's sharded state dicts are made for checkpoints of adapter training, which hold nothing of the base.
+        # FSDP2's sharded state dicts are for checkpoints of adapter training, which do not contain the base.
         if not hasattr(self.weight, "device_mesh"):
             for name, tensor in self.quant_state.as_tensors().items():
                 destination[f"{prefix}weight.{name}"] = tensor
@@ -118,7 +118,7 @@ class Linear4bit(nn.Linear):
                 errors.append(f"{prefix}weight: {error}")  # load_state_dict raises for all errors together
                 return
             self.quant_state = state
-        elif strict and not hasattr(self.weight, "device_mesh"):  # of FSDP2: every rank has all statistics
+        elif strict and not hasattr(self.weight, "device_mesh"):  # FSDP2: every rank has all statistics
             missing.append(f"{start}absmax")
 
     def extra_repr(self) -> str:
@@ -129,8 +129,8 @@ class Linear4bit(nn.Linear):
 
 
 LEFT_OUT = ("lm_head",)  # bitsandbytes' integration in transformers leaves the output head in 16 bits as well
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")  # of tasks
-# Parts of names of layers that are never quantized: heads and poolers, which train, and wo, to whose dtype T5 casts x.
+HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj")  # task heads
+# Layers with these name parts are never quantized: heads and poolers, which train, and wo: T5 casts x to its dtype.
 DENSE = (*HEADS, "pooler", "DenseReluDense.wo")
 
 
@@ -146,8 +146,8 @@ def quantize(
 ) -> nn.Module:
     """Replace a model's linears by `Linear4bit`, in place; on any error the model is left unchanged.
 
-    The storage equals bitsandbytes' bit for bit, and bitsandbytes loads the files. Output embeddings and the heads of
-    tasks stay dense.
+    The storage equals bitsandbytes' bit for bit, and bitsandbytes loads the files. Output embeddings and task
+    heads stay dense.
 
     Args:
         model: with `nn.Linear` layers in fp32, bf16 or fp16.
@@ -189,14 +189,14 @@ def _targets(model: nn.Module, exclude: set[str]) -> Iterable[tuple[nn.Module, s
     for name, parent in model.named_modules():
         for child, layer in parent.named_children():
             full = f"{name}.{child}" if name else child
-            # Subclasses have forwards of their own, and a weight on meta has no values to quantize.
+            # Subclasses have their own forwards, and a weight on meta has no values to quantize.
             plain = type(layer) is nn.Linear and layer.weight.dtype in QUANTIZABLE and not layer.weight.is_meta
             if plain and layer is not head and not any(f".{part}." in f".{full}." for part in exclude):
                 yield parent, child, full, layer
 
 
 def quantized_bases(model: nn.Module) -> dict[str, QuantizedWeight | OpaqueBase]:
-    """The 4-bit weights and other quantizers' layers that adapters of a model are merged into, by layer name."""
+    """Return, by layer name, the 4-bit weights and other quantizers' layers that a model's adapters merge into."""
     bases: dict[str, QuantizedWeight | OpaqueBase] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, AdaptedLayer):
@@ -210,17 +210,17 @@ def quantized_bases(model: nn.Module) -> dict[str, QuantizedWeight | OpaqueBase]
         elif weight is not None and weight.kind in KINDS:
             bases[name] = weight
     if not bases:
-        raise ValueError("requantize=True puts back quantized layers: this model has none under an adapter")
+        raise ValueError("expected a quantized layer under an adapter, got none: merge without requantize=True")
     return bases
 
 
 @torch.no_grad()
 def requantize(model: nn.Module, bases: dict[str, QuantizedWeight | OpaqueBase]) -> None:
-    """Quantize the layers of a merged model that had `quantized_bases` again, and report the errors."""
+    """Quantize again the layers of a merged model that had `quantized_bases`, and report the errors."""
     errors = {}
     for name, old in bases.items():
         layer = model.get_submodule(name)
-        if type(layer) is not nn.Linear or not has_dense_weight(layer):  # of an adapter that was not merged
+        if type(layer) is not nn.Linear or not has_dense_weight(layer):  # its adapter was not merged
             continue
         weight = layer.weight.detach()
         new: nn.Module
@@ -234,7 +234,7 @@ def requantize(model: nn.Module, bases: dict[str, QuantizedWeight | OpaqueBase])
         model.set_submodule(name, new.train(layer.training))
         wide = weight.float()
         errors[name] = float((rounded - wide).norm() / wide.norm().clamp_min(1e-30))  # an all-zero W has error 0
-    # layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), Q being W, the merged weight, after quantization
+    # layer name -> ‖Q − W‖ / ‖W‖ (Frobenius), with the merged weight W and its quantized values Q
     model.requantization_errors = errors  # type: ignore[assignment]
     if not errors:
         return

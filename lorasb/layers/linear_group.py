@@ -1,8 +1,8 @@
-"""Groups of layers that read the same x (q/k/v, gate/up): the first one called computes all, the others take theirs.
+"""Groups of layers that read the same x (q/k/v, gate/up): the first call computes all, the others take theirs.
 
 The model's own code is not changed. Groups are formed by the layers' names; every call checks that a member gets the
-very same tensor, and a layer that does not leaves its group before the next forward. Results are dropped at the end of
-the forward of the module that holds the layers.
+very same tensor, and a layer that gets another one leaves its group before the next forward. Results are dropped at the
+end of the forward of the parent module.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .linear import LoRASBLinear, calls_for, is_wide, row_cores
 
 
 def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[Tensor]:
-    """y_i [..., out_i] of members with equal `group_key`."""
+    """Return the y_i [..., out_i] of members with equal `group_key`."""
     index, dropout = None, 0.0
     if rows is not None:
-        (names,), _ = calls_for(members[0], rows)  # the others' too: a group key has them
+        (names,), _ = calls_for(members[0], rows)  # those of all members: they are part of the group key
         parts = [row_cores(member, names, rows) for member in members]
         adapters = [(part.a, part.cores, part.b, part.scaling) for part in parts]
         index = parts[0].places
@@ -43,7 +43,7 @@ def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[T
 
 
 def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple[object, ...] | None:
-    """A key that is equal for layers which can be computed together on x; None: compute this one alone."""
+    """Return a key that is equal for layers that can be computed together on x; None: compute this one alone."""
     if layer.disable_adapters or layer.merged or layer.base.quantized() is not None:  # the group op takes dense weights
         return None
     # A patched or offloaded base has to run its own forward.
@@ -70,7 +70,7 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
 
 
 def _is_watched(layer: LoRASBLinear) -> bool:
-    """True if hooks have to see their own layer run; those that only say which adapters its rows have do not."""
+    """True if hooks need the layer itself to run; hooks that only choose adapters by row do not."""
     own = vars(layer)
     others = own[private.HOOKS] or own[private.BACKWARD_HOOKS] or own[private.BACKWARD_PRE_HOOKS]
     pre_hooks = list(own[private.PRE_HOOKS].values())  # a copy: other threads may change them
@@ -93,10 +93,10 @@ NAMES = (
 
 @dataclass
 class Forward:
-    """A forward of the parent in one thread, and the results in it that members have not taken yet."""
+    """A forward of the parent in one thread, with the results that members have not taken yet."""
 
     parent: weakref.ref[nn.Module]
-    # The innermost saved-tensor hooks when it began. Gradient checkpointing around some of the layers installs others:
+    # The innermost saved-tensor hooks at its start. Gradient checkpointing around some of the layers installs others:
     # a result must not cross into or out of a region that recomputes its layers in backward without the others.
     saving: object
     x: Tensor | None = None  # the input that results were computed from
@@ -112,7 +112,7 @@ class FusedGroup:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)  # not the layers: a copied parent's hooks find its own
+        self.names = tuple(names)  # not the layers, so that a copied parent's hooks find the copies
         self._untaken: set[str] = set()  # members that did not take their results: separated before the next forward
         self._thread = threading.local()  # `forward`: each thread has its own x
 
@@ -120,7 +120,7 @@ class FusedGroup:
         return FusedGroup, (self.names,)
 
     def fused_output(self, layer: LoRASBLinear, x: Tensor, rows: Rows | None) -> Tensor | None:
-        """y of one member, as computed before with the others' or now; None: compute it alone."""
+        """Return y of one member, computed now or earlier with the others'; None: compute it alone."""
         # A compiled graph cannot carry results from one layer to another, and inference tensors have no version.
         if torch.compiler.is_compiling() or x.is_inference():
             return None
@@ -147,23 +147,23 @@ class FusedGroup:
         return forward.results.pop(members[layer])
 
     def _members(self, parent: nn.Module | None) -> dict[LoRASBLinear, str]:
-        """The layers, with their names; a child may have been replaced since the group was formed."""
+        """Map layers to their names; a child may have been replaced since the group was formed."""
         children = {} if parent is None else {parent._modules.get(name): name for name in self.names}
         return {m: n for m, n in children.items() if isinstance(m, LoRASBLinear) and m.fused_output is not None}
 
     def begins(self, parent: nn.Module, arguments: object) -> None:
-        """Begin a forward of the parent, with members separated by what the forwards before have shown."""
+        """Begin a forward of the parent, after separating members that did not share x in earlier forwards."""
         if torch.compiler.is_compiling():
             return
-        # not in backward, where checkpointing repeats a forward, which has to save what it saved the first time
+        # not in backward: a forward that checkpointing repeats has to save what it saved the first time
         if (apart := self._untaken) and private.graph_task() == -1:
             halves = [tuple(n for n in self.names if n not in apart), tuple(n for n in self.names if n in apart)]
-            self.names, self._untaken = max(halves, key=len), set()  # no group in `NAMES` has more than one pair
+            self.names, self._untaken = max(halves, key=len), set()  # at most three members: one half is no group
         if len(self.names) > 1:
             self._thread.forward = Forward(weakref.ref(parent), private.saved_tensor_hooks(True))
 
     def ends(self, parent: nn.Module, arguments: object, result: object) -> None:
-        """Drop what is left. `result` is None after an exception: only a complete forward shows who shares x."""
+        """Drop results not taken. `result` is None after an exception: only a complete forward shows who shares x."""
         if torch.compiler.is_compiling():
             return
         forward = vars(self._thread).pop("forward", None)
@@ -172,7 +172,7 @@ class FusedGroup:
 
 
 def _state(members: Iterable[LoRASBLinear], x: Tensor, rows: Rows | None) -> tuple[object, ...]:
-    """State that must not change between the first member's call and another's."""
+    """Return the state that must not change between the first member's call and another's."""
     # Versions show in-place writes to x or R; results computed on another CUDA stream may not be ready on this one.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     adapters = [
@@ -184,7 +184,7 @@ def _state(members: Iterable[LoRASBLinear], x: Tensor, rows: Rows | None) -> tup
 
 def wanted(*asked: bool | None) -> bool:
     """Return False if one adapter's `group` is False, else True if one is True, else whether there is a GPU."""
-    # 21 instead of 45 µs of the host's time (benchmarks.kernels.host_time); on CPUs 0.97 to 1.04 of the time (cpu.json)
+    # host time 21 instead of 45 µs (benchmarks.kernels.host_time); on CPUs 0.97 to 1.04 times as long (cpu.json)
     return False not in asked and (True in asked or torch.cuda.is_available())
 
 
@@ -207,7 +207,7 @@ def attach(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Detach the layers of all groups of a model, which are then computed alone."""
+    """Dissolve all groups of a model: each layer is then computed alone."""
     for module in model.modules():
         if isinstance(module, LoRASBLinear):
             module.fused_output = None

@@ -28,9 +28,9 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
 
 
 def layer_kinds(layers: dict[str, AdaptedLayer]) -> dict[str, list[Any]] | None:
-    """Kind, parameter, groups and shape of the layers that adapt no linear's weight; None without any.
+    """Return kind, parameter, groups and shape of layers that adapt other weights than a linear's; None without any.
 
-    0 groups are a convolution that PEFT's LoRA does not compute: dilated, or padded otherwise than by zeros.
+    groups is 0 for a convolution that PEFT's LoRA does not support: dilated, or not padded with zeros.
     """
     found = {}
     for name, layer in layers.items():
@@ -46,7 +46,7 @@ def any_merged(model: nn.Module) -> bool:
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, AdaptedLayer]]:
-    """An adapter's name (the active one unless given) and its layers, by their names in the base model."""
+    """Return an adapter's name (by default the active one) and its layers, by their names in the base model."""
     all_layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
     if not all_layers:
         raise ValueError("expected a model with LoRA-SB layers: call model = lorasb.patch(model) first")
@@ -60,7 +60,7 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
 
 
 def frozen_factors(layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[str, Tensor]:
-    """An adapter's A and B in the model, under the names that they have in a file."""
+    """Return an adapter's A and B in the model, under their names in a file."""
     return {
         f"{name}.{part}": getattr(layer, part)[adapter_name].detach()
         for name, layer in layers.items()
@@ -69,14 +69,14 @@ def frozen_factors(layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[s
 
 
 def digests(layers: dict[str, AdaptedLayer], adapter_name: str) -> tuple[bytes, ...]:
-    """The digest of an adapter's A and B; then that of their file, where they have been cast since it was read."""
+    """Return the digest of an adapter's A and B, followed by their file's digest if loading cast them."""
     found = digest(frozen_factors(layers, adapter_name))
     cast = next((layer.adapters[adapter_name].cast_from for layer in layers.values()), None)
     return (found, cast[1]) if cast is not None and cast[0] == found else (found,)
 
 
 def note_cast(layers: dict[str, AdaptedLayer], adapter_name: str, file: dict[str, Tensor]) -> None:
-    """Remember the digest of a file's A and B, by their names in it, if the adapter has them in another dtype."""
+    """Remember the digests of A and B before and after the cast, if the adapter's dtype is not the file's."""
     dtypes = {key: factor.dtype for key, factor in frozen_factors(layers, adapter_name).items()}
     known = {key: value for key, value in file.items() if key in dtypes}
     if any(value.dtype != dtypes[key] for key, value in known.items()):
@@ -96,15 +96,15 @@ def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> 
 
 
 def scalings_of(layers: dict[str, AdaptedLayer], basis: str) -> dict[str, float]:
-    """The s of a basis by layer, of which those of adapters on it are multiples; a ValueError where it is 0."""
+    """Return a basis's s by layer, of which its adapters' s are multiples; raise a ValueError where it is 0."""
     found = {name: layer.adapters[basis].scaling for name, layer in layers.items()}
     if not all(found.values()):
-        raise ValueError(f"the scale of {basis!r} is 0, so that no R on it does anything: set_scale(...)")
+        raise ValueError(f"the scale of {basis!r} is 0, so no R on it has any effect: call set_scale(...)")
     return found
 
 
 def layers_of_one(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, AdaptedLayer]]:
-    """An initialized adapter's name, by default that of the only active one, and its layers."""
+    """Return an initialized adapter's name, by default the only active one's, and its layers."""
     name, layers = adapted_layers(model, adapter_name)
     refuse_uninitialized(layers, name)
     active = next(iter(layers.values())).active_adapters
@@ -124,21 +124,21 @@ def refuse_more_than_factors(model: Any, adapter_name: str, remedy: str) -> None
 
 
 def parts_of_keys(paths: Iterable[str]) -> set[str]:
-    """Parts of a state dict's keys, between their dots, of layers at these paths: all before an adapter's name."""
+    """Return the dot-separated parts that come before the adapter name in state dict keys of layers at these paths."""
     parts = {part for path in (PEFT_PREFIX, *paths) for part in path.split(".")}
     return (parts | {"base_layer", *FACTORS}) - {""}
 
 
 def unsavable(adapter_name: str) -> str:
-    """The message for an adapter whose name stands in the keys of others' layers, which PEFT then does not save."""
+    """Return the message for an adapter name that occurs in layers' keys, so that PEFT does not save these."""
     return (
-        f"adapter {adapter_name!r} has the name of a part of the model, as in model.layers.0, whose layers PEFT would "
-        f"leave out of other adapters' files: take another name, such as 'u{adapter_name}'"
+        f"adapter {adapter_name!r} has the name of a part of the model, as in model.layers.0, and PEFT would leave "
+        f"that part's layers out of other adapters' files: take another name, such as 'u{adapter_name}'"
     )
 
 
 def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
-    """Raise a ValueError where new A and B would be those of other adapters, too."""
+    """Raise a ValueError if new A and B would replace those of other adapters, too."""
     for layer in layers.values():
         if adapter_name in layer.bases:
             raise ValueError(
@@ -149,7 +149,7 @@ def refuse_shared_basis(layers: dict[str, AdaptedLayer], adapter_name: str) -> N
 
 
 def refuse_basis_of_others(layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
-    """Raise a ValueError for an adapter whose A and B others have."""
+    """Raise a ValueError for an adapter whose A and B others use."""
     others = sorted({name for layer in layers.values() for name, basis in layer.bases.items() if basis == adapter_name})
     if any(layer.serves_bank(adapter_name) for layer in layers.values()):
         others.insert(0, "the model's bank (bank.detach())")
@@ -162,7 +162,7 @@ def refuse_basis_of_others(layers: dict[str, AdaptedLayer], adapter_name: str) -
 
 
 def allow_nested(model: nn.Module, allowed: bool) -> None:
-    """Forbid the nested tensors that a TransformerEncoder makes of padded rows, which adapted layers do not take."""
+    """Allow or forbid a TransformerEncoder's nested tensors of padded rows, which adapted layers do not take."""
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoder):
             continue
@@ -199,7 +199,7 @@ def discard(model: Any, adapter_name: str) -> None:
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Restore modules, requires_grad flags and the layers' adapters if the block raises."""
-    # Only references are kept: injection replaces modules and sets flags, and copies no weights.
+    # References suffice: injection replaces modules and sets flags, but copies no weights.
     children = [(parent, dict(parent._modules)) for parent in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapters = [(m, set(m.lorasb_R), m._active_adapter) for m in model.modules() if isinstance(m, AdaptedLayer)]

@@ -1,4 +1,4 @@
-"""`OpaqueBase`: a linear that computes by itself, another quantizer's, or a module that a probe finds linear."""
+"""`OpaqueBase`: a linear whose own forward runs: another quantizer's, or a module that a probe finds linear."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..compat.accelerate import hook_of
 from ..compat.bitsandbytes import keep_unpacked
 from ..quantization.quantized_weight import is_quantized
 from ..utils.precision import FLOATS
-from .base import Base, Kept, QuantizedBase, first_tensor, linear_over
+from .base import Base, QuantizedBase, ReplaceableBase, first_tensor, linear_over
 
-# Packages by the names of their layers' classes, for messages: a layer is recognized only where its package is there.
+# Packages by their layers' class names, for messages: a layer is recognized only where its package is installed.
 PACKAGES = {
     "HQQLinear": "hqq",
     "QuantizedLinear": "aqlm",
@@ -44,7 +44,7 @@ class QuantoBackend(QuantizationBackend):
         old, kind = peft_layer.base_layer, importlib.import_module("optimum.quanto").QLinear
         dense = linear_over(weight_data, old.bias)
         peft_layer.base_layer = kind.from_module(dense, weights=old.weight_qtype, activations=old.activation_qtype)
-        peft_layer.base_layer.freeze()  # quanto's word for quantizing W once, instead of in every call
+        peft_layer.base_layer.freeze()  # quanto's term for quantizing W once instead of in every call
 
 
 class GPTQBackend(QuantizationBackend):
@@ -57,14 +57,14 @@ class GPTQBackend(QuantizationBackend):
         return cast(Tensor, base_layer.dequantize_weight().t())
 
 
-# by the package and name of the layer's class, or of one that it derives from: known without an import
+# by package and name of the layer's class or one of its base classes: needs no import
 BACKENDS = {("optimum", "QLinear"): QuantoBackend, ("gptqmodel", "BaseQuantLinear"): GPTQBackend}
 
 
-class OpaqueBase(Kept):
+class OpaqueBase(ReplaceableBase):
     """Another quantizer's linear, or one that a probe finds linear: its own forward runs."""
 
-    shape: tuple[int, int] = (0, 0)  # known from the start, in place of the properties
+    shape: tuple[int, int] = (0, 0)  # set once, in place of the base class's properties
     dtype: torch.dtype = torch.float32
 
     def __init__(
@@ -72,7 +72,7 @@ class OpaqueBase(Kept):
         module: nn.Module,
         name: str,  # of the format, or of the module's class
         shape: tuple[int, int],
-        dtype: torch.dtype,  # that it computes in
+        dtype: torch.dtype,  # compute dtype
         backend: QuantizationBackend | None,  # PEFT's or one of `BACKENDS`, for a quantizer's format
     ) -> None:
         super().__init__(module)
@@ -86,12 +86,12 @@ class OpaqueBase(Kept):
         try:
             if self.backend is None:
                 package = PACKAGES.get(type(self.module).__name__)
-                raise TypeError(f"pip install {package}, which knows how" if package else "no known format")
+                raise TypeError(f"pip install {package}, which can read it" if package else "no known format")
             weight = self.backend.get_base_weight(self.module)
         except (NotImplementedError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"this needs the dense W, which cannot be read from {self.name} layers ({error}): keep the adapter "
-                "apart from its base (save_pretrained, lorasb.export_lora); init='update' and 'random' do not read W"
+                "separate from its base (save_pretrained, lorasb.export_lora); init='update' and 'random' do not read W"
             ) from error
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"expected a weight {list(self.shape)} of a {self.name} layer, got {list(weight.shape)}")
@@ -110,7 +110,7 @@ class OpaqueBase(Kept):
 
     @torch.no_grad()
     def requantized(self, weight: Tensor) -> OpaqueBase:
-        """A base with the values of `weight` [out, in], if the format `requantizes`; this one's module is used up."""
+        """Return a base with the values of `weight` [out, in], if the format `requantizes`; this module is consumed."""
         # Backends set the weight of a tuner layer's base, or replace that base.
         holder = SimpleNamespace(base_layer=self.module)
         holder.get_base_layer = lambda: holder.base_layer
@@ -128,7 +128,7 @@ def make_base(
     octet_dtype: torch.dtype | None = None,
     resolver_options: Mapping[str, object] | None = None,
 ) -> Base:
-    """The base of the kind that a module is; arguments as of `LoRASBLinear`."""
+    """Return the kind of base that fits a module; arguments as of `LoRASBLinear`."""
     keep_unpacked(module)  # before any evaluation: the repacking is not always reversible
     if is_quantized(module):
         return QuantizedBase(module, octet_dtype)
@@ -138,24 +138,24 @@ def make_base(
 def find(
     layer: nn.Module, default_dtype: torch.dtype | None = None, options: Mapping[str, object] | None = None
 ) -> OpaqueBase | None:
-    """The base of an opaque linear; None for a layer that our kernels read, or that is no linear."""
+    """Return the base of an opaque linear; None for a layer that our kernels read or that is not linear."""
     if is_dense(layer) or is_quantized(layer) or hasattr(getattr(layer, "weight", None), "device_mesh"):
         return None
     kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(layer).__mro__}
     backend = next((make() for key, make in BACKENDS.items() if key in kinds), None)
     if backend is None:
-        # How torchao quantized the model; PEFT's resolver takes no torchao layer without it.
+        # PEFT's resolver rejects torchao layers without an option that shows how torchao quantized the model.
         torchao = {"get_apply_tensor_subclass": NotImplemented, **(options or {})}
         backend = resolve_quantization_backend(layer, **torchao)
         if isinstance(backend, TorchaoBackend) and backend.get_apply_tensor_subclass is NotImplemented:
             backend.supports_merge = False
     if backend is None:
-        # a module with features and its own forward: not nn.Linear's over a weight that it cannot take
+        # needs in/out_features and its own forward: nn.Linear's cannot run on such a weight
         own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
         if not (own and hasattr(layer, "in_features") and hasattr(layer, "out_features")):
             return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT, about modules that it does not know
+        warnings.simplefilter("ignore")  # PEFT warns about modules that it does not know
         in_features, out_features = private.in_out_features(layer)
     if not isinstance(in_features, int) or not isinstance(out_features, int):
         return None
@@ -171,15 +171,15 @@ def is_dense(layer: nn.Module) -> bool:
 
 def has_dense_weight(layer: nn.Module) -> bool:
     """True if a layer's weight is a plain matrix of floats."""
-    weight = getattr(layer, "weight", None)  # a parametrized weight is no parameter of that name
-    # An exact Tensor: subclasses (DTensor, quantized tensors) have storage of their own behind this interface.
+    weight = getattr(layer, "weight", None)  # getattr: a parametrized weight is not a parameter
+    # Exactly Tensor: subclasses (DTensor, quantized tensors) have different storage behind this interface.
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor:
         return False
     return weight.dim() == 2 and weight.dtype in FLOATS
 
 
 def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:
-    """The dtype that a layer computes in: as it says, its weight's, the model's, or that of its first floats."""
+    """Return a layer's compute dtype: as it states, its weight's, the model's, or its first float tensor's."""
     stated, weight = getattr(layer, "compute_dtype", None), layer._parameters.get("weight")
     tensors = (tensor for part in (layer.parameters, layer.buffers) for tensor in part())
     first = next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), None)
@@ -187,12 +187,12 @@ def _dtype(layer: nn.Module, default: torch.dtype | None) -> torch.dtype:
     return next((one for one in candidates if one in FLOATS), torch.get_default_dtype())
 
 
-# Of the norm. Activations rounded to 8 bits, one scale for all rows, give 1e-2; a GELU gives 0.3 and more.
+# Relative error. Activations rounded to 8 bits, one scale for all rows, give 1e-2; a GELU gives 0.3 and more.
 TOLERANCE = 0.05
 
 
 def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
-    """Run one probe of three rows."""
+    """Raise a TypeError if one probe of three rows fails, or shows that a target is not linear."""
     layer: nn.Module = opaque.module
     kind = type(layer).__name__
     x = _probe(opaque.shape[1], first_tensor(layer).device, opaque.dtype)
@@ -201,7 +201,7 @@ def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
             y = layer(x.requires_grad_())
             gradient = torch.autograd.grad(y.float().sum(), x, allow_unused=True)[0] if y.requires_grad else None
     except Exception as error:
-        if opaque.backend is not None:  # its kernel may want another device, where the model is moved later
+        if opaque.backend is not None:  # its kernel may need another device, to which the model is moved later
             return
         hint = f": pip install {PACKAGES[kind]}" if kind in PACKAGES else ", or name it in exclude_modules"
         raise TypeError(f"target {name!r} is a {kind} that failed on x [3, in] ({error}){hint}") from error
@@ -209,13 +209,13 @@ def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
         raise TypeError(f"target {name!r} ({kind}) is not linear, as 2x does not give 2y: name it in exclude_modules")
     if trained and gradient is None:
         raise TypeError(
-            f"target {name!r}, a {opaque.name} layer, has no gradient of its input: layers below it would learn "
-            "nothing. Quantize weights only, or load the adapter with inference_mode=True"
+            f"target {name!r}, a {opaque.name} layer, has no gradient of its input, so layers below it would "
+            "learn nothing. Quantize weights only, or load the adapter with inference_mode=True"
         )
 
 
 def has_weight_values(base: nn.Module) -> bool:
-    """True if a base layer's storage has values, on a device or where accelerate has offloaded it."""
+    """True if a base layer's storage has values, on a device or offloaded by accelerate."""
     weight = getattr(base, "weight", None)
     storage = [weight] if isinstance(weight, Tensor) else [*base.parameters(), *base.buffers()]
     offloaded = hook_of(base) is not None
@@ -223,9 +223,9 @@ def has_weight_values(base: nn.Module) -> bool:
 
 
 def has_own_result(layer: nn.Module) -> bool:
-    """True for a dense nn.Linear whose class computes something else with its weight: Llama 4's router gives scores."""
-    # A class whose forward takes other arguments than x, or that has no values yet, is taken for a linear; one that
-    # takes no [rows, in_features] (DeepSeek-V4's linear of groups) is none.
+    """True for a dense nn.Linear whose class computes something else, as Llama 4's router, which returns scores."""
+    # A layer whose forward takes other arguments than x, or that has no values yet, counts as a linear; one that
+    # rejects [rows, in_features] (DeepSeek-V4's grouped linear) does not.
     if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear):
         return False
     if not is_dense(layer) or not has_weight_values(layer):  # not dense: another quantizer's, whose format is known

@@ -1,9 +1,9 @@
-"""Unfuses experts whose weights are 3-D parameters into one linear layer per expert, which an adapter can wrap.
+"""Unfuse experts whose weights are 3-D parameters into one linear layer per expert, which an adapter can wrap.
 
     gate_up_proj G [E, 2·I, H], down_proj D [E, H, I]:  y_t = Σ_e p_te · D_e (act(g)·u),  [g, u] = G_e x_t
 
 Each expert gets its own A, R and B, initialized from the tokens that are routed to it. The linears' weights are views
-of the 3-D parameters, so that unfusing allocates nothing. Other parameters of `target_parameters` are opened in place.
+of the 3-D parameters, so that unfusing allocates nothing. Other `target_parameters` are adapted in place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .base import linear_over
 from .weight_adapter import OpenParameters
 
 NAMES = ("gate_up_proj", "down_proj")  # of the 3-D parameters, in the order of their registration
-# What the linears of one expert were called before transformers fused those of all experts into one parameter.
+# Names of one expert's linears before transformers fused those of all experts into one parameter.
 ONCE_CALLED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 
 
@@ -41,7 +41,7 @@ class OpenExperts(nn.Module):
         super().__init__()
         self.num_experts = len(getattr(fused, NAMES[0]))
         self.act_fn = cast(Callable[[Tensor], Tensor], fused.act_fn)
-        # In a list, so that it is no submodule: its parameters share memory with the linears' and would count twice.
+        # In a list, so that it is not a submodule: its parameters share memory with the linears' and would count twice.
         self._fused = [fused]
         self.training = fused.training
         for name in NAMES:
@@ -56,7 +56,7 @@ class OpenExperts(nn.Module):
         # keeps them in the order of the batch, which fixes the order of the sums.
         expert_of_pair = top_k_index.reshape(-1)
         order = expert_of_pair.argsort(stable=True)
-        # Under expert parallelism, pairs of other ranks' experts have the index num_experts: they sort last, are cut.
+        # Under expert parallelism, pairs of other ranks' experts have the index num_experts: sorted last, cut off.
         counts = torch.bincount(expert_of_pair, minlength=self.num_experts).tolist()[: self.num_experts]
         order = order[: sum(counts)]
         tokens = order // top_k_index.shape[-1]
@@ -80,7 +80,7 @@ class OpenExperts(nn.Module):
         return _call(self.down_proj[e], self.act_fn(gate) * up, rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenExperts:
-        """Move or cast the linears, and release the 3-D parameters if the weights no longer are views of them."""
+        """Move or cast the linears, and release the 3-D parameters if the weights are no longer views of them."""
         super()._apply(fn, recurse)
         if not self._aliased():
             for name in NAMES:
@@ -99,7 +99,7 @@ class OpenExperts(nn.Module):
         return True
 
     def closed(self) -> nn.Module:
-        """transformers' own module with the linears' current weights."""
+        """Return transformers' own module with the linears' current weights."""
         fused = self._fused[0]
         if not self._aliased():
             for name in NAMES:
@@ -109,13 +109,13 @@ class OpenExperts(nn.Module):
 
 
 def _call(layer: nn.Module, x: Tensor, rows: Rows | None) -> Tensor:
-    """A linear's result; a layer with adapters gets the adapter names as well."""
+    """Call a linear; a layer with adapters gets the adapter names as well."""
     result: Tensor = layer(x) if rows is None or type(layer) is nn.Linear else layer(x, adapter_names=rows)
     return result
 
 
 def is_target(name: str, target_parameters: list[str]) -> bool:
-    """True if a parameter's name is one of the targets or ends with a dot and one."""
+    """True if a parameter's name is a target, or ends with a dot and a target."""
     return any(name == target or name.endswith(f".{target}") for target in target_parameters)
 
 
@@ -126,7 +126,7 @@ def parameter_of(name: str) -> str | None:
 
 
 def open_all(model: nn.Module, config: LoRASBConfig, by_old_names: bool) -> None:
-    """Open what `target_parameters` names, and experts that `target_modules` names as older checkpoints did."""
+    """Open the parameters in `target_parameters`, and experts that `target_modules` gives by their older names."""
     if by_old_names and config.target_modules and config.target_modules != ALL_LINEAR:
         added = [
             f"{path}.{name}"
@@ -141,7 +141,7 @@ def open_all(model: nn.Module, config: LoRASBConfig, by_old_names: bool) -> None
 
 
 def _has_experts(module: nn.Module, name: str) -> bool:
-    """True if a parameter of the module has a matrix for each expert, or is open already."""
+    """True if the module's parameter `name` has one matrix per expert, or the module is already open."""
     parameter = module._parameters.get(name)
     return isinstance(module, OpenExperts) or (parameter is not None and parameter.dim() == 3)
 
@@ -158,7 +158,7 @@ def _names_all(config: LoRASBConfig, expert: str, fused: str, parts: tuple[str, 
 
 
 def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
-    """Open the parameters of these names (matched by suffix) and return their full names; raise if one has none."""
+    """Open the parameters of these names (matched by suffix) and return their full names; raise if one is not found."""
     parameter_names: list[str] = []
     for path, module in list(model.named_modules()):  # a list, as modules are replaced in the loop
         inner = module.base_layer if isinstance(module, OpenParameters) else module  # opened for an earlier adapter
@@ -172,7 +172,7 @@ def open_targets(model: nn.Module, target_parameters: list[str]) -> list[str]:
     if missing:
         raise ValueError(
             f"target_parameters: no parameter is called {', '.join(missing)}. Experts have "
-            "'mlp.experts.gate_up_proj' and 'mlp.experts.down_proj'; plain linears belong into target_modules"
+            "'mlp.experts.gate_up_proj' and 'mlp.experts.down_proj'; plain linears belong in target_modules"
         )
     return parameter_names
 
@@ -194,7 +194,7 @@ def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> N
     if isinstance(module, OpenParameters):
         module.open(names)
         return
-    # experts with two 3-D weights and no more, which compute as Mixtral's and Qwen3-MoE's do
+    # only experts with exactly two 3-D weights that compute as Mixtral's and Qwen3-MoE's do get linears
     parameters = dict(module.named_parameters(recurse=False))
     has_two = tuple(parameters) == NAMES and all(p.dim() == 3 for p in parameters.values())
     opened = OpenExperts(module) if has_two and computes_like_mixtral(module) else OpenParameters(module, names)
@@ -202,7 +202,7 @@ def _open(model: nn.Module, path: str, module: nn.Module, names: list[str]) -> N
 
 
 def close(model: nn.Module) -> None:
-    """Put the modules back where no expert and no parameter has an adapter."""
+    """Restore the original modules where no expert or parameter has an adapter."""
     for path, module in reversed(list(model.named_modules())):  # inner ones first
         if isinstance(module, OpenParameters) and not module.adapted():
             model.set_submodule(path, module.base_layer)

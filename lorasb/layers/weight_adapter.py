@@ -1,4 +1,4 @@
-"""`LoRASBWeight`: an adapter of a parameter that is no linear's weight: of an embedding, a convolution, attention.
+"""`LoRASBWeight`: an adapter for parameters other than a linear's weight: embeddings, convolutions, attention.
 
 W + s·B R A takes the parameter's place while the module computes; an embedding looks its rows up in A instead. The
 matrix W [out, in] is the parameter unfolded (`unfolding`).
@@ -24,11 +24,11 @@ from .base import Base, innermost
 
 
 class ParameterSlice(nn.Module):
-    """A view of a parameter W [a, b], or of the matrix `index` of one [E, a, b]; it holds no tensor."""
+    """A view of a parameter W [a, b], or of matrix `index` of a parameter [E, a, b]; it holds no tensor."""
 
     def __init__(self, owner: nn.Module, name: str, index: int | None) -> None:
         super().__init__()
-        self._owner = [owner]  # in a list: as a submodule its parameters would count once a slice
+        self._owner = [owner]  # in a list: a submodule's parameters would count once per slice
         self.name, self.index = name, index
         self.training = owner.training
 
@@ -43,7 +43,7 @@ _swapping = threading.RLock()
 
 
 def alone(swaps: bool = True) -> AbstractContextManager[object]:
-    """Let one thread at a time compute with W + s·B R A in W's place, which another would take for W."""
+    """Let one thread at a time compute with W + s·B R A in W's place, where other threads would read it as W."""
     return _swapping if swaps and not torch.compiler.is_compiling() else nullcontext()
 
 
@@ -64,9 +64,9 @@ class Unfolding(NamedTuple):
 
 
 def unfoldings(module: nn.Module) -> list[Unfolding]:
-    """The parameters of a module that are adapted, innermost first; none for modules of other kinds."""
-    # None of these: attention whose keys or values have widths of their own, as it keeps three matrices; weights that
-    # are computed in every forward (weight_norm, spectral_norm); embeddings that rescale what they look up (max_norm).
+    """Return the parameters of a module to adapt, innermost first; none for unsupported modules."""
+    # Unsupported: attention with separate key or value widths, which has three matrices; weights that are computed in
+    # every forward (weight_norm, spectral_norm); embeddings that rescale what they look up (max_norm).
     if isinstance(module, ParameterSlice):
         return [Unfolding(SLICE, "weight", tuple(module.weight.shape))]
     if isinstance(module, KINDS_WITH_WEIGHT):
@@ -82,7 +82,7 @@ def unfoldings(module: nn.Module) -> list[Unfolding]:
 
 
 class ParameterBase(Base):
-    """A parameter of the module that is innermost, unfolded; the module reads it in its own forward."""
+    """An unfolded parameter of the innermost module, which reads it in its own forward."""
 
     def __init__(self, module: nn.Module, unfolding: Unfolding) -> None:
         super().__init__(module)
@@ -108,12 +108,12 @@ class ParameterBase(Base):
 
 
 class EmbeddingBase(ParameterBase):
-    """The weight of an embedding, from which a head that is tied to it is separated while adapters are merged."""
+    """The weight of an embedding; while adapters are merged, a head tied to it is separated from it."""
 
     own: Tensor | None = None  # the embedding's own parameter meanwhile
 
     def merged(self, weight: Tensor) -> Base:
-        # Give the embedding a separate parameter: a head that is tied to it keeps the old one.
+        # Give the embedding a separate parameter: a head tied to it stays on the old one.
         module = innermost(self.module)
         self.own = module.weight if self.own is None else self.own
         module.weight = nn.Parameter(weight, requires_grad=False)
@@ -123,14 +123,14 @@ class EmbeddingBase(ParameterBase):
         if self.own is None:
             return None
         module = innermost(self.module)
-        # The model may have been moved or cast meanwhile; the same parameter, as a head may be tied to it.
+        # Restore the same parameter, as a head may be tied to it; the model may have been moved or cast meanwhile.
         self.own.data = self.own.data.to(module.weight.device, module.weight.dtype)
         module.weight, self.own = self.own, None
         return self
 
 
-class _Around(nn.Module):
-    """A module around `base_layer` that has the attributes of that one, too: neighbors of attention ask for its own."""
+class _Wrapper(nn.Module):
+    """A wrapper that exposes the attributes of its `base_layer`, which modules around attention read."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -143,21 +143,21 @@ class _Around(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module without adapters, all of its parameters merged first if so asked; PEFT calls it."""
+        """Return the module without adapters, after merging all of them if `merge`; PEFT calls this."""
         for layer in self.adapted() if merge else ():
             layer.merge(safe_merge, adapter_names)
         return cast(nn.Module, innermost(self))
 
 
-class LoRASBWeight(_Around, AdaptedLayer):
-    """A module, or a `LoRASBWeight` of another of its parameters, with W [out, in] + s·B R A in place of W, unfolded.
+class LoRASBWeight(_Wrapper, AdaptedLayer):
+    """A module with W [out, in] + s·B R A in place of W, unfolded; may wrap a `LoRASBWeight` of another parameter.
 
-    Takes the options of `LoRASBLinear`; `lora_dropout` is of a convolution's x.
+    Takes the options of `LoRASBLinear`; `lora_dropout` applies to a convolution's x.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, unfolding: Unfolding, **options: Any) -> None:
-        self.unfolding = unfolding  # which parameter, and how it is a matrix
-        # set while an initialization sums gradients: W goes through it on its way into the module
+        self.unfolding = unfolding  # which parameter, and how to view it as a matrix
+        # set while an initialization sums gradients: applied to W before the module uses it
         self.tap: Callable[[Tensor], Tensor] | None = None
         super().__init__(base_layer, adapter_name, **options)
         setattr(self, SAME_WIDTHS, False)
@@ -167,7 +167,7 @@ class LoRASBWeight(_Around, AdaptedLayer):
         return kind(module, self.unfolding)
 
     def add_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
-        """Add an adapter, to the other parameters of the module too."""
+        """Add an adapter, also to the module's other parameters."""
         super().add_adapter(adapter_name, *args, **options)
         inner = self.base_layer
         if isinstance(inner, LoRASBWeight) and adapter_name not in inner.lorasb_R:
@@ -191,27 +191,27 @@ class LoRASBWeight(_Around, AdaptedLayer):
             return self._with(self._names(), *args, **kwargs)
 
     def _swaps(self) -> bool:
-        """True if another weight takes W's place while the module computes; a convolution's update is added."""
+        """True if another weight takes W's place while the module computes; convolutions add their update to y."""
         return self.tap is not None or self.unfolding.kind != CONVOLUTION
 
     def changed_weight(self) -> Tensor | None:
-        """W + s·B R A of the active adapters, in the parameter's layout; None where the module computes with W."""
+        """W + s·B R A of the active adapters, in the parameter's layout; None if W is unchanged."""
         names = self._names()
         return self._weight(names) if names or self.tap is not None else None
 
     def _names(self) -> list[str]:
-        """The active adapters; disabled ones are unmerged, as PEFT's layers do in a forward."""
+        """Return the active adapters; unmerge if adapters are disabled, as PEFT's layers do in forward."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         return [] if self.disable_adapters or self.merged else self.active_here()
 
     def _with(self, names: list[str], *args: object, **kwargs: object) -> object:
-        """The module's output with some adapters."""
+        """Return the module's output with the adapters `names`."""
         if not names and self.tap is None:
             return self.base_layer(*args, **kwargs)
         self._refuse_offloaded(names)
         if self.unfolding.kind == CONVOLUTION and self.tap is None:
-            return self._convolved_beside(names, *args, **kwargs)  # type: ignore[arg-type]
+            return self._convolved_separately(names, *args, **kwargs)  # type: ignore[arg-type]
         path, inner = self.unfolding.path, self.base_layer
         while isinstance(inner, LoRASBWeight):  # of another parameter of the module
             path, inner = f"base_layer.{path}", inner.base_layer
@@ -232,9 +232,9 @@ class LoRASBWeight(_Around, AdaptedLayer):
                 "outside of its forward: keep it on its device, or name it in exclude_modules"
             )
 
-    def _convolved_beside(self, names: list[str], input: Tensor) -> Tensor:
+    def _convolved_separately(self, names: list[str], input: Tensor) -> Tensor:
         """base(x) + conv(dropout(x), s·B R A): in 16 bits W + s·B R A would round small updates away."""
-        # `input` is what torch's convolutions take, by this name; any other argument is a TypeError
+        # torch's convolutions call their argument `input`; any other argument is a TypeError
         base, x = self.get_base_layer(), input
         y: Tensor = self.base_layer(x)
         for name in names:
@@ -243,11 +243,11 @@ class LoRASBWeight(_Around, AdaptedLayer):
         return y
 
     def _by_rows(self, rows: Rows | Sequence[str], *args: object, **kwargs: object) -> Tensor:
-        """The output with a choice of adapter for each row of x."""
+        """Return the output with one adapter per row of x."""
         given = args or (kwargs.pop("input"),)
         x, args = cast(Tensor, given[0]), given[1:]
         if self.unfolding.kind == ATTENTION:
-            raise ValueError("adapter_names choose adapters by the rows of one input, and attention has three")
+            raise ValueError("adapter_names choose adapters by the rows of one input, but attention has three")
         rows = self.checked_rows(x, rows)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for i, name in enumerate(rows.names):
@@ -263,7 +263,7 @@ class LoRASBEmbedding(LoRASBWeight):
     """An embedding with rows W[:, id] + s·B R A[:, id]: A [r, num_embeddings], B [dim, r]."""
 
     def _swaps(self) -> bool:
-        """True for those that do not look up what they are given: positions, of a mask."""
+        """True for embeddings that do not look up their input, such as positions computed from a mask."""
         base = self.get_base_layer()
         return self.tap is not None or not (type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale"))
 
@@ -278,7 +278,7 @@ class LoRASBEmbedding(LoRASBWeight):
         self._refuse_offloaded(names)
         y: Tensor = self.base_layer(*args, **kwargs)
         ids = cast(Tensor, args[0] if args else kwargs["input"])
-        factor = getattr(base, "embed_scale", 1.0)  # of Gemma's, which scales what it looks up
+        factor = getattr(base, "embed_scale", 1.0)  # Gemma's embedding scales what it looks up
         for name in names:
             core = self.core(name)
             found = nn.functional.embedding(ids, self.lorasb_A[name].t()).to(core.dtype)
@@ -288,7 +288,7 @@ class LoRASBEmbedding(LoRASBWeight):
 
 
 def adapt_weights(module: nn.Module, adapter_name: str, **options: object) -> LoRASBWeight | None:
-    """The module with adapters of its parameters; None for one of another kind."""
+    """Return the module with adapters of its parameters; None if it is unsupported."""
     layer = module
     for unfolding in unfoldings(module):
         kind = LoRASBEmbedding if unfolding.kind == EMBEDDING else LoRASBWeight
@@ -296,7 +296,7 @@ def adapt_weights(module: nn.Module, adapter_name: str, **options: object) -> Lo
     return layer if isinstance(layer, LoRASBWeight) else None
 
 
-class OpenParameters(_Around):
+class OpenParameters(_Wrapper):
     """A module with a `ParameterSlice` for each matrix of some 2-D or 3-D parameters, under the parameter's name."""
 
     def __init__(self, base_layer: nn.Module, names: list[str]) -> None:
@@ -315,7 +315,7 @@ class OpenParameters(_Around):
         for name in [name for name in names if name not in self.opened]:
             parameter = self.base_layer.get_parameter(name)
             indices = range(len(parameter)) if parameter.dim() == 3 else [None]
-            # not add_module, which asks `hasattr` first: attributes of the module itself answer there
+            # not add_module: its `hasattr` check finds the wrapped module's attributes
             self._modules[name] = nn.ModuleList(ParameterSlice(self.base_layer, name, index) for index in indices)
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -326,7 +326,7 @@ class OpenParameters(_Around):
             return functional_call(self.base_layer, *given) if weights else self.base_layer(*args, **kwargs)
 
     def _changed(self) -> dict[str, Tensor]:
-        """The parameters whose matrices have active adapters, with these."""
+        """Return the parameters whose matrices have active adapters, with these applied."""
         weights: dict[str, Tensor] = {}
         for name in self.opened:
             slices = self.slices(name)

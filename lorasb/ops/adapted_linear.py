@@ -1,4 +1,4 @@
-"""The adapted linear as one torch op, of a layer or of several that read the same x, whatever stores W:
+"""The adapted linear as one torch op, for one layer or several that read the same x, for any storage of W:
 x [..., n] -> y_j = x W_jᵀ + s_j·x A_jᵀ R_jᵀ B_jᵀ + bias_j [..., m_j], then u_j = x A_jᵀ [M, r] of the M tokens.
 """
 
@@ -16,11 +16,12 @@ from ..compat import torch as private
 from . import registry
 from .calls import DENSE, Operands
 
-# `serve_dense` computes one dense layer where no gradient is recorded and returns y alone: lists cost 20 µs through the
-# dispatcher. A compiled layer of 576 features takes 121 µs per token by the op, 89 µs by it (bf16, AMX, two cores).
+# `serve_dense` computes one dense layer where no gradient is recorded and returns only y: passing lists through the
+# dispatcher costs 20 µs. A compiled layer of 576 features takes 121 µs per token by the op with lists, 89 µs by this
+# one (bf16, AMX, two cores).
 OP, BACKWARD_OP, SERVE_OP = "adapted_linear", "adapted_linear_backward", "serve_dense"
 NO_SECOND_DERIVATIVE = (
-    "LoRA-SB's linear has no second derivative here: call backward or autograd.grad once, or take torch.func.hessian"
+    "LoRA-SB's linear has no second derivative here: call backward or autograd.grad once, or use torch.func.hessian"
 )
 _OPERANDS = (
     "Tensor[] base, int[] layout, Tensor[] a, Tensor[] cores, Tensor[] b, Tensor[] biases, float[] scalings, "
@@ -32,7 +33,7 @@ _BACKWARD = f"(Tensor[] dys, Tensor[] us, {_OPERANDS}, bool need_dx, bool need_d
 
 
 def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registry.Kernels | None) -> list[Tensor]:
-    """The y_j [..., m_j] of x [..., n] by `kernels`, where the operands are plain, else by the backend's op."""
+    """Return the y_j [..., m_j] of x [..., n], by `kernels` if given (for plain operands), else by the backend's op."""
     count = len(operands.a)
     if kernels is None:
         is_dense = not (operands.is_quantized or operands.row_index is not None or operands.dropout)
@@ -44,7 +45,7 @@ def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registr
     elif torch.is_grad_enabled():
         # An autograd function sees only tensors that are arguments themselves.
         tensors = *operands.base, *operands.a, *operands.cores, *operands.b, *operands.biases
-        # Past `Function.apply`, which prepares for functorch: no transform is active where kernels are given.
+        # Skip `Function.apply`, which prepares for functorch: no transform is active if kernels are given.
         outputs = super(torch.autograd.Function, _Function).apply(x, operands, kernels, *tensors)
     else:
         outputs = kernels.forward(x, operands)
@@ -56,7 +57,7 @@ Rest = tuple[int, int, Sequence[int], Sequence[float], float, bool, list[bool]]
 
 
 class Context(FunctionCtx):
-    """The torch context of a call, and what backward needs of it."""
+    """The torch context of a call, with what backward needs."""
 
     saved_tensors: tuple[Tensor, ...]
     kernels: registry.Kernels
@@ -64,7 +65,7 @@ class Context(FunctionCtx):
 
 
 def _save(ctx: Context, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> None:
-    """Save the u_j [M, r] and what the layers keep in any case: never x [M, n], and never a dequantized W."""
+    """Save the u_j [M, r] and tensors that the layers hold anyway, but never x [M, n] or a dequantized W."""
     base, layout, a, cores, b, biases, scalings, row_index, dropout, seeds = operands
     ctx.set_materialize_grads(False)  # a dy_j that the loss does not use is None
     # Not ctx.needs_input_grad, which has one entry for each list.
@@ -72,14 +73,14 @@ def _save(ctx: Context, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> 
     if True not in need_dcores:  # empty ones free the memory, and keep the number of saved tensors fixed
         us = [u.new_empty((0, u.shape[1])) for u in us]
     ctx.save_for_backward(*base, *a, *cores, *b, *us, row_index, seeds)  # type: ignore[arg-type]
-    # one attribute: each takes as long as a small tensor's allocation
+    # one attribute: setting one takes as long as allocating a small tensor
     ctx.rest = len(base), len(biases), layout, scalings, dropout, x.requires_grad, need_dcores
 
 
 def _gradients(
     backward: registry.Backward, saved: tuple[Tensor, ...], rest: Rest, dys: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx and the dR_j, None for those that are not needed; the loss may use some of the y_j, the first `dys`, alone."""
+    """Return dx and the dR_j, None if not needed. The first `dys` belong to the y_j; None: the loss does not use it."""
     a, _, layout, scalings, dropout, need_dx, need_dcores = rest
     count, any_dcores = len(need_dcores), True in need_dcores
     given = [dy for dy in dys[:count] if dy is not None]
@@ -121,10 +122,10 @@ class _Function(torch.autograd.Function):
         base, biases, count = rest[0], rest[1], len(rest[-1])
         backward = ctx.kernels.backward
         if torch.is_grad_enabled():
-            # `create_graph=True`: the op records a node that raises on the paths from dy, R and u, which is an output
-            # here so that one from x leads to it.
+            # `create_graph=True`: the op records a node that raises if a second derivative passes through dy, R or u;
+            # u is an output here, so that paths from x lead to the node as well.
             backward = ctx.kernels.backward_op
-        elif not all(dy is None or private.has_storage(dy) for dy in grads):  # a batch of gradients
+        elif not all(dy is None or private.has_storage(dy) for dy in grads):  # batched gradients
             backward = registry.direct_kernels["eager", "cpu"].backward
         dx, dcores = _gradients(backward, ctx.saved_tensors, rest, grads)
         return dx, None, None, *[None] * (base + count), *dcores, *[None] * (count + biases)
@@ -138,7 +139,7 @@ def _setup(ctx: Context, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _derivative(owner: str) -> Callable[..., tuple[object, ...]]:
-    """The formula of an owner's op, and of the one whose result is y alone."""
+    """Return the formula of an owner's op; it also serves the op that returns only y."""
     op = registry.backward_op(owner)
 
     def backward(ctx: Context, grads: Tensor | Sequence[Tensor | None]) -> tuple[object, ...]:
@@ -161,7 +162,7 @@ def _serve_fake(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Te
 
 
 def _serve_setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """For a graph that was captured without gradients and runs with them; u is computed again."""
+    """Save for backward if a graph captured without gradients runs with them; u is recomputed."""
     x, weight, a, core, b, _, scaling = inputs
     base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()
     _save(ctx, x, Operands(base, DENSE, [a], [core], [b], [], [scaling]), [u])
@@ -191,7 +192,7 @@ def register_backend(
     backward: registry.Backward,
     others: Mapping[str, registry.Function],  # kernels of other ops
 ) -> None:
-    """Register kernels for dispatch keys, under the ops of a backend and of `auto`, or of one of the two."""
+    """Register kernels for dispatch keys, under the ops of the `owners`: a backend, `auto`, or both."""
 
     def op(x: Tensor, *given: object) -> list[Tensor]:
         return list(forward(x, Operands._make(given)))
@@ -203,7 +204,7 @@ def register_backend(
     def y_alone(
         x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None, scaling: float
     ) -> Tensor:
-        """y [..., m] of `serve_dense`."""
+        """Return y [..., m] for `serve_dense`."""
         base, biases = [] if weight is None else [weight], [] if bias is None else [bias]
         return forward(x, Operands(base, DENSE, [a], [core], [b], biases, [scaling]))[0]
 
@@ -215,7 +216,7 @@ def register_backend(
         registry.record(owner, keys, forward, backward)
 
 
-# The backward op first, as the others' formulas call it. Its formula raises: double backward gets a clear error.
+# The backward op first, as the others' formulas call it. Its own formula raises a clear error on double backward.
 registry.define(BACKWARD_OP, _BACKWARD, _backward_fake, lambda _: _raise_second_derivative)
 registry.define(OP, _FORWARD, _forward_fake, _derivative, _setup)
 registry.define(SERVE_OP, _SERVE, _serve_fake, _derivative, _serve_setup)

@@ -15,7 +15,7 @@ from ..utils.precision import FLOATS
 
 DENSE = (0, 0, 0)  # `layout` of W's that are not quantized; not (), which torch takes for a list of tensors
 PLAIN = (Tensor, torch.nn.Parameter)
-MOST = 1 << 12  # signatures that are kept, of up to 4 KB each; every number of tokens makes one per layer shape
+MAX_SIGNATURES = 1 << 12  # cached ones, up to 4 KB each; every number of tokens adds one per layer shape
 
 
 class Member(NamedTuple):
@@ -31,18 +31,18 @@ class Member(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """All that x [..., n] is multiplied by, in the order of the op's arguments."""
+    """The op's arguments other than x [..., n], in their order."""
 
     base: Sequence[Tensor]  # W_j of each member; the tensors of one quantized W; or empty
     # [block, nested block, rounding] of a quantized W, else `DENSE`. W is rounded to the dtype that rounding names
     # before it is cast to x's: 0 none, 1 bf16, 2 fp16.
     layout: Sequence[int]
     a: Sequence[Tensor]  # [r, n]
-    cores: Sequence[Tensor]  # R [r, r]; with an index [K, r, r], and x[i] has R[row_index[i]], or the base alone for -1
+    cores: Sequence[Tensor]  # R [r, r]; with an index [K, r, r]: x[i] uses R[row_index[i]], or only the base for -1
     b: Sequence[Tensor]  # [m_j, r]
     biases: Sequence[Tensor]  # or empty
     scalings: Sequence[float]
-    row_index: Tensor | None = None  # [k], int64 on the CPU, so that a wrong one is an error before any R is read
+    row_index: Tensor | None = None  # [k], int64 on the CPU, so that a wrong index raises before any R is read
     dropout: float = 0.0  # probability; 0 with an index
     seeds: Tensor | None = None  # [members], int64 on the CPU
 
@@ -75,13 +75,13 @@ def autocast_on(kind: str) -> bool:
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Autocast off, if it is on for the tensor's device: the arguments were cast before the op."""
+    """Turn autocast off if it is on for the tensor's device: the arguments were cast before the op."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if autocast_on(kind) else nullcontext()
 
 
 def cast_lists(x: Tensor, lists: list[list[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
-    """x and lists of tensors as autocast casts the arguments of `F.linear`, which leaves fp64 alone."""
+    """Cast x and lists of tensors as autocast casts the arguments of `F.linear`; fp64 stays."""
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast_one(tensor: Tensor) -> Tensor:
@@ -96,12 +96,12 @@ def is_transformed() -> bool:
 
 
 def metadata_in_python(*operands: Tensor | Sequence[Tensor | None] | None) -> Hashable:
-    """Dtype, device, shape and strides of tensors, lists of them and None; None for anything else."""
+    """Return dtype, device, shape and strides of tensors, lists of them and None; None if there is anything else."""
     found: list[Hashable] = []
     for operand in operands:
         is_list = type(operand) in (list, tuple)
         tensors = cast(Sequence[Tensor | None], operand if is_list else (operand,))
-        if is_list:  # its length first, so that no two sequences of operands are alike
+        if is_list:  # its length first, so that different sequences of operands differ
             found.append(len(tensors))
         for tensor in tensors:
             if tensor is None:
@@ -113,13 +113,13 @@ def metadata_in_python(*operands: Tensor | Sequence[Tensor | None] | None) -> Ha
     return tuple(found)
 
 
-# This and `signature_of` become the extension's functions, equal where these are and ten times as fast.
+# The extension replaces this and `signature_of` with equivalent functions, which are ten times as fast.
 metadata: Callable[..., Hashable] = metadata_in_python
 
 
 def signature_in_python(x: Tensor, *others: Tensor | Sequence[Tensor | None] | None) -> Hashable:
-    """The metadata of a call's operands; None, too, where a mode, a transform or torch.jit.trace intercepts ops."""
-    # The dispatcher unwraps such an x, or fills it with zeros, before a kernel.
+    """Return the metadata of a call's operands; None, too, if a mode, a transform or torch.jit.trace intercepts ops."""
+    # The dispatcher would unwrap such an x, or fill it with zeros, before calling a kernel.
     unwrapped = type(x) not in PLAIN or not (
         private.is_wrapped(x) or private.is_zerotensor(x) or private.is_functional(x)
     )
@@ -132,14 +132,14 @@ known: set[Hashable] = set()  # signatures that have passed `check`
 
 
 def remember(signature: Hashable) -> None:
-    """Add to the known signatures."""
-    if len(known) >= MOST:
+    """Add a signature to the known ones, which are cleared when full."""
+    if len(known) >= MAX_SIGNATURES:
         known.clear()
     known.add(signature)
 
 
 def check(x: Tensor, lists: tuple[Sequence[Tensor], ...], scalings: Sequence[float], index: Tensor | None) -> None:
-    """Raise where the operands of a call do not match."""
+    """Raise an error if the operands of a call do not match."""
     weights, a, cores, b, biases = lists  # weights (checked elsewhere if quantized) and biases may be empty
     lengths = [len(entries) for entries in (weights or a, a, cores, b, scalings, biases or a)]
     if len(set(lengths)) != 1 or not lengths[0]:
@@ -166,7 +166,7 @@ def _of_stack(x: Tensor, cores: Tensor, index: Tensor) -> Tensor:
 
 
 def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    """Raise where shapes, ranks, dtypes or devices do not match."""
+    """Raise an error if shapes, ranks, dtypes or devices do not match."""
     if a.dim() != 2 or b.dim() != 2 or core.dim() != 2 or a.shape[0] > MAX_RANK:
         raise ValueError(
             f"expected lora_A [r, in], lora_R [r, r] and lora_B [out, r] with r <= {MAX_RANK}, "

@@ -1,5 +1,5 @@
-"""Registry of ops and backends: definitions of ops, registration of kernels, and the current backend; and the ops
-without a derivative, with the packed words that `gradient_signs` returns: boolean matrices, 32 columns per int32.
+"""Registry of ops and backends: op definitions, kernel registration and the current backend. Also the ops without a
+derivative, and the packed words that `gradient_signs` returns: boolean matrices, 32 columns per int32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .calls import Operands
 
-Function = Callable[..., Any]  # an op or a kernel, whose arguments its schema names
+Function = Callable[..., Any]  # an op or a kernel; the schema defines its arguments
 Forward = Callable[[Tensor, Operands], Sequence[Tensor]]  # (x, operands) -> the y_j, then the u_j
 # (dys, us, operands, need_dx, need_dcores) -> dx, then the dR_j
 Backward = Callable[[list[Tensor], list[Tensor], Operands, bool, bool], Sequence[Tensor]]
@@ -28,7 +28,7 @@ _current: ContextVar[str] = ContextVar("lorasb_backend", default="")  # set by `
 # The same for torch.compile, which cannot trace a ContextVar but guards on globals: the latest choice of any thread.
 _latest = ""
 _from_environment = ""  # value of LORASB_BACKEND, once read
-# By backend that may not be there: returns the reason why it cannot run here, or None.
+# By backend that may be unavailable: returns the reason why it cannot run here, or None.
 missing: dict[str, Callable[[], str | None]] = {}
 
 
@@ -40,13 +40,13 @@ def backend_op(op: str, backend: str) -> Function:
     return getattr(torch.ops.lorasb, op_name(op, backend)).default
 
 
-# Once per backend and once for `auto`, so that PyTorch's dispatcher chooses: `lorasb::adapted_linear` runs the kernel
-# for x's device, else eager's; `lorasb::adapted_linear_cpp` runs that backend's alone, and raises without one.
+# Ops exist per backend and for `auto`, so that PyTorch's dispatcher chooses: `lorasb::adapted_linear` runs the kernel
+# for x's device, else eager's; `lorasb::adapted_linear_cpp` runs only that backend's, and raises without one.
 def define(
     name: str,
     schema: str,
     fake: Function,
-    derivative: Callable[[str], Function] | None = None,  # from an owner to its op's formula
+    derivative: Callable[[str], Function] | None = None,  # maps an owner to its op's formula
     setup: Function | None = None,  # of the formula: saves what it needs
 ) -> None:
     """Define an op for `auto` and every backend, with its fake kernel, which returns empty tensors, and its formula."""
@@ -59,14 +59,14 @@ def define(
 
 
 class Kernels(NamedTuple):
-    """A backend's kernels of the adapted linear, called on operands, and its backward op, called likewise."""
+    """A backend's kernels for the adapted linear and its backward op, all called with `Operands`."""
 
     forward: Forward
     backward: Backward
     backward_op: Backward
 
 
-# By backend and type of device: the kernels that the dispatcher chooses for the adapted linear of plain tensors.
+# By backend and device type: the kernels that the dispatcher chooses for an adapted linear of plain tensors.
 direct_kernels: dict[tuple[str, str], Kernels] = {}
 
 
@@ -76,7 +76,7 @@ def backward_op(backend: str) -> Backward:
 
 
 def record(owner: str, keys: Sequence[str], forward: Forward, backward: Backward) -> None:
-    """Record kernels as the dispatcher chooses them: those for a device before those for all, in either order."""
+    """Record kernels as the dispatcher chooses them: those for one device win, in any order of registration."""
     for device in ("CPU", "CUDA"):
         place = owner, device.lower()
         if device in keys or ("CompositeExplicitAutograd" in keys and place not in direct_kernels):
@@ -88,7 +88,7 @@ def unavailable(name: str) -> str | None:
 
 
 def current_backend() -> str:
-    """The innermost `backend(...)`, else LORASB_BACKEND at the first call, else "auto"."""
+    """Return the innermost `backend(...)`, else LORASB_BACKEND at the first call, else "auto"."""
     chosen = _latest if torch.compiler.is_compiling() else _current.get()
     return chosen or _from_environment or _read_environment()
 
@@ -105,7 +105,7 @@ def _checked(name: str) -> str:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
     reason = unavailable(name)
     if reason:
-        raise RuntimeError(f"backend {name!r} is not available: {reason}. backend('auto') takes what is there")
+        raise RuntimeError(f"backend {name!r} is not available: {reason}. backend('auto') uses what is available")
     return name
 
 
@@ -142,7 +142,7 @@ def words_of(columns: int) -> int:
 
 
 def pack_words(flags: Tensor) -> Tensor:
-    """Booleans [m, n] packed to words [m, ceil(n / 32)], int32; bits beyond column n are 0."""
+    """Pack booleans [m, n] into words [m, ceil(n / 32)], int32; bits beyond column n are 0."""
     m, n = flags.shape
     padded = words_of(n) * WORD
     if n % WORD:
@@ -154,7 +154,7 @@ def pack_words(flags: Tensor) -> Tensor:
 
 
 def unpack_words(words: Tensor, columns: int, zero: float, one: float, dtype: torch.dtype) -> Tensor:
-    """Words [m, w] unpacked to a matrix [m, columns] with the value `zero` for bits 0 and `one` for bits 1."""
+    """Unpack words [m, w] to a matrix [m, columns] with the value `zero` for 0 bits and `one` for 1 bits."""
     octets = words.contiguous().view(torch.uint8).int()  # embedding takes no uint8 indices
     values = torch.nn.functional.embedding(octets, _octet_table(zero, one, dtype, words.device))
     return values.flatten(1)[:, :columns]
@@ -180,7 +180,7 @@ def _serve_fake(x: Tensor, quant: list[Tensor], layout: list[int], rows: int, *_
     return x.new_empty((*x.shape[:-1], rows))
 
 
-# For `quant` and `layout` see `Operands`. Gradients are summed in a fixed order: results repeat to the bit.
+# For `quant` and `layout` see `Operands`. Gradients are summed in a fixed order: results are bit-identical across runs.
 # G [m, n] += dyᵀ x in fp32, with dy [M, m] and x [M, n]
 define("gradient_add", "(Tensor dy, Tensor x, Tensor(a!) total, bool fresh) -> ()", lambda *_: None)
 # The signs of G + dyᵀ x, packed 32 per word, and statistics

@@ -276,7 +276,7 @@ def test_a_read_only_cache_is_named_once(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError(errno.EROFS, "Read-only file system", str(path.with_name(f".{next(names)}")))
 
     monkeypatch.setattr(autotune, "write_text", write)
-    with one_line(r"the kernels' timings cannot be kept in .*kernels \(Read-only file system\).*Set LORASB_CACHE"):
+    with one_line(r"the kernels' timings cannot be saved in .*kernels \(Read-only file system\).*Set LORASB_CACHE"):
         for m in (48, 96):
             assert first(Clock("addmm"), shape=replace(SHAPE, m=m)).path == "fused"
         assert first(Clock("fused"), shape=replace(SHAPE, m=48)).path == "fused"  # this process keeps it

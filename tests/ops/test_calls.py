@@ -156,7 +156,7 @@ def test_compiled_calls_do_not_depend_on_what_is_known(case: reference.Case) -> 
 
 
 def test_signatures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "MOST", 2)
+    monkeypatch.setattr(calls, "MAX_SIGNATURES", 2)
     monkeypatch.setattr(calls, "known", set())
     for i in range(5):
         calls.remember(i)

@@ -319,11 +319,11 @@ def test_bad_names_leave_the_model_as_it_was() -> None:
         ("ab", {}, "expected several names, got the text 'ab'"),
         (["ada", "default"], {}, "has an adapter 'default' already"),
         (["__base__"], {}, "expected a name without dots"),
-        (["ada", "keys"], {}, "a method's of a dictionary, got 'keys'"),
+        (["ada", "keys"], {}, "an attribute of ParameterDict, got 'keys'"),
         (["ada", "ada"], {}, "or it is named twice"),
         (["a.b"], {}, "expected a name without dots"),
         ([3], {}, "expected a name without dots for each adapter, .* got 3"),
-        (["training"], {}, "a method's of a dictionary, got 'training'"),
+        (["training"], {}, "an attribute of ParameterDict, got 'training'"),
         *(
             ([name], {}, f"adapter '{name}' has the name of a part of the model")
             for name in ("0", "q_proj", "lorasb_R")
