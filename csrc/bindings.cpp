@@ -19,7 +19,7 @@ TORCH_LIBRARY(lorasb_csrc, m) {
   const auto on_cpu = [&m](const char* schema, auto kernel) {
     m.def(schema, torch::dispatch(c10::DispatchKey::CPU, kernel));
   };
-  // For lorasb::adapted_linear where `serves` says so: y and u = x Aᵀ; backward dx and dR; a group returns them flat.
+  // For lorasb::adapted_linear where `serves` is true: y and u = x Aᵀ; backward dx and dR; a group returns them flat.
   on_cpu(
       "dense_linear(Tensor x, Tensor? weight, Tensor a, Tensor core, Tensor b, Tensor? bias, float scaling, "
       "float dropout, Tensor? seed) -> (Tensor, Tensor)",
@@ -45,7 +45,7 @@ TORCH_LIBRARY(lorasb_csrc, m) {
       "quantized_linear_backward(Tensor dy, Tensor[] quant, int[] layout, Tensor a, Tensor core, Tensor b, Tensor u, "
       "float scaling, float dropout, Tensor? seed, bool need_dx, bool need_dcore) -> (Tensor, Tensor)",
       TORCH_FN(lorasb::linear_backward));
-  // With an R for each row: forward; for backward the thin products, that with each R, and base and adapter in one sum.
+  // With an R for each row: forward; for backward thin products, products with R's, and base and adapter in one sum.
   on_cpu(
       "linear_rows(Tensor x, Tensor? weight, Tensor[] quant, int[] layout, Tensor a, Tensor cores, Tensor b, "
       "Tensor? bias, Tensor index, float scaling, bool by_torch) -> (Tensor, Tensor)",

@@ -41,7 +41,7 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
-    """Import the tuner, and hand it the data-free inits, which it must not import from `init`, a layer above."""
+    """Import the tuner and pass it the data-free inits: it must not import `init`, a layer above, itself."""
     # No module of lorasb is half-imported here: packages whose modules import peft (`layers`, `tuner`, ...) import it
     # in their `__init__`, before any of their modules.
     importlib.import_module(".tuner.model", __name__).register(_init_without_data)

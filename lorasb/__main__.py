@@ -1,4 +1,4 @@
-"""The `lorasb` command, also as `python -m lorasb`: Ctrl-C ends in one line at any time, imports included."""
+"""The `lorasb` command, also as `python -m lorasb`: Ctrl-C prints one line at any time, even during imports."""
 
 from __future__ import annotations
 

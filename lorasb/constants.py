@@ -9,7 +9,7 @@ MAX_RANK = 256  # largest r that the kernels support
 PEFT_NAME = "LORASB"  # the method's name in PEFT's registry, and `peft_type` in adapter_config.json
 PEFT_PREFIX = "base_model.model."  # precedes the base model's names in a PeftModel and in its state dicts
 BASE_ROW = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
-IGNORED = -100  # transformers' label of tokens that have no loss
+IGNORED = -100  # transformers' label for tokens without a loss
 
 FACTORS = ("lorasb_A", "lorasb_R", "lorasb_B")  # attributes of a layer: A [r, in], R [r, r], B [out, r]
 FROZEN_FACTORS = ("lorasb_A", "lorasb_B")

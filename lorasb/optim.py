@@ -16,14 +16,14 @@ def parameter_groups(
     """The trainable parameters of a model, as groups for `torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3))`.
 
     R moves inside a fixed subspace and starts at the first step of full fine-tuning, so its learning rate is larger: 10
-    to 40 times full fine-tuning's on chain_sum (benchmarks/REPORT.md); the paper has 1e-4 to 2e-3 (Tables 11 and 12).
+    to 40 times full fine-tuning's on chain_sum (benchmarks/REPORT.md); the paper uses 1e-4 to 2e-3 (Tables 11 and 12).
 
     Args:
         model: a patched model.
         lr: learning rate of R.
         other_lr: learning rate of every other parameter that requires a gradient; `lr` by default.
-        weight_decay: for parameters other than R of two or more dimensions. Decay of R would pull the update, not a
-            weight, towards zero.
+        weight_decay: for parameters with two or more dimensions, except R. Decaying R would pull the update, not a
+            weight, toward zero.
 
     Returns:
         Up to three groups named "lorasb_R", "other" and "other, not decayed", none of them empty.

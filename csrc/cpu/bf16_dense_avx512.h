@@ -4,7 +4,7 @@
 namespace lorasb {
 namespace {
 
-// Sums over the lanes of four vectors at once, in fewer steps than four sums of one.
+// Sums over the lanes of four vectors at once, in fewer steps than four separate sums.
 inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -14,14 +14,13 @@ inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// 32 elements, or the `left` last ones of a row and zeros.
+// Loads 32 elements, or the last `left` ones of a row and zeros.
 inline __m512i load_bf16(const uint16_t* src, int64_t left) {
   if (left >= 32) return _mm512_loadu_si512(src);
   return _mm512_maskz_loadu_epi16((1u << left) - 1, src);
 }
 
-// kDenseTaps rows of D at a time. At the end the first row stands in for those that do not exist; their sums are
-// masked.
+// kDenseTaps rows of D at a time. At the end the first row replaces those that do not exist; their sums are masked.
 template <int kRows>
 void dense_dot_rows(Bf16View x, Bf16View d, int64_t columns, Range d_rows, bool accumulate, MutableMatrixView y) {
   for (int64_t r = d_rows.begin; r < d_rows.end; r += kDenseTaps) {
@@ -56,7 +55,7 @@ void dense_dot_bf16(Bf16View x, int64_t rows, Bf16View d, int64_t columns, Range
       rows, [&](auto count) { dense_dot_rows<decltype(count)::value>(x, d, columns, d_rows, accumulate, y); });
 }
 
-// Rows of `multiply_unpacked` are read as they are.
+// `multiply_by_dots` reads rows as they are, so they are only copied.
 void arrange_rows_of_tokens(Bf16View x, int64_t count, int64_t columns, uint16_t* dst) {
   for (int64_t i = 0; i < count; ++i) __builtin_memcpy(dst + i * columns, x.data + i * x.ld, columns * 2);
 }
@@ -138,7 +137,7 @@ inline void outer_tile(const OuterOperands& operands, int64_t row, int64_t colum
   }
 }
 
-// Every sum is one chain over the pairs of tokens, so that it is the same in a tile of six rows and in one of one.
+// Every sum is one chain over the pairs of tokens, so it is the same in tiles of six rows and of one row.
 void outer_bf16(const OuterOperands& operands, Range rows, bool overwrite, float* total) {
   for (int64_t j = 0; j < operands.n; j += kOuterColumns) {
     int64_t i = rows.begin;

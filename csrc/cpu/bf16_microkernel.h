@@ -1,4 +1,4 @@
-// What AVX512-BF16 and AMX bring to products of many tokens with a quantized weight: packing and micro-kernels. The
+// What AVX512-BF16 and AMX provide for products of many tokens with a quantized weight: packing and micro-kernels. The
 // loops around them are in gemm/bf16_gemm.cpp.
 //
 // The product is C [m, n] = A [m, k] B [k, n]: A holds tokens, B is Wᵀ (forward) or W (backward). The instructions
@@ -9,8 +9,8 @@
 //
 //     step s, pair p    b[k0, 0] b[k1, 0] | b[k0, 1] b[k1, 1] | .. | b[k0, 31] b[k1, 31]     two 64-byte vectors
 //
-// Which elements k0 and k1 meet in a pair is free as long as both operands agree. It follows from how a decoder yields
-// them, and `pair_distance` = k1 - k0 says so to the packing of tokens:
+// Any elements k0 and k1 can be a pair as long as both operands agree. The choice follows from how a decoder yields
+// them, and `pair_distance` = k1 - k0 passes it to the packing of tokens:
 //
 //   distance 8   Wᵀ with scales:     columns c and c + 8 of each 16
 //   distance 4   Wᵀ without scales:  columns c and c + 4 of each 8
@@ -67,7 +67,7 @@ struct UnscaledPanel {
   const float* scales;
 };
 
-// What becomes of the sums of a tile: y = sums + bias, or y += sums.
+// What is done with the sums of a tile: y = sums + bias, or y += sums.
 struct Epilogue {
   bool split_columns;    // the sums' even columns come first
   const uint16_t* bias;  // or null
@@ -80,7 +80,7 @@ struct Bf16GemmKernels {
   int max_unscaled_tokens;  // up to these, scales are applied to sums and not to weights
   BlockShape block;         // for more tokens; a second-level cache holds it
 
-  // What a thread calls before products and after them, or null: AMX has its tile registers configured.
+  // Called by a thread before products and after them, or null: AMX configures its tile registers.
   void (*begin)() = nullptr;
   void (*end)() = nullptr;
 
@@ -90,9 +90,9 @@ struct Bf16GemmKernels {
   // B = Wᵀ and B = W.
   void (*pack_transposed)(const Packed& w, const PanelBlock& block, uint16_t* dst);
   void (*pack)(const Packed& w, const PanelBlock& block, uint16_t* dst);
-  // One micro-panel of B = Wᵀ without scales, and these on their own.
+  // One micro-panel of B = Wᵀ without scales, and the scales separately.
   void (*pack_transposed_unscaled)(const Packed& w, const PanelBlock& block, uint16_t* dst, float* scales);
-  // B = Dᵀ and B = D of a dense D in one piece.
+  // B = Dᵀ and B = D for a contiguous dense D.
   void (*pack_dense_transposed)(const Bf16Matrix& d, const PanelBlock& block, uint16_t* dst);
   void (*pack_dense)(const Bf16Matrix& d, const PanelBlock& block, uint16_t* dst);
 

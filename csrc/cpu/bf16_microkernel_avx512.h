@@ -9,7 +9,7 @@ namespace {
 constexpr int kBf16Mr = 8;                        // tokens of a tile
 constexpr int kTokenStep = kBf16KStep * kBf16Mr;  // bf16 of one step of a micro-panel of tokens
 
-// One step of a micro-panel of tokens against one of W.
+// Multiplies a step of a micro-panel of tokens by one of W.
 template <int kRows>
 inline void add_step(const uint16_t* tokens, const uint16_t* weight, __m512 (*acc)[2]) {
 #pragma GCC unroll 4
@@ -48,7 +48,7 @@ void bf16_micro_kernel(const uint16_t* tokens, int64_t rows, PackedPanel weight,
                    [&](auto count) { bf16_micro_kernel_rows<decltype(count)::value>(tokens, weight, overwrite, c); });
 }
 
-// The same over an unscaled micro-panel: the sums of a block start at zero, and are multiplied by its scales as they
+// The same with an unscaled micro-panel: the sums of a block start at zero, and are multiplied by its scales when they
 // are added to the tile. Two sets of accumulators are in registers.
 template <int kRows>
 void unscaled_micro_kernel_rows(const uint16_t* tokens, const UnscaledPanel& weight, bool overwrite,
@@ -81,7 +81,7 @@ void unscaled_micro_kernel_rows(const uint16_t* tokens, const UnscaledPanel& wei
 
 void unscaled_micro_kernel(const uint16_t* tokens, int64_t rows, const UnscaledPanel& weight, bool overwrite,
                            MutableMatrixView c) {
-  const int64_t part = rows <= 6 ? rows : 4;  // both sets of accumulators of more do not fit into registers
+  const int64_t part = rows <= 6 ? rows : 4;  // with more rows, the two sets of accumulators do not fit into registers
   for (int64_t i = 0; i < rows; i += part) {
     by_rows<6>(rows - i < part ? rows - i : part, [&](auto count) {
       unscaled_micro_kernel_rows<decltype(count)::value>(tokens + i * kBf16KStep, weight, overwrite,

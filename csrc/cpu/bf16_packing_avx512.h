@@ -4,7 +4,7 @@
 namespace lorasb {
 namespace {
 
-// Counted in bf16.
+// Sizes in bf16 elements.
 constexpr int kPairSize = 2 * kBf16Nr;           // of one pair of k in a micro-panel of W
 constexpr int kStepSize = kBf16KStep * kBf16Nr;  // of one step of a micro-panel of W
 
@@ -21,7 +21,7 @@ inline __m512i pairing(int distance) {
   return _mm512_load_si512(column);
 }
 
-// Rows that a micro-panel lacks are left as they are: micro-kernels do not store their sums, or nobody reads these.
+// Missing rows of a micro-panel are not written: micro-kernels do not store their sums, or these are never read.
 void pack_bf16_tokens(const Bf16Matrix& x, const TokenLayout& layout, Range panels, uint16_t* dst) {
   const int64_t steps = (x.columns + kBf16KStep - 1) / kBf16KStep, all_panels = (x.rows + layout.mr - 1) / layout.mr;
   const int64_t step_size = layout.mr * kBf16KStep;
@@ -43,7 +43,7 @@ void pack_bf16_tokens(const Bf16Matrix& x, const TokenLayout& layout, Range pane
   }
 }
 
-// t[q] = 64-bit word q of each of eight rows, whose rows are 64 bytes.
+// t[q] = 64-bit word q of each of eight rows of 64 bytes.
 inline void transpose_words(const __m512i* rows, __m512i* t) {
   for (int odd = 0; odd < 2; ++odd) {
     __m512i pairs[4];
@@ -62,7 +62,7 @@ inline void transpose_words(const __m512i* rows, __m512i* t) {
   }
 }
 
-// Four 32-bit words of each of 16 rows, a word of all of them in each vector.
+// Loads four 32-bit words of each of 16 rows: words[i] has word i of all rows.
 inline void words_of_rows(const void* src, int64_t row_bytes, __m512i* words) {
   const uint8_t* const bytes = static_cast<const uint8_t*>(src);
   const auto load = [](const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); };
@@ -188,8 +188,8 @@ inline void pack_unscaled_half(const uint8_t* bytes, int64_t row_bytes, int64_t 
   }
 }
 
-// Half the work of `pack_bf16_transposed`, for products whose few tokens share it. The table was multiplied by the
-// balance before it was rounded, and the scales are divided by it.
+// Half the work of `pack_bf16_transposed`, for products of few tokens. The table was multiplied by the balance before
+// it was rounded, and the scales are divided by it.
 void pack_bf16_transposed_unscaled(const Packed& w, const PanelBlock& block, uint16_t* dst, float* scales) {
   const __m512i table = rounded_table(w);
   const int64_t half = w.columns / 2, bytes_ahead = prefetch_distance(w, block);
@@ -213,7 +213,7 @@ void pack_bf16_transposed_unscaled(const Packed& w, const PanelBlock& block, uin
 }
 
 // Rows `row` and `row` + 1 of W into a pair of each micro-panel. One look-up takes both: the table is scaled and
-// rounded once for each row and block, and the second row's 16 entries lie above the first's. Even columns come first,
+// rounded once for each row and block, and the second row's 16 entries are above the first's. Even columns come first,
 // then odd ones. A last row without a neighbor is paired with itself, scaled by zero.
 inline void pack_pair_of_rows(const Packed& w, __m512 table, int64_t row, const PanelBlock& block, uint16_t* dst) {
   const int shift = w.block_shift();
@@ -243,7 +243,7 @@ inline void pack_pair_of_rows(const Packed& w, __m512 table, int64_t row, const 
   }
 }
 
-// Zeros from a pair of k on.
+// Writes zeros from a pair of k on.
 inline void clear_pairs(int64_t first_pair, const PanelBlock& block, uint16_t* dst) {
   for (int64_t s = 0; s < block.panels; ++s) {
     for (int64_t i = first_pair * kPairSize; i < block.kc * kBf16Nr; i += 32) {
@@ -252,7 +252,7 @@ inline void clear_pairs(int64_t first_pair, const PanelBlock& block, uint16_t* d
   }
 }
 
-// The last micro-panel is whole: whole blocks make the number of columns a multiple of 32.
+// The last micro-panel is full: whole blocks make the number of columns a multiple of 32.
 void pack_bf16(const Packed& w, const PanelBlock& block, uint16_t* dst) {
   const __m512 table = _mm512_loadu_ps(w.table);
   const int64_t half = w.columns / 2;
@@ -280,7 +280,7 @@ void pack_bf16_dense_transposed(const Bf16Matrix& d, const PanelBlock& block, ui
   }
 }
 
-// D's columns as columns of C, the even ones first as those of a quantized W.
+// D's columns as columns of C, the even ones first, as for a quantized W.
 void pack_bf16_dense(const Bf16Matrix& d, const PanelBlock& block, uint16_t* dst) {
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), low = _mm512_set1_epi32(0xffff);
   for (int64_t p = 0; 2 * p < block.kc; ++p) {

@@ -1,4 +1,4 @@
-// A quantized W against up to kDotRows tokens in bf16; included inside a target region.
+// Products of a quantized W and up to kDotRows tokens in bf16; included inside a target region.
 //
 // W is read once from memory and never decoded into it: a step of 128 elements, 64 bytes of a row, is loaded as 32
 // words, looked up in a table of bf16 and multiplied at once. The scale of a block is applied to sums in fp32, so that
@@ -29,8 +29,8 @@ void arrange_bf16(const uint16_t* x, int64_t columns, uint16_t* streams) {
   }
 }
 
-// Nibble kShift / 4 of each 16-bit word of kTaps rows of W against the same stream of kRows rows of x: 32 products of
-// each pair of rows, without the scales.
+// Multiplies nibble kShift / 4 of each 16-bit word of kTaps rows of W by the same stream of kRows rows of x: 32
+// products for each pair of rows, without the scales.
 template <int kShift, int kRows, int kTaps>
 inline void look_up_and_multiply(const __m512i* words, __m512i table, const uint16_t* streams, int64_t ld,
                                  __m512 (*part)[kTaps]) {

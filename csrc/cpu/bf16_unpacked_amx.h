@@ -1,8 +1,8 @@
-// Tokens against dense matrices that are not packed, by tiles; included inside AMX's target region.
+// Products of tokens and dense matrices that are not packed, by tiles; included inside AMX's target region.
 //
 // A row of W is a row of the tile's first operand: yᵀ = W xᵀ reads W once from memory, in place, and only x, which is
-// small, is brought into pairs. Rows of W, 32 at a time, are summed over all terms in four registers for each panel of
-// 32 tokens, transposed, rounded once and stored.
+// small, is rearranged into pairs. For 32 rows of W at a time and each panel of 32 tokens, sums over all terms are in
+// four registers; they are transposed, rounded once and stored.
 //
 //                     tokens 0-15 (tmm6)   tokens 16-31 (tmm7)
 //   W's rows 0-15   (tmm4)   tmm0          tmm1
@@ -40,7 +40,7 @@ inline void transpose_16(__m512i* r) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// [columns / 32][16 pairs][32 tokens][2], zero beyond x; of a panel with up to 16 tokens only their half is written.
+// [columns / 32][16 pairs][32 tokens][2], zero beyond x; for up to 16 tokens only the first half is written.
 void arrange_pairs_of_tokens(Bf16View x, int64_t count, int64_t columns, uint16_t* dst) {
   for (int64_t column = 0; column < columns; column += kBf16KStep, dst += kPanelStep) {
     const __mmask32 valid = first_of_32(columns - column);
@@ -56,8 +56,8 @@ void arrange_pairs_of_tokens(Bf16View x, int64_t count, int64_t columns, uint16_
   }
 }
 
-// Steps of 32 columns of 32 rows of D against a panel. The rows after them are prefetched: a row's piece is too short
-// for the hardware to see a stream.
+// Multiplies steps of 32 columns of 32 rows of D by a panel. The rows after them are prefetched: a row's piece is too
+// short for the hardware prefetcher.
 template <bool kTwo>
 inline void add_row_steps(Bf16View d, int64_t steps, const uint16_t* tokens, bool prefetch) {
   const int64_t row_bytes = d.ld * 2;
@@ -79,7 +79,7 @@ inline void add_row_steps(Bf16View d, int64_t steps, const uint16_t* tokens, boo
   }
 }
 
-// One step of rows of D, zero beyond them and beyond its columns: nothing past its end is read.
+// Copies one step of rows of D, zero beyond its rows and columns: nothing past its end is read.
 inline void copy_step(Bf16View d, int64_t rows, int64_t columns, uint16_t* dst) {
   const __mmask32 valid = first_of_32(columns);
   for (int64_t i = 0; i < kUnpackedRows; ++i) {
@@ -88,7 +88,7 @@ inline void copy_step(Bf16View d, int64_t rows, int64_t columns, uint16_t* dst) 
   }
 }
 
-// Rows `rows` of yᵀ for one panel of tokens, over all terms.
+// Sums rows `rows` of yᵀ over all terms, for one panel of tokens.
 template <bool kTwo>
 inline void sum_rows(const UnpackedTerm* terms, int count, int64_t panel, Range rows, float* sums) {
   _tile_zero(0);

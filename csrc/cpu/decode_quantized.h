@@ -42,15 +42,15 @@ struct F16 {
   static void interleave(V::reg high, V::reg low, type* out) { V::interleave_f16(high, low, out); }
 };
 
-// With such a scale vectors round as scalars do. Others take the scalar path: the bf16 conversions of AVX-512 take
-// subnormals for zero, and those by integer additions do not know what is not finite.
+// With such a scale, vectors round as scalars do. Others take the scalar path: the bf16 conversions of AVX-512 treat
+// subnormals as zero, and those by integer additions handle only finite numbers.
 inline bool is_ordinary(float scale) {
   const float magnitude = scale < 0 ? -scale : scale;
   return magnitude > kSmallest && magnitude < kLargest;
 }
 
-// `count` elements of one block. Vectors need an even `first`, a whole byte; decode_blocks sees to that. Whole vectors
-// of bytes are read, none past the end: a vector holds as many bytes as it yields pairs of elements.
+// Decodes `count` elements of one block. Vectors need an even `first`, at a byte's start: decode_blocks ensures it.
+// Full vectors of bytes are read, none past the end: a vector holds as many bytes as it yields pairs of elements.
 template <typename T, Rounding kRounding>
 inline void decode_run(const Packed& w, const typename V::table& table, int64_t first, int64_t count, float scale,
                        typename T::type* out) {
@@ -87,7 +87,7 @@ inline void decode_blocks(const Packed& w, int64_t first, int64_t count, typenam
   for (int64_t i = first; i < end;) {
     const int64_t b = i / w.block;
     int64_t stop = (b + 1) * w.block;
-    if (i % 2 != 0) stop = i + 1;  // the low nibble of a byte alone; blocks are even, so the next piece begins a byte
+    if (i % 2 != 0) stop = i + 1;  // only a byte's low nibble; blocks are even, so the next piece begins a byte
     if (stop > end) stop = end;
     decode_run<T, kRounding>(w, table, i, stop - i, w.scale(b), out + (i - first));
     i = stop;

@@ -15,7 +15,7 @@ namespace lorasb {
 namespace {
 
 // Values of LORASB_MAX_CPU_ISA, the best first. It leaves out every instruction set that is better than the one it
-// names: for tests, and to see what a lesser processor does.
+// names: for tests, and to see what a less capable processor does.
 const char* const kCaps[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};
 
 // How many of kCaps the variable leaves out.
@@ -34,7 +34,7 @@ std::vector<Kernels> available() {
 #ifdef LORASB_X86
   const int cap = capped();
   __builtin_cpu_init();
-  // Each set is used whole: a processor with AVX-512F alone gets AVX2, since the kernels need BW, VL and DQ, too.
+  // All or nothing: a processor with only AVX-512F gets AVX2, since the kernels need BW, VL and DQ, too.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

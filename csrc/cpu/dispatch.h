@@ -1,4 +1,4 @@
-// Which kernels run: the best that this processor has, or those that were asked for.
+// The choice of kernels: the best that this processor has, or requested ones.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace lorasb {
 
-// The table in force, for the whole process.
+// The active table, for the entire process.
 const Kernels& kernels();
 
 // Names of the instruction sets that this processor has, the best first.
@@ -20,7 +20,7 @@ bool has_amx();
 // True if the processor multiplies fp16 (AVX512-FP16), and torch with it; false under a cap.
 bool multiplies_fp16();
 
-// Uses one of them, or with "" the best again; raises a ValueError where there is none of that name.
+// Switches to one of them, or with "" to the best again; raises a ValueError for an unknown name.
 void use_instruction_set(const std::string& name);
 
 }  // namespace lorasb

@@ -1,4 +1,4 @@
-// What an instruction set brings to products in fp32: packing, the micro-kernel, and the direct products of few tokens.
+// What an instruction set provides for products in fp32: packing, the micro-kernel, and direct products of few tokens.
 // The loops around them are in gemm/fp32_gemm.cpp.
 //
 // BLIS terms: C [m, n] = A [m, k] B [k, n], where A holds tokens and B is Wᵀ or W. The micro-kernel multiplies a
@@ -30,14 +30,14 @@ struct Fp32GemmKernels {
   void (*narrow)(const float* src, Element element, int64_t count, void* dst);
 
   // c [rows, nr] = or += tokensᵀ · weight over kc, for up to mr rows; `overwrite` is BLAS's beta = 0. All nr columns
-  // are stored, so that c has room for them also at the right edge of the result.
+  // are stored, so c needs room for them at the right edge of the result, too.
   void (*micro_kernel)(const float* tokens, const float* weight, int64_t kc, int64_t rows, bool overwrite,
                        MutableMatrixView c);
 
   // Micro-panel [kc, nr] of the weight from `rows` rows of kc elements each: W's rows as columns of the result.
   void (*pack_transposed)(MatrixView src, int64_t rows, int64_t kc, float* panel);
 
-  // The same from bf16, without a copy in fp32 between.
+  // The same from bf16, without an intermediate copy in fp32.
   void (*pack_transposed_bf16)(Bf16View src, int64_t rows, int64_t kc, float* panel);
 
   // Micro-panel [kc, mr] of tokens from `rows` rows of kc elements each.

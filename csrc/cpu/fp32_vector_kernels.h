@@ -2,7 +2,7 @@
 //   micro_rows                          mr, the tokens of the micro-kernel's tile; nr is two registers
 //   load_bf16/load_f16(src)             `width` elements in fp32
 //   store_bf16/store_f16(dst, reg)      rounded to nearest even
-// and of two functions that the including file has as well:
+// and of two functions that the including file also defines:
 //   transpose8(src, rows, dst)          8 elements of up to 8 rows of fp32 as 8 rows; the missing rows are zero
 //   transpose16_bf16(src, rows, dst)    16 elements of bf16 as 16 rows of fp32, likewise
 
@@ -246,7 +246,7 @@ void add_dense_rows(MatrixView c, int64_t rows, DenseView d, Range d_rows, Range
   });
 }
 
-// What every instruction set has; the richer ones add to it.
+// The kernels that every instruction set has; larger sets add more.
 inline Kernels common_kernels(const char* name) {
   Kernels k;
   k.name = name;

@@ -1,4 +1,4 @@
-// What an instruction set brings: one table of functions for each, chosen at run time (cpu/dispatch.h).
+// What an instruction set provides: one table of functions for each, chosen at run time (cpu/dispatch.h).
 //
 // Kernels work on plain pointers and allocate nothing. All sums are in fp32, each in an order that depends on shapes
 // alone: not on threads, and not on where a thread's part begins.
@@ -23,7 +23,7 @@ constexpr int kOuterRows = 6;      // rows of G in a tile of `outer_bf16`
 constexpr int kUnpackedRows = 32;  // rows of D, and tokens of a panel, that `multiply_unpacked` takes at once
 constexpr int kUnpackedTokens = 32;
 
-// Rows of x in fp32 with even columns apart from odd ones, as a byte of W yields them: row i at even + i * ld.
+// Rows of x in fp32, split into even and odd columns, as a byte of W yields them: row i at even + i * ld.
 struct SplitRows {
   const float *even, *odd;
   int64_t ld;
@@ -61,8 +61,8 @@ struct Kernels {
   void (*decode_f32)(const Packed& w, int64_t first, int64_t count, float* dst) = nullptr;
   void (*decode_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
   void (*decode_f16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
-  // The same with non-temporal stores, for results that no cache holds: `dst` and `first` are whole cache lines. Null
-  // where there is no such kernel.
+  // The same with non-temporal stores, for results that exceed the caches: `dst` and `first` are full cache lines. Null
+  // if there is no such kernel.
   void (*stream_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
 
   // y [rows, ..] = x W[w_rows]ᵀ for up to kDirectRows rows of x: column r of y takes row r of W. W has whole blocks.
@@ -98,12 +98,12 @@ struct Kernels {
   // Rows `rows` of G [m, n] in fp32 = or += dyᵀ x; null where bf16 is not multiplied. `total` is G's first element.
   void (*outer_bf16)(const OuterOperands& operands, Range rows, bool overwrite, float* total) = nullptr;
 
-  // Booleans of a matrix's row, 32 a word: bit j of a word is x[32 * word + j] > 0 (and != 0).
+  // Booleans of a matrix's row, 32 per word: bit j of a word is x[32 * word + j] > 0 (and != 0).
   SignCounts (*pack_signs)(const float* x, int64_t count, uint32_t* positive, uint32_t* nonzero) = nullptr;
 
   Bf16GemmKernels bf16_gemm{};
   Fp32GemmKernels fp32_gemm{};
-  bool fp32_gemm_beats_blas = false;  // the blocked product against panels for the BLAS, where that was measured
+  bool fp32_gemm_beats_blas = false;  // true where the blocked product was measured to be faster than panels
 
   bool multiplies_bf16() const { return bf16_gemm.mr > 0; }
 };
@@ -111,8 +111,8 @@ struct Kernels {
 // Leading dimensions of rows that are read side by side: never a multiple of 4096 bytes, which would map all of them to
 // the same few sets of a first-level cache.
 inline int64_t half_stride(int64_t columns) { return columns / 2 + 16; }
-// Of one row of x in bf16: whole steps of 128 columns, the last padded with zeros, and then up to 2112 bytes (half of
-// 4096 and a line) past a multiple of 4096, so that eight rows' equal columns share no set.
+// For one row of x in bf16: full steps of 128 columns, the last padded with zeros, and then up to 2112 bytes (half of
+// 4096 and a line) past a multiple of 4096, so that the same column of eight rows is in different sets.
 inline int64_t stream_stride(int64_t columns) {
   const int64_t whole = (columns + 127) / 128 * 128;
   return whole + ((1024 + 32 - whole) % 2048 + 2048) % 2048;

@@ -1,4 +1,4 @@
-// AMX: products of 16 x 32 tiles in bf16 (Sapphire Rapids and newer). Packing and everything else is AVX-512's.
+// AMX: products of 16 x 32 tiles in bf16 (Sapphire Rapids and newer). AVX-512 does the packing and everything else.
 //
 // A tile register is 16 rows of 64 bytes. The micro-kernel's tile of C, up to 32 tokens by 32 columns, is four of them:
 //
@@ -7,8 +7,8 @@
 //   tokens 16-31  (tmm5)   tmm2                    tmm3
 //
 // A step of 32 elements of k is one TDPBF16PS for each of the four; its operands are a step of the packed micro-panels
-// (cpu/bf16_microkernel.h), read in place. Rows of tokens that do not exist are multiplied as well; their sums land in
-// rows of the scratch sums that nobody reads.
+// (cpu/bf16_microkernel.h), read in place. Rows of tokens that do not exist are multiplied as well; their sums go to
+// rows of the scratch sums that are never read.
 #include "cpu/kernel_table.h"
 
 #ifdef LORASB_AMX
@@ -75,7 +75,7 @@ inline void store_sums(MutableMatrixView c) {
   }
 }
 
-// One step of a micro-panel of tokens against one of W. Loads stand between products, so that they overlap.
+// Multiplies a step of a micro-panel of tokens by one of W. Loads and products alternate, so that they overlap.
 template <bool kTwo>
 inline void add_step(const uint16_t* tokens, const uint16_t* weight) {
   _tile_loadd(6, weight, kPairBytes);

@@ -23,7 +23,7 @@ LORASB_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c
 namespace lorasb {
 namespace {
 
-constexpr int kAhead = 20480;  // bytes between what is read of W and what is prefetched from memory
+constexpr int kAhead = 20480;  // bytes from where W is read to where it is prefetched
 
 // The table times its balance, rounded to bf16. It is in the register twice, as a look-up among 32 words takes five
 // bits. Rounding the table in place of every weight adds little error: the balance is chosen for that.
@@ -32,7 +32,7 @@ inline __m512i rounded_table(const Packed& w) {
   return (__m512i)_mm512_cvtne2ps_pbh(values, values);
 }
 
-// Whole vectors of elements of one block. A byte is copied into both 16-bit words of its two elements; a shift by 4 in
+// Full vectors of one block. A byte is copied into both 16-bit words of its two elements; a shift by 4 in
 // every other word brings the high nibble down, and one look-up of 32 words gives 32 elements in order.
 template <bool kPastCache>
 inline void decode_vectors(const uint8_t* bytes, int64_t vectors, __m512i values, uint16_t* dst) {
@@ -52,9 +52,9 @@ inline void decode_vectors(const uint8_t* bytes, int64_t vectors, __m512i values
   }
 }
 
-// As `decode`, with one rounding of the table for a block in place of one of each element: the 16 products of table and
-// scale are all the values that a block has. With kPastCache stores are non-temporal: `dst` is aligned to 64 bytes, and
-// the fence at the end orders them before what the caller does next.
+// As `decode`, but rounds the table once per block instead of each element: the 16 products of table and scale are all
+// the values that a block has. With kPastCache stores are non-temporal: `dst` is aligned to 64 bytes, and the fence at
+// the end orders them before what the caller does next.
 template <bool kPastCache>
 void decode_by_table(const Packed& w, int64_t first, int64_t count, uint16_t* dst) {
   // Rounding to fp16 comes before rounding to bf16: two roundings of a product are not one of the table.
@@ -63,7 +63,7 @@ void decode_by_table(const Packed& w, int64_t first, int64_t count, uint16_t* ds
   }
   const __m512 table = _mm512_loadu_ps(w.table);
   const int64_t end = first + count;
-  int64_t b = first / w.block, stop = (b + 1) * w.block;  // in the loop a division would cost what four vectors do
+  int64_t b = first / w.block, stop = (b + 1) * w.block;  // a division in the loop would cost as much as four vectors
   for (int64_t i = first; i < end; i = stop, stop += w.block, ++b) {
     const int64_t length = (stop < end ? stop : end) - i;
     const float scale = w.scale(b);

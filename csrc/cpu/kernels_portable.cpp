@@ -1,4 +1,4 @@
-// C++ alone, for any processor; the compiler makes vectors of the loops where it can.
+// Plain C++, for any processor; the compiler vectorizes the loops where it can.
 #include "cpu/kernel_table.h"
 #include "cpu/scalar_conversions.h"
 
@@ -47,7 +47,7 @@ struct V {
   }
   // Two roundings: without the instruction, std::fma is a call of many cycles for each lane.
   static reg fma(const reg& a, const reg& b, const reg& c) { return add(mul(a, b), c); }
-  // The tree by which AVX2 sums its eight lanes.
+  // The same tree in which AVX2 sums its eight lanes.
   static float sum(const reg& a) {
     return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
   }

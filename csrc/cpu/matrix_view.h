@@ -1,4 +1,4 @@
-// How kernels are handed matrices, element types and ranges. Plain C++: the kernels include this and no torch.
+// How matrices, element types and ranges are passed to kernels. Plain C++: the kernels include this and no torch.
 //
 // The views have no member functions: an inline function of a template could be compiled inside the target region of
 // one instruction set and then be linked into the code of another.
@@ -37,7 +37,7 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// Of a piece that is too short for the hardware prefetcher.
+// For pieces that are too short for the hardware prefetcher.
 inline void prefetch_bytes(const void* src, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(src) + line);
 }

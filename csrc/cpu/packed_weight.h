@@ -5,8 +5,8 @@
 //   bytes    | e0 e1 | e2 e3 | ..                element i is nibble i; the high nibble of a byte comes first
 //   scales   | block 0 | block 1 | ..            W[i] = table[nibble] * scale(i / block), in fp32
 //
-// Blocks ignore the ends of rows unless `columns` is a multiple of `block`; kernels that walk over rows ask for that
-// with whole_blocks().
+// Blocks cross the ends of rows unless `columns` is a multiple of `block`; kernels that walk over rows require that:
+// whole_blocks().
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Packed {
   int64_t rows = 0, columns = 0;
   int64_t block = 64;
   const float* table = nullptr;  // [16]
-  // What the table is multiplied by where its entries are rounded to bf16 without their scales; sums are divided by it.
+  // A factor of the table if its entries are rounded to bf16 without their scales; sums are divided by it.
   float balance = 1.0f;
   const float* absmax = nullptr;  // [blocks], where statistics are plain
 
@@ -54,7 +54,7 @@ struct Packed {
   }
 
   // True if every row begins with a new block, and a block is a power of two and a whole number of vectors: no
-  // vector of a row then needs two scales, and b is a shift away from a column.
+  // vector of a row then needs two scales, and a shift of a column gives b.
   bool whole_blocks() const {
     return codes == nullptr && block >= 32 && (block & (block - 1)) == 0 && columns % block == 0;
   }

@@ -15,11 +15,11 @@ namespace lorasb {
 
 constexpr int64_t kTaskElements = int64_t{1} << 15;  // elements of a weight that make a task
 
-constexpr int64_t kPartRows = 256;  // rows of a matrix whose sum is computed on its own by add_row_parts
+constexpr int64_t kPartRows = 256;  // rows of a matrix that add_row_parts sums separately
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Items a task, where each item stands for so many elements of a weight.
+// Items per task, where each item is `per_item` elements of a weight.
 inline int64_t grain(int64_t per_item) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, per_item)); }
 
 // Calls task(low, high) over the rows of W [rows, columns], in whole groups of `step`.

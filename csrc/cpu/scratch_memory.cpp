@@ -16,12 +16,12 @@
 namespace lorasb {
 namespace {
 
-constexpr size_t kMaxSpare = size_t{64} << 20;  // bytes that may stay allocated without a user
+constexpr size_t kMaxSpare = size_t{64} << 20;  // bytes that may stay allocated while unused
 
 size_t whole_pages(size_t size) { return (size + kHugePage - 1) / kHugePage * kHugePage; }
 
-// From the system itself where that is possible: memory that the allocator reuses is backed by small pages already.
-// mmap aligns to 4 KiB only, so that one huge page more is mapped and the rest outside the aligned part is unmapped.
+// Directly from the system where possible: memory that the allocator reuses is already backed by small pages. mmap
+// aligns only to 4 KiB, so one more huge page is mapped, and what is outside the aligned part is unmapped.
 void* huge_pages(size_t size) {
 #ifdef __linux__
   const size_t mapped = size + kHugePage;
@@ -47,7 +47,7 @@ void free_pages(void* memory, size_t size) {
 #endif
 }
 
-// One allocation without a user, shared by all threads.
+// One unused allocation, shared by all threads.
 std::mutex spare_mutex;
 void* spare = nullptr;
 size_t spare_size = 0;

@@ -1,5 +1,5 @@
-// Transposes of blocks by AVX2, which AVX-512 uses as well; included inside a target region, by each file that compiles
-// for one. Packing spends its time here: 8 loads, 24 shuffles and 8 stores for 64 elements.
+// Transposes of blocks by AVX2, which AVX-512 uses as well; included by each file inside its target region. Packing
+// spends its time here: 8 loads, 24 shuffles and 8 stores for 64 elements.
 
 namespace lorasb {
 namespace {

@@ -1,5 +1,4 @@
-// The vector type of AVX-512 and its packing of signs; included inside a target region, by each file that compiles for
-// one.
+// The vector type of AVX-512 and its packing of signs; included by each AVX-512 file, inside its target region.
 #include "cpu/transpose_avx2.h"
 
 namespace lorasb {
@@ -43,7 +42,7 @@ struct V {
   }
   static void interleave_bf16(reg high, reg low, uint16_t* out) {
 #ifdef LORASB_HAS_BF16
-    // The instruction rounds as the additions below do, but takes subnormals for zero: scales are ordinary here.
+    // The instruction rounds as the additions below do, but treats subnormals as zero: scales are ordinary here.
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(low, high);  // 16 of high, then 16 of low
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

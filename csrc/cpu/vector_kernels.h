@@ -10,16 +10,16 @@
 //   round_bf16/round_f16(reg)          rounded to nearest even, still in fp32
 //
 // Results differ between instruction sets in the last bits, since the number of lanes is part of the order of a sum.
-// Decoding does not differ: it has no sums. The build has -ffp-contract=off, so that the compiler fuses no product
-// and sum on its own: only V::fma does, and scalar tails round like the loops that they end.
+// Decoding does not differ: it has no sums. The build has -ffp-contract=off, so that only V::fma fuses a product and a
+// sum, never the compiler, and scalar tails round like the loops before them.
 
 #include "cpu/decode_quantized.h"
 
 namespace lorasb {
 namespace {
 
-// Calls kernel(constant) for 1 to kMost rows: accumulators of so many rows are registers only if their number is known
-// to the compiler.
+// Calls kernel(constant) for 1 to kMost rows: accumulators are in registers only if the compiler knows the number of
+// rows.
 template <int kMost, typename F>
 inline void by_rows(int64_t rows, const F& kernel) {
   if constexpr (kMost > 1) {
@@ -29,7 +29,7 @@ inline void by_rows(int64_t rows, const F& kernel) {
 }
 
 // Sums of a block are taken without its scale, which is applied once to them. Within a block even and odd columns have
-// sums of their own: two chains of FMAs side by side.
+// separate sums: two independent chains of FMAs.
 template <int kRows>
 void dot_rows(const Packed& w, SplitRows x, Range w_rows, MutableMatrixView y) {
   const typename V::table table = V::load_table(w.table);
@@ -59,7 +59,7 @@ void dot(const Packed& w, SplitRows x, int64_t rows, Range w_rows, MutableMatrix
   by_rows<kDirectRows>(rows, [&](auto count) { dot_rows<decltype(count)::value>(w, x, w_rows, y); });
 }
 
-// Rows of W that are prefetched ahead of those at work: a row's piece is too short for the hardware prefetcher.
+// How many rows of W ahead are prefetched: a row's piece is too short for the hardware prefetcher.
 constexpr int kRowsFetched = 16;
 
 // kTaps rows of W from r on at a time: the sums are loaded and stored once for all of them.

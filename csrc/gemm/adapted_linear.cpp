@@ -76,7 +76,7 @@ Gradients backward_few(const std::vector<Tensor>& dys, const std::vector<Layer>&
   return {sums.to(dys.front().scalar_type()), dcores};
 }
 
-// The same for any number of tokens. Terms: dy W, then c A of each layer. Under dropout c A is computed on its own,
+// The same for any number of tokens. Terms: dy W, then c A of each layer. Under dropout c A is computed separately,
 // masked, and added to the sum of dy W.
 Gradients backward_packed(const std::vector<Tensor>& dys, const std::vector<Layer>& layers,
                           const std::vector<Tensor>& us, const OptionalTensor& mask, bool need_dx, bool need_dcore) {
@@ -142,7 +142,7 @@ Gradients adapted_backward(const std::vector<Tensor>& dys, const std::vector<Lay
     std::vector<Tensor> part_dys, part_us;
     for (size_t i = 0; i < layers.size(); ++i) {
       part_dys.push_back(dys[i].narrow(0, low, count));
-      // u is empty if unneeded
+      // u is empty if it is not needed
       part_us.push_back(us[i].size(0) == tokens ? us[i].narrow(0, low, count) : us[i]);
     }
     const auto backward = is_few(count, layers.front()) ? backward_few : backward_packed;

@@ -1,9 +1,9 @@
-// The adapted linear by the blocked product in fp32 (fp32_gemm.h), whatever stores W:
+// The adapted linear by the blocked product in fp32 (fp32_gemm.h), for any storage of W:
 //
 //   forward    u = x Aᵀ, v = s·u Rᵀ          y  = x Wᵀ + v Bᵀ + bias
 //   backward   t = dy B, c = s·t R           dx = dy W + c A,  dR = s·tᵀ u
 //
-// y and dx are one sum each, in fp32, that is rounded once. Up to kFewRows tokens and a dense W nothing is packed:
+// y and dx are one sum each, in fp32, that is rounded once. For up to kFewRows tokens and a dense W, nothing is packed:
 // every matrix is read once, in place. More tokens than max_packed_tokens are taken part by part. u, v, t and c have
 // r columns and stay in fp32.
 #pragma once
@@ -23,7 +23,7 @@ struct Layer {
   OptionalTensor bias;
 };
 
-// y [M, m] and u = x Aᵀ [M, r], both in x's dtype; u is rounded for backward alone.
+// y [M, m] and u = x Aᵀ [M, r], both in x's dtype; u is rounded only for backward.
 TensorPair adapted_linear(const Tensor& x, const Layer& layer, const Dropout& dropout);
 
 // y and u of every layer of a group; x is packed once.

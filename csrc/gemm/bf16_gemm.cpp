@@ -16,17 +16,17 @@ constexpr int64_t kMaxTokensBesideAmx = 32;  // where the BLAS has AMX and these
 
 constexpr BlockShape kUnscaledBlock = {1, kBf16MaxKc / 2};  // 16 KiB, for a first-level cache
 
-// Packed tokens in scratch memory: fresh pages take longer than filling them. Less is cheap to allocate, and more
-// should not stay allocated.
+// Bytes of packed tokens in scratch memory: fresh pages take longer than filling them. Less is cheap to allocate, and
+// more should not stay allocated.
 constexpr int64_t kMinScratch = int64_t{1} << 18, kMaxScratch = int64_t{16} << 20;
 
 const Bf16GemmKernels& gemm() { return kernels().bf16_gemm; }
 
-// One term of the sum: packed tokens [m, k], and how the part of B that they meet is packed.
+// One term of the sum: packed tokens [m, k], and how the part of B that they multiply is packed.
 struct Term {
   Tensor tokens;  // [k / kc] blocks of [panels][steps][mr][32]
   std::function<void(const PanelBlock&, uint16_t* panels, float* scales)> pack;
-  int64_t elements_per_scale = 0;  // 0: micro-panels have their scales
+  int64_t elements_per_scale = 0;  // 0: micro-panels include their scales
 
   int64_t k() const { return tokens.size(1) * kBf16KStep; }  // whole steps
 };
@@ -45,7 +45,7 @@ Tensor allocate_tokens(at::IntArrayRef shape, const at::TensorOptions& options, 
   return at::from_blob(thread_scratch(size, Scratch::packed_tokens), shape, options);
 }
 
-// `use_scratch`: at most one term of a sum can lie in the thread's scratch memory.
+// `use_scratch`: at most one term of a sum can use the thread's scratch memory.
 Tensor pack_tokens(const Tensor& x, int pair_distance, const BlockShape& block, bool use_scratch) {
   const int mr = gemm().mr;
   const int64_t m = x.size(0), k = x.size(1), panels = ceil_div(m, mr);
@@ -58,7 +58,7 @@ Tensor pack_tokens(const Tensor& x, int pair_distance, const BlockShape& block, 
   return packed;
 }
 
-// A thread's scratch memory: a block of micro-panels, their scales where these are apart, and sums [mc, nc]. Sums have
+// A thread's scratch memory: a block of micro-panels, their scales if these are separate, and sums [mc, nc]. Sums have
 // whole micro-panels of tokens, since AMX stores all of a register's rows.
 struct Workspace {
   uint16_t* panels;
@@ -75,7 +75,7 @@ struct Workspace {
   }
 };
 
-// A piece of C: rows `tokens`, and so many micro-panels of columns from n0 on.
+// A piece of C: rows `tokens`, and `panels` micro-panels of columns from n0 on.
 struct Piece {
   Range tokens;
   int64_t n0, panels;
@@ -168,7 +168,7 @@ void round_rows(MatrixView sums, int64_t M, int64_t columns, const uint16_t* bia
 }
 
 bool bf16_gemm_supported(const Packed& w, at::ScalarType dtype, int64_t M) {
-  // Two roundings, to fp16 and to bf16, are not what rounding a table does.
+  // Two roundings, to fp16 and then to bf16, differ from rounding the table once.
   return kernels().multiplies_bf16() && dtype == at::kBFloat16 && M > 0 && w.rows > 0 && w.columns > 0 &&
          w.whole_blocks() && w.rounding != Rounding::fp16 &&
          (M <= kMaxTokensBesideAmx || gemm().begin != nullptr || !has_amx());

@@ -17,9 +17,9 @@
 //               for jj in steps of nr                  32: micro-kernel, mr x nr sums in registers
 //         y = sums + bias, rounded
 //
-// The layouts of micro-panels are in cpu/bf16_microkernel.h. Up to max_unscaled_tokens y takes
-// half of the decoding: micro-panels hold rounded entries of the table without their scales, one micro-panel at a time
-// (nc = 32, kc = 256), and the scales are applied to the sums of each block. dx has no such path.
+// The layouts of micro-panels are in cpu/bf16_microkernel.h. Up to max_unscaled_tokens, y needs half of the decoding:
+// micro-panels hold rounded entries of the table without their scales, one micro-panel at a time (nc = 32, kc = 256),
+// and the scales are applied to the sums of each block. dx has no such path.
 //
 // Threading: columns of C are cut, never k or a sum, and kc is a constant: bits do not depend on the number of threads.
 #pragma once
@@ -40,7 +40,7 @@ Tensor bf16_gemm(const Packed& w, const Tensor& x, const Tensor& v, const Tensor
 // dx [M, n] += dy [M, m] W, added in fp32 and rounded once.
 void bf16_gemm_add(const Packed& w, const Tensor& dy, Tensor& dx);
 
-// y [M, columns] in bf16 = sums + bias, where bf16 is multiplied. Reads whole vectors: up to kBf16Nr past the last sum.
+// y [M, columns] in bf16 = sums + bias, if the processor multiplies bf16. Reads up to kBf16Nr past the last sum.
 void round_rows(MatrixView sums, int64_t M, int64_t columns, const uint16_t* bias, MutableBf16View y);
 
 }  // namespace lorasb

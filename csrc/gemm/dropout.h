@@ -11,8 +11,8 @@ struct Dropout {
   double probability = 0.0;
   OptionalTensor seed;  // none: nothing is dropped
 
-  // True where an element is kept. The generator is seeded by the call, so that backward draws the same mask and
-  // torch's global generator does not advance.
+  // True where an element is kept. Each call seeds a generator, so that backward draws the same mask and torch's global
+  // generator does not advance.
   OptionalTensor mask(at::IntArrayRef shape) const {
     if (!seed.has_value()) return std::nullopt;
     const auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed->item<int64_t>()));

@@ -16,10 +16,10 @@ namespace {
 // of each kind in a first-level one.
 constexpr int64_t kKc = 256;
 constexpr int64_t kNc = 64;
-constexpr int64_t kWideNc = 128;     // where tokens, and so their sums, are few: whole cache lines of 4-bit rows
-constexpr int64_t kFewTokens = 128;  // up to these kWideNc applies
+constexpr int64_t kWideNc = 128;     // where tokens, and so sums, are few: full cache lines of 4-bit rows
+constexpr int64_t kFewTokens = 128;  // up to these, kWideNc applies
 constexpr int64_t kMc = 512;         // tokens whose sums are open at once
-constexpr int64_t kMinMc = 48;       // and at least so many where columns are few
+constexpr int64_t kMinMc = 48;       // and at least this many where columns are few
 constexpr int64_t kPackedBytes = int64_t{32} << 20;  // of tokens in fp32 that are packed at once
 constexpr int64_t kSmallWork = int64_t{1} << 18;     // multiplications that are not worth a second thread
 constexpr int64_t kMinScratch = int64_t{1} << 18;    // bytes of packed tokens; less is cheap to allocate
@@ -69,7 +69,7 @@ void pack_transposed(const Weight& w, const PanelShape& shape, float* rows, floa
   }
 }
 
-// What decoding elements [first, first + count) will read: codes, and the first scale.
+// Prefetches what decoding elements [first, first + count) will read: codes, and the first scale.
 void prefetch_elements(const Packed& w, int64_t first, int64_t count) {
   if (w.codes != nullptr) return prefetch_bytes(w.codes + first, count);
   prefetch_bytes(w.bytes + first / 2, (count + 1) / 2);
@@ -104,18 +104,18 @@ struct TileShape {
   int64_t mc, nc;  // whole micro-panels
 };
 
-// A piece is large enough to stay in cache, and pieces are enough for all threads.
+// A piece as large as the cache can hold, but small enough that there are pieces for all threads.
 TileShape choose_tile(int64_t tokens, int64_t n, int64_t threads) {
   const Fp32GemmKernels& k = gemm();
   const int64_t panels = ceil_div(n, k.nr);
   const int64_t max_panels = std::max<int64_t>(1, (tokens <= kFewTokens ? kWideNc : kNc) / k.nr);
   const auto whole = [&](int64_t count) { return ceil_div(count, k.mr) * k.mr; };
-  if (tokens > kMinMc && panels < 2 * threads * max_panels) {  // few columns: cut the tokens, and use a panel longer
+  if (tokens > kMinMc && panels < 2 * threads * max_panels) {  // few columns: cut the tokens, and use each panel longer
     const int64_t parts = std::max<int64_t>(1, std::min(2 * threads, tokens / kMinMc));
     return {whole(std::min(kMc, ceil_div(tokens, parts))), std::min(2 * max_panels, panels) * k.nr};
   }
   int64_t best = 1, shortest = ceil_div(panels, threads);
-  for (int64_t each = 2; each <= max_panels; ++each) {  // micro-panels of the thread that has most of them
+  for (int64_t each = 2; each <= max_panels; ++each) {  // micro-panels of the thread that has the most
     const int64_t longest = ceil_div(ceil_div(panels, each), threads) * each;
     if (longest <= shortest) {
       best = each;
@@ -274,7 +274,7 @@ Tensor add_few_tokens(const Tensor& x, const Weight& w, Tensor sums) {
     return sums;
   }
   // B = W: a thread has its own columns where there are enough of them, else rows whose partial sums are added. The
-  // choice does not look at the number of threads, as the two sum in different orders.
+  // choice does not depend on the number of threads, as the two sum in different orders.
   constexpr int64_t kWidth = 512;
   if (w.columns >= kWidth || w.rows <= kPartRows) {
     at::parallel_for(0, ceil_div(w.columns, kWidth), grain(kWidth * w.rows), [&](int64_t begin, int64_t end) {

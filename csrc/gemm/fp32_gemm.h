@@ -19,8 +19,8 @@
 //   sums       [mc][nc]                                 row-major, leading dimension nc
 //
 // Threading: a piece has all of k, so that one thread computes each element of C: over terms in order, over k in order,
-// in one chain of FMAs. Neither the pieces' sizes, which depend on the number of threads, nor who takes a piece changes
-// bits.
+// in one chain of FMAs. Neither the pieces' sizes, which depend on the number of threads, nor the thread that takes a
+// piece changes bits.
 #pragma once
 
 #include <algorithm>
@@ -58,8 +58,8 @@ struct PackedTokens {
   int64_t tokens, k;
 };
 
-// `use_scratch`: the panels lie in this thread's scratch memory until its next call with it, so that one operand at a
-// time can have it.
+// `use_scratch`: the panels are in this thread's scratch memory until its next call with `use_scratch`: only one
+// operand at a time can use it.
 PackedTokens pack_tokens(const Tensor& x, bool use_scratch = false);
 
 struct Term {
@@ -75,7 +75,7 @@ Tensor fp32_gemm(const std::vector<Term>& terms, at::ScalarType dtype, const Opt
 Tensor multiply_few_tokens(const Tensor& x, const Weight& w);
 Tensor add_few_tokens(const Tensor& x, const Weight& w, Tensor sums);
 
-// Tokens that are packed at once: more of them are taken part by part, so that their copy in fp32 stays small.
+// The most tokens that are packed at once: more are taken part by part, so that their copy in fp32 stays small.
 int64_t max_packed_tokens(int64_t k);
 
 // Calls part(first, count) for each part, and once for no tokens.

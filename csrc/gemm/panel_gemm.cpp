@@ -16,7 +16,7 @@ namespace {
 
 // Measured on two Zen 4 cores at 4096 x 4096.
 constexpr int64_t kDirectTokens = 8;      // in fp32, and backward in bf16; for more, panels and the BLAS are faster
-constexpr int64_t kPanelBytes = 4 << 20;  // of W at a time: stays in a last-level cache, and the BLAS loses 2%
+constexpr int64_t kPanelBytes = 4 << 20;  // of W at a time: stays in a last-level cache, and costs the BLAS 2%
 constexpr int64_t kMinPanel = 512;        // rows or columns of a panel, however long they are
 constexpr int64_t kDirectWidth = 512;     // columns of dx at a time
 
@@ -78,7 +78,7 @@ void direct_product_transposed(const Packed& w, const Tensor& dy, Tensor& dx) {
   dx.add_(result);
 }
 
-// Scratch memory in x's dtype, or in fp32 where nothing decodes to it. It is in huge pages: how a panel's pages lie
+// Scratch memory in x's dtype, or in fp32 if W cannot be decoded to that. It is in huge pages: a panel's page layout
 // decides how fast the BLAS reads it.
 Tensor panel_scratch(const Tensor& x, int64_t size) {
   const auto dtype = direct_dtype(x) ? x.scalar_type() : at::kFloat;

@@ -11,16 +11,16 @@
 namespace lorasb {
 namespace {
 
-// The elements of a tensor, once it is checked.
+// Checks a tensor and returns its elements.
 template <typename T>
 const T* elements_of(const Tensor& tensor, const char* name, int64_t length) {
   constexpr at::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), "expected ", name, " on the CPU, got it on ", tensor.device(),
                     ": move the weight and its statistics together, with model.to(...)");
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "expected ", name, " in ", dtype, ", got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), "expected ", name, " in one piece, got strides ", tensor.strides());
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), "expected contiguous ", name, ", got strides ", tensor.strides());
   TORCH_CHECK_VALUE(tensor.numel() == length, "expected ", length, " entries of ", name, ", got ", tensor.numel(),
-                    ": the packed weight, its statistics and its shape do not belong together");
+                    ": the packed weight, its statistics and its shape do not match");
   return tensor.const_data_ptr<T>();
 }
 
@@ -53,7 +53,7 @@ void unpack_nested(at::TensorList tensors, int64_t block2, int64_t blocks, Packe
   w.shift2 = (block2 & (block2 - 1)) == 0 ? __builtin_ctzll(static_cast<unsigned long long>(block2)) : -1;
 }
 
-// A whole weight: fresh pages would take longer than decoding into them.
+// Memory for all of a weight, reused: fresh pages would take longer than decoding into them.
 Tensor allocate_weight(int64_t rows, int64_t columns, const at::TensorOptions& options) {
   const size_t size = rows * columns * options.dtype().itemsize();
   if (size < kHugePage) return at::empty({rows, columns}, options);
@@ -68,7 +68,7 @@ Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int6
                     "expected 2, 3 or 6 tensors of a quantized weight, got ", tensors.size());
   TORCH_CHECK_VALUE(layout.size() == 3, "expected [block, nested block, rounding], got ", layout);
   TORCH_CHECK_VALUE(layout[2] >= 0 && layout[2] <= 2, "expected a rounding of 0, 1 or 2, got ", layout[2]);
-  // 2^46 elements: sizes in bytes and numbers of elements cannot overflow.
+  // At most 2^46 elements, so that sizes in bytes and numbers of elements cannot overflow.
   TORCH_CHECK_VALUE(rows >= 0 && columns >= 0 && (columns == 0 || rows <= (int64_t{1} << 46) / columns),
                     "expected a weight of a possible shape, got [", rows, ", ", columns, "]");
   Packed w;
@@ -81,7 +81,7 @@ Packed unpack(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, int6
     return w;
   }
   w.block = layout[0];
-  // Even blocks begin at whole bytes.
+  // Even blocks begin at byte boundaries.
   TORCH_CHECK_VALUE(w.block >= 2 && w.block % 2 == 0, "expected an even block size, got ", w.block);
   const int64_t blocks = ceil_div(rows * columns, w.block);
   w.bytes = elements_of<uint8_t>(tensors[0], "the packed weight", ceil_div(rows * columns, 2));
@@ -122,7 +122,7 @@ Tensor dequantize(at::TensorList tensors, at::IntArrayRef layout, int64_t rows, 
   TORCH_CHECK_TYPE(direct || dtype == at::kDouble, "expected fp64, fp32, bf16 or fp16 to dequantize to, got ", dtype);
   Tensor out = allocate_weight(rows, columns, tensors[0].options().dtype(direct ? dtype : at::kFloat));
   if (dtype == at::kBFloat16 && kernels().stream_bf16 != nullptr && out.nbytes() >= last_cache_size()) {
-    // Pages are aligned and tasks whole cache lines, which non-temporal stores need.
+    // Pages are aligned, and tasks are full cache lines, as non-temporal stores require.
     uint16_t* dst = mutable_bits(out);
     over_rows(rows * columns, 1, kTaskElements,
               [&](int64_t low, int64_t high) { kernels().stream_bf16(w, low, high - low, dst + low); });

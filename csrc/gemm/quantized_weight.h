@@ -1,5 +1,5 @@
-// From the tensors of an op's call to a `Packed`, with every check that keeps a kernel inside its memory, and from
-// there to dense elements. Kernels check nothing.
+// Makes a `Packed` of the tensors of an op's call, with every check that keeps a kernel inside its memory, and decodes
+// it to dense elements. Kernels check nothing.
 #pragma once
 
 #include "cpu/matrix_view.h"
@@ -8,7 +8,7 @@
 
 namespace lorasb {
 
-// W [rows, columns] as its storage has it. The result points into the tensors, which have to outlive it.
+// W [rows, columns] in its storage format. The result points into the tensors, which have to outlive it.
 //
 //   tensors   4 bits: [bytes, absmax, table]
 //             nested: [bytes, absmax8, table, absmax2, table2, offset]

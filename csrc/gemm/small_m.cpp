@@ -35,7 +35,7 @@ void thin_product(Bf16View x, int64_t M, const uint16_t* d, int64_t columns, Ran
   }
 }
 
-// Uninitialized. `round_rows` loads whole vectors, past the last sum.
+// Uninitialized, and longer, as `round_rows` loads full vectors, past the last sum.
 std::unique_ptr<float[]> allocate_sums(int64_t count) { return std::unique_ptr<float[]>(new float[count + kBf16Nr]); }
 
 // t [M, r] = dy B in fp32.
@@ -72,7 +72,7 @@ TensorPair small_m_forward(const Packed& w, const Tensor& x, const Tensor& a, co
   round_rows({sums.get(), r}, M, r, nullptr, {v.get(), r});
   const Tensor bias_row = bias.has_value() ? bias->contiguous() : Tensor();
   uint16_t* dst = mutable_bits(y);
-  // Steps of 32 rows, whole vectors of sums: only the last one loads past its own, and those are masked.
+  // Steps of 32 rows, full vectors of sums: only the last step loads past its sums, and masks what it loads there.
   over_rows(m, n, kBf16Nr, [&](int64_t low, int64_t high) {
     kernels().dot_bf16(w, bits(streams), M, {low, high}, y_sums);
     if (r > 0) thin_product({v.get(), r}, M, bits(b_rows), r, {low, high}, true, y_sums);

@@ -1,15 +1,15 @@
-// The whole adapted linear for a few tokens in bf16 with a quantized weight (AVX512-BF16 and AMX). With one to eight
-// tokens the time is that of reading W from memory and of starting threads, so that
+// The complete adapted linear for a few tokens in bf16 with a quantized weight (AVX512-BF16 and AMX). With one to eight
+// tokens, the time is spent on reading W from memory and starting threads, hence:
 //
 //   forward    y = x Wᵀ + v Bᵀ + bias        two parallel loops: u = x Aᵀ over rows of A; y over rows of W: base,
 //                                            adapter and bias in one pass, sums in fp32 that are rounded once
 //   backward   dx = dy W + (t core) A        two parallel loops: t = dy B over parts of rows of B; dx over columns of W
 //
-// W is looked up straight into products: no micro-panel is worth packing. Forward walks over 16 rows of W at a time,
+// W's look-ups feed the products directly: no micro-panel is worth packing. Forward walks over 16 rows of W at a time,
 // and x is arranged once in the order in which look-ups yield a row's elements (cpu/bf16_small_m_avx512.h). Backward
 // walks over all rows of W for some 512 columns, whose even and odd sums [2][width / 2] stay in a first-level cache.
 //
-// Threading: a task has its own rows of W (forward) or columns of W (backward), and so whole sums. t, which has few
+// Threading: a task has its own rows of W (forward) or columns of W (backward), and so complete sums. t, which has few
 // columns, is summed over parts of 256 rows whose sums are added in order (add_row_parts).
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace lorasb {
 
-// True if the functions below take x, or dy.
+// True if the functions below support x, or dy.
 bool small_m_supported(const Packed& w, const Tensor& x, bool backward);
 
 // y [M, m] = x [M, n] Wᵀ + v Bᵀ + bias and u = x Aᵀ [M, r], with v = u coreᵀ.

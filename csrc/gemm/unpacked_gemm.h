@@ -2,12 +2,12 @@
 //
 //   u = x Aᵀ,  v = u coreᵀ,  y = x Wᵀ + v Bᵀ + bias
 //
-// W, A, core and B are read from memory once, in their own layout; x alone is packed, once for A and for W. y is one
+// W, A, core and B are read from memory once, in their own layout; only x is packed, once for both A and W. y is one
 // sum in fp32, rounded once; u and v are rounded to bf16. The BLAS packs W again in every call, and takes four calls:
-// on two cores of an Emerald Rapids this takes 0.35 to 0.8 of their time for up to 128 tokens, and up to 64 less than
-// W's product alone.
+// on two cores of an Emerald Rapids this takes 0.35 to 0.8 of their time for up to 128 tokens, and for up to 64 less
+// than W's product alone.
 //
-// Threading: a task has its own rows of W, and so whole sums.
+// Threading: a task has its own rows of W, and so complete sums.
 #pragma once
 
 #include <functional>
@@ -18,13 +18,13 @@
 
 namespace lorasb {
 
-// The most tokens in bf16 for which a contiguous W of so many elements is read in place.
+// The most tokens in bf16 for which a contiguous W with this many elements is read in place.
 int64_t max_unpacked_tokens(int64_t elements);
 
-// True if x [M, n] and a dense W [m, n] are taken.
+// True if x [M, n] and a dense W [m, n] are supported.
 bool unpacked_gemm_supported(const Tensor& w, const Tensor& x);
 
-// x [M, n], packed. Refers to nothing of x.
+// A packed copy of x [M, n].
 class TokenPanels {
  public:
   explicit TokenPanels(const Tensor& x);

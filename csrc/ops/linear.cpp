@@ -113,7 +113,7 @@ std::vector<Tensor> dense_group_backward(at::TensorList dys, at::TensorList weig
   for (size_t i = 0; i < count; ++i) {
     layers.push_back(checked_layer(dys[i], weights[i], a[i], cores[i], b[i], std::nullopt, scalings[i], true));
     rows.push_back(rows_of(dys[i]));
-    TORCH_CHECK_VALUE(rows[i].size(0) == rows[0].size(0), "expected as many tokens of every member, got ",
+    TORCH_CHECK_VALUE(rows[i].size(0) == rows[0].size(0), "expected the same number of tokens from every member, got ",
                       dys[0].sizes(), " and ", dys[i].sizes());
   }
   const auto [dx, dcores] = adapted_backward(rows, layers, us.vec(), {}, need_dx, need_dcore);

@@ -9,11 +9,11 @@
 
 namespace lorasb {
 
-// True if these ops compute in a dtype. False for 16 bits where the processor multiplies them, and torch with it; the
-// ops below do not ask, so that tests reach them everywhere.
+// True if these ops should be used for a dtype. False for 16 bits where the processor, and so torch, multiplies them;
+// the ops below do not check this, so that tests reach them everywhere.
 bool serves(at::ScalarType dtype);
 
-// y [..., m] and u = x Aᵀ [M, r]; of one member of lorasb::adapted_linear.
+// y [..., m] and u = x Aᵀ [M, r]: lorasb::adapted_linear for one member.
 TensorPair dense_linear(const Tensor& x, const OptionalTensor& weight, const Tensor& a, const Tensor& core,
                         const Tensor& b, const OptionalTensor& bias, double scaling, double probability,
                         const OptionalTensor& seed);
@@ -22,7 +22,7 @@ TensorPair dense_linear_backward(const Tensor& dy, const OptionalTensor& weight,
                                  const Tensor& b, const Tensor& u, double scaling, double probability,
                                  const OptionalTensor& seed, bool need_dx, bool need_dcore);
 
-// As of lorasb::adapted_linear.
+// lorasb::adapted_linear for a group.
 std::vector<Tensor> dense_group(const Tensor& x, at::TensorList weights, at::TensorList a, at::TensorList cores,
                                 at::TensorList b, at::TensorList biases, at::ArrayRef<double> scalings);
 

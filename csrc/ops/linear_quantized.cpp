@@ -8,7 +8,7 @@
 #include "gemm/small_m.h"
 #include "ops/operands.h"
 
-// Which product serves a call; the first that takes it:
+// The product that computes a call: the first that applies.
 //
 //   takes_fp32_gemm        adapted_linear: base and adapter in one sum, for dtypes that the processor does not multiply
 //   fp16                   the same op in fp32
@@ -16,7 +16,7 @@
 //   bf16_gemm_supported    bf16, base and adapter in one sum
 //   otherwise              the adapter by torch, and W's part added by panel_gemm
 //
-// u = x Aᵀ and t = dy B are rounded to x's dtype where torch or bf16_gemm multiplies on with them.
+// u = x Aᵀ and t = dy B are rounded to x's dtype if torch or bf16_gemm computes the next product.
 namespace lorasb {
 
 TensorPair linear(const Tensor& x, at::TensorList quant, at::IntArrayRef layout, const Tensor& a, const Tensor& core,
@@ -43,7 +43,7 @@ TensorPair linear(const Tensor& x, at::TensorList quant, at::IntArrayRef layout,
     const auto [y, u] = small_m_forward(w, rows, a, scaled(core, scaling, dtype), b, bias);
     return {shaped(y, x), u};
   }
-  const OptionalTensor mask = dropout.mask(rows.sizes());  // of the adapter's input alone
+  const OptionalTensor mask = dropout.mask(rows.sizes());  // for the adapter's input only
   const Tensor u = at::mm(mask.has_value() ? rows * *mask : rows, a.t());
   const Tensor v = at::mm(u, scaled(core, scale, dtype).t());
   return {shaped(base_and_adapter(w, rows, v, b, bias, false), x), u};
@@ -99,7 +99,7 @@ TensorPair linear_backward(const Tensor& dy, at::TensorList quant, at::IntArrayR
   }
   const Tensor t = at::mm(rows, b);
   if (need_dcore) {
-    // bf16 operands have fp32 sums in the BLAS; what is wider is multiplied in the core's dtype.
+    // The BLAS sums products of bf16 operands in fp32; wider operands are multiplied in the core's dtype.
     dcore = dtype == at::kBFloat16 ? at::mm(t.t(), u).to(core.scalar_type())
                                    : at::mm(t.to(core.scalar_type()).t(), u.to(core.scalar_type()));
     if (scale != 1.0) dcore.mul_(scale);

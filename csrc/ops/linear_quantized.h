@@ -1,8 +1,8 @@
-// The adapted linear over a quantized weight: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias, W never being dense as a whole.
+// The adapted linear over a quantized weight: y = x Wᵀ + s·x Aᵀ Rᵀ Bᵀ + bias, without ever making all of W dense.
 //
 //   x [..., n], dy [..., m]   fp64, fp32, bf16 or fp16     A [r, n], B [m, r], bias [m]   in x's dtype
-//   R = `core` [r, r]         fp32                         `quant`, `layout`              as of unpack
-//   s = `scaling`             divided by 1 - probability under dropout, which is of the adapter's x alone
+//   R = `core` [r, r]         fp32                         `quant`, `layout`              as in unpack
+//   s = `scaling`             divided by 1 - probability under dropout, which applies only to the adapter's x
 #pragma once
 
 #include "gemm/tensors.h"
@@ -14,8 +14,8 @@ TensorPair linear(const Tensor& x, at::TensorList quant, at::IntArrayRef layout,
                   const Tensor& b, const OptionalTensor& bias, double scaling, double probability,
                   const OptionalTensor& seed);
 
-// y alone, without gradients: what generation calls. No A, R and B is no adapter. `layout` is that of the storage.
-// Python's part of a call costs as much as the product of one token, so that all checks are in this function.
+// Only y, without gradients, for generation. No A, R and B means no adapter. `layout` is the storage's. Python's part
+// of a call takes as long as the product of one token, so all checks are in this function.
 Tensor serve(const Tensor& x, at::TensorList quant, at::IntArrayRef layout, int64_t rows, int64_t columns,
              const OptionalTensor& a, const OptionalTensor& core, const OptionalTensor& b, const OptionalTensor& bias,
              double scaling);

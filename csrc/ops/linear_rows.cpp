@@ -17,7 +17,7 @@
 namespace lorasb {
 namespace {
 
-// Sums of X_t W_t over terms, in a dtype; more tokens than are packed at once part by part, as in adapted_linear.
+// Sum of X_t W_t over terms, in a dtype. Too many tokens to pack at once are taken part by part, as in adapted_linear.
 Tensor sum_of_products(const std::vector<std::pair<Tensor, Weight>>& terms, at::ScalarType dtype,
                        const OptionalTensor& bias) {
   const auto& [x, w] = terms.front();
@@ -42,7 +42,7 @@ Tensor sum_of_products(const std::vector<std::pair<Tensor, Weight>>& terms, at::
   return joined(parts);
 }
 
-// In 16 bits that are multiplied, or fp32: small_m where it takes the call.
+// For fp32, or 16 bits that the processor multiplies: by small_m where it supports the call.
 Tensor over_panels(const Packed& w, const Tensor& x, const Tensor& v, const Tensor& factor, const OptionalTensor& bias,
                    bool plain) {
   const Tensor like_x = v.to(x.scalar_type());
@@ -60,7 +60,7 @@ void check_cores(const Tensor& left, const Tensor& cores, const Tensor& index) {
                     " and ", index.sizes());
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "expected index in int64, got ", index.scalar_type());
   TORCH_CHECK_VALUE(index.size(0) > 0 ? left.size(0) % index.size(0) == 0 : left.size(0) == 0,
-                    "expected as many tokens of each of ", index.size(0), " rows, got ", left.size(0));
+                    "expected as many tokens in each of ", index.size(0), " rows, got ", left.size(0));
   const auto dtype = cores.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
                    "expected cores in fp32, bf16 or fp16, got ", dtype);
@@ -69,7 +69,7 @@ void check_cores(const Tensor& left, const Tensor& cores, const Tensor& index) {
                     "expected each R contiguous, got strides ", cores.strides());
 }
 
-// x [M, features] by a factor whose sides are [other, features], in memory the other way round if `plain`.
+// x [M, features] by a factor [other, features], or [features, other] if `plain`.
 void check_product(const Tensor& x, const Tensor& factor, bool plain) {
   check_dtype(x);
   check_not_double(x);
@@ -83,11 +83,11 @@ void check_product(const Tensor& x, const Tensor& factor, bool plain) {
 }
 
 // The rows of a batch, each of `tokens` tokens, whose R's are multiplied one after the other. R's of a bank are
-// megabytes apart, each too short for the hardware to see a stream: the next one is prefetched while one is multiplied.
+// megabytes apart, and each is too short for the hardware prefetcher: the next one is prefetched during a product.
 struct RowsOfCores {
   const int64_t* index;
   const char* cores;
-  int64_t bytes, size;  // from one R to the next, where a bank has gaps; of one
+  int64_t bytes, size;  // from one R to the next, as a bank has gaps; of one R
   int64_t tokens;
 
   // Calls multiply(first, count, core) for up to kFewRows tokens at a time of rows [begin, end) that have an R.
@@ -123,7 +123,7 @@ Tensor times_cores_in_bf16(const Tensor& left, const RowsOfCores& rows, int64_t 
   return v;
 }
 
-// As the kernels read without looking: the last line before them.
+// The kernels do not check what they read: this is the last check before them.
 void check_range(const Tensor& index, int64_t count) {
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < index.size(0); ++i) {
@@ -137,7 +137,7 @@ void check_range(const Tensor& index, int64_t count) {
 Tensor thin_product(const Tensor& x, const Tensor& factor, bool plain) {
   const BelowAutograd below_autograd;
   check_product(x, factor, plain);
-  // a gradient may be an expanded or transposed view, of which packing reads rows alone
+  // a gradient may be an expanded or transposed view, and packing reads only contiguous rows
   return sum_of_products({{x.contiguous(), as_weight(factor.contiguous(), plain)}}, at::kFloat, std::nullopt);
 }
 

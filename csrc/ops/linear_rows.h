@@ -4,8 +4,8 @@
 //   backward   t = dy B,  c_i = s·t_i R_k     dx = dy W + c A
 //
 // Forward is one call; composed in Python it takes 20 microseconds more per layer (Zen 3). Backward is composed of
-// these parts in Python (backends/eager.py). y and dx are one sum wherever the op with one R computes them as one, but
-// over a quantized base in bf16 for a few tokens, where the adapter's part is added to the base's in bf16.
+// these parts in Python (backends/eager.py). y and dx are one sum wherever the op with one R computes them as one,
+// except over a quantized base in bf16 for a few tokens, where the adapter's part is added to the base's in bf16.
 #pragma once
 
 #include "gemm/tensors.h"
@@ -21,11 +21,11 @@ Tensor times_cores(const Tensor& left, const Tensor& cores, const Tensor& index,
 
 // y [T, m] += v Bᵀ in place for the parts of a layer, which have the same x [T, n] and an R each: u = x Aᵀ with the
 // parts' A's one after the other, a [parts * r, n]; cores [K, parts, r, r]; a part's B [m_p, r] goes to the columns of
-// y from first[p]. One call, as an engine that batches the requests of many adapters makes a hundred of them per token.
+// y from first[p]. One call for all parts: an engine that batches requests of many adapters makes a hundred per token.
 void add_rows(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& cores, at::TensorList b,
               at::IntArrayRef first, const Tensor& index);
 
-// x [M, columns] Wᵀ + v Bᵀ + bias, W [rows, columns] dense or quantized (`quant`, `layout`, as of unpack), v [M, r] in
+// x [M, columns] Wᵀ + v Bᵀ + bias, W [rows, columns] dense or quantized (`quant`, `layout`, as in unpack), v [M, r] in
 // fp32 or x's dtype, factor B [rows, r]. `plain`: x [M, rows] W + v A with A [r, columns], and no bias.
 Tensor extended_product(const Tensor& x, const OptionalTensor& weight, at::TensorList quant, at::IntArrayRef layout,
                         int64_t rows, int64_t columns, const Tensor& v, const Tensor& factor,

@@ -1,6 +1,6 @@
 // What the ops over dense and quantized weights share: checks of their operands, and rows of tokens.
 //
-// Checks raise ValueError and TypeError with what was expected and what came; below ops/ nothing is checked.
+// Checks raise ValueError and TypeError with what was expected and what was received; below ops/ nothing is checked.
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -12,8 +12,8 @@
 
 namespace lorasb {
 
-// For the time of an op: torch's calls inside it are neither recorded by autograd, which has the op itself, nor cast by
-// autocast, which has cast the op's operands.
+// Within an op, torch's calls are neither recorded by autograd, which records the op itself, nor cast by autocast,
+// which has already cast the op's operands.
 struct BelowAutograd {
   at::AutoDispatchBelowAutograd below_autograd;
   c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
@@ -22,19 +22,19 @@ struct BelowAutograd {
 // x [..., n] as contiguous rows [M, n].
 inline Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
-// Rows [M, m] in the leading shape of x or dy: [..., m].
+// Rows [M, m] with the leading shape of x or dy: [..., m].
 inline Tensor shaped(const Tensor& rows, const Tensor& like) {
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape.back() = rows.size(1);
   return at::_unsafe_view(rows, shape);
 }
 
-// core·scale in x's dtype: its product is rounded to that in any case.
+// core·scale in x's dtype: products with it are rounded to that in any case.
 inline Tensor scaled(const Tensor& core, double scale, at::ScalarType dtype) {
   return (scale == 1.0 ? core : core * scale).to(dtype);
 }
 
-// In fp32: torch multiplies fp16 on CPUs four times slower.
+// A tensor in fp32: on CPUs torch multiplies fp16 four times slower.
 inline OptionalTensor widened(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->to(at::kFloat)) : std::nullopt;
 }
@@ -45,7 +45,7 @@ inline void check_dtype(const Tensor& x) {
                    "expected x in fp64, fp32, bf16 or fp16, got ", dtype);
 }
 
-// The blocked products have sums in fp32.
+// The blocked products sum in fp32.
 inline void check_not_double(const Tensor& x) {
   TORCH_CHECK_TYPE(x.scalar_type() != at::kDouble, "expected x in fp32, bf16 or fp16, got ", x.scalar_type());
 }

@@ -11,13 +11,13 @@
 namespace lorasb {
 namespace {
 
-// Elements of G [m, n] that are computed at a time where it, or a product to add to it, is not kept: 4 MB in fp32.
+// Elements of G [m, n] that are computed at a time if G, or a product to add to it, is not stored: 4 MB in fp32.
 constexpr int64_t kChunkElements = 1 << 20;
 constexpr int64_t kPackedGrain = 16;  // pairs of tokens that a task packs
 
 void check(const Tensor& dy, const Tensor& x, const OptionalTensor& total) {
   TORCH_CHECK_VALUE(dy.dim() == 2 && x.dim() == 2 && dy.size(0) == x.size(0),
-                    "expected dy [M, m] and x [M, n] of as many tokens, got ", dy.sizes(), " and ", x.sizes());
+                    "expected dy [M, m] and x [M, n] with the same M, got ", dy.sizes(), " and ", x.sizes());
   TORCH_CHECK_TYPE(at::isFloatingType(dy.scalar_type()) && at::isFloatingType(x.scalar_type()),
                    "expected floating-point dy and x, got ", dy.scalar_type(), " and ", x.scalar_type());
   if (!total.has_value()) return;
@@ -25,7 +25,7 @@ void check(const Tensor& dy, const Tensor& x, const OptionalTensor& total) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "expected an fp32 or fp64 sum, got ", dtype);
   TORCH_CHECK_VALUE(
       total->dim() == 2 && total->size(0) == dy.size(1) && total->size(1) == x.size(1) && total->is_contiguous(),
-      "expected a sum [", dy.size(1), ", ", x.size(1), "] in one piece, got ", total->sizes());
+      "expected a sum [", dy.size(1), ", ", x.size(1), "], contiguous, got ", total->sizes());
 }
 
 // Rows of G = dyᵀ x in fp32 or fp64, in one of two ways:
@@ -44,7 +44,7 @@ class WeightGradient {
   }
 
   // target [rows.size(), n] = or += G[rows]. Each element is one chain of sums over pairs of tokens, or a product of
-  // the BLAS, wherever a task's rows begin.
+  // the BLAS, no matter where a task's rows begin.
   void add(Range rows, Tensor& target, bool overwrite) const {
     if (!left_.defined()) return add_by_blas(rows, target, overwrite);
     const OuterOperands operands{bits(left_), bits(right_), m_, n_, pairs_};
@@ -56,7 +56,7 @@ class WeightGradient {
   }
 
  private:
-  // Pairs of tokens next to one another: left [pairs, m, 2] and right [n / 64][pairs, 64, 2] (OuterOperands).
+  // Packs pairs of tokens side by side: left [pairs, m, 2] and right [n / 64][pairs, 64, 2] (OuterOperands).
   void pack(const Tensor& dy, const Tensor& x) {
     const int64_t tokens = dy.size(0), panels = ceil_div(n_, kOuterColumns);
     pairs_ = ceil_div(tokens, 2);

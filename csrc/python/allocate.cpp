@@ -37,7 +37,7 @@ PyObject* allocate(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < length; ++i) shapes.push_back(shape_of(PySequence_Fast_GET_ITEM(arguments[1], i)));
   std::vector<at::Tensor> tensors;
   {
-    const pybind11::gil_scoped_release no_gil;  // an allocation may wait for a card
+    const pybind11::gil_scoped_release no_gil;  // an allocation may wait for a GPU
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (const Shape& shape : shapes) tensors.push_back(at::empty(shape, options));
   }

@@ -1,12 +1,12 @@
-// The Python module lorasb._C: functions that Python calls without the dispatcher, whose passage takes longer than
-// they. The ops are torch's to call: bindings.cpp.
+// The Python module lorasb._C: functions that Python calls without the dispatcher, which takes longer than they do. The
+// ops, which torch calls, are in bindings.cpp.
 #include <Python.h>
 
 #include "python/functions.h"
 
 namespace {
 
-// Python's own type of such functions is cast to that of all others.
+// Casts a function of METH_FASTCALL to the type that a method table holds, as Python's own do.
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
@@ -20,11 +20,11 @@ PyMethodDef functions[] = {
     {"allocate", fast(lorasb::allocate), METH_FASTCALL,
      "allocate(like, shapes) -> list[Tensor]: not filled, of the dtype and on the device of `like`."},
     {"addresses", lorasb::addresses, METH_O,
-     "addresses(tensors) -> list[int] | None: of a list; None where one is not a multiple of 16."},
+     "addresses(tensors) -> list[int] | None: of a list of tensors; None if one is not a multiple of 16."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "What Python calls without the dispatcher.", -1, functions};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Functions called without the dispatcher.", -1, functions};
 
 }  // namespace
 

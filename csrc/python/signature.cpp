@@ -78,7 +78,7 @@ PyObject* signature(PyObject* module, PyObject* const* operands, Py_ssize_t coun
 
 PyObject* metadata(PyObject*, PyObject* const* operands, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  thread_local Words words;  // its memory serves all calls of a thread
+  thread_local Words words;  // all calls of a thread reuse its memory
   words.clear();
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (!add_operand(operands[i], words)) Py_RETURN_NONE;

@@ -1,7 +1,7 @@
 """Block sizes, and how a shape is split: plain data and arithmetic, no triton.
 
-Which blocks the low-rank products and the extended GEMM take is chosen by `plan`, from `tables/` (one JSON file an
-architecture) or its defaults; those of the other kernels stand here.
+`plan` chooses the blocks of the low-rank products and the extended GEMM, from `tables/` (one JSON file per
+architecture) or its defaults; the blocks of the other kernels are here.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-DECODE_ROWS = 16  # one block of rows for tl.dot, whose sides are 16 at least: reading the weight is all that counts
+DECODE_ROWS = 16  # one block of rows for tl.dot, whose sides are at least 16: only reading the weight matters
 MAX_GROUP_RANKS = 384  # padded ranks of a group in one prep program: their fp32 sums are all in registers
-# of dR: side of a tile, rows per step, rows per program. 8192 rows at rank 96 are 144 programs of eight steps; in
+# for dR: side of a tile, rows per step, rows per program. 8192 rows at rank 96 are 144 programs of eight steps; in
 # chunks of 2048 rows they would be 36 programs of 32, on the 84 multiprocessors of an A6000.
 CORE_BLOCK, CORE_STEP, CORE_CHUNK = 32, 64, 512
 DEQUANTIZE_BYTES = 1024  # packed bytes of a 4-bit weight per program: 2048 elements
@@ -37,16 +37,16 @@ class GemmConfig:
     group: int  # row blocks that share a sweep over the columns, for L2
     warps: int
     stages: int
-    # cap on a thread's registers, where the compiler would take a few more than leave room for another program on the
+    # cap on a thread's registers, if the compiler would otherwise take a few too many for a second program on the
     # multiprocessor: 65536 / (128 · 256 threads) = 2
     registers: int | None = None
 
     def fitted(self, even: bool, dropout: bool, alone: bool = False, add: bool = False) -> GemmConfig:
-        """Config without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
+        """Return a config without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
 
-        So the cap on registers goes, and both take eight warps where the table has 128 x 128. Dropout takes three
-        stages at most and tiles of 64 x 64; of a layer `alone`, of even lengths, four warps, and 64 x 128 unless it
-        `add`s to dx. tests/kernels/test_static_report.py holds the results to zero spills.
+        So the cap on registers is dropped, and both take eight warps where the table has 128 x 128. Dropout takes at
+        most three stages and tiles of 64 x 64; for a layer `alone` with even lengths, four warps, and 64 x 128 unless
+        it `add`s to dx. tests/kernels/test_static_report.py checks that the results do not spill.
         """
         if even and not dropout:
             return self
@@ -59,7 +59,7 @@ class GemmConfig:
         return replace(config, block_m=min(64, self.block_m), block_n=min(64, self.block_n))
 
 
-DEQUANTIZE = PrepConfig(0, 0, 4, 1)  # of the dequantization on its own, which has no blocks of x
+DEQUANTIZE = PrepConfig(0, 0, 4, 1)  # of separate dequantization, which has no blocks of x
 # Of the gradient accumulator: here block_m x block_n is a tile of G [N, K], and block_k is tokens per step. Masks, and
 # products in fp32, take registers: the last two have smaller tiles over more warps, which compile without a spill.
 GRADIENT = GemmConfig(block_m=64, block_n=128, block_k=64, group=8, warps=4, stages=3)
@@ -73,7 +73,7 @@ def is_executed(block_m: int, arch: str) -> bool:
 
 
 def gradient_config(n: int, itemsize: int, arch: str) -> GemmConfig:
-    """Blocks of the gradient accumulator, for n columns of G and dy and x of `itemsize` bytes an element."""
+    """Blocks of the gradient accumulator, for n columns of G and dy and x of `itemsize` bytes per element."""
     narrow = FP32_GRADIENT if itemsize > 2 else NARROW_GRADIENT
     config = GRADIENT if itemsize <= 2 and n % GRADIENT.block_n == 0 else narrow
     return config if is_executed(config.block_m, arch) else replace(config, block_m=32, warps=4)
@@ -96,7 +96,7 @@ def cdiv(a: int, b: int) -> int:
 @lru_cache
 def rank_blocks(r: int) -> tuple[int, ...]:
     """One or two powers of two, 16 at least, whose sum covers r with the least padding: 96 = 64 + 32."""
-    powers = [2**i for i in range(4, 9)]  # tl.dot takes 16 at least; r is 256 at most
+    powers = [2**i for i in range(4, 9)]  # tl.dot takes at least 16; r is at most 256
     covers = [(p,) for p in powers] + [(p, q) for p in powers for q in powers if q < p]
     return min((blocks for blocks in covers if sum(blocks) >= r), key=lambda blocks: (sum(blocks), len(blocks)))
 
@@ -116,7 +116,7 @@ def _power_of_two_splits(programs: int, steps: int, wanted: int, least_steps: in
 
 
 def prep_members(r: int, members: int) -> int:
-    """Number of members that share one reading of x: their sums have to fit a multiprocessor's registers."""
+    """Number of members for which x is read once: their sums have to fit a multiprocessor's registers."""
     return max(1, min(members, MAX_GROUP_RANKS // padded_rank(r)))
 
 
@@ -128,8 +128,8 @@ def prep_splits(row_blocks: int, steps: int) -> int:
 def gemm_splits(tiles: int, steps: int, rows: int) -> int:
     """Number of programs that share a tile's reduction, by the shape alone.
 
-    Few rows are bound by reading the weight, which takes many programs. Beyond them only a small grid is split, into
-    long ranges: each split writes and reads an fp32 tile more.
+    With few rows, reading the weight is the bottleneck, which takes many programs. With more, only a small grid is
+    split, into long ranges: each split writes and reads one more fp32 tile.
     """
     if rows <= DECODE_ROWS:
         return _power_of_two_splits(tiles, steps, wanted=256, least_steps=4)

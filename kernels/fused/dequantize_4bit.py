@@ -2,9 +2,9 @@
 
 Byte i of a weight [N, K] in 4 bits packs two elements: 2i in the high nibble, 2i + 1 in the low one, row by row over
 the whole weight. W = dtype(codebook[nibble]·scale(element // QUANT_BLOCK)), computed in fp32. Nested, scale =
-nested_codebook[absmax]·nested_absmax + nested_offset: a product and a sum, each with its own rounding, so that these
-kernels are compiled without contraction to FMA (`exact` in the launcher). The codebook of sixteen fp32 entries is one
-cache line, in which a warp's gather is one access.
+nested_codebook[absmax]·nested_absmax + nested_offset: a product and a sum, each rounded, so these kernels are compiled
+without contraction to FMA (`exact` in the launcher). The codebook of sixteen fp32 entries is one cache line, so a
+warp's gather is one access.
 
 Arguments of kernels that take such a weight:
 
@@ -68,7 +68,7 @@ def unpack(byte, scale, codebook, ROUNDING: tl.constexpr):
 
 @triton.jit
 def dequantize_bytes(pid, weight, out, ELEMENTS, storage, BLOCK_BYTES: tl.constexpr):
-    """One program's BLOCK_BYTES bytes into `out`. Offsets are 64 bits: a weight may have more than 2³¹ elements."""
+    """Decode one program's BLOCK_BYTES bytes into `out`. Offsets are 64 bits: a weight may exceed 2³¹ elements."""
     packed, codebook = weight[0], weight[2]
     i = pid.to(tl.int64) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
     inside = 2 * i < ELEMENTS

@@ -34,8 +34,8 @@ def accumulate(acc, operands, steps, m, n, reduction):
 
     operands: tuples (lefts, rights, left strides, right strides, lengths). left_i [rows m, length_i]; right_i is
     [columns n, length_i] if K_MAJOR, else [length_i, columns n]. Every length is rounded up to whole steps, so that no
-    step straddles two operands. A chain of selects moves the pointers on: one loop, one software pipeline. reduction: a
-    tuple that has the names of `Reduction`.
+    step straddles two operands. A chain of selects switches the pointers: one loop, one software pipeline. reduction: a
+    tuple that has the fields of `Reduction`.
     """
     lefts, rights, left_strides, right_strides, lengths = operands
     low, high = steps
@@ -85,11 +85,11 @@ def block_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def arrives_last(counters, slot, count):
-    """True in the last of the `count` programs that call this for a slot; stores made before are visible to that one.
+    """Return True in the last of the `count` programs that call this for a slot; it sees all stores made before.
 
     The barrier orders the stores of all threads of this program before the increment (release); the increment orders
-    those of the other programs before this one's loads (acquire). The last program leaves the counter at zero: nobody
-    else touches it any more, and the next launch finds what it needs without a memset between them.
+    those of the other programs before this one's loads (acquire). The last program resets the counter to zero: no other
+    program uses it anymore, and the next launch needs no memset.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counters + slot, 1, sem="acq_rel") == count - 1
@@ -131,14 +131,14 @@ def sum_of_shares(acc, share, workspace, SPLIT: tl.constexpr, WIDE: tl.constexpr
 
 @triton.jit
 def wide_product(a, FACTOR: tl.constexpr):
-    """The two words of a·FACTOR, low and high: one instruction on a card, of which `umulhi` and `*` would take two."""
+    """The two words of a·FACTOR, low and high: one instruction on a GPU, where `umulhi` and `*` would take two."""
     wide = a.to(tl.uint64) * FACTOR
     return wide.to(tl.uint32), (wide >> 32).to(tl.uint32)
 
 
 @triton.jit
 def philox(seed, c0, c1):
-    """The four words of Philox 4x32-10 at counter (c0, c1, 0, 0), as `tl.philox` has them."""
+    """The four words of Philox 4x32-10 at counter (c0, c1, 0, 0), the same as `tl.philox`'s."""
     seed = seed.to(tl.uint64)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c2, c3 = tl.zeros_like(c0), tl.zeros_like(c1)
@@ -152,20 +152,20 @@ def philox(seed, c0, c1):
 
 @triton.jit
 def keep_mask(seed, threshold, rows, first, COLUMNS: tl.constexpr):
-    """Which elements [rows, first + COLUMNS] of x dropout keeps: those whose 16 random bits are `threshold` or more.
+    """The elements [rows, first + COLUMNS] of x that dropout keeps: their 16 random bits are `threshold` or more.
 
-    Philox at counter (column // 8, row) gives the half words of eight columns, of which `first` is a multiple. A
-    function of the seed and the element's position alone: forward and backward, whatever their blocks, generate the
-    same mask and nothing is stored. `threshold` has its 16 bits at the upper end of 32.
+    Philox at counter (column // 8, row) gives the half words of eight columns; `first` is a multiple of eight. The mask
+    depends only on the seed and the element's position: forward and backward, whatever their blocks, generate the same
+    one, and nothing is stored. `threshold` has its 16 bits in the upper half of 32.
 
     Written as if every element computed all four words: a thread loads eight columns of x at once, and the compiler
-    computes once what is the same for them. Joining the words of a block to the mask of a wider one instead takes x
-    off ldmatrix (sm_86: 839 instructions per step of 64 x 64 for 436).
+    computes once what they share. Joining the words of a block into a wider mask instead would keep x from being read
+    by ldmatrix (sm_86: 839 instructions per step of 64 x 64, not 436).
     """
     column = tl.arange(0, COLUMNS)[None, :]
     c0, c1 = tl.broadcast((first // 8 + (column >> 3)).to(tl.uint32), rows.to(tl.uint32)[:, None])
     w0, w1, w2, w3 = philox(seed, c0, c1)
     odd, far = (column & 2) != 0, (column & 4) != 0  # pair of columns 0, 1, 2 or 3
     word = tl.where(far, tl.where(odd, w3, w2), tl.where(odd, w1, w0))
-    word = tl.where((column & 1) != 0, word, word << 16)  # what stays below the upper half word decides nothing
+    word = tl.where((column & 1) != 0, word, word << 16)  # bits below the upper half word do not matter
     return word >= threshold.to(tl.uint32, bitcast=True)

@@ -25,14 +25,14 @@ dimension is contiguous.
     dcores           unused                             dR_i [R, R], contiguous
   workspace          partial: fp32 blocks of the core gradient (if CORE_SPLIT), then of the tiles (if SPLIT)
                      counters: int32, one per tile of either kind, zero between launches
-  sizes              M rows; Ns: N_i, or (N,); Ks: (K,), or K_i; no weight is a K of 0
+  sizes              M rows; Ns: N_i, or (N,); Ks: (K,), or K_i; K is 0 without a weight
                      core_programs: programs of the core gradient, 0 if there is none
   strides            stride_x*, stride_w*, stride_v (of t, too), stride_factor*, stride_y*, stride_u
   scalars            scales: s_i, for dR; of dropout: seeds*, and threshold
   flags              BACKWARD, HAS_BIAS, DROPOUT
-                     ADD: with DROPOUT, add the adapters' masked terms to what is in dx, and leave the base out
+                     ADD: with DROPOUT, add the adapters' masked terms to dx, and leave the base out
                      EVEN_K: every K and R is a multiple of BLOCK_K, so that no load is masked
-                     EVEN_N: backward, N is a multiple of 16: a vector of columns does not cross the end
+                     EVEN_N: backward, N is a multiple of 16: no vector of columns crosses the end
                      WIDE: offsets need 64 bits
                      PRECISION: of tl.dot, "tf32" or "ieee"
   rank               R; R_PADDED: columns of a member in v, w and t
@@ -43,7 +43,7 @@ dimension is contiguous.
 
 One kernel serves both directions, as both are the same loop; BACKWARD is a constant, so that neither contains the code
 of the other. An argument that a direction does not use is a dummy: any tensor at hand, which no program dereferences.
-Likewise biases without HAS_BIAS, dcores and us with core_programs = 0, and ys with a grid of core programs alone.
+So are biases without HAS_BIAS, dcores and us with core_programs = 0, and ys with a grid of only core programs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from .launcher import Launch
 from .operands import Arguments, Mask, Members, allocate_workspace, kernel_biases, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
 
-VECTOR = 16  # elements: the longest vector that is loaded, and more
+VECTOR = 16  # elements: at least the longest vector that is loaded
 # Flags, rank and blocks of an output tile, see above; K_MAJOR, forward: W and B have the reduction last.
 GemmConstants = namedtuple(
     "GemmConstants",
@@ -75,8 +75,8 @@ CoreBlocks = namedtuple("CoreBlocks", "CHUNK_M SPLIT BLOCK_R BLOCK_M PRECISION R
 def tile_coordinates(pid, M, Ns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Row block, column block, member and slot of a tile.
 
-    Programs run down GROUP_M row blocks before they go on to the next columns, so that those in flight share rows of x
-    and columns of W in L2. The column blocks of all members count as one row of tiles.
+    Programs run down GROUP_M row blocks before they move to the next columns, so that programs in flight share rows of
+    x and columns of W in L2. The column blocks of all members count as one row of tiles.
     """
     columns, member, start, edge = 0, 0, 0, 0
     for i in tl.static_range(len(Ns)):
@@ -111,7 +111,7 @@ def tile_operands(base, adapter, member, constants):
 
 @triton.jit
 def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
-    """One [BLOCK_M, BLOCK_N] tile of an output, or one of `splits` ranges of its reduction.
+    """Compute one [BLOCK_M, BLOCK_N] tile of an output, or one of `splits` ranges of its reduction.
 
     base: (xs, weights, Ks, stride_x, stride_w); adapter: (v, factors, stride_v, stride_factor); outputs: (ys, biases,
     M, Ns, stride_y); workspace: (partial, counters, splits); dropout: (seeds, threshold).
@@ -126,8 +126,8 @@ def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
     N = pick(Ns, member)
     rm, rn = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows and columns past the end are clamped to 0, not masked: that costs no registers, and they are not stored. The
-    # select hides that a block is contiguous and aligned; the hints say so again, for loads as vectors. They are false
-    # past the end, where it does not matter what is loaded, as long as no vector of columns straddles the end.
+    # select hides that a block is contiguous and aligned; the hints restore that, for vectorized loads. Past the end
+    # they are false, but there it does not matter what is loaded, as long as no vector of columns straddles the end.
     m = tl.max_contiguous(tl.multiple_of(tl.where(rm < M, rm, 0), BLOCK_M), BLOCK_M)
     n = tl.where(rn < N, rn, 0)
     if constants.EVEN_N:
@@ -140,7 +140,7 @@ def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
     base_steps = 0
     for i in tl.static_range(len(Ks)):
         base_steps += tl.cdiv(Ks[i], constants.BLOCK_K)
-    if constants.DROPOUT:  # the masks are on the adapters' terms alone, dx = Σ_i dy_i W_i + mask_i ∘ (w_i A_i)
+    if constants.DROPOUT:  # the masks apply only to the adapters' terms: dx = Σ_i dy_i W_i + mask_i ∘ (w_i A_i)
         lefts, rights, left_strides, right_strides, _ = adapter_operands
         steps = (0, tl.cdiv(constants.R, constants.BLOCK_K))
         for i in tl.static_range(len(lefts)):
@@ -160,7 +160,7 @@ def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
     last, acc = sum_of_shares(acc, split, (partial, counters, slot, splits), constants.SPLIT, True)
     if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
         if constants.HAS_BIAS:
-            # masked: the hints on n would let a vector of it read past the end of the bias
+            # masked: because of the hints on n, a vector load could read past the end of the bias
             acc += tl.load(pick(biases, member) + rn, mask=rn < N, other=0.0)[None, :].to(tl.float32)
         y, row_offsets = pick(ys, member), (rm.to(tl.int64) if constants.WIDE else rm) * pick(stride_y, member)
         y += row_offsets[:, None] + rn[None, :]
@@ -174,7 +174,8 @@ def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
 def core_gradient(pid, operands, workspace, M, strides, blocks):
     """One tile of dR_i = s_i·t_iᵀ u_i, over one of the chunks of rows; the last chunk to finish adds them up in order.
 
-    dR is small and M is long: tiles alone would be few and slow, so that rows are cut into chunks, one program each.
+    dR is small and M is long: with one program per tile, programs would be few and slow, so rows are cut into chunks,
+    one program each.
     operands: (t, us, dcores, scales); workspace: (partial, counters, chunks); strides: (stride_t, stride_u).
     The grid's fastest index is the chunk, then the tile, then the member. A slot is a tile of a member.
     """
@@ -312,7 +313,7 @@ def backward_call(
     weights, Ks = _weights(members if dx is not None and not add else None, *dys)
     even, config = _fitted_config(plan, Ks, members.r, dropout, add)
     columns = () if dx is None else (dx.shape[1],)
-    # masked terms have K loops of their own, which are not split
+    # masked terms have separate K loops, which are not split
     tiles, splits = _tiles(M, columns, (*Ks, *[members.r] * len(Ks)), config, split=not dropout)
     chunks, core_tiles = cdiv(M, CORE_CHUNK), len(dcores) * cdiv(members.width, CORE_BLOCK) ** 2
     size = core_tiles * chunks * CORE_BLOCK**2 + (tiles * splits * config.block_m * config.block_n if splits > 1 else 0)
@@ -350,7 +351,7 @@ def backward_call(
 def _tiles(
     M: int, Ns: Sequence[int], lengths: Sequence[int], config: GemmConfig, split: bool = True
 ) -> tuple[int, int]:
-    """Number of tiles of the outputs, and of programs that share one."""
+    """Return the number of output tiles, and of programs that share one."""
     tiles = cdiv(M, config.block_m) * sum(cdiv(N, config.block_n) for N in Ns)
     steps = sum(cdiv(length, config.block_k) for length in lengths)
     return tiles, gemm_splits(tiles, steps, M) if tiles and split else 1
@@ -369,7 +370,7 @@ def _common_arguments(arguments: Arguments, members: Members, config: GemmConfig
         scales=tuple(members.scales),
         SPLIT=arguments["splits"] > 1,
         CORE_SPLIT=arguments["core_chunks"] > 1,
-        # forward, columns of y are rows of W and B
+        # always true forward, where columns of y are rows of W and B
         EVEN_N=not arguments["BACKWARD"] or arguments["Ns"][0] % VECTOR == 0,
         WIDE=needs_int64(*xs, *ys, *weights, *factors, v),
         PRECISION=precision(v.dtype),
@@ -395,6 +396,6 @@ def _weights(members: Members | None, *inputs: Tensor) -> tuple[tuple[Tensor, ..
 
 
 def _fitted_config(plan: LaunchPlan, Ks: Sequence[int], r: int, dropout: bool, add: bool) -> tuple[bool, GemmConfig]:
-    """EVEN_K, and the plan's blocks as they compile without spills: 64 x 128 for few ranks of one layer."""
+    """Return EVEN_K, and the plan's blocks, fitted to compile without spills: 64 x 128 for few ranks of one layer."""
     even = all(k % plan.gemm.block_k == 0 for k in (*Ks, r))
     return even, plan.gemm.fitted(even, dropout, len(Ks) == 1 and r < 128, add)

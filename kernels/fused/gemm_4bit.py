@@ -1,8 +1,8 @@
 """A GEMM over a 4-bit weight that dequantizes in its K loop, for few rows: no dense W is written or read.
 
-Decoding is integer work that the tensor cores wait for, so it is kept short: where blocks of scales allow, a row of a
+Decoding is integer work that the tensor cores wait for, so it is short: if the blocks of scales allow it, a row of a
 tile has one scale, and the sixteen values of the codebook are looked up in shared memory. On sm_86 a weight takes 7 to
-10 instructions in bf16 (`benchmarks.kernels.static_report` compiles the kernels), 9 to 11 if nibbles are taken out of
+10 instructions in bf16 (`benchmarks.kernels.static_report` compiles the kernels), 9 to 11 if nibbles are extracted from
 bytes instead of words, and 23 to 32 with a scale per byte and the codebook in global memory.
 
 Arguments of `quantized_gemm`; strides are of rows, in elements, and the last dimension is contiguous.
@@ -19,8 +19,8 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
   sizes              M rows, W's N and K
   strides            stride_x, stride_v, stride_factor, stride_y
   flags              BACKWARD; WIDE: offsets need 64 bits; PRECISION: of tl.dot, "tf32" or "ieee"
-                     ONE_SCALE: the columns of a tile of W share a block of scales, row by row, none is past K, and W is
-                     aligned to words of four bytes
+                     ONE_SCALE: in each row of a tile of W all columns share a scale and none is past K; W is aligned to
+                     words of four bytes
   rank               R
   blocks             BLOCK_M x BLOCK_N of y per program, BLOCK_K of the reduction per step
                      SPLIT: `splits` programs share a tile
@@ -59,11 +59,11 @@ def weight_tile(
         blocks = row * (K // storage.QUANT_BLOCK) + first // storage.QUANT_BLOCK
         scale = block_scales(blocks, rows < N, weight, storage.NESTED_BLOCK)[:, None]
         if nested_absmax is not None:
-            # A sum over one column changes nothing but what Triton sees: a tile that comes from loads of 8 bits, as
-            # absmax, is laid out for products of 8 bits, and x is not read by ldmatrix (1.3 to 1.6 instructions a
-            # weight).
+            # A sum over one column only hides the scale's origin from Triton, which lays out a tile that comes from
+            # 8-bit loads, such as absmax, for 8-bit products, and then does not read x by ldmatrix (1.3 to 1.6
+            # instructions per weight).
             scale = tl.sum(scale, 1)[:, None]
-        # by words: a nibble takes one shift and one mask of a register, where one of a byte takes twice as many
+        # by words: a nibble takes one shift and one mask of a register; from bytes it would take twice as many
         words = packed.to(tl.pointer_type(tl.int32)) + (row * (K // 8))[:, None]
         word = tl.load(words + (first // 8 + tl.arange(0, COLUMNS // 8))[None, :])
         # the high nibble of a byte comes first

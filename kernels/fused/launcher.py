@@ -1,4 +1,4 @@
-"""Launching of kernels, and observers of launches: tests and reports read what is really launched from here."""
+"""Launching kernels, and observers of launches, from which tests and reports learn what is really launched."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..compat import triton as private
 from .block_sizes import GemmConfig, PrepConfig
 from .operands import Arguments
 
-observers: list[Callable[[Launch], None]] = []  # of every launch: those of `observed` blocks, of any thread
+observers: list[Callable[[Launch], None]] = []  # called for the launches of all threads; `observed` adds them
 _dry = 0  # how many dry `observed` blocks are open; above zero nothing is launched
 
 
 class Launch(NamedTuple):
     """A kernel, its number of programs, its arguments by name and the blocks' config.
 
-    `exact` keeps products and sums apart, each rounded: no FMA. `overlaps`: it may begin before the launch before has
-    ended, for whose results it waits.
+    `exact`: products and sums are rounded separately, without FMA. `overlaps`: it may begin before the previous launch
+    has ended, and waits for that launch's results.
     """
 
     kernel: Any
@@ -41,7 +41,7 @@ class Launch(NamedTuple):
                 options["num_stages"] = 1  # no cp.async
             if isinstance(self.config, GemmConfig) and self.config.registers:
                 options["maxnreg"] = self.config.registers
-            # said either way: Triton's own default differs between versions, and it warns where it is taken
+            # always set: Triton's default differs between versions, and using it gives a warning
             options["enable_fp_fusion"] = not self.exact
             if self.overlaps:
                 options["launch_pdl"] = True
@@ -50,7 +50,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def observed(dry: bool = False) -> Iterator[list[Launch]]:
-    """The list of launches that the block makes; `dry` runs none of them, so that tensors may lie on `meta`."""
+    """Yield the list of launches that the block makes; `dry` runs none of them, so that tensors may be on `meta`."""
     global _dry
     launches: list[Launch] = []
     observers.append(launches.append)
@@ -71,5 +71,5 @@ def launch(call: Launch) -> None:
 
 
 def run(call: Launch) -> None:
-    """Run a kernel; a module global, so that tests can execute compiled kernels elsewhere than on a card."""
+    """Run a kernel; a module global, so that tests can execute compiled kernels without a GPU."""
     call.kernel[(call.grid,)](**call.arguments, **call.options)

@@ -1,11 +1,11 @@
-"""The adapted linear, forward and backward, of a layer or a group: two launches per direction, whatever the members.
+"""The adapted linear, forward and backward, of a layer or a group: two launches per direction for any group size.
 
 `fused`: the thin products (prep), then the extended GEMM. `addmm`: prep, then cuBLAS twice, the second onto the first.
-`tma`: prep, then the same sums in one launch by TMA, where every operand can have a descriptor, else as `addmm`.
+`tma`: prep, then the same sums in one launch by TMA, if every operand can have a descriptor, else as `addmm`.
 `prepared_linear` makes the same calls from launches that it has prepared.
 
-With an R for each row, another kernel computes v_i = s·u_i R_kᵀ (w_i backward) after the thin products. What follows
-reads v and does not know where it comes from; the R that the thin products' kernels are given is not used.
+With an R for each row, another kernel computes v_i = s·u_i R_kᵀ (w_i backward) after the thin products. Later launches
+read v, whatever its source; the R that is passed to the thin products' kernels is not used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y_i = x W_iᵀ + s_i·u_i R_iᵀ B_iᵀ + bias_i [M, m_i] and u_i = x A_iᵀ [M, r] of x [M, n], contiguous in its rows.
 
-    With dropout, s_i is to hold the factor 1 / (1 - p). rows: R's of the rows, for each member.
+    With dropout, s_i must include the factor 1 / (1 - p). rows: the rows' R's, for each member.
     """
     M = x.shape[0]
     us = [x.new_empty((M, members.r)) for _ in members.a]
@@ -146,7 +146,7 @@ def unfused_backward(dys: Sequence[Tensor], members: Members, w: Tensor | None, 
     if plan.path == "tma" and tma_gemm.has_descriptors((dx, *(one for pair in terms for one in pair))):
         launch(tma_gemm.call_of([[*base, *adapter]], [dx], [None], plan.gemm, False, len(base)))
         return
-    if w is not None and r == width and len(adapter) > 1:  # dx is written once for all: a copy of A is far smaller
+    if w is not None and r == width and len(adapter) > 1:  # to write dx once for all: a copy of A is far smaller
         terms = [(w, torch.cat(list(members.a))), *base]
     torch.mm(*terms[0], out=dx)
     for left, right in terms[1:]:
@@ -159,10 +159,10 @@ def empty_dx(dys: Sequence[Tensor], members: Members) -> Tensor:
 
 
 def is_fused(plan: LaunchPlan, members: Members, mask: Mask = NO_DROPOUT) -> bool:
-    """True if the extended GEMM computes y, or dx: masked, of a layer without a base, nothing else could."""
+    """True if the extended GEMM computes y or dx; nothing else can compute the masked dx of a layer without a base."""
     if mask.dropout > 0.0 and members.weights[0] is None:
         return True
-    # a weight that is stored transposed would have to be copied; cuBLAS reads it as it is
+    # a weight that is stored transposed would have to be copied; cuBLAS reads it in place
     return plan.path == "fused" and all(w is None or w.stride(-1) == 1 for w in members.weights)
 
 

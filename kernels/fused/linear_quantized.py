@@ -31,11 +31,11 @@ class Quantized(NamedTuple):
     n: int
 
     def arguments(self) -> Arguments:
-        """Return the arguments that every kernel takes of it."""
+        """Return the arguments by which every kernel takes this weight."""
         return dict(weight=tuple(self.tensors), STORAGE=self.storage)
 
     def is_inline(self, plan: LaunchPlan, mask: Mask) -> bool:
-        """True if the GEMM dequantizes as it goes: a byte must not straddle two rows, and it knows no dropout."""
+        """True if the GEMM dequantizes as it goes: no byte may straddle two rows, and it has no dropout."""
         return plan.weights == "inline" and self.n % 2 == 0 and mask.dropout == 0.0
 
 
@@ -74,7 +74,7 @@ def backward(
     """dx = dy W + (s·t R) A [M, n] and [dR = s·tᵀ u [r, r]], whichever of the two is needed, for dy [M, m]."""
     need_dx, need_dcore = need
     M, dy = dy.shape[0], unit_rows(dy)
-    if M == 0 or weight.m == 0 or not need_dx:  # dR takes no weight
+    if M == 0 or weight.m == 0 or not need_dx:  # dR needs no weight
         _, dcores = dense.backward([dy], members._replace(weights=[None]), [u], plan, False, need_dcore, mask)
         return dy.new_zeros((M, weight.n)) if need_dx else None, dcores
     t = dy.new_empty((M, members.width))
@@ -94,7 +94,7 @@ def backward(
 
 
 def _launch_prep_and_dequantize(prep: Launch, weight: Quantized, scratch: Tensor) -> None:
-    """The thin products of a call, and W into the scratch, in one launch."""
+    """Compute the thin products of a call, and dequantize W into the scratch, in one launch."""
     storage = dict(out=scratch, ELEMENTS=scratch.numel(), prep_programs=prep.grid, BLOCK_BYTES=DEQUANTIZE_BYTES)
     grid = prep.grid + cdiv(scratch.numel(), 2 * DEQUANTIZE_BYTES)
     launch(Launch(prep.kernel, grid, prep.arguments | weight.arguments() | storage, prep.config, exact=True))

@@ -1,8 +1,8 @@
 """The thin products before the extended GEMM: u = x Aᵀ, v = s·u Rᵀ forward; t = dy B, w = s·t R backward.
 
 x (dy) is read once, for all members of a group. A rank is covered by one or two powers of two (96 = 64 + 32), so that
-little of the work is padding. The reduction is split by the shape alone; the last program of a row block to finish adds
-the fp32 sums of all splits in order, rounds them to x's dtype and multiplies by R.
+little of the work is padding. Splits of the reduction depend only on the shape; the last program of a row block to
+finish adds the fp32 sums of all splits in order, rounds them to x's dtype and multiplies by R.
 
 Arguments of `prep_forward` and `prep_backward`. A plural name is a tuple with one entry per member, and so is a stride
 marked *; strides are of rows, in elements, and the last dimension is contiguous.
@@ -17,7 +17,7 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
              counters: int32, one per row block (backward: and member), zero between launches; splits: how many
   sizes      M, K                                      M, Ks: K_i
   strides    stride_x, stride_factor*, stride_v        stride_dy*, stride_factor*, stride_w (of t, too)
-  scalars    scales: s_i; of dropout: seeds, one a     scales
+  scalars    scales: s_i; of dropout: seeds, one per   scales
              member, and threshold
   flags      DROPOUT: mask x                           NEED_DX: w is wanted
              EVEN_R: R = R_PADDED; EVEN_K: every K is a multiple of BLOCK_K; together: no load of a factor is masked
@@ -56,7 +56,7 @@ WITHOUT_WEIGHT = dict.fromkeys(("weight", "out", "ELEMENTS", "prep_programs", "S
 
 @triton.jit
 def forward_rows(pid, operands, workspace, sizes, strides, scalars, constants):
-    """One program of `prep_forward`; arguments: the kernel's, a tuple a group, in the kernel's order."""
+    """Run one program of `prep_forward`; arguments: the kernel's, one tuple per group, in the kernel's order."""
     x, factors, cores, us, v = operands
     partial, counters, splits = workspace
     M, K = sizes
@@ -127,7 +127,7 @@ def prep_forward(
 
 @triton.jit
 def backward_rows(pid, operands, workspace, sizes, strides, scales, constants):
-    """One program of `prep_backward`; arguments: the kernel's, a tuple a group, in the kernel's order."""
+    """Run one program of `prep_backward`; arguments: the kernel's, one tuple per group, in the kernel's order."""
     dys, factors, cores, t, w = operands
     partial, counters, splits = workspace
     M, Ks = sizes
@@ -200,10 +200,10 @@ def prep_backward(
 
 
 def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask) -> Launch:
-    """u_i and v_i of these members, which share one reading of x."""
+    """u_i and v_i of these members; x is read once for all of them."""
     (M, K), config = x.shape, plan.prep
     factors, row_blocks = tuple(unit_rows(a) for a in members.a), cdiv(M, config.block_m)
-    # a program holds the sums of all members: one workspace block and one counter for each row block
+    # a program has the sums of all members: one workspace block and one counter for each row block
     splits = prep_splits(row_blocks, cdiv(K, config.block_k))
     size = row_blocks * splits * config.block_m * members.width * len(us)
     partial, counters = allocate_workspace(x, size, row_blocks, splits)
@@ -235,7 +235,7 @@ def backward_call(
     """t_i of all members, and w_i if dx is needed."""
     M, config = t.shape[0], plan.prep
     factors, Ks = tuple(unit_rows(b) for b in members.b), tuple(dy.shape[1] for dy in dys)
-    slots = cdiv(M, config.block_m) * len(dys)  # members have dys of their own: one counter for each of them
+    slots = cdiv(M, config.block_m) * len(dys)  # each member has its own dy, and so its own counter
     splits = prep_splits(slots, cdiv(max(Ks), config.block_k))
     partial, counters = allocate_workspace(t, slots * splits * config.block_m * members.width, slots, splits)
     arguments = dict(

@@ -19,7 +19,7 @@ Arguments = dict[str, Any]  # of a kernel, by name
 class Members(NamedTuple):
     """Layers that read the same x [M, n]: W_i [m_i, n], A_i [r, n], R_i [r, r], B_i [m_i, r], bias_i [m_i], s_i.
 
-    All of one rank and dtype, and all with a weight or all without.
+    All have the same rank and dtype, and either all or none have a weight.
     """
 
     weights: Sequence[Tensor | None]
@@ -40,11 +40,11 @@ class Members(NamedTuple):
         return padded_rank(self.r)
 
     def select(self, indices: slice) -> Members:
-        """Some of the members."""
+        """Return some of the members."""
         return Members._make(field[indices] for field in self)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Members:
-        """The members with a function of each tensor in its place."""
+        """Return the members with a function applied to each tensor."""
         weights, biases = ([t if t is None else function(t) for t in field] for field in (self.weights, self.biases))
         a, cores, b = (list(map(function, field)) for field in (self.a, self.cores, self.b))
         return Members(weights, a, cores, b, biases, self.scales)
@@ -61,7 +61,7 @@ class Mask(NamedTuple):
 
     @property
     def threshold(self) -> int:
-        """An element is kept if its 16 random bits are at least this one's upper ones; an int32 of unsigned bits."""
+        """Smallest random bits of a kept element, 16 in the upper half of 32: unsigned bits, as an int32."""
         bits = round(self.dropout * 2**16) << 16
         return bits - 2**32 if bits >= 2**31 else bits
 
@@ -79,17 +79,17 @@ NO_DROPOUT = Mask()
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
-    """The matrix with a contiguous last dimension, which every kernel presumes; copied only if necessary."""
+    """Return a matrix with a contiguous last dimension, which every kernel requires; copied only if necessary."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def whole(cores: Tensor) -> Tensor:
-    """Cores [K, r, r] with contiguous R's, which may have gaps between them, as a bank's; copied only if necessary."""
+    """Return cores [K, r, r] with contiguous R's, with gaps between them as in a bank; copied only if necessary."""
     return cores if cores.stride()[1:] == (cores.shape[2], 1) else cores.contiguous()
 
 
 def kernel_biases(biases: Sequence[Tensor | None], ys: Sequence[Tensor]) -> tuple[bool, tuple[Tensor, ...]]:
-    """HAS_BIAS, which holds for all outputs, and a bias for each: zeros for one without; dummies if none has one."""
+    """Return HAS_BIAS, one flag for all outputs, and a bias per output: zeros if it has none; dummies if none has."""
     if all(bias is None for bias in biases):
         return False, tuple(ys)
     pairs = zip(biases, ys, strict=True)
@@ -97,7 +97,7 @@ def kernel_biases(biases: Sequence[Tensor | None], ys: Sequence[Tensor]) -> tupl
 
 
 def allocate_workspace(like: Tensor, size: int, slots: int, programs: int) -> tuple[Tensor, Tensor]:
-    """fp32 partial sums [size] and counters [slots] for `programs` that share a result; dummies if it is one."""
+    """Return fp32 partial sums [size] and counters [slots] for `programs` that share a result; dummies for one."""
     if programs == 1:
         dummy = like.new_empty(1, dtype=torch.float32)
         return dummy, dummy.view(torch.int32)
@@ -120,10 +120,10 @@ def fp32_precision() -> str:
 
 
 def core_precision(dtype: torch.dtype) -> str:
-    """tl.dot's precision for the product with R: for a 16-bit x TF32, which takes R in two parts and loses nothing."""
+    """tl.dot's precision for the product with R: TF32 for a 16-bit x, with R in two parts, which loses nothing."""
     return precision(dtype) if dtype == torch.float32 else "tf32"
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
+    """Make the tensor's device current: Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,13 +1,13 @@
-"""Which path and which blocks: rules from JSON tables, a user's first, then the shipped ones.
+"""The choice of path and blocks, by rules from JSON tables: a user's first, then the shipped ones.
 
-A rule holds where all its conditions do: `op`, `dtype`, `card` and `driver` by name, `dropout` by truth, `M`, `n`, `m`,
-`r`, `sms` and `triton` by range [low, high]. `triton` is 100 times its major version plus the minor. Up to 3.7 Triton
-does not prefetch operands from shared memory, and main loops on sm_80 to sm_89 are bound by 0.64 to 0.99 of the tensor
-cores in place of 0.80 to 1.00 (`python -m benchmarks.kernels.main_loops`): there cuBLAS multiplies.
+A rule holds if all its conditions do: `op`, `dtype`, `card` and `driver` by name, `dropout` by truth, `M`, `n`, `m`,
+`r`, `sms` and `triton` by range [low, high]. `triton` is 100 times its major version plus the minor. Up to 3.7, Triton
+does not prefetch operands from shared memory, and main loops on sm_80 to sm_89 can use at most 0.64 to 0.99 of the
+tensor cores instead of 0.80 to 1.00 (`python -m benchmarks.kernels.main_loops`): cuBLAS multiplies there.
 
-For each of path, prep, gemm and weights the first rule that holds and has it is taken: one rule may give the blocks,
+Path, prep, gemm and weights each come from the first rule that holds and has them: one rule may give the blocks,
 another the path. Nothing is timed here: first calls (lorasb/backends/autotune.py) and `lorasb bench tune` write a
-user's table. A shipped table states in `measured` and `basis` what its rules rest on.
+user's table. A shipped table states in `measured` and `basis` what its rules are based on.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig, is_executed, quant
 TABLES = Path(__file__).parent / "tables"
 CHOICES = {"path": ("fused", "addmm", "tma"), "weights": ("inline", "scratch")}
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
-BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # what reading a table that is none raises
-_user_tables: Callable[[], Path | None] | None = None  # their folder, if they are read
-_machine: Callable[[], dict[str, object]] = dict  # the card and its driver
-generation = 0  # how often the tables were forgotten; a plan holds as long as it has not changed
-# the names of dtypes in tables, and the dtypes that the kernels have
+BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # raised when reading a file that is not a table
+_user_tables: Callable[[], Path | None] | None = None  # returns their folder, if they are read
+_machine: Callable[[], dict[str, object]] = dict  # returns the card and its driver
+generation = 0  # how often the tables were forgotten; a plan is valid until this changes
+# the dtypes that the kernels support, and their names in tables
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -51,7 +51,7 @@ class Shape:
     dropout: bool = False
 
 
-# what conditions name: a shape's fields, and the machine
+# values that conditions name: a shape's fields, and the machine's
 VALUES = asdict(Shape("", "", 0, 0, 0, 0)) | {"sms": 0, "triton": 0, "card": "", "driver": ""}
 
 
@@ -59,7 +59,7 @@ VALUES = asdict(Shape("", "", 0, 0, 0, 0)) | {"sms": 0, "triton": 0, "card": "",
 class LaunchPlan:
     """Path `fused` is prep and the extended GEMM, `addmm` prep and two calls of cuBLAS, `tma` prep and `tma_gemm`.
 
-    `weights`, where they have 4 bits: dequantized `inline` by a separate GEMM, or into a `scratch` by prep.
+    `weights` in 4 bits are dequantized `inline` by a separate GEMM, or into a `scratch` by prep.
     """
 
     path: str
@@ -70,7 +70,7 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class Rule:
-    """Value to take where every condition holds: a value, or a range [low, high] (null: no end), by a Shape's field."""
+    """Choices to use if every condition holds: per field a value, or a range [low, high] (null: no end)."""
 
     conditions: dict[str, object]
     path: str | None = None
@@ -86,7 +86,7 @@ class Rule:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Rule:
-        """A rule of a table; a ValueError or TypeError says what is wrong with it."""
+        """Return a rule of a table; raise a ValueError or TypeError that says what is wrong with it."""
         prep, gemm, conditions = entry.get("prep"), entry.get("gemm"), entry.get("if", {})
         for name, known in CHOICES.items():
             if entry.get(name) not in (None, *known):
@@ -94,7 +94,7 @@ class Rule:
         if unknown := set(conditions) - set(VALUES):
             raise ValueError(f"unknown conditions {sorted(unknown)}")
         for name, wanted in conditions.items():
-            _inside(VALUES[name], wanted)  # raises for what is no range
+            _inside(VALUES[name], wanted)  # raises for an invalid range
         for blocks in (prep or {}, gemm or {}):
             for name, size in blocks.items():
                 _check_size(name, size)
@@ -108,7 +108,7 @@ class Rule:
 
 
 def _check_size(name: str, size: Any) -> None:
-    """Raise a ValueError for a size of blocks that no kernel can have."""
+    """Raise a ValueError for a block size that no kernel can have."""
     if name == "registers" and size is None:
         return
     least, is_power = (16 if name.startswith("block_") else 1), name == "warps" or name.startswith("block_")
@@ -145,7 +145,7 @@ def _by_rules(rules: tuple[Rule, ...], shape: Shape, sms: int) -> LaunchPlan:
 
 
 def has_executed_code(chosen: LaunchPlan, shape: Shape, arch: str) -> bool:
-    """True if tests execute the code of a plan's kernels: TMA on sm_90 alone, tcgen05 nowhere."""
+    """True if tests execute the code of a plan's kernels: TMA only on sm_90, tcgen05 nowhere."""
     code, blocks = family(arch), [chosen.prep.block_m, chosen.gemm.block_m]
     if shape.quant != "none" and chosen.weights == "inline":
         blocks.append(quantized_config(shape.M, 4 if shape.dtype == "fp32" else 2).block_m)
@@ -159,15 +159,15 @@ def choice(shape: Shape, arch: str, sms: int) -> LaunchPlan:
 
 
 def bucket(tokens: int) -> int:
-    """The M that stands for `tokens`: the next power of two. Plans are looked up and measured by it."""
+    """Return the M that represents `tokens`: the next power of two. Plans are looked up and measured by it."""
     return 1 << max(0, tokens - 1).bit_length()
 
 
 @lru_cache
 def family(arch: str) -> str:
-    """The architecture whose table and code another one shares: "sm_100" of "sm_103", "sm_86" of the interpreter.
+    """Return the architecture whose table and code this one shares: "sm_100" for "sm_103", "sm_86" when interpreted.
 
-    "sm_100" of an unknown one, too: its blocks compile to mma.sync, which all have.
+    Also "sm_100" for an unknown one: its blocks compile to mma.sync, which all have.
     """
     if arch == INTERPRETER:
         return "sm_86"
@@ -175,7 +175,7 @@ def family(arch: str) -> str:
 
 
 def is_known(arch: str) -> bool:
-    """True if kernels were executed as compiled for an architecture, or for another one with its instructions."""
+    """True if kernels were executed as compiled for this architecture, or for one with the same instructions."""
     return arch == INTERPRETER or bool(re.fullmatch(r"sm_(8[069]|90|1[02]\d)", arch))
 
 
@@ -186,7 +186,7 @@ def shipped_rules(arch: str) -> tuple[Rule, ...]:
 
 @lru_cache
 def user_rules(arch: str) -> tuple[Rule, ...]:
-    """Read the table that was measured for this architecture; warn of one that cannot be read, and leave it out."""
+    """Read the table that was measured for this architecture; warn about and ignore one that cannot be read."""
     folder = None if _user_tables is None else _user_tables()
     if folder is None:
         return ()
@@ -205,12 +205,12 @@ def user_rules(arch: str) -> tuple[Rule, ...]:
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
-    """The rules of a table; a ValueError if it is none, or names a path or a condition that does not exist."""
+    """Return a table's rules; raise a ValueError if it is not a table, or names an unknown path or condition."""
     return tuple(Rule.from_json(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rules"])
 
 
 def read_user_tables_from(folder: Callable[[], Path | None], machine: Callable[[], dict[str, object]]) -> None:
-    """Set the functions that return the folder of a user's own tables, and the card and driver that they hold for."""
+    """Set the functions that return the folder of a user's own tables, and the card and driver that these are for."""
     global _user_tables, _machine
     _user_tables, _machine = folder, machine
     forget()

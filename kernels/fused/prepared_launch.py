@@ -1,10 +1,10 @@
 """Launches prepared once for a kind of call, and repeated with other tensors of the same shapes.
 
-Triton's own launch binds some fifty arguments by name, specializes each and looks the kernel up, and our launchers
+Triton's own launch binds about fifty arguments by name, specializes each and looks up the kernel, and our launchers
 choose its arguments: 50 µs of Python, four times per layer (Zen 5, benchmarks/results/host-time.json). All of it
-depends on shapes, strides, dtypes and alignments alone. A kind of call is therefore made on `meta` tensors first; of
-each launch its compiled kernel is kept, and which of the call's tensors each pointer is. A repetition takes addresses
-and hands them to the compiled kernel's own launcher.
+depends only on shapes, strides, dtypes and alignments. So a kind of call is first made on `meta` tensors, and for each
+launch its compiled kernel is stored, and which of the call's tensors each pointer belongs to. A repetition takes
+addresses and passes them to the compiled kernel's own launcher.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .block_sizes import cdiv
 from .launcher import Launch
 
 ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are less aligned
-SCRATCH_ALIGNMENT = 256  # bytes between tensors of the scratch, as torch's allocator has
+SCRATCH_ALIGNMENT = 256  # bytes, of tensors in the scratch, as in torch's allocator
 PARTIAL, COUNTERS = "partial", "counters"  # names of the arguments that launchers allocate themselves
 Values = tuple[object, ...]
-Raw = Callable[[int, Values, Sequence[Tensor]], None]  # of stream, (*addresses, seeds) and tensors
+Raw = Callable[[int, Values, Sequence[Tensor]], None]  # takes stream, (*addresses, seeds) and tensors
 
 
 def allocate_in_python(like: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -42,7 +42,7 @@ def addresses_in_python(tensors: list[Tensor]) -> list[int] | None:
     return None if reduce(or_, found, 0) % ALIGNMENT else found
 
 
-# or the functions of lorasb's C++ extension, which take a third of the time
+# replaced by the functions of lorasb's C++ extension, if it is there, which take a third of the time
 allocate: Callable[[Tensor, Sequence[tuple[int, ...]]], list[Tensor]] = allocate_in_python
 addresses: Callable[[list[Tensor]], list[int] | None] = addresses_in_python
 
@@ -90,7 +90,7 @@ class Prepared:
         scratch: shape of one tensor that holds the inner ones and a workspace, in a list; empty if there are none.
 
     Raises:
-        NotPreparedError: an argument is none of these, but a copy that a launcher made.
+        NotPreparedError: an argument is not one of these tensors, but a copy that a launcher made.
     """
 
     def __init__(self, calls: Sequence[Launch], tensors: Sequence[Tensor], inner: Sequence[Tensor] = ()) -> None:
@@ -123,7 +123,7 @@ class Prepared:
         return True
 
     def _zeros(self, like: Tensor, stream: int) -> Tensor:
-        """Counters; on the default stream (0) those of this kind, which every launch leaves at zero."""
+        """Return counters; on the default stream (0) this kind's own, which every launch leaves at zero."""
         if stream or is_captured(like):
             return workspace.counters(like.device, self._count)
         if self._own_zeros is None:
@@ -136,7 +136,7 @@ class Prepared:
         for tensor in inner:
             self._origins[_storage(tensor)] = (index, size)
             size += cdiv(tensor.numel() * tensor.element_size(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-        for call in calls:  # one workspace for all, which run one after another
+        for call in calls:  # one workspace for all, as they run one after another
             self._origins[_storage(call.arguments[PARTIAL])] = (index, size)
         return (size + 4 * max((0, *(_elements(call, PARTIAL) for call in calls)))) // itemsize
 
@@ -181,7 +181,7 @@ class Prepared:
             return self._first_derived + self._derived.index((place.index, place.offset))
         first, *others = (self._position(one) for one in place)
         if [first, *others] != list(range(first, first + len(place))):
-            raise NotPreparedError("the tensors of one argument do not stand together")
+            raise NotPreparedError("the tensors of one argument are not adjacent")
         return slice(first, first + len(place))
 
     @property
@@ -192,7 +192,7 @@ class Prepared:
 def bind(launch: PreparedLaunch) -> Raw:
     """Compile a launch's kernel, or find it where Triton keeps it, and load it onto the current device.
 
-    A module global, so that tests can execute compiled kernels elsewhere than on a card.
+    A module global, so that tests can execute compiled kernels without a GPU.
     """
     call = launch.call
     compiled = private.compiled(call.kernel, call.grid, call.arguments, call.options)

@@ -1,7 +1,7 @@
 """`linear`'s forward and backward from launches prepared once for a kind of call: shapes, strides, dtypes and scales.
 
-What takes the ordinary way of `linear`: kernels that are interpreted or watched, another current device, pointers that
-are not aligned to 16 bytes, and operands that a kernel could only take as copies.
+Calls go through `linear` as usual if kernels are interpreted or observed, another device is current, pointers are not
+aligned to 16 bytes, or a kernel would need copies of operands.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .operands import INT32_LIMIT, Mask, Members, fp32_precision, on_device
 from .plan import LaunchPlan
 from .prepared_launch import NotPreparedError, Prepared
 
-MOST_KINDS = 4096  # some KB each; every number of tokens is a kind
+MOST_KINDS = 4096  # a few KB each; every number of tokens is a kind
 Ys = tuple[list[Tensor], list[Tensor]]  # y_i and u_i
 Gradients = tuple[Tensor | None, list[Tensor]]  # dx and dR_i
-# What a new kind of call asks for: its plan, and a check that gets its first results, too, and raises for wrong ones.
+# Called for a new kind of call: returns its plan; checks its first results, and raises if they are wrong.
 First = tuple[Callable[..., LaunchPlan], Callable[..., None]]
 _forwards: dict[Hashable, Forward] = {}
 _backwards: dict[Hashable, Backward] = {}
@@ -33,7 +33,7 @@ Kind = TypeVar("Kind")  # Forward or Backward
 def forward(x: Tensor, members: Members, mask: Mask, first: First, signature: Hashable) -> Ys | None:
     """y_i [..., m_i], or [M, m_i] where cuBLAS writes them, and u_i [M, r]; None if `linear.forward` has to be called.
 
-    x is [..., n]; `signature` is equal for calls whose tensors differ in their values alone, and None where that is not
+    x is [..., n]; `signature` is equal for calls whose tensors differ only in their values, and None if that is not
     known.
     """
     if signature is None or not _is_ready(x):
@@ -79,7 +79,7 @@ def backward(
 
 
 def _keep(kinds: dict[Hashable, Kind], key: Hashable, kind: Kind, like: Tensor) -> None:
-    """Keep a kind for later calls, unless a graph capture met it first: its plan has not been checked."""
+    """Keep a kind for later calls, unless its first call is in a graph capture: its plan has not been checked."""
     if prepared_launch.is_captured(like):
         return
     if len(_forwards) + len(_backwards) >= MOST_KINDS:
@@ -90,7 +90,7 @@ def _keep(kinds: dict[Hashable, Kind], key: Hashable, kind: Kind, like: Tensor) 
 class Forward:
     """One kind of forward: its plan, the shapes of what it allocates, and its launches."""
 
-    is_checked = False  # the results of its launches
+    is_checked = False  # True once its first results were right
 
     def __init__(self, x: Tensor, members: Members, plan: LaunchPlan, mask: Mask) -> None:
         rows, self.count = _rows(x), len(members.a)
@@ -115,7 +115,7 @@ class Forward:
         return linear.unfused(_rows(x), members, found[count], self.plan), found[:count]
 
     def _tensors(self, x: Tensor, members: Members, found: list[Tensor]) -> list[Tensor]:
-        """Buffers that the launches read and write, with what was allocated; members of one argument stand together."""
+        """Return the launches' buffers, with the allocated ones; the tensors of one argument are adjacent."""
         tensors = [x, *members.a, *members.cores, *found[: self.count]]
         if self.is_fused:
             tensors += members.b
@@ -137,12 +137,12 @@ class Backward:
     """One kind of backward: its plan, the shapes of what it allocates, and its launches.
 
     Attributes:
-        before: launches before dx is written otherwise, by TMA or cuBLAS: the thin products, and dR.
-        after: the launch after that: it computes dR, so that nothing stands between the thin products and the launch by
-            TMA that overlaps them; with dropout, and adds the adapter's masked term to what cuBLAS wrote.
+        before: all launches, or those before TMA or cuBLAS writes dx: the thin products, and dR.
+        after: a launch after dx, or None. It computes dR if nothing may come between the thin products and the TMA
+            launch that overlaps them; with dropout, it also adds the adapter's masked term to what cuBLAS wrote.
     """
 
-    is_checked = False  # the results of its launches
+    is_checked = False  # True once its first results were right
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Backward:
         if dx is not None and self.has_addmm:
             w = None if self.adds_masked else others[0]
             linear.unfused_backward([_rows(dy) for dy in dys], members, w, dx, self.plan)
-        if self.after is not None:  # of the same tensors, whose alignment is known
+        if self.after is not None:  # with the same tensors, whose alignment is checked
             scratch = prepared_launch.allocate(dys[0], self.after.scratch)
             self.after.repeat([*tensors, *others[: self.thin], *scratch], mask.seeds)
         return dx, dcores
@@ -197,7 +197,7 @@ class Backward:
     def _tensors(
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
     ) -> list[Tensor]:
-        """Buffers that the launches read and write besides t and w; members of one argument stand together."""
+        """Return the launches' buffers except t and w; the tensors of one argument are adjacent."""
         tensors = [*dys, *members.b, *members.cores]
         if self.is_fused or self.adds_masked or dcores:
             tensors += members.a
@@ -215,7 +215,7 @@ class Backward:
     ) -> tuple[Prepared, Prepared | None]:
         dx, dcores, thin = self._allocate(dys, members)
         tensors = self._tensors(dys, members, us, dx, dcores)
-        # w, then t; those that do not outlive the first launches are inner ones
+        # w, then t; tensors that do not outlive the first launches are inner ones
         inner = [dys[0].new_empty(self.t_shape) for _ in range(1 + self.need_dx - self.thin)]
         *ws, t = thin + inner
         w = ws[0] if ws else t
@@ -243,7 +243,7 @@ def _is_ready(x: Tensor) -> bool:
 
 
 def _has_rows(x: Tensor) -> bool:
-    """True for a nonempty x [..., n] whose rows stand one after another."""
+    """True for a nonempty x [..., n] that is contiguous, or a matrix with contiguous rows."""
     return x.numel() > 0 and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1))
 
 
@@ -254,7 +254,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _key(x: Tensor, members: Members, mask: Mask) -> tuple[Hashable, ...]:
     """Key of a call's launches, in addition to its signature."""
-    # seeds of 64 bits take other kernels in Triton
+    # Triton compiles another kernel for 64-bit seeds
     wide_seeds = tuple([not -INT32_LIMIT <= seed < INT32_LIMIT for seed in mask.seeds]) if mask.dropout else ()
     product = fp32_precision() if x.dtype == torch.float32 else ""
     return plan_tables.generation, product, mask.dropout, wide_seeds, *members.scales

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from .device_functions import arrives_last, block_offsets, keep_mask, ordered_sum
 
-# Source rows of up to so many ranks stay in registers while the core's columns pass; more are read in blocks of 64 for
-# each block of columns (they are in L1): [32, 256] in fp32 takes 128 registers of each thread as an operand of the MMA.
+# Source rows of up to this many ranks stay in registers while the core's columns pass; more are read in blocks of 64
+# for each block of columns (from L1): [32, 256] in fp32 takes 128 registers per thread as an operand of the MMA.
 MAX_HELD_RANKS = tl.constexpr(128)
 
 # Flags, ranks and blocks of the thin products, see low_rank, and what `times_core` alone reads.
@@ -34,7 +34,7 @@ def block_ranks(R_BLOCKS: tl.constexpr, block: tl.constexpr):
 
 @triton.jit
 def zero_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A separate function: a tuple's item is a constant as an argument, but in a shape only since Triton 3.7."""
+    """Return zeros. A function, as a tuple's item is constant as an argument, but in a shape only since Triton 3.7."""
     return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
@@ -58,7 +58,7 @@ def project(x, row_offsets, factors, stride_k, reduction, dropout, constants):
             x_block = tl.load(x + row_offsets[:, None] + k[None, :])
         else:
             x_block = tl.load(x + row_offsets[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
-        # one x_block for all members' factors; tuples are immutable, so that the sums are a new one
+        # one x_block for all members' factors; tuples are immutable, so the sums become a new one
         updated = ()
         kept = x_block
         for i in tl.static_range(len(factors)):
@@ -80,7 +80,7 @@ def project(x, row_offsets, factors, stride_k, reduction, dropout, constants):
 
 @triton.jit
 def store_sums(sums, outputs, m, row_mask, workspace, constants):
-    """Add the sums of all splits and store them at `outputs` (columns) + m (rows); True in the program that did.
+    """Add the sums of all splits and store them at `outputs` (columns) + m (rows); return True in the program that did.
 
     workspace: (partial, counters, splits, slot, split).
     """
@@ -118,7 +118,7 @@ def store_sums(sums, outputs, m, row_mask, workspace, constants):
 
 @triton.jit
 def source_columns(source, i, row_mask, R: tl.constexpr):
-    """Ranks i of the source's rows in fp32, [BLOCK_M, len(i)]."""
+    """Load ranks i of the source's rows in fp32, [BLOCK_M, len(i)]."""
     block = tl.load(source[:, None] + i[None, :], mask=row_mask[:, None] & (i < R)[None, :], other=0.0)
     return block.to(tl.float32)
 
@@ -148,8 +148,8 @@ def times_core(source, target, core, scale, row_mask, constants, TRANSPOSED: tl.
 
     The source is the sum as it was stored, rounded to x's dtype. The core stays fp32 whatever x's dtype. For a 16-bit
     x the product runs on TF32 tensor cores, twice: they ignore the lower 13 bits of an operand, which would shrink
-    every entry of the core (v by 3.5e-4, measured on random cores of rank 96), so that the core is taken as the sum
-    of what they read and of what is left. The source has no more bits than they read.
+    every entry of the core (v by 3.5e-4, measured on random cores of rank 96), so the core is split into the part
+    that they read and the rest. The source has no more bits than they read.
     """
     NARROW: tl.constexpr = source.dtype.element_ty.primitive_bitwidth < 32
     HELD: tl.constexpr = constants.R_PADDED <= MAX_HELD_RANKS

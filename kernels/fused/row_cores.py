@@ -1,16 +1,16 @@
 """Products with an R for each row of a batch: v_i = s·u_i R_kᵀ (w_i = s·t_i R_k), and dR_k = s·Σ t_iᵀ u_i.
 
-A row is `tokens` rows of u [M, R] in turn, M = rows · tokens; it reads the R that `places` names in place, so that
-no copy of it is made. -1 is no adapter, whose rows are zero.
+A batch row is `tokens` consecutive rows of u [M, R], M = rows · tokens. It reads the R that `places` selects in place,
+without a copy. -1 means no adapter, and gives zero.
 
 Arguments of `times_row_cores` and `row_core_gradients`; strides are of rows, in elements, and the last dimension is
 contiguous.
 
              times_row_cores                           row_core_gradients
   inputs     source: u (t) [M, R]                      t, u: [M, R]
-             cores: R_k [R, R], contiguous each        order: rows by adapter, int32; those of one in their own order
-             places: k of each row or -1, int32        starts: where each adapter's begin in it, and the end, int32
-  outputs    target: v (w) [M, R_PADDED]               dcores: dR_k [R, R] by `adapters`: k of each, int32
+             cores: R_k [R, R], contiguous each        order: rows by adapter, int32; each adapter's in batch order
+             places: k of each row or -1, int32        starts: each adapter's first index in `order`, and the end, int32
+  outputs    target: v (w) [M, R_PADDED]               dcores: dR_k [R, R]; `adapters` has the k of each, int32
   sizes      tokens                                    tokens
   strides    stride_source, stride_core, stride_target stride_t, stride_u
   scalars    scale: s                                  scale: s
@@ -37,10 +37,10 @@ from .launcher import Launch, launch
 from .operands import core_precision, on_device, precision, unit_rows, whole
 from .projection import CoreConstants, times_core
 
-SHORT, LONG = PrepConfig(16, 0, 4, 2), PrepConfig(32, 0, 4, 2)  # a token a row, as in decoding, or a sequence
-STEP = 32  # tokens of a step of dR
+SHORT, LONG = PrepConfig(16, 0, 4, 2), PrepConfig(32, 0, 4, 2)  # one token per row, as in decoding, or a sequence
+STEP = 32  # tokens per step of dR
 
-_copies: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()  # as it was read, and its copy
+_copies: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()  # values when copied, and the copy
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -59,7 +59,7 @@ def times_row_cores(
     row = pid // blocks_of_row
     token = pid % blocks_of_row * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = token < tokens
-    # 64 bits: a bank of some thousand adapters has more than 2^31 numbers
+    # 64 bits: a bank of a few thousand adapters has more than 2^31 numbers
     m = row.to(tl.int64) * tokens + tl.where(inside, token, 0)
     place = tl.load(places + row)
     targets = target + m * stride_target
@@ -114,9 +114,9 @@ def row_core_gradients(
 
 
 class RowProducts(NamedTuple):
-    """R's [K, r, r] in any floating-point dtype, the place of each row's R among them or -1 [n], and s.
+    """R's [K, r, r] in any floating-point dtype, the index of each row's R among them or -1 [n], and s.
 
-    `index` is int64 in [-1, K): on the CPU, or on the rows' device, where it is read by the kernel alone.
+    `index` is int64 in [-1, K): on the CPU, or on the rows' device, where only the kernel reads it.
     """
 
     cores: Tensor
@@ -154,7 +154,7 @@ class RowProducts(NamedTuple):
     def gradients(self, t: Tensor, u: Tensor) -> Tensor:
         """dR_k = s·Σ t_iᵀ u_i [K, r, r] in R's dtype, over the rows of k in their order; zero if there are none."""
         index, gradients = self.index, self.cores.new_zeros(self.cores.shape)
-        order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows by adapter, those of none left out
+        order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows by adapter, without those of none
         if len(order) == 0 or len(t) == 0:
             return gradients
         present, counts = index[order].unique_consecutive(return_counts=True)
@@ -184,7 +184,7 @@ class RowProducts(NamedTuple):
 
 
 def _places(index: Tensor, device: torch.device) -> Tensor:
-    """The index on the device: copied once for all layers of a step, which have the same tensor of it."""
+    """Return the index on the device, copied once for all layers of a step, which share its tensor."""
     if index.is_cuda:
         return index
     seen, known = _copies.get(index, (None, None))

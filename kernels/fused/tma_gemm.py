@@ -1,8 +1,8 @@
 """The GEMM by TMA, for Hopper: y_i = [x|v_i] [W_i|B_i]ᵀ + bias_i forward, dx = Σ_i [dy_i|w_i] [W_i;A_i] backward.
 
-A thread copies a whole block by a descriptor, which pads it with zeros past the end of a tensor: addresses and masks
-take no registers, and tiles of 128 x 256 fit. Base and adapter have a loop each. Programs are persistent: program p of
-P takes the tiles p, p + P, ... of all outputs in a row. No sum is split, so that results do not depend on P. The launch
+One thread copies an entire block by a descriptor, which pads it with zeros past the end of a tensor: addresses and
+masks take no registers, and tiles of 128 x 256 fit. Base and adapter have separate loops. Programs are persistent:
+program p of P takes tiles p, p + P, ... of all outputs. No sum is split, so that results do not depend on P. The launch
 begins while the thin products still run (programmatic dependent launch), and waits for them before it reads v. dR is
 computed by a launch of the extended GEMM.
 """
@@ -26,7 +26,7 @@ from .operands import kernel_biases
 
 gdc_wait, TensorDescriptor = find(PRIVATE["gdc_wait"]), find(PRIVATE["TensorDescriptor"])
 ALIGNMENT = 16  # bytes, of pointers and strides
-MULTIPROCESSORS = 132  # of an H100, for tensors that are not on a card
+MULTIPROCESSORS = 132  # of an H100, for tensors that are not on a GPU
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def tma_gemm(
 
     lefts, rights: a tuple of descriptors for each output, left_ij [M, K_ij] and right_ij [N_i, K_ij] if K_MAJOR, else
     [K_ij, N_i]; ys: descriptors [M, N_i]; biases: [N_i] if HAS_BIAS, else dummies. Blocks are the descriptors'. From
-    j = WAIT_AT on, left_ij is written by the launch before; None: that one has ended when this one begins.
+    j = WAIT_AT on, left_ij is written by the previous launch; None: that one has ended when this one begins.
     """
     BLOCK_M: tl.constexpr = ys[0].block_shape[0]
     BLOCK_N: tl.constexpr = ys[0].block_shape[1]
@@ -81,12 +81,12 @@ def call_of(
 ) -> Launch:
     """ys[i] = Σ_j left_ij right_ij (its transpose if k_major) + bias_i, for the pairs [i][j] of left and right.
 
-    The first `base` pairs of an output do not depend on the launch before.
+    The first `base` pairs of an output do not depend on the previous launch.
     """
     m, n, k = config.block_m, config.block_n, config.block_k
     block, descriptor = [n, k] if k_major else [k, n], TensorDescriptor.from_tensor
     tiles = sum(cdiv(y.shape[0], m) * cdiv(y.shape[1], n) for y in ys)
-    waits = is_compiled(tma_gemm) and base < len(pairs[0])  # what never waits might end before the launch before it
+    waits = is_compiled(tma_gemm) and base < len(pairs[0])  # one that never waits might end before the previous launch
     has_bias, filled = kernel_biases(biases, ys)
     arguments = dict(
         lefts=tuple(tuple(descriptor(left, [m, k]) for left, _ in some) for some in pairs),

@@ -1,8 +1,8 @@
-"""G [N, K] (+)= dyᵀ x over tokens in their order, and on the last call the signs of G, 32 a word.
+"""G [N, K] (+)= dyᵀ x over tokens in their order, and on the last call the signs of G, 32 per word.
 
-A program owns a tile of G. Its sum starts from the fp32 tile of the calls before, goes over all tokens in order, and
-is written back, or packed, or both: with one call and no use for its values, G never reaches memory. The reduction is
-not split, so that the order of the sum is that of the tokens.
+A program owns a tile of G. Its sum starts from the fp32 tile of earlier calls, goes over all tokens in order, and is
+written back, or packed, or both: with only one call, and if its values are not needed, G never reaches memory. The
+reduction is not split, so that the sum is in the order of the tokens.
 
 Arguments of `grad_sign`; strides are of rows, in elements, and the last dimension is contiguous.
 
@@ -58,7 +58,7 @@ def store_signs(acc, inside, n, w, tile, outputs, sizes):
     size = tl.abs(acc)
     tl.store(counts + tile * 3, tl.sum(tl.where(inside, acc * acc, 0.0)))
     tl.store(counts + tile * 3 + 1, tl.sum(tl.where(inside & (acc == 0), 1.0, 0.0)))
-    not_finite = inside & ((size == float("inf")) | (acc != acc))  # Inf, or NaN, which alone differs from itself
+    not_finite = inside & ((size == float("inf")) | (acc != acc))  # Inf, or NaN: only NaN differs from itself
     tl.store(counts + tile * 3 + 2, tl.sum(tl.where(not_finite, 1.0, 0.0)))
 
 
@@ -73,7 +73,7 @@ def grad_sign(
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,  # blocks
 ):  # fmt: skip
-    """One [BLOCK_N, BLOCK_K] tile of G. Grid: one program per tile, in bands of GROUP_N row blocks for L2."""
+    """Compute one [BLOCK_N, BLOCK_K] tile of G. Grid: one program per tile, in bands of GROUP_N row blocks for L2."""
     tile = tl.program_id(0)
     across, down = tl.cdiv(K, BLOCK_K), tl.cdiv(N, BLOCK_N)
     band = GROUP_N * across
@@ -121,7 +121,7 @@ def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool, arch: str) -
 def gradient_signs(
     dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool, arch: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Signs and nonzero places of total + dyᵀ x, as words [N, ceil(K/32)]; and Σ G², zeros, not finite, in fp64."""
+    """Return bits of G > 0 and G != 0 as words [N, ceil(K/32)], G = total + dyᵀ x; fp64 Σ G², zeros, not finite."""
     N, K = dy.shape[1], x.shape[1]
     words = x.new_empty((N, cdiv(K, 32)), dtype=torch.int32)
     nonzero, config = torch.empty_like(words), gradient_config(K, x.element_size(), arch)
@@ -141,7 +141,7 @@ def _launch(
 ) -> None:
     dy, x = unit_rows(dy), unit_rows(x)
     (M, N), K = dy.shape, x.shape[1]
-    block_m, block_n, block_k = config.block_k, config.block_m, config.block_n  # the config's names are of G's tile
+    block_m, block_n, block_k = config.block_k, config.block_m, config.block_n  # the config names G's tile
     tiles = cdiv(N, block_n) * cdiv(K, block_k)
     if tiles == 0:
         return
@@ -162,7 +162,7 @@ def _launch(
         stride_total=K,
         stride_words=cdiv(K, 32),
         FRESH=fresh or total is None,
-        KEEP=total is not None and (M > 0 or fresh),  # no tokens leave a sum as it is, unless it is to become zero
+        KEEP=total is not None and (M > 0 or fresh),  # without tokens a sum changes only if it must become zero
         SIGNS=signs is not None,
         EVEN=N % block_n == 0 and K % block_k == 0,
         EVEN_M=M % block_m == 0,

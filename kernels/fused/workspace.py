@@ -9,10 +9,10 @@ _kept: dict[torch.device, Tensor] = {}  # of each device's default stream
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """At least `count` zeros, int32, that no other stream uses at the same time.
+    """Return at least `count` zeros, int32, that no other stream uses at the same time.
 
-    Those of the default stream are kept. Another stream gets new ones in each call, and so does a capture: a replay
-    must not share counters with what runs at the same time.
+    The default stream's are reused. Another stream gets new ones in each call, and so does a capture: a replay must not
+    share counters with other work that runs at the same time.
     """
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
@@ -23,5 +23,5 @@ def counters(device: torch.device, count: int) -> Tensor:
 
 
 def forget() -> None:
-    """Drop every counter: after a launch failed, one may be left above zero."""
+    """Drop every counter: after a failed launch, one may be above zero."""
     _kept.clear()

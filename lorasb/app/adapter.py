@@ -1,7 +1,7 @@
-"""The adapter that a run trains, added and initialized or loaded; `lorasb init`, which writes one; and bases.
+"""Add and initialize or load a run's adapter, run `lorasb init`, and make and load bases.
 
-A basis is A and B that adapters share. `lorasb basis` makes one from the first steps of tasks, and measures how well
-data fits it.
+A basis is a pair of A and B that adapters share. `lorasb basis` makes one from the first steps of tasks, and measures
+how well data fits it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ REPORT_NAME = "report.json"
 
 
 def check_adapter(run: Run) -> None:
-    """Raise where the run's model cannot have its adapters; for a new one, from a model without memory."""
+    """Raise if the model cannot have the run's adapters; a new one is tried on the meta device."""
     check_names(run.model, run.adapters)
     if run.settings.basis is not None:
         refuse_labels(run.train, run.settings.data or "")
@@ -61,13 +61,13 @@ def check_adapter(run: Run) -> None:
 
 
 def refuse_labels(examples: Iterable[Example], file: str) -> None:
-    """Raise a ValueError for labeled rows: they need a classifier, which no basis has."""
+    """Raise a ValueError for labeled rows: they need a classification head, which a basis lacks."""
     if any(example.label is not None for example in examples):
         raise ValueError(f"{file}: expected rows of prompt and completion, got labeled ones: a basis has no head")
 
 
 def refuse_other_base(run: Run) -> None:
-    """Raise a ValueError if the run's base model is not the one of its basis: by weights, or by name if unreadable."""
+    """Raise a ValueError if the base model is not the basis's: compare weights or, if unreadable, names."""
     settings, folder = run.settings, Path(run.settings.basis or "")
     made_on, expected = read_card(folder).model, read_config(folder).get("base_fingerprint") or {}
     modules = dict(run.model.named_modules())
@@ -77,19 +77,19 @@ def refuse_other_base(run: Run) -> None:
     if reason is None and absolute(made_on) != absolute(settings.model) and fingerprint(weights) is None:
         reason = "its weights cannot be compared, only its name"  # quantized ones
     if reason is not None:
-        wrong = f"was made on {made_on}, got --model {settings.model}, which is another model ({reason}): give its own"
+        wrong = f"was made on {made_on}, got --model {settings.model}, which is another model ({reason}): name that one"
         if absolute(made_on) == absolute(settings.model):
             wrong = f"was made on {made_on}, whose weights have changed ({reason}): make the basis again"
         raise ValueError(f"--basis {settings.basis} {wrong}")
 
 
 def adapt(run: Run) -> InitReport | None:
-    """Add the adapter and initialize it; returns the report, None for plain LoRA."""
+    """Add and initialize the adapter; return the report, None for plain LoRA."""
     if run.settings.method != "lora":
         return patch_and_initialize(run)
     r = run.settings.r or LORA_RANK
-    # alpha = r gives PEFT's scaling alpha / r = 1, as s is for LoRA-SB by default
-    heads = missing_from_checkpoint(run.model) or None  # PEFT knows those of some names only
+    # alpha = r makes PEFT's scaling alpha / r = 1, like LoRA-SB's default s
+    heads = missing_from_checkpoint(run.model) or None  # PEFT recognizes heads by a few names only
     config = peft.LoraConfig(
         r=r, lora_alpha=r, task_type=run.problem.task_type, modules_to_save=heads, **_common_options(run)
     )
@@ -117,7 +117,7 @@ def patch_and_initialize(run: Run, **options: Any) -> InitReport:
 
 
 def _initialize(run: Run, options: dict[str, Any]) -> InitReport:
-    """Initialize LoRA-SB by the first step on the run's examples, or on rewards, and set the run's rate."""
+    """Initialize LoRA-SB from the first step on the run's examples or on rewards, and set the run's rate."""
     settings = run.settings
     loader = start_loader(run, run.train_ids)
     eta = settings.eta or lorasb.first_step_lr("auto" if run.measures_rate else run.lr, run.warmup_steps)
@@ -134,9 +134,8 @@ def _initialize(run: Run, options: dict[str, Any]) -> InitReport:
 
 
 def start_loader(run: Run, encoded: Rows) -> Iterable[Batch]:
-    """A loader of this rank's share of examples, for the initialization."""
-    # The shares are contiguous, and in rank order they are the whole list, so that the drawn samples are those of a
-    # single process.
+    """Return a loader of this rank's share of the examples, for the initialization."""
+    # The shares are contiguous and in rank order, so that the samples drawn are the same as in a single process.
     rank, world_size = Processes().rank, Processes().world_size
     share = encoded[len(encoded) * rank // world_size : len(encoded) * (rank + 1) // world_size]
     collate = run.problem.collator(run.tokenizer, run.model)
@@ -149,7 +148,7 @@ def load_adapter(run: Run, folder: Path) -> None:
 
 
 def load_report(folder: Path) -> InitReport | None:
-    """The saved report of an initialization; None if there is none (plain LoRA)."""
+    """Load the saved report of an initialization; None if there is none (plain LoRA)."""
     file = folder / REPORT_NAME
     return InitReport.load(file) if file.is_file() else None
 
@@ -159,7 +158,7 @@ PLOTS = {"energy.png": "layers", "ranks.png": "ranks", "spectrum.png": "spectrum
 
 
 def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]:
-    """Initialize an adapter; write adapter/, report.json, plots, config.yaml and, with a target, ranks.json."""
+    """Initialize an adapter; write adapter/, report.json, plots, config.yaml and, if it suggests ranks, ranks.json."""
     settings.check()
     if settings.energy is not None and settings.parameters is not None:
         raise ValueError("--energy and --parameters are two ways to choose ranks: give one of them")
@@ -184,7 +183,7 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
         if plotting.installed():
             for name, kind in PLOTS.items():
                 report.plot(folder / name, kind)
-        (folder / RANKS_NAME).unlink(missing_ok=True)  # of an earlier call
+        (folder / RANKS_NAME).unlink(missing_ok=True)  # left by an earlier call
         if suggestion is not None:
             write_json(folder / RANKS_NAME, {"rank_pattern": suggestion.rank_pattern})
         write_config(folder / CONFIG_NAME, settings)
@@ -192,42 +191,42 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
 
 
 CARD_NAME = "basis.json"
-BASIS_RATE = 1e-3  # η of the tasks' first steps, whose length is no part of a basis
+BASIS_RATE = 1e-3  # η of the tasks' first steps; a basis does not depend on their length
 
 
-Tasks = dict[str, dict[str, float]]  # task -> number of its examples, and the share of its first step that is kept
+Tasks = dict[str, dict[str, float]]  # task -> number of examples, and the share of its first step that the basis keeps
 
 
 @dataclass(frozen=True)
 class BasisCard:
-    """Description of a basis, in its folder's basis.json."""
+    """Description of a basis, saved in its folder as basis.json."""
 
-    model: str  # folder, in full, or hub id
-    digest: str  # SHA-256 of A and B, which every adapter on the basis names
+    model: str  # absolute folder or hub id
+    digest: str  # SHA-256 of A and B, recorded in every adapter on the basis
     r: int
     update: str
     tasks: Tasks
-    dtype: str = "auto"  # of A and B, in which adapters on the basis compute
+    dtype: str = "auto"  # of A and B; adapters on the basis compute in it
 
     @property
     def of_loras(self) -> bool:
-        """True if it was made of LoRAs' updates, of which the share of a first step that they keep says nothing."""
+        """True for a basis made from LoRAs: the share of a first step that it keeps predicts nothing."""
         return all("examples" not in found for found in self.tasks.values())
 
 
 def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = ()) -> BasisCard:
-    """Make a basis and write it into `settings.output`: from the first steps of tasks, or from trained LoRAs.
+    """Make a basis from the first steps of tasks, or from trained LoRAs, and write it into `settings.output`.
 
     Args:
-        settings: with the rank; that of the LoRAs, or 64, if it has none.
+        settings: include the rank; if it is not set, the LoRAs' rank, or 64.
         data: files of examples, one per task.
-        loras: folders of plain LoRAs of the model, in place of `data`; the basis keeps most of their updates.
+        loras: folders of plain LoRAs for the model, instead of `data`; the basis keeps most of their updates.
 
     Raises:
-        ValueError: files in the folder, two tasks of one name, labeled examples, LoRAs that are not trained, or of
-            other layers than the model's, both or neither of `data` and `loras`, or what initialization refuses.
+        ValueError: the folder has files, two tasks have the same name, examples are labeled, LoRAs are untrained or do
+            not match the model's layers, both or neither of `data` and `loras` are given, or initialization fails.
     """
-    names, output = _names(data or loras), Path(settings.output)
+    names, output = _task_names(data or loras), Path(settings.output)
     if bool(data) == bool(loras):
         raise ValueError("expected --data FILES, whose first steps make the basis, or --lora FOLDERS, whose updates do")
     settings = replace(settings, data=data[0] if data else None)
@@ -235,7 +234,7 @@ def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = (
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"expected --output to be a new folder, and {output} has files: take another, or delete it")
     with locked(output):
-        make = _of_first_steps if data else _of_loras
+        make = _basis_from_first_steps if data else _basis_from_loras
         model, dtype, tasks = make(settings, data or loras, names)
         with replacing_folder(output) as folder:
             model.save_pretrained(str(folder))
@@ -244,7 +243,7 @@ def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = (
 
 
 def write_card(folder: Path, settings: Settings, tasks: Tasks, dtype: str) -> BasisCard:
-    """Split a saved adapter into R and the A and B that others may share, and write the card of that basis."""
+    """Split a saved adapter into R and shareable A and B, and write the basis's card."""
     shared_factors.share(folder)
     digest, r = shared_factors.recorded_digest(folder / constants.FACTORS_NAME), read_config(folder)["r"]
     card = BasisCard(absolute(settings.model), digest or "", r, settings.update, tasks, dtype)
@@ -253,14 +252,14 @@ def write_card(folder: Path, settings: Settings, tasks: Tasks, dtype: str) -> Ba
 
 
 def absolute(model: str) -> str:
-    """A model's folder in full, or its hub id: a relative path is another one from another folder."""
+    """Return a model's absolute folder, or its hub id: a relative path depends on the current folder."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
-MadeBasis = tuple[peft.PeftModel, str, Tasks]  # with its dtype
+MadeBasis = tuple[peft.PeftModel, str, Tasks]  # model, dtype and tasks
 
 
-def _of_first_steps(settings: Settings, data: Sequence[str], names: Sequence[str]) -> MadeBasis:
+def _basis_from_first_steps(settings: Settings, data: Sequence[str], names: Sequence[str]) -> MadeBasis:
     settings, examples = replace(settings, eval_examples=0), {}
     for name, file in zip(names, data, strict=True):
         examples[name], _ = load_examples(replace(settings, data=file))
@@ -276,12 +275,12 @@ def _of_first_steps(settings: Settings, data: Sequence[str], names: Sequence[str
     return run.model, run.precision.name, tasks
 
 
-def _of_loras(settings: Settings, loras: Sequence[str], names: Sequence[str]) -> MadeBasis:
+def _basis_from_loras(settings: Settings, loras: Sequence[str], names: Sequence[str]) -> MadeBasis:
     updates = {folder: joint_basis.lora_updates(Path(folder)) for folder in loras}
     layers = updates[loras[0]].keys()
     for folder, one in updates.items():
         if one.keys() != layers:
-            raise ValueError(f"expected LoRAs of the same layers, and {folder} has others than {loras[0]}")
+            raise ValueError(f"expected LoRAs of the same layers, and {folder} adapts others than {loras[0]}")
         if not any(update.energy for update in one.values()):
             raise ValueError(f"expected trained LoRAs, and the update of {folder} is zero: train it first")
     precision = resolve(settings.dtype, device())
@@ -294,19 +293,19 @@ def _of_loras(settings: Settings, loras: Sequence[str], names: Sequence[str]) ->
     return model, precision.name, {name: {"kept": share} for name, share in zip(names, shares, strict=True)}
 
 
-def _names(data: Sequence[str]) -> list[str]:
-    """Names of the tasks, after their files."""
-    paths = [path.parent if path.name in ("adapter", "lora") else path for path in map(Path, data)]  # of a run
+def _task_names(data: Sequence[str]) -> list[str]:
+    """Return task names, taken from the file names."""
+    paths = [path.parent if path.name in ("adapter", "lora") else path for path in map(Path, data)]  # the run's name
     names = [path.name if path.is_dir() else path.stem for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"expected a file or LoRA for each task, each with another name, got two named {twice!r}")
+        raise ValueError(f"expected a file or LoRA for each task, each with a different name, got two named {twice!r}")
     return names
 
 
 def initialize_basis(model: peft.PeftModel, tasks: Mapping[str, Iterable[Batch]], **options: Any) -> dict[str, float]:
-    """Initialize the active adapter, with R = 0, from the first steps of tasks; returns what it keeps of each."""
-    # tasks may have names that no adapter can have
+    """Initialize the active adapter from the first steps of tasks, with R = 0; return the share kept of each."""
+    # a task's name may be invalid for an adapter
     batches = {f"task{i}": own for i, own in enumerate(tasks.values())}
     if len(batches) == 1:
         lorasb.initialize(model, batches["task0"], lr=BASIS_RATE, longest_start=0.0, **options)
@@ -318,7 +317,7 @@ def initialize_basis(model: peft.PeftModel, tasks: Mapping[str, Iterable[Batch]]
 
 
 def read_card(folder: str | Path) -> BasisCard:
-    """The card of a basis; a ValueError if the folder is none, or its A and B are others."""
+    """Read the card of a basis; raise a ValueError if the folder has none, or its A and B do not match."""
     folder = Path(folder).expanduser()  # as in `--basis=~/b`
     file = folder / CARD_NAME
     if not file.is_file() or not (folder / constants.CONFIG_NAME).is_file():
@@ -331,12 +330,12 @@ def read_card(folder: str | Path) -> BasisCard:
     except TypeError as error:
         raise ValueError(f"{file} is no card of a basis ({error}): make the basis again") from None
     if shared_factors.recorded_digest(folder / constants.FACTORS_NAME) != card.digest:
-        raise ValueError(f"{folder} has other A and B than its {CARD_NAME} says: copy the folder again, all of it")
+        raise ValueError(f"{folder} has other A and B than its {CARD_NAME} says: copy the entire folder again")
     return card
 
 
 def card_of(settings: Settings) -> BasisCard:
-    """The card of a run's basis; a ValueError if it was made in another dtype."""
+    """Read the card of a run's basis; raise a ValueError if its dtype differs from the run's."""
     card = read_card(settings.basis or "")
     if "auto" not in (card.dtype, settings.dtype) and card.dtype != settings.dtype:
         wrong = f"has A and B in {card.dtype}, got --dtype {settings.dtype}: leave --dtype out"
@@ -345,7 +344,7 @@ def card_of(settings: Settings) -> BasisCard:
 
 
 def load_basis(run: Run) -> dict[str, float] | None:
-    """Load a run's basis, measure the rate if none is given, and return how well the data fits, if that is known."""
+    """Load a run's basis, measure the rate if none is given, and return how well the data fits; None if unknown."""
     settings, card = run.settings, card_of(run.settings)
     load_adapter(run, Path(settings.basis or ""))
     if not card.of_loras:
@@ -370,7 +369,7 @@ def fit_basis(settings: Settings) -> BasisFit:
     card = read_card(settings.basis or "")
     if card.of_loras:
         known = f"{settings.basis} was made of LoRAs, whose directions hold little of any first step"
-        raise ValueError(f"{known}, which predicts nothing: train on it and on a separate basis, and compare")
+        raise ValueError(f"{known}, so the fit predicts nothing: train on it and on a separate basis, and compare")
     settings = replace(settings, dtype=card.dtype)
     settings.check()
     run = prepare(replace(settings, eval_examples=0))

@@ -1,6 +1,6 @@
-"""The `lorasb` command: its subcommands, and how errors become one line and an exit code.
+"""The `lorasb` command and its subcommands; errors become one line and an exit code.
 
-Imports of torch and transformers wait until a command runs, so that `lorasb --help` is quick.
+torch and transformers are imported only when a command runs, so that `lorasb --help` is fast.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .terminal import StoppedError, console, errors
 
 
 class Command(TyperCommand):
-    """A command that takes `--switch true` and `--files a b` as well, and whose help folds what `--help-all` prints."""
+    """Command that also accepts `--switch true` and `--files a b`, and explains some options only with `--help-all`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Replace a switch and its value by one of its two forms, and repeat an option before each further value."""
+        """Turn `--switch true` into --switch and `false` into --no-switch; repeat an option before further values."""
         negative = {one.opts[0]: one.secondary_opts[0] for one in self.params if getattr(one, "secondary_opts", None)}
         several = [one.opts[0] for one in self.params if getattr(one, "multiple", False)]
         given: list[str] = []
@@ -49,7 +49,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, given)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, without the --no-... of switches: their column takes a third of its width."""
+        """Print the help without --no-... forms of switches: their column would take a third of the width."""
         shown, panels = copy(self), () if HELP_ALL in ctx.meta else FOLDED
         params: list[Any] = [copy(one) for one in self.params]
         folded = [one for one in params if getattr(one, "rich_help_panel", "") in panels]
@@ -79,13 +79,13 @@ FOLDED = tuple(dict.fromkeys(setting.metadata["group"].capitalize() for setting,
 
 
 def command(run: Callable[[Json], None], dataclass: type[Settings]) -> Callable[..., None]:
-    """A typer command with an option for each setting, --config and, for a run, --preset; `run` gets what was given."""
+    """Create a typer command with an option per setting, --config and, for a run, --preset; `run` gets those given."""
     parameters = [_parameter(setting, kind) for setting, kind in listed(dataclass)]
     parameters.append(_option("config", str, CONFIG_HELP, MAIN_PANEL))
     if dataclass is Settings:  # init has fewer settings than a preset
         presets = f"Settings of one of the paper's tables: {', '.join(PRESETS)}."
         parameters.append(_option("preset", str, presets, MAIN_PANEL))
-        code = "Let the --config file name a Python file as the reward (rl), which the run executes."
+        code = "Allow the --config file to name a Python file as the reward (rl), which the run executes."
         parameters.append(_option("allow_code", bool, code, "Run", "--allow-code"))
 
     def call(**given: Any) -> None:
@@ -100,7 +100,7 @@ def command(run: Callable[[Json], None], dataclass: type[Settings]) -> Callable[
 
 
 def _parameter(setting: Field, kind: object) -> inspect.Parameter:
-    # typer knows no dictionaries (rank_pattern), nor numbers that may be "auto": they arrive as text, for `typed`
+    # typer supports neither dictionaries (rank_pattern) nor numbers that may be "auto": `typed` converts their text
     option_type = kind if kind in (str, int, bool) or (kind is float and setting.default is not None) else str
     name = option(setting.name)
     names = f"{name}/--no-{name[2:]}" if kind is bool else name, *setting.metadata.get("also", ())
@@ -109,7 +109,7 @@ def _parameter(setting: Field, kind: object) -> inspect.Parameter:
 
 
 def _option(name: str, kind: Any, text: str, panel: str, *names: str, shown: str | bool = True) -> inspect.Parameter:
-    """A keyword parameter whose default is None (option not given); the help shows the real one, `shown`."""
+    """Create a keyword parameter with default None (option not given); the help shows the real default, `shown`."""
     option = Option(*names, help=text, show_default=shown, rich_help_panel=panel)
     annotation = Annotated[Optional[kind], option]  # noqa: UP045  typer reads it at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -120,7 +120,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune Hu
 
 
 @app.callback(invoke_without_command=True)
-def _of_all(version: Annotated[bool, Option("--version", is_eager=True, help="Print the version.")] = False) -> None:
+def _print_version(
+    version: Annotated[bool, Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
     if version:
         typer.echo(f"lorasb {VERSION}")
         raise typer.Exit
@@ -139,7 +141,7 @@ def _finetune(values: Json) -> None:
 
         values["model"] = read_card(values["basis"]).model
     settings = Settings(**values)
-    settings.check()  # and the data's names: before torch and transformers are imported, which takes seconds
+    settings.check()  # and the names below: before importing torch and transformers, which takes seconds
     check_names(settings)
     from . import tables
     from .adapter import CARD_NAME
@@ -147,7 +149,7 @@ def _finetune(values: Json) -> None:
     from .results import IN_WORDS, example_to_ask, how_to
 
     result = run_finetune(settings)
-    if console.quiet:  # not rank 0, which prints the same tables
+    if console.quiet:  # only rank 0 prints the tables
         return
     summary = result.summary
     how = IN_WORDS[summary["prompt_format"]]
@@ -162,17 +164,17 @@ def _finetune(values: Json) -> None:
     console.print(tables.costs(summary))
     console.print(_files(settings.output))
     lines = how_to(summary, Path(settings.output), *example_to_ask(result))
-    # not by the console, which would break long lines
+    # not through the console, which would wrap long lines
     typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {lines['command']}\n\nIn Python:\n")
     typer.echo(f"{textwrap.indent(lines['python'], '  ')}\n")
     if settings.method != "lora" and summary["classes"] is None:
         on_basis = summary["adapters"] or settings.basis
         by = f"vLLM with the plugin ({DOCS}/serving.md)" if on_basis else "vLLM, as a plain LoRA"
-        typer.echo(f"Serve it, by {by}:\n\n  {lines['serve']}\n")
+        typer.echo(f"Serve it with {by}:\n\n  {lines['serve']}\n")
     on = settings.basis or f"{settings.output}/adapter"
-    if summary["adapters"] and Path(on, CARD_NAME).is_file():  # runs of 0.3 have none
+    if summary["adapters"] and Path(on, CARD_NAME).is_file():  # runs of lorasb 0.3 have none
         typer.echo(
-            f"Add somebody later:\n\n  lorasb finetune --basis {shlex.quote(on)} --data NEW.jsonl --output runs/new\n"
+            f"Add an adapter later:\n\n  lorasb finetune --basis {shlex.quote(on)} --data NEW.jsonl --output runs/new\n"
         )
 
 
@@ -190,7 +192,7 @@ def _init(values: Json) -> None:
 
 
 def _files(output: str) -> str:
-    """The files of a run, with what the folders among them are."""
+    """List the files of a run, and explain the folders among them."""
     folders = {"adapter": "adapter (for PEFT)", "lora": "lora (the same as a plain LoRA, for vLLM)"}
     names = sorted(path.name for path in Path(output).iterdir())
     return f"In [bold]{escape(output)}[/]: " + ", ".join(folders.get(name, name) for name in names)
@@ -223,7 +225,7 @@ def plan(
     card = find_gpu(gpu) if gpu else None
     request = Request(name or model or EMBEDDED, r, batch, seq, bits, gradient_checkpointing, card)
     where = card.title if card else "this machine"
-    with errors.status(f"counting a step of {escape(request.model)} for {where}: up to a minute"):
+    with errors.status(f"simulating a step of {escape(request.model)} for {where}: up to a minute"):
         found = plan_memory(request)
         better = [] if found.fits else list(smaller_plans(found))
     if as_json:
@@ -238,7 +240,7 @@ def ask(
     question: Annotated[str | None, Argument(help="Question to ask; without it, one per line until Ctrl-D.")] = None,
     adapter: Annotated[str | None, Option(help="Which adapter to ask, for a run with --adapter-column.")] = None,
     max_new_tokens: Annotated[int | None, Option(help="Maximum tokens per answer.", min=1, show_default="256")] = None,
-    model: Annotated[str | None, Option(help="Where its model is; default: where it was trained.")] = None,
+    model: Annotated[str | None, Option(help="Base model's folder or Hub ID; default: as in training.")] = None,
 ) -> None:
     """Ask a trained run a question, formatted as its training examples were."""
     from .results import answers
@@ -264,7 +266,7 @@ def show(
 def export(
     adapter: Annotated[Path, Argument(help="Folder of a saved LoRA-SB adapter.")],
     output: Annotated[Path | None, Option(help="Folder to write; default: ADAPTER-lora.")] = None,
-    format: Annotated[str, Option(help="peft (vLLM too), vllm (experts), or gguf (llama.cpp).")] = "peft",
+    format: Annotated[str, Option(help="peft (also for vLLM), vllm (with experts), or gguf (llama.cpp).")] = "peft",
 ) -> None:
     """Export a saved adapter as an exact plain LoRA, which works without lorasb."""
     from ..export.lora import export_lora
@@ -283,7 +285,7 @@ def doctor() -> None:
 
 
 Samples = Annotated[int | None, Option(help="Number of samples from each file.", min=1, show_default="max(32, n/1000)")]
-Template = Annotated[str, Option(help="How prompts become text, as in finetune: auto or none.")]
+Template = Annotated[str, Option(help="How prompts are formatted, as in finetune: auto or none.")]
 
 
 @basis.command(cls=Command)
@@ -295,7 +297,7 @@ def make(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        Option(help="In place of --data: PEFT LoRAs trained on tasks, whose updates it keeps."),
+        Option(help="Instead of --data: PEFT LoRAs trained on tasks, whose updates the basis keeps."),
     ] = None,
     r: Annotated[int | None, Option("--r", "--rank", help="Rank, at most 256.", show_default="64; the LoRAs'")] = None,
     update: Annotated[str, Option(help="First step to simulate: adamw, sgd or per-sample, as in finetune.")] = "adamw",
@@ -316,7 +318,7 @@ def make(
 def fit(
     folder: Annotated[str, Argument(metavar="BASIS", help="Folder of a basis.")],
     data: Annotated[str, Option(help="JSONL file with prompt and completion.")],
-    model: Annotated[str | None, Option(help="Where its model is; default: where it was made.")] = None,
+    model: Annotated[str | None, Option(help="Base model's folder or Hub ID; default: as for the basis.")] = None,
     samples: Samples = None,
     template: Template = "auto",
     seed: Annotated[int, Option(help="Random seed for the samples.")] = 0,
@@ -349,7 +351,7 @@ def main() -> None:
     try:
         app(prog_name="lorasb")
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # which typer makes of a Ctrl-C, without a word
+        if ended.code == INTERRUPTED:  # typer turns Ctrl-C into this code, without a message
             raise KeyboardInterrupt from None
         raise
     except StoppedError as stopped:

@@ -1,4 +1,4 @@
-"""The kinds of a run, language modeling and classification of texts with labels, and held-out evaluation of both."""
+"""Language modeling and classification of labeled texts, the two kinds of run, and their held-out evaluation."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .settings import Settings
 from .tokenize import Collate, Collator, Encoded, EncodedText, Rows, collate_prompts, collate_texts, encode
 
 T = TypeVar("T")
-ANSWER_MARGIN = 4  # tokens that a generated answer may be longer than the longest right one
-# A checkpoint's own settings of generation would take other tokens than the likeliest.
+ANSWER_MARGIN = 4  # extra tokens of a generated answer over the longest right one
+# Overrides a checkpoint's generation settings, which may not pick the likeliest tokens.
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 # Tokens per generation batch: a decoding step takes little longer for many rows than for a few.
 TOKENS_PER_BATCH = 8192
@@ -35,10 +35,10 @@ TOKENS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over held-out examples, and the answers."""
+    """Mean loss and score over held-out examples, and the answers."""
 
-    loss: float  # of a language model, nats per token
-    accuracy: float  # the share of right answers, or the correlation that the examples' score names
+    loss: float  # for language models, in nats per token
+    accuracy: float  # the share of right answers, or the correlation named by the examples' score
     answers: list[str]
 
 
@@ -49,11 +49,11 @@ class HeldOut:
     examples: Sequence[Example]
     encoded: Rows
     batch_size: int
-    limit: int | None = None  # on new tokens; None for 4 more than in the longest right answer of a batch
+    limit: int | None = None  # on new tokens; None: 4 more than the longest right answer of a batch
 
 
 def score_of(examples: Sequence[Example], answers: Sequence[str]) -> float:
-    """The share of right answers, or the correlation that the examples' score names."""
+    """Return the share of right answers, or the correlation named by the examples' score."""
     scores = {example.score for example in examples}
     pairs = [(answer, example.completion) for example, answer in zip(examples, answers, strict=True)]
     if len(scores) == 1 and (score := scores.pop()) in CORRELATIONS:
@@ -63,7 +63,7 @@ def score_of(examples: Sequence[Example], answers: Sequence[str]) -> float:
 
 
 def score_by(field: str, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-    """The score of the examples that have the same `source` (data set), or the same `adapter`, by that."""
+    """Return the score for each value of `field`: per `source` (data set) or per `adapter`."""
     parts: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
         parts.setdefault(getattr(example, field), []).append(i)
@@ -71,7 +71,7 @@ def score_by(field: str, examples: Sequence[Example], answers: Sequence[str]) ->
 
 
 def batches_by_length(encoded: Sequence[Sized], size: int) -> list[list[int]]:
-    """Indices of the examples in each batch; batches are sorted by length, to save padding."""
+    """Return the example indices of each batch, sorted by length to save padding."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -84,7 +84,7 @@ def _by_example(
     title: str,
     tokens: Callable[[Rows], int] | None = None,
 ) -> list[T]:
-    """The results of `call` for each example, in order; the model is in eval mode, and in its former one afterwards."""
+    """Return the results of `call` for each example, in order; switch to eval mode meanwhile."""
     # Rank k computes batches k, k + world_size, ... `call` advances the progress bar, by batches or by their tokens.
     processes, chunks = Processes(), batches_by_length(held_out.encoded, held_out.batch_size)
     own = [[held_out.encoded[i] for i in chunk] for chunk in chunks[processes.rank :: processes.world_size]]
@@ -100,8 +100,8 @@ def _by_example(
 
 
 def example_losses(model: nn.Module, batch: Batch) -> list[float]:
-    """Each example's mean loss in nats per token; removes `labels` from the batch."""
-    # Without labels the model computes no loss, whose mean would be over all tokens of the batch.
+    """Return each example's mean loss in nats per token; remove `labels` from the batch."""
+    # The model gets no labels, as its own loss would be a mean over all tokens of the batch.
     device = next(model.parameters()).device
     labels = batch.pop("labels").to(device)
     losses = token_losses(model(**to_device(batch, device)).logits, labels)
@@ -109,7 +109,7 @@ def example_losses(model: nn.Module, batch: Batch) -> list[float]:
 
 
 def token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
-    """The limit on new tokens for a batch: the one given, or the length of its longest right answer and a margin."""
+    """Return a batch's limit on new tokens: the one given, or its longest right answer plus a margin."""
     return limit or max(len(e.completion) for e in chunk) + ANSWER_MARGIN
 
 
@@ -117,7 +117,7 @@ def token_limit(chunk: Sequence[Encoded], limit: int | None) -> int:
 def generate_answers(
     model: nn.Module, tokenizer: Tokenizer, chunk: Sequence[Encoded], bar: tqdm | None = None, *, limit: int | None
 ) -> list[str]:
-    """Greedily decoded answers; the bar advances with every token."""
+    """Decode answers greedily; advance the bar with every token."""
     device = next(model.parameters()).device
     prompts = to_device(collate_prompts(chunk, tokenizer.pad_token_id, model), device)
 
@@ -140,7 +140,7 @@ def generate_answers(
 
 
 class LanguageModeling:
-    """Completions of prompts, in the tokenizer's chat template if `template` is true, and turns of assistants."""
+    """Language modeling of completions and assistant turns, in the tokenizer's chat template if `template`."""
 
     task_type = "CAUSAL_LM"  # PEFT's
 
@@ -148,7 +148,7 @@ class LanguageModeling:
         self.template = template
 
     def load_model(self, folder: str, dtype: torch.dtype) -> PreTrainedModel:
-        """The model of a folder or hub id."""
+        """Load the model of a folder or hub id."""
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
     def encode(self, example: Example, tokenizer: Tokenizer, max_length: int, held_out: bool = False) -> Encoded:
@@ -156,21 +156,21 @@ class LanguageModeling:
         return encode(example, tokenizer, max_length, held_out, self.template)
 
     def collator(self, tokenizer: Tokenizer, model: nn.Module) -> Collate:
-        """From encoded examples to a batch whose loss is `model(**batch).loss`."""
+        """Return a collator of encoded examples into a batch for `model(**batch).loss`."""
         return Collator(tokenizer.pad_token_id, model)
 
     def evaluate(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str) -> Evaluation:
-        """Loss, score and answers, split over ranks by batches; `title` names the progress bars."""
+        """Compute loss, score and answers, with batches split over ranks; `title` names the progress bars."""
         loss, limit = self.mean_loss(model, tokenizer, held_out, f"{title}: loss"), held_out.limit
         generate = partial(generate_answers, model, tokenizer, limit=limit)
-        # Generation keeps no activations, so its batches may be larger than those of the loss.
+        # Generation saves no activations, so its batches may be larger than those of the loss.
         longest_row = max(len(ids.prompt) + token_limit([ids], limit) for ids in held_out.encoded)
         wider = replace(held_out, batch_size=max(held_out.batch_size, TOKENS_PER_BATCH // longest_row))
         answers = _by_example(model, wider, generate, f"{title}: answers", partial(token_limit, limit=limit))
         return Evaluation(loss, score_of(held_out.examples, answers), answers)
 
     def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut, title: str = "") -> float:
-        """The mean loss alone, without generation; shows a progress bar if there is a title."""
+        """Compute only the mean loss, without generation; show a progress bar if there is a title."""
         collate = self.collator(tokenizer, model)
 
         def batch_losses(rows: list[Encoded], bar: tqdm) -> list[float]:
@@ -182,7 +182,7 @@ class LanguageModeling:
 
 
 class Classification:
-    """One of `classes`, whose indices the model learns, or a number where there are none."""
+    """Classification into `classes`, by index; without classes, regression to a number."""
 
     task_type = "SEQ_CLS"
 
@@ -191,7 +191,7 @@ class Classification:
 
     @classmethod
     def of(cls, train: Sequence[Example], held_out: Sequence[Example]) -> Classification:
-        """The problem that labels make: of values, or of classes."""
+        """Return the problem for these labels: values or classes."""
         if are_values([example.label for example in train]):
             for one in held_out:
                 if number(one.completion) is None:
@@ -215,7 +215,7 @@ class Classification:
         return cls(classes)
 
     def load_model(self, folder: str, dtype: torch.dtype) -> PreTrainedModel:
-        """A model with a head of as many outputs as there are classes, or one."""
+        """Load a model whose head has one output per class, or one output for values."""
         names = dict(enumerate(self.classes)) or {0: "value"}
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -229,19 +229,19 @@ class Classification:
         def to_fp32(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
             return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
 
-        for name in missing_from_checkpoint(model):  # the head is trained whole, and 16 bits would lose its steps
+        for name in missing_from_checkpoint(model):  # the head is trained in full; 16 bits would round its steps away
             model.get_submodule(name).float().register_forward_pre_hook(to_fp32)
         return model
 
     def encode(self, example: Example, tokenizer: Tokenizer, max_length: int, held_out: bool = False) -> EncodedText:
-        """A text or a pair, cut at `max_length` tokens, and its target."""
+        """Tokenize a text or a pair, cut at `max_length` tokens, with its target."""
         inputs = tokenizer(example.prompt, example.pair or None, truncation=True, max_length=max_length)
         label = example.completion
         is_cut = len(inputs["input_ids"]) >= max_length
         return EncodedText(dict(inputs), self.classes.index(label) if self.classes else float(label), is_cut)
 
     def collator(self, tokenizer: Tokenizer, model: Any) -> Collate:
-        """See `collate_texts`. Decoders read a row's last token, which they find by the padding token."""
+        """See `collate_texts`. Decoders read a row's last token, found by the padding token."""
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         return partial(collate_texts, pad=tokenizer.pad_token_id)
 
@@ -250,7 +250,7 @@ class Classification:
         device, collate = next(model.parameters()).device, self.collator(tokenizer, model)
 
         def predict(rows: list[EncodedText], bar: tqdm) -> list[tuple[float, str]]:
-            """Loss and label of each example of a batch; advances the bar."""
+            """Return the loss and predicted label of each example of a batch; advance the bar."""
             batch = to_device(collate(rows), device)
             targets = batch.pop("labels")
             bar.update(1)
@@ -267,7 +267,7 @@ class Classification:
         return Evaluation(sum(loss for loss, _ in pairs) / len(pairs), score_of(held_out.examples, answers), answers)
 
     def mean_loss(self, model: nn.Module, tokenizer: Tokenizer, held_out: HeldOut) -> float:
-        """The mean loss alone."""
+        """Compute only the mean loss."""
         return self.evaluate(model, tokenizer, held_out, "").loss
 
 
@@ -279,7 +279,7 @@ Problem = LanguageModeling | Classification
 
 
 def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: Settings) -> Problem:
-    """The kind of run that examples ask for."""
+    """Return the kind of run for these examples; raise a ValueError for unsuitable settings."""
     labeled = sum(example.label is not None for example in [*train, *held_out])
     if labeled not in (0, len(train) + len(held_out)):
         some = f"{labeled} of {len(train) + len(held_out)} examples have a label"
@@ -287,7 +287,7 @@ def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: 
     wrong = sorted({e.score for e in held_out if (e.score in LABEL_SCORES) != bool(labeled)})
     if wrong:
         kind, fitting = ("labels", LABEL_SCORES) if labeled else ("texts", [s for s in SCORES if s not in LABEL_SCORES])
-        raise ValueError(f"--score {wrong[0]} does not judge {kind}, which the examples have: {', '.join(fitting)} do")
+        raise ValueError(f"--score {wrong[0]} is not for {kind}, which the examples have: take {', '.join(fitting)}")
     if not labeled:
         return LanguageModeling(settings.template == "auto")
     if settings.adapter_column is not None:
@@ -296,5 +296,5 @@ def problem_of(train: Sequence[Example], held_out: Sequence[Example], settings: 
         raise ValueError("--rl trains language models by what they answer, and the examples have labels: leave it out")
     if settings.packing:
         raise ValueError("--packing puts several examples into a row, and a row has one label: leave it out")
-    # A class whose only examples were drawn to be held out is no mistake; one of another file's is.
+    # A class may occur only in randomly held-out examples, but not only in --eval-data.
     return Classification.of([*train, *held_out] if settings.eval_data is None else train, held_out)

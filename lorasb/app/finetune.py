@@ -1,4 +1,4 @@
-"""`lorasb finetune`: one run from settings to results, which skips the stages that an earlier start completed."""
+"""`lorasb finetune`: a run from settings to results, skipping stages that an earlier start completed."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from .train import find_rate, run_trainer, train
 
 def run_finetune(settings: Settings) -> Result:
     """Fine-tune, evaluate before and after, and write the run's files into `settings.output`."""
-    # The files are those of `results.save`, and config.yaml. An interrupted run resumes from its last checkpoint and
-    # ends bitwise as it would have without the interruption; a finished one returns its saved results.
+    # The files are config.yaml and those of `results.save`. An interrupted run resumes from its last checkpoint, with a
+    # result bit-identical to an uninterrupted run's; a finished run returns its saved results.
     settings.check()
     current_backend()  # raises for an unusable LORASB_BACKEND now, before any work
     if settings.rl is not None:
-        judge_of(settings)  # raises where `--rl` names no reward
+        judge_of(settings)  # raises if `--rl` names no valid reward
     with joined() as processes, Stop() as stop, ExitStack() as held:
         settings.check_processes(processes.world_size)
         card = card_of(settings) if settings.basis is not None else None  # before the model is loaded and evaluated
@@ -80,10 +80,10 @@ def run_finetune(settings: Settings) -> Result:
 
 
 def _look_up_state(folder: RunFolder, processes: Processes, held: ExitStack) -> State:
-    """State of the run in the folder, read and locked by rank 0; its errors are raised on every rank."""
+    """Lock the folder and read the run's state on rank 0; raise its errors on every rank."""
     state = None
     with processes.together("looking for an earlier run"):
-        if processes.rank == 0:  # alone: on other hosts the folder may be another one
+        if processes.rank == 0:  # only rank 0: on other hosts the path may be another folder
             held.enter_context(locked(folder.folder))
             state = folder.look()
     shared_state = State(**processes.gather_json(state.__dict__ if state else None)[0])
@@ -93,7 +93,7 @@ def _look_up_state(folder: RunFolder, processes: Processes, held: ExitStack) -> 
 
 
 def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport | None, float]:
-    """Load the initialized adapter, or make and save it; returns its report and the seconds that took."""
+    """Load the initialized adapter, or create and save it; return its report and the seconds that took."""
     earlier, tokens = folder.load_start(), hashlib.sha256()
     for row in run.train_ids:
         tokens.update(repr(row).encode())
@@ -101,8 +101,8 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
     if earlier is not None:
         if earlier.rows not in ("", rows):
             raise ValueError(
-                f"--output {folder.folder}: the tokenizer or its chat template makes other tokens of the examples than "
-                "when this run began: put it back, or start again with --resume never"
+                f"--output {folder.folder}: the tokenizer or its chat template tokenizes the examples differently than "
+                "when this run began: restore it, or start again with --resume never"
             )
         run.lr, run.fit = earlier.lr, earlier.fit
         load_adapter(run, folder.start)
@@ -111,13 +111,13 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
     report, started = None, time.perf_counter()
     if run.settings.basis is not None:
         if fit := load_basis(run):
-            console.print(basis_line(**fit))  # before training, for those who then stop
+            console.print(basis_line(**fit))  # before training, so that the user can stop here
     else:
         report = adapt(run)
     seconds = time.perf_counter() - started if run.settings.method != "lora" else 0.0
     if run.settings.find_lr or run.measures_rate:
         run.lr = find_rate(run)
-    # on the basis that was initialized with the examples of all: with its A, B and start
+    # they share A, B and the start of R with the basis, which was initialized on everyone's examples
     lorasb.add_adapters(run.model, run.adapters, basis_start="same")
     if is_first_rank:
         with replacing_folder(folder.start) as target:
@@ -130,7 +130,7 @@ def _start(run: Run, folder: RunFolder, is_first_rank: bool) -> tuple[InitReport
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the process group, if there is one, for the length of the block; only rank 0 prints."""
+    """Join the process group, if there is one, for the duration of the block; only rank 0 prints."""
     # A group that was initialized here is destroyed at the end: gloo's threads would abort the interpreter's exit.
     initialized_here = dist.is_available() and not dist.is_initialized()
     try:
@@ -139,10 +139,10 @@ def joined() -> Iterator[Processes]:
             for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
                 if os.environ.get(variable, "").lower() in ("1", "true"):
                     raise ValueError(
-                        f"lorasb finetune trains whole models side by side (DDP), and this launch asks for {engine}: "
+                        f"lorasb finetune trains a full model per process (DDP), and this launch asks for {engine}: "
                         f"write a script with Trainer and lorasb.InitCallback() for that ({DOCS}/several-gpus.md)"
                     )
-            # chooses the backend (nccl, gloo) and the device of this rank, and is the state that Trainer uses
+            # chooses this rank's backend (nccl, gloo) and device; Trainer uses the same state
             PartialState(cpu=not torch.cuda.is_available())
         processes = Processes()
         console.quiet = processes.rank > 0

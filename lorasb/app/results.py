@@ -1,4 +1,4 @@
-"""A run's results: adapter, plain LoRA, answers, plots and summary; and `lorasb ask`, which puts questions to them.
+"""Write and read a run's results (adapter, plain LoRA, answers, plots, summary); answer questions for `lorasb ask`.
 
 Each file is written atomically, the summary last.
 """
@@ -43,7 +43,7 @@ from .terminal import console
 from .tokenize import messages_of
 from .train import Trained, peak_memory, peak_rss
 
-SAVED = ("prompt", "completion", "source", "score", "adapter")  # of an example, in answers.json
+SAVED = ("prompt", "completion", "source", "score", "adapter")  # fields of an Example in answers.json
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Result:
 
 
 def summarize(run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained) -> Json:
-    """The content of summary.json, without the run's identity, and the adapter's size, which `save` adds."""
+    """Return the content of summary.json, without the identity (added by the caller) and adapter size (by `save`)."""
     examples, said = run.held_out.examples, {"before": before.answers, "after": after.answers}
     by_set = {at: score_by("source", examples, answers) for at, answers in said.items()}
     base_params, base_bytes = base_size(run.model)
-    # tokens: with `--rl` those that were sampled, and their prompts
+    # with `--rl`, the number of sampled tokens and prompt tokens
     sampled = [float(entry["num_tokens"]) for entry in trained.history if "num_tokens" in entry]
     return {
         "eval_loss_before": before.loss,
@@ -100,7 +100,7 @@ def summarize(run: Run, before: Evaluation, after: Evaluation, init_seconds: flo
 
 
 def _by_adapter(run: Run, said: dict[str, list[str]]) -> Json:
-    """Training examples of each adapter, and the scores of its held-out ones before and after."""
+    """Count each adapter's training and held-out examples, and score the held-out ones before and after."""
     if not run.adapters:
         return {}
     trained, held_out = (Counter(example.adapter for example in part) for part in (run.train, run.held_out.examples))
@@ -113,20 +113,20 @@ def _by_adapter(run: Run, said: dict[str, list[str]]) -> Json:
 
 
 def save(run: Run, result: Result, history: list[Json]) -> None:
-    """Write the run's files; the summary gets the adapter's size and is written last."""
+    """Write the run's files; add the adapter's size to the summary, which is written last."""
     settings, folder, summary, report = run.settings, Path(run.settings.output), result.summary, result.report
-    # An interrupted save leaves the former folder in place: `replacing_folder` renames a complete one over it.
+    # An interrupted save leaves the old folder intact: `replacing_folder` replaces it only with a complete one.
     with replacing_folder(folder / "adapter") as target:
         save_adapter(run, target)
-        if run.adapters and settings.basis is None:  # so that others can be trained on the same A and B later
+        if run.adapters and settings.basis is None:  # so that more adapters can be trained on this A and B
             tasks = {Path(settings.data or "").stem: {"examples": float(len(run.train)), "kept": 1.0}}
             write_card(target, settings, tasks, run.precision.name)
         usage = how_to(summary, folder)
         add_usage(target, f"```\n{usage['command']}\n```\n\n```python\n{usage['python']}\n```")
-    files = (folder / "adapter" / name for name in (WEIGHTS_NAME, FACTORS_NAME))  # the second on a basis
+    files = (folder / "adapter" / name for name in (WEIGHTS_NAME, FACTORS_NAME))  # FACTORS_NAME: only on a basis
     summary["adapter_bytes"] = sum(file.stat().st_size for file in files if file.is_file())
     if report is not None:
-        if not run.adapters:  # a LoRA of each would be larger by far
+        if not run.adapters:  # one LoRA per adapter would be far larger
             with replacing_folder(folder / "lora") as target:
                 lora.export_lora(run.model, target, quiet=True)
         report.save(folder / REPORT_NAME)
@@ -143,11 +143,11 @@ def save(run: Run, result: Result, history: list[Json]) -> None:
         for e, old, new in rows
     ]
     write_json(folder / ANSWERS_NAME, answers)
-    write_json(folder / SUMMARY_NAME, summary)  # last: a summary says that the run is finished
+    write_json(folder / SUMMARY_NAME, summary)  # last: its presence marks the run as finished
 
 
 def load(folder: Path) -> Result:
-    """The results of a finished run, from its files."""
+    """Read the results of a finished run from its files."""
     try:
         summary = read_json(folder / SUMMARY_NAME)
         rows = parse_json(read_text(folder / ANSWERS_NAME), ANSWERS_NAME)
@@ -164,19 +164,19 @@ def load(folder: Path) -> Result:
 
 
 def base_size(model: nn.Module) -> tuple[int, int]:
-    """Number of parameters of the base model, and their bytes, with the statistics (absmax) of quantized weights."""
-    # "lora" is in PEFT's lora_A and in lorasb_A alike; packed 4-bit weights are integers
+    """Return the base model's number of parameters and of bytes, including the absmax of quantized weights."""
+    # "lora" matches PEFT's lora_A and lorasb_A; packed 4-bit weights are integers, counted separately
     dense = [p for name, p in model.named_parameters() if "lora" not in name and p.is_floating_point()]
     found = (of_module(one) for one in model.modules() if isinstance(one, nn.Linear) and is_quantized(one))
     sizes = [(p.numel(), p.nbytes) for p in dense] + [(math.prod(w.shape), w.nbytes) for w in found]
     return sum(count for count, _ in sizes), sum(size for _, size in sizes)
 
 
-SMOOTHING = 0.75  # weight of the past in the moving average, about four steps
+SMOOTHING = 0.75  # decay of the moving average: spans about four steps
 
 
 def plot_loss(history: list[Json], before: float, after: float, path: Path, title: str) -> None:
-    """Plot the training loss by step, raw and smoothed, and the held-out loss before and after, into a PNG."""
+    """Plot the training loss per step (raw and smoothed) and the held-out loss before and after, as a PNG."""
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     figure, axes = plotting.canvas()
     steps, losses = zip(*points, strict=True) if points else ((0,), (before,))
@@ -192,7 +192,7 @@ def plot_loss(history: list[Json], before: float, after: float, path: Path, titl
 
 
 def smoothed(losses: tuple[float, ...]) -> list[float]:
-    """Exponential moving average with bias correction, as Adam's: divided by the sum of weights so far."""
+    """Return the exponential moving average, bias-corrected as in Adam: divided by the sum of weights so far."""
     average, weight, averages = 0.0, 0.0, []
     for loss in losses:
         average, weight = SMOOTHING * average + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
@@ -200,7 +200,7 @@ def smoothed(losses: tuple[float, ...]) -> list[float]:
     return averages
 
 
-TOKENS = 256  # of an answer, at most
+TOKENS = 256  # default maximum per answer
 CHAT, INSTRUCTED, STEPS, PLAIN = "chat", "instruction", "instruction, step by step", "plain"
 IN_WORDS = {
     CHAT: "in its chat template",
@@ -213,7 +213,7 @@ IN_WORDS = {
 def prompt_format(run: Run) -> str:
     """Describe the form of a run's prompts, for its summary."""
     example = run.train[0]
-    if example.label is not None:  # a classifier reads texts as they are
+    if example.label is not None:  # classifiers read the raw text
         return PLAIN
     if messages_of(example, run.tokenizer, run.settings.template == "auto"):
         return CHAT
@@ -223,7 +223,7 @@ def prompt_format(run: Run) -> str:
 
 
 def system_message(examples: Sequence[Example]) -> str:
-    """The system message with which all chats begin; "" if they have none or several."""
+    """Return the system message that starts every chat; "" if chats have none or differ."""
     first = {
         one.messages[0]["content"] if one.messages[:1] and one.messages[0]["role"] == "system" else ""
         for one in examples
@@ -231,8 +231,8 @@ def system_message(examples: Sequence[Example]) -> str:
     return first.pop() if len(first) == 1 else ""
 
 
-def asked(question: str, kind: str, system: str = "") -> Example:
-    """A question in the form of a run's examples, without an answer."""
+def question_example(question: str, kind: str, system: str = "") -> Example:
+    """Format a question like the run's examples, without an answer."""
     template = {INSTRUCTED: INSTRUCTION, STEPS: INSTRUCTION + STEP_BY_STEP}.get(kind, "{instruction}")
     turns = (*_turns(question, system), {"role": "assistant", "content": ""})
     return Example(template.format(instruction=question), "", messages=turns if kind == CHAT else ())
@@ -251,12 +251,12 @@ def answers(
     max_new_tokens: int | None = None,
     base_model: str | None = None,
 ) -> Iterator[str]:
-    """Answers to one question, or to each line that is typed, decoded greedily; labels for a classifier."""
+    """Yield greedily decoded answers (labels from a classifier) to one question, or to each typed line."""
     summary, settings = _read(run)
     settings = replace(settings, model=base_model or settings.model)
     names = sorted(summary.get("adapters") or ())
     if adapter not in (names or [None]):
-        known = f"it has {', '.join(names[:8])}" if names else "it trained one alone, so leave --adapter out"
+        known = f"it has {', '.join(names[:8])}" if names else "it trained one adapter: leave --adapter out"
         raise ValueError(f"--adapter has to name one of the run's adapters, got {adapter!r}: {known}")
     problem: Problem = Classification(summary["classes"]) if summary.get("classes") is not None else LanguageModeling()
     if question is not None and not question.strip():
@@ -274,7 +274,7 @@ def answers(
             text = problem.encode(example, tokenizer, settings.max_length)
             yield problem.evaluate(model, tokenizer, HeldOut([example], [text], 1), "").answers[0]
         else:
-            example = asked(one, summary["prompt_format"], summary.get("system", ""))
+            example = question_example(one, summary["prompt_format"], summary.get("system", ""))
             encoded = problem.encode(example, tokenizer, settings.max_length, held_out=True)
             limit = max_new_tokens or settings.max_new_tokens or TOKENS
             check_positions(
@@ -295,12 +295,12 @@ def _read(run: Path) -> tuple[Json, Settings]:
         raise ValueError(f"expected the folder of a finished run: {run} {found}")
     summary = read_json(file)
     if "prompt_format" not in summary:
-        raise ValueError(f"{file} does not say how questions are put: an earlier version of lorasb wrote it")
+        raise ValueError(f"{file} has no prompt format: an earlier version of lorasb wrote it")
     return summary, Settings(**read_config(run / CONFIG_NAME))
 
 
 def _questions() -> Iterator[str]:
-    """Lines of the standard input, with a prompt on a terminal."""
+    """Yield nonempty lines of standard input; show a prompt on a terminal."""
     with suppress(EOFError):
         while True:
             line = input("> " if sys.stdin.isatty() else "")
@@ -309,7 +309,7 @@ def _questions() -> Iterator[str]:
 
 
 def example_to_ask(result: Result) -> tuple[str, str]:
-    """The question and the adapter of a held-out example, of the first one that was answered right."""
+    """Return the question and adapter of the first held-out example answered right, else of the first one."""
     rows = zip(result.examples, result.after.answers, strict=True)
     right = (example for example, said in rows if is_right(said, example.completion, example.score))
     example = next(right, result.examples[0])
@@ -317,11 +317,11 @@ def example_to_ask(result: Result) -> tuple[str, str]:
 
 
 def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name: str = "") -> dict[str, str]:
-    """Commands that use what a run has trained, for its last lines and its model card: in a shell and in Python."""
+    """Return shell commands and Python code that use a run's adapter, for the terminal and the model card."""
     names = summary["adapters"] or ()
-    name = adapter_name if adapter_name in names else min(names, default="")  # of several the first
+    name = adapter_name if adapter_name in names else min(names, default="")  # the first of several
     extra = f" --adapter {name}" if name else ""
-    if summary["prompt_format"] in (INSTRUCTED, STEPS):  # the examples' prompts have more than the question
+    if summary["prompt_format"] in (INSTRUCTED, STEPS):  # these prompts contain more than the question
         question = "QUESTION"
     command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(question)}{extra}"
     adapter, base = folder / "adapter" / name, os.path.expanduser(summary["config"]["model"])  # `--model=~/x`
@@ -353,7 +353,7 @@ def _python(summary: Json, adapter: Path) -> Iterator[str]:
     if classes is not None:
         yield 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'
         return
-    inputs = f'tokenizer({asked("QUESTION", kind).prompt!r}, return_tensors="pt")'
+    inputs = f'tokenizer({question_example("QUESTION", kind).prompt!r}, return_tensors="pt")'
     if kind == CHAT:
         turns = json.dumps(_turns("QUESTION", summary.get("system", "")), ensure_ascii=False)
         options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'

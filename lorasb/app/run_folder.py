@@ -1,8 +1,8 @@
-"""The output folder of a run: which run it belongs to, and how far that run came.
+"""The output folder of a run: find which run it belongs to, and how far that run got.
 
 During a run, `checkpoints/` has `run.json` (the run's identity), `before.json` (the evaluation before training),
-`start/` (the initialized adapter and its report) and the last two checkpoints. It is removed once the results and, as
-the last file, `summary.json` are written.
+`start/` (the initialized adapter and its report) and the last two checkpoints. It is removed once the results are
+written, `summary.json` last.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..utils.reading import Json, read_json
 from .settings import CONFIG_NAME, Settings, option, write_config
 
 T = TypeVar("T")
-# Written last: a folder without it was interrupted while being written, and files of other contents are damaged.
+# Written last: a folder without it was not completely written, and files that differ from its digests are damaged.
 MARK = "complete.json"
 
 
@@ -36,7 +36,7 @@ class Mark:
     """The content of complete.json, which marks a checkpoint as complete."""
 
     step: int
-    seconds: float  # training time up to this step, over all starts
+    seconds: float  # training time up to this step, including time before resumes
     identity: Json  # of the run, see `run_folder.identity_of`
     files: dict[str, str]  # name -> SHA-256
 
@@ -48,32 +48,32 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, complete or not, in the order of their steps."""
+    """List the checkpoints in a folder, complete or not, sorted by step."""
     return sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
 def mark_complete(folder: Path, seconds: float, identity: Json) -> None:
     """Mark a checkpoint as complete, then remove complete checkpoints older than the last two."""
     write_json(folder / MARK, Mark(step_of(folder), seconds, identity, digests(folder)).__dict__)
-    for old in complete_checkpoints(folder.parent)[:-2]:  # the one before, in case the last gets damaged
+    for old in complete_checkpoints(folder.parent)[:-2]:  # two, in case the last one gets damaged
         shutil.rmtree(old, ignore_errors=True)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in a folder but its mark, by name."""
+    """Return the SHA-256 of every file in a folder except its mark, by name."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MARK)
     return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 def read_record(kind: type[T], file: Path) -> T | None:
-    """A dataclass, or a dict, from a JSON file; None if the file is missing or damaged."""
+    """Read a dataclass, or a dict, from a JSON file; None if the file is missing or damaged."""
     with suppress(OSError, ValueError, TypeError):
         return kind(**read_json(file))
     return None
 
 
 def read_mark(folder: Path) -> Mark | None:
-    """A checkpoint's mark; None if the checkpoint is incomplete."""
+    """Read a checkpoint's mark; None if the checkpoint is incomplete."""
     return read_record(Mark, folder / MARK)
 
 
@@ -97,10 +97,10 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 SUMMARY_NAME, ANSWERS_NAME = "summary.json", "answers.json"
 PICTURES = ("loss.png", "energy.png")
-# The summary first: without it the folder has no finished run.
+# The summary is moved first: without it, the folder has no finished run.
 RESULT_NAMES = (SUMMARY_NAME, ANSWERS_NAME, CONFIG_NAME, "adapter", "lora", "report.json", *PICTURES, "tensorboard")
 OWN_NAMES = RUN_NAME, BEFORE_NAME, START_NAME = "run.json", "before.json", "start"  # in checkpoints/
-START_FILE = "start.json"  # written last: its presence says that start/ is complete
+START_FILE = "start.json"  # written last: its presence marks start/ as complete
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,18 @@ class State:
     kind: str
     checkpoint: str | None = None
     lines: Sequence[str] = ()  # messages for the user
-    left_out: Sequence[str] = ()  # incomplete and damaged checkpoints, and a damaged start
+    left_out: Sequence[str] = ()  # folders not used: incomplete or damaged checkpoints, or a damaged start
 
 
 @dataclass(frozen=True)
 class Start:
     """The initialization that start.json describes."""
 
-    seconds: float  # that it took
-    lr: float  # that its R belongs to
+    seconds: float  # time that the initialization took
+    lr: float  # learning rate for which R was initialized
     files: dict[str, str]  # name -> SHA-256
-    fit: dict[str, float] | None = None  # the run's, where it has a basis
-    rows: str = ""  # SHA-256 of the training examples' tokens; runs of 0.3 have none
+    fit: dict[str, float] | None = None  # see `Run.fit`; None without a basis
+    rows: str = ""  # SHA-256 of the training examples' tokens; "" in runs of lorasb 0.3
 
 
 class RunFolder:
@@ -134,13 +134,13 @@ class RunFolder:
         self.before, self.start = self.checkpoints / BEFORE_NAME, self.checkpoints / START_NAME
 
     def look(self) -> State:
-        """Return the state of the run, as `--resume` selects it; change nothing."""
+        """Return the state of the run that `--resume` selects; change nothing."""
         self._refuse_foreign()
         if self.settings.resume == "never":
             line = f"the results of the run in {self.folder} are moved to {self._free_former()}"
             return State(NEW, None, [line] if (self.folder / SUMMARY_NAME).exists() else [])
         running = self._running()
-        # A summary in a folder with the run.json of another run: the folder was reused, and that run is unfinished.
+        # If run.json and the summary belong to different runs, the folder was reused, and run.json's is unfinished.
         finished = (read_record(dict, self.folder / SUMMARY_NAME) or {}).get("identity")
         finished = finished if running in (None, finished) else None
         for saved in (running, finished):
@@ -155,17 +155,17 @@ class RunFolder:
         return State(NEW) if running is None else self._look_at_last()
 
     def _refuse_foreign(self) -> None:
-        """Raise a ValueError if `checkpoints/` has files that no run of lorasb wrote: a run clears that folder."""
+        """Raise a ValueError if `checkpoints/` has files that lorasb did not write: a run clears that folder."""
         if (self.checkpoints / RUN_NAME).exists() or not self.checkpoints.is_dir():
             return
         for path in sorted(self.checkpoints.iterdir()):
-            # a run that was killed while it began or ended leaves some of these files
+            # a run killed while starting or ending leaves some of these files
             if path.name not in OWN_NAMES and not path.name.startswith(".") and read_mark(path) is None:
                 clears = f"which clears {self.checkpoints}: take another --output, or move it away"
-                raise ValueError(f"{path} is not of lorasb finetune, {clears}")
+                raise ValueError(f"{path} was not written by lorasb finetune, {clears}")
 
     def _running(self) -> Json | None:
-        """The identity of the unfinished run; None without one, or for one with other settings that never began."""
+        """Return the unfinished run's identity; None if there is none, or it has other settings and never began."""
         file = self.checkpoints / RUN_NAME
         found = read_record(dict, file)
         if found is None and file.exists():
@@ -175,7 +175,7 @@ class RunFolder:
         return found if begun or not differences(found or {}, self.identity) else None
 
     def _look_at_checkpoint(self, path: Path) -> State:
-        """Resume the run from this checkpoint, which the user named."""
+        """Return the state that resumes from this checkpoint, which the user named."""
         if not path.is_dir():
             raise ValueError(f"--resume is auto, never or the folder of a checkpoint, and there is none at {path}")
         mark = read_mark(path)
@@ -188,7 +188,7 @@ class RunFolder:
         return State(UNFINISHED, str(path), [f"resuming from {path}, step {mark.step}"])
 
     def _look_at_last(self) -> State:
-        """Resume the run from its last complete checkpoint, or from its start."""
+        """Return the state that resumes from the last intact checkpoint, or from the start."""
         best, faults = None, dict[Path, str]()
         for path in reversed(checkpoints(self.checkpoints)):
             fault = find_fault(path, read_mark(path))
@@ -220,20 +220,20 @@ class RunFolder:
         return read_record(Start, self.start / START_FILE)
 
     def end(self) -> None:
-        """Remove `checkpoints/`, last of it run.json: what a kill leaves there is known as a run's."""
+        """Remove `checkpoints/`, run.json last: files that a kill leaves are still known as a run's."""
         for path in self.checkpoints.glob("*/"):
             shutil.rmtree(path, ignore_errors=True)
         for name in (BEFORE_NAME, RUN_NAME):
             (self.checkpoints / name).unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)  # a link, perhaps to a larger disk, stays
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # a symlink, perhaps to a larger disk, stays
 
     def _set_aside(self) -> None:
-        """Move what has the names of a run's results into a folder: `former/`, then `former-2/`, ..."""
+        """Move files named like a run's results into a new folder: `former/`, then `former-2/`, ..."""
         has_run = any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}"))
-        if not has_run and (config := self.folder / CONFIG_NAME).exists():  # the user's, perhaps with comments
+        if not has_run and (config := self.folder / CONFIG_NAME).exists():  # written by the user, perhaps with comments
             config.replace(self.folder / f"former-{CONFIG_NAME}")
         found = [path for name in RESULT_NAMES if (path := self.folder / name).exists()]
-        if {path.name for path in found} <= {CONFIG_NAME}:  # of a run that came to no results
+        if {path.name for path in found} <= {CONFIG_NAME}:  # from a run without results
             return
         former = self._free_former()
         former.mkdir()
@@ -254,12 +254,12 @@ def identity_of(settings: Settings, **resolved: object) -> Json:
     return json.loads(json.dumps(deciding | resolved))
 
 
-# what an identity has a digest of, as text
+# identity entries that are digests, and what messages call them
 CHANGED = {"examples": "the examples, or what this version holds out of them,", "basis_digest": "A and B of the basis"}
 
 
 def differences(saved: Json, current: Json) -> str:
-    """Differences between two identities, by option name, as text; "" if there are none."""
+    """Describe the differences between two identities, by option name; "" if there are none."""
     messages = []
     for name in current | saved:
         old, new = ("not given" if one.get(name) is None else one[name] for one in (saved, current))
@@ -275,28 +275,28 @@ def differences(saved: Json, current: Json) -> str:
 
 
 class MarkedCheckpoints(Trainer):
-    """Marks its checkpoints as complete, or removes what could not be written."""
+    """Trainer that marks its checkpoints as complete, and removes those that could not be written."""
 
     identity: Json  # of the run
-    started: float  # `time.perf_counter()` when training began, less the seconds of earlier starts
-    set_epoch: Callable[[int], object]  # begins the order of an epoch's examples
+    started: float  # `time.perf_counter()` when training began, minus the seconds trained before a resume
+    set_epoch: Callable[[int], object]  # selects an epoch's order of examples
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         writes = self.args.should_save
         if writes:
-            # The folder is written again after a resume from before it: it must not count as complete meanwhile.
+            # A run resumed from an earlier step rewrites this folder, which must not count as complete meanwhile.
             (folder / MARK).unlink(missing_ok=True)
         try:
             with Processes().together("saving a checkpoint"):
                 super()._save_checkpoint(model, trial)
             if writes:
-                share(folder)  # before the mark, which lists the files and their sizes
+                share(folder)  # before the mark, which lists the files and their digests
                 mark_complete(folder, time.perf_counter() - self.started, self.identity)
-        except Exception as caught:  # a full disk: torch and safetensors raise types of their own
+        except Exception as caught:  # such as a full disk: torch and safetensors raise various types
             if writes:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"the checkpoint {folder} cannot be written: {' '.join(str(caught).split())}. Those before it are "
-                "whole: make room and start the same command again"
+                f"the checkpoint {folder} cannot be written: {' '.join(str(caught).split())}. Earlier ones are "
+                "intact: make room and start the same command again"
             ) from caught

@@ -14,9 +14,9 @@ ANSWER_MARKS = ("The answer is:", "####")  # of MetaMathQA and GSM8K; the last o
 NEXT_PROMPT = "### Instruction"  # a base model that does not stop continues with another prompt
 NUMBER = re.compile(r"[-+]?\s?\$?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)")
 CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\s?[1-5])\b")
-DEADLINE = 3  # seconds, to parse an expression and to compare two: what takes longer is not equal
-WORD = re.compile(r"^[A-Za-z]{2,}$")  # no product of its letters
-# Forms of one expression, in this order: units and sizes say nothing of its value.
+DEADLINE = 3  # seconds to parse an expression, and to compare two: slower ones count as not equal
+WORD = re.compile(r"^[A-Za-z]{2,}$")  # a word, not a product of variables
+# Replacements that normalize an expression, in this order: units and sizes do not change its value.
 SAME_FORM = (
     (r"\\(?:text|mbox)\{\s[^}]*\}", ""),  # units begin with a space
     (r"\\(?:text|mbox|textbf|mathrm)\{([^}]*)\}", r"\1"),
@@ -48,7 +48,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def expression(text: str) -> str | None:
-    r"""The last \boxed{...}, or what follows the last mark up to a full stop, in one form; None without either."""
+    r"""Return the last \boxed{...}, or the text from the last mark to a period, normalized; None without either."""
     found = _last_boxed(text)
     if found is None:
         found = _after_mark(text).split(".\n")[0].strip().removesuffix(".")
@@ -59,19 +59,19 @@ def expression(text: str) -> str | None:
 
 
 def equal_expressions(one: str, other: str) -> bool:
-    """Return True if two LaTeX expressions have the same value, by math-verify, as 2√2 and √8 do."""
+    """Return True if two LaTeX expressions, such as 2√2 and √8, have the same value by math-verify."""
     from math_verify import parse, verify
 
     if WORD.search(one) or WORD.search(other):
         return False
-    # It ends by a signal, which threads do not get: a user's rewards may run in one, and have no deadline.
+    # The deadline needs a signal, which only the main thread gets: rewards in other threads have no deadline.
     deadline = DEADLINE if threading.current_thread() is threading.main_thread() else None
     found, expected = (parse(f"${text}$", parsing_timeout=deadline) for text in (one, other))
     return bool(verify(expected, found, timeout_seconds=deadline))
 
 
 def _fraction(text: str) -> Fraction | None:
-    """5, 5.00, .5 and 1/2 as a number; None for anything else."""
+    """Convert 5, 5.00, .5 or 1/2 to a number; None for anything else."""
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -79,7 +79,7 @@ def _fraction(text: str) -> Fraction | None:
 
 
 def choice(text: str) -> str | None:
-    """The first "true", "false", "answer1", "solution1", "ending1" or "option1", whatever its case."""
+    """Return the first "true", "false", "answer1", "solution1", "ending1" or "option1", ignoring case."""
     found = CHOICE.search(text.lower())
     return found.group().replace(" ", "") if found else None
 
@@ -112,7 +112,7 @@ def matthews(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def number(label: str) -> float | None:
-    """The value of a label, or None."""
+    """Return a label as a number; None if it is not one."""
     try:
         return float(label)
     except ValueError:
@@ -120,14 +120,14 @@ def number(label: str) -> float | None:
 
 
 def in_order(label: str) -> tuple[bool, float, str]:
-    """A key by which classes are sorted: numbers first, by their value."""
+    """Return a sort key for classes: numbers first, by value."""
     return number(label) is None, number(label) or 0.0, label
 
 
 def f1(pairs: Sequence[tuple[str, str]]) -> float:
-    """F1 of two classes' second one (1 of 0 and 1): 2·hits / (predicted + right); 0 without either."""
+    """Return the F1 of the second of two classes (1 of 0 and 1): 2·hits / (predicted + right); 0 without either."""
     labels = {label for pair in pairs for label in pair}
-    if len(labels) == 1 and "1" not in labels:  # the first class alone, as nearly always
+    if len(labels) == 1 and "1" not in labels:  # a single label is nearly always the first class
         return 0.0
     positive = "1" if labels <= {"0", "1"} else max(labels, key=in_order)
     hits = sum(guess == label == positive for guess, label in pairs)
@@ -141,7 +141,7 @@ def pearson(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def spearman(pairs: Sequence[tuple[str, str]]) -> float:
-    """Spearman correlation: Pearson's of the ranks, where equal values share the mean of theirs."""
+    """Return the Spearman correlation: Pearson's of the ranks; equal values share their mean rank."""
     return _correlation(_ranks([float(guess) for guess, _ in pairs]), _ranks([float(value) for _, value in pairs]))
 
 

@@ -1,4 +1,4 @@
-"""All settings of a run, once: options of commands, the YAML files of `--config`, and docs/settings.md."""
+"""Define all settings of a run once, for command-line options, YAML files (`--config`) and docs/settings.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def option(name: str) -> str:
-    """A setting's name on the command line."""
+    """Return a setting's name on the command line."""
     return "--" + name.replace("_", "-")
 
 
@@ -46,7 +46,7 @@ def check_rules(settings: Settings) -> None:
             raise ValueError(f"{option(item.name)} {rules['check'][1]}, got {value!r}")
 
 
-# A setting's `check`: what holds for a valid value, and what to say of any other.
+# A setting's `check`: a test for valid values, and the error text for others.
 SHARE = (lambda value: 0 <= value < 1), "is a share in [0, 1)"
 ENERGY = (lambda value: 0 < value <= 1), "is a share in (0, 1]"
 RATE = (lambda value: 0 < value <= MAX_LR), f"must be positive, at most {MAX_LR:g}"
@@ -55,11 +55,11 @@ NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
 BITS = (lambda value: value in (4, 16)), "must be 4 or 16"
 RANKS = (lambda value: all(rank > 0 for rank in value.values())), "must have positive ranks"
 SAVE_STEPS = (lambda value: re.fullmatch(r"auto|0*[1-9]\d*", value)), "must be auto or a positive number of steps"
-FOLDER = str.strip, "has to name a folder"  # "" would be the current folder, which a run clears of checkpoints
+FOLDER = str.strip, "has to name a folder"  # "" would be the current folder, and a run deletes its folder's checkpoints
 
 
 def targets(value: str | None) -> str | list[str]:
-    """`--target-modules` as PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
+    """Convert `--target-modules` to PEFT's target_modules: "all-linear", a list of names, or a regular expression."""
     if value is None or value == "all-linear":
         return "all-linear"
     names = [name.strip() for name in value.split(",")]
@@ -67,24 +67,24 @@ def targets(value: str | None) -> str | list[str]:
 
 
 def check_layers(settings: Settings) -> None:
-    """Raise a ValueError for a model, layers or ranks that no run can have."""
+    """Raise a ValueError for an unusable model, target layers or ranks."""
     model = settings.model
-    # The hub would call a path a bad id.
+    # Otherwise the hub would report the path as an invalid id.
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
-        moved = "" if settings.basis is None else f"; if the model of {settings.basis} was moved, --model says where to"
+        moved = "" if settings.basis is None else f"; if the model of {settings.basis} was moved, pass its new folder"
         like = "a hub id looks like HuggingFaceTB/SmolLM2-135M"
         raise ValueError(f"--model {model}: there is no such folder; {like}{moved}")
     if Path(model).expanduser().joinpath("adapter_config.json").is_file():
-        raise ValueError(f"--model {model} is an adapter: name its base model, or ask the run that trained it")
+        raise ValueError(f"--model {model} is an adapter: name its base model, or use `lorasb ask` on its run")
     if isinstance(pattern := targets(settings.target_modules), str):
         check_pattern(pattern, "--target-modules")
     largest = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)
     if settings.method != "lora" and largest > MAX_RANK:  # plain LoRA has no such limit
-        raise ValueError(f"--r must be at most {MAX_RANK}, got {largest}: the kernels take no larger one")
+        raise ValueError(f"--r must be at most {MAX_RANK}, got {largest}: the kernels support no larger rank")
 
 
 def check_packages(settings: Settings) -> None:
-    """Raise an ImportError if a setting needs a package that is not there."""
+    """Raise an ImportError if a setting needs a package that is not installed."""
     report = settings.report_to
     if settings.score == "symbolic" and importlib.util.find_spec("math_verify") is None:
         raise ImportError("--score symbolic needs math-verify: pip install 'lorasb[math]'")
@@ -95,25 +95,25 @@ def check_packages(settings: Settings) -> None:
 
 
 def check_reinforcement(settings: Settings) -> None:
-    """Raise a ValueError for what does not go with sampled completions."""
+    """Raise a ValueError for settings that cannot be combined with --rl."""
     if settings.generations < 2 or settings.usual_batch % settings.generations:
         more = f"take a multiple of --generations ({settings.generations}), which has to be 2 or more"
         raise ValueError(f"--batch-size {settings.usual_batch} counts completions with --rl: {more}")
     if settings.rl == "verifier" and settings.data is not None:
         raise ValueError("--rl verifier is a generated task's own reward: with --data take exact, or FILE.py:FUNCTION")
     if settings.rl_start == "rewards" and settings.method != "lora-sb":
-        raise ValueError(f"--rl-start rewards is a start of --method lora-sb, got {settings.method}: leave it out")
+        raise ValueError(f"--rl-start rewards requires --method lora-sb, got {settings.method}: leave it out")
     if settings.sampler is not None and settings.basis is None:
         raise ValueError(f"--sampler needs --basis: start the server with LORASB_BASIS=BASIS ({DOCS}/serving.md)")
     for name in ("packing", "find_lr", "adapter_column"):
         if getattr(settings, name):
-            raise ValueError(f"{option(name)} does not go with --rl, which samples completions: leave one of them out")
+            raise ValueError(f"{option(name)} cannot be combined with --rl, which samples completions: leave one out")
 
 
 def check_adapters(settings: Settings) -> None:
-    """Raise a ValueError for what adapters that are trained together cannot have."""
+    """Raise a ValueError for settings that adapters trained together do not support."""
     if settings.data is None:
-        raise ValueError("--adapter-column names an entry of the examples of --data, which is not given: name a file")
+        raise ValueError("--adapter-column names a column of --data, which is not given: name a file")
     refused = {
         "--method lora": settings.method == "lora",
         "--lora-dropout": settings.lora_dropout > 0,
@@ -121,11 +121,11 @@ def check_adapters(settings: Settings) -> None:
     }
     for name, given in refused.items():
         if given:
-            raise ValueError(f"--adapter-column mixes adapters in a batch; {name} does not go with that: leave one out")
+            raise ValueError(f"--adapter-column mixes adapters in a batch and excludes {name}: leave one of them out")
 
 
 def check_basis(settings: Settings) -> None:
-    """Raise a ValueError for settings that a basis has decided already."""
+    """Raise a ValueError for settings that the basis already fixes."""
     default = Settings()
     for name in ("method", "r", "rank_pattern", "target_modules", "update", "start", "eta", "rl_start", "lora_dropout"):
         if (value := getattr(settings, name)) != getattr(default, name):
@@ -135,9 +135,10 @@ def check_basis(settings: Settings) -> None:
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `prepare.demo_model`
 UPDATES = ("adamw", "sgd", "per-sample")
-DEFAULT_RATE = 2e-3  # where none is measured
-# With --rl: this over r, or LoRA's. The best rates of benchmarks/research/results/rl.csv are 1e-2, 6.25e-4 and 1e-4 at
-# r = 2, 8 and 64; four times as much lowers the share of right greedy answers from 0.506 to 0.348, 0.468 and 0.444.
+DEFAULT_RATE = 2e-3  # used if no rate is given or measured
+# Default rates with --rl: RL_RATE / r, or RL_RATE_OF_LORA. The best rates in benchmarks/research/results/rl.csv are
+# 1e-2, 6.25e-4 and 1e-4 at r = 2, 8 and 64; four times these rates lower the share of right greedy answers from 0.506
+# to 0.348, 0.468 and 0.444.
 RL_RATE, RL_RATE_OF_LORA = 6.4e-3, 2.5e-4
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
@@ -149,11 +150,11 @@ TASKS: dict[str, dict[str, int]] = {  # options of reasoning-gym's data sets
     "gcd": {"max_value": 99},
 }
 DEFAULT_TASK = "word_sequence_reversal"
-BATCH_SIZE = 16  # where none is given
-ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: fewer steps leave a small set unlearned
-PATHS = ("data", "eval_data", "basis", "resume", "output", "cache")  # settings; `resolve_model` expands a model's
-REWARDS = ("verifier", "exact")  # of --rl; anything else is code of the user's
-# transformers' schedules that need no arguments of their own
+BATCH_SIZE = 16  # used if none is given
+ENOUGH_STEPS, MOST_EPOCHS = 60, 20  # of --epochs auto: with fewer steps a small data set is not learned
+PATHS = ("data", "eval_data", "basis", "resume", "output", "cache")  # paths; `resolve_model` expands --model
+REWARDS = ("verifier", "exact")  # values of --rl; anything else names the user's code
+# transformers' schedules that need no extra arguments
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -166,8 +167,8 @@ SCHEDULERS = (
 
 
 def setting(group: str, default: T, text: str, *, init: bool = False, shown: str | None = None, **rules: object) -> T:
-    """A dataclass field that is a setting under a heading, of `lorasb init` too if `init` is true."""
-    # its metadata makes the option and its documentation
+    """Return a dataclass field for a setting under the heading `group`; with `init`, `lorasb init` has it too."""
+    # the option and its documentation are generated from the metadata
     return field(default=default, metadata={"help": text, "group": group, "init": init, "shown": shown, **rules})
 
 
@@ -207,7 +208,7 @@ class Settings:
         choices=("auto", "none"),
     )
     max_new_tokens: int | None = DATA(
-        None, "Maximum number of tokens per answer.", positive=True, shown="4 more than the longest right answer"
+        None, "Maximum number of tokens per answer.", positive=True, shown="longest right answer + 4"
     )
     max_length: int = DATA(512, "Maximum number of tokens per example.", init=True, check=AT_LEAST_TWO)
     packing: bool = DATA(False, "Pack short examples into rows of --max-length tokens; --batch-size counts rows.")
@@ -221,7 +222,7 @@ class Settings:
         choices=("examples", "rewards", "zero"),
     )
     sampler: str | None = RL(
-        None, "URL of a vLLM server, started on --basis, that samples for --rl and receives R after every step."
+        None, "URL of a vLLM server that serves --basis: it samples for --rl and receives R after every step."
     )
     temperature: float = RL(1.0, "Sampling temperature for --rl.", positive=True)
     method: str = ADAPTER(
@@ -251,7 +252,7 @@ class Settings:
     )
     start: str = ADAPTER(
         "limited",
-        "Start of R: the whole first step (paper), up to four optimizer steps (limited, tuned on chain_sum), or zero.",
+        "Start of R: the full first step (paper), at most four optimizer steps (limited, tuned on chain_sum), or zero.",
         init=True,
         choices=("limited", "paper", "zero"),
     )
@@ -260,8 +261,8 @@ class Settings:
     )
     lr: float | None = TRAINING(
         None,
-        f"Peak learning rate; auto measures it for LoRA-SB ({DEFAULT_RATE:g} with --eta or another method; with --rl "
-        f"{RL_RATE:g} / r).",
+        f"Peak learning rate; auto measures it for LoRA-SB, and is {DEFAULT_RATE:g} with --eta or another method, "
+        f"{RL_RATE:g} / r with --rl.",
         check=RATE,
         shown="auto",
         init=True,
@@ -270,18 +271,18 @@ class Settings:
     find_lr: bool = TRAINING(False, "Search for the learning rate by 12-step trials on the data, starting at --lr.")
     epochs: float | None = TRAINING(
         None,
-        f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps (of each adapter), or {MOST_EPOCHS} "
-        "passes if fewer.",
+        f"Passes over the training data; auto makes at least {ENOUGH_STEPS} steps (per adapter), but at most "
+        f"{MOST_EPOCHS} passes.",
         positive=True,
         init=True,
         shown="auto",
     )
     batch_size: int | None = TRAINING(
         None,
-        "Examples per step of training, across all processes.",
+        "Examples per training step, across all processes.",
         init=True,
         positive=True,
-        shown=f"{BATCH_SIZE}; a third of fewer than {BATCH_SIZE * 3}",
+        shown=f"{BATCH_SIZE}, or a third of the examples if fewer than {BATCH_SIZE * 3}",
     )
     gradient_accumulation: int = TRAINING(1, "Number of micro-batches that a step is split into.", positive=True)
     gradient_checkpointing: bool = TRAINING(False, "Recompute activations in the backward pass to save memory.")
@@ -293,33 +294,35 @@ class Settings:
         None, "Compute the held-out loss every N steps.", positive=True, shown="before and after training only"
     )
     save_steps: str = RUN("auto", "Save a checkpoint every N steps; auto loses at most ten minutes.", check=SAVE_STEPS)
-    resume: str = RUN("auto", "auto to resume the run in --output, never to start over, or the folder of a checkpoint.")
+    resume: str = RUN(
+        "auto", "auto (resume the run in --output), never (start over), or a checkpoint folder to resume from."
+    )
     report_to: str = RUN("none", "Where to log: none, tensorboard or wandb.", choices=("none", "tensorboard", "wandb"))
     output: str = RUN("runs/finetune", "Folder for all files of the run.", init=True, check=FOLDER)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))  # the class is frozen
-        for name in PATHS:  # "~" in YAML and in --output=~/runs, which shells leave as it is
+        for name in PATHS:  # "~" in YAML and in --output=~/runs, which shells do not expand
             if value := getattr(self, name, None):
                 parts = (os.path.expanduser(part.strip()) if "~" in part else part for part in value.split(","))
                 object.__setattr__(self, name, ",".join(parts))
 
     @property
     def usual_batch(self) -> int:
-        """Examples per step, where they are not too few."""
+        """Examples per step, unless the data set is too small for that."""
         return self.batch_size or BATCH_SIZE
 
     @property
     def generated_task(self) -> str:
-        """The task whose examples are generated, where there is no --data."""
+        """Task whose examples are generated if there is no --data."""
         return self.task or DEFAULT_TASK
 
     def check(self) -> None:
-        """Raise a ValueError for an invalid value, or values that do not go together."""
+        """Raise a ValueError for an invalid value or an invalid combination of values."""
         check_rules(self)
         check_layers(self)
         if self.task is not None and self.data is not None:
-            raise ValueError(f"--task {self.task} names generated examples, and --data a file of others: leave one out")
+            raise ValueError(f"--task {self.task} names generated examples, and --data names other ones: leave one out")
         self.check_processes()
         if self.data is None and self.eval_data is not None:
             raise ValueError("--eval-data needs --data, which is not given: name a file of examples to train on")
@@ -334,14 +337,14 @@ class Settings:
         check_packages(self)
 
     def default_rate(self, r: int | None) -> float:
-        """Peak learning rate where none is given or measured, for an adapter of rank r."""
+        """Return the peak learning rate for rank r if none is given or measured."""
         if self.rl is None:
             return DEFAULT_RATE
         return RL_RATE_OF_LORA if self.method == "lora" else RL_RATE / (r or DEFAULT_RANK)
 
     @property
-    def prompts_a_step(self) -> int:
-        """Prompts of a step of `--rl`, whose batch size counts completions."""
+    def prompts_per_step(self) -> int:
+        """Number of prompts per step with `--rl`, where the batch size counts completions."""
         return self.usual_batch // self.generations
 
     def check_processes(self, processes: int = 1) -> None:
@@ -355,19 +358,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class InitSettings(Settings):
-    """The settings of `lorasb init`, which has some of `lorasb finetune` and others."""
+    """Settings of `lorasb init`: some of `lorasb finetune`'s, and additional ones."""
 
     output: str = RUN("runs/init", "Folder for all files of the run.", init=True, check=FOLDER)
-    strategy: str = INIT("auto", "How to sum gradients: layerwise (by blocks), accumulate (whole model), or auto.")
-    memory_budget: str | None = INIT(None, "Memory beyond the model, e.g. 6GB.", shown="a training step of 32 samples")
-    cache: str | None = INIT(None, "File to keep the gradients' signs in, for an initialization at any rank later.")
+    strategy: str = INIT("auto", "How to sum gradients: layerwise (by block), accumulate (entire model), or auto.")
+    memory_budget: str | None = INIT(
+        None, "Memory limit beyond the model, e.g. 6GB.", shown="a training step of 32 samples"
+    )
+    cache: str | None = INIT(None, "File to save the gradients' signs in, for later initializations at any rank.")
     stability: bool = INIT(False, "Also compare the subspaces of two halves of the samples.")
     energy: float | None = INIT(None, "Suggest ranks that keep this share of sign(G), up to 1.", check=ENERGY)
-    parameters: int | None = INIT(None, "Suggest ranks with this many trained parameters in all.", positive=True)
+    parameters: int | None = INIT(None, "Suggest ranks with this many trained parameters in total.", positive=True)
 
 
 def listed(kind: type[Settings]) -> Iterator[tuple[Field, object]]:
-    """The settings of a command, by its dataclass, each with its type without None."""
+    """Yield the settings of a command's dataclass, each with its type (None removed)."""
     # annotations are strings here (`from __future__ import annotations`); get_type_hints evaluates them
     hints = get_type_hints(kind)
     for item in fields(kind):
@@ -378,7 +383,7 @@ def listed(kind: type[Settings]) -> Iterator[tuple[Field, object]]:
 
 
 def shown_default(item: Field) -> str:
-    """A field's default as text for help and documentation."""
+    """Return a field's default as text for help and documentation."""
     if item.metadata["shown"]:
         return str(item.metadata["shown"])
     if isinstance(item.default, bool):
@@ -389,15 +394,15 @@ def shown_default(item: Field) -> str:
 
 
 def as_name(written: object) -> str:
-    """A setting's name as in Python, from one that may be written as an option."""
+    """Return the Python name of a setting that may be written as an option."""
     return str(written).removeprefix("--").replace("-", "_")
 
 
 CONFIG_NAME = "config.yaml"
 PRESETS = {file.stem: file for file in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
 ALIASES = {as_name(alias): one.name for one, _ in listed(Settings) for alias in one.metadata.get("also", ())}
-AUTO = tuple(one.name for one, kind in listed(Settings) if kind is float and one.default is None)  # found from the data
-# type of a setting -> what to call it, and the types that a value may have (YAML 1.1 reads 2e-3 as text)
+AUTO = tuple(one.name for one, kind in listed(Settings) if kind is float and one.default is None)  # can be auto
+# type of a setting -> its name in messages, and the types accepted for a value (YAML 1.1 reads 2e-3 as text)
 TYPES: dict[object, tuple[str, type | UnionType]] = {
     bool: ("true or false", bool),
     int: ("a whole number", int),
@@ -407,8 +412,8 @@ TYPES: dict[object, tuple[str, type | UnionType]] = {
 
 
 def read_config(path: str | Path, kind: type[Settings] = Settings) -> Json:
-    """The settings of a YAML file, by name."""
-    import yaml  # `lorasb --help` does without
+    """Read the settings in a YAML file, by name."""
+    import yaml  # imported here, as `lorasb --help` does not need it
 
     try:
         loaded = yaml.safe_load(read_text(path))
@@ -427,20 +432,20 @@ def read_config(path: str | Path, kind: type[Settings] = Settings) -> Json:
             raise ValueError(f"--config {path}: there is no setting {written!r}{hint}")
         if name in given:
             raise ValueError(f"--config {path}: {written!r} is another name of {name!r}, which the file has too")
-        if value is not None:  # a null line (`eval_data:`) means the default, as an option that is left out does
+        if value is not None:  # a line without a value (`eval_data:`) means the default, like an omitted option
             given[name] = typed(value, known[name], f"--config {path}: {name}")
     return given
 
 
 def combined(kind: type[Settings], options: Json, file: str | None, preset: str | None, allow_code: bool) -> Json:
-    """Settings by name: options go before the file of --config, and that before the preset."""
+    """Return settings by name: options override the --config file, which overrides the preset."""
     if preset and preset not in PRESETS:
         hint = nearest(preset, PRESETS, f"known are {', '.join(PRESETS)}", cutoff=0.4)
         raise ValueError(f"--preset {preset!r}: there is no such preset{hint}")
     values = read_config(PRESETS[preset]) if preset else {}
     values |= read_config(file, kind) if file else {}
     if values.get("task") == DEFAULT_TASK and (values.get("data") or options.get("data")):
-        del values["task"]  # earlier versions wrote the default in addition to a file
+        del values["task"]  # earlier versions wrote the default task even with --data
     if values.get("rl") not in (None, *REWARDS) and options.get("rl") is None and not allow_code:
         what = f"rl is {values['rl']}, and the run would execute that file"
         raise ValueError(f"--config {file}: {what}: add --allow-code if you trust it")
@@ -449,7 +454,7 @@ def combined(kind: type[Settings], options: Json, file: str | None, preset: str 
 
 
 def nearest(name: str, known: Collection[str], otherwise: str = "--help-all lists them", cutoff: float = 0.7) -> str:
-    """The end of an error message: the known name that is close to one that is not, or where to find them."""
+    """Return the end of an error message: the known name closest to an unknown one, or where to find all names."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
     return f": did you mean {near[0]!r}?" if near else f": {otherwise}"
 
@@ -458,7 +463,7 @@ def typed(value: object, kind: Any, where: str) -> Any:
     """Convert a value from YAML or the command line to its setting's type."""
     if kind not in TYPES:
         return _ranks(value, where)
-    if kind is float and value == "auto":  # found from the data, as --epochs
+    if kind is float and value == "auto":  # chosen from the data, e.g. --epochs
         return None
     if isinstance(value, TYPES[kind][1]) and isinstance(value, bool) == (kind is bool):  # bool is a subclass of int
         with suppress(ValueError):
@@ -468,7 +473,7 @@ def typed(value: object, kind: Any, where: str) -> Any:
 
 
 def _ranks(value: object, where: str) -> dict[str, int]:
-    """Ranks by layer name, from a mapping, JSON, or name=rank,name=rank."""
+    """Parse ranks by layer name from a mapping, JSON, or name=rank,name=rank."""
     ranks = value
     with suppress(ValueError):
         if isinstance(value, str):
@@ -483,6 +488,6 @@ def write_config(path: Path, settings: Settings) -> None:
     """Write settings as YAML for `--config`, atomically."""
     import yaml
 
-    # --resume applies to one start of a run, not to a repetition
+    # without --resume, which applies to one start of a run only
     values = {one.name: getattr(settings, one.name) for one, _ in listed(type(settings)) if one.name != "resume"}
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

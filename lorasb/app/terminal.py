@@ -14,9 +14,9 @@ errors = Console(stderr=True)
 
 
 class StoppedError(BaseException):
-    """The user stopped the run. A BaseException, as KeyboardInterrupt is, so that no `except Exception` swallows it."""
+    """The user stopped the run. A BaseException, like KeyboardInterrupt, so that no `except Exception` swallows it."""
 
-    def __init__(self, number: int) -> None:  # of the signal
+    def __init__(self, number: int) -> None:  # the signal's number
         super().__init__("stopped: rerun the same command to resume")
         self.code = 128 + number  # exit code, by the shells' convention
 
@@ -24,13 +24,13 @@ class StoppedError(BaseException):
 class Stop:
     """A context in which SIGINT and SIGTERM raise StoppedError.
 
-    While `steps` is True, the first one only sets `requested`, which the training loop checks after each step.
+    While `steps` is True, the first signal only sets `requested`, which the training loop checks after each step.
     """
 
     def __init__(self) -> None:
         self.steps = False
         self.requested = 0  # number of the signal that asked for a stop, on any rank; 0 if none
-        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # handlers
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # earlier ones
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # signal.signal raises in other threads
@@ -47,7 +47,7 @@ class Stop:
         self.requested = number
 
     def end(self) -> None:
-        """Leave the training loop; stop the run if a signal came."""
+        """Mark the end of the training loop; raise StoppedError if a signal came."""
         self.steps = False
         if self.requested:
             raise StoppedError(self.requested)

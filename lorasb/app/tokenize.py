@@ -28,7 +28,7 @@ class Encoded:
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     learned: tuple[bool, ...] = ()  # True for prompt tokens of earlier assistant turns; empty if there are none
-    adapter: str = ""  # the example's
+    adapter: str = ""  # of the example
     is_cut: bool = False  # longer than `max_length`
 
     def __len__(self) -> int:
@@ -50,27 +50,29 @@ def encode(
     example: Example, tokenizer: Tokenizer, max_length: int, whole_prompt: bool = False, template: bool = False
 ) -> Encoded:
     """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template."""
-    # With `template` prompts do too, where the tokenizer has one. Beyond `max_length` a prompt loses its beginning.
-    # With `whole_prompt` a completion loses its end, but for an eighth: a long answer must not push a question out.
+    # With `template`, prompts do too, if the tokenizer has one. Beyond `max_length`, the prompt is cut at its start;
+    # with `whole_prompt` first the completion at its end, down to an eighth: a question outranks a long answer.
     messages, answer = messages_of(example, tokenizer, template), example.completion
     if messages:
         pieces = _conversation(messages, tokenizer)
     else:
         pieces = [(example.prompt, False)]
-        # A space that joins them goes to the completion, as tokenizers merge it with the word that follows.
+        # The space between them goes to the completion, as tokenizers merge it with the following word.
         if not example.prompt[-1:].isspace() and not answer[:1].isspace():
             answer = " " + answer
     ids: list[int] = []
     learned: list[bool] = []
     for text, mark in pieces:
         # a chat template writes the special tokens (BOS) itself
-        text_ids = _continued(text, tokenizer) if ids else tokenizer(text, add_special_tokens=not messages)["input_ids"]
+        text_ids = (
+            _continuation_ids(text, tokenizer) if ids else tokenizer(text, add_special_tokens=not messages)["input_ids"]
+        )
         ids += text_ids
         learned += [mark] * len(text_ids)
-    if not ids:  # a text without a prompt: its first token is predicted from another one
+    if not ids:  # a text without a prompt: its first token is predicted from BOS, or else EOS
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ids, learned = [first], [False]
-    completion = [*_continued(answer, tokenizer), tokenizer.eos_token_id]
+    completion = [*_continuation_ids(answer, tokenizer), tokenizer.eos_token_id]
     is_cut = len(ids) + len(completion) > max_length
     completion = completion[: max(max_length - len(ids), max_length // 8, 1) if whole_prompt else max_length - 1]
     room = max_length - len(completion)
@@ -78,35 +80,35 @@ def encode(
     return Encoded(prompt, tuple(completion), marks if any(marks) else (), example.adapter, is_cut)
 
 
-def _continued(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a text that another one precedes: SentencePiece begins a text with a space."""
+def _continuation_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokenize a text that follows another: SentencePiece would add a space before it."""
     line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
     if ids[: len(line)] == line:
         return ids[len(line) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # it merges the line's end with the text
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # it merges the newline with the text
 
 
 def messages_of(example: Example, tokenizer: Tokenizer, template: bool) -> tuple[dict[str, str], ...]:
-    """The example as a chat: its messages, or with `template` a question and its answer; () for plain text."""
+    """Return the example as a chat: its messages or, with `template`, question and answer; () for plain text."""
     if example.messages or not template or example.formatted or getattr(tokenizer, "chat_template", None) is None:
         return example.messages
-    if any(token in example.prompt for token in tokenizer.all_special_tokens):  # it has the markup of a chat already
+    if any(token in example.prompt for token in tokenizer.all_special_tokens):  # it already has chat markup
         return ()
     return {"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}
 
 
 def _conversation(messages: tuple[dict[str, str], ...], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """The chat before the last answer as (text, learned) pieces; assistant turns are learned."""
-    # Turn borders are found by rendering growing prefixes of the chat. Some templates render a turn differently once
-    # others follow; the prefixes do not match then, and no earlier turn is learned.
+    """Split the chat before the last answer into (text, learned) pieces; assistant turns are learned."""
+    # Turn boundaries are found by rendering growing prefixes of the chat. Some templates render a turn differently
+    # once others follow: then the prefixes do not match, and no earlier turn is learned.
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("got messages, and this model's tokenizer has no chat template: give prompt and completion")
     full_text = _rendered(tokenizer, messages[:-1], True)
     pieces: list[tuple[str, bool]] = []
     rendered_so_far = ""
     for k, message in enumerate(messages[:-1]):
-        # templates render no chat without a message: an assistant that opens is not learned
+        # templates cannot render an empty chat, so an opening assistant turn is not learned
         if message["role"] != "assistant" or k == 0:
             continue
         # head ends with the generation prompt ("assistant:"), which is given at inference and is not learned
@@ -123,7 +125,7 @@ def _rendered(tokenizer: Tokenizer, turns: tuple[dict[str, str], ...], generatio
 
     try:
         return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=generation, tokenize=False))
-    except TemplateError as error:  # templates refuse roles, and orders of them
+    except TemplateError as error:  # templates may reject roles, or their order
         roles = ", ".join(turn["role"] for turn in turns)
         raise ValueError(
             f"the tokenizer's chat template refuses a chat ({error}; roles: {roles}; it begins "
@@ -132,10 +134,11 @@ def _rendered(tokenizer: Tokenizer, turns: tuple[dict[str, str], ...], generatio
 
 
 class Collator:
-    """Pads on the left, so that completions are aligned at the end of the rows.
+    """Collator that pads on the left, so that completions align at the end of the rows.
 
-    If the base model's forward takes `logits_to_keep`, logits are computed for the longest completion of a batch only:
-    for short answers that saves most of the head's time and memory. Rows with adapters of the model name them.
+    If the base model's forward takes `logits_to_keep`, logits are computed only for the length of the batch's longest
+    completion: for short answers that saves most of the head's time and memory. Batches name the rows' adapters, if the
+    model has them.
     """
 
     def __init__(self, pad_token_id: int, model: nn.Module) -> None:
@@ -164,13 +167,13 @@ class Collator:
 
 
 def _adapters_of(model: nn.Module, rows: Sequence[Encoded]) -> dict[str, list[str]]:
-    """The rows' `adapter_names`, for a model that has adapters of these names; nothing for any other."""
+    """Return the rows' `adapter_names`, if the model has adapters with these names; else nothing."""
     names = [row.adapter for row in rows]
     return {"adapter_names": names} if set(names) <= getattr(model, "peft_config", {}).keys() else {}
 
 
 def collate_prompts(rows: Sequence[Encoded], pad: int, model: nn.Module) -> Batch:
-    """Prompts as a batch for `model.generate`, padded on the left, without their completions."""
+    """Collate prompts, without completions, for `model.generate`, padded on the left."""
     mask = padded([[1] * len(row.prompt) for row in rows], 0)
     ids = padded([row.prompt for row in rows], pad)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), **_adapters_of(model, rows)}
@@ -178,25 +181,25 @@ def collate_prompts(rows: Sequence[Encoded], pad: int, model: nn.Module) -> Batc
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Tokens of a text or a pair of texts, and the class's index or the value to be learned."""
+    """Tokens of a text or a pair of texts, and the class index or value to learn."""
 
     inputs: dict[str, list[int]]
     target: int | float
-    is_cut: bool = False  # at `max_length`, or as long
+    is_cut: bool = False  # cut at `max_length`, or exactly that long
 
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])
 
 
 def collate_texts(examples: Sequence[EncodedText], pad: int) -> Batch:
-    """Texts as a batch, padded on the right, with `labels`."""
-    pads = {"input_ids": pad}  # other inputs (attention_mask, token_type_ids) are padded by zeros
+    """Collate texts, padded on the right, with `labels`."""
+    pads = {"input_ids": pad}  # other inputs (attention_mask, token_type_ids) are padded with zeros
     batch: Batch = {n: padded([e.inputs[n] for e in examples], pads.get(n, 0), "right") for n in examples[0].inputs}
     return batch | {"labels": torch.tensor([e.target for e in examples])}
 
 
 def padded(rows: Iterable[Sequence[int]], value: int, side: str = "left") -> Tensor:
-    """Rows of numbers as one tensor [rows, length of the longest]."""
+    """Pad rows of numbers to one tensor [rows, longest row]."""
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
@@ -206,11 +209,11 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-WINDOW = 50  # steps per window: rows are sorted by length within a window of shuffled rows, windows stay random
+WINDOW = 50  # steps per window: rows are shuffled, then sorted by length only within each window
 
 
 class ByLength(torch.utils.data.Sampler[int]):
-    """A sampler of rows of these lengths, `step` per optimizer step, whose order depends on seed and epoch alone."""
+    """Sampler that groups rows by length, `step` rows per optimizer step; the order depends only on seed and epoch."""
 
     def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:
         self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
@@ -226,7 +229,7 @@ class ByLength(torch.utils.data.Sampler[int]):
         return (i for step in self.order(self.epoch) for i in step)
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The row indices of each step of an epoch; incomplete steps come last."""
+        """Return the row indices of each step of an epoch; incomplete steps come last."""
         # Distinct for every (seed, epoch) below 1,000,003 epochs; seed + epoch would repeat orders of other seeds.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
@@ -249,7 +252,7 @@ TOLERANCE = 0.05
 def pack(examples: Sequence[Encoded], length: int) -> list[Pack]:
     """Pack examples into rows of up to `length` tokens: first fit, in order of decreasing length."""
     rows: list[list[Encoded]] = []
-    by_free: dict[int, list[int]] = {}  # tokens that are free -> indices of rows, a heap: a search of all is quadratic
+    by_free: dict[int, list[int]] = {}  # free tokens -> heap of row indices: searching all rows is quadratic
     for example in sorted(examples, key=len, reverse=True):
         fitting = ((heap[0], free) for free, heap in by_free.items() if heap and free >= len(example))
         row_index, free = min(fitting, default=(len(rows), length))
@@ -268,13 +271,13 @@ def row_length(row: Encoded | EncodedText | Pack) -> int:
 
 
 def collate_packs(packs: Sequence[Pack], pad: int) -> Batch:
-    """Packs as a batch, padded on the right, with positions that restart at 0 in each example."""
-    # transformers derives the block-diagonal mask from restarting position_ids only without an attention mask.
+    """Collate packs, padded on the right, with positions that restart at 0 in each example."""
+    # No attention mask: transformers derives the block-diagonal mask from restarting position_ids only without one.
     width = max(row_length(row) for row in packs)
     ids = [[t for e in row for t in e.prompt + e.completion] for row in packs]
-    # the first token has no label: the logit before it belongs to the example before
+    # the first token has no label: the logit before it belongs to the previous example
     labels = [[t for e in row for t in (IGNORED, *e.labels[1:])] for row in packs]
-    # padding counts from 0 again: to attention it is one more example, without labels
+    # padding positions restart at 0, too: attention sees one more example, without labels
     lengths = [[*map(len, row), width - row_length(row)] for row in packs]
     return {
         "input_ids": padded(ids, pad, "right"),
@@ -286,7 +289,7 @@ def collate_packs(packs: Sequence[Pack], pad: int) -> Batch:
 
 @torch.no_grad()
 def check_model(model: nn.Module) -> None:
-    """Compare the logits of a packed example with those of the example alone."""
+    """Raise a ValueError if an example has different logits packed than alone."""
     device = next(model.parameters()).device
     first, second = Encoded((5, 6, 7), (8, 9)), Encoded((9, 8), (7, 6, 5))
     batch = collate_packs([(first, second)], 0)

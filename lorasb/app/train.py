@@ -1,4 +1,4 @@
-"""Trains a run with `transformers.Trainer`, from the start or from a checkpoint, and estimates what that takes."""
+"""Train a run with `transformers.Trainer`, from the start or a checkpoint, and estimate its time and memory."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from .run_folder import MarkedCheckpoints, RunFolder, read_mark
 from .terminal import Stop, console
 from .tokenize import ByLength, row_length
 
-MAX_LOST_SECONDS = 600.0  # of training between checkpoints, with --save-steps auto (documented in its help)
-TIMED_STEPS = 5  # the first one, which also loads libraries and allocates, is left out where there are others
-TIMED_SECONDS = 60.0  # after which fewer steps have to do
-LONG_RUN = 30 * 60  # seconds; longer runs get a hint which setting costs most
+MAX_LOST_SECONDS = 600.0  # training time between checkpoints with --save-steps auto (stated in its help)
+TIMED_STEPS = 5  # the first, which also loads libraries and allocates, counts only if it is alone
+TIMED_SECONDS = 60.0  # after this time, fewer steps are enough
+LONG_RUN = 30 * 60  # seconds; for longer runs a hint names the most expensive setting
 
 
 def announcement(run: Run) -> str:
-    """The line printed before training."""
+    """Return the line printed before training."""
     settings = run.settings
     where = torch.cuda.get_device_name() if device() == "cuda" else "CPU"
     begin, steps = f"on the {where} in {run.precision.name}:", f"{run.steps:,} steps of"
     if settings.rl is not None:
-        return f"GRPO {begin} {steps} {settings.prompts_a_step} prompts, {settings.generations} completions each"
+        return f"GRPO {begin} {steps} {settings.prompts_per_step} prompts, {settings.generations} completions each"
     rows = f"{len(run.rows):,} {'rows' if settings.packing else 'examples'} ({len(run.held_out.examples):,} held out)"
     passes = "" if settings.epochs or run.epochs == 1 else f" ({run.epochs:g} passes, --epochs auto)"
     task = "" if settings.data is not None else f" {settings.generated_task} (a generated task: no --data)"
@@ -59,7 +59,7 @@ def announcement(run: Run) -> str:
 
 
 def remarks(run: Run) -> Iterator[str]:
-    """Yield lines on rows of people's adapters that teach little: a single one, or two answers to one prompt."""
+    """Yield warnings about adapters with a single row, or with different answers to one prompt."""
     counts = Counter(example.adapter for example in run.train)
     alone = [name for name in run.adapters if counts[name] == 1]
     if alone:
@@ -74,7 +74,7 @@ def remarks(run: Run) -> Iterator[str]:
 
 
 def estimated(run: Run, seconds: float, memory: int) -> Iterator[str]:
-    """Time and memory, and for a long run the setting whose change saves most."""
+    """Yield the estimated time and memory and, for a long run, the change of a setting that saves the most time."""
     yield f"Estimate from the first steps: about {duration(seconds)} and {memory / 1e9:.1f} GB"
     if seconds > LONG_RUN:
         name, saved = costliest(run, seconds)
@@ -82,7 +82,7 @@ def estimated(run: Run, seconds: float, memory: int) -> Iterator[str]:
 
 
 def costliest(run: Run, seconds: float) -> tuple[str, float]:
-    """The change of one setting that saves most time, and the seconds that it saves."""
+    """Return the change of one setting that saves the most time, and the seconds it saves."""
     settings, name = run.settings, run.precision.name
     options = [(f"--epochs {run.epochs / 2:g} (half of the steps)", seconds / 2)]
     if device() == "cpu" and name != "float32" and name != native().name:
@@ -90,9 +90,9 @@ def costliest(run: Run, seconds: float) -> tuple[str, float]:
     if run.epochs > 1:
         options.append(("--epochs 1", seconds * (1 - 1 / run.epochs)))
     if settings.gradient_checkpointing:
-        # Two forwards and a backward, which costs about two forwards, instead of one and a backward.
+        # Two forwards and a backward (worth about two forwards) instead of one forward and a backward.
         options.append(("--no-gradient-checkpointing", seconds / 4))
-    # Time is taken as proportional to tokens, which ignores that attention is quadratic in the length.
+    # Assumes time proportional to tokens, although attention is quadratic in the length.
     lengths, half = [row_length(row) for row in run.rows], settings.max_length // 2
     fraction = sum(min(length, half) for length in lengths) / sum(lengths)
     options.append((f"--max-length {half}", seconds * (1 - fraction)))
@@ -100,7 +100,7 @@ def costliest(run: Run, seconds: float) -> tuple[str, float]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as readable text."""
+    """Format seconds as readable text."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 2 * 3600:
@@ -117,14 +117,14 @@ def peak_rss() -> int:
     """The process's peak resident memory in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    import resource  # which Windows lacks
+    import resource  # not available on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # in KiB elsewhere
 
 
 def memory_in_use() -> int:
-    """The process's memory in bytes now, as `peak_memory` counts it; on a GPU the peak counts from here."""
+    """Return the process's current memory in bytes, counted like `peak_memory`; on a GPU, reset the peak."""
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.memory_allocated())
@@ -134,11 +134,11 @@ def memory_in_use() -> int:
 def estimate(
     times: list[tuple[float, int]], left: int, longest: int, memory: tuple[int, int], peak_before: int = 0
 ) -> tuple[float, int]:
-    """Seconds of training that remain, and the process's peak memory in bytes, by the steps that were timed."""
+    """Estimate the remaining seconds of training and the process's peak memory in bytes from the timed steps."""
     warm = times[1:] or times  # the first step also loads libraries and allocates memory
     rate = sum(seconds for seconds, _ in warm) / max(1, sum(tokens for _, tokens in warm))
     before, peak = memory
-    # Activations grow with the tokens of a step; weights and optimizer state are in `before` and in the peak.
+    # Activations grow with the tokens per step; weights and optimizer state are in `before` and in the peak.
     grown = max(0, peak - before) * longest / max(1, max(tokens for _, tokens in times)) if peak > peak_before else 0
     return rate * left, int(max(peak, before + grown))
 
@@ -147,7 +147,7 @@ Logs = Mapping[str, float] | None
 
 
 class Saving(TrainerCallback):
-    """Saves as `--save-steps` asks, at the last step, and when the user stops the run; the same on every rank."""
+    """Saves as `--save-steps` says, at the last step, and when the user stops the run; all ranks decide the same."""
 
     def __init__(self, save_steps: str, stop: Stop) -> None:
         self.save_steps = None if save_steps == "auto" else int(save_steps)
@@ -165,11 +165,11 @@ class Saving(TrainerCallback):
         now = time.perf_counter()
         self.longest_step = max(self.longest_step, now - self.step_started)
         if self.save_steps is None:
-            # the next step may take as long as the longest, and would be lost too
+            # the next step, which may take as long as the longest one, would be lost too
             due = now - self.last_saved + self.longest_step > MAX_LOST_SECONDS
         else:
             due = state.global_step % self.save_steps == 0
-        # Saving is collective, clocks differ between ranks, and a signal may reach one only: any rank decides for all.
+        # Saving is collective, clocks differ between ranks, and a signal may reach only one: any rank decides for all.
         save, number = self.processes.all_reduce_max([float(due), float(self.stop.requested)])
         self.stop.requested = max(self.stop.requested, int(number))
         if save or number or state.global_step >= state.max_steps:
@@ -183,7 +183,7 @@ class Planning(TrainerCallback):
 
     def __init__(self, run: Run) -> None:
         self.run, self.order = run, run.order()
-        # of the first epoch's steps, which later ones are taken to be like; without padding, which is little
+        # per step of the first epoch (later epochs are assumed to be alike), without padding, which is small
         self.tokens = [self._tokens(rows) for rows in self.order.order(0)]
         self.times: list[tuple[float, int]] = []
         self.memory_before, self.peak_before, self.started, self.printed = 0, 0, 0.0, False
@@ -217,7 +217,7 @@ class Planning(TrainerCallback):
 
 
 class Epochs(TrainerCallback):
-    """Sets the sampler's epoch: on resume, accelerate's loader that skips batches does not."""
+    """Sets the sampler's epoch, as accelerate's batch-skipping loader does not do so on resume."""
 
     def __init__(self, trainer: MarkedCheckpoints) -> None:
         self.trainer = trainer
@@ -227,13 +227,13 @@ class Epochs(TrainerCallback):
 
 
 class HeldOutLoss(TrainerCallback):
-    """Logs the held-out loss every so many steps."""
+    """Logs the held-out loss every `every` steps."""
 
     def __init__(self, run: Run, trainer: MarkedCheckpoints, every: int) -> None:
         self.run, self.trainer, self.every = run, trainer, every
 
     def on_step_end(self, args: object, state: State, control: Control, **kwargs: object) -> None:
-        """Evaluate and log, if it is one of these steps."""
+        """Evaluate and log if this step is due."""
         if state.global_step % self.every == 0:
             loss = self.run.problem.mean_loss(self.run.model, self.run.tokenizer, self.run.held_out)
             # Trainer.log resets should_log, and the Trainer has yet to log this step's training loss.
@@ -243,7 +243,7 @@ class HeldOutLoss(TrainerCallback):
 
 
 class FiniteLoss(TrainerCallback):
-    """Ends training by a ValueError at a loss or gradient that is not finite, before a checkpoint has it."""
+    """Raises a ValueError for a non-finite loss or gradient, before a checkpoint is saved."""
 
     def on_log(self, args: object, state: State, control: Control, logs: Logs = None, **kwargs: object) -> None:
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
@@ -254,7 +254,7 @@ class FiniteLoss(TrainerCallback):
 
 
 class Bar(ProgressCallback):
-    """A progress bar that begins at a resumed run's step, and shows losses instead of printing dictionaries."""
+    """A progress bar that starts at the resumed step and shows losses instead of printing dictionaries."""
 
     def on_train_begin(self, args: object, state: State, control: Control, **kwargs: object) -> None:
         """Open the bar at the run's current step."""
@@ -271,7 +271,7 @@ class Bar(ProgressCallback):
 
 @dataclass(frozen=True)
 class Trained:
-    """The trainer's log history, and the seconds of training over all starts of the run."""
+    """The trainer's log history, and the total seconds of training, including earlier starts of the run."""
 
     history: list[Json]
     seconds: float
@@ -280,9 +280,9 @@ class Trained:
 def train(
     run: Run, make: Callable[[Run, Path], MarkedCheckpoints], folder: RunFolder, checkpoint: str | None, stop: Stop
 ) -> Trained:
-    """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` makes the trainer."""
+    """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` creates the trainer."""
     mark = read_mark(Path(checkpoint)) if checkpoint else None
-    # Interrupted after the last step, before the results: only the weights and the log are needed.
+    # Interrupted after the last step, before the results were saved: only the weights and the log are needed.
     if checkpoint and mark is not None and mark.step >= run.steps:
         run.model.load_adapter(checkpoint, "default", is_trainable=True)
         load_adapters(run, Path(checkpoint))
@@ -295,7 +295,7 @@ def train(
     for line in (announcement(run), *remarks(run)):
         console.print(line, highlight=False, markup=False)
     if Processes().world_size == 1 and (count := torch.cuda.device_count()) > 1:
-        line = f"only one of {count} GPUs trains: torchrun --nproc-per-node {count} -m lorasb finetune ... takes all"
+        line = f"only one of {count} GPUs is used: torchrun --nproc-per-node {count} -m lorasb finetune ... uses all"
         console.print(line, highlight=False)
     stop.steps = True
     trainer.started = time.perf_counter() - (mark.seconds if mark else 0.0)
@@ -305,7 +305,7 @@ def train(
 
 
 def run_trainer(run: Run, folder: Path) -> _RunTrainer:
-    """A trainer of the run's rows."""
+    """Return a trainer for the run's rows."""
     args, optimizer = on_one_device(TrainingArguments(**argument_values(run, folder))), None
     groups = _groups(run, args.weight_decay)
     if groups is not None:
@@ -320,23 +320,23 @@ def run_trainer(run: Run, folder: Path) -> _RunTrainer:
         callbacks=[AdapterRowsCallback()] if run.adapters else [],
     )
     if isinstance(run.problem, Classification):
-        # The forward takes **kwargs and passes them to no loss, which is a mean over a batch: Trainer has to divide it.
+        # The forward takes **kwargs but passes none to its loss, a mean over the batch: Trainer has to divide it.
         trainer.model_accepts_loss_kwargs = False
     trainer.run = run
     return trainer
 
 
 def _groups(run: Run, weight_decay: float) -> list[Json] | None:
-    """The optimizer's groups, where the trainer's own would not do."""
+    """Return the optimizer's parameter groups; None for the trainer's default."""
     if run.adapters:
         return lorasb.adapter_parameter_groups(run.model, run.adapters, run.lr, weight_decay=weight_decay)
-    if run.measures_rate and isinstance(run.problem, Classification):  # a head is no R, and has a usual rate
+    if run.measures_rate and isinstance(run.problem, Classification):  # the head gets an ordinary rate, not R's
         return lorasb.parameter_groups(run.model, run.lr, other_lr=OTHER_RATE, weight_decay=weight_decay)
     return None
 
 
 def argument_values(run: Run, folder: Path) -> Json:
-    """Return the trainer's arguments by name, for other trainers' arguments too."""
+    """Return the trainer's arguments by name; GRPO's are based on them, too."""
     settings = run.settings
     micro_batches = settings.gradient_accumulation * Processes().world_size
     if settings.report_to == "tensorboard":
@@ -352,14 +352,14 @@ def argument_values(run: Run, folder: Path) -> Json:
         weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would log a NaN as 0
+        logging_nan_inf_filter=False,  # True would log NaN as 0
         save_strategy="no",  # `Saving` sets control.should_save
         report_to=settings.report_to,
         remove_unused_columns=False,  # the data set has encoded examples, not columns
         seed=settings.seed,
         use_cpu=device() == "cpu",
         dataloader_pin_memory=device() == "cuda",
-        # every R takes part in every forward, and DDP need not search, but for those of adapters without rows
+        # DDP has to search only with several adapters: one without rows in a batch leaves its R unused
         ddp_find_unused_parameters=bool(run.adapters),
     )
 
@@ -370,14 +370,14 @@ class _RunTrainer(MarkedCheckpoints):
     run: Run
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load R's of several adapters at once; the basis is that of the start."""
+        """Load R of all adapters at once; their basis was loaded when the run started."""
         if self.run.adapters:
             basis.load_adapters(self.run.model, Path(resume_from_checkpoint), self.run.adapters)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
-        """Write the adapters; `Trainer` would go through all parameters once for each of them."""
+        """Write the adapters; `Trainer` would iterate over all parameters once per adapter."""
         save_adapter(self.run, Path(output_dir or str(self.args.output_dir)))
 
     def _get_train_sampler(self, train_dataset: object = None) -> ByLength:
@@ -387,7 +387,7 @@ class _RunTrainer(MarkedCheckpoints):
 
 
 def _put_callbacks(trainer: MarkedCheckpoints, run: Run, stop: Stop) -> None:
-    """Replace the trainer's printing by a progress bar, and add the callbacks of a run."""
+    """Replace the trainer's printed logs with a progress bar, and add the run's callbacks."""
     # Trainer adds one of the two.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -400,7 +400,7 @@ def _put_callbacks(trainer: MarkedCheckpoints, run: Run, stop: Stop) -> None:
 
 
 def find_rate(run: Run) -> float:
-    """Try rates from the run's on, or refine the measured one; leaves R at the start of the rate. A collective."""
+    """Search rates starting at the run's, or refine the measured one; R is left at its start for it. A collective."""
     settings = run.settings
     if settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
@@ -415,11 +415,11 @@ def find_rate(run: Run) -> float:
 
 
 def batches(run: Run) -> Iterator[Batch]:
-    """The batches of the run's first pass in its order, in this process's parts of the steps."""
+    """Yield this process's batches of the run's first pass, in training order."""
     collate, order, processes = run.collator(), run.order(), Processes()
     count = run.settings.gradient_accumulation * processes.world_size
     size = run.batch_size // count
     for step in order.order(0):
-        # a step with too few rows for every process has its first ones for the others
+        # if a step has too few rows for every process, those without rows take its first ones
         for start in range(size * processes.rank, len(step), size * processes.world_size) or (0,):
             yield collate([run.rows[i] for i in step[start : start + size]])

@@ -23,13 +23,13 @@ from .plan import on_meta
 
 OPS = ("forward", "backward")
 DROPOUT, SEED = 0.05, 1 << 40
-BLOCK = 64  # of NF4
-Layer = tuple[int, tuple[int, ...]]  # in, and the outs of each member
-Case = tuple[Shape, tuple[int, ...]]  # and the outs of each member
+BLOCK = 64  # weights per NF4 block
+Layer = tuple[int, tuple[int, ...]]  # in_features, and the out_features of each member
+Case = tuple[Shape, tuple[int, ...]]  # and the out_features of each member
 
 
 def cases_of(layers: Sequence[Layer], r: int, tokens: Sequence[int], dtype: str) -> Iterator[Case]:
-    """Per layer or group (in, outs), bucket of tokens and direction: plain, with dropout, and of a layer in 4 bits."""
+    """Yield, for each layer or group, token bucket and direction, the plain, dropout and (for one layer) 4-bit case."""
     for n, ms in layers:
         for M in dict.fromkeys(plan.bucket(count) for count in tokens):
             for op in OPS:
@@ -42,7 +42,7 @@ def cases_of(layers: Sequence[Layer], r: int, tokens: Sequence[int], dtype: str)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """(in, outs) of every linear, and of every group of linears that reads the same x (q/k/v, gate/up), each once."""
+    """Return the distinct (in, outs) of all linears, and of groups that read the same x (q/k/v, gate/up)."""
     sizes: dict[Layer, None] = {}
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
@@ -69,7 +69,7 @@ def tune(cases: Sequence[Case], arch: str, sms: int, device: str, clock: Clock) 
 
 
 def run_of(shape: Shape, ms: Sequence[int], device: str) -> tuple[Run, Check]:
-    """A function of a plan that computes one forward or backward on random tensors, and the check of its result."""
+    """Return a function that runs one forward or backward by a plan on random tensors, and a check of its result."""
     dtype = next(kind for kind, name in plan.DTYPES.items() if name == shape.dtype)
     mask = Mask(DROPOUT, (SEED,) * len(ms)) if shape.dropout else Mask()
 
@@ -115,12 +115,12 @@ def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
     properties = torch.cuda.get_device_properties(0)
     arch, sms = f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
     if not plan.is_known(arch):
-        raise RuntimeError(f"{properties.name} ({arch}) takes cuBLAS, as lorasb's kernels were not tested for it")
+        raise RuntimeError(f"{properties.name} ({arch}) uses cuBLAS, as lorasb's kernels were not tested on it")
     cases = list(cases_of(layers_of(on_meta(model, torch.float32)), r, tokens, dtype))
     tuned = tune(cases, arch, sms, "cuda", CudaClock(torch.device("cuda")))
     path = autotune.write(tuned, arch, sms)
-    plan.forget()  # and let the next call read it
-    left = f"; {len(cases) - len(tuned)} left out, whose times varied" if len(tuned) < len(cases) else ""
+    plan.forget()  # so that the next call reads the new table
+    left = f"; {len(cases) - len(tuned)} left out (failed, or times varied)" if len(tuned) < len(cases) else ""
     return _summary(tuned, f"{properties.name}: {len(tuned)} shapes in {path}{left}")
 
 

@@ -1,4 +1,4 @@
-"""Validation of adapter files, reading one without a model, and the fingerprint of the base that it belongs to."""
+"""Validate adapter files, read one without a model, and fingerprint the base model that it belongs to."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_factors(factors: dict[str, dict[str, Tensor]], layers: dict[str, Shape
 
 
 def group_by_layer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are left out."""
+    """Map layer name -> {"lorasb_A": ..., "lorasb_R": ..., "lorasb_B": ...}; other entries are left out."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         for factor in FACTORS:
@@ -72,8 +72,8 @@ def group_by_layer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None:
-    """Raise a ValueError for a key of an adapter file that is none of the `expected` ones."""
-    # PEFT loads whatever has the name of a parameter, the base's own included, and ignores the rest in silence.
+    """Raise a ValueError for a key of an adapter file that is not among the `expected` ones."""
+    # PEFT loads every key that names a parameter, including the base's own, and silently ignores the rest.
     others = sorted(set(tensors) - set(expected))
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -84,7 +84,7 @@ def refuse_other_keys(tensors: Iterable[str], expected: Collection[str]) -> None
 
 
 def check_saved(name: str, tensor: Tensor | None, parameter: Tensor | None) -> None:
-    """Raise a ValueError for a tensor of a module that was trained in full, if it is not the parameter's or finite."""
+    """Raise a ValueError if a fully trained module's tensor does not have the parameter's shape, or is not finite."""
     if tensor is None or parameter is None:
         return
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # a shard of ZeRO-3 is empty
@@ -136,7 +136,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def scaling_of(config: Json, r: int) -> float:
-    """The scaling s of a layer of rank `r` by an adapter's configuration."""
+    """The scaling s of a layer of rank `r` according to an adapter's configuration."""
     scaling = float(config.get("scaling", 1.0))
     if not str(config.get("init", "")).startswith("lora-xs"):
         return scaling
@@ -149,14 +149,14 @@ def scaling_of(config: Json, r: int) -> float:
 def read_cores(
     folder: Path, config: Json, digests: Collection[bytes], scalings: Mapping[str, float] | None = None
 ) -> dict[str, Tensor]:
-    """R by layer of an adapter on a basis, by its digests, times the s of its `config`, over the layer's of `scalings`.
+    """R by layer of an adapter on the basis with these `digests`, times the s of its `config` over that of `scalings`.
 
-    Only layers of `scalings` are returned, if it is given. Raises a ValueError for a file that does not fit the basis.
+    If `scalings` is given, only its layers are returned. Raises a ValueError for a file that does not fit the basis.
     """
     file = folder / WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none")
-    tensors = reading.read_tensors(file, mapped=False)  # in half the time (SmolLM2 at r = 64, Zen 3)
+    tensors = reading.read_tensors(file, mapped=False)  # not mapped: half the time (SmolLM2 at r = 64, Zen 3)
     factors = {key: value for key, value in tensors.items() if is_factor(key)}
     if (referenced_digest(tensors) or factors_digest(factors)) not in digests:
         advice = "load the base model in the dtype that it was trained in, and then the basis"
@@ -191,9 +191,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, str] | None:
 
 
 def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]) -> str | None:
-    """Return how these weights differ from a fingerprint's by more than a rounding to bf16; None if they do not."""
+    """Return how these weights differ from a fingerprint beyond rounding to bf16; None if they do not."""
     for name, text in expected.items():
-        if name.endswith(".base_layer"):  # of attention, in files up to 0.3: no base without adapters has it
+        if name.endswith(".base_layer"):  # of attention, in files up to 0.3: an unadapted base has no such layer
             continue
         if name not in weights:
             return f"it has no adapted layer {name!r}"
@@ -209,7 +209,7 @@ def difference(weights: Mapping[str, Tensor | None], expected: Mapping[str, str]
 
 def _readable(weight: Tensor) -> bool:
     """True for a plain dense tensor with values: not quantized, sharded, offloaded or empty (ZeRO-3)."""
-    if hasattr(weight, "quant_state") or weight.element_size() == 1:  # fp8 has its scales elsewhere
+    if hasattr(weight, "quant_state") or weight.element_size() == 1:  # fp8 scales are stored elsewhere
         return False
     return not weight.is_meta and type(weight.data) is Tensor and weight.is_floating_point() and weight.numel() > 0
 

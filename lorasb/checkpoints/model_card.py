@@ -28,7 +28,7 @@ def update_card(folder: Path, config: Json, scaling: float) -> None:
     """Insert or replace our section in the README.md of an adapter folder; creates the file if it is missing."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
-    # the form that PEFT writes when it saves, with only "[More Information Needed]" in it; not one that was filled in
+    # the empty form that PEFT writes when it saves, full of "[More Information Needed]"; a filled-in form stays
     form = FRONT_MATTER.sub("", ModelCard.from_template(ModelCardData()).text).strip()
     text = _with_tag(text.replace(form, ""))
     origin = _origin(config)
@@ -37,7 +37,7 @@ def update_card(folder: Path, config: Json, scaling: float) -> None:
     rows = _rows(config, origin, scaling).items()
     table = "\n".join(f"| {name} | {short(value)} |" for name, value in rows if value not in (None, ""))
     section = (
-        f"{START}\n# A LoRA-SB adapter\n\n**`import lorasb` first**: without it PEFT ends in `KeyError: 'LORASB'`. "
+        f"{START}\n# A LoRA-SB adapter\n\n**`import lorasb` first**: without it PEFT raises `KeyError: 'LORASB'`. "
         "Then `peft.PeftModel.from_pretrained(base, folder)` loads it; `lorasb export FOLDER` turns it into a plain "
         f"LoRA, which needs no lorasb.\n\n| | |\n|---|---|\n{table}\n\n{END}"
     )
@@ -60,7 +60,7 @@ def add_usage(folder: Path, usage: str) -> None:
 
 
 def _with_tag(text: str) -> str:
-    """The card with our tag in its front matter, by which hubs find adapters; a broken one is replaced."""
+    """Add our tag, by which hubs find adapters, to a card's front matter; a broken front matter is replaced."""
     found = FRONT_MATTER.match(text)
     try:
         data = yaml.safe_load(found[1]) if found else {}

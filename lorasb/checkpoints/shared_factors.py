@@ -1,5 +1,5 @@
-"""Sharing of A and B between the checkpoints of a run: each has R and a hard link to the factors' file, so that any of
-them may be deleted, copied or loaded alone.
+"""Share A and B between the checkpoints of a run: each has R and a hard link to the factor file, so that any of them
+may be deleted, copied or loaded alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIGEST = "lorasb_factors_digest"  # key in adapter_model.safetensors: SHA-256 of
 def share(folder: Path, like: Path | None = None) -> None:
     """Split the adapters saved in a checkpoint's folder and its subfolders into R and shared factors.
 
-    The factors' file is a hard link to that of the folder `like`, or of a sibling checkpoint, where that has the same.
+    The factor file is a hard link to that of the folder `like`, or of a sibling checkpoint, if the factors are equal.
     """
     for weights in sorted(folder.rglob(WEIGHTS_NAME)):  # PEFT saves adapters other than "default" in subfolders
         tensors = read_tensors(weights)
@@ -40,9 +40,9 @@ def share(folder: Path, like: Path | None = None) -> None:
 
 
 def join_factors(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """An adapter's tensors with the factors that they refer to; unchanged if `folder` does not have these."""
+    """An adapter's tensors with the factors that they refer to; unchanged if `folder` does not have them."""
     expected = referenced_digest(tensors)
-    factors = None if expected is None else _beside(folder, expected)
+    factors = None if expected is None else _nearby_factors(folder, expected)
     if factors is None:
         return tensors
     device = tensors[DIGEST].device
@@ -50,19 +50,19 @@ def join_factors(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     return other_tensors | {key: value.to(device) for key, value in factors.items()}
 
 
-def _beside(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
-    """A and B of a digest, from the folder's factors file, or from the adapter in a folder nearby that has them."""
+def _nearby_factors(folder: Path, expected: bytes) -> dict[str, Tensor] | None:
+    """The A and B with this digest, from the folder's factor file or an adapter in a folder nearby, or None."""
     config = folder / CONFIG_NAME
     try:
         name = read_json(config).get("basis") if config.is_file() else None
-    except ValueError:  # whoever reads the configuration itself says so
+    except ValueError:  # reported by whoever reads the configuration itself
         name = None
     places = [folder]
     if isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name:
         places += [folder.parent, folder.parent / name, folder / name]
     for place in places:
         file = place / FACTORS_NAME
-        # The header's digest is compared first, which costs no hashing. A file of another run is no error here: the
+        # The header's digest is compared first, which costs no hashing. Another run's file is not an error here: the
         # model may have the right factors already.
         if file.is_file() and recorded_digest(file) == expected.hex():
             factors = read_tensors(file)
@@ -112,14 +112,14 @@ def digest(factors: dict[str, Tensor]) -> bytes:
 def _link_or_write(
     target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint: Path, like: Path | None
 ) -> None:
-    """Create the factors' file: a hard link to that of another folder with this digest, or a new file."""
+    """Create the factor file: a hard link to another folder's file with this digest, or a new file."""
     relative = target.relative_to(checkpoint)
     siblings = [folder for folder in sorted(checkpoint.parent.iterdir()) if folder.is_dir() and folder != checkpoint]
     files = (folder / relative for folder in ([like] if like is not None else []) + siblings)
     same = next((file for file in files if file.is_file() and recorded_digest(file) == hexadecimal), None)
     with replacing(target) as temporary:
         if same is None:
-            # one entry: safetensors writes several in an order that depends on the process
+            # one metadata entry: safetensors writes several in an order that depends on the process
             save_file(factors, str(temporary), metadata={"digest": hexadecimal})
             return
         temporary.unlink()  # os.link does not overwrite
@@ -130,7 +130,7 @@ def _link_or_write(
 
 
 def recorded_digest(file: Path) -> str | None:
-    """The digest in the header of a factors' file; None without one."""
+    """The digest in the header of a factor file; None if there is none."""
     try:
         metadata: dict[str, str] = safetensors_header(file).get("__metadata__", {})
     except (ValueError, OSError):

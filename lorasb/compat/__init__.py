@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 class Private(NamedTuple):
     """A private name of another package."""
 
-    # dotted, from an importable module; `()` after the class of an attribute that instances alone have:
-    # `nn.Module()._forward_hooks`; or the file of a C++ header
+    # dotted path from an importable module; `()` follows the class of an attribute that only instances have:
+    # `nn.Module()._forward_hooks`; or the path of a C++ header
     name: str
     use: str  # purpose
     absent: str  # what lorasb does if a release of the package no longer has the name
-    fallback: object = None  # object that then replaces it; None where the caller has to do without one
+    fallback: object = None  # object that then replaces it; None if the caller has to do without
 
 
 def several(use: str, absent: str, *names: str) -> dict[str, Private]:
-    """Names that share the use, by themselves."""
+    """Return a `Private` for each of these names, which share the use."""
     return {name: Private(name, use, absent) for name in names}
 
 
@@ -49,7 +49,7 @@ def find(private: Private) -> Any:
 
 def after_peft(register: Callable[[], None]) -> None:
     """Call `register` now if peft is imported already, else right after the first `import peft`."""
-    # at its import by PEFT bitsandbytes warns of a kernel from the hub that lorasb does not use
+    # when PEFT imports it, bitsandbytes warns about a kernel from the Hub that lorasb does not use
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.addFilter(lambda record: "kernels-community" not in record.getMessage())
     if "peft" in sys.modules:
@@ -60,11 +60,11 @@ def after_peft(register: Callable[[], None]) -> None:
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Has the other finders find peft, and its loader register the method."""
+    """Lets the other finders find peft, and makes its loader register the method."""
 
     def __init__(self, register: Callable[[], None]) -> None:
         self.register = register
-        self.searching = False  # True while the other finders are asked, which asks this one too
+        self.searching = False  # True while the other finders search, as that calls this one, too
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -77,7 +77,7 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
         finally:
             self.searching = False
         if spec is not None and spec.loader is not None:
-            # not here: `importlib.util.find_spec("peft")` only asks whether peft is installed
+            # do not register here: `importlib.util.find_spec("peft")` only checks whether peft is installed
             execute = functools.partial(self._execute, spec.loader.exec_module)
             spec.loader.exec_module = execute  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""Private names of accelerate, and of DeepSpeed, whose tags are found on the same modules."""
+"""Private names of accelerate, and of DeepSpeed, which marks the same modules."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ HOOK, PARTITIONED = "_hf_hook", "ds_id"
 PRIVATE = {
     "hook": Private(
         f"torch.nn.Module().{HOOK}",
-        "loads an offloaded module's weights for what reads them outside of its forward; names its device",
+        "loads an offloaded module's weights when they are read outside of its forward; names its device",
         "offloaded models raise: their weights are on the meta device",
     ),
     "ds_id": Private(
         f"torch.nn.Parameter().{PARTITIONED}",
-        "tells parameters that DeepSpeed ZeRO-3 partitions",
+        "detects parameters that DeepSpeed ZeRO-3 partitions",
         "saving under ZeRO-3 raises: A and B are empty",
     ),
 }
 
 
 def hook_of(module: nn.Module) -> ModelHook | None:
-    return vars(module).get(HOOK)  # every forward asks: `nn.Module.__getattr__` takes longer than a small product
+    return vars(module).get(HOOK)  # in every forward: `nn.Module.__getattr__` takes longer than a small product
 
 
 def is_managed(parameter: Tensor | None) -> bool:
@@ -37,5 +37,5 @@ def is_managed(parameter: Tensor | None) -> bool:
 
 def is_partitioned(parameter: Tensor) -> bool:
     """True if ZeRO-3 has partitioned the parameter, so that this rank has an empty tensor."""
-    # while one is gathered, its numel is the full one
+    # while a parameter is gathered, it has its full numel
     return is_managed(parameter) and parameter.numel() == 0

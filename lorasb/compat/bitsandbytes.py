@@ -1,4 +1,4 @@
-"""bitsandbytes' packed layout for its CPU kernel: prevents the repacking, or reverts it where that is lossless."""
+"""bitsandbytes' packed layout for its CPU kernel: prevent the repacking, or revert it where that is lossless."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRIVATE = {
     ),
     "packing_format": Private(
         "bitsandbytes.functional.QuantState().packing_format_for_cpu",
-        "tells a repacked weight, by the `original_*` attributes",
+        "detects a repacked weight, by its `original_*` attributes",
         "a repacked weight is refused: patch before the first evaluation",
     ),
 }
@@ -29,7 +29,7 @@ REPACKED_ROWS = 32  # rows that bitsandbytes interleaves for its CPU kernel: `bl
 def unpack_repacked(weight: Any, state: Any) -> None:
     """Revert bitsandbytes' repacking for CPUs with bf16, in place; a ValueError if its scales were rounded."""
     # The repacking interleaves the nibbles of 32 rows and rounds the scales to bf16: lossless only for bf16 numbers,
-    # such as the largest element of a block of bf16 weights, but no scale computed from nested statistics.
+    # such as the largest element of a block of bf16 weights, not for scales computed from nested statistics.
     if state.original_nested or state.original_dtype != torch.bfloat16:
         what = "its nested statistics" if state.original_nested else f"the scales of its {state.original_dtype}"
         raise ValueError(
@@ -53,7 +53,7 @@ def unpack_repacked(weight: Any, state: Any) -> None:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Switch off bitsandbytes' repacking for all 4-bit layers of a model, before an evaluation on a CPU does it."""
+    """Switch off bitsandbytes' repacking for all 4-bit layers of a model, before a CPU evaluation repacks them."""
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # read in `Linear4bit.forward`

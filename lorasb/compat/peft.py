@@ -41,7 +41,7 @@ PRIVATE = {
     ),
     "ExcludedModule": Private(
         "peft.tuners.tuners_utils._ExcludedModule",
-        "tells modules in `exclude_modules` from others that do not match",
+        "distinguishes modules in `exclude_modules` from others that do not match",
         "`exclude_modules` is ignored for experts of `target_parameters`",
         (),  # for isinstance: no class
     ),
@@ -58,7 +58,7 @@ PRIVATE = {
     ),
     "load_peft_weights": Private(
         "peft.peft_model.load_peft_weights",
-        "wrapped: adds A and B to a checkpoint that is loaded into an adapter that is there, as resuming does",
+        "wrapped: adds A and B to a checkpoint that is loaded into an existing adapter, as when resuming",
         "resuming raises: A and B are missing",
     ),
     "hotswap_adapter": Private(
@@ -66,17 +66,17 @@ PRIVATE = {
     ),
     "get_peft_type": Private(
         "peft.config.PeftConfig._get_peft_type",
-        "tells whose adapter `hotswap_adapter` is to load",
+        "detects which method's adapter `hotswap_adapter` loads",
         "`hotswap_adapter` raises an AttributeError",
     ),
-    **several("overridden: patching, saving, loading", "PEFT's own runs, which raises, or trains A and B", *HOOKS),
+    **several("overridden: patching, saving, loading", "PEFT's own runs, and raises or trains A and B", *HOOKS),
     **several("handles `adapter_names`", "these raise a TypeError", f"{MODEL}._enable_peft_forward_hooks"),
     **several("finds tied modules", "`ensure_weight_tying` raises", f"{LORA}._add_modules_to_save_to_tie"),
     **several("set while gradients are taken", "`lorasb.initialize` raises", f"{LAYER}._disable_adapters"),
     **several(
         "set by a new layer, restored after a failed patch", "layers have no active adapter", f"{LAYER}._active_adapter"
     ),
-    **several("tells that modules are trained in full", "`lorasb.add_adapters` raises", f"{WRAPPER}._adapters"),
+    **several("detects modules that are trained in full", "`lorasb.add_adapters` raises", f"{WRAPPER}._adapters"),
 }
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
 
@@ -86,8 +86,8 @@ def extend_peft_types(name: str) -> None:
     kind: Any = importlib.import_module("peft.utils.peft_types").PeftType
     if name in kind.__members__:
         return
-    # An enum with members cannot be subclassed or extended, so the member is made the way EnumMeta makes one: a str
-    # itself, entered into the tables for iteration, for look-up by name and for look-up by value.
+    # An enum with members cannot be subclassed or extended, so the member is made as EnumMeta makes one: a str, entered
+    # into the tables for iteration, for look-up by name and for look-up by value.
     member: Any = str.__new__(kind, name)
     member._name_ = member._value_ = name
     member._sort_order_ = len(kind.__members__)
@@ -98,7 +98,7 @@ def extend_peft_types(name: str) -> None:
 
 
 def _extend(module_name: str, name: str, call: Callable[..., object]) -> None:
-    """Let `call`, which gets the original first, answer for a function of PEFT, if there is one; idempotent."""
+    """Replace a function of PEFT, if it exists, by `call`, which gets the original first; idempotent."""
     module = importlib.import_module(module_name)
     original = getattr(module, name, None)
     if original is not None and not hasattr(original, "of_lorasb"):
@@ -130,7 +130,7 @@ def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
     _extend("peft.utils.hotswap", "hotswap_adapter", call)
 
 
-# last: the first of them imports PEFT, whose registration calls the functions above
+# at the end: the first of these lines imports PEFT, whose registration calls the functions above
 in_out_features: Callable[[nn.Module], tuple[int | None, int | None]] = find(PRIVATE["in_out_features"])
 ExcludedModule: type | tuple[()] = find(PRIVATE["ExcludedModule"])
 include_all_linear: Callable[[object, nn.Module], object] = find(PRIVATE["include_all_linear"])

@@ -1,4 +1,4 @@
-"""Private names of torch. Every fallback is correct and slower: kernels are then called through the dispatcher."""
+"""Private names of torch. Every fallback is correct but slower: kernels are then called through the dispatcher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _yes(*_: object) -> bool:
 
 VERIFIED = "torch 2.10 to 2.13"
 SAME_WIDTHS = "_qkv_same_embed_dim"
-# the dictionaries of a module's hooks, of which every forward asks
+# a module's hook dictionaries, which every forward checks
 PRE_HOOKS, HOOKS = "_forward_pre_hooks", "_forward_hooks"
 BACKWARD_PRE_HOOKS, BACKWARD_HOOKS = "_backward_pre_hooks", "_backward_hooks"
 DISPATCHED = "every call goes through PyTorch's dispatcher"
@@ -43,7 +43,7 @@ PRIVATE = {
     "transforms_active": Private(
         "torch._C._are_functorch_transforms_active",
         "detects `torch.func` transforms, which get composed torch operations",
-        "every call computes by composed torch operations",
+        "every call uses composed torch operations",
         _yes,
     ),
     "has_storage": Private(
@@ -83,7 +83,7 @@ PRIVATE = {
     "is_functional": Private("torch._is_functional_tensor", "detects functionalized tensors", DISPATCHED, _yes),
     "storage": Private(
         "torch.UntypedStorage._cdata",
-        "tells whether tensors share a storage that has no address",
+        "detects tensors that share a storage without an address",
         "`lorasb plan` and prepared launches raise an AttributeError",
     ),
     "conv_forward": Private(
@@ -93,7 +93,7 @@ PRIVATE = {
     ),
     "forward_hooks": Private(
         "torch.nn.Module()._forward_hooks",
-        "with the other dictionaries of hooks: tells that a module is observed, and must run its own forward",
+        "with the other hook dictionaries: detects that a module is observed and must run its own forward",
         NO_FORWARD,
     ),
     **several("skips attribute lookup", NO_FORWARD, "torch.nn.Module()._parameters", "torch.nn.Module()._modules"),
@@ -109,7 +109,7 @@ PRIVATE = {
     **several("detects `model.compile()`", "such a model is not refused", "torch.nn.Module._compiled_call_impl"),
     **several("removed from names of layers", "names do not match layers under FSDP1", FSDP),
     **several(
-        "tells that torch multiplies bf16 in hardware",
+        "detects that torch multiplies bf16 in hardware",
         "`--dtype auto` is fp32",
         *("torch.cpu._is_amx_tile_supported", "torch.cpu._is_avx512_bf16_supported"),
     ),
@@ -118,7 +118,7 @@ PRIVATE = {
     ),
     "same_widths": Private(
         f"torch.nn.MultiheadAttention().{SAME_WIDTHS}",
-        "TransformerEncoderLayer's kernel reads the weights, unless this is False, as an adapter says",
+        "TransformerEncoderLayer's kernel reads the weights, unless this is False: an adapter sets it",
         "adapters of attention inside of TransformerEncoderLayer have no effect in evaluation",
     ),
     "OptimizedModule": Private(
@@ -140,7 +140,7 @@ is_functional: Callable[[Tensor], bool] = find(PRIVATE["is_functional"])
 
 
 def storage_key(storage: UntypedStorage) -> int:
-    """A number that is equal for one storage only, while it exists; also for one without memory."""
+    """Return a number that identifies a storage while it exists, even one without memory."""
     return int(storage._cdata)
 
 
@@ -149,7 +149,7 @@ def convolve(module: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def remove_forward_hooks(module: nn.Module, owner: type) -> None:
-    """Remove the forward pre-hooks and hooks that are methods of an `owner`; without handles, which copies lack."""
+    """Remove the forward pre-hooks and hooks that are methods of an `owner`; copied modules lack their handles."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number in [n for n, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), owner)]:
             del hooks[number]
@@ -164,7 +164,7 @@ def unwrapped(model: Any) -> Any:
 
 def forward_level() -> int:
     """The level of forward-mode differentiation in progress; -1 outside of it."""
-    return getattr(forward_ad, "_current_level", -1)  # at every call of an op: not by `find`
+    return getattr(forward_ad, "_current_level", -1)  # changes, and is read in every call of an op: not by `find`
 
 
 def fake_tensor_mode() -> AbstractContextManager[object]:

@@ -24,7 +24,7 @@ LIKE_MIXTRAL = {
 PRIVATE = {
     "loaded": Private(
         f"torch.nn.Parameter().{LOADED}",
-        "tells parameters that a checkpoint brought from those with random values",
+        "distinguishes parameters loaded from a checkpoint from those with random values",
         "modules missing from a checkpoint are not trained in full unless `modules_to_save` names them",
     ),
     "checkpointing": Private(
@@ -34,8 +34,8 @@ PRIVATE = {
     ),
     "apply_gate": Private(
         f"{GATES}._default_apply_gate",
-        "tells experts that compute as Mixtral's do, which are opened into linears, from others",
-        "experts of `target_parameters` keep their own forward, with W + s·B R A in the place of W",
+        "detects experts that compute as Mixtral's do, which are opened into linears",
+        "experts of `target_parameters` keep their own forward, with W + s·B R A in place of W",
     ),
     "from_config": Private(
         "transformers.PreTrainedModel._from_config",
@@ -50,12 +50,12 @@ PRIVATE = {
     "save_checkpoint": Private(
         "transformers.Trainer._save_checkpoint",
         "overridden: marks a checkpoint as complete",
-        "`lorasb finetune` starts from the beginning where it would resume",
+        "`lorasb finetune` starts from the beginning instead of resuming",
     ),
     "get_train_sampler": Private(
         "transformers.Trainer._get_train_sampler",
-        "overridden: batches of examples of similar length, in an order that a resumed run has too",
-        "batches are longer, and a resumed run has others",
+        "overridden: batches of examples of similar length, in an order that a resumed run repeats",
+        "batches are longer, and differ in a resumed run",
     ),
     **several(
         "overridden: several adapters on one basis, all at once",
@@ -95,6 +95,6 @@ def set_name_or_path(config: Any, name: str) -> None:
 
 def on_one_device(args: Any) -> Any:
     """The arguments of a process that trains on one GPU."""
-    # without a launcher Trainer would take all GPUs by DataParallel, with as many times the examples per step
+    # without a launcher, Trainer would use all GPUs by DataParallel, which multiplies the examples per step
     args._n_gpu = min(args.n_gpu, 1)
     return args

@@ -1,4 +1,4 @@
-"""Private names of Triton, to launch compiled kernels without its binding of arguments; imports triton at first use."""
+"""Private names of Triton, to launch compiled kernels without its argument binding; imports triton at first use."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PRIVATE = {
         "launches by position; with `function` and `packed_metadata`",
         ORDINARY,
     ),
-    "device_caches": Private("triton.runtime.jit.JITFunction().device_caches", "compiled or interpreted", ORDINARY),
+    "device_caches": Private("triton.runtime.jit.JITFunction().device_caches", "detects interpreted kernels", ORDINARY),
     "driver": Private("triton.runtime.driver.DriverConfig().active", "a device's stream", "prepared launches raise"),
-    "launch_hooks": Private("triton.knobs.runtime.launch_enter_hook", "a profiler observes launches", ORDINARY),
+    "launch_hooks": Private("triton.knobs.runtime.launch_enter_hook", "detects profilers of launches", ORDINARY),
     "TensorDescriptor": Private("triton.tools.tensor_descriptor.TensorDescriptor", "TMA", NO_TMA),
     "gdc_wait": Private("triton.language.extra.cuda.gdc_wait", "overlapping launches", NO_TMA),
     "gdc_launch_dependents": Private(
@@ -53,17 +53,17 @@ def is_verified() -> bool:
 
 @cache
 def has_tma() -> bool:
-    """True if Triton has the names that the kernel by TMA uses."""
+    """True if Triton has the names that the TMA kernel uses."""
     return all(find(PRIVATE[name]) is not None for name in ("TensorDescriptor", "gdc_wait", "gdc_launch_dependents"))
 
 
 def omits_fences() -> bool:
-    """True where a loop's cp.async feed wgmma without fence.proxy.async, which PTX asks for: Triton 3.6 on sm_90."""
+    """True if loops feed wgmma by cp.async without fence.proxy.async, which PTX requires: Triton 3.6 on sm_90."""
     if installed() >= (3, 7):
         return False
     from triton.runtime import driver
 
-    with suppress(RuntimeError):  # no card, where kernels are compiled alone
+    with suppress(RuntimeError):  # no GPU: kernels are only compiled
         return bool(driver.active.get_current_target().arch == 90)
     return False
 
@@ -117,5 +117,5 @@ def launcher(
     def launch(stream: int, values: tuple[object, ...], _: object) -> None:
         run(grid, 1, 1, stream, function, metadata, None, None, None, *take(values + constants))
 
-    launch.compiled = found  # type: ignore[attr-defined]  # which unloads itself where nothing refers to it
+    launch.compiled = found  # type: ignore[attr-defined]  # which unloads itself once nothing refers to it
     return launch

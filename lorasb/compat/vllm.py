@@ -1,6 +1,6 @@
-"""vLLM: its LoRA layers and manager with slots that hold R alone; every name of vLLM that lorasb uses is here.
+"""vLLM: its LoRA layers and manager with slots that hold only R; every name of vLLM that lorasb uses is here.
 
-vLLM makes the layers, chooses slots, evicts and pins adapters, and maps tokens to slots; replaced are what a slot
+vLLM makes the layers, chooses slots, evicts and pins adapters, and maps tokens to slots. lorasb replaces what a slot
 holds, what is read from an adapter's folder, and the product.
 """
 
@@ -25,7 +25,7 @@ _AS_LORA = "export the adapters (lorasb.export_lora) and serve them as plain LoR
 _LAYERS, _WORKER, _MANAGER = "vllm.lora.layers", "vllm.lora.worker_manager", "vllm.lora.model_manager"
 _PUNICA, _LINEAR = "vllm.lora.punica_wrapper.punica_base", f"{_LAYERS}.base_linear.BaseLinearLayerWithLoRA"
 _LRU = f"{_WORKER}.LRUCacheWorkerLoRAManager"
-# each holds a linear of vLLM; the other classes are of embeddings, heads, experts and sharded A's
+# each wraps a vLLM linear; the other classes are for embeddings, heads, experts and sharded A's
 LAYERS = (
     *("ColumnParallelLinearWithLoRA", "MergedColumnParallelLinearWithLoRA", "RowParallelLinearWithLoRA"),
     *("QKVParallelLinearWithLoRA", "MergedQKVParallelLinearWithLoRA", "ReplicatedLinearWithLoRA"),
@@ -33,7 +33,7 @@ LAYERS = (
 PRIVATE = {
     key: Private(name, use, "the server does not start, and names what to install or how to export")
     for key, name, use in (
-        ("classes", "vllm.lora.utils._all_lora_classes", "classes that vLLM puts in the place of linears"),
+        ("classes", "vllm.lora.utils._all_lora_classes", "classes by which vLLM replaces linears"),
         ("create", f"{_LINEAR}.create_lora_weights", "overridden: slots of R, without A and B"),
         ("set", f"{_LINEAR}.set_lora", "overridden: writes R into a slot"),
         ("reset", f"{_LINEAR}.reset_lora", "overridden: R = 0"),
@@ -49,7 +49,7 @@ PRIVATE = {
         ("map", "vllm.model_executor.models.utils.WeightsMapper._map_name", "names of layers that vLLM renames"),
     )
 }
-# parameters of what is called or overridden, as far as they are used
+# parameters of called and overridden functions, as far as they are used
 SIGNATURES = {
     f"{_LINEAR}.create_lora_weights": ("self", "max_loras", "lora_config", "model_config"),
     f"{_LINEAR}.set_lora": ("self", "index", "lora_a", "lora_b"),
@@ -81,7 +81,7 @@ def missing() -> list[str]:
     for name in (one.name for one in PRIVATE.values()):
         owner, _, attribute = name.partition("().")
         found = find(Private(owner, "", ""))
-        # instances alone have an attribute: the class's own code, or a parent's, has to say so
+        # only instances have an attribute: look for it in the source of the class and its parents
         parents = getattr(found, "__mro__", ())[:-1] if attribute else ()
         if found is None or (attribute and not any(f"self.{attribute}" in inspect.getsource(one) for one in parents)):
             gone.append(name)
@@ -118,23 +118,23 @@ def _define_op() -> None:
     def fake(y: Tensor, x: Tensor, name: str) -> None:
         return None
 
-    # annotations as text are what `from __future__ import annotations` leaves, and the op's schema is read from them
+    # the op's schema is read from annotations, which `from __future__ import annotations` has turned into text
     for function in (lorasb_add, fake):
         function.__annotations__ = {"y": Tensor, "x": Tensor, "name": str, "return": None}
     register = _vllm("utils.torch_utils").direct_register_custom_op
     register(op_name="lorasb_add", op_func=lorasb_add, mutates_args=["y"], fake_impl=fake)
 
 
-_OfVLLM: Any = object  # for vLLM's class, which comes after this one among the parents and has the other attributes
+_OfVLLM: Any = object  # for vLLM's class, the next parent, which has the other attributes
 
 
 class _SlotsOfCores(_OfVLLM):
-    """A parent of vLLM's linears with LoRA, before them: slots of R."""
+    """Slots of R: the first parent of a subclass of a vLLM LoRA linear."""
 
     slots: Any  # `lorasb.vllm.plugin.CoreSlots`; None in a layer that the basis does not have
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        """Nothing yet: the manager gives the layer its basis once it knows the layer's name."""
+        """Allocate nothing yet: the manager gives the layer its basis once it knows the layer's name."""
         self.lora_config, self.count, self.slots = lora_config, max_loras, None
         self._enable_aux_cuda_stream = False
         if self.n_slices == 1:
@@ -142,7 +142,7 @@ class _SlotsOfCores(_OfVLLM):
         context = _vllm("config").get_current_vllm_config().compilation_config.static_forward_context
         self.name = f"{self.base_layer.prefix}.{len(context)}.lorasb"  # some models give no prefix
         context[self.name] = self
-        # shapes alone, which the warm-up's adapters are made from
+        # only shapes, from which the warm-up's adapters are made
         r, empty = lora_config.max_lora_rank, {"dtype": lora_config.lora_dtype, "device": "meta"}
         self.lora_a_stacked = tuple(torch.empty(1, 1, r, self.input_size, **empty) for _ in self.output_slices)
         self.lora_b_stacked = tuple(torch.empty(1, 1, size, r, **empty) for size in self.output_slices)
@@ -150,14 +150,14 @@ class _SlotsOfCores(_OfVLLM):
     def set_basis(self, pairs: Sequence[tuple[Tensor, Tensor] | None], make_slots: Callable[..., Any]) -> None:
         """Make the slots on this rank's shares of A and B, one pair for each part of the layer."""
         a, b = [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
-        if self.tp_size > 1 and self.n_slices == 1:  # vLLM's layers of one part take the tensor, others a list
+        if self.tp_size > 1 and self.n_slices == 1:  # vLLM's layers with one part take a tensor, others a list
             a, b = [self.slice_lora_a(a[0])], [self.slice_lora_b(b[0])]
         elif self.tp_size > 1:
             a, b = self.slice_lora_a(a), self.slice_lora_b(b)
         shares = [None if left is None else (left, right) for left, right in zip(a, b, strict=True)]
         dtype = self.lora_config.lora_dtype
         self.slots = make_slots(shares, self.output_slices, self.input_size, self.count, dtype, self.device)
-        # buffers, which sleep at level 2 keeps; R's are read again
+        # as buffers, which survive vLLM's sleep at level 2; R's are read again
         for name, tensor in self.slots.shared().items():
             self.register_buffer(f"lorasb_{name}", tensor, persistent=False)
 
@@ -167,7 +167,7 @@ class _SlotsOfCores(_OfVLLM):
             self.slots.clear(index)
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """Write an adapter's R, which is in the place of its A; the warm-up's adapters have A and B, and are 0."""
+        """Write an adapter's R, passed in place of its A; the warm-up's adapters have A and B, and are written as 0."""
         cores, others = (one if isinstance(one, list) else [one] for one in (lora_a, lora_b))
         if lora_a is _IN_SLOT:
             raise RuntimeError("an adapter that left its slot has to be loaded again")
@@ -187,17 +187,17 @@ class _SlotsOfCores(_OfVLLM):
     def add(self, y: Tensor, x: Tensor) -> None:
         """y += B R A x of every token that has an adapter, in place."""
         wrapper = self.punica_wrapper
-        # on a CPU vLLM says when no token has one; a captured graph must not depend on it, and reads the indices
+        # on a CPU, vLLM sets `no_lora` if no token has one; a captured graph must not depend on it: it reads indices
         if self.slots is not None and not wrapper.no_lora:
             self.slots.add_to(y, x, wrapper._token_lora_indices[: len(x)])
 
 
-_IN_SLOT = object()  # in the place of an adapter's R that a slot has, and nothing else
+_IN_SLOT = object()  # replaces an adapter's R that only a slot holds
 _LEFT = SimpleNamespace(lora_a=_IN_SLOT, lora_b=_IN_SLOT)
 
 
 class _Manager(_OfVLLM):
-    """A parent of vLLM's manager of a worker's adapters, before it."""
+    """The first parent of a subclass of vLLM's manager of a worker's adapters."""
 
     lorasb_parts: Parts
 
@@ -224,7 +224,7 @@ class _Manager(_OfVLLM):
             covered |= set(parts)
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper._token_lora_indices.fill_(-1)  # a captured graph reads past the tokens of a step
-        missing_layer = _vllm("model_executor.models.utils").PPMissingLayer  # of another stage of a pipeline
+        missing_layer = _vllm("model_executor.models.utils").PPMissingLayer  # of other pipeline stages
         elsewhere = tuple(f"{name}." for name, one in adapted.named_modules() if isinstance(one, missing_layer))
         lacking = sorted(name for name in set(factors) - covered if not f"{name}.".startswith(elsewhere))
         if lacking:
@@ -253,7 +253,7 @@ class _Manager(_OfVLLM):
         return loaded
 
     def add_adapter(self, lora_request: Any) -> bool:
-        """Load an adapter if it is not there. Where every loaded adapter has a slot, no second copy is kept."""
+        """Load an adapter if it is missing. If every loaded adapter has a slot, drop the second copy."""
         loaded: bool = super().add_adapter(lora_request)
         manager = self._adapter_manager
         adapter = manager.get_adapter(lora_request.lora_int_id)
@@ -262,7 +262,7 @@ class _Manager(_OfVLLM):
         return loaded
 
     def _apply_adapters(self, lora_requests: Any) -> None:
-        """Load what a step needs. vLLM's own reads those of `load_inplace` again at each step."""
+        """Load the adapters that a step needs. vLLM's own method rereads those with `load_inplace` in each step."""
         manager, wanted = self._adapter_manager, {one.lora_int_id: one for one in lora_requests if one}
         if len(wanted) > manager.lora_slots:
             raise RuntimeError(
@@ -279,14 +279,14 @@ class _Manager(_OfVLLM):
 
 def lora_request(name: str, path: str) -> Any:
     """A request for an adapter of an `LLM` in this process, whose R's replace those of the same name."""
-    number = zlib.crc32(name.encode()) % (1 << 30) + 1  # the same for a name, as vLLM goes by it
+    number = zlib.crc32(name.encode()) % (1 << 30) + 1  # always the same for a name: vLLM identifies adapters by it
     return _vllm("lora.request").LoRARequest(name, number, path, load_inplace=True)
 
 
 def complete(
     llm: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], request: Any
 ) -> list[tuple[list[int], list[float]]]:
-    """Tokens and their log-probabilities of a completion of each prompt."""
+    """Return tokens and log-probabilities of one completion per prompt."""
     parameters = importlib.import_module("vllm").SamplingParams(**sampling, logprobs=0)
     tokens = [{"prompt_token_ids": list(one)} for one in prompts]
     found = llm.generate(tokens, parameters, lora_request=request, use_tqdm=False)
@@ -298,11 +298,11 @@ def complete(
 
 
 def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Names of layers in Hugging Face's model -> in vLLM's."""
+    """Map names of layers in Hugging Face's model to those in vLLM's."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return {name: name for name in names}
-    renaming, end = mapper.get_rename_mapper(), ".lora_A.weight"  # rules are of weights' names
+    renaming, end = mapper.get_rename_mapper(), ".lora_A.weight"  # the rules apply to names of weights
     return {name: (renaming._map_name(name + end) or name).removesuffix(end) for name in names}
 
 

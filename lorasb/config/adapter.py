@@ -26,29 +26,29 @@ from ..utils.reading import safetensors_header
 T = TypeVar("T")
 INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
 ALL_LINEAR = "all-linear"
-BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name for the same, so that configs carry over
-STARTS = ("zero", "same")  # of R, for an adapter on another one's basis
-SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6  # of s and alpha: beyond, products with R leave the range of 16 bits
+BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name for the third: its configs carry over
+STARTS = ("zero", "same")  # values of R at the start, for an adapter on another one's basis
+SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6  # of s and alpha: beyond them, products with R leave the 16-bit range
 EMBEDDINGS = (".embed_tokens.weight", ".lm_head.weight")  # keys that PEFT adds by itself
 NOT_SAVED = ("init_seed", "check_base", "group")  # of no use to whoever loads the adapter
-# Fields that patching overwrites with the values they resolve to for one model: `start_over` resets them.
+# Fields that patching overwrites with values resolved for one model; `start_over` resets them.
 RESET = ("r", "rank_pattern", "target_modules", "modules_to_save", "task_type", "base_fingerprint", "init_provenance")
 
 
 class WrittenHere(dict[str, Any]):
-    """A field that patching or an initialization wrote in this process; copies of it request a new adapter."""
+    """A field that patching or an initialization wrote in this process: copies of its config request a new adapter."""
 
 
-# `__post_init__` looks up PeftType(PEFT_NAME), also where the config is imported before the method is registered.
+# `__post_init__` looks up PeftType(PEFT_NAME), even if the config is imported before the method is registered.
 private.extend_peft_types(PEFT_NAME)
 
 
 @dataclass
 class AdapterOptions:
-    """Options of an adapter, the same in all of its layers. A new option is one field here.
+    """Options of an adapter, the same in all of its layers. To add an option, add a field here.
 
-    `LoRASBConfig`, and so `patch` and saved files, and `layer.adapters[name]` then have it. List it in `COPIED`
-    (serving/basis.py) or `DESCRIBING` (tuner/loading.py) if it belongs to the factors that adapters share or swap.
+    `LoRASBConfig` (and so `patch` and saved files) and `layer.adapters[name]` then have it. If it belongs to the
+    factors that adapters share or swap, list it in `COPIED` (serving/basis.py) or `DESCRIBING` (tuner/loading.py).
     """
 
     lora_dropout: float = 0.0  # probability of dropping an element of x on the adapter's path
@@ -61,7 +61,7 @@ class AdapterOptions:
 
 
 def _with_options(config: type[T]) -> type[T]:
-    """Add the options that a configuration does not declare, after its fields; PEFT reads a class's own annotations."""
+    """Add options that a config class does not declare, after its fields; PEFT reads only a class's own annotations."""
     for one in fields(AdapterOptions):
         if one.name not in config.__annotations__:
             config.__annotations__[one.name] = one.type
@@ -76,46 +76,46 @@ class LoRASBConfig(PeftConfig):
 
     Args:
         r: rank, at most 256. `None` means 64, capped at a smaller layer's min(in_features, out_features); an explicit
-            rank above that is an error which names the layer.
+            rank above that is an error that names the layer.
         target_modules: names (matched by suffix) of linears, embeddings, convolutions or attention; a regex; or
-            "all-linear", without output embeddings and modules that are missing from the base's checkpoint (heads,
+            "all-linear", which leaves out output embeddings, and modules missing from the base's checkpoint (heads,
             poolers), which are trained in full.
-        target_parameters: names (matched by suffix) of parameters, such as experts' 3-D weights: every matrix of one
-            gets its own A, R and B. Experts that compute as Mixtral's and Qwen3-MoE's are opened into linears, others
-            are computed with the sum of weights.
+        target_parameters: names (matched by suffix) of parameters, such as experts' 3-D weights: every matrix in one
+            gets its own A, R and B. Experts that compute like Mixtral's and Qwen3-MoE's are opened into linears;
+            others compute with the sum W + s·B·R·A.
         exclude_modules: names or a regex of modules to leave alone.
         layers_to_transform: indices of the blocks to adapt; `layers_pattern` names the list they index.
         rank_pattern: name or regex -> rank, for layers that differ from `r`.
         lora_dropout: probability of dropping an element of the adapter's input.
-        basis: name of an adapter of the model, whose A, B, layers, ranks and s this one shares. R alone is trained and
+        basis: name of an adapter of the model whose A, B, layers, ranks and s this one shares. Only R is trained and
             saved, with the digest of A and B.
-        basis_start: R of an adapter on a basis: "zero", or "same", a copy of the basis's.
+        basis_start: initial R of an adapter on a basis: "zero", or "same" for a copy of the basis's R.
         bias: biases of the base that are trained and saved too: "none", "all" or "lorasb_only" (or "lora_only"),
             those of the adapted layers. With trained biases a disabled adapter is not the base model.
         scaling: s. Needs no tuning: LoRA-SB's equivalent gradient does not depend on s (Theorem 5).
-        init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W, Σ in A as its authors have it), "lora-xs-output" (Σ in
+        init: "update" (LoRA-SB, Eq. 6-8), "lora-xs" (SVD of W, Σ in A as its authors do), "lora-xs-output" (Σ in
             B), "kaiming" (SVD of a random matrix, Table 5) or "random" (orthonormal A and B, R = 0: the control). All
             but the first need no data: the adapter is initialized when the model is patched.
-        init_seed: seed of a data-free init when a model is patched; not of `lorasb.initialize(model, seed=...)`.
+        init_seed: seed of a data-free init when a model is patched; not used by `lorasb.initialize(model, seed=...)`.
         lora_alpha: only for init="lora-xs" and "lora-xs-output", whose scaling is alpha/r. Defaults to r for language
             models and to 16 for classification.
         equivalent_gradient: replace R's gradient by Theorem 3's closed form. Needed only where the factors are not
-            orthonormal; with LoRA-SB's own it changes nothing but s.
+            orthonormal; with LoRA-SB's own factors it only cancels s.
         wide_factors: keep A and B in fp32 over a base in 16 bits, and compute the adapter in fp32, as PEFT's LoRA
-            does, for more memory and time.
+            does; this takes more memory and time.
         modules_to_save: modules that are trained and saved in full. Modules that are missing from the base's
             checkpoint, such as a classification head, are added automatically.
-        trainable_token_indices: rows of the input embedding that are trained with the adapter, or rows by the name of
-            an embedding, as in PEFT's LoraConfig.
-        ensure_weight_tying: let a head that is tied to the input embedding follow what is trained of it through
+        trainable_token_indices: rows of the input embedding that are trained with the adapter, or embedding name ->
+            rows, as in PEFT's LoraConfig.
+        ensure_weight_tying: let a head tied to the input embedding follow the embedding's training through
             `modules_to_save` or `trainable_token_indices`, as in PEFT's LoraConfig.
         init_provenance: written by `lorasb.initialize`: data, seed, learning rate, samples, versions.
-        layer_kinds: written when a model is patched: kind and shape of adapted parameters that are no linear's weight.
+        layer_kinds: written when a model is patched: kind and shape of adapted parameters other than a linear's weight.
         base_fingerprint: written when a model is patched: sampled weights that identify the base model.
         check_base: compare the base model with a loaded adapter's fingerprint, and write one when a model is patched.
             `PeftModel.from_pretrained(base, folder, check_base=False)` loads an adapter on another base.
         group: compute linears that read the same input (q, k and v; gate and up) in one call. None: on machines with a
-            GPU, where it halves the host's time per layer; on CPUs it gained nothing. One False turns it off.
+            GPU, where it halves the host time per layer; on CPUs it gained nothing. One adapter's False turns it off.
 
     Raises:
         ValueError: a field has a value that no model can use; the message says which are allowed.
@@ -152,10 +152,10 @@ class LoRASBConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._weights_follow = False
-        self.start_at: str | None = None  # whose R an adapter on a basis starts at a copy of
+        self.start_at: str | None = None  # the adapter whose R is copied to start one on a basis
         self.saved_names: tuple[str, ...] | None = None  # of the tensors in the file next to this config
         self.source: tuple[str, dict[str, Any]] | None = None  # the folder or hub name it was read from, and options
-        self.awaits_weights = False  # between the injection of an adapter and the loading of its file
+        self.awaits_weights = False  # True between an adapter's injection and the loading of its file
         self.peft_type = PeftType(PEFT_NAME)
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
@@ -172,7 +172,7 @@ class LoRASBConfig(PeftConfig):
         for name in ("rank_pattern", "modules_to_save", "layers_pattern"):
             values = getattr(self, name) or ()
             for value in [values] if isinstance(values, str) else values:
-                check_pattern(value, name, MAX_REPEATS - 1)  # matched behind a prefix that may be anything
+                check_pattern(value, name, MAX_REPEATS - 1)  # matched after an arbitrary prefix
 
     def _check_ranks(self) -> None:
         ranks = [("r", self.r)] if self.r is not None else []
@@ -203,7 +203,7 @@ class LoRASBConfig(PeftConfig):
         if alpha is not None and not self.init.startswith("lora-xs"):
             raise ValueError(f"lora_alpha belongs to init='lora-xs', got init={self.init!r}: use scaling=...")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too")
+            raise ValueError("layers_pattern names the list of layers_to_transform: give layers_to_transform too")
         regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         if regex and self.layers_to_transform is not None:
             raise ValueError(f"layers_to_transform: select the layers in the regex {self.target_modules!r} itself")
@@ -215,13 +215,13 @@ class LoRASBConfig(PeftConfig):
         return self._weights_follow or (provenance is not None and not isinstance(provenance, WrittenHere))
 
     def weights_follow(self) -> LoRASBConfig:
-        """Mark that the caller writes A, R and B of the next adapter made from this config: no init runs."""
+        """Declare that the caller writes A, R and B of the next adapter made from this config: no init runs."""
         self._weights_follow = True
         return self
 
     def start_over(self) -> None:
         """Restore the fields that patching another model has resolved, so that one config serves several models."""
-        # Without this, ranks capped for a small model, or its target names, would be explicit requests for the next.
+        # Otherwise ranks capped for a small model, or its target names, would be explicit requests for the next model.
         self.__dict__.update(getattr(self, "_asked", {}))
         for name in ("init_provenance", "base_fingerprint"):
             if isinstance(getattr(self, name), WrittenHere) and not self._weights_follow:
@@ -273,19 +273,19 @@ class LoRASBConfig(PeftConfig):
 
 
 def ranks_by_name(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """The largest rank, and a `rank_pattern` of the others, each of which matches one layer by its whole name."""
+    """The largest rank, and a `rank_pattern` of the others, each of which matches one layer by its full name."""
     largest = max(ranks.values())
     return largest, {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
 
 
 def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:
-    """Warn of an embedding that PEFT saved with the adapter, as it does for a vocabulary that was resized."""
+    """Warn about an embedding that PEFT saved with the adapter, as it does after the vocabulary was resized."""
     names = [name for name in safetensors_header(weights) if name.endswith(EMBEDDINGS)]
     found = [name for name in names if not any(name.endswith(f".{module}.weight") for module in trained)]
     if found:
         warnings.warn(
-            f"{found[0]} is in the adapter file, as the vocabulary was resized or save_embedding_layers asks: it loads "
-            "on a base with the same values only. Name it in modules_to_save, or rows in trainable_token_indices",
+            f"{found[0]} is in the adapter file, as the vocabulary was resized or save_embedding_layers is set: it "
+            "loads only on a base with the same values. Name it in modules_to_save, or rows in trainable_token_indices",
             stacklevel=4,
         )
 
@@ -301,8 +301,8 @@ TASK_BY_SUFFIX = {
 
 def infer_task_type(model: Any) -> str | None:
     """PEFT's task type for a transformers model; None if its class name fits none."""
-    # PEFT's task-specific wrappers pass `input_ids`, so audio and vision models get the generic wrapper; two of them
-    # pass `inputs_embeds`, too, which CLIP hands on to encoders that have their own.
+    # PEFT's task-specific wrappers pass `input_ids`, so audio and vision models get the generic wrapper; two of
+    # these wrappers also pass `inputs_embeds`, which CLIP passes on to encoders that have their own.
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters:
         return None

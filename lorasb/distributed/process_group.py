@@ -1,4 +1,4 @@
-"""Collectives over torch.distributed's default group that are no-ops in a single process, and errors on every rank."""
+"""Collectives over torch.distributed's default group, no-ops in a single process; and errors raised on every rank."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Processes:
         return [part.cpu() for part in gathered]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Σ over ranks, bitwise equal on every rank. May overwrite `tensor`."""
+        """Sum over ranks, bitwise equal on every rank. May overwrite `tensor`."""
         if not self.is_distributed:
             return tensor
         buffer = self._buffer(tensor)
@@ -92,7 +92,7 @@ class Processes:
         self.raise_on_every_rank(error, doing)
 
     def raise_on_every_rank(self, error: BaseException | None, doing: str = "initialization") -> None:
-        """Raise `error` where there is one, and a RuntimeError on the ranks that have none."""
+        """Raise `error` on the ranks that have one, and then a RuntimeError on all others."""
         if self.is_distributed:  # a rank that continued alone would wait in the next collective forever
             failed = [rank for rank, bad in enumerate(self.all_gather(int(error is not None))) if bad]
             if failed and error is None:
@@ -102,13 +102,13 @@ class Processes:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The unsharded value of a tensor; a collective where FSDP2 has made it a DTensor."""
+    """The unsharded value of a tensor; a collective if FSDP2 has made it a DTensor."""
     value: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return value.detach()
 
 
 def sharded(model: nn.Module) -> bool:
-    """True if a parameter is a DTensor (FSDP2): a forward then all-gathers, so every rank has to run the same ones."""
+    """True if a parameter is a DTensor (FSDP2): a forward then all-gathers, so every rank must run the same ones."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""A and B under sharding: restored where FSDP resumes from R alone, gathered where DeepSpeed ZeRO-3 saves."""
+"""A and B under sharding: restored when FSDP resumes from R alone, gathered when DeepSpeed ZeRO-3 saves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def keep_factors(layers: Mapping[str, AdaptedLayer], name: str, first: bool) -> 
             # One layer at a time: no rank ever holds the gathered factors of all layers on its GPU.
             with deepspeed.zero.GatheredParameters(list(frozen.values())):
                 if first:
-                    # `clone`: on a CPU run `cpu()` is no copy, and ZeRO frees the storage when the block is left.
+                    # `clone`: on a CPU run `cpu()` does not copy, and ZeRO frees the storage when the block is left.
                     gathered = {factor: p.detach().cpu().clone() for factor, p in frozen.items()}
                     _factor_copies.setdefault(layer, {})[name] = gathered
 
@@ -59,7 +59,7 @@ def with_kept_factors(tensors: dict[str, Tensor], model: nn.Module, name: str) -
 
 
 def restore_factors(layers: dict[str, AdaptedLayer], name: str, folders: Iterable[Path]) -> bool:
-    """Load A and B from the first saved adapter with the layers' R; True if found. A collective: rank 0 reads files."""
+    """Load A and B from the first saved adapter that has the same R; True if found. A collective: rank 0 reads."""
     processes = Processes()
     # Before the files are read, and on every rank: gathering a sharded R is a collective.
     cores = {layer: full_tensor(module.lorasb_R[name]) for layer, module in layers.items()}
@@ -87,7 +87,7 @@ def _read_matching(
             continue
         tensors = read_tensors(folder)
         saved = group_by_layer(tensors)
-        # Bitwise equality of R identifies the adapter: A and B of another run would give a wrong model silently.
+        # Bitwise equality of R identifies the adapter: A and B of another run would silently give a wrong model.
         if all(layer in saved and torch.equal(saved[layer]["lorasb_R"], core.cpu()) for layer, core in cores.items()):
             check_tensors(tensors, {layer: module.shapes(name) for layer, module in layers.items()})
             return saved

@@ -1,4 +1,4 @@
-"""Exact export to plain LoRA, as files or, step by step, as tensors: A stays, B becomes s·B·R.
+"""Exact export to plain LoRA, as files or, step by step, as tensors: A is unchanged, B becomes s·B·R.
 
 Stock PEFT, vLLM and llama.cpp read it without lorasb.
 """
@@ -36,9 +36,9 @@ from ..utils.reading import Json, read_json, read_text
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 FORMATS = ("peft", "vllm", "gguf")
-EXPORTED = "Exported by lorasb"  # in the card
+EXPORTED = "Exported by lorasb"  # marks our cards
 Pair = tuple[Tensor, Tensor]  # A and B
-BIASES = {"all": "all", "lorasb_only": "lora_only", "lora_only": "lora_only"}  # PEFT's names of our fields' values
+BIASES = {"all": "all", "lorasb_only": "lora_only", "lora_only": "lora_only"}  # our values of `bias` -> PEFT's
 COPIED_FIELDS = (
     *("base_model_name_or_path", "revision", "task_type", "target_modules", "target_parameters", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "modules_to_save", "auto_mapping"),
@@ -61,9 +61,9 @@ def export_lora(
         model: a patched model, or the folder of a saved adapter.
         path: the folder to write: adapter_config.json, adapter_model.safetensors, README.md; or adapter.gguf.
         adapter_name: which adapter of the model; the active one by default.
-        dtype: of the written tensors; fp32 keeps R's precision.
-        format: "peft" for PEFT, and for vLLM where no experts are adapted; "vllm" with a linear for each expert, at a
-            rank that vLLM takes; or "gguf" for llama.cpp, in fp32 (`lorasb.export.lora.ARCHITECTURES`).
+        dtype: dtype of the written tensors; fp32 keeps R's precision.
+        format: "peft" for PEFT, and for vLLM if no experts are adapted; "vllm" with a linear for each expert, at a
+            rank that vLLM accepts; or "gguf" for llama.cpp, in fp32 (`lorasb.export.lora.ARCHITECTURES`).
         quiet: do not print the serving command.
 
     Returns:
@@ -72,7 +72,7 @@ def export_lora(
     Raises:
         ValueError: no initialized adapter, several active ones and no `adapter_name`, values not finite in `dtype`, an
             unknown format or model type, or a LoRA-SB adapter in `path`.
-        ImportError: no gguf.
+        ImportError: gguf is not installed.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -107,7 +107,7 @@ def export_lora(
 
 
 def _refuse_adapters_folder(folder: Path) -> None:
-    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, whose R it does not have, or a README."""
+    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, and so lose its R, or another README."""
     try:
         kind = read_json(folder / CONFIG_NAME).get("peft_type")
     except (OSError, ValueError):
@@ -116,7 +116,7 @@ def _refuse_adapters_folder(folder: Path) -> None:
         raise ValueError(f"{folder} has a LoRA-SB adapter, which the plain LoRA would replace: name another folder")
     card = folder / "README.md"
     if card.is_file() and EXPORTED not in read_text(card):
-        raise ValueError(f"{card} is no export's, and would be replaced: name another folder")
+        raise ValueError(f"{card} is not an export's, and would be replaced: name another folder")
 
 
 def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Path) -> str:
@@ -140,7 +140,7 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
 
 
 def _vllm_rank(rank: int) -> int:
-    return next((choice for choice in VLLM_RANKS if choice >= rank), rank)  # ours end at MAX_RANK, 256
+    return next((choice for choice in VLLM_RANKS if choice >= rank), rank)  # our ranks end at MAX_RANK, 256
 
 
 def serve_command(base: str | None, folder: Path, rank: int) -> str:
@@ -183,7 +183,7 @@ def _lora_factors(name: str, factors: dict[str, Tensor], scaling: float, rank: i
 
 
 def fuse_experts(factors: dict[str, Pair]) -> dict[str, Pair]:
-    """Factors of experts in PEFT's layout: A [E·r, in], expert by expert, and B [out, r·E], the expert fastest."""
+    """Factors of experts in PEFT's layout: A [E·r, in], expert by expert, and B [out, r·E], experts fastest-varying."""
     joined = {name: pair for name, pair in factors.items() if parameter_of(name) is None}
     groups: dict[str, list[str]] = {}
     for name in factors:
@@ -215,7 +215,7 @@ def _lora_config(config: Json, rank: int) -> Json:
     }
 
 
-# Of gate, up and down, and of the block's module, where a checkpoint has others than most: by config.model_type.
+# Names of gate, up and down, and of the block's module, by config.model_type; some checkpoints have unusual ones.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 OF_MIXTRAL = (("w1", "w3", "w2"), ".mlp.experts", ".block_sparse_moe.experts")
 OTHER_NAMES = dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2"), OF_MIXTRAL)
@@ -223,10 +223,10 @@ OTHER_NAMES["lfm2_moe"] = (("w1", "w3", "w2"), "", "")
 
 
 def in_pefts_layout(factors: Mapping[str, Pair], kinds: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
-    """State dict entries of layers' lora_A [r, in] and lora_B [out, r], by the config's `layer_kinds`."""
+    """State dict entries of layers' lora_A [r, in] and lora_B [out, r], according to the config's `layer_kinds`."""
     for name, kind in kinds.items():
         if kind[0] == SLICE:
-            raise ValueError(f"{name!r} has a layout that no LoRA knows: merge the adapter (model.merge_and_unload())")
+            raise ValueError(f"no plain LoRA has the layout of {name!r}: merge the adapter (model.merge_and_unload())")
     entries: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         what, _, groups, *shape = kinds.get(name, (None, "weight", 1))
@@ -234,7 +234,7 @@ def in_pefts_layout(factors: Mapping[str, Pair], kinds: Mapping[str, Sequence[An
         if what == EMBEDDING:
             entries |= {f"{start}.lora_embedding_A": a, f"{start}.lora_embedding_B": b}
             continue
-        # Measured with PEFT 0.21.2, plain LoRA of nn.MultiheadAttention: it computes out_proj's update doubled.
+        # Measured with PEFT 0.21.2: its plain LoRA of nn.MultiheadAttention adds out_proj's update twice.
         if what == ATTENTION or groups != 1:
             reason = "nn.MultiheadAttention, whose output projection PEFT's LoRA updates twice"
             if what == CONVOLUTION:
@@ -249,7 +249,7 @@ def in_pefts_layout(factors: Mapping[str, Pair], kinds: Mapping[str, Sequence[An
 # vLLM expands its module `experts` to one entry per expert and projection, `experts.{e}.{name}`, with the checkpoint's
 # names (`process_packed_modules_mapping`, vllm/lora/utils.py); it does not read PEFT's layout of `target_parameters`.
 def per_expert(factors: dict[str, Pair], model_type: str | None) -> dict[str, Pair]:
-    """Every layer's lora_A [r, in] and lora_B [out, r] by vLLM's names."""
+    """Every layer's lora_A [r, in] and lora_B [out, r] under vLLM's names."""
     named: dict[str, Pair] = {}
     (gate, up, down), mine, theirs = OTHER_NAMES.get(model_type or "", (PROJECTIONS, "", ""))
     for name, (a, b) in factors.items():
@@ -291,14 +291,14 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
     if kind not in ARCHITECTURES:
         raise ValueError(f"no GGUF adapter for model type {kind!r}: expected one of {', '.join(sorted(ARCHITECTURES))}")
     architecture, permuted = ARCHITECTURES[kind]
-    # the gguf package maps its enum to names; this is the way back
+    # the gguf package maps its enum to names; this inverts it
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     written: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
         match = GGUF_KEY.match(key)
         if match is None:
-            raise ValueError(f"{key} is no factor of a linear layer, as GGUF adapters need: merge the model")
+            raise ValueError(f"GGUF adapters have only factors of linear layers, got {key}: merge the model")
         layer, factor = match.groups()
         # llama.cpp reads lora_a and lora_b under the base tensor's name
         tensor_name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
@@ -340,7 +340,7 @@ def base_config(model: object, name: str | None) -> Any:
         return AutoConfig.from_pretrained(name or "")  # of a folder, or of the Hub
     except (OSError, ValueError, TypeError, AttributeError):
         raise ValueError(
-            f"this format needs its base's configuration, and there is none in {name or 'no folder'!r}: export from "
+            f"this format needs its base's configuration, but found none in {name or 'no folder'!r}: export from "
             "the patched model"
         ) from None
 
@@ -352,16 +352,16 @@ PARTS = ("lora", "basis", "core")  # of `adapter_delta`
 def adapter_delta(
     model: nn.Module, part: str = "lora", *, adapter_name: str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """An adapter's tensors for a process that serves the same base: no weight is merged, none of the base is sent.
+    """An adapter's tensors for a process that serves the same base: no weight is merged, no base weight is sent.
 
     A trainer sends `adapter_delta(model, "basis")` once, and "core" after every step: 4·r² bytes per layer, 3.7 MB for
-    the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA of the two with `lora_of`.
+    the 224 linears of a 7B Llama at r = 64. The other side makes the plain LoRA from both with `lora_of`.
 
     Args:
         model: a patched model.
         part: "lora" (lora_A = A, lora_B = s·B·R, by PEFT's names), "basis" (A [r, in] and s·B [out, r]) or "core" (R).
         adapter_name: which adapter; the active one by default.
-        dtype: of the tensors; the factors' by default; fp32 for "lora", and for B if s != 1.
+        dtype: dtype of the tensors; the factors' by default, but fp32 for "lora", and for B if s != 1.
 
     Returns:
         Tensors by name, on the model's device; those of "basis" and "core" are the adapter's own where no dtype or
@@ -397,13 +397,13 @@ def lora_of(
     kinds: Mapping[str, Sequence[Any]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """The plain LoRA of a basis and R's, as `adapter_delta(model)` gives it on the trainer's side: lora_alpha = r.
+    """The plain LoRA of a basis and R's, as `adapter_delta(model)` returns it on the trainer's side: lora_alpha = r.
 
     Args:
-        basis: of `adapter_delta(model, "basis")`.
-        core: of `adapter_delta(model, "core")`.
+        basis: result of `adapter_delta(model, "basis")`.
+        core: result of `adapter_delta(model, "core")`.
         kinds: `layer_kinds` of the adapter's config, if it has embeddings or convolutions.
-        dtype: of the result; products are fp32.
+        dtype: dtype of the result; products are fp32.
 
     Raises:
         ValueError: the two do not have the same layers.

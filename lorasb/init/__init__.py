@@ -1,4 +1,4 @@
-"""LoRA-SB initialization: ΣG of every target, the truncated SVD of its sign, and A, R and B written into the layers."""
+"""LoRA-SB initialization: sum each target's gradients (ΣG), take the truncated SVD of the sign, write A, R and B."""
 
 from .auto_rate import first_step_lr as first_step_lr
 from .init_report import InitReport as InitReport

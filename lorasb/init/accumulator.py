@@ -1,4 +1,4 @@
-"""Sums of weight gradients from hooks: ΣG += dyᵀ x in fp32, where no weight has a gradient (quantized, sharded)."""
+"""Sum weight gradients in hooks, ΣG += dyᵀ x in fp32, for weights without a gradient (quantized, sharded)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .svd import MomentSketch, SignBits, energies
 
 @dataclass(frozen=True)
 class GradientSigns:
-    """sign(G) of one layer, and what is measured of G's values with it."""
+    """sign(G) of one layer, with statistics of G's values."""
 
     bits: SignBits
     squares: float  # ‖G‖²
@@ -28,16 +28,16 @@ class GradientSigns:
 
 
 class LayerSum:
-    """ΣG [out, in] of one layer, in fp32 (fp64 for fp64 models); a `sketch` takes the samples' second moments, too."""
+    """ΣG [out, in] of one layer, in fp32 (fp64 for fp64 models); with a `sketch`, also the samples' second moments."""
 
     def __init__(self, sketch: MomentSketch | None = None) -> None:
         self.total: Tensor | None = None
         self.sketch = sketch
-        self._pair: tuple[Tensor, Tensor] | None = None  # dy and x of a single call, where they take less memory than G
+        self._pair: tuple[Tensor, Tensor] | None = None  # dy and x of a single call, if smaller than G
         self._signs: GradientSigns | None = None
 
     def add(self, dy: Tensor, x: Tensor, last: bool = False) -> None:
-        """G += dyᵀ x for dy [..., out] and x [..., in]; at the `last`, the kernel packs the signs in its epilogue."""
+        """G += dyᵀ x for dy [..., out] and x [..., in]; on the `last`, the kernel's epilogue packs the signs."""
         if self.sketch is not None:
             self.sketch.add(dy, x)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -50,11 +50,11 @@ class LayerSum:
         self._add_product(dy, x, self._take_signs if last else _op("gradient_add"))
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """G += a gradient [out, in] that the layer itself has computed, fp32 or wider."""
+        """Add to G a gradient [out, in] that the layer itself computed, in fp32 or wider."""
         if self.sketch is not None:
             raise ValueError(
-                "update='per-sample' needs dy and x of linear layers, and a target is an embedding, a convolution or "
-                "attention: name it in exclude_modules, or take another update"
+                "update='per-sample' needs dy and x of linear layers, but a target is an embedding, a convolution or "
+                "attention: name it in exclude_modules, or choose another update"
             )
         self._multiply_pair()
         self._signs = None
@@ -78,10 +78,10 @@ class LayerSum:
         op(dy, x, self.total, fresh)
 
     def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> GradientSigns:
-        """Add dyᵀ x and take the signs and counts of the result; without a `total` only these are written."""
+        """Add dyᵀ x and return the result's signs and counts; without a `total`, the sum itself is not stored."""
         words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
         counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
-        # Without zeros and NaN the nonzero plane is all ones, and not worth its memory.
+        # Without zeros or NaN, the nonzero plane is all ones and is dropped to save memory.
         bits = SignBits(words, (dy.shape[1], x.shape[1]), nonzero if counts[ZEROS] or counts[BAD] else None)
         self._signs = GradientSigns(bits, float(counts[SQUARES]), int(counts[ZEROS]), not counts[BAD])
         return self._signs
@@ -94,7 +94,7 @@ class LayerSum:
         return self.total
 
     def signs(self) -> GradientSigns:
-        """sign(G), taken at the `last` addition or here."""
+        """Return sign(G), computed in the `last` addition or here."""
         if self._signs is not None:
             return self._signs
         total = self.value()
@@ -117,14 +117,14 @@ def _op(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """The number of changes in place; inference tensors count none, and cannot change outside of inference mode."""
+    """Return the number of in-place changes; 0 for inference tensors, which cannot change outside inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class GradientSums:
-    """Sums dyᵀ x of linear layers, by name, inside its block, whenever a backward reaches their outputs.
+    """Context manager that sums each layer's dyᵀ x, by name, whenever a backward reaches the layer's output.
 
-    A layer's forward counts if `active` returns True. `sketch` makes a layer's empty `MomentSketch`, or None.
+    A forward counts only if `active` returns True. `sketch(name)` returns a layer's empty `MomentSketch`, or None.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class GradientSums:
         sketch: Callable[[str], MomentSketch | None] = lambda name: None,
     ) -> None:
         self.layers, self.sketch, self._active = layers, sketch, active
-        self.sums: dict[str, LayerSum] = {}  # of the layers that backward reached
+        self.sums: dict[str, LayerSum] = {}  # only of layers that backward reached
         self.called: set[str] = set()  # the layers that ran, whether backward reached them or not
         self.called_inactive: set[str] = set()  # the layers that ran while `active` was false
-        self.closing = False  # set before the last forward: the last addition to a layer takes the signs
+        self.closing = False  # set before the last forward: a layer's last addition then also takes the signs
         self.muted = False  # set for a forward whose gradients do not count
         self._pending: Counter[str] = Counter()  # calls whose backward is still to come
         self._hooks = ExitStack()
@@ -164,36 +164,36 @@ class GradientSums:
         return not active
 
     def _hook(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        # No tokens: an expert that nothing was routed to is often called all the same.
+        # No tokens: models often call an expert even if nothing was routed to it.
         if inputs[0].numel() == 0 or self._ignores(name):
             return None
         if not output.requires_grad:
-            # With all weights frozen, autograd would build no graph up to here. `clone`: a leaf that requires gradients
-            # may not be changed in place, as models do with `+=`.
+            # With all weights frozen, there is no graph up to this point. `clone`: models change outputs in place
+            # (`+=`), which autograd forbids for a leaf that requires gradients.
             output = output.detach().requires_grad_(True).clone()
-        if self.muted:  # in the graph all the same: under FSDP2 every rank has to run the same backward
+        if self.muted:  # still in the graph: under FSDP2 every rank has to run the same backward
             return output
         self.called.add(name)
         self._pending[name] += 1
-        # F.linear of three dimensions returns a view, whose hook an operation in place on it would leave out: that of
-        # the product itself stays. A quantizer's function may return a view of what has no gradient.
+        # For 3-D inputs F.linear returns a view, and an in-place operation on the view would bypass its hook: hook the
+        # underlying product instead. A quantizer's function may return a view of a tensor without gradient.
         root = output if output._base is None else output._base
         is_whole = root.numel() == output.numel() and root.is_contiguous() and output.is_contiguous()
         if not (is_whole and root.requires_grad):
             root = output = output.clone()
-        x = inputs[0].detach()  # with the version counter of the input
+        x = inputs[0].detach()  # shares the input's version counter
         root.register_hook(partial(self._add, name, x, version_of(x)))
-        # Tensor hooks run in the order of registration, so hooks that others register on this output later (the
-        # loss rescales the gradient at the logits) would run after ours. They go onto a view, nearer to the loss.
+        # Tensor hooks run in registration order, so hooks that others later register on this output (the loss
+        # rescales the gradient at the logits) would run after ours. On a view, nearer to the loss, they run first.
         return output.view_as(output)
 
     def _tap(self, name: str, layer: LoRASBWeight, weight: Tensor) -> Tensor:
-        """For layers whose weight's gradient is not dyᵀ x: the weight goes through here on its way into the module."""
+        """Hook a weight on its way into its module, for layers whose weight gradient is not dyᵀ x."""
         if self._ignores(name):
             return weight
         tapped = weight.detach().requires_grad_(True).view_as(weight)
         if not self.muted:
-            # All experts of a parameter go through, and those that no token was routed to have not run.
+            # All experts of a parameter pass through here, even those without routed tokens, which have not run.
             if layer.unfolding.kind != SLICE:
                 self.called.add(name)
             tapped.register_hook(partial(self._add_own, name, layer))
@@ -212,7 +212,7 @@ class GradientSums:
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:
-        if version_of(x) != version:  # as autograd would say if the weight trained
+        if version_of(x) != version:  # autograd would raise too, if the weight trained
             raise ValueError(
                 f"the input of layer {name!r} was changed in place after it ran: write x = x + y, not x += y"
             )

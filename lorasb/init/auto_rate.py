@@ -1,10 +1,10 @@
-"""The learning rate of R: of the first step in a schedule, or measured by what a step does to the outputs of layers.
+"""The learning rate of R: a schedule's first-step rate, or a rate measured from how a step changes layer outputs.
 
-A step of AdamW changes every entry of R by about the rate, with the signs of its gradient. Where these align with
+An AdamW step changes every entry of R by about the rate, with the signs of its gradient. Where these signs align with
 u = A x of a token, ‖ΔR u‖ is about lr·r·‖u‖, and the layer's output W x changes by s·lr·r·‖A x‖, as B is orthonormal.
-Relative to the output that is ρ = lr·leverage, with the leverage s·r·rms‖A x‖ / rms‖W x‖. The best rates of a task
-differ by over a thousand times between ranks and starts, and their ρ by about four times: so the rate is ρ over the
-median leverage of the layers.
+Relative to the output, that is ρ = lr·leverage, with leverage = s·r·rms‖A x‖ / rms‖W x‖. A task's best rates differ by
+a factor of over a thousand between ranks and starts, but their ρ only by about four. So the rate is ρ over the layers'
+median leverage.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from ..layers.linear import LoRASBLinear
 from ..utils.checks import MAX_LR, check_lr
 from .task import AutoRate, Work, frozen_base, to_device
 
-# Relative change of a layer's output by an aligned step. In the committed sweeps (SmolLM2, the sign's start at r = 4,
-# 16 and 64) the best is 0.003 to 0.008 for chain_sum and 0.024 to 0.06 for word reversal, at every rank.
+# Relative change of a layer's output from an aligned step. In the committed sweeps (SmolLM2, starting from the sign at
+# r = 4, 16 and 64), the best are 0.003 to 0.008 for chain_sum and 0.024 to 0.06 for word reversal, at every rank.
 RHO = 0.015
-# Where nothing can be measured: this over s·r, since measured rates fall about as 1/r; 2e-3 at r = 64.
+# If nothing can be measured, the rate is this over s·r, as measured rates fall roughly as 1/r; 2e-3 at r = 64.
 FALLBACK = 0.128
 
 
 def _add_squares(total: Tensor, adapter: str, layer: LoRASBLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """A forward hook: add ‖A x‖² and ‖W x‖² over tokens."""
+    """Forward hook: add ‖A x‖² and ‖W x‖², summed over tokens, to `total`."""
     x, a = inputs[0], layer.lorasb_A[adapter]
-    if not a.is_meta:  # offloaded: there only inside of the layer's own forward with an adapter
+    if not a.is_meta:  # offloaded factors are present only inside the layer's own forward with an adapter
         u = x.to(a.dtype) @ a.t()
         found = [torch.linalg.vector_norm(part, dtype=torch.float32).square() for part in (u, output)]
         total += torch.stack(found).double().cpu()
 
 
 def measured_rate(work: Work) -> float:
-    """ρ over the median leverage of the linear layers that samples reach, by one forward; or `FALLBACK` / (s·r)."""
+    """Return ρ over the median leverage, in one forward, of linear layers that samples reach; or `FALLBACK` / (s·r)."""
     adapter = work.options.adapter
     ranks = [layer.adapters[adapter].r * layer.adapters[adapter].scaling for layer in work.layers.values()]
     fallback = FALLBACK / (statistics.median(ranks) or 1.0)
@@ -70,8 +70,8 @@ def measured_rate(work: Work) -> float:
 
 
 def _fall_back(rate: float, reason: str) -> float:
-    given = f"lr='auto' takes {rate:g}, before any trials, as {reason}"
-    warnings.warn(f"{given}: pass a rate, or try some (find_lr)", stacklevel=2)
+    given = f"lr='auto' falls back to {rate:g}, as {reason}"
+    warnings.warn(f"{given}: pass a rate, or search for one (find_lr)", stacklevel=2)
     return rate
 
 
@@ -88,19 +88,19 @@ def first_step_lr(
 def first_step_lr(
     lr: float | Literal["auto"], warmup_steps: float = 0, total_steps: int | None = None, rule: str = "schedule"
 ) -> float | AutoRate:
-    """η = peak lr / warm-up steps: the rate of the first step that moves (that of step 0 is 0), for `initialize`.
+    """Return η for `initialize`: peak lr / warm-up steps, the rate of the first step that moves (step 0 has rate 0).
 
-    The published code counts the batches of the loader from which it estimates gradients (3 examples each for
-    Mistral-7B) in place of the optimizer's steps (of 32), so that its η is 10 times smaller there:
+    The published code counts batches of its gradient-estimation loader (3 examples each for Mistral-7B) instead of
+    optimizer steps (of 32), so its η is 10 times smaller there:
     `first_step_lr(1e-4, 0.02, total_steps=len(loader) * epochs, rule="published")`.
 
     Args:
         lr: the schedule's peak learning rate, or "auto": `initialize` then measures it, and its report's `rate` is the
             peak to train with.
         warmup_steps: number of warm-up steps, or, below 1, their fraction of `total_steps`.
-        total_steps: for a fraction: optimizer steps of the run; with rule="published", batches of the loader times
-            epochs.
-        rule: "schedule", at least one step, a fraction rounded up; or "published", the fraction as it is.
+        total_steps: needed for a fraction: the run's optimizer steps; with rule="published", the loader's batches
+            times epochs.
+        rule: "schedule" (at least one step; a fraction is rounded up) or "published" (a fraction is not rounded).
 
     Raises:
         ValueError: a rate that is not positive, negative warm-up, a fraction without total_steps, an unknown rule, or
@@ -108,7 +108,7 @@ def first_step_lr(
     """
     if lr == "auto":
         if rule == "published":
-            raise ValueError("rule='published' repeats runs at their own rate: pass it in place of lr='auto'")
+            raise ValueError("rule='published' reproduces runs at their own rate: pass it instead of lr='auto'")
         return AutoRate(1.0 / first_step_lr(1.0, warmup_steps, total_steps, rule))
     check_lr(lr)
     if warmup_steps < 0:
@@ -130,5 +130,5 @@ def first_step_lr(
 
 
 def warmup_steps(share: float, total_steps: int) -> int:
-    """Number of warm-up steps of a share in [0, 1) of the run: rounded up, as `TrainingArguments.get_warmup_steps`."""
+    """Return a run's warm-up steps for a share in [0, 1), rounded up as in `TrainingArguments.get_warmup_steps`."""
     return math.ceil(share * total_steps)

@@ -1,7 +1,7 @@
-"""Recording a forward through a stack of blocks, so that each block can be recomputed and differentiated by itself.
+"""Record a forward through a stack of blocks, so that each block can be recomputed and differentiated separately.
 
-The hooks also verify that the model is a stack: anything but one tensor from block to block raises `NotAStackError`, as
-the recomputed gradients would be wrong without notice.
+The hooks also verify that the model is a stack: if anything but one tensor passes from block to block, they raise
+`NotAStackError`, as the recomputed gradients would be silently wrong.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .task import Layers
 
 
 class NotAStackError(ValueError):
-    """The model is no plain stack: blocks do not pass on a single tensor, or share other state."""
+    """The model is not a plain stack: its blocks do not pass on a single tensor, or share other state."""
 
 
 @dataclass(frozen=True)
 class Stack:
     """A list of blocks that are computed one at a time."""
 
-    name: str  # of the list in the base model
+    name: str  # the list's name in the base model
     blocks: list[nn.Module]  # the blocks, from the first to the last
     targets: list[Layers]  # targets of each block, by name
 
@@ -46,8 +46,8 @@ class Stack:
 
 
 def find_stack(model: nn.Module, layers: Layers, name: str | None = None) -> Stack:
-    """The ModuleList that holds most weights of the targets, or the one called `name`."""
-    # Blocks may contain lists of their own (experts), which hold fewer weights than the list of blocks.
+    """Return the ModuleList that holds the most target weights, or the one called `name`."""
+    # Blocks may contain nested lists (experts), which hold fewer weights than the list of blocks.
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if name is not None:
         lists = {n: m for n, m in lists.items() if n == name or n.endswith("." + name)}
@@ -61,8 +61,8 @@ def find_stack(model: nn.Module, layers: Layers, name: str | None = None) -> Sta
 
 
 def _stack(name: str, blocks: nn.ModuleList, layers: Layers) -> Stack:
-    """The stack of a list of blocks, with the targets assigned to the blocks that contain them."""
-    block_indices: dict[nn.Module, list[int]] = {}  # several for a module that blocks share
+    """Return the stack for a list of blocks, with each target assigned to the block that contains it."""
+    block_indices: dict[nn.Module, list[int]] = {}  # several if blocks share the module
     for i, block in enumerate(blocks):
         for module in block.modules():
             block_indices.setdefault(module, []).append(i)
@@ -83,13 +83,13 @@ def _count_weights(stack: Stack) -> int:
 
 HIDDEN = "hidden_states"
 MODIFIED_IN_PLACE = "something that passes between blocks is changed in place"
-Args = tuple[object, ...]  # of a block's forward
+Args = tuple[object, ...]  # positional arguments of a block's forward
 Kwargs = dict[str, object]
 
 
 @dataclass
 class Call:
-    """A block's arguments, as stored, and the autocast state of the call."""
+    """A block's stored arguments, and the autocast and random state of the call."""
 
     hidden: Tensor  # the hidden states
     args: Args  # positional arguments after the hidden states
@@ -105,7 +105,7 @@ class Call:
         kwargs = {name: _with_tensors(value, back) for name, value in self.kwargs.items()}
         # Backward runs after the forward's autocast context has ended, so it is entered again.
         kind, dtype = self.autocast
-        with _drawing(self.random, hidden), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        with _random_restored(self.random, hidden), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             if self.by_keyword:
                 return _hidden_of(block(*args, **{HIDDEN: hidden}, **kwargs))
             return _hidden_of(block(hidden, *args, **kwargs))
@@ -116,8 +116,8 @@ def _random(hidden: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _drawing(states: list[Tensor], hidden: Tensor) -> Iterator[None]:
-    """Draw from `_random`'s states inside; those from before come back."""
+def _random_restored(states: list[Tensor], hidden: Tensor) -> Iterator[None]:
+    """Set the random states that `_random` returned; restore the previous ones on exit."""
     with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
         torch.set_rng_state(states[0])
         if hidden.is_cuda:
@@ -129,19 +129,19 @@ def _drawing(states: list[Tensor], hidden: Tensor) -> Iterator[None]:
 class Traversal:
     """One forward through the stack."""
 
-    calls: dict[int, Call] = field(default_factory=dict)  # by index of the blocks that are not yet differentiated
+    calls: dict[int, Call] = field(default_factory=dict)  # by block index, for blocks not yet differentiated
     # tensors between blocks, from the first block's input to the last one's output. The graph is cut at each of them,
-    # so that no graph is longer than a block
+    # so that no graph spans more than one block
     leaves: list[Tensor] = field(default_factory=list)
     # outputs of targets that do not depend on hidden states (a position bias): only their own block may use them
     aside: list[Tensor] = field(default_factory=list)
-    # stored copies by id of the argument, so that an argument of many blocks (a mask) is stored once
+    # stored copies by the argument's id, so that an argument shared by many blocks (a mask) is stored once
     stored: dict[int, Tensor] = field(default_factory=dict)
     # every tensor that passed between blocks, with its version at that time. The references keep ids from being reused
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
-    # gradient at the output of the last block, later at the input of the last block differentiated
+    # gradient at the last block's output; later, at the input of the most recently differentiated block
     gradient: Tensor | None = None
-    counts: bool = True  # False if its gradients are not to be summed
+    counts: bool = True  # False if its gradients must not be summed
 
     def watch(self, tensor: Tensor) -> Tensor:
         """Record a tensor's version; returns the tensor."""
@@ -156,8 +156,8 @@ class Recorder:
         self.blocks, self.targets = stack.blocks, stack.targets
         self.store = store  # returns a block's input itself, or a copy on the host
         self.traversals: list[Traversal] = []  # finished, in order
-        self.above = False  # True while modules run that come after the last block
-        self._running: int | None = None  # index of the block that is in its forward
+        self.above = False  # True while modules after the last block run
+        self._running: int | None = None  # index of the block whose forward is running
         self._open: list[Traversal] = []  # traversals since the last backward
         self._passive = False  # a forward under no_grad, which a loss_fn may run: not recorded
 
@@ -166,8 +166,8 @@ class Recorder:
         """Register hooks on blocks and targets, and remove them on exit."""
         with ExitStack() as handles:
             for i, block in enumerate(self.blocks):
-                # Before FSDP2's pre-forward hook, which replaces the inputs by cast or wrapped ones: the identity of
-                # the hidden states is checked below.
+                # Must run before FSDP2's pre-forward hook, which replaces the inputs with cast or wrapped ones: the
+                # identity of the hidden states is checked below.
                 before = partial(self._before, i)
                 handles.enter_context(block.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
                 handles.enter_context(block.register_forward_hook(partial(self._after, i)))
@@ -177,12 +177,12 @@ class Recorder:
             yield
 
     def settle(self, counts: bool) -> None:
-        """After a backward: keep the traversals that got a gradient at the last block's output."""
+        """Check the traversals after a backward, and record those with a gradient at the last block's output."""
         for traversal in self._open:
             complete = len(traversal.leaves) > len(self.blocks)
             if not complete and any(leaf.grad is not None for leaf in traversal.leaves):
                 raise NotAStackError("a forward leaves the stack before its last block")
-            # A recomputation would see other values; autograd's own check covers only what it saved for backward.
+            # Recomputation would see different values; autograd's own check covers only what it saved for backward.
             if any(version_of(tensor) != version for tensor, version in traversal.versions):
                 raise NotAStackError(MODIFIED_IN_PLACE)
             if any(leaf.grad is not None for leaf in (*traversal.leaves[:-1], *traversal.aside)):
@@ -208,7 +208,7 @@ class Recorder:
             # A recurrent stack: the gradient at the top of the first traversal would come from the second one.
             if _depends_on(hidden, self._leaves()):
                 raise NotAStackError("block 0 runs more than once in a forward, on its own results")
-            # The cut: embeddings below need no gradient, and a gradient that reaches this leaf is noticed in `settle`.
+            # Cut the graph: embeddings below need no gradient, and `settle` detects gradients that reach this leaf.
             leaf = hidden.detach().requires_grad_(True)
             self._open.append(Traversal(leaves=[leaf]))
             self._store_call(self._open[-1].watch(leaf), args, kwargs)
@@ -216,19 +216,19 @@ class Recorder:
         traversal = self._open[-1] if self._open else Traversal()
         if len(traversal.calls) != i:
             raise NotAStackError(f"block {i} runs after block {len(traversal.calls) - 1}, or more than once")
-        # By identity: an operation between blocks makes another tensor, and no recomputation would repeat it.
+        # Compare identities: an operation between blocks makes a new tensor, and recomputation would not repeat it.
         if hidden is not traversal.leaves[-1]:
             raise NotAStackError(f"the input of block {i} is not the output of the block before")
         self._store_call(hidden, args, kwargs)
         return None
 
     def _inside(self, i: int, name: str, module: nn.Module, args: Args) -> None:
-        # Its sum would lack the gradient from that other call.
+        # The layer's sum would lack the gradient of the call outside.
         if torch.is_grad_enabled() and self._running != i:
             raise NotAStackError(f"layer {name!r} also runs outside of its block")
 
     def _aside(self, module: nn.Module, args: Args, output: object) -> Tensor | None:
-        """Have a target's output in the graph, so that a later block or the loss that gets it is noticed."""
+        """Put a target's output into the graph, so that its use by a later block or by the loss is detected."""
         recorded = self._open and not self._passive and self._running is not None and torch.is_grad_enabled()
         if not recorded or not isinstance(output, Tensor) or output.requires_grad:
             return None
@@ -237,12 +237,12 @@ class Recorder:
         return leaf.clone()  # a leaf may not be changed in place
 
     def _store_call(self, hidden: Tensor, args: Args, kwargs: Kwargs) -> None:
-        """Store a block's input and other arguments, which may not depend on earlier blocks."""
+        """Store a block's input and its other arguments; only the input may depend on earlier blocks."""
         traversal, leaves = self._open[-1], self._leaves()
         block = len(traversal.calls)
 
         def store_once(tensor: Tensor) -> Tensor:
-            """Store a tensor unless an earlier block of this traversal got it too."""
+            """Store a tensor, unless an earlier block of this traversal received it too."""
             if _depends_on(tensor, leaves):
                 raise NotAStackError(f"block {block} takes more from the blocks before than their hidden states")
             if id(tensor) not in traversal.stored:
@@ -272,7 +272,7 @@ class Recorder:
 
 
 def _depends_on(tensor: Tensor, leaves: set[int]) -> bool:
-    """True if a tensor was computed from one of the leaves, whose ids are given."""
+    """Return True if a tensor was computed from a leaf whose id is in `leaves`."""
     # Walks the graph without recursion. The nodes of leaves are `AccumulateGrad`, which have a `variable`.
     stack, seen = [tensor.grad_fn], set()
     while stack and id(tensor) not in leaves:
@@ -292,12 +292,12 @@ def _hidden_of(output: object) -> Tensor:
 
 
 def _with_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
-    """An argument with its tensors changed, those inside of tuples too, so that it can be passed again."""
+    """Return an argument with `change` applied to its tensors, also inside tuples, so that it can be passed again."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
         return _tuple_like(value, [_with_tensors(item, change) for item in value])
-    held = getattr(value, "__dict__", {}).values()  # a context that blocks write their results into
+    held = getattr(value, "__dict__", {}).values()  # e.g. a context object that blocks write results into
     depends = any(isinstance(one, Tensor) and one.requires_grad for one in held)
     if isinstance(value, MutableMapping | MutableSequence) or "Cache" in type(value).__name__ or depends:
         raise NotAStackError(f"blocks share a {type(value).__name__} that they may write to")
@@ -305,5 +305,5 @@ def _with_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
 
 
 def _tuple_like(value: tuple[object, ...], items: Sequence[object]) -> tuple[object, ...]:
-    """A tuple of the same type, which may be a named one."""
+    """Return `items` as a tuple of the same type as `value`, which may be a named tuple."""
     return cast("tuple[object, ...]", getattr(value, "_make", tuple)(items))

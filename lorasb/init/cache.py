@@ -1,4 +1,4 @@
-"""The signs of all layers on disk: another rank r needs no backward, and an interrupted run resumes.
+"""Cache all layers' signs on disk, so that another rank r needs no backward and an interrupted run can resume.
 
 One safetensors file holds the packed signs of every layer, the energies of G measured when it was made, and a key that
 identifies model, data and versions. While a layerwise run is in progress, a folder next to it (`.partial` appended to
@@ -33,16 +33,16 @@ from .block_recorder import Traversal
 from .svd import SignBits
 from .task import InitOptions, Layers
 
-FORMAT = "lorasb signs 1"  # in the header; to be raised if the layout changes
-WORDS, NONZERO, CURVE = "words", "nonzero", "curve"  # tensors of a layer
-DATA_FIELDS = ("num_samples", "data", "loss_fn")  # of the key; not compared if no batches are given
+FORMAT = "lorasb signs 1"  # in the header; increase the number if the layout changes
+WORDS, NONZERO, CURVE = "words", "nonzero", "curve"  # names of a layer's tensors
+DATA_FIELDS = ("num_samples", "data", "loss_fn")  # fields of the key that are compared only if batches are given
 SIGNS_SINCE = "0.1.0"  # the first version whose signs are bitwise equal to this one's: its caches are still valid
 HASHED_VALUES = 64  # values per weight, evenly spaced, in the hash of a model
 
 
 @dataclass(frozen=True)
 class CachedGradient(GradientSigns):
-    """A layer's signs, and the measurements of G that need its values."""
+    """A layer's signs, with the measurements that need G's values."""
 
     energies: Tensor  # ‖U_kᵀ G V_k‖² for k = 1, 2, ..., up to the rank that the cache was made at
 
@@ -51,30 +51,30 @@ class CachedGradient(GradientSigns):
         return self
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
-        """The stored energies; `u` and `vt` are not needed, as they span the subspaces that these were measured in."""
+        """Return the stored energies, which were measured in the subspaces that `u` and `vt` span: both are ignored."""
         return self.energies
 
 
 class Cache:
-    """The cache of one initialization: loads a finished file, which has to have the same key, or collects one."""
+    """The cache of one initialization: loads a finished file, whose key must match, or collects layers for one."""
 
     def __init__(self, path: str | os.PathLike[str], key: Json, data: bool) -> None:
         self.path, self.key = Path(path), key
-        self.data = data  # whether fields of the batches are compared, too
+        self.data = data  # whether `DATA_FIELDS` are compared too
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.facts: Json = {}
-        self.partial_key: Json = {}  # the key with the blocks and targets of a layerwise run: resuming needs the same
-        self.layers: dict[str, CachedGradient] = {}  # those added or loaded so far
+        self.partial_key: Json = {}  # `key` plus a layerwise run's blocks and targets: must match to resume
+        self.layers: dict[str, CachedGradient] = {}  # added or loaded so far
 
     def load(self, names: list[str]) -> dict[str, CachedGradient] | None:
-        """The layers of a finished cache, or None if there is no file."""
+        """Return the layers of a finished cache, or None if there is no file."""
         if self.path.is_dir():
             raise ValueError(f"expected a file for cache=, got the folder {self.path}: name a file in it")
         if not self.path.exists():
             return None
         layers, key, self.facts = read(self.path)
         self._compare(key, self.path, self.key)
-        # Layers that no sample reached have no signs, and are no reason to refuse the cache.
+        # Layers that no sample reached have no signs; their absence does not invalidate the cache.
         missing = [name for name in names if name not in layers and name not in self.facts["not_reached"]]
         if missing:
             raise ValueError(
@@ -84,7 +84,7 @@ class Cache:
         return {name: layers[name] for name in names if name in layers}
 
     def add(self, name: str, signs: GradientSigns, energies: list[float]) -> None:
-        """Add a layer, and the energies that were measured."""
+        """Add a layer's signs and its measured energies."""
         measured = torch.tensor(energies, dtype=torch.float64)
         self.layers[name] = CachedGradient(signs.bits.to("cpu"), signs.squares, signs.zeros, signs.finite, measured)
 
@@ -94,14 +94,14 @@ class Cache:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def resume(self, traversals: list[Traversal]) -> int | None:
-        """Load the finished blocks of an interrupted run, and the gradients of `traversals`."""
+        """Load an interrupted run's finished blocks and gradients of `traversals`; return the next block, or None."""
         boundary = self.partial / "boundary.safetensors"
         if not boundary.exists():
             return None
         self._compare(read_json(self.partial / "key.json"), self.partial, self.partial_key)
         block, gradients = int(safetensors_header(boundary)["__metadata__"]["block"]), read_tensors(boundary)
         for path in sorted(self.partial.glob("block-*.safetensors")):
-            # A block whose boundary was not written in time is computed again, and its file overwritten.
+            # A block whose boundary was not written in time is recomputed, and its file overwritten.
             if int(path.stem.partition("-")[2]) > block:
                 self.layers |= read(path)[0]
         # Traversals were recorded again by this run; only their gradients come from the file.
@@ -134,7 +134,7 @@ class Cache:
 
 
 def uncut_of(path: str | os.PathLike[str] | None) -> int | None:
-    """Number of blocks that the interrupted run of a cache left uncut (`plan.uncut_blocks`); None if there is none."""
+    """Return how many blocks a cache's interrupted run left uncut (`plan.uncut_blocks`), or None without such a run."""
     folder = Path(f"{path}.partial")
     if path is None or not (folder / "boundary.safetensors").is_file() or not (folder / "key.json").is_file():
         return None
@@ -142,7 +142,7 @@ def uncut_of(path: str | os.PathLike[str] | None) -> int | None:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], Json, Json]:
-    """Layers (by name), key and facts (loss, number of samples, ...) of a cache file."""
+    """Return the layers (by name), key and facts (loss, number of samples, ...) of a cache file."""
     metadata = safetensors_header(path).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no cache of lorasb's initialization: expected {FORMAT!r} in its header")
@@ -180,8 +180,8 @@ def versions() -> dict[str, str]:
 
 
 def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int, data: str | None) -> dict[str, object]:
-    """Everything that the signs of a model depend on, by field; a mismatch is reported by the field's name."""
-    # The rank and η are not among it: any adapter can be initialized from the same signs.
+    """Return everything that a model's signs depend on, by field; a mismatch is reported by field name."""
+    # The rank and η are not part of it: any adapter can be initialized from the same signs.
     return {
         "dtype": str(next(iter(layers.values())).base.dtype).removeprefix("torch."),
         "base weights": weights_hash(model),
@@ -189,24 +189,24 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
         "seed": options.seed,
         "num_samples": seen,
         "data": data,
-        "loss_fn": _name_of(options.loss_fn),
+        "loss_fn": _describe_loss(options.loss_fn),
         "versions": versions() | {"lorasb": SIGNS_SINCE},
     }
 
 
-def _name_of(loss: Any) -> str | None:
-    """A loss's name, and the numbers and texts that a partial, a closure or an object has for it; not its code."""
+def _describe_loss(loss: Any) -> str | None:
+    """Return a loss's name, with numbers and strings bound by a partial, closure or object; without its code."""
     if loss is None:
         return None
-    function = getattr(loss, "func", loss)  # of a partial
+    function = getattr(loss, "func", loss)  # unwraps a partial
     code = getattr(function, "__code__", None)
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
-    if code is None:  # an object: a name begins with _ for what Python or torch put there
+    if code is None:  # an object: names that begin with _ belong to Python or torch
         held = {key: value for key, value in getattr(function, "__dict__", {}).items() if key[0] != "_"}
-        held.pop("training", None)  # of a module, which computes the same in both modes
+        held.pop("training", None)  # set on modules; the loss is the same in both modes
     else:
         held = dict(zip(code.co_freevars, map(_content, getattr(function, "__closure__", None) or ()), strict=True))
-    if name.endswith("<lambda>") and code is not None:  # of several, which
+    if name.endswith("<lambda>") and code is not None:  # tells lambdas apart
         name += f", {Path(code.co_filename).name}, line {code.co_firstlineno}"
     held |= getattr(loss, "keywords", {}) | {str(i): value for i, value in enumerate(getattr(loss, "args", ()))}
     shown = {k: v if isinstance(v, str | int | float | None) else type(v).__qualname__ for k, v in held.items()}
@@ -214,7 +214,7 @@ def _name_of(loss: Any) -> str | None:
 
 
 def _content(cell: CellType) -> object:
-    """Value of a closure's variable; None before it has one."""
+    """Return the value of a closure's variable, or None if it has none yet."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -223,12 +223,12 @@ def _content(cell: CellType) -> object:
 
 @torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over name, shape, dtype and 64 values of every base weight; no values of offloaded weights."""
+    """Return the SHA-256 of every base weight's name, shape, dtype and 64 values (no values if offloaded)."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if "lorasb_" in name:
             continue
-        # A target's weight is renamed by its adapter; the hash should not depend on which layers are adapted.
+        # Adapting a layer renames its weight; the hash should not depend on which layers are adapted.
         digest.update(f"{name.replace('.base_layer', '')} {list(weight.shape)} {weight.dtype}".encode())
         for full in _plain_tensors(weight):
             flat = full.reshape(-1)
@@ -239,7 +239,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _plain_tensors(weight: Tensor) -> list[Tensor]:
-    """Return the unsharded weight (a collective under FSDP2), or the tensors of a quantizer's; none on meta."""
+    """Return the unsharded weight (a collective under FSDP2), or a quantized weight's tensors; none on meta."""
     if weight.is_meta:
         return []
     data = full_tensor(weight).data

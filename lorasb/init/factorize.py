@@ -1,4 +1,4 @@
-"""From one layer's gradient to its factors, and the energy that they capture."""
+"""Compute one layer's factors from its gradient, and the energy that they capture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ XS_NOISE = 1e-5  # LoRA-XS draws R from N(0, (1e-5)²)
 
 
 class Factors(NamedTuple):
-    """B [out, r], R [r, r], A [r, in] in fp32, and the singular values [r] of the matrix they come from."""
+    """B [out, r], R [r, r], A [r, in] in fp32, and the singular values [r] of the matrix that was factored."""
 
     b: Tensor
     core: Tensor
@@ -33,32 +33,32 @@ class Factors(NamedTuple):
 
 
 def first_step(triplets: Triplets, r: int, lr: float, scaling: float) -> Factors:
-    """From the SVD U [out, q], S [q], Vᵀ [q, in] of sign(G) (AdamW) or G (SGD, Theorem 6) to the first step (Eq. 6-8).
+    """Return the first step (Eq. 6-8) from U [out, q], S [q] and Vᵀ [q, in], SVD of sign(G) (AdamW) or G (SGD, Thm. 6).
 
     ΔW = −η·sign(G), or −η·G, = U Σ Vᵀ: B = U_r, A = V_rᵀ, R = Σ_r / s, so s·B R A is the best rank-r approximation of
     ΔW.
     """
     u, s, vt = triplets.first(r)
-    # The minus of the descent goes into B, so that R keeps a positive diagonal.
+    # The minus sign of descent goes into B, so that R has a positive diagonal.
     return Factors(-u, torch.diag(s * (lr / scaling)), vt, s)
 
 
 def start_share(norm: float, r: int, longest: float | None) -> float:
-    """The factor on η of the first step: min(1, longest·r / norm)."""
-    # A step of AdamW at the rate η moves each of R's r² entries by about η, R by η·r in Frobenius norm; the first step
-    # moves it by η·norm (at s = 1), ‖Σ_r‖ or that of the projected step.
+    """Return the factor on the first step's η: min(1, longest·r / norm)."""
+    # An AdamW step at rate η moves each of R's r² entries by about η, so R by η·r in Frobenius norm. The first step
+    # moves R by η·norm (at s = 1), where norm is ‖Σ_r‖ or the norm of the projected step.
     return 1.0 if longest is None or norm == 0.0 else min(1.0, longest * r / norm)
 
 
 def lora_xs(weight: Tensor, r: int, seed: int, sigma_on: str = "input") -> Factors:
-    """LoRA-XS's recipe: from the SVD U Σ Vᵀ of W [out, in], R ~ N(0, (1e-5)²).
+    """Return LoRA-XS's factors: A and B from the SVD U Σ Vᵀ of W [out, in], R ~ N(0, (1e-5)²).
 
-    With Σ on the "input", A = Σ_r V_rᵀ and B = U_r, as the authors' code has it (it factors Wᵀ, and gives U Σ to
-    `lora_A`), or on the "output", A = V_rᵀ and B = U_r Σ_r. AdamW is not invariant to the side: R's steps are longer in
-    W's leading directions, of the input or the output.
+    With Σ on the "input", A = Σ_r V_rᵀ and B = U_r, as in the authors' code (which factors Wᵀ and puts U Σ into
+    `lora_A`); on the "output", A = V_rᵀ and B = U_r Σ_r. The side matters to AdamW: R's steps are longer in W's leading
+    input or output directions.
     """
     u, s, vt = truncated_svd(weight, r, seed)
-    # Drawn on the CPU, where a seed gives the same numbers whatever device the layer is on.
+    # Drawn on the CPU, so that a seed gives the same numbers on any device.
     core = torch.randn(r, r, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype, device="cpu") * XS_NOISE
     b, a = (u, s[:, None] * vt) if sigma_on == "input" else (u * s, vt)
     return Factors(b, core.to(weight.device), a, s)
@@ -85,7 +85,7 @@ def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
 
 @torch.no_grad()
 def factor_weight(name: str, layer: AdaptedLayer, init: str, options: InitOptions) -> tuple[Factors, LayerReport]:
-    """A layer's factors from its weight W [out, in] or at random, by a data-free init or "weight"; and the report."""
+    """Return a layer's factors for a data-free init or "weight", from its W [out, in] or random; and its report."""
     started, state, seed = time.perf_counter(), layer.adapters[options.adapter], options.seed_of(name)
     shape, r = (layer.out_features, layer.in_features), state.r
     if init == "random":
@@ -98,7 +98,7 @@ def factor_weight(name: str, layer: AdaptedLayer, init: str, options: InitOption
                 raise ValueError(f"weight of layer {name!r} has NaN or Inf entries: reload it, or use exclude_modules")
             if init == "kaiming":
                 factors = kaiming(weight, r, state.scaling, seed)
-            elif init == "weight":  # its leading subspace and R = 0
+            elif init == "weight":  # W's leading subspace, and R = 0
                 u, s, vt = truncated_svd(weight, r, seed)
                 factors = Factors(u, u.new_zeros(r, r), vt, s)
             else:
@@ -107,14 +107,14 @@ def factor_weight(name: str, layer: AdaptedLayer, init: str, options: InitOption
     return factors, LayerReport(name, shape, r, None, None, sigma, 0, seconds)
 
 
-Gradient = LayerSum | CachedGradient  # G of a layer, with all its values or its signs only
+Gradient = LayerSum | CachedGradient  # G of a layer: all its values, or only their signs
 
 
 @torch.no_grad()
 def factor(
     name: str, gradient: Gradient, layer: AdaptedLayer, options: InitOptions
 ) -> tuple[Factors, LayerReport, list[float]]:
-    """A layer's B, R and A from its gradient (Eq. 6-8), the report of them, and ‖U_kᵀ ΣG V_k‖² for k = 1, 2, ..."""
+    """Return a layer's B, R and A from its gradient (Eq. 6-8), its report, and ‖U_kᵀ ΣG V_k‖² for k = 1, 2, ..."""
     started, state = time.perf_counter(), layer.adapters[options.adapter]
     with full_precision():
         factors, triplets, of_sign, start = _factored(gradient, state, options, options.seed_of(name))
@@ -142,17 +142,17 @@ def factor(
 
 
 def _rounded(values: Iterable[float]) -> tuple[float, ...]:
-    """Eight significant digits, to keep the JSON short: fp32 has fewer."""
+    """Round to eight significant digits (more than fp32 has), to keep the JSON short."""
     return tuple(float(f"{value:.8g}") for value in values)
 
 
 def _factored(
     gradient: Gradient, state: AdapterState, options: InitOptions, seed: int
 ) -> tuple[Factors, Triplets, Tensor, float]:
-    """The factors, the triplets that they come from, ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q, and the start's share."""
+    """Return factors, their triplets, ‖U_kᵀ sign(ΣG) V_k‖² for k = 1 ... q, and the factor on η (`start_share`)."""
     r, longest, bits = state.r, options.longest_start, gradient.signs().bits
     if isinstance(gradient, LayerSum) and gradient.sketch is not None:
-        # The part of AdamW's first step within U and V: R = −η·core / s, with the core Uᵀ sign(G) V [q, q].
+        # AdamW's first step, projected onto U and V: R = −η·core / s, with core = Uᵀ sign(G) V [q, q].
         triplets = gradient.sketch.triplets()
         core = signed_core(bits, triplets)
         start = start_share(float(core[:r, :r].norm()), r, longest)
@@ -161,7 +161,7 @@ def _factored(
     matrix = gradient.value() if options.update == "sgd" and isinstance(gradient, LayerSum) else bits
     triplets = leading_triplets(matrix, r, seed)
     start = start_share(float(triplets.s[:r].norm()), r, longest)
-    # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no other product.
+    # If sign(G) itself was factored, Uᵀ sign(G) V is diag(S), and its energies need no further product.
     of_sign = triplets.s.square().cumsum(0) if matrix is bits else energies(signed_core(bits, triplets))
     return first_step(triplets, r, start * options.eta, state.scaling), triplets, of_sign, start
 

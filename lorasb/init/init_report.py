@@ -1,4 +1,4 @@
-"""The report of an initialization: energy captured by layer, as a table, as JSON and as plots."""
+"""The report of an initialization: energy captured per layer, as a table, JSON and plots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..utils.reading import Json, read_json
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The report of one layer. Energies are fractions of a squared Frobenius norm within span(B) x span(A)."""
+    """The report of one layer. Energies: fractions of a squared Frobenius norm that span(B) x span(A) captures."""
 
     name: str  # name of the layer in the base model
     shape: tuple[int, int]  # (out_features, in_features)
@@ -38,11 +38,11 @@ class LayerReport:
     curve_grad: tuple[float, ...] = ()  # energy_grad at ranks 1, 2, ..., as far as measured
     stability: float | None = None  # overlap of the subspaces from two halves of the samples; None if not measured
     fallback: str | None = None  # replacement for the gradient if no sample reached the layer ("weight"), else None
-    start: float | None = None  # factor on η of the first step (`longest_start`); None if no gradient was taken
+    start: float | None = None  # factor on the first step's η (`longest_start`); None if no gradient was taken
 
     @classmethod
     def of(cls, values: Json) -> LayerReport:
-        """From JSON values, which have lists in place of tuples."""
+        """Create a report from JSON values, which have lists instead of tuples."""
         fields: Json = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**fields)
 
@@ -53,7 +53,7 @@ CURVES = (("grad", GRAD, "of the gradient ΣG"), ("sign", SIGN, "of its sign"))
 
 
 def energy_by_layer(report: InitReport, path: Path) -> None:
-    """Scatter plot of the energy of sign(ΣG) and of ΣG that each layer captures, in the model's order."""
+    """Scatter plot of the energy of sign(ΣG) and of ΣG that each layer captures, in model order."""
     layers = [layer for layer in report.layers if layer.energy_sign is not None]
     figure, axes = canvas()
     for kind, color, label in CURVES:
@@ -80,7 +80,7 @@ def energy_by_rank(report: InitReport, path: Path) -> None:
         if not curves:
             continue
         ranks = range(1, max(map(len, curves)) + 1)
-        # Layers were measured up to different ranks: a shorter curve is continued at its last value.
+        # Layers were measured up to different ranks: a shorter curve is extended with its last value.
         energies = [sorted(100 * curve[min(k, len(curve)) - 1] for curve in curves) for k in ranks]
         quartiles = (round(share * (len(curves) - 1)) for share in (0.25, 0.5, 0.75))
         low, middle, high = ([values[place] for values in energies] for place in quartiles)
@@ -95,7 +95,7 @@ def energy_by_rank(report: InitReport, path: Path) -> None:
 
 
 def spectrum(report: InitReport, path: Path) -> None:
-    """Line plot of singular values over the largest one: the median over layers of a kind (q_proj, down_proj, ...)."""
+    """Line plot of singular values relative to the largest: the median per kind of layer (q_proj, down_proj, ...)."""
     figure, axes = canvas()
     import matplotlib
 
@@ -119,7 +119,7 @@ class RankSuggestion:
     rank_pattern: dict[str, int]  # rank by layer name
     trained_parameters: int  # Σ r²
     energy: float  # mean over layers of the fraction that these ranks capture
-    short: tuple[str, ...] = ()  # layers that capture less than asked for even at the largest rank that was measured
+    short: tuple[str, ...] = ()  # layers below the energy target even at the largest measured rank
 
 
 def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str, int]:
@@ -127,7 +127,7 @@ def _best_ranks(curves: dict[str, Sequence[float]], parameters: int) -> dict[str
     if parameters < len(curves):
         raise ValueError(f"expected at least one parameter for each of {len(curves)} layers, got {parameters}")
     ranks, used = dict.fromkeys(curves, 0), 0
-    # The next rank of each layer by its gain; no layer goes without the first. A sorted list is a heap.
+    # Each layer's next rank, ordered by gain; rank 1 comes first for every layer. A sorted list is a heap.
     queue = sorted((-math.inf, name) for name in curves)
     while queue:
         _, name = heapq.heappop(queue)
@@ -147,17 +147,17 @@ class InitReport:
     """The result of `lorasb.initialize`. Prints as a table; has methods `save`, `load`, `plot` and `suggest_ranks`.
 
     Attributes:
-        layers: a report of each layer: `name`, `rank`, `energy_sign`, `energy_grad`, `stability`, `start`, ...
-        energy_sign, energy_grad: mean over layers of the share of the energy of sign(ΣG) and of ΣG that is kept.
+        layers: one report per layer: `name`, `rank`, `energy_sign`, `energy_grad`, `stability`, `start`, ...
+        energy_sign, energy_grad: mean over layers of the captured share of the energy of sign(ΣG) and of ΣG.
         stability: mean overlap of the subspaces from two halves of the samples; None if not measured.
-        start: mean factor on η of R's first step, which `longest_start` limits.
-        loss: mean loss of the samples at the base model; None without data.
+        start: mean factor on η that limits R's first step to `longest_start`.
+        loss: mean loss of the base model on the samples; None without data.
         seconds: duration.
-        init, update, strategy: what was done; `why` says why a strategy was chosen.
-        lr, num_samples, seed: η, the number of samples, and the seed of their draw and of the SVD.
+        init, update, strategy: what was run; `why` is the reason for the strategy.
+        lr, num_samples, seed: η, the number of samples, and the seed for drawing them and for the SVD.
         longest_start: the limit passed to `initialize`, or None.
         rate: the peak learning rate that lr="auto" measured, to train with, or None.
-        left: modules that are not adapted by design: a tied head, routers, experts not in `target_parameters`.
+        left: modules left unadapted by design: a tied head, routers, experts not in `target_parameters`.
     """
 
     init: str
@@ -194,16 +194,16 @@ class InitReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InitReport:
-        """Load a file of `save`.
+        """Load a report written by `save`.
 
         Raises:
-            ValueError: the file is damaged, or no report.
+            ValueError: the file is damaged, or is not a report.
         """
         values = read_json(path)
         try:
             return cls(layers=[LayerReport.of(one) for one in values.pop("layers")], **values)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected a report of an initialization, got another content ({error})") from None
+            raise ValueError(f"{path}: expected an initialization report, got other content ({error})") from None
 
     def __rich__(self) -> Table:
         what = f"{len(self.layers)} layers, {self.num_samples} samples, {self.seconds:.1f} s"
@@ -233,7 +233,7 @@ class InitReport:
 
     @property
     def start(self) -> float | None:
-        """Mean over layers of the factor on η of the first step (`longest_start`)."""
+        """Mean over layers of the factor on the first step's η (`longest_start`)."""
         return _mean([layer.start for layer in self.layers])
 
     @property
@@ -244,18 +244,18 @@ class InitReport:
     def suggest_ranks(
         self, *, energy: float | None = None, parameters: int | None = None, of: str = "sign"
     ) -> RankSuggestion:
-        """Ranks by layer, for `lorasb.patch(model, rank_pattern=report.suggest_ranks(...).rank_pattern)`.
+        """Suggest ranks by layer, for `lorasb.patch(model, rank_pattern=report.suggest_ranks(...).rank_pattern)`.
 
         Args:
             energy: fraction in (0, 1]; every layer gets the smallest rank that captures it.
-            parameters: number of trained parameters, Σ r²; ranks maximize the mean energy within it.
+            parameters: limit on trained parameters, Σ r²; ranks maximize the mean energy within it.
             of: energy of the "sign" of ΣG, or of ΣG itself ("grad").
 
         Returns:
             Ranks up to the largest that was measured (r + 32), and the layers that would need more.
 
         Raises:
-            ValueError: neither or both targets, or a report without energies.
+            ValueError: neither or both of `energy` and `parameters`, or a report without energies.
         """
         if (energy is None) == (parameters is None):
             raise ValueError("expected an energy target or a number of parameters: suggest_ranks(energy=0.8)")
@@ -263,14 +263,14 @@ class InitReport:
             raise ValueError(f"of must be 'sign' or 'grad', got {of!r}")
         curves = {layer.name: curve for layer in self.layers if (curve := getattr(layer, f"curve_{of}"))}
         if not curves:
-            raise ValueError(f"init={self.init!r} takes no gradient, whose energy decides ranks: use init='update'")
+            raise ValueError(f"init={self.init!r} has no gradient energy to choose ranks by: use init='update'")
         if energy is None:
             ranks = _best_ranks(curves, int(parameters or 0))
         elif not 0 < energy <= 1:
             raise ValueError(f"expected an energy target in (0, 1], got {energy!r}")
         else:
             ranks = {name: min(bisect.bisect_left(curve, energy) + 1, len(curve)) for name, curve in curves.items()}
-        # The longest names first: a pattern matches by its end, and `proj` would take `encoder.proj`, too.
+        # Longest names first: patterns match the end of a name, so `proj` would also match `encoder.proj`.
         ranks = {name: min(ranks[name], MAX_RANK) for name in sorted(ranks, key=len, reverse=True)}
         captured = {name: curves[name][r - 1] for name, r in ranks.items()}
         short = tuple(name for name, value in captured.items() if energy is not None and value < energy)

@@ -1,4 +1,4 @@
-"""`lorasb.initialize`, of one task or several on one basis, and `lorasb.basis_fit`, of a basis that is there."""
+"""`lorasb.initialize`, for one task or several sharing a basis, and `lorasb.basis_fit`, for an existing basis."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from .sampling import Loader
 from .task import AutoRate, InitOptions, Layers
 from .write import staging
 
-ROUTER_SUFFIXES = ("Router", "Gate")  # of class names in transformers
+ROUTER_SUFFIXES = ("Router", "Gate")  # endings of class names in transformers
 
 
 def skipped_modules(model: nn.Module) -> list[str]:
-    """One line for each kind of skipped module, with the setting that adapts it if there is one."""
+    """Return one line per kind of skipped module, with the setting that adapts it if there is one."""
     lines = [f"{head}: shares its weight with the input embedding" for head in _tied_heads(model)]
     modules = {name.removeprefix(PEFT_PREFIX): module for name, module in model.named_modules() if name}
     routers = [name for name, module in modules.items() if type(module).__name__.endswith(ROUTER_SUFFIXES)]
@@ -48,7 +48,7 @@ def skipped_modules(model: nn.Module) -> list[str]:
     experts = [name for name, module in modules.items() if _has_fused_experts(module)]
     if experts:
         names = ", ".join(f'"experts.{name}"' for name in NAMES)
-        lines.append(f"3-D experts ({experts[0]}, ...): target_parameters=[{names}] adapts those of Mixtral's kind")
+        lines.append(f"3-D experts ({experts[0]}, ...): target_parameters=[{names}] adapts Mixtral-style ones")
     return lines
 
 
@@ -88,34 +88,35 @@ def initialize(
     adapter_name: str | None = None,
     progress: bool = True,
 ) -> InitReport:
-    """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8; docs/method.md says more).
+    """Initialize A, R and B from the first step of full fine-tuning (paper, Eq. 6-8; details in docs/method.md).
 
     −η·sign(Σ_i ∇W L(x_i)) = U Σ Vᵀ: B = U_r [out, r], A = V_rᵀ [r, in], R = Σ_r / s [r, r], ‖Σ_r‖ ≤ longest_start·η·r.
 
     Args:
         model: a patched model.
         batches: a DataLoader or a list (samples are drawn by `seed`), or another iterable of dicts (taken in order);
-            of a process, its own share. {"math": loader, ...} adds an adapter per task, all on the A and B of this
-            one, whose R is then 0, and returns a `TasksReport`.
-        lr: η of R's first step, `lorasb.first_step_lr` of a schedule; "auto" measures it for AdamW (docs/choosing.md).
-        num_samples: over all ranks. None: a thousandth of the data, at least 32, at most all; all of an iterable
-            without a size.
+            each process passes its share. {"math": loader, ...} adds an adapter per task, all sharing this one's A
+            and B, sets this one's R to 0, and returns a `TasksReport`.
+        lr: η of R's first step: `lorasb.first_step_lr` for a schedule; "auto" measures it for AdamW (docs/choosing.md).
+        num_samples: total over all ranks. None: a thousandth of the data, at least 32, at most all; all of an
+            iterable without a size.
         update: "adamw" (signs), "sgd" (the mean gradient, Theorem 6) or "per-sample" (moments, docs/initialization.md).
         longest_start: largest distance of R's start from zero, in AdamW steps at the rate η. 0 starts at R = 0, None
             takes the paper's full step; ignored by update="sgd".
-        strategy: "layerwise" (a block at a time), "accumulate" (passes through the whole model) or "auto"; equal sums.
+        strategy: "layerwise" (a block at a time), "accumulate" (passes through the whole model) or "auto"; same sums.
         blocks: name of the list of blocks ("model.layers"), if the wrong one is detected.
-        memory_budget: bytes of gradient sums and blocks' inputs on top of the model (or "6GB"); None allows what a
+        memory_budget: bytes (or "6GB") for gradient sums and block inputs, on top of the model; None allows what a
             training step of 32 samples needs.
-        loss_fn: `loss_fn(model, batch)`, weighted by its rows, in place of L, the mean over a sample's labeled tokens.
-        seed: of the draw and of the SVD; the global random state is not touched.
-        cache: file for all layers' signs: where it exists no backward runs, whatever r; cut-off runs go on from it.
-        stability: also measure how far the subspaces of two halves of the samples overlap, in another pass over them.
+        loss_fn: `loss_fn(model, batch)`, weighted by the batch's rows; replaces L, the mean over a sample's labeled
+            tokens.
+        seed: for drawing samples and for the SVD; the global random state is not touched.
+        cache: file for all layers' signs: if it exists, no backward runs, for any r; interrupted runs resume from it.
+        stability: also measure, in another pass, how much the subspaces of two halves of the samples overlap.
         adapter_name: name of the adapter; the active one if None.
         progress: show an estimate and a progress bar (on rank 0).
 
     Raises:
-        TypeError: no iterable of batches that are dicts.
+        TypeError: batches is not an iterable of dicts.
         ValueError: bad arguments, samples, loss, gradient or cache, or too little memory; the model is unchanged.
     """
     options = InitOptions(
@@ -133,7 +134,7 @@ def initialize(
         progress=progress,
     )
     if isinstance(batches, Mapping) and any(isinstance(value, Tensor) for value in batches.values()):
-        raise TypeError("expected a list of batches, or a loader by task, got a single batch: pass [batch]")
+        raise TypeError("expected a list of batches, or a loader per task, got a single batch: pass [batch]")
     run = _initialize_tasks if isinstance(batches, Mapping) else _initialize
     return cast(InitReport, run(unwrapped(model), batches, adapter_name, options))
 
@@ -142,7 +143,7 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
     name, layers = adapted_layers(model, adapter_name)
     options, started = replace(options, adapter=name), time.perf_counter()
     if any_merged(model):
-        raise ValueError("expected unmerged weights, as gradients are taken at the base: call model.unmerge_adapter()")
+        raise ValueError("expected unmerged weights, as the base's gradients are needed: call model.unmerge_adapter()")
     refuse_shared_basis(layers, name)
     config = cast(LoRASBConfig, model.peft_config[name])
     warn_if_slow(model)
@@ -155,12 +156,12 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
                 f"{rate if batches is not None or cached else 'no batches'}: initialize(model, loader, lr='auto')"
             )
         if isinstance(options.lr, AutoRate) and batches is None:
-            raise ValueError("lr='auto' measures on samples, and a cache has signs alone: pass batches, or a rate")
-        # The hooks cut the forward at every block, and each cut would be a graph break and a recompilation.
+            raise ValueError("lr='auto' measures on samples, but a cache holds only signs: pass batches, or a rate")
+        # The hooks cut the forward at every block, and each cut would cause a graph break and a recompilation.
         with staging(name) as write, torch.compiler.set_stance("force_eager"):
             found, data = from_gradients(model, layers, batches, options, write)
-        report = _recorded(model, config, found, data, started)
-    else:  # the data-free inits ignore batches and a rate; "auto" is measured on the batches
+        report = _complete_report(model, config, found, data, started)
+    else:  # data-free inits ignore batches and a rate, but "auto" is measured on the batches
         measured = isinstance(options.lr, AutoRate) and batches is not None
         rate_of = partial(rate_of_initialized, model, layers, batches, options) if measured else None
         report = without_data(model, config, name, layers, options.seed, options.progress, rate_of)
@@ -168,8 +169,8 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
         warnings.warn(
-            f"adapter {name!r} is initialized, and nothing of it will train, as no R requires a gradient: "
-            f"model.set_adapter({name!r})",
+            f"adapter {name!r} is initialized but will not train, as no R requires a gradient: "
+            f"call model.set_adapter({name!r})",
             stacklevel=3,
         )
     return report
@@ -184,7 +185,7 @@ def without_data(
     progress: bool = True,
     rate_of: Callable[[], float] | None = None,
 ) -> InitReport:
-    """Run the data-free inits ("lora-xs", "kaiming", "random"), which patching calls itself, and measure a rate."""
+    """Run a data-free init ("lora-xs", "kaiming", "random"), as `patch` does; `rate_of` measures the report's rate."""
     started, options = time.perf_counter(), InitOptions(adapter=name, seed=seed)
     report = InitReport(config.init, "none", None, 0, seed, None, 0.0)
     bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False, delay=2.0)
@@ -194,10 +195,12 @@ def without_data(
             write(layer, factors)
             report.layers.append(of_layer)
         report.rate = rate_of() if rate_of else None
-    return _recorded(model, config, report, None, started)
+    return _complete_report(model, config, report, None, started)
 
 
-def _recorded(model: nn.Module, config: LoRASBConfig, report: InitReport, data: str | None, began: float) -> InitReport:
+def _complete_report(
+    model: nn.Module, config: LoRASBConfig, report: InitReport, data: str | None, began: float
+) -> InitReport:
     """Complete the report, and store its provenance in the config, which is saved with the adapter."""
     report.seconds, report.left = time.perf_counter() - began, skipped_modules(model)
     fields = ("init", "update", "lr", "longest_start", "num_samples", "seed", "loss")
@@ -211,7 +214,7 @@ class TasksReport:
     """Result of `lorasb.initialize` for several tasks."""
 
     tasks: dict[str, InitReport]  # task -> the report of its initialization, before the basis was shared
-    shares: KeptShares  # what the basis keeps of each task's first step, against 1 for a separate basis
+    shares: KeptShares  # share of each task's first step that the basis keeps; a separate basis keeps 1
 
     def __str__(self) -> str:
         lines = (f"{task}: {share:.1%} of its first step" for task, share in self.shares.overall.items())
@@ -221,20 +224,20 @@ class TasksReport:
 def _initialize_tasks(
     model: Any, tasks: Mapping[str, Loader], adapter_name: str | None, options: InitOptions
 ) -> TasksReport:
-    """Initialize an adapter for each task, give all of them one basis, and each its R on it."""
+    """Initialize an adapter per task, then move all of them to one shared basis, each with its R on it."""
     if options.cache is not None:
-        raise ValueError("cache is a file of one task's signs: initialize several tasks without it")
+        raise ValueError("cache holds one task's signs: initialize several tasks without it")
     if isinstance(options.lr, AutoRate):
-        raise ValueError("lr='auto' measures the rate of one task, and several share a basis: pass a number")
+        raise ValueError("lr='auto' measures the rate of one task, but several tasks share a basis: pass a number")
     if options.longest_start == 0:
-        raise ValueError("longest_start=0 leaves no first steps, which several tasks share a basis for: leave it out")
+        raise ValueError("longest_start=0 leaves no first steps, from which the shared basis is made: leave it out")
     basis, layers = adapted_layers(model, adapter_name)
     refuse_shared_basis(layers, basis)  # before any task's gradients are taken
     if (init := model.peft_config[basis].init) != "update":
-        raise ValueError(f"several tasks share their first steps, which init={init!r} does not take: patch without it")
+        raise ValueError(f"expected init='update', as tasks' first steps make the basis, got {init!r}: patch with it")
     taken = [task for task in tasks if task in model.peft_config]
     if len(tasks) < 2 or taken:
-        found = f"an adapter {taken[0]!r} is there already" if taken else f"got {len(tasks)}"
+        found = f"an adapter {taken[0]!r} already exists" if taken else f"got {len(tasks)}"
         raise ValueError(f"expected two tasks or more, with names that no adapter has: {found}")
     check_names(model, list(tasks))
     with _added_adapters(model, list(tasks), basis, layers, keep=True):
@@ -246,7 +249,7 @@ def _initialize_tasks(
 def _added_adapters(
     model: Any, names: Sequence[str], like: str, layers: Layers, init: str | None = None, keep: bool = False
 ) -> Iterator[None]:
-    """Add inactive adapters on the layers and at the ranks of another one; if not to `keep`, or on errors, they go."""
+    """Add inactive adapters with the layers and ranks of `like`; remove them on exit unless `keep`, and on errors."""
     config: LoRASBConfig = model.peft_config[like]
     same = {name: getattr(config, name) for name in ("r", "init", "scaling", "lora_alpha", "init_seed")}
     same |= config.options()
@@ -262,7 +265,7 @@ def _added_adapters(
         keep = False
         raise
     finally:
-        model.base_model.set_adapter(active)  # which makes the R's of active adapters trainable
+        model.base_model.set_adapter(active)  # makes R of active adapters trainable; `flags` restores that
         for name in names:
             if not keep and name in model.peft_config:
                 model.delete_adapter(name)
@@ -277,10 +280,10 @@ class BasisFit:
     Δ [out, in] is the first step of an adapter of the same rank with a separate A and B, whose share is 1.
 
     Attributes:
-        share: of all layers together.
-        random: what a random basis of this rank keeps in the mean, r² / (out·in), weighted as `share` is.
-        by_layer: the share of each layer; 1 where no sample reaches it.
-        loss: mean loss of the samples at the base model.
+        share: over all layers together.
+        random: mean share that a random basis of this rank keeps, r² / (out·in), weighted like `share`.
+        by_layer: the share of each layer; 1 if no sample reaches it.
+        loss: mean loss of the base model on the samples.
     """
 
     share: float
@@ -300,15 +303,15 @@ def basis_fit(
     seed: int = 0,
     progress: bool = True,
 ) -> BasisFit:
-    """Measure how much of a task's first step a basis keeps, by one initialization of a temporary adapter.
+    """Measure how much of a task's first step a basis keeps, by initializing a temporary adapter.
 
     Args:
         model: a PeftModel with the adapter `basis`, initialized; it is left unchanged.
-        batches: of the task; see `lorasb.initialize` for these and for num_samples, update, seed and progress.
+        batches: the task's batches; see `lorasb.initialize` for these, num_samples, update, seed and progress.
         basis: name of the adapter whose A and B are the basis.
 
     Raises:
-        ValueError: no such basis, or it is not initialized; or what `initialize` refuses.
+        ValueError: no such basis, it is not initialized, or `initialize` raises one.
     """
     _, layers = adapted_layers(model, basis)
     refuse_uninitialized(layers, basis)
@@ -316,10 +319,10 @@ def basis_fit(
     while own in model.peft_config:
         own += "_"
     options: dict[str, Any] = {"num_samples": num_samples, "update": update, "seed": seed, "progress": progress}
-    with _added_adapters(model, [own], basis, layers, init="update"):  # whatever the basis was made from
+    with _added_adapters(model, [own], basis, layers, init="update"):  # however the basis was initialized
         report = initialize(model, batches, lr=1.0, longest_start=None, adapter_name=own, **options)
         energies = kept_energies(layers, own, basis)
-    by_chance = []  # what a random basis keeps of each layer's step, and all of it
+    by_chance = []  # per layer: energy that a random basis keeps of the step, and the step's energy
     for name, (_, whole) in energies.items():
         layer = layers[name]
         by_chance.append((whole * (layer.adapters[basis].r ** 2 / (layer.out_features * layer.in_features)), whole))

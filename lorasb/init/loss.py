@@ -1,4 +1,4 @@
-"""The loss of initialization, Σ_i L(x_i) with L(x_i) the mean over sample i's tokens, however samples are batched."""
+"""The initialization loss Σ_i L(x_i): L(x_i) is the mean over sample i's tokens, however samples are batched."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..constants import IGNORED
 from .sampling import Batch, batch_size, take_rows
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
-# Largest relative difference between a model's loss and the one recomputed here in fp32 from its logits: the rounding
-# of a mean over many tokens in fp32, and of a loss in 16 bits (bf16: 2^-7 = 7.8e-3).
+# Largest relative difference between a model's loss and the one recomputed here in fp32 from its logits: it allows
+# for rounding, of a mean over many tokens in fp32 and of a loss in 16 bits (bf16: 2^-7 = 7.8e-3).
 LOSS_TOLERANCE = 1e-5
 LOSS_TOLERANCE_16_BITS = 8e-3
 
 
 def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> float:
-    """Backward through Σ_i L(x_i) of a batch, with L(x_i) the mean over sample i's own labeled tokens."""
+    """Run backward on a batch's Σ_i L(x_i), and return it; L(x_i) is the mean over sample i's own labeled tokens."""
     # A model's own loss is a mean over all tokens of the batch, which gives long samples more weight. If that mean can
     # be reproduced from the logits, the gradient at the logits is rescaled per sample; if not, samples run one by one.
     rows = batch_size(batch)
     if loss_fn is not None:
-        # A mean over the batch, as losses usually are, times its rows is a sum over samples.
+        # Losses are usually means over the batch; times the number of rows, that is a sum over samples.
         loss = _checked(loss_fn(model, batch), batch) * rows
         loss.backward()
         return float(loss.detach())
@@ -34,7 +34,7 @@ def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None
     logits = _field(outputs, "logits")
     if _first_label_only(batch, _field(outputs, "loss")):
         if logits is not None and logits.requires_grad:
-            (logits.sum() * 0).backward()  # of zeros: the ranks of a sharded model communicate in backward
+            (logits.sum() * 0).backward()  # a gradient of zeros: a sharded model's ranks communicate in backward
         return 0.0
     loss = _checked(_field(outputs, "loss"), batch)
     if rows == 1:  # the batch's mean is the sample's own
@@ -46,7 +46,7 @@ def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None
         return sum(backward_over_samples(model, take_rows(batch, torch.tensor([i])), None) for i in range(rows))
     scale, total = weights
     # The gradient of the batch's mean at sample i's logits, times (tokens of the batch) / (tokens of sample i), is the
-    # gradient of L(x_i): one backward does for all samples.
+    # gradient of L(x_i): one backward suffices for all samples.
     logits.register_hook(lambda g: (g * scale.view(-1, *(1,) * (g.dim() - 1))).to(g.dtype))
     del outputs, logits
     loss.backward()
@@ -54,13 +54,13 @@ def backward_over_samples(model: nn.Module, batch: Batch, loss_fn: LossFn | None
 
 
 def _label_ids(batch: Batch) -> Tensor | None:
-    """Labels that are token or class ids."""
+    """Return the labels if they are token or class ids, else None."""
     labels = batch.get("labels")
     return labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
 
 
 def labeled_rows(batch: Batch) -> int:
-    """Number of samples that have at least one label; all of a batch whose labels are not token or class ids."""
+    """Number of samples that have at least one label; all samples if the labels are not token or class ids."""
     labels = _label_ids(batch)
     if labels is None:
         return batch_size(batch)
@@ -68,8 +68,8 @@ def labeled_rows(batch: Batch) -> int:
 
 
 def _first_label_only(batch: Batch, loss: object) -> bool:
-    """True if a causal model has nothing to predict: it shifts labels by one, and only the first position has any."""
-    # Its loss is then a mean over nothing, NaN, which is no error of the data.
+    """True if a causal model has nothing to predict: it shifts labels by one, and only first positions have one."""
+    # Its loss is then NaN, a mean over nothing, which is not an error in the data.
     labels = _label_ids(batch)
     if labels is None or labels.dim() != 2 or labels.shape[1] < 2 or not isinstance(loss, Tensor):
         return False
@@ -82,7 +82,7 @@ def _field(outputs: object, name: str) -> Tensor | None:
 
 
 def _checked(loss: object, batch: Batch) -> Tensor:
-    """The loss, if it is a finite scalar; without a graph, a leaf that has a backward."""
+    """Return the loss if it is a finite scalar; without a graph, as a leaf, so that `backward` works."""
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"the model returned no loss for a batch with {', '.join(sorted(batch))}: add labels to the batches, or "
@@ -92,13 +92,13 @@ def _checked(loss: object, batch: Batch) -> Tensor:
         raise ValueError(f"expected one loss, got a tensor {list(loss.shape)}: reduce it to its mean")
     if not torch.isfinite(loss.detach()).all():
         raise ValueError(f"the loss of an initialization batch is {float(loss.detach())}: check the data and the dtype")
-    # Of a pass none of whose layers is reached (experts without tokens): other passes may reach theirs.
+    # There is no graph if a pass reaches none of its layers (experts without tokens): other passes may reach theirs.
     return loss if loss.requires_grad else loss.detach().requires_grad_()
 
 
 @torch.no_grad()
 def _weights(loss: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, float] | None:
-    """(factor per sample from the batch's mean to its own, Σ_i L(x_i)); None if the loss cannot be reproduced."""
+    """Return (factor per sample from batch mean to its own, Σ_i L(x_i)); None if the loss cannot be reproduced."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or logits.shape[0] != labels.shape[0] or not logits.requires_grad:
         return None

@@ -24,25 +24,25 @@ from .task import AutoRate, InitOptions, Layers, Piece, Work, frozen_base
 from .write import LayerWriter, Write
 
 
-@torch.inference_mode(False)  # of the caller, whose tensors take no gradients
-@rng_untouched()  # samplers and collators may draw, and models that do in evaluation
+@torch.inference_mode(False)  # a caller's inference mode would give tensors without gradients
+@rng_untouched()  # samplers and collators may draw random numbers, and some models do in evaluation
 def from_gradients(
     model: nn.Module, layers: Layers, batches: Loader, options: InitOptions, write: Write
 ) -> tuple[InitReport, str | None]:
-    """Write factors from the gradients of the samples, or from a cache of their signs; returns the data's hash, too."""
-    # A collective: every rank calls it with the batches of its share.
+    """Write factors from the samples' gradients, or from cached signs; return the report and the data's hash."""
+    # A collective: every rank calls it with its share of the batches.
     work, seen, data = _work(model, layers, batches, options)
     processes, cache, signs = work.processes, None, None
     if options.cache is not None:
-        # Before any forward: a cache of other data or weights is refused at once.
+        # Checked before any forward: a cache for other data or weights is refused at once.
         cache = Cache(options.cache, cache_key(model, layers, options, seen, data), batches is not None)
         with processes.together():
             signs = cache.load(list(layers))
-        if len(set(processes.all_gather(int(signs is not None)))) > 1:  # one file system per node
+        if len(set(processes.all_gather(int(signs is not None)))) > 1:  # nodes may have separate file systems
             raise ValueError(
-                f"cache={str(options.cache)!r} is not there for all processes: name a file that all can read"
+                f"cache={str(options.cache)!r} exists for some processes only: name a file that all can read"
             )
-    writer = LayerWriter(layers, _per_sum(work), processes, write, cache)
+    writer = LayerWriter(layers, _options_per_sum(work), processes, write, cache)
     if cache is not None and signs is not None:
         if options.stability:
             raise ValueError("stability compares halves of the samples, and a cache keeps their sum: leave cache out")
@@ -73,7 +73,7 @@ def from_gradients(
 
 
 def _scaled_to_rate(work: Work) -> tuple[float, float | None]:
-    """η of the first step; and the rate that lr="auto" measures, to which R is scaled, or None."""
+    """Return the first step's η, and the rate that lr="auto" measures, to which R is then scaled, or None."""
     options = work.options
     if not isinstance(options.lr, AutoRate):
         return options.eta, None
@@ -87,16 +87,16 @@ def _scaled_to_rate(work: Work) -> tuple[float, float | None]:
 
 @rng_untouched()
 def rate_of_initialized(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> float:
-    """The learning rate of lr="auto" for an adapter that has its factors, by a forward over the samples."""
+    """Measure the rate of lr="auto" for an adapter that already has its factors, in a forward over the samples."""
     return measured_rate(_work(model, layers, batches, options)[0])
 
 
-def _per_sum(work: Work) -> InitOptions:
-    """For SGD, options with η/n for η: a step of η along the mean of n gradients is one of η/n along their sum."""
+def _options_per_sum(work: Work) -> InitOptions:
+    """Return the options, for SGD with η/n: a step of η along the mean of n gradients is one of η/n along their sum."""
     options = work.options
     if options.update != "sgd":
         return options  # sign(G) is scale-invariant
-    # With a loss_fn, labels have no meaning that is known here: every row counts.
+    # With a loss_fn, the meaning of labels is unknown here: every row counts.
     rows = labeled_rows if options.loss_fn is None else batch_size
     own = sum(rows(piece.batch) for piece in work.pieces if piece.counts)
     # Theorem 6: the first step of SGD has no limit.
@@ -104,31 +104,31 @@ def _per_sum(work: Work) -> InitOptions:
 
 
 def _work(model: nn.Module, layers: Layers, batches: Loader, options: InitOptions) -> tuple[Work, int, str | None]:
-    """Return the work on this rank's micro-batches, the number of samples over all ranks, and the hash of them."""
+    """Return the work on this rank's micro-batches, the number of samples over all ranks, and their hash."""
     processes = Processes()
     if batches is None:
         return Work(model, layers, [], options, processes), 0, None
     batches = select(batches, options.num_samples, options.seed, options.whole_batches)
     seen = sum(processes.all_gather(sum(map(batch_size, batches))))
-    # Over all ranks: one rank's share without labels is no error.
+    # Checked over all ranks: a single rank's share may lack labels.
     if options.loss_fn is None and not any(processes.all_gather(sum(map(labeled_rows, batches)))):
         raise ValueError("no sample has a labeled token: every label of these batches is -100")
     pieces = [Piece(batch) for batch in batches]
     if processes.is_distributed and sharded(model):
         if options.whole_batches:
             raise ValueError("this loss needs whole batches (pairs): initialize before the model is sharded")
-        pieces = _equally_many(batches, processes)
+        pieces = _single_sample_pieces(batches, processes)
     return Work(model, layers, pieces, options, processes), seen, samples_hash(batches, processes)
 
 
-def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
-    """Split batches into single-sample pieces, equally many per rank, as a sharded model's forward all-gathers."""
+def _single_sample_pieces(batches: list[Batch], processes: Processes) -> list[Piece]:
+    """Split batches into single-sample pieces, equally many per rank, as sharded models all-gather in each forward."""
     # Ranks with fewer samples run pieces that do not count. Samples without a label are dropped first, because they
-    # make no backward, and FSDP2 communicates in the backward too.
+    # run no backward, and FSDP2 communicates in the backward too.
     rows = [take_rows(batch, torch.tensor([i])) for batch in batches for i in range(batch_size(batch))]
     single = [Piece(row) for row in rows if labeled_rows(row)]
     missing = max(processes.all_gather(len(single))) - len(single)
-    # A rank with an empty share has no batch to run: it borrows the lowest rank's that has one.
+    # A rank with an empty share has no batch to run: it borrows one from the lowest rank that has any.
     own = {name: t for name, t in single[0].batch.items() if isinstance(t, Tensor)} if single else {}
     sent = {name: [t.tolist(), str(t.dtype).removeprefix("torch.")] for name, t in own.items()}
     lent: dict[str, Any] = next(filter(None, processes.gather_json(sent)), {})
@@ -137,31 +137,31 @@ def _equally_many(batches: list[Batch], processes: Processes) -> list[Piece]:
 
 
 def _execute_plan(work: Work, writer: LayerWriter) -> InitPlan:
-    """Take sums, block by block or pass by pass, and factor each before the next ones are taken."""
+    """Sum gradients block by block or pass by pass, and factor each block or pass before the next."""
     executor = Executor(work)
-    if writer.cache is not None:  # a run may resume only if it goes through the same blocks and targets
+    if writer.cache is not None:  # a run may resume only with the same blocks and targets
         plan = executor.plan
         course = {"blocks and targets": [plan.stack.name if plan.stack else "", sorted(work.layers)]}
         writer.cache.partial_key = writer.cache.key | course | {"uncut blocks": plan.uncut}
     if executor.show:  # before the work, as the estimate may be a reason to interrupt it
         tqdm.write(f"lorasb: {executor.plan}")
-    # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: no resuming across ranks.
+    # Gradients at a block boundary differ by rank, and only rank 0 writes the cache: multi-rank runs cannot resume.
     for sums in executor.sums(writer.cache if not work.processes.is_distributed else None):
         executor.done.update(writer.write_sums(sums))
-    if writer.cache is not None:  # blocks that an interrupted run had finished took no backward in this one
+    if writer.cache is not None:  # blocks that an interrupted run finished were not recomputed in this one
         cached = writer.cache.layers.items()
         writer.write_cached({name: layer for name, layer in cached if name not in writer.reports})
     return executor.plan
 
 
 def _measure_stability(work: Work, writer: LayerWriter) -> None:
-    """Compare the subspaces of two halves of the samples, in another pass over them, and add it to the reports."""
+    """Compare the subspaces of two halves of the samples, in another pass, and add the overlap to the reports."""
     halves, processes = _halves(work.pieces), work.processes
     if not all(any(processes.all_gather(len(half))) for half in halves):
         return  # a single sample
     own = {name for i, name in enumerate(work.layers) if i % processes.world_size == processes.rank}
     first, second = (_subspaces(replace(work, pieces=half), writer, own) for half in halves)
-    # Not of layers that one of the halves did not reach.
+    # Skip layers that one of the halves did not reach.
     found = {name: overlap(first[name], second[name]) for name in first.keys() & second.keys()}
     for values in processes.gather_json(found):
         for name, value in values.items():

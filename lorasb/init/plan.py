@@ -1,4 +1,4 @@
-"""Choosing a strategy before any work is done, and refusing what does not fit into memory."""
+"""Choose a strategy before any work is done, and refuse a plan that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .svd import OVERSAMPLE
 from .task import Layers, Work
 
 DEFAULT_BATCH = 32  # the paper's batch: the default budget is the memory of a training step of this many samples
-SAVED_ACTIVATIONS = 3.0  # ratio: what autograd saves of a block, over half the inputs and outputs of its linears
-EFFICIENCY = 0.7  # ratio: speed of a whole model, over that of its products alone
+SAVED_ACTIVATIONS = 3.0  # ratio: what autograd saves for a block, over half its linears' inputs and outputs
+EFFICIENCY = 0.7  # ratio: speed of the model, over the speed of its matrix products alone
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Sizes:
     largest: int  # tokens of the largest micro-batch
     samples: int  # samples of all micro-batches
     rows: int  # samples of the largest micro-batch
-    boundary: int  # bytes of the hidden states of one token between blocks
-    activations: float  # bytes that autograd saves of one token in a training step, without the head
-    head: float  # bytes of the logits of one token, with their gradient and fp32 copies
+    boundary: int  # bytes per token of the hidden states between blocks
+    activations: float  # bytes per token that autograd saves in a training step, without the head
+    head: float  # bytes per token of the logits, with their gradient and fp32 copies
     masks: float  # bytes of the attention masks of all micro-batches
 
 
@@ -53,7 +53,7 @@ def passes(layers: Layers, budget_bytes: float, sum_bytes: Callable[[AdaptedLaye
 
 
 def block_bytes(work: Work, stack: Stack, sizes: Sizes) -> float:
-    """Bytes of the largest block's sums and its activations of one micro-batch."""
+    """Bytes of the largest block's sums and of a block's activations for one micro-batch."""
     largest = max(sum(map(work.sum_bytes, block.values())) for block in stack.targets)
     return largest + sizes.largest * sizes.activations / len(stack.blocks)
 
@@ -61,21 +61,21 @@ def block_bytes(work: Work, stack: Stack, sizes: Sizes) -> float:
 def sum_budget(work: Work, sizes: Sizes) -> float:
     """Bytes that the sums of one pass may take: the budget less the activations of a micro-batch."""
     # The default budget is the activation memory of a training step at the paper's batch of 32, or at twice the
-    # micro-batch if that is more: who can train the model can initialize it.
+    # micro-batch if that is more: whoever can train the model can initialize it.
     per_row = sizes.tokens / sizes.samples * (sizes.activations + sizes.head)
-    # A micro-batch of `rows` samples has to fit anyway; twice that leaves as much for sums.
+    # A micro-batch of `rows` samples has to fit anyway; twice that leaves the same amount for sums.
     budget = work.options.memory_budget or per_row * max(DEFAULT_BATCH, 2 * sizes.rows)
     return max(0.0, budget - sizes.largest * (sizes.activations + sizes.head))
 
 
 def measure(work: Work, config: object = None) -> Sizes:
-    """Measure the micro-batches and the model, whose config may be another than its own; a collective."""
-    # A rank with an empty share has no micro-batch, and takes part in the reduction all the same.
+    """Measure the micro-batches and the model; `config` overrides the model's own. A collective."""
+    # A rank with an empty share has no micro-batch but still takes part in the reduction.
     counts = [tokens_of(piece.batch) for piece in work.pieces] or [0]
     rows = [batch_size(piece.batch) for piece in work.pieces] or [1]
     first = next(iter(work.layers.values()))
     itemsize, config = first.base.dtype.itemsize, config or getattr(work.model, "config", None)
-    # Blocks pass on hidden states; a model without a config is taken to be as wide as its first target.
+    # Blocks pass on hidden states; a model without a config is assumed to be as wide as its first target.
     width = getattr(config, "hidden_size", None) or first.in_features
     linears = sum(layer.in_features + layer.out_features for layer in work.layers.values())
     # Only token labels [samples, tokens] come with logits over the vocabulary at every token.
@@ -98,7 +98,7 @@ def mask_bytes(batch: Batch, itemsize: int) -> float:
 
 
 def tokens_of(batch: Batch) -> int:
-    """Number of tokens of a batch: rows times columns of `input_ids`, or of the tensor with most dimensions."""
+    """Number of tokens of a batch: rows times columns of `input_ids`, or of the tensor with the most dimensions."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
     ids = batch.get("input_ids")
     inputs = ids if isinstance(ids, Tensor) else max(tensors, key=lambda t: t.dim(), default=torch.zeros(1))
@@ -111,19 +111,19 @@ def boundary_bytes(stack: Stack, sizes: Sizes) -> float:
 
 
 def layerwise_memory(work: Work, stack: Stack, sizes: Sizes) -> float:
-    """Peak bytes without boundaries: of the largest block, or of the head, which is differentiated before it."""
+    """Peak bytes without boundaries: the maximum of the largest block and the head, which is differentiated first."""
     return max(block_bytes(work, stack, sizes) + factoring_bytes(work), sizes.largest * sizes.head)
 
 
 def accumulate_memory(work: Work, sizes: Sizes, budget_bytes: float) -> float:
-    """Peak bytes: sums of one pass, at most `budget_bytes` unless one layer takes more, and activations."""
+    """Peak bytes: one pass's sums (at most `budget_bytes`, unless one layer takes more) and activations."""
     sums = [work.sum_bytes(layer) for layer in work.layers.values()]
     activations = sizes.largest * (sizes.activations + sizes.head)
     return min(sum(sums), max(budget_bytes, *sums)) + activations + factoring_bytes(work)
 
 
 def factoring_bytes(work: Work) -> float:
-    """Bytes of the largest SVD in fp32: the Gram matrix [s, s], and about three pairs of thin [m, q] and [n, q]."""
+    """Bytes of the largest SVD in fp32: the Gram matrix [s, s], and about three pairs of [m, q] and [n, q] matrices."""
     shapes = [(one.out_features, one.in_features, max(one.r.values()) + OVERSAMPLE) for one in work.layers.values()]
     return max(4 * (min(m, n) ** 2 + 3 * q * (m + n)) for m, n, q in shapes)
 
@@ -131,7 +131,7 @@ def factoring_bytes(work: Work) -> float:
 def available(device: torch.device) -> float:
     """Free bytes of the device's memory."""
     if device.type == "cuda":
-        # What torch's allocator has reserved and not given out is free for torch, and used in the driver's count.
+        # Memory that torch's allocator has reserved but not handed out is free for torch; the driver counts it as used.
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + reserved)
     return float(psutil.virtual_memory().available)
@@ -141,7 +141,7 @@ def product_speed(tokens: int, m: int, n: int, dtype: torch.dtype, device: torch
     """Measured floating point operations per second of x [tokens, n] times W [m, n] transposed."""
     x = torch.zeros(tokens, n, dtype=dtype, device=device)
     w = torch.zeros(m, n, dtype=dtype, device=device)
-    best = float("inf")  # of three: the first one includes warm-up
+    best = float("inf")  # best of three: the first one includes warm-up
     for _ in range(3):
         started = time.perf_counter()
         float((x @ w.t())[0, 0])  # reading a value waits for the GPU
@@ -156,8 +156,8 @@ def gb(size: float) -> str:
     return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
 
 
-UNCUT_BYTES = 256e6  # bytes that uncut blocks may take together: an ordinary machine has them, whatever the model
-MIN_BLOCKS = 12  # blocks of a stack that may have uncut ones: in shorter stacks every boundary is verified
+UNCUT_BYTES = 256e6  # bytes that uncut blocks may take in total: an ordinary machine can spare them, for any model
+MIN_BLOCKS = 12  # shortest stack that may have uncut blocks: in shorter ones every boundary is verified
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class InitPlan:
     """A strategy with its estimate."""
 
     strategy: str  # "layerwise" or "accumulate"
-    why: str  # the reason for it, for the report
+    why: str  # the reason for the strategy, for the report
     stack: Stack | None  # the blocks, for "layerwise"
     on_host: bool  # True if the inputs of blocks are stored in host memory
     sum_budget: float  # bytes that the sums of one pass may take
@@ -179,7 +179,7 @@ class InitPlan:
 
 def make_plan(work: Work) -> InitPlan:
     """Choose a strategy, and refuse one that does not fit. A collective: every rank makes the same plan."""
-    stack, why, strategy = None, "as asked", work.options.strategy
+    stack, why, strategy = None, "as requested", work.options.strategy
     if strategy != "accumulate":
         try:
             stack = find_stack(work.model, work.layers, work.options.blocks)
@@ -212,14 +212,14 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     boundaries = boundary_bytes(stack, sizes)
     block_memory = layerwise_memory(work, stack, sizes)
     limit = min(free, work.options.memory_budget or free)
-    # On the host only if they do not fit: copies over PCIe are slower than the device's own memory.
+    # Boundaries go to the host only if they do not fit: copies over PCIe are slower than the device's memory.
     on_host = work.device.type != "cpu" and boundaries + block_memory > limit and boundaries < host
     memory = block_memory + (0 if on_host else boundaries)
     _refuse_too_much(work, sizes, memory, limit, stack)
     per_block = block_bytes(work, stack, sizes)
-    # A run resumes with the blocks that it began with; several ranks do not resume.
+    # A resumed run has the blocks that it began with; runs on several ranks do not resume.
     uncut = None if work.processes.is_distributed else uncut_of(work.options.cache)
-    if uncut is None or uncut >= len(stack.blocks) - stack.lowest:  # or of another model, which is then refused
+    if uncut is None or uncut >= len(stack.blocks) - stack.lowest:  # or for another model, whose cache is then refused
         uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)
     if uncut:
         why, end = f"{why}, of which the last {uncut} together", len(stack.blocks) - uncut
@@ -228,11 +228,11 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
 
 
 def uncut_blocks(work: Work, stack: Stack, spare_bytes: float, per_block: float) -> int:
-    """Number of blocks at the top that are differentiated in the first backward, and not recomputed."""
-    # Recomputation is a fifth of the time (measured on SmolLM2-135M, two Zen 3 cores). The caller limits `spare_bytes`
-    # to the memory of everything else and to UNCUT_BYTES, so that memory does not grow with the number of blocks. None
-    # if there are several ranks, which would have to agree on the number, or if a base layer has to run its own forward
-    # (sharded or offloaded weights that are present only meanwhile).
+    """Return how many blocks at the top are differentiated in the first backward instead of being recomputed."""
+    # Recomputation takes a fifth of the time (measured on SmolLM2-135M, two Zen 3 cores). The caller limits
+    # `spare_bytes` to the memory of everything else and to UNCUT_BYTES, so that memory does not grow with the number of
+    # blocks. 0 if there are several ranks, which would have to agree on the number, or if a base layer has to run its
+    # own forward (sharded or offloaded weights that are present only during it).
     runs_itself = any(layer.base.must_run() for layer in work.layers.values())
     if len(stack.blocks) < MIN_BLOCKS or work.processes.is_distributed or runs_itself:
         return 0
@@ -243,7 +243,7 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
     """Raise a ValueError that suggests smaller batches or fewer samples, if `memory` is above `limit`."""
     if memory <= limit:
         return
-    # The least memory that this strategy can do with: batches of one sample, and one layer's sum per pass. Boundaries
+    # The least memory that this strategy needs: batches of one sample, and one layer's sum per pass. Boundaries
     # of all samples are stored at the same time, so they do not shrink with the batch size.
     single = replace(sizes, largest=-(-sizes.largest // sizes.rows), rows=1)
     if stack is None:
@@ -259,7 +259,7 @@ def _refuse_too_much(work: Work, sizes: Sizes, memory: float, limit: float, stac
     if stack is None:
         advice.append("strategy='layerwise', if the model is a stack of blocks")
     raise ValueError(
-        f"initialization needs about {gb(memory)} above the weights and {gb(limit)} are there. What would fit: "
+        f"initialization needs about {gb(memory)} above the weights and {gb(limit)} are available. What would fit: "
         + ("; ".join(advice) or "shorter samples, or fewer target_modules")
         + ". Nothing was changed"
     )

@@ -1,6 +1,6 @@
-"""Sample selection for initialization: a seeded draw where the data can be indexed, the iteration order elsewhere.
+"""Select samples for initialization: a seeded draw if the data can be indexed, else iteration order.
 
-Under torch.distributed each rank selects from its own share, and counts are over all ranks.
+Under torch.distributed each rank selects from its own share, and counts are totals over all ranks.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Batch = dict[str, Any]
 Loader = Any  # a DataLoader of torch or accelerate, a list of batches or another iterable of them
 DATA_SET_DIVISOR = 1000  # the paper takes 1/1000 of the data set (appendix I)
 MIN_SAMPLES = 32  # the default never takes fewer, unless the data set has fewer
-BOUNDARIES = "cu_seq_lens"  # prefix of a packed batch's entries: where its examples begin, none per row
+BOUNDARIES = "cu_seq_lens"  # prefix of entries that mark where a packed batch's examples begin; not one per row
 
 
 def select(batches: Loader, num_samples: int | None, seed: int, whole: bool = False) -> list[Batch]:
-    """This rank's samples: drawn from a DataLoader's data set or a list's rows, else the first of an iterable.
+    """Return this rank's samples: drawn from a DataLoader's data set or a list's rows, else an iterable's first ones.
 
-    A DataLoader with a custom sampler (a subset, a rank's share) is taken in its order, as an iterable is. `whole`
-    batches (of pairs) are not cut: lists are taken in order, too, and the last batch may exceed the number.
+    A DataLoader with a custom sampler (a subset, a rank's share) is read in its order, like an iterable. With `whole`,
+    batches (of pairs) are not cut: lists too are read in order, and the last batch may exceed `num_samples`.
     """
     processes = Processes()
-    # All ranks have to draw, or all take their own order: the branch is chosen by counts that every rank knows.
+    # Either all ranks draw or all read in order: counts that every rank knows choose the branch.
     with processes.together():
         count = _countable(batches, num_samples)
         count = -1 if whole and not _can_draw(batches) else count
@@ -42,7 +42,7 @@ def select(batches: Loader, num_samples: int | None, seed: int, whole: bool = Fa
     if min(counts) >= 0:
         chosen = draw(counts, num_samples, seed, processes.rank)
         source = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
-    else:  # a default count has to be known beforehand, so it needs the length of every rank's share
+    else:  # the default count depends on the length of every rank's share
         own = _own_rows(batches)
         lengths, source = processes.all_gather(-1 if own is None else own), without_repeats(batches)
         limit = _default_count(sum(lengths)) if num_samples is None and min(lengths) >= 0 else num_samples
@@ -59,7 +59,7 @@ def select(batches: Loader, num_samples: int | None, seed: int, whole: bool = Fa
 
 
 def _first(batches: Iterable[Batch], limit: int | None, whole: bool = False) -> Iterator[Batch]:
-    """Batches up to a number of samples, or all; empty ones are passed over."""
+    """Yield batches up to `limit` samples, or all for None; empty ones are skipped."""
     left = math.inf if limit is None else limit
     for batch in batches if left else ():
         rows = int(min(batch_size(batch), left))
@@ -72,7 +72,7 @@ def _first(batches: Iterable[Batch], limit: int | None, whole: bool = False) -> 
 
 
 def samples_hash(batches: list[Batch], processes: Processes) -> str:
-    """SHA-256 of the samples' values, in their order; of several ranks, over their digests."""
+    """Return the SHA-256 of the samples' values, in order; with several ranks, of the ranks' digests."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):  # a collator may order its keys differently from run to run
@@ -84,7 +84,7 @@ def samples_hash(batches: list[Batch], processes: Processes) -> str:
 
 
 def _contents(value: object) -> Iterator[bytes]:
-    """The bytes of an entry: of a tensor or array, a text or number, or a list or dict of such; nothing of others."""
+    """Yield the bytes of a tensor, array, string or number, or of a list or dict of these; nothing for other types."""
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous().view(-1)
         yield content.view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
@@ -102,10 +102,10 @@ def _contents(value: object) -> Iterator[bytes]:
 
 
 def _countable(batches: Loader, num_samples: int | None) -> int:
-    """Number of samples that can be indexed and drawn; -1 if they have to be taken in order."""
+    """Number of samples that can be indexed and drawn; -1 if they have to be read in order."""
     if num_samples is not None and num_samples <= 0:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
-    # A dict and a str are iterable, but as a single batch and a path they are mistakes.
+    # Dicts and strings are iterable, but are mistakes here: a single batch, or a path.
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(f"expected an iterable of batches (DataLoader, list of dicts), got {type(batches).__name__}")
     if _can_draw(batches):
@@ -122,8 +122,8 @@ def _quotas(counts: list[int], total: int) -> list[int]:
 
 
 def without_repeats(loader: Loader) -> Iterable[Batch]:
-    """A rank's batches without the duplicates that were appended to make all shares equally long."""
-    # torch's DistributedSampler and accelerate's loaders (`even_batches`) both repeat samples, after a rank's own;
+    """Return a rank's batches without the duplicates appended to make all shares equally long."""
+    # torch's DistributedSampler and accelerate's loaders (`even_batches`) both append repeated samples to a rank's own;
     # these would count twice in ΣG.
     evened = getattr(getattr(loader, "batch_sampler", None), "even_batches", False)
     padded = isinstance(_sampler(loader), DistributedSampler)
@@ -131,13 +131,13 @@ def without_repeats(loader: Loader) -> Iterable[Batch]:
 
 
 def _sampler(loader: Loader) -> object:
-    """Sampler of a loader's rows, inside the batch sampler where the caller gave one."""
+    """Return the sampler of a loader's rows, from inside the batch sampler if the caller gave one."""
     batched, own = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
     return getattr(batched, "sampler", own) if getattr(loader, "batch_size", None) is None else own
 
 
 def _own_rows(loader: Loader) -> int | None:
-    """Number of samples in this rank's iteration order, before any that are repeated; None if unknown."""
+    """Number of samples that this rank iterates over, without repeated ones; None if unknown."""
     if isinstance(loader, list | tuple):
         return sum(map(batch_size, loader))
     if not hasattr(getattr(loader, "dataset", loader), "__len__"):
@@ -180,7 +180,7 @@ def _drawn_from_list(batches: Sequence[Batch], chosen: list[int]) -> Iterable[Ba
 
 
 def draw(counts: list[int], num_samples: int | None, seed: int, rank: int) -> list[int]:
-    """Draw from the samples of all ranks, which count one after another; return this rank's, by their indices."""
+    """Draw from all ranks' samples, numbered one rank after another; return the indices of this rank's."""
     available = sum(counts)
     count = num_samples if num_samples is not None else _default_count(available)
     if count > available:
@@ -207,28 +207,28 @@ def batch_size(batch: Mapping[str, object]) -> int:
     """Number of samples in a batch: the first dimension, which its tensors share. 0-D tensors do not count."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"expected batches as dicts of tensors, got {type(batch).__name__}: give a collate_fn")
-    # A set, so that a mask or a label of another length is noticed.
+    # A set, so that a mask or label of a different length is detected.
     of_rows = (value for name, value in batch.items() if not str(name).startswith(BOUNDARIES))
     sizes = {value.shape[0] for value in of_rows if isinstance(value, Tensor) and value.dim() > 0}
     row = [value for name in ("input_ids", "labels") if isinstance(value := batch.get(name), Tensor)]
     if len(sizes) > 1 and row and all(len(value) == 1 for value in row if value.dim()):
-        return 1  # with its patches or images
+        return 1  # one row, with its patches or images
     if len(sizes) != 1:
         raise ValueError(
             f"expected the tensors of a batch to share their first dimension, got {sorted(sizes)}: give batches of one "
-            "row, or those of another length as a list with an entry per row, which loss_fn joins"
+            "row, or give tensors of another length as a list with an entry per row, which loss_fn joins"
         )
     return int(sizes.pop())
 
 
 def take_rows(batch: Batch, rows: Tensor) -> Batch:
-    """The samples of a batch at the indices `rows`: of its tensors, and of lists and arrays with a value for each."""
+    """Return a batch's samples at the indices `rows`, from tensors, and lists and arrays with a value per sample."""
     size = batch_size(batch)
     if size == 1 and len(rows):
         return dict(batch)
 
     def taken(value: Any) -> Any:
-        """An entry's part that belongs to the rows."""
+        """Return the part of an entry that belongs to `rows`."""
         if isinstance(value, Mapping):
             return {name: taken(one) for name, one in value.items()}
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -242,7 +242,7 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
 
 
 def split_in_half(batch: Batch) -> list[Batch]:
-    """The rows of a batch in two batches, the second one larger by an odd row; the batch alone if it has one row."""
+    """Split a batch's rows into two batches, the second one row larger if odd; a batch of one row is not split."""
     rows = batch_size(batch)
     return [take_rows(batch, part) for part in torch.arange(rows).tensor_split([rows // 2]) if len(part)]
 

@@ -2,8 +2,8 @@
 
 "layerwise": one forward per micro-batch records every block's input, and its backward gives the gradient at the last
 block's output. Then each block is recomputed and differentiated, once per micro-batch, as in activation checkpointing
-but block by block over all samples: one block's sums exist at a time, so that memory for sums is O(1) in the number of
-blocks. "accumulate": whole backward passes, each of which sums as many layers as fit.
+but block by block over all samples: only one block's sums exist at a time, so memory for sums is O(1) in the number of
+blocks. "accumulate": full backward passes, each of which sums as many layers as fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .task import Layers, Work
 
 
 class Executor:
-    """Runs a plan, and falls back to passes if the model turns out to be no stack."""
+    """Runs a plan, and falls back to passes if the model turns out not to be a stack."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.show = work, work.options.progress and work.processes.rank == 0
@@ -31,7 +31,7 @@ class Executor:
         self.done: set[str] = set()  # names of the targets whose factors are written; the caller adds to it
 
     def sums(self, saved: Cache | None) -> Iterator[GradientSums]:
-        """Yield the sums of all targets that the samples reach, some at a time: the caller frees them."""
+        """Yield the sums of all targets that the samples reach, a block or pass at a time; the caller frees them."""
         with tqdm(total=0, unit="step", disable=not self.show, leave=False) as bar:
             self.work.tick = bar.update
             if self.plan.stack is not None:
@@ -47,18 +47,18 @@ class Executor:
                 sums = next(steps, None)
             except Exception as caught:
                 error = caught
-            # First the fallback: it has to be taken on all ranks even if only one of them has found a reason.
+            # The fallback comes first: all ranks have to take it, even if only one of them found a reason.
             if any(self.work.processes.all_gather(int(isinstance(error, NotAStackError)))):
-                self._plan_again(str(error) if error is not None else "another process found no plain stack")
+                self._fall_back_to_passes(str(error) if error is not None else "another process found no plain stack")
                 return
             self.work.processes.raise_on_every_rank(error)
             if sums is None:
                 return
             yield sums
 
-    def _plan_again(self, why: str) -> None:
+    def _fall_back_to_passes(self, why: str) -> None:
         """Fall back to passes over the whole model."""
-        torch.set_grad_enabled(True)  # the error may have left a forward that had switched gradients off
+        torch.set_grad_enabled(True)  # the error may have interrupted a forward that had disabled gradients
         if self.work.options.strategy == "layerwise":
             raise NotAStackError(f"strategy='layerwise' does not suit this model: {why}. Use 'auto'")
         self.work.loss, self.work.labeled = 0.0, 0  # the samples will be counted again
@@ -72,8 +72,8 @@ class Executor:
         work, steps = self.work, len(stack.blocks) - stack.lowest  # only blocks at or above the lowest target
         bar.set_description(f"initializing {len(stack.blocks)} blocks")
         bar.reset(total=(1 + steps) * len(work.pieces))  # one forward to record, then one recomputation per block
-        # Sums outside of the stack (the head's) are all taken in the first backward: as many as fit, from the last one
-        # on, as only those above the stack are reached. The others are left to the passes.
+        # Targets outside the stack (the head) are summed in the first backward: as many as fit, starting from the last,
+        # as that backward reaches only those above the stack. The others are left to the passes.
         tail: Layers = {}
         taken, inside = 0, stack.names
         for name in reversed([name for name in work.layers if name not in inside]):
@@ -141,9 +141,9 @@ def record(
 
 
 def block_sums(work: Work, stack: Stack, i: int, traversals: list[Traversal]) -> GradientSums:
-    """Sum over block i's targets; replaces the gradients at its output in `traversals` by those at its input."""
+    """Return the sums of block i's targets; in `traversals`, gradients at its output become those at its input."""
     # Signs are taken in the last addition, unless other ranks' sums or the values themselves are needed. Fillers of
-    # sharded models may come last, and add nothing: the last one that counts.
+    # sharded models may come last but add nothing, so `last` is the last traversal that counts.
     last = max((k for k, traversal in enumerate(traversals) if traversal.counts), default=-1)
     signs_only = not work.processes.is_distributed and work.options.update != "sgd"
     with GradientSums(stack.targets[i], sketch=work.sketch) as sums:

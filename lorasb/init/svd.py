@@ -1,8 +1,8 @@
 """Truncated SVD of a gradient or its signs: randomized subspace iteration with a separate generator.
 
 The matrix is dense or a `SignBits`, which is unpacked to ±1 in blocks of columns (or rows), so that the dense matrix
-never exists. Accuracy is measured by captured energy, not by angles: neighboring singular values are near ties, whose
-vectors are not determined.
+never exists. Accuracy is measured by captured energy, not by angles: neighboring singular values nearly
+coincide, so their vectors are not determined.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SignBits:
 
 
 OVERSAMPLE = 32  # q = r + 32 captures >= 99.99% of the optimal energy on real gradients, q = r 99.7-99.9% (measured)
-ITERATIONS = 10  # of the subspace iteration, after the first product; measured together with OVERSAMPLE
+ITERATIONS = 10  # subspace iterations after the first product; measured together with OVERSAMPLE
 BLOCK = 1 << 20  # entries unpacked at a time: 4 MB in fp32
 
 Matrix = Tensor | SignBits
@@ -65,7 +65,7 @@ class Triplets(NamedTuple):
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute in fp32 as it is: without the caller's autocast, TF32 or bf16 inside fp32 products."""
+    """Compute in true fp32: without the caller's autocast, and without TF32 or bf16 inside fp32 products."""
     with ExitStack() as restored, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
             restored.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
@@ -82,9 +82,9 @@ def truncated_svd(matrix: Matrix, r: int, seed: int) -> Triplets:
 def leading_triplets(matrix: Matrix, r: int, seed: int) -> Triplets:
     """The leading r singular triplets, followed by up to 32 less accurate ones.
 
-    Subspace iteration of a matrix [m, n], fp32 or fp64, or the signs of one, with q = r + 32 columns; an exact SVD if
+    Subspace iteration on a matrix [m, n] in fp32 or fp64, or on its signs, with q = r + 32 columns; an exact SVD if
     q >= min(m, n). Signs are fixed (the largest entry of each column of U is positive), so equal input gives equal
-    output. `seed` is that of the start basis; the global random state is not touched.
+    output. `seed` draws the starting basis; the global random state is not touched.
     """
     m, n = matrix.shape
     q = r + OVERSAMPLE
@@ -106,7 +106,7 @@ def _column_signs(columns: Tensor) -> Tensor:
 
 
 def signed_core(matrix: Matrix, triplets: Triplets) -> Tensor:
-    """Uᵀ M V [q, q] for U, V of `triplets`, without unpacking M at once."""
+    """Uᵀ M V [q, q] for U and V of `triplets`, without unpacking all of M at once."""
     m, n = matrix.shape
     short, long = (triplets.u, triplets.vt.t()) if m <= n else (triplets.vt.t(), triplets.u)
     # Blocks run along the long side, so V or U is sliced, whichever is on that side.
@@ -122,8 +122,8 @@ def energies(core: Tensor) -> Tensor:
 
 
 def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q triplets U [s, q], S [q], Vᵀ [q, l] of W [s, l], s <= l: the matrix, or its transpose if it is tall."""
-    # Subspace iteration on W Wᵀ [s, s], whose basis is on the short side: the smallest QR.
+    """Return q triplets U [s, q], S [q], Vᵀ [q, l] of W [s, l], s <= l, the matrix or (if tall) its transpose."""
+    # Subspace iteration on W Wᵀ [s, s]: its basis is on the short side, where QR is smallest.
     short, length = sorted(matrix.shape)
     source = matrix.words if isinstance(matrix, SignBits) else matrix
     dtype = torch.float32 if isinstance(matrix, SignBits) else matrix.dtype
@@ -132,8 +132,8 @@ def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tens
         source.device
     )
     gram = None
-    # W Wᵀ and [s, s] products, where these take fewer multiplications (over s) than two [s, l] products per iteration;
-    # exact for signs, whose products are integers (below 2^24 in fp32).
+    # Form W Wᵀ if it and [s, s] products take fewer multiplications (here divided by s) than two [s, l] products per
+    # iteration; exact for signs, whose products are integers (below 2^24 in fp32).
     if short * length + ITERATIONS * short * q < 2 * ITERATIONS * length * q:
         gram = basis.new_zeros(short, short)
         for _, block in _wide_blocks(matrix):
@@ -156,12 +156,12 @@ def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _wide_blocks(matrix: Matrix) -> Iterator[tuple[slice, Tensor]]:
-    """The columns of W [s, l] (the matrix, transposed if it is tall) in blocks, with their slice; dense: one block."""
+    """Yield blocks of columns of W [s, l] (the matrix, transposed if tall) with their slice; if dense, one block."""
     m, n = matrix.shape
     if not isinstance(matrix, SignBits):
         yield slice(0, max(m, n)), matrix if m <= n else matrix.t()
         return
-    step = max(32, BLOCK // min(m, n) // 32 * 32)  # blocks of columns have to start at a word
+    step = max(32, BLOCK // min(m, n) // 32 * 32)  # blocks of columns have to start at a word boundary
     for start in range(0, max(m, n), step):
         columns = slice(start, min(start + step, max(m, n)))
         if m <= n:
@@ -171,7 +171,7 @@ def _wide_blocks(matrix: Matrix) -> Iterator[tuple[slice, Tensor]]:
 
 
 class MomentSketch:
-    """Sums of g_i g_iᵀ Ω [out, q] and g_iᵀ g_i Ω' [in, q] over samples, in fp32, for eigenvectors of rank r."""
+    """Sums of g_i g_iᵀ Ω [out, q] and g_iᵀ g_i Ω' [in, q] over samples in fp32, for leading eigenvectors at rank r."""
 
     def __init__(self, shape: tuple[int, int], r: int, seed: int) -> None:
         q = min(r + OVERSAMPLE, *shape)
@@ -187,8 +187,8 @@ class MomentSketch:
 
     @torch.no_grad()
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Add samples: dy [b, ..., out] and x [b, ..., in], one sample a row of the first dimension."""
-        # Of two dimensions alone, [tokens, out], all tokens count as one sample: modules that get flattened rows (OPT's
+        """Add samples: dy [b, ..., out] and x [b, ..., in], one sample per row of the first dimension."""
+        # In two dimensions, [tokens, out], all tokens count as one sample: modules that get flattened rows (OPT's
         # fc1, experts) do not know where one sample ends. A layer that runs twice in a forward adds two samples.
         self.to(dy.device)
         samples = dy.shape[0] if dy.dim() > 2 else 1
@@ -200,14 +200,14 @@ class MomentSketch:
                 self.sums[i].addmm_(left.flatten(0, 1).t(), thin.flatten(0, 1))
 
     def triplets(self) -> Triplets:
-        """Eigenvectors of both moments by falling eigenvalue, U [out, q] and Vᵀ [q, in], and U's √eigenvalues [q]."""
-        # U and V are paired by order alone: U_kᵀ G V_k is no diagonal.
+        """Eigenvectors U [out, q] and Vᵀ [q, in] of both moments by descending eigenvalue, and U's √eigenvalues [q]."""
+        # U and V are paired only by order: U_kᵀ G V_k is not diagonal.
         (u, values), (v, _) = (leading_eigenvectors(*pair) for pair in zip(self.sums, self._starts, strict=True))
         return Triplets(u, values.clamp(min=0).sqrt(), v.t().contiguous())
 
 
 def leading_eigenvectors(sketch: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal eigenvectors [n, q] and eigenvalues [q], falling, of a PSD matrix M from M Ω [n, q] and Ω [n, q]."""
+    """Return orthonormal eigenvectors [n, q] and descending eigenvalues [q] of a PSD M, from M Ω and Ω [n, q]."""
     # Nyström with a shift (Tropp et al. 2017, Algorithm 3): M ≈ (M Ω) (Ωᵀ M Ω)⁺ (M Ω)ᵀ. Columns beyond M's rank
     # complete the basis.
     wide, omega = sketch.double(), start.double()

@@ -24,19 +24,19 @@ Layers = dict[str, AdaptedLayer]
 UPDATES = ("adamw", "sgd", "per-sample")
 STRATEGIES = ("auto", "layerwise", "accumulate")
 
-NOMINAL_RATE = 1e-3  # of a start that is scaled once its rate is measured
+NOMINAL_RATE = 1e-3  # placeholder for η until the rate is measured and the start rescaled
 
 
 @dataclass(frozen=True)
 class AutoRate:
-    """A learning rate that `initialize` measures on its samples; the first step's η is it over `divisor`."""
+    """A learning rate that `initialize` measures on its samples; the first step's η is this rate over `divisor`."""
 
     divisor: float = 1.0
 
 
 @dataclass(frozen=True)
 class InitOptions:
-    """The arguments of `initialize` other than the model and the batches, which describes them."""
+    """The arguments of `initialize`, which describes them, except the model and the batches."""
 
     adapter: str = ""
     lr: float | AutoRate = 0.0
@@ -57,14 +57,16 @@ class InitOptions:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.longest_start is not None and not self.longest_start >= 0:
-            raise ValueError(f"longest_start is a number of steps >= 0 or None (no limit), got {self.longest_start!r}")
+            raise ValueError(f"expected longest_start >= 0 (steps) or None (no limit), got {self.longest_start!r}")
         if self.update != "adamw" and self.cache is not None:
             needs = "the gradient itself" if self.update == "sgd" else "each sample's gradient"
             raise ValueError(f"update={self.update!r} needs {needs}, and a cache keeps its signs only: leave cache out")
         if self.stability and self.whole_batches:
-            raise ValueError("stability splits batches in halves, and this loss needs whole ones (pairs): leave it out")
+            raise ValueError("stability splits batches in half, but this loss needs whole ones (pairs): leave it out")
         if self.stability and self.update == "per-sample":
-            raise ValueError("stability compares subspaces of sign(G), update='per-sample' has others: leave it out")
+            raise ValueError(
+                "stability compares subspaces of sign(G), and update='per-sample' uses others: leave stability out"
+            )
 
     @property
     def eta(self) -> float:
@@ -91,7 +93,7 @@ class Piece:
 
 @dataclass
 class Work:
-    """A model, its targets and the micro-batches of this rank that their gradients are summed over."""
+    """A model, its targets, and the micro-batches of this rank over which their gradients are summed."""
 
     model: nn.Module
     layers: Layers
@@ -104,12 +106,12 @@ class Work:
 
     @property
     def device(self) -> torch.device:
-        """The device of the first target, where the batches are moved to."""
+        """The device of the first target, to which batches are moved."""
         # R's device: the base weight of an offloaded layer is on the meta device.
         return next(next(iter(self.layers.values())).lorasb_R.parameters()).device
 
     def sketch(self, name: str) -> MomentSketch | None:
-        """An empty sketch of a layer's second moments, with the same start on every rank; None if not wanted."""
+        """An empty sketch of a layer's second moments, with the same start on every rank; None unless "per-sample"."""
         if self.options.update != "per-sample":
             return None
         layer = self.layers[name]
@@ -117,13 +119,13 @@ class Work:
         return MomentSketch((layer.out_features, layer.in_features), r, seed)
 
     def sum_bytes(self, layer: AdaptedLayer) -> int:
-        """Bytes of a layer's ΣG [out, in] in fp32, and of the sums and starts of its sketch, if that is wanted."""
+        """Bytes of a layer's ΣG [out, in] in fp32, and of its sketch's sums and starts, if there is one."""
         m, n = layer.out_features, layer.in_features
         q = min(layer.adapters[self.options.adapter].r + OVERSAMPLE, m, n) if self.options.update == "per-sample" else 0
         return 4 * (m * n + 2 * q * (m + n))
 
     def backward(self, piece: Piece, sums: GradientSums) -> None:
-        """Forward and backward of a micro-batch, which adds to sums, and to that of the samples' losses."""
+        """Run a micro-batch forward and backward, which adds to `sums` and to the sum of the samples' losses."""
         sums.muted = not piece.counts
         own_loss = self.options.loss_fn is None
         loss = backward_over_samples(self.model, to_device(piece.batch, self.device), self.options.loss_fn)
@@ -134,7 +136,7 @@ class Work:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a copy of a batch with its tensors, in lists and dictionaries too, on a device."""
+    """Return a copy of a batch with its tensors on a device, also those in lists and dictionaries."""
     moved: Batch = send_to_device(dict(batch), device)
     return moved
 
@@ -144,7 +146,7 @@ EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions")
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Restore the training or evaluation mode of each module: users may have put some blocks into another one."""
+    """Restore each module's training or evaluation mode on exit: users may have set some blocks differently."""
     with ExitStack() as restored:
         for module in model.modules():
             restored.callback(setattr, module, "training", module.training)
@@ -153,9 +155,9 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_base(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, adapters disabled, no KV cache, no gradients; restored on exit."""
-    # A KV cache would grow at every recomputation of a block, which then attends to its own keys twice; hidden states
-    # and attentions only take memory. By id: submodules share config objects.
+    """Freeze a model: evaluation mode, no adapters, no KV cache, no weight gradients; restored on exit."""
+    # A KV cache would grow at every recomputation of a block, which would then attend to its own keys twice; output
+    # hidden states and attentions only take memory. Keyed by id: submodules share config objects.
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     with ExitStack() as restored, modes_restored(model), torch.enable_grad():  # the caller may be under no_grad
         for parameter in model.parameters():

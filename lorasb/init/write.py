@@ -27,16 +27,16 @@ Write = Callable[[AdaptedLayer, Factors], None]
 
 @contextmanager
 def staging(adapter: str) -> Iterator[Write]:
-    """Yield a function that writes factors into a layer; all that it wrote is rolled back if the block raises."""
-    with ExitStack() as rollback:  # in reverse, so that a layer that was written twice ends with its first values
+    """Yield a function that writes factors into a layer; everything it wrote is rolled back if the block raises."""
+    with ExitStack() as rollback:  # runs in reverse, so a layer that was written twice gets its original values back
 
         def write(layer: AdaptedLayer, factors: Factors) -> None:
-            """Write B, R and A into a layer, and remember how to put its own back."""
+            """Write B, R and A into a layer, and register how to restore the previous ones."""
             state = layer.adapters[adapter]
             rollback.callback(setattr, state, "initialized", state.initialized)
             for name in FACTORS:
-                # In place: an optimizer that exists already holds these parameters. Zeros, as uninitialized layers
-                # have, are not copied: on the first initialization a rollback takes no memory.
+                # In place: an existing optimizer holds these parameters. Zeros, as in uninitialized layers, are not
+                # copied: on the first initialization, rollback takes no memory.
                 parameter = getattr(layer, name)[adapter].detach()
                 if parameter.any():  # `copy=True`: on a CPU layer `to` would return the parameter itself
                     rollback.callback(parameter.copy_, parameter.to("cpu", copy=True))
@@ -50,14 +50,14 @@ def staging(adapter: str) -> Iterator[Write]:
 
 @dataclass
 class LayerWriter:
-    """Factors gradients and writes A, R and B into the layers, the same bits on every rank."""
+    """Factors gradients and writes A, R and B into the layers, bit-identical on every rank."""
 
     layers: Layers  # all targets, by name
     options: InitOptions
     processes: Processes  # the process group
-    write: Write  # of `staging`
+    write: Write  # from `staging`
     cache: Cache | None = None  # receives the signs of every layer on rank 0, if set
-    reports: dict[str, LayerReport] = field(default_factory=dict)  # by name, of the layers that are written
+    reports: dict[str, LayerReport] = field(default_factory=dict)  # by name, for layers already written
     called: set[str] = field(default_factory=set)  # names of layers that ran in a forward, on any rank
 
     def reached(self, sums: GradientSums) -> list[str]:
@@ -77,14 +77,14 @@ class LayerWriter:
             _refuse_not_finite(name, total)
             if total.signs().zeros == self.layers[name].in_features * self.layers[name].out_features:
                 zero.append(name)
-        for name in filter(unfused_experts.parameter_of, zero):  # whose tokens have no loss: as if none had come
+        for name in filter(unfused_experts.parameter_of, zero):  # no loss at their tokens: treat as not routed
             del totals[name]
             self.called.discard(name)
         if zero := [name for name in zero if name in totals]:
             more = f" (and of {', '.join(zero[1:])})" if zero[1:] else ""
             raise ValueError(
                 f"the gradient of layer {zero[0]!r}{more} is zero: the loss does not depend on it, or "
-                "compares the rows of a batch, which takes loss_fn. Nothing was changed"
+                "compares the rows of a batch, which needs loss_fn. Nothing was changed"
             )
         reached = list(totals)
         self._factor_and_write(totals)
@@ -96,11 +96,11 @@ class LayerWriter:
             self._factor_and_write({name: gradient})
 
     def reduced(self, name: str, sums: GradientSums) -> LayerSum:
-        """Return ΣG of a layer over all ranks; `sums` gives up its own, if a sample of this rank reached the layer."""
+        """Return a layer's ΣG over all ranks; removes this rank's own from `sums`, if its samples reached the layer."""
         local = sums.sums.pop(name, None)
         if local is not None and not self.processes.is_distributed:
             return local
-        if local is None:  # zeros in the dtype of the sums of the other ranks
+        if local is None:  # zeros, in the dtype of the other ranks' sums
             layer, local = self.layers[name], LayerSum(sums.sketch(name))
             dtype = torch.float64 if layer.base.dtype == torch.float64 else torch.float32
             device = layer.lorasb_R[self.options.adapter].device
@@ -114,14 +114,14 @@ class LayerWriter:
         return reduced
 
     def _factor_and_write(self, gradients: dict[str, Gradient]) -> None:
-        """Factor each layer on its owner rank, and write it on every rank; empties `gradients` on the way."""
+        """Factor each layer on its owner rank, and write it on every rank, emptying `gradients` along the way."""
         # One rank computes and broadcasts because the last bits of the SVD's QR depend on the number of threads, and
         # because ranks then share the work.
         # Round-robin over the layers of one block or pass: the same assignment on every rank, without communication.
         owners = {name: i % self.processes.world_size for i, name in enumerate(gradients)}
         factors: dict[str, Factors] = {}
         measured: dict[str, tuple[Json, list[float]]] = {}  # the report, and the energies for the cache
-        with self.processes.together():  # before the broadcasts, in which a rank that failed would be missing
+        with self.processes.together():  # before the broadcasts, which a failed rank would not join
             for name, owner in owners.items():
                 if owner == self.processes.rank:
                     factors[name], report, energies = factor(name, gradients[name], self.layers[name], self.options)
@@ -132,17 +132,17 @@ class LayerWriter:
             measured |= found
         for name, owner in owners.items():
             layer, gradient, (values, energies) = self.layers[name], gradients[name], measured[name]
-            self.write(layer, self._from(owner, layer, factors.get(name)))
+            self.write(layer, self._broadcast(owner, layer, factors.get(name)))
             if self.cache is not None and self.processes.rank == 0 and isinstance(gradient, LayerSum):
                 self.cache.add(name, gradient.signs(), energies)
             self.reports[name] = LayerReport.of(values)
             del gradients[name], gradient  # the sum is freed before the next layer's factors arrive
 
-    def _from(self, owner: int, layer: AdaptedLayer, factors: Factors | None) -> Factors:
-        """One rank's factors on every rank; None on the others."""
+    def _broadcast(self, owner: int, layer: AdaptedLayer, factors: Factors | None) -> Factors:
+        """Return the owner's factors on every rank; `factors` is None on the others."""
         if factors is not None and not self.processes.is_distributed:
             return factors
-        if factors is None:  # buffers, as all shapes are known from the layer
+        if factors is None:  # buffers: the layer determines all shapes
             m, n, r = layer.out_features, layer.in_features, layer.adapters[self.options.adapter].r
             device = layer.lorasb_R[self.options.adapter].device
             factors = Factors(*(torch.empty(shape, device=device) for shape in ((m, r), (r, r), (r, n), (r,))))
@@ -150,7 +150,7 @@ class LayerWriter:
         return Factors(*(self.processes.broadcast(tensor.float(), owner) for tensor in factors))
 
     def write_fallbacks(self, model: nn.Module) -> None:
-        """Write layers that no sample reached: the leading subspace of their weight and R = 0."""
+        """Initialize layers that no sample reached with the leading subspace of their weight and R = 0."""
         names = [name for name in self.layers if name not in self.reports]
         if not names:
             return
@@ -180,7 +180,9 @@ class LayerWriter:
         for name in names:
             layer = self.layers[name]
             factors, report = factor_weight(name, layer, "weight", self.options)
-            factors = self._from(0, layer, factors)  # from one rank, as the last bits depend on the number of threads
+            factors = self._broadcast(
+                0, layer, factors
+            )  # from one rank, as the last bits depend on the number of threads
             self.write(layer, factors)
             sigma = tuple(map(float, factors.sigma))
             self.reports[name] = replace(report, singular_values=sigma, fallback="weight")

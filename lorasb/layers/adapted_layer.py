@@ -26,7 +26,7 @@ from .adapter_state import (
     Scales,
     check_name,
     has_values,
-    other_length,
+    length_mismatch,
     refuse_training,
 )
 from .base import Base
@@ -108,7 +108,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if self.lorasb_A[name].dtype != self.factor_dtype_of(name):
                 self.cast_factors(name, frozen_alone=True)
             if state.basis is not None and self.lorasb_A[name] is not self.lorasb_A[state.basis]:
-                self.stand_on(name, state.basis)
+                self.share_factors_of(name, state.basis)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise RuntimeError(
@@ -143,7 +143,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.lorasb_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
         self.lorasb_R[adapter_name] = nn.Parameter(torch.zeros(r, r, device=device, dtype=core_dtype))
         if basis is not None:
-            self.stand_on(adapter_name, basis)
+            self.share_factors_of(adapter_name, basis)
         if start_at is not None:
             self.lorasb_R[adapter_name].data.copy_(self.lorasb_R[start_at].detach())
         # The new R requires gradients only if its adapter is active.
@@ -176,7 +176,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if enabled and self._before_disabling[0] == self.active_adapters:  # if others are active now, they train alone
             self.set_requires_grad(self._before_disabling[1])
 
-    def stand_on(self, adapter_name: str, basis: str) -> None:
+    def share_factors_of(self, adapter_name: str, basis: str) -> None:
         """Give an adapter the A and B of another one."""
         state = self.adapters[adapter_name]
         state.basis, state.initialized = basis, self.is_initialized(basis)
@@ -188,7 +188,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Copy an adapter that has a basis: the same A and B, and a copy of R that does not train yet."""
         try:
             self.adapters[name] = replace(self.adapters[adapter_name], preconditioner=None)
-            self.stand_on(name, cast(str, self.adapters[name].basis))
+            self.share_factors_of(name, cast(str, self.adapters[name].basis))
             if adapter_name in self.lorasb_R.stored_16bit:
                 self.lorasb_R.stored_16bit.add(name)
             self.lorasb_R[name] = nn.Parameter(self.lorasb_R[adapter_name].detach().clone(), requires_grad=False)
@@ -202,7 +202,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def move_to_basis(self, adapter_name: str, basis: str, core: Tensor) -> None:
         """Give an adapter the A, B, rank and s of another one, and a new R [r, r]; other settings stay."""
         old, state, other = self.lorasb_R[adapter_name], self.adapters[adapter_name], self.adapters[basis]
-        self.stand_on(adapter_name, basis)
+        self.share_factors_of(adapter_name, basis)
         state.r, state.scaling, state.made_with = other.r, other.made_with, other.made_with
         new = core.to(old.device, self.lorasb_R[basis].dtype)
         self.lorasb_R[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -282,7 +282,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # A loader or a change of dtype replaces shared tensors with separate ones.
         for name, basis in self.bases.items():
             if adapter_name in (name, basis) and self.lorasb_A[name] is not self.lorasb_A[basis]:
-                self.stand_on(name, basis)
+                self.share_factors_of(name, basis)
 
     @property
     def core_dtype(self) -> torch.dtype:
@@ -343,7 +343,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Return the adapter of each row of x; raise a ValueError if their numbers differ or adapters are merged."""
         rows = names if isinstance(names, Rows) else Rows.of(names)
         if rows.index.shape[0] != x.shape[0]:
-            raise ValueError(other_length(x.shape[0], len(rows)))
+            raise ValueError(length_mismatch(x.shape[0], len(rows)))
         if self.merged:
             raise ValueError(  # PEFT's wording, which programs match, and the fix
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first: "

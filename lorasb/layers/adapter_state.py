@@ -141,7 +141,7 @@ class Cores(nn.ParameterDict):
 TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")  # `config.model_type` of models whose layers get [T, B, in]
 
 
-def other_length(inputs: int, names: int) -> str:
+def length_mismatch(inputs: int, names: int) -> str:
     """Return PEFT's message for adapter_names of the wrong length, plus the fix."""
     return (
         f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {inputs} "

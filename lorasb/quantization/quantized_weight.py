@@ -22,7 +22,7 @@ KINDS = ("nf4", "fp4")
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes in the ops' `layout`
 DEVICES = ("cpu", "cuda", "meta")
 INT8, FOUR_BIT, FOUR_BIT_NESTED = "int8", "4bit", "4bit nested"  # layouts of a weight's tensors
-KEY = "quant_state.bitsandbytes__"  # of the JSON entry in a state dict; "nf4" or "fp4" follows
+KEY = "quant_state.bitsandbytes__"  # start of the JSON entry's key in a state dict; "nf4" or "fp4" follows
 
 
 @dataclass
@@ -33,7 +33,7 @@ class QuantState:
     code: Tensor  # [16], the values that the nibbles stand for
     blocksize: int  # number of elements that share a scale
     quant_type: str | None = None  # "nf4" or "fp4"; None for `state2`
-    shape: torch.Size | None = None  # of W, as dtype is
+    shape: torch.Size | None = None  # W's shape; dtype, too, is W's
     dtype: torch.dtype = torch.float32
     offset: Tensor | None = None  # mean of the scales, subtracted before they were quantized
     state2: QuantState | None = None  # statistics of the quantized scales
@@ -100,8 +100,8 @@ class QuantizedWeight:
     """W [out, in] in 4 or 8 bits.
 
     4 bits: two nibbles per byte, high nibble first, over W flattened by rows; with i the flat index,
-    `W[i] = table[nibble[i]]·absmax[i // block]`, computed in fp32 and rounded to W's dtype (on a CPU not for up to 8
-    tokens in fp32, which are the more exact). With nested statistics, `absmax = table2[absmax8]·absmax2 + offset`. 8
+    `W[i] = table[nibble[i]]·absmax[i // block]`, computed in fp32 and rounded to W's dtype (not rounded on a CPU for
+    up to 8 tokens in fp32, which is more exact). With nested statistics, `absmax = table2[absmax8]·absmax2 + offset`. 8
     bits: `W = codes·scale[row] / 127`.
     """
 
@@ -126,7 +126,7 @@ class QuantizedWeight:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     def layout(self, dtype: torch.dtype | None = None) -> list[int]:
-        """[block, block2, rounding] for a product in `dtype`; for `serve_quantized`, which rounds for any, if None."""
+        """[block, block2, rounding] for a product in `dtype`; None: for `serve_quantized`, which always rounds."""
         # bitsandbytes dequantizes to W's own dtype and casts from there; W is computed in fp32 here
         return [self.block, self.block2, 0 if self.dtype == dtype else ROUNDING.get(self.dtype, 0)]
 

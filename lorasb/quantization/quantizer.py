@@ -1,5 +1,5 @@
-"""4-bit quantization of a weight, bit-equal to bitsandbytes': this fixes what is multiplied by a reciprocal, what is
-divided, and which of two equally near table entries is chosen.
+"""4-bit quantization of a weight, bit-equal to bitsandbytes': this determines where to multiply by a reciprocal,
+where to divide, and which of two equally near table entries to choose.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def quantize_4bit(
     flat, count = weight.reshape(-1), weight.numel()
     absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=weight.device)
     packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=weight.device)
-    step = CHUNK // blocksize * blocksize  # whole blocks, and even: a chunk starts at a byte
+    step = CHUNK // blocksize * blocksize  # whole blocks, and even, so that a chunk starts at a full byte
     for first in range(0, count, step):
         chunk = flat[first : first + step].float()
         scaled, largest = _scale(chunk, blocksize)
@@ -76,14 +76,14 @@ def _nest(state: QuantState) -> QuantState:
     else:
         index = ((scaled + 1.0) * 0.5 * (GRID - 1) + 0.5).nan_to_num().int()
         nearest = _grid().to(scaled.device)[index.long()]
-    # A block of zeros, which was divided by zero above, has the code 0, as in bitsandbytes.
+    # A block of zeros, which was divided by zero above, gets code 0, as in bitsandbytes.
     octets = torch.where(largest[:, None] == 0, 0, nearest).to(torch.uint8).view(-1)[: len(relative)]
     # `quant_type` of `state2` stays None: these codes index an 8-bit table, not a 4-bit one.
     return replace(state, absmax=octets, offset=offset, state2=QuantState(largest, table, NESTED_BLOCK))
 
 
 def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep a table: a plain tensor on the CPU, also if the first call is on another device or in inference mode."""
+    """Cache a table as a plain CPU tensor, even if the first call is on another device or in inference mode."""
 
     @lru_cache
     def made(*given: str) -> Tensor:
@@ -112,7 +112,7 @@ def code(kind: str) -> Tensor:
 
 @_cached
 def dynamic_map() -> Tensor:
-    """The 256 values of bitsandbytes' dynamic 8-bit type: sign, decimal exponent, and a fraction in the bits left."""
+    """The 256 values of bitsandbytes' dynamic 8-bit type: sign, decimal exponent, and a fraction in the rest."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)

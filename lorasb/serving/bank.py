@@ -1,4 +1,4 @@
-"""`AdapterBank`: the R's of many adapters on one basis, which are added and removed by name and serve in one batch."""
+"""`AdapterBank`: the R's of many adapters on one basis, added and removed by name, and served in one batch."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from ..utils.precision import FLOATS
 
 @dataclass
 class LoadReport:
-    """Result of `AdapterBank.load`: names of adapters now in the bank, and name -> reason for those that are not."""
+    """Result of `AdapterBank.load`: names of the loaded adapters, and name -> reason for those that failed."""
 
     loaded: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
 def adapters_in(folder: Path) -> list[Path]:
-    """The adapter's folder itself, or those in it; of a saved model those of its further adapters."""
+    """The folders of adapters inside a folder (in a saved model, its further adapters), else the folder itself."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if (folder / WEIGHTS_NAME).is_file():
         return [path for path in inside if (path / WEIGHTS_NAME).is_file()] or [folder]
@@ -60,14 +60,14 @@ class Columns(NamedTuple):
 
 
 class LayerCores:
-    """A layer's part of a bank, which the layer holds (`adapted_layer.StoredCores`)."""
+    """One layer's part of a bank, as an attribute of that layer (`adapted_layer.StoredCores`)."""
 
     def __init__(self, bank: AdapterBank, columns: Columns) -> None:
         self.bank, self.basis, self.columns = bank, bank.basis, columns
         self._seen: tuple[Tensor, Tensor] | None = None  # storage and its view, replaced together
 
     def stack(self) -> Tensor:
-        """A view [capacity, r, r]; made again where the bank has grown."""
+        """A view [capacity, r, r], renewed after the bank has grown."""
         whole, seen = self.bank.storage, self._seen
         if seen is None or seen[0] is not whole:
             first, r = self.columns
@@ -85,27 +85,27 @@ class LayerCores:
 
 
 # All R's of an adapter are a row of one tensor [capacity, Σ r²]; a layer's stack [capacity, r, r] is a view of its
-# columns. So an adapter is added by one copy, removed by none, and takes Σ r² numbers.
+# columns. So adding an adapter takes one copy, removing it none, and it needs Σ r² numbers.
 class AdapterBank:
-    """R's of many adapters on the A and B of one, resident on the model's device or waiting in host memory.
+    """The R's of many adapters that share one A and B, resident on the model's device or waiting in host memory.
 
-    Methods may be called from several threads: a batch in progress keeps its adapters where they are.
+    Methods may be called from several threads: the adapters of a batch in progress stay in place.
 
         bank = lorasb.AdapterBank(model)  # on the A and B of adapter "default"
         bank.load("adapters/")  # one folder per adapter
         model.generate(**batch, adapter_names=["ada", "grace", "__base__"])
 
     Args:
-        model: with the adapter `basis`, initialized.
-        basis: whose A and B all adapters of the bank have.
-        dtype: of the R's: fp32, or bf16 or fp16 for half the memory (rounds each entry by 2^-9 or 2^-12).
-        block: adapters that capacity grows by.
-        resident: most adapters on the device at a time; the least recently used others wait in host memory. None: all.
+        model: a model with an initialized adapter `basis`.
+        basis: the adapter whose A and B all adapters of the bank share.
+        dtype: dtype of the R's: fp32, or bf16 or fp16 for half the memory (rounds each entry by 2^-9 or 2^-12).
+        block: number of adapters by which capacity grows.
+        resident: most adapters on the device at a time; the least recently used ones wait in host memory. None: all.
 
     Raises:
         ValueError: no such adapter, it is not initialized, its layers are not all linears on one device, the model has
-            a bank, or `block` or `resident` is below 1.
-        TypeError: another dtype.
+            a bank already, or `block` or `resident` is below 1.
+        TypeError: any other dtype.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class AdapterBank:
         _, layers = adapted_layers(model, basis)
         _check(layers, basis, dtype, block, resident)
         self.basis, self.block, self.resident = basis, block, resident
-        self._model = weakref.ref(model)  # the layers refer to the bank
+        self._model = weakref.ref(model)  # weak, as the layers refer to the bank
         self.columns: dict[str, Columns] = {}
         size = 0
         for name, layer in layers.items():
@@ -148,7 +148,7 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """All adapters, on the device or in host memory."""
+        """Names of all adapters, on the device or in host memory."""
         with self._lock:
             return sorted((*self._slots, *self._waiting))
 
@@ -169,17 +169,18 @@ class AdapterBank:
 
         Args:
             name: its name in `adapter_names`.
-            cores: R [r, r] by the layer's name; or an adapter of the model on the same A and B, to copy; None: R = 0.
+            cores: layer name -> R [r, r]; or the name of an adapter of the model with the same A and B, whose R's are
+                copied; None: R = 0.
 
         Raises:
-            ValueError: a name that is no text or is that of an adapter of the model; or an R is missing, of another
-                shape or not finite.
+            ValueError: a name that is not a string or that an adapter of the model has; or an R is missing, has
+                another shape or is not finite.
             RuntimeError: a batch in progress uses the adapter that would be replaced.
         """
         if not isinstance(name, str):
-            raise ValueError(f"expected a text as the adapter's name, got {name!r}")
+            raise ValueError(f"expected a string as the adapter's name, got {name!r}")
         if name == BASE_ROW or name in getattr(self._model(), "peft_config", ()):
-            raise ValueError(f"the model has an adapter {name!r} itself: choose another name for the bank's")
+            raise ValueError(f"the model itself has an adapter {name!r}: choose another name in the bank")
         if isinstance(cores, str):
             cores = self._of_model(cores)
         row = torch.zeros(self.storage.shape[1], dtype=self.storage.dtype) if cores is None else self._row(name, cores)
@@ -206,7 +207,7 @@ class AdapterBank:
             raise RuntimeError(f"adapter {name!r} serves a batch at the moment: replace or remove it afterwards")
 
     def cores(self, name: str) -> dict[str, Tensor]:
-        """An adapter's R [r, r] by layer, copies in host memory."""
+        """Copies of an adapter's R [r, r] in host memory, by layer."""
         with self._lock:
             if name not in self:
                 raise KeyError(self._unknown([name]))
@@ -215,12 +216,12 @@ class AdapterBank:
         return {layer: row[c.first : c.first + c.r**2].view(c.r, c.r) for layer, c in self.columns.items()}
 
     def load(self, *folders: str | Path, **named: str | Path) -> LoadReport:
-        """Add or replace adapters from folders, each of one adapter, named like it, or of several; or by `name=folder`.
+        """Add or replace adapters from folders of one adapter, named after it, or of several; or from `name=folder`.
 
-        Truncated files and adapters with other A and B are left out and named in the report.
+        Truncated files and adapters with other A and B are skipped and listed in the report.
 
         Raises:
-            ValueError: two folders have one name, or the basis's scale is 0; no adapter is loaded.
+            ValueError: two folders have the same name, or the basis's scale is 0; no adapter is loaded.
         """
         report = LoadReport()
         found = [(one.name, one) for folder in folders for one in adapters_in(Path(os.path.abspath(folder)))]
@@ -235,7 +236,7 @@ class AdapterBank:
         if not layers:
             raise ValueError("the bank's model, or its basis, is gone: make another, AdapterBank(model)")
         dtype = next(iter(layers.values())).lorasb_A[self.basis].dtype
-        if dtype != self._factors_dtype:  # the model was cast, and saves others
+        if dtype != self._factors_dtype:  # the model was cast, so adapters it saves have other digests
             self.digests, self._factors_dtype = (*self.digests, *digests(layers, self.basis)), dtype
         for name, path in found:
             try:
@@ -247,11 +248,11 @@ class AdapterBank:
 
     @contextmanager
     def serving(self, names: Sequence[str]) -> Iterator[list[int]]:
-        """Yield slots of adapters, which stay in place inside the block; -1 for `__base__`.
+        """Yield the slots of these adapters, which stay in place inside the block; -1 for `__base__`.
 
         Raises:
-            KeyError: there is none of a name.
-            ValueError: more adapters at a time than may be resident.
+            KeyError: the bank has no adapter of a name.
+            ValueError: more adapters are in use at a time than may be resident.
         """
         distinct = list(dict.fromkeys(name for name in names if name != BASE_ROW))
         with self._lock:
@@ -297,7 +298,7 @@ class AdapterBank:
         return self.resident is not None and len(self._slots) >= self.resident
 
     def _make_room(self) -> None:
-        """If the device holds all it may, move the least recently used adapter that no batch needs to host memory."""
+        """If all resident slots are taken, move the least recently used idle adapter to host memory."""
         if not self._is_full():
             return
         name = next((name for name in self._slots if not self._in_use[name]), None)
@@ -334,17 +335,17 @@ class AdapterBank:
 
     @torch.no_grad()
     def _row(self, name: str, cores: Mapping[str, Tensor]) -> Tensor:
-        """R's of all layers side by side, in host memory and the bank's dtype."""
+        """The R's of all layers, concatenated, in host memory and the bank's dtype."""
         for layer, (_, r) in self.columns.items():
             core = cores.get(layer)
             if core is None or core.shape != (r, r) or core.dtype not in FLOATS:
                 got = "nothing" if core is None else f"{list(core.shape)} in {core.dtype}"
                 raise ValueError(f"adapter {name!r}: expected R [{r}, {r}] of layer {layer!r}, got {got}")
-        # one copy: two hundred small ones take a millisecond, and as many views half of one
+        # one copy: two hundred small copies take a millisecond, and two hundred views half of that
         parts, one_rank = [cores[layer] for layer in self.columns], len({c.r for c in self.columns.values()}) == 1
         joined = torch.cat(parts if one_rank else [core.reshape(-1) for core in parts])
         row = joined.reshape(-1).to("cpu", self.storage.dtype)
-        if not (math.isfinite(row.sum()) or row.isfinite().all()):  # NaN and Inf reach every sum, in one quick pass
+        if not (math.isfinite(row.sum()) or row.isfinite().all()):  # one quick pass: NaN and Inf reach the sum
             raise ValueError(f"adapter {name!r} has NaN or Inf values: its training had failed")
         return row
 
@@ -367,7 +368,7 @@ class AdapterBank:
 
 
 def bank_of(modules: Iterable[nn.Module]) -> AdapterBank | None:
-    """The bank that a model's layers read from, by its modules."""
+    """The bank that these modules' layers read from, or None."""
     layers = (module for module in modules if isinstance(module, AdaptedLayer))
     return next((layer.stored_cores.bank for layer in layers if isinstance(layer.stored_cores, LayerCores)), None)
 
@@ -388,19 +389,19 @@ def _check(layers: dict[str, AdaptedLayer], basis: str, dtype: torch.dtype, bloc
         raise ValueError(f"expected block and resident of 1 or more, got {block} and {resident}")
 
 
-# Reading 64 pieces of 8 KB, spread over 1.7 GB, once each took 1.2 times as long in pages of 4 KB on two Zen 5 cores
-# and up to 4.7 times on two Zen 3 cores, where the first write to such pages also takes 4 times as long.
-LEAST_HUGE = 1 << 22  # bytes; less is served by torch's allocator
+# Reading 64 pieces of 8 KB (spread over 1.7 GB) once each took 1.2 times as long with 4 KB pages on two Zen 5 cores and
+# up to 4.7 times as long on two Zen 3 cores, where the first write to such pages also takes 4 times as long.
+LEAST_HUGE = 1 << 22  # bytes; smaller tensors come from torch's allocator
 
 
 def zeros_in_huge_pages(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros [rows, columns]; on a CPU whose system has them, in pages of 2 MB, allocated as they are written."""
+    """Zeros [rows, columns]; on a CPU, in 2 MB pages if the system has them, allocated on the first write."""
     count = rows * columns
     size = count * torch.empty((), dtype=dtype).element_size()
     if device.type != "cpu" or size < LEAST_HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros((rows, columns), dtype=dtype, device=device)
-    # private: memory that processes share, the default, has huge pages on few systems (shmem_enabled)
+    # private: shared memory, the default, has huge pages on few systems (shmem_enabled)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # zero; freed with the last tensor on it
-    with contextlib.suppress(OSError):  # of a kernel without them
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(rows, columns)

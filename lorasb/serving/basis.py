@@ -35,7 +35,7 @@ from ..utils.atomic_files import replacing
 from .bank import bank_of
 
 CORE = "lorasb_R"
-# Settings that R's meaning depends on besides A and B, which a file of R alone has to say, too.
+# Settings besides A and B that R's meaning depends on: a file of R alone has to record them, too.
 COPIED = ("init", "lora_alpha", "scaling", "wide_factors", "task_type", "target_parameters")
 
 
@@ -56,14 +56,14 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
     config.rank_pattern = pattern
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.start_at = config.basis if config.basis_start == "same" else None
-    config.basis = next(iter(layers.values())).bases.get(config.basis, config.basis)  # whose the tensors are
+    config.basis = next(iter(layers.values())).bases.get(config.basis, config.basis)  # the owner of A and B
 
 
 def without_factors(tensors: dict[str, Tensor], layers: dict[str, AdaptedLayer], adapter: str) -> dict[str, Tensor]:
-    """An adapter's tensors for a file: R, and the digest of A and B if those are another adapter's."""
+    """An adapter's tensors for a file: R, and the digest of A and B if another adapter owns them."""
     if not any(adapter in layer.bases for layer in layers.values()):
         return tensors
-    # of the tensors that were gathered to be saved, as those of the layers may be shards
+    # digest the tensors that were gathered for saving, as the layers' own may be shards
     digest = shared_factors.digest(_factors_in(tensors) or frozen_factors(layers, adapter))
     own = {key: value for key, value in tensors.items() if not shared_factors.is_factor(key)}
     return own | {shared_factors.DIGEST: torch.tensor(list(digest), dtype=torch.uint8)}
@@ -75,10 +75,10 @@ def _factors_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_digest(layers: dict[str, AdaptedLayer], digest: bytes, first: str) -> str | None:
-    """The adapter of all these layers whose A and B have a digest; `first` is tried first."""
+    """The adapter in all these layers whose A and B have this digest; `first` is tried first."""
     bases = {adapter: basis for layer in layers.values() for adapter, basis in layer.bases.items()}
     names = (first, *(name for layer in layers.values() for name in layer.lorasb_R))
-    for name in dict.fromkeys(bases.get(name, name) for name in names):  # whose the tensors are
+    for name in dict.fromkeys(bases.get(name, name) for name in names):  # the owners of A and B
         if not all(name in layer.lorasb_R for layer in layers.values()):
             continue
         factors = frozen_factors(layers, name)
@@ -90,7 +90,7 @@ def with_digest(layers: dict[str, AdaptedLayer], digest: bytes, first: str) -> s
 
 
 def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[str, Tensor]) -> bool:
-    """Let a file's own A and B be written; True if the adapter left its basis, a ValueError if others share them."""
+    """Prepare an adapter for a file's A and B; True if it left its basis, a ValueError if others share its own."""
     shared = adapter_name in {name for layer in layers.values() for pair in layer.bases.items() for name in pair}
     if not shared and not any(layer.serves_bank(adapter_name) for layer in layers.values()):
         note_cast(layers, adapter_name, _factors_in(tensors))
@@ -109,15 +109,15 @@ def make_room(layers: dict[str, AdaptedLayer], adapter_name: str, tensors: dict[
 def add_adapters(
     model: PeftModel, names: Iterable[str], *, basis: str = "default", basis_start: Literal["zero", "same"] = "zero"
 ) -> None:
-    """Add adapters that have the A and B of another one, as `model.add_adapter` adds each.
+    """Add adapters that share the A and B of another one, as `model.add_adapter` would add each of them.
 
-    All are added, or none. The first is added by PEFT, which goes through the whole model, and the others are copies.
+    All are added, or none. PEFT adds the first one, which goes through the entire model; the others are copies.
 
     Args:
-        model: a PeftModel with the adapter `basis`, initialized.
-        names: of the new adapters.
-        basis: whose A and B they have.
-        basis_start: R = 0, or a copy of the basis's ("same").
+        model: a PeftModel with an initialized adapter `basis`.
+        names: names of the new adapters.
+        basis: the adapter whose A and B they share.
+        basis_start: R = 0 ("zero"), or a copy of the basis's R ("same").
 
     Raises:
         ValueError: no such basis, or it is not initialized; or a name that is taken, given twice, or invalid.
@@ -131,7 +131,7 @@ def add_adapters(
     first, *others = names
     try:
         model.add_adapter(first, LoRASBConfig(basis=basis, basis_start=basis_start))
-        # other modules or token rows, which PEFT has to make
+        # modules or token rows, which PEFT has to make
         wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         by_peft = any(first in wrapper._adapters for wrapper in wrappers)
         layers = layers_with(model, first).values()
@@ -149,9 +149,9 @@ def add_adapters(
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise a ValueError for names that the model cannot add adapters of."""
+    """Raise a ValueError for names that the model's new adapters cannot have."""
     taken: set[str] = set(getattr(model, "peft_config", {}))
-    parts = parts_of_keys({path for path, _ in model.named_modules()}) - taken  # `modules_to_save` has them as modules
+    parts = parts_of_keys({path for path, _ in model.named_modules()}) - taken  # `modules_to_save` has taken names
     bank = bank_of(model.modules())
     for name in names:
         check_name(name)
@@ -159,7 +159,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
             raise ValueError(unsavable(name))
         if name in taken or (bank is not None and name in bank):
             raise ValueError(
-                f"the model or its bank has an adapter {name!r} already, or it is named twice: take another"
+                f"the model or its bank has an adapter {name!r} already, or it is named twice: choose another name"
             )
         taken.add(name)
 
@@ -168,7 +168,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
 def save_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis: str = "default") -> None:
     """Write adapters on a basis into `folder`/NAME, the same files as `model.save_pretrained` writes.
 
-    That goes through the parameters of all adapters for each of them, and takes minutes for some hundred.
+    That method goes through the parameters of all adapters for each of them: minutes for some hundred adapters.
     """
     if not names:
         return
@@ -211,7 +211,7 @@ def load_adapters(model: PeftModel, folder: Path, names: Sequence[str], *, basis
         check_factors({layer: {CORE: core} for layer, core in found.items()}, shapes)
     missing = [name for name in names if name not in model.peft_config]
     add_adapters(model, missing, basis=basis)
-    for name in missing:  # as it is saved again: the R's that are read replace any start
+    for name in missing:  # for the next save: the loaded R's replace any start
         cast(LoRASBConfig, model.peft_config[name]).basis_start = configs[name].get("basis_start", "zero")
     for name, found in cores.items():
         for layer, core in found.items():

@@ -1,4 +1,4 @@
-"""One basis for several adapters: A and B that keep most of all of their updates, and each one's R on it."""
+"""One basis for several adapters: the A and B that keep most of all their updates, and each adapter's R on them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_basis_of_others, refuse_uninitialized
 from ..utils.reading import read_json, read_tensors
 
-ROUNDS = 8  # of improving B and A in turn, none of which keeps less than the one before
-Energies = tuple[float, float]  # of what a basis keeps of an update, and of all of it
+ROUNDS = 8  # rounds of improving B and A in turn; none keeps less than the one before
+Energies = tuple[float, float]  # energy of the part of an update that a basis keeps, and of the entire update
 
 
 class Update(NamedTuple):
@@ -33,7 +33,7 @@ class Update(NamedTuple):
 
     @classmethod
     def of(cls, b: Tensor, core: Tensor, a: Tensor) -> Update:
-        """From any factors B [out, r], core [r, r] and A [r, in]."""
+        """Make an update from any factors B [out, r], core [r, r] and A [r, in]."""
         left, upper = torch.linalg.qr(b.double())
         right, lower = torch.linalg.qr(a.double().t())
         return cls(left, upper @ core.double() @ lower.t(), right.t())
@@ -51,20 +51,20 @@ class Update(NamedTuple):
 class KeptShares:
     """Share of the updates' energy that a basis keeps, ‖Bᵀ Δ Aᵀ‖² / ‖Δ‖²."""
 
-    by_layer: dict[str, dict[str, float]] = field(default_factory=dict)  # adapter -> layer; 1 for a zero update
-    overall: dict[str, float] = field(default_factory=dict)  # adapter -> the same over all layers together
+    by_layer: dict[str, dict[str, float]] = field(default_factory=dict)  # adapter, layer -> share; 1 if the update is 0
+    overall: dict[str, float] = field(default_factory=dict)  # adapter -> share over all layers together
 
 
 @torch.no_grad()
 def share_basis(model: PeftModel, adapters: Sequence[str], name: str, r: int | None = None) -> KeptShares:
-    """Add an adapter whose A and B serve several others, and move these onto them.
+    """Add an adapter whose A and B suit several other adapters, and move those onto it.
 
     With Δ_k = s·B_k R_k A_k scaled to ‖Δ_k‖ = 1, the basis maximizes Σ_k ‖Bᵀ Δ_k Aᵀ‖²; then R_k = Bᵀ Δ_k Aᵀ / s.
 
     Args:
-        model: a PeftModel with the adapters, all initialized, of the same layers.
-        adapters: two or more; each gets its best R on the new basis.
-        name: of the new adapter, which starts at R = 0.
+        model: a PeftModel with the adapters, all initialized and of the same layers.
+        adapters: names of two or more; each gets its best R on the new basis.
+        name: name of the new adapter, which starts at R = 0.
         r: rank of the basis; the adapters' largest by default.
 
     Returns:
@@ -78,7 +78,7 @@ def share_basis(model: PeftModel, adapters: Sequence[str], name: str, r: int | N
     for layer, module in layers.items():
         wanted = r if r is not None else max(module.adapters[adapter].r for adapter in adapters)
         ranks[layer] = min(wanted, module.in_features, module.out_features)
-    joint = _joined(layers, adapters, ranks)  # all that may fail, before the model is changed
+    joint = _joined(layers, adapters, ranks)  # everything that may fail comes before the model changes
     largest, pattern = ranks_by_name(ranks)
     like = cast(LoRASBConfig, model.peft_config[adapters[0]])
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
@@ -105,7 +105,7 @@ def _joined(layers: Mapping[str, AdaptedLayer], adapters: Sequence[str], ranks: 
 
 
 def _move_onto(model: PeftModel, adapters: Sequence[str], name: str, joint: Joint) -> KeptShares:
-    """Give an adapter B, A and R = 0, and others the same B and A, and R by projection."""
+    """Give an adapter the joint B and A, and R = 0; give the others the same B and A, and R by projection."""
     kept: dict[str, dict[str, Energies]] = {adapter: {} for adapter in adapters}
     layers = layers_with(model, name)
     for layer, module in layers.items():
@@ -126,7 +126,7 @@ def _move_onto(model: PeftModel, adapters: Sequence[str], name: str, joint: Join
 
 
 def joint_factors(updates: Sequence[Update], r: int) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in], orthonormal, that keep most of several updates, each scaled to unit norm."""
+    """The orthonormal B [out, r] and A [r, in] that keep most of several updates, each scaled to unit norm."""
     # Higher-order orthogonal iteration in the coordinates of the adapters' own factors: nothing of W's size is formed.
     left = torch.linalg.qr(torch.cat([one.left for one in updates], 1)).Q
     right = torch.linalg.qr(torch.cat([one.right for one in updates], 0).t()).Q
@@ -140,7 +140,7 @@ def joint_factors(updates: Sequence[Update], r: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def keep_most_of(model: nn.Module, updates: Sequence[Mapping[str, Update]], adapter: str = "default") -> list[float]:
-    """Give an adapter the A and B that keep most of several updates of its layers, and R = 0; the shares kept."""
+    """Give an adapter R = 0 and the A and B that keep most of several updates; return the share kept of each."""
     kept: list[list[Energies]] = [[] for _ in updates]
     for name, layer in layers_with(model, adapter).items():
         mine, r = [one[name] for one in updates], layer.adapters[adapter].r
@@ -174,12 +174,12 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
     Args:
         model: a PeftModel with the adapter `basis`.
         lora: folder of a PEFT LoRA adapter of linear layers.
-        name: of the new adapter.
+        name: name of the new adapter.
         basis: the adapter whose A and B it shares.
-        most_lost: share of ‖Δ‖² of all layers together that may be lost, layers that the basis lacks included.
+        most_lost: largest share of ‖Δ‖² over all layers that may be lost, including layers that the basis lacks.
 
     Raises:
-        ValueError: no LoRA there, other shapes, or more than `most_lost` would be lost; the model is unchanged.
+        ValueError: no LoRA in the folder, other shapes, or more than `most_lost` lost; the model is unchanged.
     """
     layers = layers_with(model, basis)
     cores, kept = {}, []
@@ -209,7 +209,7 @@ def refuse_other_layers(lora: str | Path, updates: Mapping[str, Update], layers:
     """Raise a ValueError for a LoRA of layers that a model does not have, or has in other shapes."""
     for name, update in updates.items():
         if name not in layers:
-            raise ValueError(f"{lora} has an update of layer {name!r}, which the model does not have: it is another's")
+            raise ValueError(f"{lora} has an update of layer {name!r}, which this model lacks: it is for another one")
         _refuse_other_shape(lora, name, update, layers[name])
 
 
@@ -221,7 +221,7 @@ def _refuse_other_shape(lora: str | Path, name: str, update: Update, layer: Adap
 
 
 def lora_updates(folder: Path) -> dict[str, Update]:
-    """The updates of a plain LoRA of PEFT by layer; a ValueError for any other adapter."""
+    """The updates of a plain PEFT LoRA by layer; a ValueError for any other adapter."""
     config_file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_file.is_file() or not weights.is_file():
         raise ValueError(f"expected a LoRA adapter with {CONFIG_NAME} and {WEIGHTS_NAME} in {folder}, found none")
@@ -255,8 +255,8 @@ def _update_of(layer: AdaptedLayer, adapter: str) -> Update:
 
 
 def _projected(update: Update, layer: AdaptedLayer, basis: str) -> tuple[Tensor, Energies]:
-    """R [r, r] for which B R A is nearest to Δ, B and A as rounded to their dtype, and (‖B R A‖², ‖Δ‖²)."""
-    # Bᵀ Δ Aᵀ where B and A are orthonormal; Σ is in one of them for init="lora-xs"
+    """The R [r, r] whose B R A is nearest to Δ, for B and A as rounded to their dtype, and (‖B R A‖², ‖Δ‖²)."""
+    # R = Bᵀ Δ Aᵀ if B and A are orthonormal; with init="lora-xs" one of them includes Σ
     b, upper = torch.linalg.qr(layer.lorasb_B[basis].double())
     a, lower = torch.linalg.qr(layer.lorasb_A[basis].double().t())
     inside = update.on(b, a.t())
@@ -265,12 +265,12 @@ def _projected(update: Update, layer: AdaptedLayer, basis: str) -> tuple[Tensor,
 
 
 def kept_energies(layers: Mapping[str, AdaptedLayer], adapter: str, basis: str) -> dict[str, Energies]:
-    """Layer -> (‖B R A‖², ‖Δ‖²), B R A nearest to Δ, for an adapter's update Δ, and the B and A of another one."""
+    """Layer -> (‖B R A‖², ‖Δ‖²), for an adapter's update Δ and the nearest B R A with another adapter's B and A."""
     return {name: _projected(_update_of(layer, adapter), layer, basis)[1] for name, layer in layers.items()}
 
 
 def share_of(kept: Iterable[Energies]) -> float:
-    """Sum of the first over the sum of the second energies; 1 where all are zero."""
+    """Sum of the first energies over the sum of the second; 1 if all are zero."""
     pairs = list(kept)
     total = math.fsum(whole for _, whole in pairs)
     return math.fsum(part for part, _ in pairs) / total if total > 0 else 1.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..compat.transformers import CHECKPOINTING
 from ..constants import BASE_ROW
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.adapter_state import TOKENS_FIRST, Rows, chooses_tokens, other_length, rows_of
+from ..layers.adapter_state import TOKENS_FIRST, Rows, chooses_tokens, length_mismatch, rows_of
 from ..layers.linear import trains_by_row
 from ..layers.unfused_experts import OpenExperts
 from ..layers.weight_adapter import OpenParameters
@@ -30,11 +30,11 @@ Hook = tuple[nn.Module, Forward]  # a module, and a forward pre-hook that takes 
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
 Shapes = dict[str, torch.Size]  # [B, T] of hidden states, by the module's name
-_current: ContextVar[Sequence[Hook]] = ContextVar("hooks", default=())  # of the innermost block of this thread
+_current: ContextVar[Sequence[Hook]] = ContextVar("hooks", default=())  # hooks of this thread's innermost block
 
 
 class _Checkpointing:
-    """A module's checkpointing function; what backward repeats has the hooks of the block that forward was in."""
+    """A module's checkpointing function, wrapped so that backward recomputes a forward with that forward's hooks."""
 
     def __init__(self, function: Forward) -> None:
         self.function = function
@@ -43,9 +43,9 @@ class _Checkpointing:
         hooks = _current.get()
 
         def repeated(*args: object, **options: object) -> object:
-            """The forward, with the hooks of its block where those are not in place."""
+            """Run the forward, with the hooks of its block if they are not in place."""
             with ExitStack() as stack:
-                if _current.get() is not hooks:  # after the block, in another one, or in a thread of autograd's
+                if _current.get() is not hooks:  # after the block, in another one, or in an autograd thread
                     _register(hooks, stack)
                 return forward(*args, **options)
 
@@ -54,11 +54,11 @@ class _Checkpointing:
 
 @contextmanager
 def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[None]:
-    """Have the hooks in this thread's forwards of this block, and where backward repeats parts of these."""
+    """Install the hooks for this thread's forwards in the block, and for parts that backward recomputes."""
     for module in modules:
-        function = vars(module).get(CHECKPOINTING) if module.training else None  # no other mode checkpoints
+        function = vars(module).get(CHECKPOINTING) if module.training else None  # only training checkpoints
         if function is not None and not isinstance(function, _Checkpointing):
-            setattr(module, CHECKPOINTING, _Checkpointing(function))  # stays, and only passes on without hooks
+            setattr(module, CHECKPOINTING, _Checkpointing(function))  # stays; without hooks it changes nothing
     with ExitStack() as stack:  # undoes everything, also when a forward raises
         _register(hooks, stack)
         token = _current.set(hooks)
@@ -72,33 +72,33 @@ def _register(hooks: Sequence[Hook], stack: ExitStack) -> None:
 
 
 class _OfThisThread:
-    """A hook for forwards of the thread that makes it: another one has its own rows, or none."""
+    """A hook that acts only in the thread that made it: another thread has its own rows, or none."""
 
     def __init__(self, hook: Forward) -> None:
         self.hook, self.owner = hook, threading.get_ident()
         self.names_rows = getattr(hook, "names_rows", False)  # `linear_group` reads it
 
     def __call__(self, *arguments: object) -> object:
-        # a compiled forward has no other threads, and cannot get its own
+        # a compiled forward has no other threads, and cannot call get_ident
         mine = torch.compiler.is_compiling() or threading.get_ident() == self.owner
         return self.hook(*arguments) if mine else None
 
 
-# Sub-configs of multimodal models other than text_config: a row of an image or audio tower is not a row of the text.
+# Sub-configs of multimodal models other than text_config: a row of an image or audio tower is not a text row.
 TOWER_CONFIGS = ("vision_config", "audio_config")
 Modules = dict[str, nn.Module]  # of a model, by name
 
 
 @contextmanager
 def adapters_by_row(model: nn.Module, names: Sequence[str], num_beams: int = 1) -> Iterator[None]:
-    """Apply one adapter per row (`__base__`: none) in the forwards of this block; num_beams of generation per row."""
-    modules = dict(model.named_modules())  # once: as slow as a small model's layers
+    """Apply one adapter per row (`__base__`: none) in the forwards of this block; num_beams rows each in generation."""
+    modules = dict(model.named_modules())  # only once: it takes as long as a small model's layers
     bank = bank_of(modules.values())
     known = _check(model, modules, names, bank)
     rows = Rows.of(names)
     with ExitStack() as stack:
         if bank is not None:
-            # any other name is the bank's, or was removed meanwhile: a KeyError
+            # any other name is in the bank, or was removed meanwhile: a KeyError
             slots = stack.enter_context(bank.serving([BASE_ROW if name in known else name for name in rows.names]))
             rows = replace(rows, slots=torch.tensor(slots, dtype=torch.int64, device="cpu"), basis=bank.basis)
         checker = functools.partial(_check_length, len(rows), num_beams)
@@ -112,27 +112,27 @@ def _hooks(model: nn.Module, modules: Modules, rows: Rows, num_beams: int) -> It
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     layers = _layers(modules)
     ancestors = {name.rsplit(".", i)[0] for name in layers for i in range(1, name.count(".") + 1)}
-    beams = rows.repeat_interleave(num_beams)  # as generate() repeats each row, num_beams times in turn
+    beams = rows.repeat_interleave(num_beams)  # as in generate(): num_beams consecutive copies of each row
     for name, module in modules.items():
         if name in layers:
             layer_rows = rows if module in encoder else beams
             ambiguous = module in outside_text or chooses_tokens(name)
             yield module, _NamePasser(name, layer_rows, shapes, model_type in TOKENS_FIRST, ambiguous)
-        # a whole model (it has get_input_embeddings) may get other floating-point inputs before hidden states
+        # a complete model (it has get_input_embeddings) may get other floating-point inputs before hidden states
         elif name in ancestors and not hasattr(module, "get_input_embeddings"):
             yield module, functools.partial(_record_shape, name, shapes)
 
 
 def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: AdapterBank | None) -> set[str]:
-    """Raise where rows cannot have these adapters; return the names that the model has itself."""
+    """Raise if rows cannot use these adapters; return the names that the model itself has."""
     is_list = isinstance(names, Sequence) and not isinstance(names, str)
     if not is_list or not all(isinstance(name, str) for name in names):
         raise TypeError(f"expected adapter_names as a list, a name for each row, got {names!r}")
     compiled = [name for name, module in modules.items() if getattr(module, "_compiled_call_impl", None) is not None]
     if compiled := compiled or [name for name in modules if name.endswith("_orig_mod")]:
         raise ValueError(
-            f"expected `adapter_names` of a model that is compiled as a whole, and {compiled[0] or 'its base'!r} is "
-            "compiled by itself, which would ignore them: torch.compile(model), or none of its modules"
+            f"`adapter_names` need a model that is compiled as a whole, and {compiled[0] or 'its base'!r} is "
+            "compiled by itself, which would ignore them: torch.compile(model), or compile none of its modules"
         )
     layers = [module for module in modules.values() if isinstance(module, AdaptedLayer)]
     known = {name for layer in layers for name in layer.lorasb_R}
@@ -147,8 +147,8 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
     in_training = model.training and bank is not None
     if in_training and any(getattr(m, "gradient_checkpointing", False) for m in modules.values()):
         raise ValueError(
-            "expected no gradient checkpointing with `adapter_names` of a bank in training, as its adapters may be "
-            "others by the time that backward repeats the forward: model.gradient_checkpointing_disable()"
+            "expected no gradient checkpointing with `adapter_names` of a bank in training, as its adapters may have "
+            "changed by the time backward recomputes the forward: model.gradient_checkpointing_disable()"
         )
     if model.training and not all(trains_by_row(layer, distinct) for layer in layers):
         raise ValueError(
@@ -173,7 +173,7 @@ def _encoder(model: nn.Module) -> set[nn.Module]:
     """The modules of an encoder: generation runs it once per row, before rows are repeated for beams."""
     config = getattr(model, "config", None)
     if not any(getattr(one, "is_encoder_decoder", False) for one in (config, getattr(config, "text_config", None))):
-        return set()  # where `get_encoder` gives the one stack that there is
+        return set()  # for these `get_encoder` gives their only stack
     encoder = getattr(model, "get_encoder", lambda: None)()
     return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
 
@@ -189,14 +189,14 @@ def _outside_text_model(model: Any) -> set[nn.Module]:
 
 
 def _check_length(rows: int, num_beams: int, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    """Pre-hook of the model: raise for a batch of another length than that of the names."""
+    """Pre-hook of the model: raise if the batch and the names differ in length."""
     named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
     first = next((x for x in (*named, *args[:1]) if isinstance(x, Tensor)), None)
     if first is None:
         tensors = [x for x in kwargs.values() if isinstance(x, Tensor)]
-        first = tensors[0] if len(tensors) == 1 else None  # with several it is unknown which is by row
+        first = tensors[0] if len(tensors) == 1 else None  # with several, it is unknown which has a row per name
     if first is not None and first.dim() > 0 and len(first) not in (rows, rows * num_beams):
-        raise ValueError(other_length(len(first), rows))
+        raise ValueError(length_mismatch(len(first), rows))
 
 
 def _record_shape(name: str, shapes: Shapes, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -206,10 +206,10 @@ def _record_shape(name: str, shapes: Shapes, module: nn.Module, args: Args, kwar
     if first is not None and first.dim() == 3:
         shapes[name] = first.shape[:2]
     else:
-        shapes.pop(name, None)  # a shape of an earlier call must not be taken for this one's
+        shapes.pop(name, None)  # an earlier call's shape must not be mistaken for this call's
 
 
-@dataclass(eq=False)  # like any other hook, equal to itself alone
+@dataclass(eq=False)  # like other hooks, equal only to itself
 class _NamePasser:
     """Pre-hook that passes a layer the adapter names of its input's rows, or raises if they are unknown."""
 
@@ -218,7 +218,7 @@ class _NamePasser:
     shapes: Shapes
     tokens_first: bool
     ambiguous: bool
-    names_rows = True  # and changes nothing else; `linear_group` reads it
+    names_rows = True  # it changes nothing else; `linear_group` reads this
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         # The layer's input, however the caller passed it: `layer(x)` or `layer(hidden_states=x)`.
@@ -226,13 +226,13 @@ class _NamePasser:
         ambiguous = self.ambiguous and not isinstance(module, OpenExperts)
         # With one name for all rows the mapping does not matter; with several, never guess from a matching row count.
         refused = ambiguous and len(self.rows.names) > 1
-        outer = self._outer_shape() if x.dim() <= 2 else None  # needed for flattened tokens alone
+        outer = self._outer_shape() if x.dim() <= 2 else None  # only needed for flattened tokens
         input_rows = None if refused else rows_of(x, self.rows, outer, self.tokens_first or ambiguous)
         if input_rows is None:
             raise ValueError(
                 f"expected adapter_names for each of {len(x)} rows, got {len(self.rows)}: layer {self.name!r} gets "
                 f"{list(x.shape)}, which cannot be mapped to rows of the batch. Give a name for each "
-                "row of the batch; where that is so, run one adapter at a time: model.set_adapter(name)"
+                "row of the batch; if you do, run one adapter at a time: model.set_adapter(name)"
             )
         # PEFT's wrappers of modules_to_save take a list of names; LoRA-SB layers take `Rows`.
         if not isinstance(module, AuxiliaryTrainingWrapper):

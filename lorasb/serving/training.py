@@ -1,4 +1,4 @@
-"""Training of several adapters by `transformers.Trainer`: each on its own rows of a batch, as if it were alone."""
+"""Train several adapters with `transformers.Trainer`, each on its own rows of a batch, as if it were alone."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..utils.checks import check_lr
 def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str]) -> dict[str, Tensor]:
     """The mean loss of each adapter over the labeled tokens of its rows, for a language model.
 
-    The gradient of their sum is each adapter's own: R of one depends on no other's rows.
+    With respect to one adapter's R, the gradient of their sum depends on no other adapter's rows.
 
     Args:
         logits: [n, T, V].
         labels: [n, T], -100 where no loss is counted; the logits before a token predict it, as in transformers.
-        adapter_names: of the n rows; rows of `__base__` are left out.
+        adapter_names: one for each of the n rows; rows of `__base__` are left out.
 
     Returns:
-        {name: loss [], fp32 (fp64 for fp64)}, in the order of first rows.
+        {name: loss [], fp32 (fp64 for fp64 logits)}, in the order of the adapters' first rows.
 
     Raises:
         ValueError: not one name for each row, logits that do not fit labels, or an adapter without a labeled token.
@@ -52,7 +52,7 @@ def adapter_losses(logits: Tensor, labels: Tensor, adapter_names: Sequence[str])
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss [n, T - 1] of each label after the first, 0 where none is counted (logits [n, T, V], labels [n, T])."""
     targets = labels[:, 1:]
-    # flat: over a transposed view of the vocabulary torch takes several times as long
+    # flat: torch takes several times as long over a view with the vocabulary transposed
     wide = logits[:, :-1].flatten(0, 1)
     wide = wide if wide.dtype == torch.float64 else wide.float()
     by_token = functional.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -62,16 +62,16 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def adapter_parameter_groups(
     model: nn.Module, adapters: Sequence[str], lr: float | Mapping[str, float], **options: Any
 ) -> list[dict[str, Any]]:
-    """A parameter group for each adapter, of its R's, which are set to train; those of others are frozen.
+    """One parameter group per adapter with its R's, which are set to train; the R's of all others are frozen.
 
     Args:
         model: a PeftModel whose adapters share one basis.
-        adapters: to train.
-        lr: of all, or by name.
-        options: of every group (`weight_decay=0.0`, ...).
+        adapters: names of the adapters to train.
+        lr: learning rate of all, or name -> learning rate.
+        options: options of every group (`weight_decay=0.0`, ...).
 
     Returns:
-        Groups with "params", "lr" and "name", for any optimizer of torch.
+        Groups with "params", "lr" and "name", for any torch optimizer.
 
     Raises:
         ValueError: an adapter is unknown, or has no learning rate.
@@ -94,11 +94,11 @@ def adapter_parameter_groups(
 
 
 def clip_by_adapter(groups: Sequence[Mapping[str, Any]], max_norm: float) -> dict[str, float]:
-    """Scale each group's gradients down to `max_norm`, in place; return the norms before, by adapter with gradients.
+    """Clip each group's gradients to `max_norm`, in place; return the norms before, for adapters that have gradients.
 
     Args:
-        groups: `optimizer.param_groups` of `adapter_parameter_groups`.
-        max_norm: of one adapter's gradients together.
+        groups: `optimizer.param_groups`, made by `adapter_parameter_groups`.
+        max_norm: largest norm of all gradients of one adapter together.
     """
     norms = {}
     for group in groups:
@@ -107,18 +107,18 @@ def clip_by_adapter(groups: Sequence[Mapping[str, Any]], max_norm: float) -> dic
     return norms
 
 
-HOOKS, NORM = "_rows_callback_hooks", "_rows_callback_norm"  # attributes of the model and the trainer's arguments
+HOOKS, NORM = "_rows_callback_hooks", "_rows_callback_norm"  # attributes of the model and of the trainer's arguments
 Batch = dict[str, Any]
 Args = tuple[object, ...]  # of a forward, by position
-NAMES = "adapter_names"  # of a batch's rows, as `PeftModel.forward` takes them
+NAMES = "adapter_names"  # key of the row names in a batch, as `PeftModel.forward` takes them
 
 
 class AdapterRowsCollator:
-    """A collator whose batches have `adapter_names`, from a column of the examples.
+    """A collator that adds `adapter_names` to batches, from a column of the examples.
 
     Args:
-        collate: from examples without the column to a batch.
-        column: an adapter's name, or `__base__`. A ValueError if an example lacks it.
+        collate: turns examples without the column into a batch.
+        column: the column with an adapter's name, or `__base__`. A ValueError if an example lacks it.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]], column: str = NAMES) -> None:
@@ -138,8 +138,8 @@ class AdapterRowsCollator:
 class AdapterRowsCallback(TrainerCallback):
     """Trains the adapters that the optimizer's groups name, each on its own rows of a batch.
 
-    Each adapter's gradient is that of the mean over its labeled tokens per step, over all accumulated batches and
-    processes, and `max_grad_norm` clips each adapter alone. The logged loss is the mean over the tokens of all rows. An
+    Each adapter's gradient is that of its mean loss per labeled token in a step, over all accumulated batches and
+    processes; `max_grad_norm` clips each adapter alone. The logged loss is the mean over the tokens of all rows. An
     adapter without tokens in a step is neither updated nor decayed. A checkpoint has the basis and a folder for each
     adapter, and training resumes from it as from any other.
 
@@ -159,8 +159,8 @@ class AdapterRowsCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.max_norm = 0.0
-        self._labeled: list[tuple[Sequence[str], Tensor]] = []  # a step's batches: whose rows, and their tokens
-        self._batch: tuple[Sequence[str], Tensor, Tensor | int | None] | None = None  # of the forward that runs
+        self._labeled: list[tuple[Sequence[str], Tensor]] = []  # a step's batches: their rows' names and tokens
+        self._batch: tuple[Sequence[str], Tensor, Tensor | int | None] | None = None  # of the current forward
 
     def on_train_begin(
         self,
@@ -171,15 +171,15 @@ class AdapterRowsCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: object,
     ) -> None:
-        """Replace the loss; the trainer has loaded a checkpoint by now, which leaves one adapter to train."""
+        """Replace the loss, and let all adapters train: loading a checkpoint, done by now, leaves only one to train."""
         _check(args)
         _refuse_other_tasks(model)
         for parameter in (one for group in _groups(optimizer) for one in group["params"]):
             parameter.requires_grad_(True)
-        # A run that an error ended has given nothing back: what it took is kept with the arguments and the model.
+        # A run that an error ended has not restored what it replaced, which the arguments and the model still hold.
         self.on_train_end(args, state, control, model)
         self.max_norm = vars(args)[NORM] = args.max_grad_norm
-        args.max_grad_norm = 0.0  # or the trainer would clip all of them as one
+        args.max_grad_norm = 0.0  # or the trainer would clip all adapters together
         self._labeled.clear()
         vars(model)[HOOKS] = (
             model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
@@ -189,7 +189,7 @@ class AdapterRowsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: object, state: object, control: object, optimizer: Optimizer | None = None, **kwargs: object
     ) -> None:
-        """Make each adapter's gradient that of the mean over its tokens, and clip it."""
+        """Turn each adapter's gradient into that of its mean loss per token, and clip it."""
         groups, processes, tokens = _groups(optimizer), Processes(), Counter[str]()
         for names, labeled in self._labeled:
             for name, count in zip(names, labeled.tolist(), strict=True):
@@ -199,7 +199,7 @@ class AdapterRowsCallback(TrainerCallback):
         for group, count in zip(groups, processes.all_reduce_sum(own).tolist(), strict=True):
             for parameter in group["params"]:
                 if not count:
-                    parameter.grad = None  # zeros would still move it, by its moments
+                    parameter.grad = None  # with zeros, the optimizer's moments would still move it
                 elif parameter.grad is not None:
                     parameter.grad.mul_(processes.world_size / count)  # DDP has averaged over processes
         if self.max_norm:
@@ -214,7 +214,7 @@ class AdapterRowsCallback(TrainerCallback):
             hook.remove()
 
     def _take_labels(self, module: nn.Module, args: Args, kwargs: Batch) -> tuple[Args, Batch]:
-        """Keep the labels from the model, which would compute another loss over all logits."""
+        """Take the labels out of the batch: the model would compute another loss over all logits."""
         self._batch = None
         if module.training and NAMES in kwargs and kwargs.get("labels") is not None:
             labels = kwargs["labels"]
@@ -241,10 +241,10 @@ class AdapterRowsCallback(TrainerCallback):
         counted = (labels[:, 1:] != IGNORED).sum(1) * rows
         self._labeled.append((names, counted))
         total = losses.sum()
-        if not total.requires_grad:  # rows of the base alone; DDP waits for a gradient of every parameter
+        if not total.requires_grad:  # only base rows; DDP waits for a gradient of every parameter
             total = total.detach() + sum(one.sum() * 0.0 for one in module.parameters() if one.requires_grad)
         mean = (total / (counted.sum().clamp(min=1) if items is None else items)).detach()
-        # Shown is the mean; the gradient is the sum's, whatever the trainer divides the loss by.
+        # The value is the mean; the gradient is the sum's, whatever the trainer divides the loss by.
         loss = mean + (total - total.detach())
         loss.register_hook(torch.ones_like)
         output["loss"] = loss
@@ -274,7 +274,7 @@ def _groups(optimizer: Optimizer | None) -> list[dict[str, Any]]:
 
 
 def _check(args: TrainingArguments) -> None:
-    """Raise where gradients cannot be divided by adapter, or the trainer would leave adapters as they are."""
+    """Raise if gradients cannot be divided by adapter, or the trainer would restore only one adapter."""
     refused = ("fp16", "deepspeed", "fsdp", "label_smoothing_factor")
     found = [name for name in refused if getattr(args, name)]
     if found:

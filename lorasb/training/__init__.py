@@ -1,1 +1,1 @@
-"""Parts of a training loop: the callback that initializes, trials of rates, starts on rewards, the sampler in vLLM."""
+"""Parts of a training loop: the initializing callback, learning-rate trials, starts on rewards, the vLLM sampler."""

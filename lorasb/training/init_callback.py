@@ -28,8 +28,8 @@ from ..init.task import AutoRate, Layers
 from ..layers.lookup import adapted_layers
 from .rate_trials import JUDGED, PROBE_STEPS, apart, refine_rate
 
-# DPO's columns under `precompute_ref_log_probs`, one number per pair where all else has two rows; where training
-# starts, the policy is the reference.
+# DPO's columns under `precompute_ref_log_probs`: one number per pair, while other columns have two rows. Not needed: at
+# the start of training the policy equals the reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 TRAINERS_RATE = 5e-5  # default learning_rate of TrainingArguments
 
@@ -37,26 +37,26 @@ TRAINERS_RATE = 5e-5  # default learning_rate of TrainingArguments
 class InitCallback(TrainerCallback):
     """Runs `lorasb.initialize` when training begins: `Trainer(..., callbacks=[lorasb.InitCallback()])`.
 
-    Samples are drawn from the trainer's data set with a separate seed and collated by the trainer's collator; the order
-    of training does not change. η is the peak learning rate divided by the number of warm-up steps (at least 1), as a
-    schedule's first rate is 0. An initialized adapter is left alone. If training resumes from a checkpoint, A, B and R
-    come from it; under FSDP, which loads R alone, the callback loads A and B.
+    Samples are drawn from the trainer's data set with a separate seed and collated by the trainer's collator; the
+    training order does not change. η is the peak learning rate divided by the number of warm-up steps (at least 1), as
+    a schedule's first rate is 0. An initialized adapter is left alone. If training resumes from a checkpoint, A, B and
+    R come from it; under FSDP, which loads only R, the callback loads A and B.
 
     Args:
         num_samples: number of samples over all processes; None takes min(n, max(32, n/1000)).
         seed: for sampling and the SVD; the trainer's `seed` by default.
-        lr: η, in place of the one derived from the trainer's rate. "auto" measures a peak rate on the samples, tries it
+        lr: η, instead of the one derived from the trainer's rate. "auto" measures a peak rate on the samples, tries it
             and a quarter of it for four steps each (not with `samples`, nor if the model is sharded), and trains at
-            twice the rate or at half of it (docs/choosing.md): it replaces `learning_rate` in the optimizer, which has
-            to be an Adam, and in the schedule, one of transformers'.
-        samples: batches instead of the trainer's own data, or a function that makes them of the model when training
-            begins: for reinforcement learning, whose data has prompts and no labels.
-        share_factors: let the run's checkpoints share one file of A and B: each further one adds R and the optimizer's
-            state. Every checkpoint folder can still be loaded alone.
+            twice or half the measured rate (docs/choosing.md). It replaces `learning_rate` in the optimizer, which must
+            be an Adam, and in the schedule, which must be one of transformers'.
+        samples: batches to use instead of the trainer's data, or a function that makes them from the model when
+            training begins: for reinforcement learning, whose data has prompts but no labels.
+        share_factors: let the run's checkpoints share one file with A and B: each later one adds R and the optimizer
+            state. Every checkpoint folder can still be loaded by itself.
         options: options of `lorasb.initialize` (`longest_start=`, `cache=`, `loss_fn=`, ...).
 
     Attributes:
-        report: the `InitReport`, once training has begun; None if none ran.
+        report: the `InitReport`, once training has begun; None if nothing was initialized.
 
     Raises:
         ValueError: the optimizer holds copies of R, which would overwrite the initialized R; or training resumes, and
@@ -76,14 +76,14 @@ class InitCallback(TrainerCallback):
         self.num_samples, self.seed, self.lr = num_samples, seed, lr
         self.samples, self.share_factors, self.options = samples, share_factors, options
         self.report: InitReport | None = None
-        self._model: weakref.ref[PeftModel] | None = None  # that the report is of
-        self._is_refined = False  # by trials
+        self._model: weakref.ref[PeftModel] | None = None  # the one that the report describes
+        self._is_refined = False  # True once trials have refined the rate
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Split a written checkpoint into R and the shared factor file."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         uploading = args.push_to_hub and "checkpoint" in str(getattr(args.hub_strategy, "value", args.hub_strategy))
-        # An upload to the Hub reads the folder in the background while this would rewrite its files.
+        # Not while uploading: the Hub's upload reads the folder in the background, and `share` rewrites its files.
         if self.share_factors and state.is_world_process_zero and folder.is_dir() and not uploading:
             share(folder)
 
@@ -98,30 +98,30 @@ class InitCallback(TrainerCallback):
         lr_scheduler: object = None,
         **kwargs: object,
     ) -> None:
-        """Initialize, or restore A and B; the trainer has loaded a checkpoint by now and made no step."""
+        """Initialize, or restore A and B; a checkpoint, if any, is loaded by now, and no step has been taken."""
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
         initialized = all(layer.is_initialized(name) for layer in layers.values())
         resumed = state.global_step > 0
-        # Resumed. FSDP's checkpoints have trainable parameters alone, so R is in place and A and B are those of a new
-        # patch, even if a data-free init has filled them.
+        # Resumed. FSDP's checkpoints have only trainable parameters: R is loaded, while A and B are still those of the
+        # new patch, even if a data-free init has filled them.
         if resumed and (sharded(model) or not initialized):
             _restore(args, state, name, layers, needed=not initialized)
         # Under ZeRO-3 gathering is collective and saving is not, so A and B are gathered here; no-op otherwise.
         keep_factors(layers, name, first=state.is_world_process_zero)
         peak = _peak(optimizer, layers, name) or args.learning_rate
-        # Initialized here, if a trial ran out of memory and the trainer begins again with a smaller batch.
+        # True on a restart: a trial ran out of memory, and the trainer begins again with a smaller batch.
         here = self._model is not None and self._model() is model
         if resumed or (initialized and not here):
             lost = resumed and optimizer is not None and not optimizer.state
             if self.lr == "auto" and (lost or not resumed):
                 why = f"adapter {name!r} is initialized already, so that no rate is measured"
                 if lost:
-                    why = "the checkpoint lacks the optimizer (save_only_model), which has the rate that was measured"
+                    why = "the checkpoint lacks the optimizer (save_only_model), which has the measured rate"
                 warnings.warn(f"{why}: learning_rate={peak:g} stays", stacklevel=2)
             return
         if optimizer is not None:
             _refuse_copies(optimizer, layers, name)
-        size = state.train_batch_size or args.per_device_train_batch_size  # the first: that of `auto_find_batch_size`
+        size = state.train_batch_size or args.per_device_train_batch_size  # the first reflects `auto_find_batch_size`
         if not initialized:
             warmup = args.get_warmup_steps(state.max_steps) if lr_scheduler is None else _warmup_steps(lr_scheduler)
             lr: float | AutoRate = first_step_lr(peak, warmup) if self.lr is None or self.lr == "auto" else self.lr
@@ -151,12 +151,12 @@ class InitCallback(TrainerCallback):
         """Call `initialize` on this process's samples, in batches of `size`."""
         seed, count = args.seed if self.seed is None else self.seed, self.num_samples
         options = {"progress": not args.disable_tqdm} | self.options
-        # collators may draw (random masking, on the CPU), and training must draw as without this
+        # collators may draw random numbers (masking, on the CPU); training must draw the same ones as without this
         with rng_untouched():
             if self.samples is None:
-                # drawn already: a limit would count the rows of batches, and those of preferences have two per example
+                # limited already: a second limit would count batch rows, and preference data has two per example
                 batches, count = _batches(data, size, count, seed), None
-            else:  # all, in their order, unless a number is given
+            else:  # all of them, in order, unless num_samples is given
                 batches = iter(self.samples(model) if callable(self.samples) else self.samples)
             return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
 
@@ -170,13 +170,13 @@ class InitCallback(TrainerCallback):
         model: PeftModel,
         data: Loader,
     ) -> InitReport:
-        """The report with twice or half its rate, by trials on this process's data; R is scaled likewise."""
+        """Return the report with its rate doubled or halved by trials on this process's data; scale R likewise."""
         parts = args.gradient_accumulation_steps
-        seed = 1 + (args.seed if self.seed is None else self.seed)  # other samples than the initialization's
-        loss_fn, count = self.options.get("loss_fn"), self.num_samples  # of a stream, whose head is read again
+        seed = 1 + (args.seed if self.seed is None else self.seed)  # not the initialization's samples
+        loss_fn, count = self.options.get("loss_fn"), self.num_samples  # for a stream, whose first items are read again
         if _is_sized(data.dataset):
             count = min(len(data.dataset), (PROBE_STEPS * parts + JUDGED) * size * Processes().world_size)
-        if count is not None:  # two batches at least: one to judge by, one to train on
+        if count is not None:  # at least two batches: one to measure the loss, one to train on
             size = max(1, min(size, count // (2 * Processes().world_size)))
         with Processes().together("reading batches for trials of the rate"), rng_untouched():
             held = [batch for batch in _batches(data, size, count, seed) if loss_fn or labeled_rows(batch)]
@@ -190,12 +190,12 @@ class InitCallback(TrainerCallback):
 
 
 def _takes_rates(optimizer: object, scheduler: object, rate: float) -> bool:
-    """True for AdamW and its relatives, whose steps lr="auto" predicts, with a schedule of transformers'; else warn."""
+    """Return True for a variant of Adam with one of transformers' schedules, as lr="auto" requires; else warn."""
     kind = type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate wraps both
     schedule = getattr(scheduler, "scheduler", scheduler)
     if optimizer is not None and "adam" not in kind.lower():
         why = f"lr='auto' predicts steps of AdamW, and the optimizer is {kind}"
-    elif schedule is not None and not isinstance(schedule, LambdaLR):  # others keep peaks of their own
+    elif schedule is not None and not isinstance(schedule, LambdaLR):  # others store their own peaks
         why = f"lr='auto' sets the peak of transformers' schedules, and the schedule is a {type(schedule).__name__}"
     else:
         return True
@@ -208,7 +208,7 @@ def _is_sized(dataset: object) -> bool:
 
 
 def _groups(optimizer: Optimizer, layers: Layers, name: str) -> Iterator[tuple[int, dict[str, Any], bool]]:
-    """The places and parameter groups that have an R, and whether they have other parameters, too."""
+    """Yield index and parameter group of each group that has an R, and whether it has other parameters, too."""
     cores = {id(layer.lorasb_R[name]) for layer in layers.values()}
     for i, group in enumerate(optimizer.param_groups):
         mine = [id(parameter) in cores for parameter in group["params"]]
@@ -217,22 +217,22 @@ def _groups(optimizer: Optimizer, layers: Layers, name: str) -> Iterator[tuple[i
 
 
 def _peak(optimizer: Optimizer | None, layers: Layers, name: str) -> float | None:
-    """The peak rate of R's parameter group, of OneCycleLR its `max_lr`; None without an optimizer."""
+    """Return the peak rate of R's parameter group (with OneCycleLR its `max_lr`); None without an optimizer."""
     groups = () if optimizer is None else (group for _, group, _ in _groups(optimizer, layers, name))
     return next((group.get("max_lr", group.get("initial_lr", group["lr"])) for group in groups), None)
 
 
 def _warmup_steps(scheduler: object) -> float:
-    """Warm-up of a transformers' schedule: 1 / (share of the peak at its first step that moves); 0 for others."""
+    """Return a transformers schedule's warm-up: 1 / (share of the peak at its first nonzero rate); 0 for others."""
     schedule = getattr(scheduler, "scheduler", scheduler)
     if not isinstance(schedule, LambdaLR):
         return 0
-    # In a warm-up of N steps the share is step / N, and step 0 does not move.
+    # In a warm-up of N steps the share is step / N, which is 0 at step 0.
     return 1 / min(1.0, next((share for share in map(schedule.lr_lambdas[0], (0, 1)) if share > 0), 1.0))
 
 
 def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Layers, name: str) -> None:
-    """Set the peak rate of R's parameter groups, of several by their ratios; other groups (a head's) keep theirs."""
+    """Set the peak rate of R's parameter groups, keeping their ratios; other groups (a head's) keep their rates."""
     schedule = getattr(scheduler, "scheduler", scheduler)
     peaks, last = (getattr(schedule, name, None) for name in ("base_lrs", "_last_lr"))  # the second is logged
     first = _peak(optimizer, layers, name)
@@ -240,7 +240,7 @@ def _set_rate(rate: float, optimizer: Optimizer, scheduler: object, layers: Laye
         if is_shared:
             groups = "torch.optim.AdamW(lorasb.parameter_groups(model, lr=1e-3, other_lr=1e-3))"
             warnings.warn(
-                f"modules that are no R (a head) train at R's rate {rate:.2g}, as they share its parameter group: pass "
+                f"modules other than R (a head) train at R's rate {rate:.2g}, as they share its parameter group: pass "
                 f"Trainer(optimizers=({groups}, None))",
                 stacklevel=3,
             )
@@ -260,14 +260,14 @@ def _restore(args: TrainingArguments, state: TrainerState, name: str, layers: La
         raise ValueError(
             "training resumes, and R alone was loaded: expected an adapter that has this R, with its A and B, in "
             f"{' or '.join(map(str, folders))}, found none. If the checkpoint is elsewhere, pass its folder to "
-            "TrainingArguments(resume_from_checkpoint=...) too, as to trainer.train(resume_from_checkpoint=...)"
+            "TrainingArguments(resume_from_checkpoint=...) as well as to trainer.train(resume_from_checkpoint=...)"
         )
 
 
 def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int) -> Iterator[Batch]:
-    """Batches of this process's share: random samples of a map-style data set, or the first of a stream."""
+    """Yield batches of this process's share: random samples of a map-style data set, or a stream's first items."""
     dataset, processes = loader.dataset, Processes()
-    if isinstance(dataset, IterableDatasetShard):  # of this process's rows already
+    if isinstance(dataset, IterableDatasetShard):  # limited to this process's rows: unwrap it
         dataset = dataset.dataset
     if not _is_sized(dataset):
         if num_samples is None:
@@ -282,15 +282,15 @@ def _batches(loader: Loader, batch_size: int, num_samples: int | None, seed: int
         remaining = (dataset[i] for i in chosen[processes.rank :: processes.world_size])  # read batch by batch
     while batch := list(itertools.islice(remaining, batch_size)):
         collated = loader.collate_fn(batch)
-        if len(batch) > 1 and isinstance(collated, Mapping) and not _has_rows(collated):  # images, cut to patches
+        if len(batch) > 1 and isinstance(collated, Mapping) and not _has_rows(collated):  # images cut into patches
             remaining, batch_size = itertools.chain(batch, remaining), 1
             continue
         if not isinstance(collated, Mapping):
             raise ValueError(
-                f"the trainer's batches are no batches of tokens with labels, but {type(collated).__name__}s, as "
-                "GRPO's prompts are: InitCallback(samples=batches) takes those of examples, or "
+                f"expected trainer batches of tokens with labels, got {type(collated).__name__}s, as with GRPO's "
+                "prompts: pass batches of examples, InitCallback(samples=batches), or of rewards, "
                 "InitCallback(samples=lambda model: lorasb.reward_batches(model, tokenizer, prompts, reward), "
-                "loss_fn=lorasb.policy_loss) those of rewards"
+                "loss_fn=lorasb.policy_loss)"
             )
         yield {name: value for name, value in collated.items() if name not in REFERENCE}
 
@@ -308,7 +308,7 @@ def _refuse_copies(optimizer: Optimizer, layers: Layers, name: str) -> None:
     # Optimizers with fp32 master weights and DeepSpeed's partitions are made before `on_train_begin`, from the old R.
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [layer for layer, module in layers.items() if id(module.lorasb_R[name]) not in optimized]
-    # Frozen parameters are not given to the optimizer: say that first, as "copies" would be the wrong reason.
+    # Frozen parameters are not in the optimizer: report that first, as "copies" would be the wrong reason.
     if not any(module.lorasb_R[name].requires_grad for module in layers.values()):
         raise ValueError(
             f"no R of adapter {name!r} requires a gradient, so nothing would train: model.set_adapter({name!r})"

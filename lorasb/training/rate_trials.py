@@ -1,4 +1,4 @@
-"""`lorasb.find_lr`: the learning rate of R by short trials from the same start, which leave the model as it was."""
+"""`lorasb.find_lr`: find R's learning rate by short trials from the same start, which leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..init.sampling import Batch, rng_untouched
 from ..init.task import modes_restored, to_device
 from ..utils.checks import check_lr
 
-STEPS = 12  # of a trial: loss after 15% of a run of 75 ranks rates as its end does, within a factor of two (measured)
+STEPS = 12  # per trial: the loss after 15% of a 75-step run ranks rates as the final loss does, within 2x (measured)
 RAMP = 2 / 3  # share of a trial's steps over which the rate rises, as it does in a warm-up
-JUDGED = 4  # batches that are not trained on in a trial
-FARTHEST = 5  # doublings or halvings of the rate that is tried first
-PROBE_STEPS = 4  # of the two trials that refine a measured rate
-OTHER_RATE = 1e-3  # of what is no R (a fresh head) where R's rate is measured
-CLIP = 1.0  # norm of gradients, transformers' default
+JUDGED = 4  # held-out batches that measure a trial's loss
+FARTHEST = 5  # most doublings or halvings of the first rate
+PROBE_STEPS = 4  # in each of the two trials that refine a measured rate
+OTHER_RATE = 1e-3  # of parameters other than R (a new head) while R's rate is measured
+CLIP = 1.0  # gradient norm, transformers' default
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
-Parts = tuple[list[Batch], list[list[Batch]]]  # the batches that judge a trial, and those of each of its steps
+Parts = tuple[list[Batch], list[list[Batch]]]  # the batches that measure a trial's loss, and the batches of each step
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
 
 
@@ -39,9 +39,9 @@ class RateTrials:
     """Results of the trials.
 
     Attributes:
-        lr: the rate of the least loss; of `lr="auto"`, twice or half the measured one.
-        losses: rate -> mean loss of the batches that judge, after its trial; infinite if it diverged.
-        steps: of each trial.
+        lr: the rate with the lowest loss; with `lr="auto"`, twice or half the measured rate.
+        losses: rate -> mean loss on the held-out batches after its trial; infinite if it diverged.
+        steps: steps per trial.
     """
 
     lr: float
@@ -67,23 +67,24 @@ def find_lr(
     """Try learning rates for a few steps each, and scale R's start to the best one.
 
     The best rates of two tasks at one rank are up to 16 times apart (REPORT.md): no rule over ranks can replace this.
-    A trial trains all that requires a gradient, always on the same batches; then parameters, the global random states
-    and train or eval mode are restored to the bit. Rates go from `lr` by factors of two, up while the loss falls, else
-    down. An initialization's R is proportional to its η, so R's start is scaled with the rate; a loaded R is not.
+    A trial trains everything that requires a gradient, always on the same batches; then parameters, global random
+    states and train or eval mode are restored to the bit. From `lr` on, the rate doubles while the loss falls; if the
+    first doubling does not help, it halves. An initialization's R is proportional to its η, so R's start is scaled with
+    the rate; a loaded R is not.
 
     Args:
         model: a patched model, just initialized or loaded, or any other whose trained parameters require a gradient.
         batches: training batches with labels; the first `judged` measure the loss, the others, with other rows, are
-            trained on. Of a rank, its own.
-        lr: the rate to try first: that of the initialization (`first_step_lr`), as R's start is scaled from it.
-        steps: of a trial.
+            trained on. Each rank passes its own.
+        lr: the rate to try first: the initialization's (`first_step_lr`), from which R's start is scaled.
+        steps: steps per trial.
         judged: number of batches whose mean loss decides.
         accumulation: batches per step.
-        optimizer: from parameters and a rate; AdamW without weight decay if None.
+        optimizer: makes an optimizer from parameters and a rate; AdamW without weight decay if None.
         progress: show a progress bar (on rank 0).
 
     Returns:
-        The best rate, and every loss. R is left at its start times best rate over `lr`, a loaded one at its start.
+        The best rate, and every loss. R is left at its start times (best rate / `lr`), a loaded R at its start.
 
     Raises:
         ValueError: too few batches, none with labels, a rate or a number that is not positive, or no trial with a
@@ -113,11 +114,11 @@ def refine_rate(
     """Double or halve a measured rate (`initialize(lr="auto")`): double it if it beats its quarter after 4 steps.
 
     The best rates of two tasks at one rank are up to 16 times apart. After a few steps, whether the larger of two rates
-    is ahead tells such tasks apart, but not how far the best rate is: few steps favor small ones, so the other rate is
-    a quarter, not half.
+    is ahead distinguishes such tasks, but does not show how far away the best rate is. Few steps favor small rates, so
+    the other rate is a quarter, not half.
 
-    R (of `adapter`, or of every adapter) has to be initialized at `rate`, and is scaled to the rate that is returned.
-    `loss_fn` of model and batch replaces the model's loss. Raises the errors of `find_lr`.
+    R (of `adapter`, or of every adapter) has to be initialized at `rate`, and is scaled to the returned rate.
+    `loss_fn(model, batch)` replaces the model's loss. Raises the errors of `find_lr`.
     """
     trial = _Trial(model, rate, _read(batches, rate, PROBE_STEPS, JUDGED, accumulation), adapter, loss_fn)
     with _bar(progress, total=2 * PROBE_STEPS) as bar:
@@ -126,16 +127,16 @@ def refine_rate(
     best = 2 * rate if losses[rate] < losses[rate / 4] else rate / 2
     if not finite:
         warnings.warn(f"no trial of learning rates has a finite loss: {rate:.2g} stays as measured", stacklevel=2)
-    if len(finite) < 2:  # beyond a rate that diverged, or next to it, none was tried
+    if len(finite) < 2:  # take the other: no rate near or beyond a diverged one was tried
         best = finite[0] if finite else rate
     trial.keep(best)
     return RateTrials(best, losses, PROBE_STEPS)
 
 
 def apart(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Batches for trials, without end: four that measure the loss, then the others over and over, to train on.
+    """Yield batches for trials, endlessly: four that measure the loss, then the others over and over, to train on.
 
-    Of fewer than eight, half measure the loss, several times; a single one does both.
+    With fewer than eight, half of them measure the loss, repeatedly; a single batch does both.
     """
     judging = min(JUDGED, len(batches) // 2) or len(batches)
     yield from islice(cycle(batches[:judging]), JUDGED)
@@ -148,7 +149,7 @@ def _bar(progress: bool, total: int | None = None) -> tqdm:
 
 
 def _search(first: float, loss: Callable[[float], float]) -> dict[float, float]:
-    """Loss by rate: `first`, then upward while it falls; downward if the first step up was no better, or diverged."""
+    """Return losses by rate: `first`, then doubled while the loss falls; halved if the first doubling did not help."""
     losses = {first: loss(first)}
     for factor in (2.0, 0.5):
         best = first
@@ -164,18 +165,18 @@ def _search(first: float, loss: Callable[[float], float]) -> dict[float, float]:
 
 
 def _read(batches: Iterable[Batch], first: float, steps: int, judged: int, accumulation: int) -> Parts:
-    """Read the batches of a trial, from checked numbers."""
+    """Check the numbers and read a trial's batches."""
     check_lr(first, "learning rate to try first")
     for name, value in (("steps", steps), ("judged", judged), ("accumulation", accumulation)):
         if value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value!r}")
     wanted = steps * accumulation + judged
     with Processes().together("reading batches for trials of the rate"):
-        with rng_untouched():  # a DataLoader draws its order
+        with rng_untouched():  # a DataLoader draws a random order
             held = list(islice(iter(batches), wanted))
         if len(held) < wanted:
             raise ValueError(
-                f"trials of {steps} steps take {wanted} batches ({judged} of them to judge), and there are "
+                f"trials of {steps} steps need {wanted} batches ({judged} of them for the loss), got "
                 f"{len(held)}: pass more, or steps={max(1, (len(held) - judged) // accumulation)}"
             )
     return held[:judged], [held[i : i + accumulation] for i in range(judged, wanted, accumulation)]
@@ -188,27 +189,27 @@ def _started_here(config: object) -> bool:
 
 
 class _Trial:
-    """Trains from the start of a model (whose R belongs to the rate `first`), judges, and restores."""
+    """Trains a model from its start, where R belongs to the rate `first`, measures the loss, and restores the model."""
 
     def __init__(
         self, model: nn.Module, first: float, parts: Parts, adapter: str | None = None, loss_fn: LossFn | None = None
     ) -> None:
         self.first, self.loss_fn, inner = first, loss_fn, unwrapped(model)
-        # DistributedDataParallel runs itself, as it averages gradients; a compiled model would be compiled for trials.
+        # DistributedDataParallel stays, as it averages gradients; a compiled model would be compiled for the trials.
         self.model = model if isinstance(model, nn.parallel.DistributedDataParallel) else inner
         self.judge, self.train = parts
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("no parameter requires a gradient: model.set_adapter(name), or lorasb.patch(model)")
         self.trained = [parameter for _, parameter in named]
-        # by adapter, whose name is the last part of its R's
+        # (adapter, R): the adapter's name is the last part of R's name
         cores = [(name.rpartition(".")[2], parameter) for name, parameter in named if "lorasb_R" in name]
         self.adapters = {name for name, _ in cores if adapter in (None, name)}
         self.cores = [parameter for name, parameter in cores if name in self.adapters]
         self.configs = configs = getattr(inner, "peft_config", {})
         started = {name for name, config in configs.items() if _started_here(config)}
         same = {name: config for name, config in configs.items() if getattr(config, "basis_start", "") == "same"}
-        copies = {name for name, config in same.items() if config.basis in started}  # of their basis's R
+        copies = {name for name, config in same.items() if config.basis in started}  # whose R starts as the basis's
         self.starts = [p for name, p in cores if name in self.adapters & (started | copies)]
         self.scaled = self.adapters & started
 
@@ -218,13 +219,13 @@ class _Trial:
             core.mul_(rate / self.first)
 
     def keep(self, rate: float) -> None:
-        """Leave R at the start of a rate, and η in the adapters' configurations with it."""
+        """Leave R at its start for this rate, and scale η in the adapters' configurations likewise."""
         self.scale_start(rate)
         for name in self.scaled:
             self.configs[name].init_provenance["lr"] *= rate / self.first
 
     def adamw(self, trained: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-        """AdamW with this rate for R; others, which learn at theirs, must not decide it."""
+        """Make an AdamW with this rate for R and a fixed one for other parameters, which must not influence it."""
         cores = {id(core) for core in self.cores}
         others = [parameter for parameter in trained if id(parameter) not in cores]
         groups = [{"params": self.cores, "lr": rate}]
@@ -233,7 +234,7 @@ class _Trial:
         return ADAMW(groups, rate)
 
     def loss(self, rate: float, make: MakeOptimizer, bar: tqdm) -> float:
-        """The mean loss of the held-out batches of all ranks after a trial at a rate; infinite if it is no number."""
+        """Return the mean loss on all ranks' held-out batches after a trial at a rate; infinite if it is not finite."""
         processes = Processes()
         with processes.together("a trial of the rate"), _restored(self.model, self.trained):
             self.scale_start(rate)

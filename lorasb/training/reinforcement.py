@@ -1,4 +1,4 @@
-"""Starts for reinforcement learning: the first step that GRPO or DPO would take with all weights, for `initialize`."""
+"""Initialization for reinforcement learning, from the first step that GRPO or DPO would take with all weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..serving.training import token_losses
 
 Reward = Callable[..., Sequence[float]]  # (prompts=, completions=) -> a number for each completion
 SMALLEST_SPREAD = 1e-4  # added to a group's standard deviation, as GRPO does
-# Samples of the policy itself: a checkpoint's own settings of generation would be another one.
+# Sample from the policy itself: a checkpoint's generation settings would make it a different one.
 NEUTRAL: dict[str, object] = {
     "top_k": 0,
     "top_p": 1.0,
@@ -30,13 +30,13 @@ NEUTRAL |= {"num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": []}
 
 
 class RewardError(ValueError):
-    """A reward function failed, or returned what is no reward."""
+    """A reward function failed, or returned something other than rewards."""
 
 
 def checked_rewards(
     reward: Reward, prompts: Sequence[object], completions: Sequence[object], **columns: object
 ) -> list[float]:
-    """The rewards of completions; a RewardError if the function fails or returns no finite number per completion."""
+    """Return completions' rewards; raise a RewardError if the function fails or some reward is not a finite number."""
     name = f"reward {getattr(reward, '__name__', type(reward).__name__)}"
     try:
         given = reward(prompts=list(prompts), completions=list(completions), **columns)
@@ -79,21 +79,21 @@ def reward_batches(
         lorasb.initialize(model, iter(batches), lr=eta, loss_fn=lorasb.policy_loss)
 
     Args:
-        model: that samples; an adapter that is not initialized leaves the base as it is.
+        model: the model that samples; an adapter that is not initialized does not change the base's output.
         tokenizer: the model's.
         prompts: texts, or chats: lists of messages with role and content, which end before the answer.
         reward: called as reward(prompts=..., completions=...); returns a finite number for each completion.
         generations: completions per prompt, at least two.
-        max_new_tokens: of a completion, at most.
-        temperature: of sampling.
-        seed: of sampling; the global random state stays as it was.
+        max_new_tokens: maximum length of a completion.
+        temperature: sampling temperature.
+        seed: sampling seed; the global random state is unchanged.
 
     Returns:
         For each prompt `input_ids`, `attention_mask` and `completion_mask` [generations, T], and `advantages` and
         `temperature` [generations].
 
     Raises:
-        ValueError: one text in place of prompts, or fewer than two generations.
+        ValueError: one text instead of a list of prompts, or fewer than two generations.
         RewardError: `reward` failed or returned something else, or no prompt's completions differ in reward.
     """
     if isinstance(prompts, str) or generations < 2:
@@ -117,7 +117,7 @@ def reward_batches(
     if not batches:
         raise RewardError(
             f"none of {len(prompts)} prompts has completions of different rewards among {generations}: a first step on "
-            "rewards would be zero. Start from examples instead, or sample more (generations, temperature)"
+            "rewards would be zero. Initialize from examples instead, or sample more (generations, temperature)"
         )
     return batches
 
@@ -131,7 +131,7 @@ def _sampled(
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
     given = tokenizer([text] * generations, return_tensors="pt", add_special_tokens=not chat).to(device)
     if not given["input_ids"].shape[1]:
-        raise ValueError("a prompt has no tokens: expected a text, or a tokenizer that begins one with a token")
+        raise ValueError("a prompt has no tokens: expected nonempty text, or a tokenizer that adds a first token")
     ends = ends_of(tokenizer, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
     options = NEUTRAL | {"temperature": temperature, "max_new_tokens": max_new_tokens, "do_sample": True}
@@ -143,27 +143,27 @@ def _sampled(
 
 
 def ends_of(tokenizer: Any, model: Any) -> list[int]:
-    """Tokens that end a completion: the tokenizer's, and those of the model's own generation."""
+    """Return the tokens that end a completion: the tokenizer's, and those of the model's generation config."""
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     return list(dict.fromkeys(one for one in (tokenizer.eos_token_id, *own) if one is not None))
 
 
 def policy_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """−mean over completions of advantage · mean over tokens of log π: GRPO's gradient where the policy has sampled.
+    """−mean over completions of advantage · mean over tokens of log π: GRPO's gradient for the policy that sampled.
 
-    π is the softmax of logits / temperature, as it was sampled from.
+    π is the softmax of logits / temperature, the distribution that was sampled from.
 
     Args:
         model: the policy.
-        batch: of `reward_batches`.
+        batch: one of `reward_batches`.
     """
     sums, counts = _log_probabilities(model, batch)
     return -(batch["advantages"] * sums / counts).mean()
 
 
 def preference_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """−mean of (log π(chosen) − log π(rejected)): β/2 times its gradient is DPO's, where the policy is the reference.
+    """−mean of (log π(chosen) − log π(rejected)): β/2 times its gradient is DPO's if the policy is the reference.
 
     Args:
         model: the policy.
@@ -181,7 +181,7 @@ def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
     """Σ log π of each row's completion, and its number of tokens, both [n]."""
     ids, mask = batch["input_ids"], batch["completion_mask"]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
-    if "temperature" in batch:  # that of `reward_batches`
+    if "temperature" in batch:  # from `reward_batches`
         logits = logits / batch["temperature"].to(logits.dtype)[:, None, None]
     labels = ids.masked_fill(mask == 0, IGNORED)
     return -token_losses(logits, labels).sum(1), mask[:, 1:].sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Sampling from vLLM during training: after a step R alone goes to the sampler, which holds W, A and B."""
+"""Sampling from vLLM during training: after each step only R is sent to the sampler, which holds W, A and B."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from ..layers.lookup import digests, frozen_factors, layers_of_one, refuse_more_
 from ..serving.basis import save_cores
 
 MEMORY = "/dev/shm"  # a file system in memory, where there is one
-TIMEOUT = 600.0  # seconds that the server may take for an answer
+TIMEOUT = 600.0  # seconds to wait for the server's answer
 START = "LORASB_BASIS=FOLDER VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora starts one"
-# of vLLM's own sampling; a server takes what is not given from the model's generation_config.json
+# neutral sampling parameters; a server takes missing ones from the model's generation_config.json
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
 OF_TRAINER = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # attributes of a GRPOTrainer
 
@@ -42,24 +42,24 @@ OF_TRAINER = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  #
 class Synced(NamedTuple):
     """Result of `sync_to_vllm`."""
 
-    name: str  # the adapter's, which requests name as their model
+    name: str  # the adapter's, which requests pass as their model
     request: object  # the `LoRARequest` that `LLM.generate` takes; None for a server
-    bytes: int  # that the sampler read
+    bytes: int  # read by the sampler
     seconds: float
 
 
 class VLLMSampler:
-    """A sampler of TRL's `GRPOTrainer` (`rollout_func`): completions from vLLM, by the R's of the step.
+    """A sampler for TRL's `GRPOTrainer` (`rollout_func`): completions from vLLM with the current step's R's.
 
         GRPOTrainer(..., rollout_func=lorasb.VLLMSampler("http://127.0.0.1:8000"))
 
     Args:
         client: address of a vLLM server, or a `vllm.LLM` in this process, both started with LORASB_BASIS set to the
             basis of the trained adapter.
-        name: of the adapter in vLLM; a new one by default, so that runs may share a server.
-        folder: for the R's, which this process and vLLM can read; in memory by default, on the same machine.
+        name: the adapter's name in vLLM; a new one by default, so that runs may share a server.
+        folder: where R's are written, for both this process and vLLM; in memory by default, on the same machine.
         api_key: the server's.
-        options: of vLLM's sampling ("frequency_penalty", ...) besides the trainer's own.
+        options: vLLM sampling parameters ("frequency_penalty", ...) in addition to the trainer's.
 
     Raises:
         ValueError: `client` is neither.
@@ -81,29 +81,29 @@ class VLLMSampler:
         place = folder or (MEMORY if Path(MEMORY).is_dir() else None)
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        # a new folder for every run: vLLM's cache of prefixes goes by an adapter's name and path
+        # a new folder for every run: vLLM's prefix cache is keyed by an adapter's name and path
         self.folder = Path(tempfile.mkdtemp(prefix="lorasb-", dir=place)).resolve()
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.synced: Synced | None = None
-        self._sent: tuple[object, ...] | None = None  # the trainer's model, weakly, the step and the version of R
+        self._sent: tuple[object, ...] | None = None  # a weak reference to the trainer's model, step, version of R
         self._counter = itertools.count()
-        self._digest: tuple[Tensor, int, bytes] | None = None  # of A and B, with the first A and their version
+        self._digest: tuple[Tensor, int, bytes] | None = None  # the first A, version and digest of A and B
 
     def sync(self, model: PeftModel, adapter_name: str | None = None) -> Synced:
-        """Send R of an adapter of a patched model, the active one by default.
+        """Send the R of a patched model's adapter, the active one by default.
 
         Raises:
-            ValueError: several active adapters, or one that is not initialized, has more than R, shards of R, or
-                another scale than it was made with.
-            RuntimeError: vLLM refused it, with its reason: other A and B than the server's, or no plugin.
+            ValueError: several adapters are active, or the adapter is not initialized, has more than R, has a sharded
+                R, or has a different scale than it was made with.
+            RuntimeError: vLLM refused it, with its reason: A and B differ from the server's, or there is no plugin.
         """
         started = time.perf_counter()
         model = unwrapped(model)
         name, layers = _to_send(model, adapter_name)
         first = next(iter(layers.values())).lorasb_A[name]
-        version = sum(map(version_of, frozen_factors(layers, name).values()))  # grows where any is written
+        version = sum(map(version_of, frozen_factors(layers, name).values()))  # grows if any is written
         if self._digest is None or self._digest[0] is not first or self._digest[1] != version:
-            self._digest = first, version, digests(layers, name)[-1]  # seconds for gigabytes
+            self._digest = first, version, digests(layers, name)[-1]  # takes seconds for gigabytes
         number = next(self._counter)
         path = self.folder / f"{self.name}-{number}"
         try:
@@ -112,36 +112,36 @@ class VLLMSampler:
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
-        # Remove the R's that no step can ask for: vLLM may read the last one again, after it has evicted it.
+        # Remove R's that no step needs anymore; the latest ones stay, as vLLM may evict one and read it again.
         shutil.rmtree(self.folder / f"{self.name}-{number - 2}", ignore_errors=True)
         size = sum((path / file).stat().st_size for file in (WEIGHTS_NAME, CONFIG_NAME))
         self.synced = Synced(self.name, request, size, time.perf_counter() - started)
         return self.synced
 
     def _load(self, path: Path) -> object:
-        """Have vLLM load R's from a folder; returns the `LoRARequest` of an `LLM`."""
+        """Have vLLM load R's from a folder; return the `LoRARequest` for an `LLM`."""
         if isinstance(self.client, str):
             self._post("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(path), "load_inplace": True})
             return None
         request = private.lora_request(self.name, str(path))
         try:
             loaded = self.client.llm_engine.add_lora(request)
-        except Exception as error:  # whatever the engine makes of the plugin's ValueError
+        except Exception as error:  # the engine may turn the plugin's ValueError into any other
             raise RuntimeError(f"vLLM refused the adapter: {error}") from error
         if not loaded:
             raise RuntimeError("vLLM did not load the adapter: set LORASB_BASIS before the LLM is made")
         return request
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[list[int]] | list[list[float]]]:
-        """A completion of every prompt (texts or chats), as TRL's `rollout_func` returns them."""
+        """Return a completion of every prompt (texts or chats), in the format of TRL's `rollout_func`."""
         model = unwrapped(trainer.accelerator.unwrap_model(trainer.model))
-        name, layers = _to_send(model, None)  # on all processes, or the others would wait for one that has failed
+        name, layers = _to_send(model, None)  # on all processes: if only one failed, the others would wait for it
         version = sum(version_of(layer.lorasb_R[name]) for layer in layers.values())
         now = weakref.ref(trainer.model), trainer.state.global_step, version
         if self.synced is None or self._sent != now:
             if not isinstance(self.client, str) or trainer.accelerator.is_main_process:
                 self.sync(model)
-            else:  # the first process alone sends R to a server that all have
+            else:  # only the first process sends R to a server that all share
                 self.synced = Synced(self.name, None, 0, 0.0)
             trainer.accelerator.wait_for_everyone()
             self._sent = now
@@ -151,11 +151,11 @@ class VLLMSampler:
         return {"prompt_ids": ids, "completion_ids": [t for t, _ in found], "logprobs": [p for _, p in found]}
 
     def complete(self, prompts: Sequence[Sequence[int]], **sampling: object) -> list[tuple[list[int], list[float]]]:
-        """Tokens and their log-probabilities of a completion of each prompt, by the R's that were sent last.
+        """Return tokens and log-probabilities of one completion per prompt, with the R's that were sent last.
 
         Args:
             prompts: tokens.
-            sampling: vLLM's sampling parameters, "temperature", "max_tokens", ...; those not given do nothing.
+            sampling: vLLM's sampling parameters, "temperature", "max_tokens", ...; missing ones are neutral.
         """
         if self.synced is None:
             raise ValueError("no R has been sent: call sampler.sync(model) first")
@@ -167,7 +167,7 @@ class VLLMSampler:
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
     def _post(self, path: str, body: dict[str, object]) -> Any:
-        """The JSON that the server answers with, or its text."""
+        """Return the server's JSON answer, or its text."""
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -183,11 +183,11 @@ class VLLMSampler:
 
 
 def sync_to_vllm(model: PeftModel, client: str | VLLMSampler, *, adapter_name: str | None = None) -> Synced:
-    """Send R of a patched model's adapter to vLLM; W, A and B, which it has, are not sent.
+    """Send the R of a patched model's adapter to vLLM, which already has W, A and B.
 
     Args:
         model: a patched model, whose adapter has the A and B of the basis that vLLM was started with.
-        client: a server's address, or a `VLLMSampler`, which has more options and takes an `LLM`, too.
+        client: a server's address, or a `VLLMSampler`, which has more options and also takes an `LLM`.
         adapter_name: the active adapter by default.
 
     Returns:
@@ -202,23 +202,23 @@ def sync_to_vllm(model: PeftModel, client: str | VLLMSampler, *, adapter_name: s
     return (_sampler(client) if isinstance(client, str) else client).sync(model, adapter_name)
 
 
-_sampler = functools.cache(VLLMSampler)  # one for all calls, which hashes A and B once, and removes old R's
+_sampler = functools.cache(VLLMSampler)  # one per address, which hashes A and B once, and removes old R's
 
 
 def _to_send(model: PeftModel, adapter_name: str | None) -> tuple[str, dict[str, AdaptedLayer]]:
-    """An adapter's name and layers; a ValueError where R alone is not what the model computes with."""
+    """Return an adapter's name and layers; raise a ValueError if vLLM could not compute as the model from R alone."""
     name, layers = layers_of_one(model, adapter_name)
     refuse_more_than_factors(model, name, "it is not sent, so serve a merged model or export_lora")
     cores = [layer.lorasb_R[name] for layer in layers.values()]
     if any(hasattr(core, "full_tensor") or core.numel() == 0 for core in cores):
-        raise ValueError("expected R whole on every process, got shards of it (FSDP2 or ZeRO-3): train with DDP")
+        raise ValueError("expected all of R on every process, got shards of it (FSDP2 or ZeRO-3): train with DDP")
     if any(layer.adapters[name].scaling != layer.adapters[name].made_with for layer in layers.values()):
         raise ValueError(f"adapter {name!r} has another scale than it was made with: set_scale({name!r}, 1.0)")
     return name, layers
 
 
 def _tokens(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
-    """Tokens of texts, or of chats that an answer follows, as the trainer renders them."""
+    """Tokenize texts, or chats up to the next answer, as the trainer renders them."""
     tokenizer = trainer.processing_class
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
@@ -232,7 +232,7 @@ def _tokens(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError, folder: Path) -> str:
-    """The message of a server's error, with the remedy where it is known."""
+    """Return a server error's message, with the fix if it is known."""
     text = error.read().decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["error"]["message"])

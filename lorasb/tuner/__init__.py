@@ -1,3 +1,3 @@
 """The PEFT side of LoRA-SB: tuner model, target selection, `patch`, loading, several adapters per model."""
 
-import peft  # noqa: F401  registers the method first, so that no module below is half-imported then
+import peft  # noqa: F401  first: registers the method while no module of this package is half-imported

@@ -1,4 +1,4 @@
-"""Loading of adapters: R alone is joined with the factors of its run or basis; one adapter is swapped for another."""
+"""Load adapters: join R from a file without A and B with those of its run or basis; swap one adapter for another."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from ..utils.reading import AGAIN
 from .targets import without_wrapper
 
 
-# PEFT passes a method the tensors of an adapter file, but not its folder, which has the factor file: the config has the
-# folder that it was read from. Resuming reads no config, so `PeftModel.load_adapter` calls this.
+# PEFT passes a method the tensors of an adapter file, but not its folder, where the factor file is; the config records
+# the folder that it was read from. Resuming reads no config, so `PeftModel.load_adapter` calls this.
 def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Add the A and B of an adapter's folder (or hub name) to a file's tensors that refer to them and lack them."""
+    """Add A and B from an adapter's folder (or hub name) to a file's tensors that refer to them but lack them."""
     if DIGEST not in tensors or any(shared_factors.is_factor(key) for key in tensors):
         return tensors  # a complete adapter, or another method's
     folder = _folder(model_id, options)
-    # the digest stays, as the model may have these very tensors
+    # keep the digest, as the model may already have these very tensors
     return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
 
 
-_faults: dict[tuple[int, ...], str] = {}  # by the digest in the adapter's file
+_faults: dict[tuple[int, ...], str] = {}  # error messages by the digest in the adapter's file
 
 
 def completed(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Add them for PEFT's loader; of a damaged file `with_factors` raises, where a new adapter is removed."""
+    """Call `with_folder` for PEFT's loader; `with_factors` raises its error, where a new adapter can be removed."""
     try:
         return with_folder(tensors, model_id, options)
     except ValueError as error:
@@ -67,10 +67,10 @@ def _folder(model_id: str, options: dict[str, Any]) -> Path | None:
 def with_factors(
     tensors: dict[str, Tensor], adapter_name: str, layers: dict[str, AdaptedLayer], config: LoRASBConfig
 ) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """A file's tensors with the A and B that its R belongs to, and a function that moves the adapter there.
+    """Return a file's tensors with the A and B that its R belongs to, and a function that prepares the adapter.
 
-    A and B are those of the model, where it has them. The function puts the adapter on the basis that has them, or
-    takes it off its own one. Call it when the tensors have been checked: until then the model is unchanged.
+    A and B come from the model if it has them. The function moves the adapter to the basis that has them, or takes it
+    off its current basis. Call it after checking the tensors: until then the model is unchanged.
     """
     expected = shared_factors.referenced_digest(tensors)
     fault = _faults.pop(tuple(expected), None) if expected is not None else None
@@ -79,13 +79,13 @@ def with_factors(
     if found is not None:  # the model has them
 
         def move(owner: str = found) -> None:
-            """Give the adapter the A and B of another one, which it was trained on."""
+            """Give the adapter the A and B that it was trained on, which another adapter owns."""
             if owner != adapter_name:
                 for layer in layers.values():
-                    layer.stand_on(adapter_name, owner)
+                    layer.share_factors_of(adapter_name, owner)
                 config.basis = next(iter(layers.values())).adapters[adapter_name].basis
 
-        # transformers' load_adapter strips PEFT's prefix before this; A and B must be named as R is.
+        # transformers' load_adapter strips PEFT's prefix before this; A and B need the same prefix as R.
         prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
         own = {key: value for key, value in tensors.items() if key != DIGEST and not shared_factors.is_factor(key)}
         return own | {f"{prefix}{key}": value for key, value in frozen_factors(layers, found).items()}, move
@@ -95,7 +95,7 @@ def with_factors(
     if expected is None or any(map(shared_factors.is_factor, tensors)):  # the file or its folder has them
 
         def leave() -> None:
-            """Let the file's own A and B be written."""
+            """Let the adapter take the file's own A and B."""
             if basis.make_room(layers, adapter_name, tensors) or expected is not None:
                 config.basis = None
 
@@ -106,15 +106,15 @@ def with_factors(
         raise shared_factors.missing_factors_error()
     raise ValueError(
         f"adapter {adapter_name!r} holds R alone, and was trained on a basis {config.basis!r} that neither this "
-        "model nor the adapter's folder has: load that one first (PeftModel.from_pretrained(base, BASIS)), then "
-        "this one (model.load_adapter(FOLDER, NAME))"
+        "model nor the adapter's folder has: load the basis first (PeftModel.from_pretrained(base, BASIS)), then "
+        "the adapter (model.load_adapter(FOLDER, NAME))"
     )
 
 
 def without_foreign(
     tensors: dict[str, Tensor], model: nn.Module, config: LoRASBConfig, adapter_name: str, layers: Collection[str]
 ) -> dict[str, Tensor]:
-    """A file's tensors without copies of trained modules and base embeddings, which PEFT adds where it saves."""
+    """Drop the copies of trained modules and base embeddings that PEFT adds to a file when it saves."""
     wrappers = []
     parameters = {without_wrapper(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     prefix = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in parameters) else ""
@@ -142,7 +142,7 @@ def without_foreign(
 
 
 def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
-    """Raise a ValueError for a module that a file's config names as saved and the file does not have."""
+    """Raise a ValueError if the file lacks a module that its config lists as saved."""
     if config.saved_names is None:
         return
     saved = {name.removeprefix(PEFT_PREFIX) for name in config.saved_names}
@@ -161,7 +161,7 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
 
 
 def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
-    """True if a value is a base parameter's but for a rounding to 16 bits, or the base is offloaded."""
+    """True if a value equals the base parameter up to rounding to 16 bits, or the base is offloaded."""
     if parameter is None or parameter.shape != value.shape:
         return False
     if parameter.is_meta:
@@ -176,7 +176,7 @@ DESCRIBING = ("scaling", "lora_alpha", "init", "init_provenance", "base_fingerpr
 def swap(
     model: Any, path: str | os.PathLike[str], adapter_name: str, torch_device: str | None = None, **options: Any
 ) -> None:
-    """Write a saved adapter's A, B and R into those of a loaded one, in place; on a ValueError nothing is changed."""
+    """Overwrite a loaded adapter's A, B and R in place with a saved one's; on a ValueError nothing is changed."""
     model = unwrapped(model)
     config = LoRASBConfig.from_pretrained(str(path), **options)
     _, layers = adapted_layers(model, adapter_name)
@@ -186,7 +186,7 @@ def swap(
     weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
     reason = difference(weights, config.base_fingerprint) if config.check_base and config.base_fingerprint else None
     if reason:
-        raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping replaces adapters of one base")
+        raise ValueError(f"{path} was made on another base model: {reason}. Hotswapping needs adapters of one base")
     tensors = peft.load_peft_weights(str(path), device=torch_device, **options)
     tensors, _ = with_factors(tensors, adapter_name, layers, config)
     try:
@@ -205,5 +205,5 @@ def swap(
         state = layers[name].adapters[adapter_name]
         state.scaling = state.made_with = config.scaling_for(len(core))
         state.equivalent_gradient = config.equivalent_gradient
-    for field in DESCRIBING:  # what is saved from here on is the other adapter
+    for field in DESCRIBING:  # a later save describes the new adapter
         setattr(model.peft_config[adapter_name], field, getattr(config, field))

@@ -40,7 +40,7 @@ from ..utils.precision import SIXTEEN_BIT, warn_if_slow
 from . import loading, targets
 from .weighted_adapter import SumOptions, combine
 
-COPIES = ("num_beams", "num_return_sequences")  # options of `generate`, the larger of which is each row's copies
+COPIES = ("num_beams", "num_return_sequences")  # options of `generate`: the larger one is each row's copies
 InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], object]
 
 
@@ -49,9 +49,9 @@ def patch(
 ) -> peft.PeftModel:
     """Adapt a model: its target linears become `LoRASBLinear`, everything else is frozen.
 
-    The same as `peft.get_peft_model(model, LoRASBConfig(...))`, with the task type inferred from the model's class.
-    The model is changed in place, and left as it was on an error. No dtype is changed; a log line says what a 16-bit
-    dtype costs that this CPU does not multiply.
+    Equivalent to `peft.get_peft_model(model, LoRASBConfig(...))`, with the task type inferred from the model's class.
+    The model is changed in place, and left as it was on an error. No dtype is changed; a log line states the cost of a
+    16-bit dtype that this CPU cannot multiply.
 
     Args:
         model: a transformers model, or any module with `nn.Linear` layers.
@@ -64,7 +64,7 @@ def patch(
 
     Raises:
         TypeError: unknown fields, or both a config and fields.
-        ValueError: an adapted or compiled model, no target matched, or a rank that a layer cannot have.
+        ValueError: an adapted or compiled model, no matching target, or a rank that is too large for a layer.
     """
     if isinstance(model, peft.PeftModel):
         raise ValueError("expected a model without adapters, got a peft.PeftModel: use model.add_adapter or unload it")
@@ -89,7 +89,7 @@ def patch(
 
 
 def _check_fields(fields: Collection[str]) -> None:
-    """Raise a TypeError for a name that is no field of `LoRASBConfig`; it names the nearest field."""
+    """Raise a TypeError for a name that is not a field of `LoRASBConfig`, suggesting the nearest field."""
     known = {field.name for field in dataclasses.fields(LoRASBConfig)}
     for name in fields:
         if name not in known:
@@ -99,17 +99,17 @@ def _check_fields(fields: Collection[str]) -> None:
 
 
 def _observe(*_: object) -> None:
-    """Change nothing."""
+    """Do nothing, as a forward hook."""
 
 
 class LoRASBModel(BaseTuner):
-    """The tuner behind `lorasb.patch`: replaces target linears by `LoRASBLinear`, all of them or none."""
+    """The tuner behind `lorasb.patch`: replaces target linears with `LoRASBLinear`, all of them or none."""
 
     prefix: str = "lorasb_"
     tuner_layer_cls = AdaptedLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's declaration
     init_without_data: InitWithoutData  # set by `register`: `tuner` must not import `init`
-    # the places (an owner, and the child's name in it) of shared modules, set by `_places_known`
+    # shared module -> its places (owner, and the child's name in it), set by `_record_places`
     shared: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # noqa: RUF012
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -129,32 +129,32 @@ class LoRASBModel(BaseTuner):
             known = config.from_file or kwargs.get("state_dict") is not None
             unfused_experts.open_all(model, config, by_old_names=not known)
             self._plan(model, config, kwargs.get("state_dict"))
-            with self._places_known():
+            with self._record_places():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = lookup.layers_with(model, adapter_name)
             config.layer_kinds = lookup.layer_kinds(layers)
-            # W is read while it is the base's own: with an adapter merged in, the values would identify nothing.
+            # Read W only without a merged adapter: merged values would not identify the base.
             if config.check_base and config.base_fingerprint is None and not lookup.any_merged(model):
-                # Of the modules that a base has without adapters: attention's projections are in one.
+                # Only modules that an unadapted base has, too: not an adapted attention's inner projections.
                 outer = {name: layer for name, layer in layers.items() if not name.endswith(".base_layer")}
                 sampled = adapter_file.fingerprint({name: layer.base.parameter() for name, layer in outer.items()})
                 config.base_fingerprint = None if sampled is None else WrittenHere(sampled)
-            # With a state dict (PEFT's injection by its keys) the values follow, and an init would be overwritten.
+            # With a state dict (PEFT's injection by its keys), values are loaded later and would overwrite an init.
             if kwargs.get("state_dict") is None and targets.can_initialize_now(model, config, adapter_name, layers):
                 # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
                 reports: dict[str, object] = self.__dict__.setdefault("init_reports", {})
                 reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
-            # last: a group refers to the layers that were put in
+            # last: groups refer to the new layers
             linear_group.detach(model)
             if linear_group.wanted(*(cast(LoRASBConfig, one).group for one in self.peft_config.values())):
                 linear_group.attach(model)
             lookup.allow_nested(model, False)
 
     @contextmanager
-    def _places_known(self) -> Iterator[None]:
-        """Have the places of the model's shared modules in `shared` while PEFT replaces modules one by one."""
+    def _record_places(self) -> Iterator[None]:
+        """Fill `shared` with the places of shared modules while PEFT replaces modules one by one."""
         places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-        for owner in self.model.modules():  # one pass, as models of experts have thousands of targets
+        for owner in self.model.modules():  # one pass, as mixture-of-experts models have thousands of targets
             for name, child in owner._modules.items():
                 if child is not None:
                     places.setdefault(child, []).append((owner, name))
@@ -171,15 +171,15 @@ class LoRASBModel(BaseTuner):
         names = cast(LoRASBConfig, peft_config).target_parameters
         if not names or isinstance(peft_match, private.ExcludedModule):
             return peft_match
-        if unfused_experts.is_target(key, names):  # the list of a parameter's matrices, by the parameter's name
+        if unfused_experts.is_target(key, names):  # the list of a parameter's matrices, which has the parameter's name
             return False
-        parameter, _, index = key.rpartition(".")  # a matrix of one: `...gate_up_proj.3`
+        parameter, _, index = key.rpartition(".")  # one of its matrices: `...gate_up_proj.3`
         return peft_match or (index.isdecimal() and unfused_experts.is_target(parameter, names))
 
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, *args: object, **kwargs: object
     ) -> list[str]:
-        """Replace PEFT's wrapping of 3-D parameters: `inject_adapter` has opened the experts into linears."""
+        """Override PEFT's wrapping of 3-D parameters: `inject_adapter` has already opened the experts into linears."""
         return unfused_experts.open_targets(model, cast(LoRASBConfig, peft_config).target_parameters or [])
 
     @contextmanager
@@ -187,7 +187,7 @@ class LoRASBModel(BaseTuner):
         """Handle `adapter_names`; PEFT enters this context around every forward and generate."""
         names, given = kwargs.get("adapter_names"), [*args, kwargs.get("generation_config")]
         configs = [one for one in given if isinstance(one, GenerationConfig)]
-        configs += [self.model.generation_config] if configs else []  # which fills in what is not set
+        configs += [self.model.generation_config] if configs else []  # fills in unset options
         copies = [kwargs.get(name) or next(filter(None, (getattr(one, name) for one in configs)), 1) for name in COPIES]
         with nullcontext() if names is None else adapters_by_row(self.model, names, max(copies)):
             yield
@@ -208,10 +208,10 @@ class LoRASBModel(BaseTuner):
             weights: one per adapter, of any sign.
             adapter_name: name of the new adapter.
             combination_type, svd_rank: see `weighted_adapter.SumOptions`.
-            options: PEFT's: `density`, `majority_sign_method`, `svd_clamp`, `svd_full_matrices`, `svd_driver`.
+            options: as in PEFT: `density`, `majority_sign_method`, `svd_clamp`, `svd_full_matrices`, `svd_driver`.
 
         Returns:
-            The relative error of ΔW by layer, before A and B are rounded to the base's dtype; 0 where it is exact.
+            The relative error of ΔW per layer, before A and B are rounded to the base's dtype; 0 where it is exact.
 
         Raises:
             ValueError: unknown, uninitialized or merged adapters, a name in use, a wrong number of weights, several
@@ -220,7 +220,7 @@ class LoRASBModel(BaseTuner):
         return combine(self, adapters, weights, adapter_name, SumOptions(combination_type, svd_rank, **options))
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Call PEFT's; layers whose bias trains let their base compute, which differentiates it."""
+        """Call PEFT's method; layers with a trained bias run their base, so that the bias gets a gradient."""
         super()._mark_only_adapters_as_trainable(model)
         for layer in model.modules():
             if isinstance(layer, AdaptedLayer):
@@ -228,15 +228,15 @@ class LoRASBModel(BaseTuner):
                 layer.base.trains_bias = bias is not None and bias.requires_grad
 
     def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
-        """Call LoRA's: with `ensure_weight_tying` modules tied to the saved input embedding follow it."""
+        """Call LoRA's method: with `ensure_weight_tying`, modules tied to the saved input embedding follow it."""
         LoraModel._add_modules_to_save_to_tie(cast(LoraModel, self), cast(LoraConfig, peft_config), tied_weight_keys)
 
     def _plan(self, model: nn.Module, config: LoRASBConfig, state_dict: dict[str, Tensor] | None) -> None:
-        """Resolve targets and ranks (those of a `state_dict` if given); raise on all that would make replacing fail."""
+        """Resolve targets and ranks (from `state_dict` if given); raise for anything that would make replacing fail."""
         basis.resolve(model, config, self.peft_config)
-        if config.target_modules is None:  # PEFT looks it up in a table by model type, which LoRA-SB does not have
+        if config.target_modules is None:  # PEFT would use a table by model type, which LoRA-SB does not have
             config.target_modules = ALL_LINEAR
-        # PEFT replaces "all-linear" by a set of full names, so this must be checked before.
+        # PEFT replaces "all-linear" with a set of full names, so check for it first.
         all_linear = config.target_modules == ALL_LINEAR
         private.include_all_linear(config, model)
         if all_linear:
@@ -272,7 +272,7 @@ class LoRASBModel(BaseTuner):
         options: dict[str, Any] = {"r": rank, "scaling": config.scaling_for(rank), **config.options()}
         if isinstance(target, AdaptedLayer):  # a further adapter on a patched layer
             if config.basis and config.basis in target.lorasb_R and not config.from_file:
-                scaling = target.adapters[config.basis].made_with  # the configuration's, whatever `set_scale` says
+                scaling = target.adapters[config.basis].made_with  # as configured, ignoring `set_scale`
                 options |= {"basis": config.basis, "start_at": config.start_at, "scaling": scaling}
             target.add_adapter(adapter_name, **options)
             return
@@ -284,12 +284,12 @@ class LoRASBModel(BaseTuner):
             resolver_options=get_quantization_kwargs(self.model),
             **options,
         )
-        if isinstance(parent, nn.TransformerEncoderLayer):  # in evaluation it reads weights, unless it sees a hook
+        if isinstance(parent, nn.TransformerEncoderLayer):  # without a hook, its eval mode reads weights itself
             layer.register_forward_hook(_observe)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Set the child in all of its places; PEFT's version also reads `.weight`, which a head may lack."""
+        """Replace the child in all of its places; PEFT's version also reads `.weight`, which a head may lack."""
         for owner, name in self.shared.get(child, ()):
             owner._modules[name] = new_module
         setattr(parent, child_name, new_module)
@@ -309,7 +309,7 @@ class LoRASBModel(BaseTuner):
         if merge:
             targets.check_mergeable(self.model, kwargs.get("adapter_names"))
         linear_group.detach(self.model)  # its pre-hooks would stay on the plain model
-        with self._places_known():
+        with self._record_places():
             model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         unfused_experts.close(model)
         lookup.allow_nested(self.model, True)
@@ -326,7 +326,7 @@ class LoRASBModel(BaseTuner):
 
         Args:
             progressbar, safe_merge, adapter_names: as in PEFT.
-            requantize: quantize layers that had 4 bits again, in the same format. This rounds the update too:
+            requantize: return layers that had 4 bits to the same 4-bit format. This rounds the update too:
                 `model.requantization_errors` has ‖W4 − W‖ / ‖W‖ by layer, and a log line names the worst.
         """
         # The formats must be noted before merging, which replaces the quantized layers.
@@ -357,13 +357,13 @@ class LoRASBModel(BaseTuner):
         try:
             lookup.refuse_uninitialized(layers, adapter_name)
         except ValueError as error:
-            warnings.warn(f"{error}, or where it is loaded, or name others in selected_adapters", stacklevel=3)
-        for name, layer in layers.items():  # PEFT writes an adapted embedding's weight, too: without what is merged
+            warnings.warn(f"{error}, or after loading it, or save others by selected_adapters", stacklevel=3)
+        for name, layer in layers.items():  # PEFT also writes an adapted embedding's weight: write it unmerged
             if isinstance(layer.base, EmbeddingBase) and layer.base.own is not None:
                 merged = {key for key in state_dict if key.removeprefix(PEFT_PREFIX) == f"{name}.base_layer.weight"}
                 state_dict.update(dict.fromkeys(merged, layer.base.own))
         saved_tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # R that trains in 16 bits on request is written in fp32, without a loss: what is loaded has fp32 anyway
+        # R that trains in 16 bits on request is written in fp32, without loss: a loaded R has fp32 anyway
         wide = {k: v.float() if targets.CORE in k and v.dtype in SIXTEEN_BIT else v for k, v in saved_tensors.items()}
         return basis.without_factors(with_kept_factors(wide, model, adapter_name), layers, adapter_name)
 

@@ -49,27 +49,27 @@ def layers_named_in(state_dict: dict[str, Tensor]) -> dict[str, int]:
 def check_targets(
     model: nn.Module, config: LoRASBConfig, targets: dict[str, nn.Module], state_dict: dict[str, Tensor] | None
 ) -> None:
-    """Resolve the ranks of the targets (those of a `state_dict` if given); raise if one cannot be replaced."""
+    """Resolve the ranks of the targets (from `state_dict` if given); raise if one cannot be replaced."""
     if not targets and state_dict is None and isinstance(config.target_modules, set):
         refuse_unknown_names(model, config.target_modules)
     for name, module in targets.items():
         check_supported(name, module)
         if state_dict is None and not config.from_file and is_read_without_a_call(model, name):
             raise ValueError(
-                f"target {name!r}: its block, or fused kernels of it, read its weight without calling it, so that an "
+                f"target {name!r}: its block or the block's fused kernels read its weight without calling it, so an "
                 "adapter would have no effect in training: name it in exclude_modules"
             )
     refuse_tied_head(model, targets)
     refuse_half_of_an_embedding(model, targets)
     check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
     resolve_ranks(config, targets, state_dict or {})
-    if config.base_fingerprint and not any_merged(model):  # with an adapter merged in, the values identify nothing
+    if config.base_fingerprint and not any_merged(model):  # merged values would not identify the base
         weights = {name: getattr(base_of(module), "weight", None) for name, module in targets.items()}
         reason = difference(weights, config.base_fingerprint)
         if reason:
             raise ValueError(
                 f"this adapter was made on {config.base_model_name_or_path or 'another base model'}, and this base is "
-                f"another one: {reason}. Load its own, or PeftModel.from_pretrained(base, folder, check_base=False)"
+                f"another one: {reason}. Load its base, or PeftModel.from_pretrained(base, folder, check_base=False)"
             )
 
 
@@ -80,13 +80,13 @@ def rank_for(config: LoRASBConfig, name: str) -> int:
 
 
 def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dict: dict[str, Tensor]) -> None:
-    """Write the default rank into the config, capped per layer in rank_pattern; raise for too large explicit ranks."""
+    """Set the default rank in the config, capped per layer in rank_pattern; raise if an explicit rank is too large."""
     uses_default, capped = config.r is None, {}
     if uses_default and state_dict and not config.rank_pattern:
         config.rank_pattern = {re.escape(name): rank for name, rank in layers_named_in(state_dict).items()}
     for name, module in targets.items():
         base = base_of(module)
-        limit = min([one.largest_rank for one in unfoldings(base)] or make_base(base).shape)  # several of attention
+        limit = min([one.largest_rank for one in unfoldings(base)] or make_base(base).shape)  # attention has several
         if rank_for(config, name) <= limit:
             continue
         if not uses_default or get_pattern_key(list(config.rank_pattern), without_wrapper(name)) in config.rank_pattern:
@@ -101,7 +101,7 @@ def resolve_ranks(config: LoRASBConfig, targets: dict[str, nn.Module], state_dic
 
 
 def is_read_without_a_call(model: nn.Module, name: str) -> bool:
-    """True for a layer whose weight its parent reads: always, or in training on a GPU, as blocks of Mamba do."""
+    """True if the parent reads a layer's weight itself: always, or in training on a GPU as Mamba blocks do."""
     parent, _, child = name.rpartition(".")
     block = model.get_submodule(parent)
     text = _source(type(block))  # type: ignore[arg-type]  # classes are hashable
@@ -110,17 +110,17 @@ def is_read_without_a_call(model: nn.Module, name: str) -> bool:
 
 @cache  # reading a class parses its file
 def _source(kind: type) -> str:
-    """The text of a class and of those that it derives from."""
+    """The source code of a class and its base classes."""
     text = ""
     for one in kind.__mro__:
         if one not in (nn.Module, object):
-            with suppress(OSError, TypeError):  # typed into an interpreter, or compiled
+            with suppress(OSError, TypeError):  # defined in an interpreter, or compiled
                 text += inspect.getsource(one)
     return text
 
 
 def refuse_unknown_names(model: nn.Module, names: Collection[str]) -> None:
-    """Raise a ValueError if no module has one of the names, with the names that are close."""
+    """Raise a ValueError that suggests close names if no module has any of these names."""
     modules = [name for name, _ in model.named_modules()]
     if not names or any(name == n or name.endswith(f".{n}") for n in names for name in modules):
         return
@@ -131,10 +131,10 @@ def refuse_unknown_names(model: nn.Module, names: Collection[str]) -> None:
 
 
 def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
-    """The names of "all-linear" without experts, routers, linears never called, and blocks not selected."""
-    quantized = _quantizers_layers(model)  # PEFT leaves out those that do not derive from nn.Linear
+    """The names of "all-linear" without experts, routers, linears that are never called, and unselected blocks."""
+    quantized = _layers_of_quantizers(model)  # PEFT leaves out those that do not derive from nn.Linear
     inside = tuple(f"{name}." for name in quantized)  # such as the original that HQQ may keep
-    # a linear inside the module that replaces it because its weight is a target itself
+    # linears inside a module that replaced them because their weight itself is a target
     opened = {f"{name}.base_layer" for name, module in model.named_modules() if isinstance(module, OpenParameters)}
     names = {
         n
@@ -144,9 +144,9 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
         and not n.startswith(inside)
         and not is_read_without_a_call(model, n)
         and not {"original_module", "modules_to_save"} & set(n.split("."))  # another adapter's, trained in full
-        and not has_own_result(model.get_submodule(n))  # routers of a linear's class (Llama 4's)
+        and not has_own_result(model.get_submodule(n))  # routers that subclass nn.Linear (Llama 4's)
     }
-    if config.layers_to_transform is None:  # PEFT ignores it for the full names of "all-linear"
+    if config.layers_to_transform is None:  # PEFT ignores this option for the full names of "all-linear"
         return names
     block_indices = config.layers_to_transform
     block_indices = [block_indices] if isinstance(block_indices, int) else list(block_indices)
@@ -156,8 +156,8 @@ def filter_all_linear(model: nn.Module, config: LoRASBConfig) -> set[str]:
     return {name for name, match in index_matches.items() if match and int(match.group(1)) in block_indices}
 
 
-def _quantizers_layers(model: nn.Module) -> set[str]:
-    """Names of layers in a known format that are no nn.Linear, without the output head, as in PEFT."""
+def _layers_of_quantizers(model: nn.Module) -> set[str]:
+    """Names of layers in a known quantized format that are not nn.Linear, without the output head, as in PEFT."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     found: set[str] = set()
     for name, module in model.named_modules():
@@ -173,7 +173,7 @@ def refuse_tied_head(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """Raise a ValueError for a head tied to the input embedding: merging would change the embedding too."""
     try:
         embedding = base_of(getattr(model, "get_input_embeddings", lambda: None)())
-    except NotImplementedError:  # transformers' models of sound have none
+    except NotImplementedError:  # transformers' audio models have none
         embedding = None
     weight = getattr(embedding, "weight", None)
     for name, module in targets.items() if weight is not None else ():
@@ -186,14 +186,14 @@ def refuse_tied_head(model: nn.Module, targets: dict[str, nn.Module]) -> None:
 
 
 def refuse_half_of_an_embedding(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Raise a ValueError if another embedding that is no target shares a target embedding's weight (T5's)."""
+    """Raise a ValueError if an embedding that is not a target shares a target embedding's weight (as in T5)."""
     bases = {name: base_of(module) for name, module in targets.items()}
     adapted = {id(base.weight): name for name, base in bases.items() if isinstance(base, nn.Embedding)}
     for name, module in model.named_modules() if adapted else ():
         tied = adapted.get(id(module.weight)) if isinstance(module, nn.Embedding) and name not in targets else None
         if tied is not None and not inside_tuner(model, name):
             raise ValueError(
-                f"target {tied!r} shares its weight with the embedding {name!r}, which would go on without the "
+                f"target {tied!r} shares its weight with the embedding {name!r}, which would not get the "
                 "adapter: name both in target_modules, or only those that are called"
             )
 
@@ -208,7 +208,7 @@ def inside_tuner(model: nn.Module, name: str) -> bool:
 
 
 def check_supported(name: str, module: nn.Module) -> None:
-    """Raise a TypeError or ValueError for a target that cannot be adapted; the message says which types can."""
+    """Raise a TypeError or ValueError for a target that cannot be adapted; the message lists the types that can."""
     base = base_of(module)
     if is_quantized(base):
         try:
@@ -290,7 +290,7 @@ def refuse_duplicates(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Raise if a merged weight would not be finite or is also another module's; changes no layer."""
+    """Raise if a merged weight would not be finite, or if modules share the weight; changes no layer."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -306,7 +306,7 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
             if len(shared) > 1 and not isinstance(module, LoRASBEmbedding):  # which merges into a copy
                 raise ValueError(
                     f"{name}: expected a separate weight to merge into, got one that {' and '.join(shared)} share, "
-                    "which would all get the update: keep the adapter apart, or untie the weights before patching"
+                    "which would all get the update: leave the adapter unmerged, or untie the weights before patching"
                 )
             try:
                 with weight_present(module.get_base_layer()):
@@ -315,7 +315,7 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None) -> None:
                 raise ValueError(f"{name}: {error}") from None
 
 
-# Heads of task models that have no base model attribute, as their layers hang on the task model itself.
+# Heads of task models without a base model attribute, whose layers are attributes of the task model itself.
 HEADS_WITHOUT_BASE = (*HEADS, "fc", "head", "projector")
 TASKS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|XVector|Segmentation|DepthEstimation)")
 POOLERS = ("pooler",)  # part of a base model, but missing from checkpoints that were pretrained without one
@@ -326,7 +326,7 @@ TASK_MODULES_IN_BASE = ("perceiver.decoder", "perceiver.input_preprocessor")
 def save_heads(model: nn.Module, config: LoRASBConfig) -> None:
     """Add modules that the base's checkpoint lacks to modules_to_save: their weights differ after every load."""
     heads = [name for name, _ in model.named_children() if name in HEADS]
-    # A loaded config, or one with a fingerprint, has its modules_to_save: the file on disk must match them exactly.
+    # A loaded config, or one with a fingerprint, already has modules_to_save, which must match its file exactly.
     if not config.from_file and config.base_fingerprint is None:
         task = TASKS.search(type(model).__name__)
         heads += [name for name in missing_from_checkpoint(model) if task or _targeted(model, config, name)]

@@ -1,5 +1,5 @@
 """Weighted sum of adapters as a new adapter, ΔW = Σ_i w_i s_i B_i R_i A_i: exact if they share A and B, else the best
-approximation of a rank.
+approximation of a given rank.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ..layers.adapter_state import check_name
 from ..layers.lookup import adapted_layers, any_merged, discard, refuse_uninitialized
 
 PRUNING = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
-SVD = "_svd"  # suffix of the kinds that prune updates of W [out, in], not R's
+SVD = "_svd"  # suffix of the kinds that prune updates of W [out, in] instead of R
 SIGN_METHODS = ("total", "frequency")
 KINDS = ("auto", "linear", "svd", "cat", *PRUNING, *(f"{kind}{SVD}" for kind in PRUNING))
 
 
 @dataclass(frozen=True)
 class SumOptions:
-    """Method by which adapters are added; the names are PEFT's."""
+    """How adapters are summed; the names are PEFT's."""
 
     # "linear" adds the R's of adapters that share A and B, exactly; "svd" is the best approximation of rank `svd_rank`;
-    # "cat" is exact, at the sum of the ranks; "auto" is "linear" for shared A and B, else "svd"; the others prune
+    # "cat" is exact, with the sum of the ranks; "auto" is "linear" for shared A and B, else "svd"; the others prune
     # first. "linear" and pruning act as their "_svd" forms where A and B are not shared.
     combination_type: str = "auto"
     svd_rank: int | None = None  # the largest of the adapters' ranks by default
@@ -46,7 +46,7 @@ class SumOptions:
 
     @property
     def pruning(self) -> str | None:
-        """The kind of pruning before the sum; None for none."""
+        """The kind of pruning before the sum, or None."""
         kind = self.combination_type.removesuffix(SVD)
         return kind if kind in PRUNING else None
 
@@ -67,7 +67,7 @@ class SumOptions:
             raise ValueError(f"majority_sign_method must be {methods}, got {self.majority_sign_method!r}")
 
     def add(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """Σ weights · tensors of one shape, pruned if requested. DARE draws from torch's global random state."""
+        """Sum weights · tensors of one shape, pruned if requested. DARE draws from torch's global random state."""
         given = list(tensors), torch.tensor(weights, device=tensors[0].device, dtype=tensors[0].dtype)
         if self.pruning is None:
             return task_arithmetic(*given)
@@ -165,7 +165,7 @@ def _sum_cores(layer: AdaptedLayer, weighted: list[tuple[float, str]], options: 
 
 
 def _of_update(layer: AdaptedLayer, weighted: list[tuple[float, str]], options: SumOptions, rank: int) -> Combined:
-    """The best factors of a rank for the layer's update [out, in], in fp32; pruned updates have full rank."""
+    """The best rank-`rank` factors of the layer's summed update [out, in], in fp32; pruned updates have full rank."""
     weights, names = zip(*weighted, strict=True)
     updates = [layer.get_delta_weight(name).float() for name in names]
     update = options.add([layer.base.matrix(u) for u in updates], weights)
@@ -176,7 +176,7 @@ def _of_update(layer: AdaptedLayer, weighted: list[tuple[float, str]], options: 
         bound = float(torch.cat((left.flatten(), right.flatten())).double().quantile(options.svd_clamp))
         left, right = left.clamp(-bound, bound), right.clamp(-bound, bound)
     error = float((update - left @ right).norm() / update.norm().clamp_min(1e-30))
-    b, upper = torch.linalg.qr(left.double())  # orthonormal, as LoRA-SB's own are; clamped ones were not
+    b, upper = torch.linalg.qr(left.double())  # orthonormal, like LoRA-SB's own; clamping breaks that
     a, lower = torch.linalg.qr(right.double().t())
     return Combined(b, upper @ lower.t(), a.t(), error)
 
@@ -204,7 +204,7 @@ def _insert(
     sums: dict[str, Combined],
 ) -> None:
     configs = cast("dict[str, LoRASBConfig]", tuner.peft_config)
-    active = list(tuner.active_adapters)  # injection may change which they are
+    active = list(tuner.active_adapters)  # injection may change them
     template = next((name for name in adapters if configs[name].modules_to_save), adapters[0])
     configs[adapter_name] = _config_like(configs[template], sums)
     opened = {name for one in adapters for name in configs[one].target_parameters or ()}  # experts that loading opens
@@ -214,7 +214,7 @@ def _insert(
         configs[adapter_name].awaits_weights = False  # no file is loaded
         for name, factors in sums.items():
             layer = layers[name]
-            # the core includes every s_i; the layer multiplies by its own s again
+            # the core already includes every s_i, and the layer multiplies by its own s
             layer.set_factors(adapter_name, factors.b, factors.core / layer.adapters[adapter_name].scaling, factors.a)
         for wrapper in tuner.model.modules():
             if isinstance(wrapper, ModulesToSaveWrapper) and template in wrapper.modules_to_save:

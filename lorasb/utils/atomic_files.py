@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, which survive a power failure, digests, a lock for a folder, the cache folder."""
+"""Atomic writes of files and folders that survive a power failure; digests, a folder lock, and the cache folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 
 def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
-    """Give a temporary file, and rename it over `path` if the block succeeds; failed writes are OSErrors."""
+    """Provide a temporary file, and rename it over `path` if the block succeeds; failed writes raise an OSError."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, so that the rename stays within a file system and is atomic
@@ -32,18 +32,18 @@ def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
 
 
 def replacing_folder(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
-    """Give a temporary folder, and replace `path` by it if the block succeeds; failed writes are OSErrors."""
-    target = Path(os.path.realpath(path))  # of a link, the folder that it leads to
+    """Provide a temporary folder, and replace `path` by it if the block succeeds; failed writes raise an OSError."""
+    target = Path(os.path.realpath(path))  # follow a link to its folder
     target.parent.mkdir(parents=True, exist_ok=True)
     return _taking_place(Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")), target, 0o777)
 
 
 @contextmanager
 def _taking_place(temporary: Path, target: Path, mode: int) -> Iterator[Path]:
-    """Yield a temporary file or folder that then takes the target's place; errors that name no file name the target."""
+    """Yield a temporary file or folder, then replace the target by it; errors without a file name get the target's."""
     try:
         yield temporary
-        os.chmod(temporary, mode & ~umask())  # only their owner may read what tempfile makes
+        os.chmod(temporary, mode & ~umask())  # only the owner may read tempfile's files
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         _take_place(temporary, target)
@@ -76,12 +76,12 @@ def _sync(path: Path) -> None:
     """Write a file's contents, or a folder's entries, to the disk: a rename alone does not survive a power failure."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written and not listed
+    except PermissionError:  # a folder that is writable but not readable
         return
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # others have no fsync, of folders for one
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # other errors: no fsync there, such as of folders
             raise
     finally:
         os.close(handle)
@@ -93,7 +93,7 @@ def _take_place(temporary: Path, target: Path) -> None:
         os.replace(temporary, target)
         return
     former = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.former."))
-    os.replace(target, former)  # os.replace takes the place of empty folders only
+    os.replace(target, former)  # os.replace replaces only empty folders
     try:
         os.replace(temporary, target)
     except BaseException:
@@ -122,7 +122,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for this process by its file `.lock`; a ValueError with the PID if another process holds it."""
+    """Lock a folder for this process by its file `.lock`; raise a ValueError with the PID of a process that has it."""
     file = Path(folder, ".lock")
     made = not file.parent.exists()
     lock = _lock(file)
@@ -156,7 +156,7 @@ def _lock(file: Path) -> TextIO | None:
             raise ValueError(
                 f"{file.parent} is in use by PID {owner}: wait for it to end, or take another --output"
             ) from None
-        # Another process may have removed the file between the two calls: the lock of a file without a name is none.
+        # Another process may have removed the file between the two calls: a lock on a removed file protects nothing.
         if file.exists() and os.fstat(lock.fileno()).st_ino == file.stat().st_ino:
             lock.truncate(0)
             lock.write(str(os.getpid()))

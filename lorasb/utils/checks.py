@@ -1,4 +1,4 @@
-"""Checks of what users and their files give: rates, sizes in bytes, patterns that are quick to match."""
+"""Checks of values from users and their files: rates, sizes in bytes, patterns that are quick to match."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import types
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
-# The parser of `re`, whose name in Python 3.10 is that of a top-level module.
+# The parser of `re`, a top-level module in Python 3.10.
 _parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 MAX_LR = 1e4  # a mistyped exponent (1e38) would end as Inf after hours, or in the first step
-MAX_REPEATS = 4.0  # factors of a name's length that matching may take: n characters within about n⁴ / 24 steps
-# A repeat of digits meets few of them in a name, and an optional part doubles the ways: both count as a quarter.
+MAX_REPEATS = 4.0  # matching time may grow by this power of a name's length n: about n⁴ / 24 steps
+# A repeat of digits finds few in a name, and an optional part only doubles the ways to match: both count as a quarter.
 SMALL = 0.25
 MAX_DEPTH = 200  # of a parsed pattern: about a hundred nested groups
 # Bytes per unit, by its upper-case name: decimal and binary prefixes.
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Items that one character matches: a repeat of one multiplies the matching time by a name's length, while a repeated
+# Items that match one character: repeating one multiplies the matching time by a name's length, while repeating a
 # group, as in `(a+)+`, can double it per character.
 SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
 
 
 def check_pattern(pattern: str, where: str, repeats: float = MAX_REPEATS) -> None:
-    """Raise a ValueError for a pattern that is no regular expression or may take too long on names of modules."""
+    """Raise a ValueError for a pattern that is not a regular expression or may match module names too slowly."""
     try:
         re.compile(pattern)
         count = _repeats(_parser.parse(pattern))
@@ -89,7 +89,7 @@ def matches(value: Any, hint: Any) -> bool:
         return all(matches(k, key) and matches(v, item) for k, v in value.items())
     if isinstance(hint, type) and issubclass(hint, Enum):
         return isinstance(value, str)
-    if isinstance(value, bool):  # a number to Python
+    if isinstance(value, bool):  # which Python counts as an int
         return hint is bool
     return isinstance(value, int | float if hint is float else hint)
 

@@ -21,7 +21,7 @@ def installed() -> bool:
 
 
 def canvas() -> tuple[Figure, Axes]:
-    """A figure of the README's width, and its axes; an ImportError with the pip command without matplotlib."""
+    """Return a figure of the README's width and its axes; without matplotlib, an ImportError gives the pip command."""
     try:
         from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
     except ImportError as error:

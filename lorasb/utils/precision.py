@@ -20,7 +20,7 @@ QUANTIZABLE = (torch.float32, *SIXTEEN_BIT)  # allowed for a weight before quant
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 # Environment variables that limit the instruction sets of oneDNN, of ATen and of our extension.
 CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "LORASB_MAX_CPU_ISA")
-# Values of the first that leave no instructions for bf16 products.
+# Values of ONEDNN_MAX_CPU_ISA that exclude instructions for bf16 products.
 ONEDNN_BELOW = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 AMPERE = (8, 0)  # the first compute capability with bf16 products
 
@@ -44,7 +44,7 @@ def native(device: str = "cpu") -> Precision:
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) >= AMPERE:
             return Precision("bfloat16", f"sm_{major}{minor} multiplies bfloat16")
-        return Precision("float32", f"sm_{major}{minor} does not multiply bfloat16, which begins at sm_80")
+        return Precision("float32", f"sm_{major}{minor} does not multiply bfloat16, which needs sm_80")
     # DNNL_MAX_CPU_ISA is oneDNN's former name of the variable, which it still reads.
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if onednn in ONEDNN_BELOW:
@@ -66,13 +66,13 @@ def native(device: str = "cpu") -> Precision:
 
 
 def _flags() -> frozenset[str]:
-    """The processor's flags, from Linux' /proc/cpuinfo (x86: flags, Arm: Features); empty on other systems."""
+    """Return the processor's flags, from Linux's /proc/cpuinfo (x86: flags, Arm: Features); empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
     flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
-    return frozenset(next(flags, "").split())  # those of the first core
+    return frozenset(next(flags, "").split())  # of the first core
 
 
 def processor_class() -> str:

@@ -28,12 +28,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
             found = "UTF-16: save it as UTF-8"
         else:
             line = data.count(b"\n", 0, error.start) + 1
-            found = f"byte 0x{data[error.start]:02x} in line {line}, as Latin-1 or no text has it: save it as UTF-8"
+            found = f"byte 0x{data[error.start]:02x} in line {line}, so Latin-1 or not text: save it as UTF-8"
         raise ValueError(f"{path}: expected UTF-8, got {found}") from None
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse a user's JSON; a ValueError if it is none, too deep, or has an escape that no text can hold."""
+    """Parse a user's JSON; raise a ValueError if it is invalid, too deep, or escapes something that is not text."""
     try:
         value = json.loads(text)
         if "\\u" in text:
@@ -59,8 +59,8 @@ def read_json(path: str | os.PathLike[str]) -> Json:
 
 
 def read_tensors(path: str | os.PathLike[str], mapped: bool = True) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file, by page as they are used or at once; a ValueError if it is damaged."""
-    from safetensors.torch import load, load_file  # imports torch, which `lorasb --help` and settings do without
+    """Read a safetensors file's tensors, memory-mapped or all at once; raise a ValueError if it is damaged."""
+    from safetensors.torch import load, load_file  # imports torch, which `lorasb --help` and settings do not need
 
     safetensors_header(path)  # with a better message than safetensors' own
     try:
@@ -73,7 +73,7 @@ def safetensors_header(path: str | os.PathLike[str]) -> Json:
     """The header of a safetensors file, name -> {"dtype", "shape", "data_offsets"}; a ValueError if it is damaged."""
     with open(path, "rb") as file:
         try:
-            with safe_open(str(path), framework="pt"):  # validates the header, and the file's length by it
+            with safe_open(str(path), framework="pt"):  # checks the header, and the file's length against it
                 header: Json = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         except SafetensorError as error:
             what = f"is not a safetensors file, or is truncated or damaged ({error}; {os.path.getsize(path)} bytes)"

@@ -1,1 +1,1 @@
-"""A plugin for vLLM, whose LoRA slots then hold R alone, on one A and B. Imports torch and safetensors, not PEFT."""
+"""A plugin for vLLM: LoRA slots hold only R, and share one A and B. Imports torch and safetensors, not PEFT."""

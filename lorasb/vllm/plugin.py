@@ -1,6 +1,6 @@
-"""The plugin: its entry point, which vLLM calls in each of its processes, what it reads, and slots of R.
+"""The plugin: its entry point, which vLLM calls in each of its processes, the reading of files, and slots of R.
 
-A layer of vLLM has one A and B, and R_k in its slots: y_i += B R_k A x_i, where k is the slot of token i.
+A layer of vLLM has one A and B, and R_k in slot k: y_i += B R_k A x_i, where k is the slot of token i.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ..kernels.block_sizes import padded_rank
 from ..ops.registry import unavailable
 
 BASIS = "LORASB_BASIS"  # environment variable: folder of the basis, or of any adapter that has its A and B
-GATHERED = 1024  # tokens whose R's torch's own operations gather at a time
+GATHERED = 1024  # tokens whose R's are gathered at a time, without a kernel for it
 
 
 class Basis(NamedTuple):
-    """A and B by layer, and what names them."""
+    """A and B by layer, and what identifies them."""
 
     folder: Path
-    digest: bytes  # SHA-256 of all A and B, which the file of every adapter on them has
+    digest: bytes  # SHA-256 of all A and B, stored in the file of every adapter on them
     factors: dict[str, tuple[Tensor, Tensor]]  # layer -> A [r, in], B [out, r]
     fingerprint: dict[str, str]  # sampled weights of the base model, by layer; empty if the adapter has none
 
@@ -58,18 +58,18 @@ def register() -> None:
 
 
 def read_basis(folder: Path) -> Basis:
-    """Read A and B of a basis or of any adapter that has its own; a ValueError if they are damaged or not there."""
+    """Read A and B of a basis or of an adapter that has its own; raise a ValueError if they are damaged or missing."""
     config, tensors = read_config(folder), read_tensors(folder)
     factors = {name: (parts["lorasb_A"], parts["lorasb_B"]) for name, parts in group_by_layer(tensors).items()}
     odd = next((name for name, (a, b) in factors.items() if a.dim() != 2 or b.dim() != 2), None)
     if odd is not None:
-        raise ValueError(f"{folder} adapts {odd}, which is no linear: export it, lorasb.export_lora(...), to serve it")
+        raise ValueError(f"{folder} adapts {odd}, which is not a linear: serve the export, lorasb.export_lora(...)")
     found = digest({key: value for key, value in tensors.items() if is_factor(key)})
     return Basis(folder, found, factors, dict(config.get("base_fingerprint") or {}))
 
 
 def check_base(basis: Basis, model: Path) -> None:
-    """Raise a ValueError if a folder's safetensors files have other weights than the fingerprint in the basis."""
+    """Raise a ValueError if the weights in a folder's safetensors files differ from the basis's fingerprint."""
     weights: dict[str, Tensor | None] = {}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as reader:
@@ -82,7 +82,7 @@ def check_base(basis: Basis, model: Path) -> None:
 
 
 def _cores(folder: Path, basis: Basis, dtype: torch.dtype) -> dict[str, Tensor]:
-    """R by layer, times s; a ValueError for an adapter that is damaged, or not on the server's basis."""
+    """Return R by layer, times s; raise a ValueError if an adapter is damaged or not on the server's basis."""
     cores = read_cores(folder, read_config(folder), {basis.digest})
     odd = next(iter(cores.keys() ^ basis.factors.keys()), None)
     if odd is not None:
@@ -101,14 +101,14 @@ def _cores(folder: Path, basis: Basis, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 class CoreSlots:
-    """One A and B for each part of a layer (q, k and v in one, or gate and up), and an R of each in every slot.
+    """One A and B per part of a layer (q, k and v, or gate and up), and an R per part in every slot.
 
     Args:
         factors: (A [r, in], B [out, r]) of each part on this rank; None for a part without an adapter.
-        sizes: features of each part's output on this rank.
-        count: slots.
+        sizes: output features of each part on this rank.
+        count: number of slots.
         dtype: of A, B and the R's.
-        device: of these.
+        device: of A, B and the R's.
 
     Raises:
         ValueError: the shapes of A and B are not the layer's.
@@ -126,7 +126,7 @@ class CoreSlots:
         pairs = {j: pair for j, pair in enumerate(factors) if pair is not None}
         r = self.r = max(a.shape[0] for a, _ in pairs.values())
         self.parts = list(pairs)
-        self.first = [sum(sizes[:j]) for j in self.parts]  # columns of y where they begin
+        self.first = [sum(sizes[:j]) for j in self.parts]  # their first columns in y
         self.A = torch.zeros((len(self.parts) * r, in_features), dtype=dtype, device=device)
         self.B = [torch.zeros((sizes[j], r), dtype=dtype, device=device) for j in self.parts]
         for rows, columns, (j, (a, b)) in zip(self.A.split(r), self.B, pairs.items(), strict=True):
@@ -139,7 +139,7 @@ class CoreSlots:
         self.cores = torch.zeros((count, len(self.parts), r, r), dtype=dtype, device=device)
 
     def shared(self) -> dict[str, Tensor]:
-        """The tensors that all adapters have."""
+        """Return the tensors that all adapters share."""
         return {"A": self.A, "numbers": self.numbers, **{f"B{j}": b for j, b in enumerate(self.B)}}
 
     def clear(self, slot: int) -> None:
@@ -147,7 +147,7 @@ class CoreSlots:
         self.cores[slot] = 0
 
     def write(self, slot: int, cores: Sequence[Tensor | None]) -> None:
-        """Write the R [r, r] of each part of the layer; None is 0, and a smaller one is padded."""
+        """Write the R [r, r] of each part of the layer; None writes 0, and a smaller R is padded."""
         for place, j in zip(self.cores[slot], self.parts, strict=True):
             core = cores[j]
             place.zero_()
@@ -155,7 +155,7 @@ class CoreSlots:
                 place[: len(core), : len(core)].copy_(core)
 
     def add_to(self, y: Tensor, x: Tensor, index: Tensor) -> None:
-        """y_i += B R_k A x_i in place, k = index[i]; rows of -1 are left as they are.
+        """y_i += B R_k A x_i in place, k = index[i]; rows with index -1 are unchanged.
 
         Args:
             y: [T, Σ sizes], in the slots' dtype.
@@ -175,7 +175,7 @@ class CoreSlots:
 
 
 def times_cores(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:
-    """R_k u_i [T, r] of u [T, r] and cores [K, r, r], k = index[i]; zero where that is -1. Without gradients."""
+    """Return R_k u_i [T, r] for u [T, r], cores [K, r, r] and k = index[i]; zero where k is -1. No gradients."""
     if u.is_cuda and unavailable("triton") is None:
         from ..kernels.row_cores import RowProducts
 
@@ -183,6 +183,6 @@ def times_cores(u: Tensor, cores: Tensor, index: Tensor) -> Tensor:
         return out[:, : u.shape[1]]
     products = []
     for rows, places in zip(u.split(GATHERED), index.split(GATHERED), strict=True):
-        chosen = cores.index_select(0, places.clamp(min=0))  # nothing here waits for a device: a CUDA graph can hold it
+        chosen = cores.index_select(0, places.clamp(min=0))  # no synchronization: a CUDA graph can capture it
         products.append(torch.bmm(chosen, rows.unsqueeze(2)).squeeze(2).masked_fill_((places < 0).unsqueeze(1), 0.0))
     return torch.cat(products)

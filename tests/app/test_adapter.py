@@ -317,11 +317,11 @@ def test_a_basis_belongs_to_weights_and_not_to_a_folder(
     moved = Path(shutil.copytree(on_it.model, tmp_path / "moved"))
     assert "The basis keeps" in call("basis", "fit", str(made), "--data", files["mine"], "--model", str(moved))
     run_finetune(replace(on_it, model=str(moved), epochs=1.0, output=str(tmp_path / "moved-run")))
-    with pytest.raises(ValueError, match=f"if the model of {made} was moved, --model says where to"):
+    with pytest.raises(ValueError, match=f"if the model of {made} was moved, pass its new folder"):
         replace(on_it, model=str(tmp_path / "gone")).check()
     quantized = replace(on_it, model=str(moved), bits=4, output=str(tmp_path / "run"))
     with pytest.raises(
-        ValueError, match=r"which is another model \(its weights cannot be compared, .*\): give its own"
+        ValueError, match=r"which is another model \(its weights cannot be compared, .*\): name that one"
     ):
         run_finetune(quantized)
     weights = load_file(moved / "model.safetensors")
@@ -386,7 +386,7 @@ LORA_CHANGES: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Tens
     "not finite": (lambda key, value: {key: value / 0}, r"expected finite values in .*, got NaN or Inf in model\.layers"),
     "of more layers": (
         lambda key, value: {key: value, key.replace("layers.0.", "layers.9."): value.clone()},
-        r"has an update of layer 'model\.layers\.9\..*', which the model does not have: it is another's",
+        r"has an update of layer 'model\.layers\.9\..*', which this model lacks: it is for another one",
     ),
     "wider": (
         lambda key, value: {key: torch.cat((value, value), int("lora_A" in key))},
@@ -410,7 +410,7 @@ def test_files_that_make_no_basis(settings: Settings, files: dict[str, str], tmp
     own = replace(settings, output=str(tmp_path / "basis"))
     same = write_rows(tmp_path / "other" / "copy.jsonl", task("copy", 1))
     for given, message in (
-        ([files["copy"], same], "for each task, each with another name, got two named 'copy'"),
+        ([files["copy"], same], "for each task, each with a different name, got two named 'copy'"),
         ([files["copy"], "nowhere"], "expected a JSONL file, found none at nowhere"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -145,7 +145,7 @@ def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
     summary = json.loads((whole / "summary.json").read_text())
     del summary["prompt_format"]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(ValueError, match="does not say how questions are put: an earlier version of lorasb wrote it"):
+    with pytest.raises(ValueError, match="has no prompt format: an earlier version of lorasb wrote it"):
         list(ask.answers(tmp_path, "x"))
     assert call("ask", whole, "copy red 1", "--max-new-tokens", "2").strip()
 

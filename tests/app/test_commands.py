@@ -100,7 +100,7 @@ def test_doctor() -> None:
     shown = call("doctor")
     for text in ("torch", "peft", "backend eager", "available", "threads", "GPU", "--dtype auto", "LORASB_MAX_CPU_ISA"):
         assert text in shown
-    assert " ".join(shown.split()).endswith("lorasb plan MODEL says what one of them takes.")
+    assert " ".join(shown.split()).endswith("lorasb plan MODEL estimates its memory and time.")
 
 
 def test_init_writes_an_adapter_a_report_and_pictures(tiny: Path, data: Path, tmp_path: Path) -> None:

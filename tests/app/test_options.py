@@ -61,7 +61,7 @@ def written(tmp_path: Path, text: str) -> str:
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter: name its base model, or ask the run that trained it"):
+    with pytest.raises(ValueError, match="is an adapter: name its base model, or use `lorasb ask` on its run"):
         Settings(model=str(tmp_path)).check()
 
 
@@ -87,10 +87,10 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
         ({"basis": "b", "target_modules": "q_proj"}, "got --target-modules q_proj"),
         ({"basis": "b", "update": "sgd"}, "got --update sgd"),
         ({"basis": "b", "start": "paper"}, "got --start paper"),
-        ({"adapter_column": "a"}, "--adapter-column names an entry of the examples of --data, which is not given"),
-        ({"adapter_column": "a", "data": "b", "method": "lora"}, "--method lora does not go with that"),
-        ({"adapter_column": "a", "data": "b", "lora_dropout": 0.1}, "--lora-dropout does not go with that"),
-        ({"adapter_column": "a", "data": "b", "packing": True}, "--packing does not go with that"),
+        ({"adapter_column": "a"}, "--adapter-column names a column of --data, which is not given"),
+        ({"adapter_column": "a", "data": "b", "method": "lora"}, "excludes --method lora"),
+        ({"adapter_column": "a", "data": "b", "lora_dropout": 0.1}, "excludes --lora-dropout"),
+        ({"adapter_column": "a", "data": "b", "packing": True}, "excludes --packing"),
         ({"task": "gcd", "data": "rows.jsonl"}, "--task gcd names generated examples"),
         *(({n: None}, "needs a value, got auto: --lr, --epochs and --eta") for n in ("warmup", "temperature", "weight_decay")),
     ],

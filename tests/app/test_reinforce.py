@@ -112,12 +112,12 @@ def test_exact_and_the_verifiers_of_all_tasks_know_right_answers(base: Settings)
         ({"rl": "nowhere.py:f"}, "and there is no file nowhere.py"),
         ({"rl": "verifier"}, "--rl verifier is a generated task's own"),
         ({"generations": 3}, "--batch-size 8 counts completions with --rl: take a multiple of --generations"),
-        ({"method": "lora", "rl_start": "rewards"}, "--rl-start rewards is a start of --method lora-sb"),
-        ({"packing": True}, "--packing does not go with --rl"),
+        ({"method": "lora", "rl_start": "rewards"}, "--rl-start rewards requires --method lora-sb"),
+        ({"packing": True}, "--packing cannot be combined with --rl"),
         ({"sampler": "http://127.0.0.1:1"}, "--sampler needs --basis"),
         ({"sampler": "http://127.0.0.1:1", "rl": None}, "--sampler samples completions for --rl"),
         ({"rl_start": "luck"}, "--rl-start must be one of examples, rewards, zero, got 'luck'"),
-        ({"batch_size": 128}, r"--rl takes 32 prompts a step .* and there are 28 to train on"),
+        ({"batch_size": 128}, r"--rl needs 32 prompts per step .*, got 28 to train on"),
     ],
 )
 def test_bad_settings_get_one_line(reinforced: Settings, options: dict[str, Any], message: str) -> None:

@@ -109,7 +109,7 @@ def test_a_run_is_not_resumed_with_another_chat_template(base: Settings, tiny: P
         tokenizer.save_pretrained(model)
         if i == 0:
             stop_after(3, settings, run)
-    with pytest.raises(ValueError, match="or its chat template makes other tokens of the examples than when this run"):
+    with pytest.raises(ValueError, match="or its chat template tokenizes the examples differently than when this"):
         run_finetune(settings)
 
 
@@ -118,7 +118,9 @@ def test_checkpoints_of_another_program_are_left_alone(own: Settings, tmp_path: 
     foreign = tmp_path / "checkpoints" / "checkpoint-500" / "model.pt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("weights")
-    with pytest.raises(ValueError, match=r"checkpoint-500 is not of lorasb finetune, which clears .*another --output"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-500 was not written by lorasb finetune, which clears .*another --output"
+    ):
         run_finetune(replace(own, resume=resume))
     assert foreign.read_text() == "weights"
 
@@ -364,7 +366,10 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
     cut: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
 ) -> None:  # fmt: skip
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
-    message = r"checkpoint-9 cannot be written: .*No space left.*Those before it are whole: make room and start the same command again"
+    message = (
+        r"checkpoint-9 cannot be written: .*No space left.*"
+        r"Earlier ones are intact: make room and start the same command again"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, Mock(side_effect=error))
         with pytest.raises(OSError, match=message):

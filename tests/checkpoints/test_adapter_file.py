@@ -99,7 +99,7 @@ def test_an_uninitialized_adapter_is_saved_with_a_warning_and_loaded_as_one(tmp_
     with pytest.warns(UserWarning, match=r"'default' has not been initialized .*lorasb\.initialize.*selected_adapters"):
         tensors = peft.get_peft_model_state_dict(model)
     assert len(tensors) == 3 * 14
-    with pytest.warns(UserWarning, match="or where it is loaded"):
+    with pytest.warns(UserWarning, match="or after loading it"):
         model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
     with pytest.raises(RuntimeError, match="has not been initialized: its A, B and R are zero"):

@@ -110,7 +110,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
 def test_an_export_never_takes_an_adapters_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "adapter"
     (tmp_path / "README.md").write_text("# My project")
-    with pytest.raises(ValueError, match=r"README\.md is no export's, and would be replaced: name another folder"):
+    with pytest.raises(ValueError, match=r"README\.md is not an export's, and would be replaced: name another folder"):
         lorasb.export_lora(patched(), tmp_path, quiet=True)
     for _ in range(2):  # another export's may be
         lorasb.export_lora(patched(), tmp_path / "lora", quiet=True)

@@ -90,7 +90,7 @@ def test_the_samples_of_a_cache_are_measured_too(tmp_path: Path) -> None:
     _, second = started(lr="auto", cache=file)
     assert (second.strategy, second.rate) == ("cache", pytest.approx(first.rate))
     model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(ValueError, match="lr='auto' measures on samples, and a cache has signs alone"):
+    with pytest.raises(ValueError, match="lr='auto' measures on samples, but a cache holds only signs"):
         lorasb.initialize(model, None, lr="auto", cache=file, progress=False)
 
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_measured_has_a_stated_fallback(weight: float, reason: st
             layer.lorasb_A["default"].fill_(1e-3)
     pieces = [Piece(batch) for batch in batches_for("llama")]
     work = auto_rate.Work(model, layers(model), pieces, InitOptions(adapter="default"), Processes())
-    with pytest.warns(UserWarning, match=f"lr='auto' takes 0.032, before any trials, as {reason}"):
+    with pytest.warns(UserWarning, match=f"lr='auto' falls back to 0.032, as {reason}"):
         assert auto_rate.measured_rate(work) == auto_rate.FALLBACK / 4
 
 
@@ -203,7 +203,7 @@ def test_r_alone_gets_the_rate(usual: tuple[nn.Module, InitReport]) -> None:
         assert first == pytest.approx(rates)
         assert second == pytest.approx([rate / 2 for rate in peaks])
     optimizer = torch.optim.AdamW([*cores(model), *head], lr=1e-2)
-    with pytest.warns(UserWarning, match=r"modules that are no R \(a head\) train at R's rate 0\.003"):
+    with pytest.warns(UserWarning, match=r"modules other than R \(a head\) train at R's rate 0\.003"):
         init_callback._set_rate(3e-3, optimizer, None, layers(model), "default")
 
 

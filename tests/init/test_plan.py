@@ -38,7 +38,7 @@ def test_what_does_not_fit_is_refused_with_what_would(strategy: str, monkeypatch
     size = needed(batches, strategy=strategy)
     monkeypatch.setattr(plan, "available", lambda device: 0.6 * size)
     model = lorasb.patch(make("llama"), r=4)
-    message = r"needs about .* above the weights and .* are there.*What would fit: batches of one"
+    message = r"needs about .* above the weights and .* are available.*What would fit: batches of one"
     with pytest.raises(ValueError, match=message) as caught:
         lorasb.initialize(model, batches, lr=1e-3, strategy=strategy, progress=False)
     assert not any(value.any() for value in factors(model).values())

@@ -164,7 +164,7 @@ def test_first_step_lr(arguments: tuple[object, ...], rate: float) -> None:
         ((1e-4, 0, 100, "published"), "a share of the estimation's batches"),
         ((1e-4, 0.02, 0, "published"), "a share of the estimation's batches"),
         ((1e-4, 0, None, "paper"), "expected rule to be one of schedule, published, got 'paper'"),
-        (("auto", 0.1, 50, "published"), "rule='published' repeats runs at their own rate"),
+        (("auto", 0.1, 50, "published"), "rule='published' reproduces runs at their own rate"),
     ],
 )
 def test_a_first_step_without_a_rate_is_refused(arguments: tuple[object, ...], message: str) -> None:

@@ -140,7 +140,9 @@ def test_a_loss_counts_by_its_name_and_its_values(loss_fn: Any, name: str | None
 
 
 def test_losses_of_one_name_and_other_values_are_others() -> None:
-    named = [caches._name_of(loss) for loss in (weighted(0.1), weighted(0.5), weighted(0.5), weighted(0.5, nn.ReLU()))]
+    named = [
+        caches._describe_loss(loss) for loss in (weighted(0.1), weighted(0.5), weighted(0.5), weighted(0.5, nn.ReLU()))
+    ]
     assert len(set(named)) == 3
     assert named[1] == named[2]
     assert named[3].endswith('with {"model": "ReLU", "share": 0.5}')
@@ -148,8 +150,11 @@ def test_losses_of_one_name_and_other_values_are_others() -> None:
         lambda model, batch: model(**batch).loss,
         lambda model, batch: model(**batch).loss.square(),
     )
-    assert len(set(map(caches._name_of, of_one_function))) == 2
-    assert caches._name_of(partial(loss_of, {(0, 1): 0.5, "a": 1}, share=2)) == 'loss_of with {"0": "dict", "share": 2}'
+    assert len(set(map(caches._describe_loss, of_one_function))) == 2
+    assert (
+        caches._describe_loss(partial(loss_of, {(0, 1): 0.5, "a": 1}, share=2))
+        == 'loss_of with {"0": "dict", "share": 2}'
+    )
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {

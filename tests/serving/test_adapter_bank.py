@@ -198,7 +198,7 @@ def test_names_and_values_that_cannot_be_are_refused() -> None:
         assert "new" not in bank
     for call, error, message in (
         (lambda: bank.add("ada"), ValueError, "the model has an adapter 'ada' itself"),
-        (lambda: bank.add(3), ValueError, "expected a text as the adapter's name, got 3"),
+        (lambda: bank.add(3), ValueError, "expected a string as the adapter's name, got 3"),
         (lambda: out(model, "nobody", "ada"), ValueError, r"nobody\. The model has ada, default, and its bank 0"),
         (lambda: lorasb.AdapterBank(model), ValueError, r"bank\.detach\(\) first"),
         (lambda: lorasb.AdapterBank(lorasb.patch(base(), r=4)), ValueError, "has not been initialized"),

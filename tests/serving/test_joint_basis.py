@@ -236,12 +236,12 @@ def test_each_task_has_the_projection_of_its_own_start_and_all_train_in_one_batc
 def test_tasks_that_cannot_be_are_refused_and_leave_the_model() -> None:
     with pytest.raises(ValueError, match="longest_start=0 leaves no first steps"):
         lorasb.initialize(lorasb.patch(make("llama"), r=4), {"a": [], "b": []}, lr=1e-3, longest_start=0)
-    with pytest.raises(ValueError, match="first steps, which init='lora-xs' does not take"):
+    with pytest.raises(ValueError, match="as tasks' first steps make the basis, got 'lora-xs'"):
         lorasb.initialize(lorasb.patch(make("llama"), r=4, init="lora-xs"), TASKS, lr=1e-3)
     model = lorasb.patch(base(), r=4)
     for tasks, options, message in (
         ({"math": batches_for("llama")}, {}, "two tasks or more, with names that no adapter has: got 1"),
-        ({"default": [], "code": []}, {}, "an adapter 'default' is there already"),
+        ({"default": [], "code": []}, {}, "an adapter 'default' already exists"),
         ({"copy": [], "code": []}, {}, "expected a name without dots for each adapter"),
         (TASKS, {"cache": "signs.safetensors"}, "initialize several tasks without it"),
         (TASKS, {"lr": None}, "takes batches and lr > 0"),

@@ -177,7 +177,7 @@ def test_a_head_keeps_its_own_rate() -> None:
         ({"steps": 0}, "expected steps of at least 1, got 0"),
         ({"judged": 0}, "expected judged of at least 1, got 0"),
         ({"accumulation": 0}, "expected accumulation of at least 1, got 0"),
-        ({"steps": 9}, "trials of 9 steps take 11 batches .2 of them to judge., and there are 8: pass more, or steps=6"),
+        ({"steps": 9}, "trials of 9 steps need 11 batches .2 of them for the loss., got 8: pass more, or steps=6"),
         ({"given": [{"input_ids": batch["input_ids"]} for batch in batches(8)]}, "the model gives no loss: batches need labels, and have input_ids"),
         ({"given": [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches(8)]}, r"no trial has a finite loss, at rates of .*0\.001, 0\.002: check the labels"),
     ],

@@ -191,7 +191,7 @@ def test_adapters_of_different_kinds_do_not_mix() -> None:
 
 def test_nothing_that_requires_a_gradient(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4).requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"nothing of it will train.*model\.set_adapter\('default'\)"):
+    with pytest.warns(UserWarning, match=r"will not train, as no R.*model\.set_adapter\('default'\)"):
         lorasb.initialize(model, BATCHES, lr=1e-3, progress=False)
     with pytest.raises(ValueError, match=r"no parameter requires a gradient.*set_adapter"):
         lorasb.parameter_groups(model, lr=1e-3)
