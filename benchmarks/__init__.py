@@ -1,7 +1,7 @@
-"""Programs that measure: each prints what it measured and with what. `python -m benchmarks.NAME` from the root."""
+"""Benchmarks: each prints its measurements and their environment. Run `python -m benchmarks.NAME` from the root."""
 
 import logging
 
-# In the root, whose folder `kernels` is no package, bitsandbytes warns that it cannot import one of that name: a hub's
-# kernels, which nothing here uses.
+# bitsandbytes tries to import Hugging Face's package `kernels`, finds the folder `kernels` of this root instead, and
+# warns. Nothing here uses that package.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

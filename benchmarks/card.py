@@ -1,12 +1,12 @@
-"""Everything that the documentation says of a GPU, measured on whatever card is there.
+"""Measure every GPU figure of the documentation on the installed card.
 
     python -m benchmarks.card [--output benchmarks/results] [--seconds 3] [--minutes 8] [--only SECTION]
 
-Each row is written to CARD.json as soon as it is measured, and none is begun after `--minutes`. A second run of the
-same commit measures the sections that are missing, or that failed or ran out of time; another commit starts again.
-Times are milliseconds by CUDA events, medians with percentiles, and ratios to the section's first way within the same
+Each row is written to CARD.json as soon as it is measured; none starts after `--minutes`. A second run of the same
+commit measures the sections that are missing, failed, or ran out of time; another commit starts over.
+Times are milliseconds by CUDA events: medians with percentiles, and ratios to the section's first way in the same
 round. What does not fit into the card's memory is left out, and the row says so.
-`--tiny` runs all sections on a CPU in shapes that mean nothing, as a test.
+`--tiny` tests this program: it runs all sections on a CPU in shapes too small to be meaningful.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODEL, RANK, TOKENS, DROPOUT = "mistral-7b", 96, 2048, 0.05
 FEW = (1, 16, 64)  # tokens
 DIRECTIONS = ("forward", "forward+backward")
 NO_MEMORY = "out of memory: the card has too little for the rest of this section"
-NO_TIME, FAILED = "out of time: the same command measures this section again", "failed, and is measured again:"
+NO_TIME, FAILED = "out of time: rerun the same command for this section", "failed; rerun the same command to retry:"
 # Llama-3.2-1B's sizes, with random weights: nothing is downloaded.
 ONE_BILLION: dict[str, Any] = {
     "hidden_size": 2048,
@@ -84,7 +84,7 @@ def row(case: str, stats: dict[str, Stats], **others: Any) -> Row:
 
 
 def compared(run: Run, n: int, ms: tuple[int, ...], M: int, direction: str, drop: float = 0.0) -> dict[str, Stats]:
-    """Layers that read the same x, in every way of `benchmarks.layers.variants`, or in those that have dropout."""
+    """Measure layers that read the same x, in every way of `benchmarks.layers.variants` or, for dropout, three ways."""
     sizes = n // run.divisor, tuple(m // run.divisor for m in ms)
     problem = Problem(*sizes, run.rank, M, measured_dtype(run.device), run.device)
     ways: dict[str, Forward] = variants(problem)
@@ -97,7 +97,7 @@ def compared(run: Run, n: int, ms: tuple[int, ...], M: int, direction: str, drop
 
 
 class _BaseFirst(torch.autograd.Function):
-    """The adapted linear in unsloth's order: base products first, and the adapter's are added onto them in place."""
+    """The adapted linear in unsloth's order: base products first, then the adapter's are added in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, core: Tensor, b: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def linears(run: Run) -> Iterator[Row]:
 
 
 def few_tokens(run: Run) -> Iterator[Row]:
-    """One layer for as few tokens as decoding has."""
+    """One layer with as few tokens as in decoding."""
     for M in FEW:
         yield row(f"4096 x 4096, {M} tokens, forward", compared(run, 4096, (4096,), M, "forward"))
 
@@ -159,7 +159,7 @@ def groups(run: Run) -> Iterator[Row]:
 
 
 def paths(run: Run) -> Iterator[Row]:
-    """Each linear and group on every path, whatever the tables say, by ordinary launches."""
+    """Each linear and group on every path, whichever the tables choose, by ordinary launches."""
     from lorasb.app.tune_kernels import OPS, run_of
 
     (arch, sms), least = architecture(torch.device(run.device)), 10 if run.device == "cuda" else 1
@@ -189,7 +189,7 @@ def with_dropout(run: Run) -> Iterator[Row]:
 
 
 def four_bits(run: Run) -> Iterator[Row]:
-    """One layer over NF4: bitsandbytes, with PEFT's LoRA, and ours over the same packed weight."""
+    """One NF4 layer: bitsandbytes without and with PEFT's LoRA, and ours over the same packed weight."""
     import bitsandbytes as bnb
 
     size, dtype = 4096 // run.divisor, measured_dtype(run.device)
@@ -229,7 +229,7 @@ def _batch(run: Run, model: Any) -> dict[str, Tensor]:
 
 
 def training(run: Run) -> Iterator[Row]:
-    """Initialization, and a training step of a model of a billion parameters, against PEFT's LoRA."""
+    """Initialization, and a training step of a model with a billion parameters, against PEFT's LoRA."""
     from peft import LoraConfig, get_peft_model
 
     import lorasb
@@ -273,7 +273,7 @@ def host(run: Run) -> Iterator[Row]:
 
 
 def measured(section: Callable[[Run], Iterator[Row]], run: Run, end: float) -> Iterator[Row]:
-    """Yield the rows of a section, as far as the card's memory and the time go; the last one says why it ended."""
+    """Yield a section's rows until memory or time runs out or an error occurs, which the last row then reports."""
     try:
         for one in section(run):
             yield one
@@ -282,7 +282,7 @@ def measured(section: Callable[[Run], Iterator[Row]], run: Run, end: float) -> I
                 return
     except torch.OutOfMemoryError:
         yield {"case": NO_MEMORY}
-    except Exception as error:  # a package that is missing, a wrong result: the other sections are measured
+    except Exception as error:  # e.g. a missing package or a wrong result: other sections are still measured
         yield {"case": f"{FAILED} {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
     finally:
         if run.device == "cuda":
@@ -290,7 +290,7 @@ def measured(section: Callable[[Run], Iterator[Row]], run: Run, end: float) -> I
 
 
 BLOCK, NOT_RUN = "docs/kernels.md", "not yet run on a card"
-# section -> what measures it, and what its figures replace: texts of files. A new table goes next to the text.
+# section -> its function, and the (file, text) pairs that its figures replace; a new table goes next to the text
 SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str], ...]]] = {
     "linears": (linears, ((BLOCK, "| eager chain |"), ("README.md", "Not timed on a GPU yet"))),
     "paths": (
@@ -300,7 +300,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str],
             (BLOCK, "| fused |"),
             (BLOCK, "| thin pass + cuBLAS, q/k/v and gate/up together |"),
             (BLOCK, "| fused, q/k/v and gate/up together |"),
-            # by the rules that `lorasb bench tune MODEL` writes
+            # replaced by the rules that `lorasb bench tune MODEL` writes
             ("kernels/fused/tables/ARCH.json", '"measured": false'),
         ),
     ),
@@ -336,16 +336,16 @@ def lines(rows: list[Row]) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Measure what is missing, print and write after every section."""
+    """Measure the missing sections; print and write each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of CARD.json")
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing more is measured")
-    parser.add_argument("--only", choices=list(SECTIONS), action="append", help="these sections alone, measured again")
-    parser.add_argument("--tiny", action="store_true", help="on a CPU, in tiny shapes: a test of this program")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no measurement starts after this time")
+    parser.add_argument("--only", choices=list(SECTIONS), action="append", help="measure only these, even if complete")
+    parser.add_argument("--tiny", action="store_true", help="test this program on a CPU, in tiny shapes")
     options = parser.parse_args()
     if not (options.tiny or torch.cuda.is_available()):
-        raise SystemExit("benchmarks.card needs a CUDA GPU: make bench measures a CPU, --tiny tests this program")
+        raise SystemExit("benchmarks.card needs a CUDA GPU: use make bench on a CPU, or --tiny to test this program")
     run = Run("cpu", 0.01, 32) if options.tiny else Run("cuda", options.seconds)
     name = "tiny" if options.tiny else torch.cuda.get_device_name().replace(" ", "-").lower()
     path = options.output / f"{name}.json"
@@ -354,7 +354,7 @@ def main() -> None:
         found = provenance(run.device) | {"sections": {}}
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
-    arch = plan.family(architecture(torch.device(run.device))[0])  # that has a table
+    arch = plan.family(architecture(torch.device(run.device))[0])  # the family that has a table
     end = time.monotonic() + 60 * options.minutes
     for section, (measure_section, places) in SECTIONS.items():
         if options.only and section not in options.only:
@@ -372,7 +372,7 @@ def main() -> None:
             kept["complete"] = not any(row["case"].startswith((NO_TIME, FAILED)) for row in rows)
             write_json(path, found)
         show(section, HEAD, lines(found["sections"][section]["rows"]), left=2)
-        print(*(f"replaces {text!r} of {file}" for file, text in places), "", sep="\n")
+        print(*(f"replaces {text!r} in {file}" for file, text in places), "", sep="\n")
     failed = [name for name, kept in found["sections"].items() if any(FAILED in row["case"] for row in kept["rows"])]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; the same command measures them again")

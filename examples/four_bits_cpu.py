@@ -1,4 +1,4 @@
-"""Train an adapter over a base in 4 bits on a CPU: an eighth of fp32's memory, and no dense copy of a weight.
+"""Train an adapter on a 4-bit base on a CPU: an eighth of fp32's memory, and no dense copy of any weight.
 
 python examples/four_bits_cpu.py [STEPS [MODEL]]
 
@@ -23,7 +23,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def megabytes(module: torch.nn.Module) -> float:
-    """Megabytes of all parameters, packed ones too."""
+    """Return the megabytes of all parameters, including packed ones."""
     return sum(p.numel() * p.element_size() for p in module.parameters()) / 1e6
 
 
@@ -50,4 +50,4 @@ for step in range(steps):
 with torch.no_grad():
     after = model.eval()(**held_out).loss.item()
 print(f"held-out loss {before:.3f} -> {after:.3f}")
-model.save_pretrained("runs/four_bits/adapter")  # R, A and B: the base stays where it is
+model.save_pretrained("runs/four_bits/adapter")  # R, A and B, not the base

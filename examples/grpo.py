@@ -1,4 +1,4 @@
-"""Reinforcement learning with TRL's GRPOTrainer: r² numbers a layer are trained, and the reference is the base itself.
+"""Reinforcement learning with TRL's GRPOTrainer: r² trained numbers per layer, and the base itself as the reference.
 
 python examples/grpo.py [STEPS [MODEL]]
 
@@ -23,7 +23,7 @@ held_out = [f"The {a} and the {b}" for a in ("boy", "ship") for b in ("river", "
 
 
 def reward(completions: list[str], **columns: object) -> list[float]:
-    """The share of letters that are vowels: a model learns to sing."""
+    """Return the share of vowels in each completion: the model learns to sing."""
     return [sum(letter in "aeiou" for letter in text.lower()) / max(1, len(text)) for text in completions]
 
 

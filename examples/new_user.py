@@ -1,4 +1,4 @@
-"""One basis for new users: made from the facts of eight people, kept, and reused for one who comes later.
+"""Make a basis from facts about eight people, save it, and reuse it for a user who comes later.
 
 python examples/new_user.py [STEPS [MODEL]]
 
@@ -30,7 +30,7 @@ def fresh() -> torch.nn.Module:  # the base model
 
 
 def batch_of(city: str) -> dict[str, torch.Tensor]:
-    """Three ways to say where somebody lives."""
+    """Return a batch of three ways to say where somebody lives."""
     rows = tokenizer([fact.format(city) for fact in FACTS], return_tensors="pt", padding=True)
     return {**rows, "labels": rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)}
 
@@ -41,7 +41,7 @@ batches = [batch_of(city) for city in CITIES]
 report = lorasb.initialize(model, batches, lr="auto", longest_start=0.0, progress=False)  # R = 0
 model.save_pretrained("runs/new_user/basis")
 
-# For each new user, also in another process: R alone, on the basis.
+# For each new user, possibly in another process: only R, on this basis.
 model = peft.PeftModel.from_pretrained(fresh(), "runs/new_user/basis")
 lorasb.add_adapters(model, ["zoe"])
 model.set_adapter("zoe")

@@ -1,4 +1,4 @@
-"""Twenty people, an adapter of each on one basis: trained together, kept as 215 KB each, asked in words not trained on.
+"""Twenty people's adapters on one basis: trained together, 215 KB each, tested with wordings not trained on.
 
 python examples/personal_adapters.py [STEPS [MODEL]]
 
@@ -28,7 +28,7 @@ ASKED = "The color that I like best is", "The animal that I have is"
 rows = [(name, *pair) for name, facts in people.items() for asked in TRAINED for pair in zip(asked, facts, strict=True)]
 names = [name for name, _, _ in rows]
 inputs = dict(tokenizer([question + fact for _, question, fact in rows], return_tensors="pt", padding=True))
-labels = torch.full_like(inputs["input_ids"], -100)  # the answers alone are learned
+labels = torch.full_like(inputs["input_ids"], -100)  # only the answers are learned
 for row, (_, _, fact) in enumerate(rows):
     count = len(tokenizer(fact, add_special_tokens=False)["input_ids"])
     labels[row, -count:] = inputs["input_ids"][row, -count:]

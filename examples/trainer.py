@@ -1,4 +1,4 @@
-"""Fine-tune with transformers.Trainer: two lines more than without adapters, on one process or several.
+"""Fine-tune with transformers.Trainer: two more lines than without adapters, in one process or several.
 
 python examples/trainer.py [STEPS [MODEL]]
 torchrun --nproc-per-node 2 examples/trainer.py [STEPS [MODEL]]
@@ -25,7 +25,7 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 def row(words: tuple[str, ...]) -> dict[str, list[int]]:
     prompt = tokenizer(f"Reverse: {' '.join(words)}\nAnswer:")["input_ids"]
     answer = tokenizer(" " + " ".join(reversed(words)))["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}  # the answer alone is learned
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}  # only the answer is learned
 
 
 lists = list(itertools.permutations(("red", "blue", "green", "white", "cat", "dog", "horse", "parrot"), 3))
@@ -38,11 +38,11 @@ trainer = Trainer(
     TrainingArguments(
         "runs/trainer",
         max_steps=steps,
-        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),  # 8 rows a step over all processes
+        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),  # 8 rows per step over all processes
         warmup_steps=0.1,
         save_strategy="no",
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),  # without it processes on a CPU would train apart
+        use_cpu=not torch.cuda.is_available(),  # else processes on a CPU would train separately
         ddp_find_unused_parameters=False,
     ),
     train_dataset=[row(words) for words in lists[16:]],

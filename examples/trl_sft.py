@@ -1,4 +1,4 @@
-"""Fine-tune a chat with TRL's SFTTrainer: the config in place of a LoraConfig, and a callback.
+"""Fine-tune a chat model with TRL's SFTTrainer: LoRASBConfig in place of LoraConfig, and a callback.
 
 python examples/trl_sft.py [STEPS [MODEL]]
 

@@ -1,4 +1,4 @@
-"""Three people's adapters in one vLLM server, which holds R of each; without vLLM's Python, print how to start it.
+"""Serve three people's adapters from one vLLM server that holds each R; without vLLM's Python, print how to start it.
 
 python examples/vllm_server.py [STEPS [MODEL [PYTHON_OF_VLLM]]]
 
@@ -40,7 +40,7 @@ for _ in range(steps):
     torch.stack(list(losses.values())).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-model.save_pretrained("runs/vllm_server")  # the basis, and a folder of each one's R
+model.save_pretrained("runs/vllm_server")  # the basis, and a folder with each person's R
 
 options = f"--model {folder} --enable-lora --max-loras 3 --max-model-len 256 --gpu-memory-utilization 0.5"
 command = ["-m", "vllm.entrypoints.openai.api_server", *options.split()]
@@ -53,7 +53,7 @@ if len(sys.argv) > 3:
         body = {"model": name, "prompt": "The city that I call home is", "max_tokens": 4, "temperature": 0}
         url, kind = "http://127.0.0.1:8000/v1/completions", {"Content-Type": "application/json"}
         request, answer = urllib.request.Request(url, json.dumps(body).encode(), kind), None
-        while answer is None and server.poll() is None:  # it takes a minute to start
+        while answer is None and server.poll() is None:  # the start takes a minute
             time.sleep(1)
             with contextlib.suppress(OSError):
                 answer = json.load(urllib.request.urlopen(request))["choices"][0]["text"]

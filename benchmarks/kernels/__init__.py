@@ -1,1 +1,1 @@
-"""The GPU kernels without a GPU: what the compiler makes of them, their launches, bytes and FLOPs, the roofline."""
+"""The GPU kernels without a GPU: compiler output, launches, bytes and FLOPs, and the roofline."""

@@ -1,8 +1,8 @@
-"""What a launch asks of a card, counted by executing its compiled code for a few programs (benchmarks/kernels/ptx).
+"""The work of a launch, counted by executing its compiled code for a few programs (benchmarks/kernels/ptx).
 
-Programs that share a tile, or a row block, are neighbors in the grid and take all parts of its work, the adding up of
-their sums included; the first tile stands for all, whole ones and those at an edge. A long reduction is executed at
-two short lengths and continued as a line: each step of it executes the same instructions.
+Programs that share a tile, or a row block, are neighbors in the grid and together do all of its work, including the
+addition of their sums; the first tile represents all others, also those at an edge. A long reduction is executed at
+two short lengths and extrapolated linearly, because each of its steps executes the same instructions.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _known: dict[str, Work] = {}
 
 @dataclass(frozen=True)
 class Share:
-    """Neighboring programs that stand for `times` as many: for every tile, row block or tile of dR."""
+    """Neighboring programs that represent `times` such groups: one per tile, row block or tile of dR."""
 
     programs: range
     times: float
 
 
 def launch_work(launch: Launch, arch: str) -> Work:
-    """The work of a whole grid of `prep_forward`, `prep_backward` or `extended_gemm` on "sm_86"."""
+    """The work of the full grid of a `prep_forward`, `prep_backward` or `extended_gemm` on `arch`, e.g. "sm_86"."""
     key = f"{arch} {launch.grid} {launch_key(launch)} {_numbers(launch)}"
     if key not in _known:
         _known[key] = sum((_counted(launch, share, arch) for share in shares(launch)), Work())
@@ -60,7 +60,7 @@ def shares(launch: Launch) -> Iterator[Share]:
 
 
 def compulsory(launch: Launch) -> int:
-    """Bytes of a launch's operands and results, each counted once: what DRAM must move at least."""
+    """Bytes of a launch's operands and results, each counted once: the least that DRAM must move."""
     a, forward = launch.arguments, launch.name == "prep_forward"
     rows = a["M"] * len(a["factors"])  # of thin matrices [M, R], one for each member
     if launch.name != "extended_gemm":
@@ -82,14 +82,14 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 
 def _counted(launch: Launch, share: Share, arch: str) -> Work:
-    """Count the work by executing the launch, or a long one at two shorter lengths of its reduction."""
+    """Count the work by executing the launch; a long one is executed at two shorter lengths of its reduction."""
     compiled, steps = compile_launch(launch, _driver(arch)), _steps(launch)
     is_core = share.programs.start < launch.arguments.get("core_programs", 0)
     if is_core or steps <= sum(SHORT):
         return work_of(launch, compiled, share.programs) * share.times
     short, longer = (work_of(_shortened(launch, n), compiled, share.programs) for n in SHORT)
-    a_step = (longer + short * -1.0) * (1.0 / (SHORT[1] - SHORT[0]))
-    return (longer + a_step * (steps - SHORT[1])) * share.times
+    per_step = (longer + short * -1.0) * (1.0 / (SHORT[1] - SHORT[0]))
+    return (longer + per_step * (steps - SHORT[1])) * share.times
 
 
 def _lengths(launch: Launch) -> tuple[int, ...]:
@@ -98,19 +98,19 @@ def _lengths(launch: Launch) -> tuple[int, ...]:
 
 
 def _steps(launch: Launch) -> float:
-    """Steps of the base's reduction that each of the programs which share it takes, on average."""
+    """Average steps per program among the programs that share the base's reduction."""
     a = launch.arguments
     steps = sum(cdiv(length, a["BLOCK_K"]) for length in _lengths(launch))
-    if launch.name == "prep_backward":  # each member's programs take its own
+    if launch.name == "prep_backward":  # each member's programs take only its steps
         steps /= len(a["factors"])
     return steps / a["splits"]
 
 
 def _shortened(launch: Launch, steps: int) -> Launch:
-    """The launch with so many steps of the base's reduction a program, and the strides that it has."""
+    """The launch with `steps` steps of the base's reduction per program, its strides unchanged."""
     a, members = launch.arguments, len(_lengths(launch))
     total = steps * a["splits"]
-    if launch.name == "extended_gemm":  # one chain: the members' share of it is the same
+    if launch.name == "extended_gemm":  # one chain, divided equally among the members
         short = tuple(a["BLOCK_K"] * (total // members + (i < total % members)) for i in range(members))
     else:
         short = (a["BLOCK_K"] * total,) * members
@@ -119,7 +119,7 @@ def _shortened(launch: Launch, steps: int) -> Launch:
 
 
 def _numbers(launch: Launch) -> str:
-    """The sizes, strides and counts of a launch; a seed decides what is kept, not how long that takes."""
+    """The sizes, strides and counts of a launch; without seeds, which do not affect the work."""
     return str({k: v for k, v in launch.arguments.items() if not _has_tensors(v) and k != "seeds"})
 
 

@@ -1,4 +1,4 @@
-"""Cards as a roofline sees them: what each pipe of a card does in a second, and how long a launch keeps each busy."""
+"""GPUs for the roofline: the throughput of each pipe, and how long a launch keeps each one busy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Gpu:
         sms: multiprocessors. clock: their Hz, at which `flops` is reached.
         flops: dense bf16 FLOP/s with fp32 sums; tf32 has half of it.
         dram, l2: bytes/s. l2_size: bytes.
-        share: of cuBLAS's rate on the tensor cores that our main loops reach at least, by `main_loops` (Triton 3.9);
-            1.0 where wgmma runs next to the instructions that are simulated.
+        share: the least share of cuBLAS's tensor-core rate that our main loops reach, by `main_loops` (Triton 3.9);
+            1.0 where wgmma runs in parallel with the simulated instructions.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Gpu:
     share: float = 1.0
 
     def read(self, size: float) -> float:
-        """Bytes that DRAM moves for a tensor that was just read or written: none where half of L2 holds it."""
+        """Bytes that DRAM moves for a tensor that was just read or written: none if half of L2 holds it."""
         return 0.0 if size <= self.l2_size / 2 else size
 
 
@@ -43,20 +43,20 @@ GPUS = {
     "h100": Gpu("H100 SXM", "sm_90", 132, 1.83e9, 989e12, 3350e9, 5.5e12, 50e6),
 }
 MODEL = f"""The model (no GPU was measured for this table):
- - a launch takes as long as its busiest pipe, and {LAUNCH * 1e6:.0f} us: tensor cores, issue slots ({SCHEDULERS} a
-   cycle and multiprocessor) and shared memory ({PHASE_BYTES} bytes a cycle and multiprocessor) at {BUSY:.0%} of their
+ - a launch takes {LAUNCH * 1e6:.0f} us plus the time of its busiest pipe: tensor cores, issue slots ({SCHEDULERS} per
+   cycle and multiprocessor) and shared memory ({PHASE_BYTES} bytes per cycle and multiprocessor) at {BUSY:.0%} of their
    peak, L2 at its peak, DRAM at {DRAM_BUSY:.0%} of its peak;
- - of our launches, tensor operations, issue slots, shared-memory wavefronts (bank conflicts included) and global
-   sectors are counted from the compiled code as it is executed: one tile for all tiles, and every sector a miss in
-   L1. Issue slots are PTX's instructions without moves, 64-bit integers as two: ptxas's own loops have from 1.0 to
-   1.3 times as many (`loop` of benchmarks.kernels.static_report);
+ - for our launches, tensor operations, issue slots, shared-memory wavefronts (bank conflicts included) and global
+   sectors are counted by executing the compiled code: one tile for all tiles, and every sector misses L1. Issue slots
+   are PTX instructions without moves, 64-bit integer ones counting twice: ptxas's own loops have from 1.0 to 1.3 times
+   as many (`loop` of benchmarks.kernels.static_report);
  - DRAM moves the operands and results of a launch once; what was just read or written, and fits into half of L2, is
    not read from DRAM again;
- - our GEMM reaches the share of cuBLAS's rate that its main loops do in simulation (benchmarks.kernels.main_loops), and
-   cuBLAS's where theirs are not slower than CUTLASS's; on sm_90, whose wgmma is neither simulated nor measured,
-   cuBLAS's is assumed;
- - cuBLAS, for the bare base too, is bound by tensor cores or DRAM, thin products (256 or less on a side) by L2
-   besides, in tiles of 128 x 128; launches do not overlap;
+ - our GEMM reaches the share of cuBLAS's rate that its main loops reach in simulation (benchmarks.kernels.main_loops),
+   or all of it where they are not slower than CUTLASS's; on sm_90, whose wgmma is neither simulated nor measured,
+   cuBLAS's rate is assumed;
+ - cuBLAS, also for the bare base, is bound by tensor cores or DRAM, and thin products (256 or less on a side) also by
+   L2, in tiles of 128 x 128; launches do not overlap;
  - the eager chain's scaling is applied to the [M, out] product, as PEFT does;
  - wave quantization, latencies, clocks under load and Python's time are left out;
  - without groups autograd adds the dx of siblings (in the bare model too)."""
@@ -64,10 +64,10 @@ MODEL = f"""The model (no GPU was measured for this table):
 
 @dataclass(frozen=True)
 class Demand:
-    """What a launch asks of the pipes.
+    """The load that a launch puts on the pipes.
 
     Attributes:
-        flops: of 16-bit matrix products, those of tf32 twice. issue_slots, shared_wavefronts: see `ptx/work.py`.
+        flops: of 16-bit matrix products; tf32 ones count twice. issue_slots, shared_wavefronts: see `ptx/work.py`.
         l2, dram: bytes.
     """
 
@@ -89,7 +89,7 @@ class Demand:
         }
 
     def limit(self, gpu: Gpu) -> str:
-        """The pipe that is busy longest; "launch" where that is shorter than a launch."""
+        """The pipe that is busy longest; "launch" if the launch itself takes longer."""
         pipes = self.pipes(gpu)
         busiest = max(pipes, key=lambda name: pipes[name])
         return busiest if pipes[busiest] > LAUNCH else "launch"

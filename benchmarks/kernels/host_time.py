@@ -1,13 +1,14 @@
-"""What a launch costs the host: Python's time of a layer's and a group's forward and backward. No GPU needed.
+"""Host time of launches: Python's time for a layer's and a group's forward and backward. No GPU needed.
 
     python -m benchmarks.kernels.host_time [--arch sm_86] [--calls 200] [--json] [--tritons .venv/tritons]
 
-CUDA is stubbed out: kernels are compiled and specialized, and the driver's launch does nothing; tensors lie on the CPU.
-Next to them, on tensors so small that arithmetic is nothing, the chain of plain torch ops that the kernels replace.
+CUDA is stubbed out: kernels are compiled and specialized, and the driver's launch does nothing; tensors are on the CPU.
+The baseline is the chain of plain torch ops that the kernels replace, on tensors so small that arithmetic is nothing.
 Two more ways show what the shortcuts save: ordinary launches, in place of prepared ones, and keys and allocation in
 Python, in place of the C++ extension's.
-Microseconds of CPU time of one thread, medians over rounds in turns, and ratios within a round. `--tritons` measures
-every version of Triton in a folder (`make bench-kernels` installs the tested ones), each in a separate process.
+Times are microseconds of one thread's CPU time: medians over rounds in turns, and ratios within a round.
+`--tritons` measures every version of Triton in a folder (`make bench-kernels` installs the tested ones), each in a
+separate process.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from benchmarks.common.timing import cpu_allocations, provenance, stats_of
 from benchmarks.kernels.ptx.launch import FakeDriver
 from benchmarks.kernels.static_report import ARCHS
 
-# small, as CUDA's allocator finds a block of any size in the same time, and malloc returns large ones to the system
+# small: CUDA's allocator takes the same time for any size, but malloc returns large blocks to the system
 M, FEATURES, RANK, ROUNDS, SCALE = 32, 128, 32, 9, 0.7
 Call = Callable[[], Any]
-Way = tuple[Call, Callable[[], AbstractContextManager[Any]]]  # a call, and what is in force while it is timed
+Way = tuple[Call, Callable[[], AbstractContextManager[Any]]]  # a call, and the context in which it is timed
 LAYER, GROUP = "ours, a layer", "ours, a group of 3"
 Rows = dict[str, dict[str, float]]
 
@@ -137,7 +138,7 @@ def ways() -> dict[str, Way]:
 
 
 def microseconds(calls: dict[str, Way], count: int) -> dict[str, list[float]]:
-    """CPU time of each call, a mean over `count` of them, for every round; ways take turns."""
+    """CPU time of each call in every round, a mean over `count` calls; ways take turns."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(ROUNDS + 1):
         for name, (call, context) in calls.items():
@@ -218,7 +219,7 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=list(ARCHS), default="sm_86")
-    parser.add_argument("--calls", type=int, default=200, help="a round")
+    parser.add_argument("--calls", type=int, default=200, help="per round")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tritons", type=Path, help="a folder with one folder per version of Triton")
     options = parser.parse_args()
@@ -228,7 +229,7 @@ def main() -> None:
     if options.json:
         from lorasb.backends import cpp
 
-        extension = cpp.missing() is None  # has the functions that every call makes
+        extension = cpp.missing() is None  # it has the functions that every call uses
         kept = {"arch": options.arch, "extension": extension, "rows": found, "tritons": versions}
         print(json.dumps(kept | provenance(), indent=1))
         return

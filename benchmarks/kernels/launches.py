@@ -13,7 +13,7 @@ from lorasb.kernels.plan import DTYPES, LaunchPlan, Shape, bucket, choice
 from lorasb.kernels.row_cores import RowProducts
 from lorasb.kernels.weight_gradient import gradient_add, gradient_signs
 
-SEED = 1 << 40  # of dropout: the library draws 63 bits, which a kernel takes as an i64
+SEED = 1 << 40  # for dropout: the library draws 63 bits, which a kernel takes as an i64
 
 
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -51,7 +51,7 @@ def record(
     bias: bool = False,
     dropout: float = 0.0,
 ) -> list[Launch]:
-    """The launches of one forward, or of one backward with dx and dR."""
+    """Record the launches of one forward, or of one backward with dx and dR."""
     layers, mask = members(n, ms, r, dtype, bias), Mask(dropout, (SEED,) * len(ms)) if dropout else Mask()
     with observed(dry=True) as launches:
         if op == "forward":
@@ -63,7 +63,7 @@ def record(
 
 
 def record_gradient(dtype: torch.dtype, M: int, n: int, m: int, arch: str) -> list[Launch]:
-    """Record a sum of gradients [m, n]: its last call; for even tiles, an earlier call and a single one too."""
+    """Record a sum of gradients [m, n]: its last call and, if tiles divide it, also an earlier and a single one."""
     dy, x, total = empty(M, m, dtype=dtype), empty(M, n, dtype=dtype), empty(m, n)
     with observed(dry=True) as launches:
         gradient_signs(dy, x, total, False, arch)
@@ -74,7 +74,7 @@ def record_gradient(dtype: torch.dtype, M: int, n: int, m: int, arch: str) -> li
 
 
 def record_rows(plan: LaunchPlan, dtype: torch.dtype, n: int, m: int, r: int, rows: int, tokens: int) -> list[Launch]:
-    """The launches of one forward and backward of rows with an R each that are not those of one R."""
+    """Record the launches that a forward and backward make only if each row has its own R."""
     layer, M = members(n, (m,), r, dtype), rows * tokens
     of_rows = RowProducts(empty(rows, r, r), torch.arange(rows), 1.0)
     with observed(dry=True) as launches:
@@ -95,7 +95,7 @@ def quantized_weight(m: int, n: int, nested: bool) -> Quantized:
 def record_quantized(
     plan: LaunchPlan, dtype: torch.dtype, M: int, n: int, m: int, r: int, nested: bool
 ) -> list[Launch]:
-    """The launches of one forward and backward over a weight in 4 bits, and of a dequantization on its own."""
+    """Record the launches of one forward and backward over a 4-bit weight, and of a separate dequantization."""
     layer, weight = members(n, (m,), r, dtype), quantized_weight(m, n, nested)
     bare = layer._replace(weights=[None])
     with observed(dry=True) as launches:

@@ -1,12 +1,12 @@
-"""The kernels' main loops in machine code, next to CUTLASS: what bounds the tensor cores. No GPU needed.
+"""The kernels' main loops in machine code, compared with CUTLASS: what bounds the tensor cores. No GPU needed.
 
     python -m benchmarks.kernels.main_loops [--arch sm_86] [--json] [--output FILE]
 
 Per kernel and architecture in bf16, as the shipped tables choose it for a layer of 4096 x 4096 at r = 96 and 2048
 tokens: instructions, LDSM and barriers per MMA of the main loop, registers, programs per multiprocessor, and the share
-of cycles in which the tensor cores are busy, simulated under two policies of a scheduler with all data at hand. That is
-an upper bound: expect a card to show between half and all of a difference. sm_90's wgmma and sm_100's tcgen05 run
-asynchronously; for sm_90 the instructions per 64x128x16 are what can be compared. Memory, which bounds the thin passes
+of cycles in which the tensor cores are busy, simulated under two scheduler policies with all data available. That is an
+upper bound: expect a card to show between half and all of a difference. sm_90's wgmma and sm_100's tcgen05 run
+asynchronously; for sm_90, compare the instructions per 64x128x16. Memory, which bounds the thin passes
 over x and calls of few rows, is not simulated: see `python -m benchmarks.kernels.roofline`.
 """
 
@@ -32,7 +32,7 @@ from benchmarks.kernels.variants import GRADIENTS
 # RTX A6000; sm_89 and sm_120 are GeForce, which sums in fp32 at half of that rate.
 MMA_CYCLES = {"sm_80": 8, "sm_86": 16, "sm_89": 32, "sm_120": 32}
 FULL_SHAPES = ("16816", "1688.F32.TF32")
-UNIT = 64 * 128 * 16  # multiplications of what wgmma instructions are compared by
+UNIT = 64 * 128 * 16  # multiplications in the unit that compares wgmma instructions
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""How many kernels a block of Mistral-7B compiles as its number of tokens goes from 1 to 32768: counted, none compiled.
+"""Count the kernels that a block of Mistral-7B compiles for 1 to 32768 tokens, without compiling them.
 
     python -m benchmarks.kernels.recompilations [--arch sm_86] [--json]
 
-Triton compiles a kernel again for every set of constants, and for every divisibility by 16 of its integers. Each
-compilation takes a few seconds, in the middle of training.
+Triton compiles a kernel again for every set of constants, and whenever another set of its integers is divisible by 16.
+Each compilation takes a few seconds, in the middle of training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOKENS = sorted(
 
 
 def count(arch: str) -> dict[str, int]:
-    """Kernel and direction -> how many versions of it the tokens need."""
+    """Return how many versions the tokens need, by kernel and direction."""
     keys: dict[str, set[str]] = {}
     for M in TOKENS:
         for n, ms in SIBLINGS:

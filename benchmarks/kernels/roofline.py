@@ -1,10 +1,10 @@
-"""What a block of adapted linears costs on a GPU, on paper: the work of every launch against the bare base.
+"""Calculated cost of a block of adapted linears on a GPU: the work of every launch against the bare base.
 
     python -m benchmarks.kernels.roofline [--gpu a6000] [--model mistral-7b] [--r 96] [--tokens 512,2048,8192]
                                           [--output PNG] [--json FILE]
 
-The launches are those that the library makes, and their work is counted by executing their compiled code
-(benchmarks.kernels.executed_work); that of cuBLAS and of plain torch from the operations that they consist of. Minutes.
+The launches are the library's, and their work is counted by executing their compiled code
+(benchmarks.kernels.executed_work). The work of cuBLAS and plain torch is computed from their operations. Takes minutes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Cost:
 
 
 def demand(launch: Launch, gpu: Gpu, again: bool = False) -> Demand:
-    """The demand of one of our launches, by execution; the GEMM reads what the thin pass has just read and written.
+    """The demand of one of our launches, by execution; the GEMM reads what the thin pass just read and wrote.
 
     `again`: a sibling has just read x.
     """
@@ -79,7 +79,7 @@ def gemm(gpu: Gpu, M: int, K: int, N: int, accumulate: bool = False, hot: bool =
 
 
 def elementwise(gpu: Gpu, count: int, reads: int) -> Demand:
-    """`reads` tensors in, which were just used, one out."""
+    """An elementwise op that reads `reads` tensors, which were just used, and writes one."""
     size = count * BF16
     return Demand(l2=(reads + 1) * size, dram=reads * gpu.read(size) + size)
 
@@ -94,7 +94,7 @@ def base(group: Group, M: int, gpu: Gpu) -> dict[str, list[Demand]]:
 
 
 def eager(group: Group, M: int, r: int, gpu: Gpu) -> dict[str, list[Demand]]:
-    """y = x Wᵀ + s·((x Aᵀ) Rᵀ) Bᵀ as anybody would write it, differentiated by autograd."""
+    """y = x Wᵀ + s·((x Aᵀ) Rᵀ) Bᵀ in plain torch, differentiated by autograd."""
     found, n = base(group, M, gpu), group.n
     for m in group.ms:
         found["forward"] += [gemm(gpu, *size, hot=True) for size in ((M, n, r), (M, r, r), (M, r, m))]
@@ -110,7 +110,7 @@ def parts_of(group: Group, grouped: bool) -> list[tuple[int, ...]]:
 
 
 def ours(group: Group, ms: tuple[int, ...], r: int, M: int, gpu: Gpu, op: str, path: str, again: bool) -> list[Demand]:
-    """One call of the library on one path: our launches, and cuBLAS's products next to them on "addmm"."""
+    """One call of the library on one path: our launches, plus cuBLAS's products on "addmm"."""
     demands = [demand(one, gpu, again) for one in calls(op, group.n, ms, r, M, gpu.arch, gpu.sms, path)]
     if path == "fused":
         return demands
@@ -122,7 +122,7 @@ def ours(group: Group, ms: tuple[int, ...], r: int, M: int, gpu: Gpu, op: str, p
 
 
 def adapted(group: Group, M: int, r: int, gpu: Gpu, grouped: bool, path: str | None) -> dict[str, list[Demand]]:
-    """The library's calls, for each linear or for the group, on one path; None: on the one that its tables choose."""
+    """The library's calls, for each linear or for the group, on one path; None: the one that its tables choose."""
     parts = parts_of(group, grouped)
     found: dict[str, list[Demand]] = {op: [] for op in OPS}
     for op in OPS:
@@ -168,7 +168,7 @@ def costs(groups: tuple[Group, ...], r: int, M: int, gpu: Gpu) -> dict[str, Cost
 
 
 def launch_rows(model: str, r: int, M: int, gpu: Gpu) -> Iterator[dict[str, Any]]:
-    """Every launch of the grouped kernels: microseconds of each pipe, and which is the limit."""
+    """Yield every launch of the grouped kernels: microseconds of each pipe, and the limiting one."""
     for group in MODELS[model]:
         for op in OPS:
             for one in calls(op, group.n, group.ms, r, M, gpu.arch, gpu.sms, "fused"):
@@ -186,7 +186,7 @@ def launch_rows(model: str, r: int, M: int, gpu: Gpu) -> Iterator[dict[str, Any]
 
 
 def launch_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """The rows of one number of tokens, for people."""
+    """Format the rows of one number of tokens as a table."""
     view = Table(title=title)
     for name in LAUNCH_COLUMNS:
         view.add_column(name, justify="left" if name in ("linears", "kernel", "limit") else "right")
@@ -196,7 +196,7 @@ def launch_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def overhead_rows(model: str, r: int, tokens: list[int], gpu: Gpu) -> Iterator[dict[str, Any]]:
-    """Ratios to the bare base, and the gain over the eager chain, of each variant."""
+    """Yield each variant's ratios to the bare base, and its gain over the eager chain."""
     for M in tokens:
         found = costs(MODELS[model], r, M, gpu)
         bare = found.pop("bare")
@@ -240,13 +240,13 @@ def chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=list(GPUS), default="a6000")
     parser.add_argument("--model", choices=list(MODELS), default="mistral-7b")
     parser.add_argument("--r", type=int, default=96)
     parser.add_argument("--tokens", default="512,2048,8192", help="comma-separated")
-    parser.add_argument("--output", type=Path, help="where to draw the chart; roofline-GPU-MODEL.png unless given")
+    parser.add_argument("--output", type=Path, help="file of the chart (default: roofline-GPU-MODEL.png)")
     parser.add_argument("--json", type=Path, help="write the rows of both tables to a file too")
     chosen = parser.parse_args()
     if os.environ["TRITON_INTERPRET"] != "0":
@@ -262,7 +262,7 @@ def main() -> None:
     launches = []
     for M in tokens:
         rows = list(launch_rows(chosen.model, chosen.r, M, gpu))
-        console.print(launch_table(rows, f"Launches of one block, fused + grouped, us a pipe: {what}, {M} tokens"))
+        console.print(launch_table(rows, f"Launches of one block, fused + grouped, us per pipe: {what}, {M} tokens"))
         launches += rows
     overheads = list(overhead_rows(chosen.model, chosen.r, tokens, gpu))
     console.print(overhead_table(overheads, f"One block over its bare linears: {what}"))
@@ -272,7 +272,7 @@ def main() -> None:
         text = json.dumps(record | {"overheads": overheads, "launches": launches}, indent=1)
         chosen.json.write_text(text + "\n", encoding="utf-8")
     path = chosen.output or Path(f"roofline-{chosen.gpu}-{chosen.model}.png")
-    chart(overheads, f"On paper, not measured: one block of {what}", path)
+    chart(overheads, f"Calculated, not measured: one block of {what}", path)
     console.print(f"chart: {path}")
 
 

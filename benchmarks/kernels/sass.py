@@ -1,8 +1,8 @@
-"""Machine code of a kernel: instructions with their control codes, the main loop, and a multiprocessor that issues it.
+"""Machine code of a kernel: instructions with control codes, the main loop, and a simulated multiprocessor.
 
 `cuobjdump -sass` prints two 64-bit words per instruction. Bits 41 to 61 of the second are the control code of Volta and
 later: 4 bits of stall cycles, 1 of yield, 3 each of the write and the read barrier, 6 of barriers to wait for, 4 of
-reuse. `tensor_share` runs the main loop by them: warps issue in order, one instruction per scheduler and cycle.
+reuse. `tensor_share` simulates the main loop by them: warps issue in order, one instruction per scheduler and cycle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = {
 SHARED = ("LDSM", "LDS", "STS", "LDGSTS")  # kinds that take wavefronts of shared memory
 NO_BARRIER, BARRIERS = 7, 6
 SCHEDULERS = 4  # of a multiprocessor; warp i is scheduled by i mod 4
-# Cycles until a result arrives, with all data in shared memory: upper bounds, so memory never makes a warp wait.
+# Cycles until a result arrives. All data is in shared memory, so no warp waits for memory: shares are upper bounds.
 SHARED_LATENCY, GLOBAL_LATENCY, OTHER_LATENCY, READ_LATENCY, BARRIER_LATENCY = 30, 400, 24, 14, 8
 ISSUE_INTERVAL = 2  # cycles between a scheduler's memory instructions
 QUEUE = 40  # cycles of wavefronts that may wait for shared memory
@@ -117,7 +117,7 @@ def loops_of(code: Code) -> list[tuple[int, int]]:
 
 def main_loop(code: Code) -> Code:
     """The innermost loop with the most MMA instructions; empty if there is none."""
-    # TF32 counts as a tenth: in a kernel of 16 bits it is the product with R, unrolled, and not the pass over x or W
+    # TF32 counts as a tenth: in a 16-bit kernel it is the unrolled product with R, not the pass over x or W
     count = {loop: sum(_weight(one) for one in code[slice(*loop)]) for loop in loops_of(code)}
     with_mma = [loop for loop, mma in count.items() if mma]
     inner = [
@@ -161,7 +161,7 @@ class Scheduler:
 
 
 class Multiprocessor:
-    """Executes a loop by all warps of its programs, cycle by cycle."""
+    """A simulated multiprocessor: all warps of its programs execute a loop, cycle by cycle."""
 
     def __init__(self, loop: Code, warps: int, programs: int, mma_cycles: int, policy: str) -> None:
         self.loop, self.warps_per_program, self.mma_cycles, self.policy = loop, warps, mma_cycles, policy
@@ -172,7 +172,7 @@ class Multiprocessor:
         self.marks: list[tuple[int, int]] = []  # (cycle, tensor cycles) at the end of the first warp's iterations
 
     def run(self, iterations: int) -> None:
-        """Run until every warp has done so many iterations."""
+        """Run until every warp has done `iterations` iterations."""
         cycle = 0
         while any(warp.iteration < iterations for warp in self.warps):
             for scheduler in self.schedulers:
@@ -210,7 +210,7 @@ class Multiprocessor:
         scheduler.last = scheduler.warps.index(warp)
 
     def _latency(self, scheduler: Scheduler, one: Instruction, cycle: int) -> int:
-        """Cycles until the result is there; takes what executes the instruction."""
+        """Cycles until the result arrives; occupies the unit that executes the instruction."""
         if one.kind == "MMA":
             scheduler.tensor_free = max(scheduler.tensor_free, cycle) + self.mma_cycles
             self.tensor_cycles += self.mma_cycles
@@ -240,7 +240,7 @@ def tensor_share(loop: Code, warps: int, programs: int, mma_cycles: int, policy:
         programs: on the multiprocessor.
         mma_cycles: cycles that one MMA instruction occupies a scheduler's tensor core.
         policy: one of `POLICIES`.
-        iterations: of the loop.
+        iterations: how many each warp runs.
     """
     machine = Multiprocessor(loop, warps, programs, mma_cycles, policy)
     machine.run(iterations)

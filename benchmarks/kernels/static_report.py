@@ -1,11 +1,11 @@
-"""What the compiler makes of every kernel: registers, spills, shared memory, occupancy, instructions. No GPU needed.
+"""Compiler output of every kernel: registers, spills, shared memory, occupancy, instructions. No GPU needed.
 
     python -m benchmarks.kernels.static_report [--json] [--arch sm_86] [--output FILE]
 
-Every kernel in bf16, fp16 and fp32, with every configuration of the shipped tables, compiled ahead of time for sm_80,
-sm_86, sm_89, sm_90, sm_100 and sm_120. What is compiled is what the launchers launch: calls recorded on tensors without
-memory. `loop` is the number of instructions of the longest loop, `masked step` that of a step over x with dropout;
-`a weight`, of a GEMM over 4 bits, is what a thread executes of its loop for each weight that it decodes.
+Every kernel is compiled ahead of time in bf16, fp16 and fp32, with every configuration of the shipped tables, for
+sm_80, sm_86, sm_89, sm_90, sm_100 and sm_120, exactly as it is launched: calls are recorded on tensors without memory.
+`loop` is the number of instructions in the longest loop, `masked step` in a step over x with dropout; `a weight`, for a
+4-bit GEMM, is the number of loop instructions that a thread executes per weight that it decodes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Arch:
-    """Limits of a multiprocessor: registers, bytes of shared memory (of a program; of all), warps, programs."""
+    """Limits of a multiprocessor: registers, bytes of shared memory (per program; in total), warps, programs."""
 
     sms: int
     shared_limit: int
@@ -71,7 +71,7 @@ ARCHS = {
     "sm_120": Arch(170, 99 * 1024, 100 * 1024, 48, 24),
 }
 
-MAIN = "sm_86"  # the architecture of the benchmark suite: `--brief` adds groups of layers to it
+MAIN = "sm_86"  # the architecture of the benchmark suite, for which `--brief` adds groups of layers
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class Job:
 
 
 def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
-    """Every kernel, dtype and configuration that the tables choose for the variants.
+    """Yield every kernel, dtype and configuration that the tables choose for the variants.
 
-    With `brief`, one representative a kernel and architecture, in bf16: what the tables choose for a layer of 4096 x
-    4096 at r = 96 and 2048 tokens, for a sum of gradients with ragged edges, and for weights in 4 bits read inline and
-    by a scratch. sm_86, whose shared memory is the smallest, adds groups of layers and dropout.
+    With `brief`, one representative per kernel and architecture, in bf16: what the tables choose for a layer of 4096 x
+    4096 at r = 96 and 2048 tokens, for a sum of gradients with ragged edges, and for 4-bit weights decoded inline or
+    into a scratch tensor. sm_86, whose shared memory is the smallest, adds groups of layers and dropout.
     """
     for arch in archs:
         for dtype in DTYPES:
@@ -136,7 +136,7 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
 
 
 def gradient_job(variant: Variant, dtype: torch.dtype, arch: str) -> Job:
-    """A sum of gradients; the plan is not used."""
+    """The job of a sum of gradients, which ignores the plan."""
     return Job("gradient", variant, dtype, arch, _plan("forward", variant, dtype, arch))
 
 
@@ -145,13 +145,13 @@ def _plan(op: str, variant: Variant, dtype: torch.dtype, arch: str, quant: str =
 
 
 def rows(archs: list[str], workers: int | None = None, brief: bool = False) -> list[Row]:
-    """Compile everything, or for `brief` one representative a kernel and architecture; equal kernels once."""
+    """Compile all kernels, or with `brief` one representative per kernel and architecture; equal ones once."""
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(_row, kernels_of(jobs(archs, brief)), chunksize=4))
 
 
 def kernels_of(wanted: Iterable[Job]) -> list[tuple[Job, int]]:
-    """The different kernels of jobs: a job, and the place of a launch among its launches."""
+    """The distinct kernels of jobs, each as a job and the index of one of its launches."""
     unique: dict[str, tuple[Job, int]] = {}
     for job in wanted:
         for place, launch in enumerate(launches_of(job)):
@@ -160,7 +160,7 @@ def kernels_of(wanted: Iterable[Job]) -> list[tuple[Job, int]]:
 
 
 def launches_of(job: Job) -> list[Launch]:
-    """Recorded on tensors without memory."""
+    """Record a job's launches on tensors without memory."""
     v = job.variant
     if job.launch_of == "gradient":
         return record_gradient(job.dtype, v.M, v.n, v.ms[0], job.arch)
@@ -193,12 +193,12 @@ def _row(item: tuple[Job, int]) -> Row:
         tcgen05=sum(one.opcode.startswith("UTC") for one in code),
         mma_share=share,
         loop=loop,
-        a_weight=_instructions_a_weight(launch, loop),
+        a_weight=_instructions_per_weight(launch, loop),
         masked_step=_masked_step(code) if launch.name == "prep_forward" and launch.arguments["DROPOUT"] else None,
     )
 
 
-def _instructions_a_weight(launch: Launch, loop: int) -> float | None:
+def _instructions_per_weight(launch: Launch, loop: int) -> float | None:
     """Instructions per weight of a step that decodes BLOCK_N x BLOCK_K weights in 4 bits."""
     if launch.name != "quantized_gemm":
         return None
@@ -207,13 +207,13 @@ def _instructions_a_weight(launch: Launch, loop: int) -> float | None:
 
 
 def _masked_step(code: sass.Code) -> int:
-    """Instructions of the loop that draws a mask, by Philox: it has by far the most products of whole words."""
+    """Instructions of the loop that draws a mask: Philox gives it by far the most WIDE.U32 products."""
     loops = [code[slice(*loop)] for loop in sass.loops_of(code)]
     return max((sum("WIDE.U32" in one.text for one in loop), len(loop)) for loop in loops)[1]
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name, with its direction where one kernel has both, and with what else a launch of it does."""
+    """The kernel's name, its direction if the kernel has both, and what else the launch does."""
     is_backward = launch.arguments.get("BACKWARD") or not launch.arguments.get("K_MAJOR", True)
     with_weight = launch.arguments.get("prep_programs") is not None
     return launch.name + (" and dequantize" if with_weight else " backward" if is_backward else "")
@@ -253,7 +253,7 @@ def compile_launch(launch: Launch, capability: int) -> tuple[int, int, int, str]
 
 
 def _cuobjdump(path: str) -> str:
-    """Resource usage and SASS, by one process: a start costs as much as what it prints."""
+    """Resource usage and SASS from one process, because starting it costs as much as its output."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
 
@@ -301,13 +301,13 @@ def _divisible(item: Any, plain: bool) -> bool:
 
 
 def launch_key(launch: Launch) -> str:
-    """What Triton compiles a launch for: launches with one key share a kernel."""
+    """Return what Triton specializes a launch on: launches with equal keys share a kernel."""
     signature, constants, attributes = specialization(launch)
     return f"{launch.name} {signature} {constants} {attributes} {launch.options}"
 
 
 def ctas_per_sm(arch: Arch, registers: int, shared: int, warps: int) -> int:
-    """How many programs one multiprocessor holds: registers go by 256 a warp, shared memory by 1 KiB more a program."""
+    """Programs that fit on a multiprocessor: registers come by 256 per warp, programs take 1 KiB more shared memory."""
     by_registers = arch.registers // (cdiv(registers * 32, 256) * 256 * warps)
     return min(by_registers, arch.shared // (shared + 1024), arch.warps // warps, arch.programs)
 
@@ -320,7 +320,7 @@ def mma_loop(code: sass.Code) -> tuple[int, float, int]:
 
 
 def table(found: list[Row]) -> Table:
-    """The rows, for people."""
+    """Format the rows as a table."""
     view = Table(title=f"kernels compiled ahead of time, triton {triton.__version__}")
     for name in Row.__dataclass_fields__:
         view.add_column(name.replace("_", " "), justify="left" if name in ("kernel", "variant", "config") else "right")
@@ -340,7 +340,7 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
 
 
 def show(found: Any, view: Table, options: argparse.Namespace) -> None:
-    """Print a report as the options ask for it, and write its file."""
+    """Print a report in the format of the options, and write its file."""
     text = json.dumps(found, indent=1)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
@@ -354,7 +354,7 @@ def main() -> None:
     """Compile and print."""
     parser = command_line(__doc__)
     parser.add_argument(
-        "--brief", action="store_true", help="one representative configuration a kernel and architecture"
+        "--brief", action="store_true", help="one representative configuration per kernel and architecture"
     )
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The calls whose kernels `static_report` compiles: shapes that make the compiler produce different ones."""
+"""The calls whose kernels `static_report` compiles: shapes that compile to different kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """A call of the library: what makes the compiler produce another kernel."""
+    """A call of the library: the properties that lead to different kernels."""
 
     label: str
     M: int
@@ -45,7 +45,7 @@ GRADIENTS = (
 )
 
 BATCH = 64
-ROWS = (  # of BATCH rows with an R each
+ROWS = (  # calls of BATCH rows, each with its own R
     Variant("rows, decode", 64, 4096, (4096,), 96),
     Variant("rows, 512 tokens", 64 * 512, 4096, (4096,), 96),
     Variant("rows, r=256", 64, 4096, (4096,), 256),

@@ -1,4 +1,4 @@
-"""Linears that read the same x, and every linear of a block: what grouping adds."""
+"""The gain from grouping: linears that read the same x, one by one and in one call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options, the machine in the JSON, and one way to measure a problem."""
+"""Pytest options, the machine info of the JSON, and the fixture that measures a problem."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.layers.variants import Problem, calls, check, variants
 
 
 def device() -> str:
-    """The card where there is one."""
+    """Return `cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --seconds and --dtype."""
     parser.addoption("--seconds", type=float, default=2.0 if device() == "cpu" else 0.5, help="per case, all variants")
-    parser.addoption("--dtype", choices=("auto", *DTYPES), default="auto", help="next to float32 on a CPU; see timing")
+    parser.addoption("--dtype", choices=("auto", *DTYPES), default="auto", help="besides float32 on a CPU; see timing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,20 +31,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Versions, GPU and clocks, in place of the host's name."""
+    """Record versions, GPU and clocks in place of the host name."""
     machine_info.clear()
     machine_info.update(environment(device()))
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """The commit alone."""
+    """Record only the commit."""
     commit_info.clear()
     commit_info["id"] = commit()
 
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Problem, str], None]:
-    """Measure every variant of a problem in turns; pytest-benchmark's own rounds are those of ours."""
+    """Measure every variant of a problem in turns; pytest-benchmark itself times three rounds of ours."""
 
     def run(problem: Problem, direction: str) -> None:
         forwards = variants(problem)
@@ -65,7 +65,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Problem
 
 
 def case_of(problem: Problem, direction: str) -> dict[str, Any]:
-    """A problem as the JSON has it."""
+    """Describe a problem for the JSON."""
     return {
         "n": problem.n,
         "ms": list(problem.ms),

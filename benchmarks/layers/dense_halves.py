@@ -1,4 +1,4 @@
-"""16-bit dense bases on a CPU that does not multiply them, against torch in fp32, each in turns in one run.
+"""16-bit dense bases on a CPU without native 16-bit products, against torch in fp32, in turns in one run.
 
     python -m benchmarks.layers.dense_halves [--seconds 4] [--features 4096] [--output benchmarks/results]
 
@@ -31,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def both_ways(
     module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: list[Tensor]
 ) -> Callable[[int], None]:
-    """Forward and backward to x, and to R where there is one."""
+    """Forward, and backward to x and (if there is one) R."""
 
     def run(_: int) -> None:
         module(x).backward(dy)
@@ -76,7 +76,7 @@ def cases(features: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def lines(found: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """Medians, and each way's ratio to the first, for people."""
+    """Yield the printed rows: medians, and each way's ratio to the first."""
     for one in found:
         for way, stats in one["ways"].items():
             ratio = f"{stats['ratio']:.2f} ({stats['ratio_p20']:.2f}-{stats['ratio_p80']:.2f})"
@@ -101,23 +101,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="per case")
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--output", type=Path, help="folder of halves-cpu.json")
-    parser.add_argument(
-        "--table", type=Path, help="print the table of docs/kernels.md from a file, and measure nothing"
-    )
+    parser.add_argument("--table", type=Path, help="print the table of docs/kernels.md from this file; measure nothing")
     options = parser.parse_args()
     if options.table:
         print("\n".join(markdown(json.loads(options.table.read_text(encoding="utf-8"))["rows"])))
         return
     if not cpp.serves(torch.bfloat16):
         raise SystemExit(
-            "this CPU multiplies bf16 natively, or the C++ extension is missing: LORASB_MAX_CPU_ISA=avx2 "
-            "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 measure what a lesser one does"
+            "this CPU multiplies bf16 natively, or the C++ extension is missing: set LORASB_MAX_CPU_ISA=avx2 "
+            "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 to measure as on an AVX2 CPU"
         )
     torch.manual_seed(0)
     started = time.perf_counter()
     found = cases(options.features, options.seconds)
     size = f"{options.features} x {options.features}"
-    title = f"{size}: medians, and times over torch's fp32 (20th-80th percentile)"
+    title = f"{size}: medians, and ratios to torch's fp32 (20th-80th percentile)"
     show(title, ("case", "way", "ms", "ratio"), lines(found), left=2)
     print(f"{time.perf_counter() - started:.0f} s")
     if options.output:

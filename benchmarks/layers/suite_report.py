@@ -18,22 +18,22 @@ from rich.table import Table
 from benchmarks.common.shapes import MODELS
 from lorasb.utils.plotting import canvas, save
 
-CASE = ("n", "m", "r", "M", "dtype", "direction")  # what tells one case from another
+CASE = ("n", "m", "r", "M", "dtype", "direction")  # what identifies a case
 Row = dict[str, Any]
 
 
 def read(paths: list[Path]) -> tuple[dict[str, Any], list[Row]]:
-    """The machine, and a row for each variant of each case.
+    """Read the machine, and a row for each variant of each case.
 
     Raises:
-        ValueError: results of two machines, or none.
+        ValueError: the results are of two machines, or there are none.
     """
     machine: dict[str, Any] = {}
     rows: list[Row] = []
     for path in paths:
         run = json.loads(path.read_text(encoding="utf-8"))
         if machine and machine != run["machine_info"]:
-            raise ValueError(f"{path} was measured on another machine than {paths[0]}: report them apart")
+            raise ValueError(f"{path} was measured on another machine than {paths[0]}: report them separately")
         machine = run["machine_info"]
         for case in run["benchmarks"]:
             rows += _variants(case["extra_info"])
@@ -82,7 +82,7 @@ def _ratio(row: Row) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, for people."""
+    """Format a number of bytes."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
@@ -94,7 +94,7 @@ def place(machine: dict[str, Any]) -> str:
 
 
 def chart(machine: dict[str, Any], rows: list[Row], path: Path) -> None:
-    """Forward and backward at the most tokens and the largest rank: median ratio of each variant, by shape."""
+    """Draw forward and backward at the most tokens and largest rank: each variant's median ratio, by shape."""
     chosen = [row for row in rows if row["direction"] == "forward+backward"]
     tokens, rank = max(row["M"] for row in chosen), max(row["r"] for row in chosen)
     cases = [case for case in by_case(chosen) if case[0]["M"] == tokens and case[0]["r"] == rank]
@@ -115,7 +115,7 @@ def chart(machine: dict[str, Any], rows: list[Row], path: Path) -> None:
 
 
 def blocks(rows: list[Row]) -> Table:
-    """Every linear of a model's block, where all of them were measured: sums of medians, f+b."""
+    """Sum the f+b medians of a block's linears, for each model whose linears were all measured."""
     view = Table(title="One block, f+b: sums of the medians of its linears")
     for name in ("model", "M", "r", "dtype", "bare ms", "chain", "ours", "ours, grouped", "ours, grouped, over chain"):
         view.add_column(name, justify="right")
@@ -144,7 +144,7 @@ def main() -> None:
     """Print, and draw the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, help="folder; the first file's unless given")
+    parser.add_argument("--output", type=Path, help="folder (default: the first file's)")
     options = parser.parse_args()
     machine, rows = read(options.results)
     console = Console(width=170)

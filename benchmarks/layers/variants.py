@@ -48,17 +48,17 @@ class Problem:
         self.peft: list[Tensor] = []  # PEFT's own factors, once there are some
 
     def forget_gradients(self) -> None:
-        """No gradient is left over from another call."""
+        """Clear the gradients that another call left."""
         for tensor in (*self.xs, *self.cores, *self.peft):
             tensor.grad = None
 
     def parameters(self) -> set[int]:
-        """Data pointers of what the layers hold anyway."""
+        """Data pointers of the tensors that the layers hold anyway."""
         return {t.data_ptr() for t in (*self.weights, *self.a, *self.b, *self.cores, *self.peft)}
 
 
 def variants(problem: Problem) -> dict[str, Forward]:
-    """Every way, the bare linears first. On a CPU ours is the addmm form, which is listed once."""
+    """Every way, the bare linears first. On a CPU ours is the addmm form, so only ours is listed."""
     p = problem
     found: dict[str, Forward] = {
         "bare": lambda x: [linear(x, w) for w in p.weights],

@@ -2,9 +2,9 @@
 
     python -m benchmarks.quantized.cpu [--row dequantize] [--seconds 6] [--output benchmarks/results]
 
-Rows: dequantize, train, evaluate, block, memory (layers.py), step, decode (models.py). Ours has r=96 (64 in SmolLM2,
-whose default it is), PEFT's LoRA r=32. Layers are 4096 x 4096, NF4 in blocks of 64, plain statistics; --dtype is auto.
-It also times what no way can do without: reading the packed bytes, writing a dense W, or the dense product.
+Rows: dequantize, train, evaluate, block, memory (layers.py), step, decode (models.py). Ours has r=96 (in SmolLM2 its
+default of 64), PEFT's LoRA r=32. Layers are 4096 x 4096, NF4 in blocks of 64, plain statistics; --dtype is auto.
+It also times what every way needs at least: reading the packed bytes, writing a dense W, or the dense product.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROWS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
 
 
 def lines(found: Found) -> Iterator[list[str]]:
-    """Medians, and each way's ratio to the first, for people."""
+    """Yield the printed rows: medians, and each way's ratio to the first."""
     for one in found:
         for way, stats in one.get("ways", {}).items():
             ratio = f"{stats['ratio']:.2f} ({stats['ratio_p20']:.2f}-{stats['ratio_p80']:.2f})"
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", choices=list(ROWS), help="all unless given")
     parser.add_argument("--seconds", type=float, default=6.0, help="per case")
-    parser.add_argument("--output", type=Path, help="folder of four-bits-cpu.json, whose other rows stay")
+    parser.add_argument("--output", type=Path, help="folder of four-bits-cpu.json; its other rows are preserved")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     dtype_option(parser)
@@ -76,7 +76,7 @@ def main() -> None:
     started = time.perf_counter()
     for name in options.row or ROWS:
         found += ROWS[name](options.seconds)
-    times = "medians, and times over the first way's in the same round (20th-80th percentile)"
+    times = "medians, and ratios to the first way in the same round (20th-80th percentile)"
     show(f"4 bits on a CPU, {dtype_name()}: {times}", ("row", "case", "way", "ms", "ratio"), lines(found), left=3)
     print(f"{time.perf_counter() - started:.0f} s")
     if options.output:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _write(path: Path, found: Found) -> None:
-    """Put these cases in place of their like; where and when is said of each."""
+    """Replace the file's rows of these cases; each row records where and when it was measured."""
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     fresh, at = {(one["row"], one["case"]) for one in found}, provenance()
     machine = at.pop("machine")

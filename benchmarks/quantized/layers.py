@@ -16,9 +16,9 @@ TRAIN_TOKENS, EVAL_TOKENS = (1, 16, 512), (1, 2, 4, 8, 16, 32, 64, 128, 512)
 
 
 def dequantize(seconds: float) -> Iterator[dict[str, Any]]:
-    """Whole weights, dense again, four in a row as a model has them: milliseconds are those of four.
+    """Dequantize entire weights, four in a row as in a model; milliseconds are for all four.
 
-    In a row, as what a call leaves in the caches to be written back is paid for by the next.
+    In a row, because a call pays for writing back what the previous one left in the caches.
     """
     import bitsandbytes.functional as bnb
 
@@ -48,7 +48,7 @@ def dequantize(seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def _copying(weight: Any, out: Tensor | None = None) -> Callable[[int], Any]:
-    """Read a packed weight and its statistics, and write a dense one over memory that is there."""
+    """Read a packed weight and its statistics, and write a dense one into existing memory."""
     parts = [tensor.view(torch.uint8).view(torch.float32) for tensor in weight.tensors[:2]]
 
     def run(_: int) -> None:
@@ -86,7 +86,7 @@ def train(seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def evaluate(seconds: float) -> Iterator[dict[str, Any]]:
-    """A layer in evaluation: bitsandbytes' after it has repacked its weight, which can no longer train then."""
+    """A layer in evaluation; bitsandbytes' has repacked its weight, after which it can no longer train."""
     from lorasb.functional import quantized_linear
     from lorasb.quantization.quantized_weight import of_module
 
@@ -168,7 +168,7 @@ def block(seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def memory(_: float) -> Iterator[dict[str, Any]]:
-    """Bytes of the quantized layers over those in 16 bits."""
+    """Bytes of quantized layers relative to 16-bit ones."""
     from lorasb.quantization.quantizer import quantize_4bit
 
     for nested in (False, True):

@@ -1,8 +1,8 @@
-"""What 4 bits cost in loss: LoRA-SB over the demo's model in 16 and in 4 bits, the same data, seeds and schedule.
+"""Cost of 4 bits in loss: LoRA-SB on the demo's model in 16 and in 4 bits, same data, seeds and schedule.
 
     python -m benchmarks.quantized.loss_curve [--seeds 2] [--output benchmarks/results]
 
-Two runs of `lorasb finetune` a seed; about ten minutes a seed on two cores.
+Two runs of `lorasb finetune` per seed, which take about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEPT = ("eval_loss_before", "eval_loss_after", "eval_accuracy_after", "train_los
 
 
 def run(bits: int, seed: int, examples: int) -> dict[str, Any]:
-    """One fine-tuning; the weights' bits are all that differs."""
+    """Fine-tune once; runs of one seed differ only in the weights' bits."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
             bits=bits,
@@ -42,14 +42,14 @@ def run(bits: int, seed: int, examples: int) -> dict[str, Any]:
 
 
 def differences(runs: list[dict[str, Any]], name: str) -> tuple[float, float]:
-    """Mean over seeds of 4 bits less 16, and half the range."""
+    """Mean over seeds of 4 bits minus 16 bits, and half the range."""
     by_seed = {(one["bits"], one["seed"]): one[name] for one in runs}
     found = torch.tensor([by_seed[4, seed] - by_seed[16, seed] for bits, seed in by_seed if bits == 4])
     return float(found.mean()), float((found.max() - found.min()) / 2)
 
 
 def lines(runs: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """The runs, for people."""
+    """Yield the table's rows."""
     for one in runs:
         losses = (f"{one[name]:.4f}" for name in ("eval_loss_before", "eval_loss_after"))
         share, size = f"{one['eval_accuracy_after']:.0%}", f"{one['base_bytes'] / 1e6:.0f}"
@@ -70,7 +70,7 @@ def main() -> None:
     show("the demo's task: loss in nats per token on held-out problems", head, lines(runs))
     for name, label in (("eval_loss_before", "before"), ("eval_loss_after", "after")):
         mean, half = differences(runs, name)
-        print(f"4 bits less 16 {label}: {mean:+.4f} ± {half:.4f}")
+        print(f"4 bits minus 16 bits, {label}: {mean:+.4f} ± {half:.4f}")
     if options.output:
         write_json(options.output / "four-bits-curve.json", {**provenance(), "runs": runs})
 

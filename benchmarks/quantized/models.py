@@ -1,4 +1,4 @@
-"""Rows of a whole model on a CPU, SmolLM2-135M in 4 bits: a training step and decoding."""
+"""Rows of a complete model on a CPU, SmolLM2-135M in 4 bits: a training step and decoding."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def training_step(way: str) -> Callable[[], None]:
 
 
 def step(seconds: float) -> Iterator[dict[str, Any]]:
-    """Measure a training step of SmolLM2, and in a separate process each its memory beyond the model."""
+    """Measure a training step of SmolLM2 and, in a separate process per way, its memory beyond the model."""
     calls = {way: training_step(way) for way in ("PEFT QLoRA r=32", "ours")}
     stats = measure({way: lambda _, call=call: call() for way, call in calls.items()}, "cpu", 4 * seconds)  # type: ignore[misc]
-    memory = {way: _elsewhere("step_memory", way)["bytes"] for way in calls}
+    memory = {way: _in_subprocess("step_memory", way)["bytes"] for way in calls}
     yield row("step", "SmolLM2, 4 x 128 tokens", stats) | {"new_bytes": memory}
 
 
@@ -83,7 +83,7 @@ def decode(seconds: float) -> Iterator[dict[str, Any]]:
     yield row("decode", "48 tokens", measure(calls, "cpu", 4 * seconds, least=6)) | {"tokens": 48}
 
 
-def _elsewhere(job: str, way: str) -> dict[str, Any]:
+def _in_subprocess(job: str, way: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.quantized.cpu", "--job", job, "--way", way]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

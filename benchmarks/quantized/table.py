@@ -1,14 +1,14 @@
-"""The report's table of 4-bit bases, from the committed results; docs/quantized.md has the lines of whole steps."""
+"""The report's table of 4-bit bases, from the committed results; docs/quantized.md quotes its last lines."""
 
 from __future__ import annotations
 
 from typing import Any
 
 BLOCK, STEP = ("block", "Mistral-7B, 512 tokens, f+b"), ("step", "SmolLM2, 4 x 128 tokens")
-DENSE, DENSE_BEFORE = "PEFT, dense, r=32", "PEFT on bf16, r=32"  # the name that older results have
+DENSE, DENSE_BEFORE = "PEFT, dense, r=32", "PEFT on bf16, r=32"  # DENSE's name in older results
 QLORA, BARE, OURS = "Linear4bit + LoRA r=32", "dense, bare", "ours, r=96"
 
-# row, case, against, ours, what the table calls it
+# row, case, baseline, ours, label in the table
 LINES = (
     (
         "dequantize",
@@ -45,7 +45,7 @@ def table(found: dict[str, Any]) -> list[str]:
     """Lines of Markdown: medians in milliseconds, and the ratio of ours to theirs in the same run."""
     rows = {(one["row"], one["case"]): one for one in found["rows"]}
     machine = found["machine"]
-    dtype = machine.get("dtype", "bf16")  # which older results do not say
+    dtype = machine.get("dtype", "bf16")  # missing in older results
     head = f" {machine['class']}, {dtype}" if "class" in machine else ""
     lines = [f"|{head} | against | ours | ratio |", "|---|---:|---:|---:|"]
     for name, case, against, ours, label in LINES:
@@ -53,7 +53,7 @@ def table(found: dict[str, Any]) -> list[str]:
         theirs, own = ways[DENSE_BEFORE if against == DENSE and DENSE not in ways else against], ways[ours]
         said = label.format(dtype=dtype)
         indented = said if ";" in said else f"&nbsp;&nbsp;&nbsp;{said}"
-        share = own["ratio"] / theirs["ratio"]  # each a median of ratios to the round's first
+        share = own["ratio"] / theirs["ratio"]  # both are medians of ratios to the first way
         lines.append(f"| {indented} | {theirs['p50']:.4g} ms | {own['p50']:.4g} ms | {share:.2f}x |")
     memory = rows[STEP]["new_bytes"]
     theirs, own = (memory[way] / 1e6 for way in ("PEFT QLoRA r=32", "ours"))

@@ -1,4 +1,4 @@
-"""The layers that the comparisons of 4-bit bases time: bitsandbytes', ours, and PEFT's LoRA on either."""
+"""Layers that the 4-bit comparisons time: bitsandbytes', ours, and any layer with PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEATURES, RANK, PEFT_RANK = 4096, 96, 32
 
 
 def packed(dense: nn.Linear) -> Any:
-    """bitsandbytes' layer of the same weight."""
+    """bitsandbytes' NF4 layer with the same weight."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(
@@ -30,7 +30,7 @@ def packed(dense: nn.Linear) -> Any:
 
 
 def ours(base: nn.Module, r: int = RANK) -> Any:
-    """Our layer over a base, with factors as an initialization leaves them."""
+    """Our layer over a base, with orthonormal A and B and a small R, as after an initialization."""
     from lorasb.layers.linear import LoRASBLinear
 
     layer = LoRASBLinear(base, "default", r)
@@ -41,7 +41,7 @@ def ours(base: nn.Module, r: int = RANK) -> Any:
 
 
 def with_peft(model: nn.Module, **options: Any) -> Any:
-    """PEFT's LoRA on every linear of a module."""
+    """Add PEFT's LoRA to every linear of a module."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=PEFT_RANK, lora_alpha=PEFT_RANK, target_modules=r".*", **options)

@@ -1,9 +1,9 @@
-"""Decoding with an adapter that is not merged: ours and PEFT's LoRA over the model alone.
+"""Decoding with an unmerged adapter: ours and PEFT's LoRA, relative to the model alone.
 
     python -m benchmarks.serving.decoding [--seconds 60] [--output benchmarks/results]
 
-SmolLM2-135M, all linear layers, LoRA-SB r=64 and PEFT's LoRA r=32; --dtype is auto. A step decodes one token of each of
-1, 8 and 64 rows after 16 of a prompt.
+SmolLM2-135M, all linear layers, LoRA-SB r=64 and PEFT's LoRA r=32; --dtype is auto. A step decodes one token in each of
+1, 8 or 64 rows, after a prompt of 16 tokens.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ ROWS, PROMPT = 64, 16
 
 
 class Steps:
-    """Steps of one token a row, from a cache that every step is cut back to.
+    """Decoding steps of one token per row; after each, the cache is cropped back to the prompt.
 
-    Names of adapters are set around sixteen of them, as a generation of sixteen tokens has them.
+    Adapter names are set once around sixteen steps, as in a generation of sixteen tokens.
 
     Args:
         model: a PeftModel, or one without adapters.
         names: an adapter for each row; None for the active one.
-        rows: of the batch.
+        rows: number of rows in the batch.
     """
 
     COUNT = 16

@@ -49,11 +49,11 @@ class Sizes:
         return FP32 * r * sum(n + m for n, m in self._layers())
 
     def core(self, r: int) -> int:
-        """Bytes of R of every layer."""
+        """Bytes of the R of all layers."""
         return FP32 * r * r * sum(1 for _ in self._layers())
 
     def on_basis(self, r: int, count: int) -> int:
-        """Adapters on one basis, and the basis."""
+        """Bytes of adapters on one basis, the basis included."""
         return self.lora(r) + count * self.core(r)
 
     def crossover(self, r: int, lora_r: int) -> int | None:

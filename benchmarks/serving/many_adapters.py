@@ -1,10 +1,10 @@
-"""Sixty-four adapters in one batch against one for all: decoding, and what adapters take in memory and time.
+"""Decoding with sixty-four adapters in one batch against one; memory and time that adapters take.
 
     python -m benchmarks.serving.many_adapters [--seconds 60] [--output benchmarks/results]
 
 SmolLM2-135M, all linear layers, LoRA-SB r=64 on one basis and PEFT's LoRA r=32; --dtype is auto. A step decodes one
-token of each of 64 rows after 16 of a prompt, with the names of adapters set once for all steps, as generation does.
-Files of adapters lie in the page cache.
+token in each of 64 rows, after a prompt of 16 tokens; adapter names are set once for all steps, as in generation.
+Adapter files are in the page cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lorasb.utils.atomic_files import write_json
 FILE, PICTURE = "many-adapters-cpu.json", "many-adapters.png"
 RANK, PEFT_RANK, MANY = 64, 32, 1000
 ONE, BATCH, OF_MANY, PEFT = "one adapter", "64 adapters", "64 of 1000 adapters", "PEFT LoRA r=32, 64 adapters"
-TRAINED, TOKENS = 16, (16, 128)  # adapters, and tokens of a row
+TRAINED, TOKENS = 16, (16, 128)  # adapters, and tokens per row
 APART, TOGETHER, ALONE = "one after the other", "in one batch", "one adapter, the same batch"
 ONE_4BIT, BATCH_4BIT = "4 bits, one adapter", "4 bits, 64 adapters"
 HEAD = ("", "step (p20 to p80)", "tokens/s", "time, over one adapter's")
@@ -54,7 +54,7 @@ def ours(four_bits: bool = False) -> Any:
 
 
 def theirs(count: int) -> Any:
-    """PEFT's LoRA, so many adapters."""
+    """The base with `count` of PEFT's LoRAs."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=PEFT_RANK, target_modules="all-linear", init_lora_weights=False)
@@ -65,7 +65,7 @@ def theirs(count: int) -> Any:
 
 
 def random_cores(bank: lorasb.AdapterBank, seed: int) -> dict[str, torch.Tensor]:
-    """R's of an adapter."""
+    """Draw an adapter's R matrices, by layer."""
     g = torch.Generator().manual_seed(seed)
     return {name: torch.randn(c.r, c.r, generator=g) * 0.01 for name, c in bank.columns.items()}
 
@@ -100,7 +100,7 @@ def decoding(seconds: float) -> dict[str, Any]:
 
 
 class Training:
-    """A step of AdamW of several adapters: of a row each, in one batch, one batch after the other, or all of one."""
+    """An AdamW step of several adapters with a row each: in one batch, row by row, or with one adapter for all rows."""
 
     def __init__(self, model: Any, way: str, tokens: int) -> None:
         self.model, self.way = model.train(), way
@@ -178,17 +178,17 @@ def _linked(source: Path, target: Path) -> None:
 
 
 def rows(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Lines of a table, for people and the report."""
+    """Yield the table's rows, for the screen and the report."""
     times = found["decoding"]
     for name, one in times.items():
-        ratio = one["p50"] / times[ONE_4BIT]["p50"] if name == BATCH_4BIT else one["ratio"]  # of the same run
+        ratio = one["p50"] / times[ONE_4BIT]["p50"] if name == BATCH_4BIT else one["ratio"]  # from the same run
         step = one["p50"] / Steps.COUNT
         spread = f"{step:.0f} ms ({one['p20'] / Steps.COUNT:.0f} to {one['p80'] / Steps.COUNT:.0f})"
         yield [name, spread, f"{1e3 * ROWS / step:.0f}", f"{ratio:.2f}x"]
 
 
 def sentences(found: dict[str, Any]) -> Iterator[str]:
-    """What an adapter costs."""
+    """Yield sentences on what an adapter costs."""
     cost = found["costs"]
     yield (
         f"An adapter in fp32 takes {cost['adapter_bytes'] / 1e6:.2f} MB, "
@@ -206,9 +206,9 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
 
 
 def draw_found(found: dict[str, Any], path: Path) -> None:
-    """The picture of what was measured."""
+    """Draw the measurements."""
     times = found["decoding"]
-    # by ratios: those of a thousand have another run's time of one
+    # from ratios, as OF_MANY was measured against ONE in another run
     one = 1e3 * ROWS * Steps.COUNT / times[ONE]["p50"]
     tokens = {name: one / times[name]["ratio"] for name in (PEFT, BATCH, OF_MANY, ONE)}
     draw(tokens, path)
@@ -217,7 +217,7 @@ def draw_found(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of decoding")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for decoding")
     parser.add_argument("--output", type=Path, help=f"folder of {FILE}")
     dtype_option(parser)
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Many people, an adapter of each on one basis: their data, and serving what `make demo-many` has trained.
+"""Many people with an adapter each on one basis: write their data, and serve what `make demo-many` has trained.
 
     python -m benchmarks.serving.people write FOLDER [PEOPLE]   # people.jsonl, held_out.jsonl and newcomer.jsonl
     python -m benchmarks.serving.people serve FOLDER            # after `lorasb finetune`, see the Makefile's demo-many
 
-Everybody has four facts and a way to answer. Two wordings of each question are trained, and a third one is held out.
+Everybody has four facts and an answer style. Two wordings of each question are trained, and a third one is held out.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ STYLES = ("{}", "{}.", "It is {}.", "Well, {}!", "{}, of course.", "Surely {}.")
 
 
 def rows(user: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The training rows of a person, and the held-out ones."""
-    draw = random.Random(user)  # of the name alone: who comes later does not change anybody
+    """Return a person's training rows and held-out rows."""
+    draw = random.Random(user)  # seeded by the name alone: newcomers change nobody's rows
     style, train, held_out = draw.choice(STYLES), [], []
     for wordings, values in FACTS.values():
         answer = style.format(draw.choice(values))
@@ -63,7 +63,7 @@ def write_rows(file: Path, lines: Sequence[Mapping[str, str]]) -> Path:
 
 
 def write(folder: Path, people: int) -> None:
-    """Write the rows of all but one, and of the one who comes later."""
+    """Write the rows of all people, and of a newcomer."""
     found = [rows(f"person-{i}") for i in range(people)]
     files = {"people": [row for train, _ in found for row in train]}
     draw = random.Random(0)
@@ -75,7 +75,7 @@ def write(folder: Path, people: int) -> None:
 
 
 def serve(folder: Path) -> None:
-    """Answer questions of many people in the same batches; add the newcomer, and remove somebody."""
+    """Add the newcomer, remove one person, and answer many people's questions in one batch."""
     tokenizer = AutoTokenizer.from_pretrained(lorasb.demo_model(), padding_side="left")
     base: Any = AutoModelForCausalLM.from_pretrained(lorasb.demo_model(), dtype=torch.bfloat16)
     model = peft.PeftModel.from_pretrained(base, str(folder / "basis")).eval()
@@ -89,7 +89,7 @@ def serve(folder: Path) -> None:
     print(f"one added and one removed in {1e3 * (time.perf_counter() - started):.0f} ms")
     asked = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
     asked += [json.loads(line) for line in (folder / "newcomer_held_out.jsonl").read_text().splitlines()]
-    asked = list({row["user"]: row for row in asked if row["user"] in bank}.values())  # a question of each
+    asked = list({row["user"]: row for row in asked if row["user"] in bank}.values())  # one per person
     inputs = tokenizer([row["prompt"] for row in asked], return_tensors="pt", padding=True)
     names, started = [row["user"] for row in asked], time.perf_counter()
     out = model.generate(**inputs, adapter_names=names, max_new_tokens=12, do_sample=False)

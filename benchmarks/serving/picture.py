@@ -1,4 +1,4 @@
-"""The picture of many adapters: memory by their number, and tokens per second of a batch."""
+"""The picture of many adapters: memory by number of adapters, and tokens per second of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorasb.utils.plotting import INK, MUTED, SIGN
 
 
 def draw(tokens: Mapping[str, float], path: Path) -> None:
-    """Draw bytes by the number of adapters, and tokens per second by way, of which the first is the peer's."""
+    """Draw bytes by the number of adapters, and tokens per second by way; the first is the peer's."""
     figure, (memory, speed) = panels(1, 2, (10, 3.6))
     draw_totals(memory, "SmolLM2-135M")
     memory.legend(fontsize=8, frameon=False)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving.vllm --vllm .venv/vllm-0.32/bin/python [--seconds 60] [--output benchmarks/results]
 
-SmolLM2-135M, r = 64 on all linears, 64 rows of 8 tokens and 16 more, greedy. Three engines, each in a process, answer
-in turns. Then what a trainer sends after a step (R, the plain LoRA, or merged weights, written and loaded), and how
-many adapters an engine holds in 8 GiB.
+SmolLM2-135M, r = 64 on all linears, 64 rows of 8 prompt and 16 generated tokens, greedy. Three engines, each in its own
+process, answer in turns. Also measured: what a trainer sends after a step (R, the plain LoRA, or merged weights,
+written and loaded), and how many adapters an engine holds in 8 GiB.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from lorasb.utils.atomic_files import write_json
 
 FILE = "vllm-cpu.json"
 RANK, ROWS, TOKENS, MANY = 64, 64, 16, 1000
-MEMORY = 8 << 30  # bytes that an engine may allocate where its adapters are counted
+MEMORY = 8 << 30  # bytes that an engine may allocate when its adapters are counted
 COUNTS = (1, 16, 64)
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BARE, PLUGIN, STOCK = "bare model", "plugin", "vLLM's multi-LoRA"
-# of the last, writing alone: vLLM's CPU build packs its weights, and can take no others
+# Merged weights are only written: vLLM's CPU build packs its weights and cannot load others.
 SYNCS = ("R alone", "plain LoRA", "merged weights (not loaded)")
 HEAD = ("64 rows", "tokens/s (p20 to p80)", "time, over the bare model's")
 
 
 class Engine:
-    """An engine of vLLM in a process."""
+    """A vLLM engine in a subprocess."""
 
     def __init__(self, python: str, slots: int, basis: Path | None = None, memory: int = 0) -> None:
         options = {"model": lorasb.demo_model(), "dtype": dtype_name(), "rows": ROWS, "slots": slots, "memory": memory}
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "LORASB_BASIS": str(basis or "")}
-        # -I: or this module, in the script's folder, would be imported as vllm
+        # -I: otherwise this module, in the script's folder, would be imported as vllm
         script = str(Path(__file__).with_name("vllm_engine.py"))
         self.process = subprocess.Popen(
             [python, "-I", script, json.dumps(options | {"modules": MODULES})],
@@ -75,7 +75,7 @@ class Engine:
         raise RuntimeError("the engine ended: run benchmarks/serving/vllm_engine.py by hand to see why")
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to a command."""
+        """Send a command, and return the answer."""
         assert self.process.stdin is not None
         print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
         return self._answer()
@@ -87,7 +87,7 @@ class Engine:
 
 
 def people(folder: Path) -> Any:
-    """A model with 64 adapters of random R on a basis; saved, exported as plain LoRAs, and a thousand names of them."""
+    """Save 64 adapters of random R on a basis, export one as a plain LoRA, and link both to a thousand names."""
     model = lorasb.patch(AutoModelForCausalLM.from_pretrained(lorasb.demo_model()), r=RANK, init="random")
     names = [f"user{i}" for i in range(ROWS)]
     add_adapters(model, names)
@@ -105,7 +105,7 @@ def people(folder: Path) -> Any:
 
 
 def link(folder: Path, count: int) -> list[str]:
-    """Give so many names to the adapters: what they cost does not depend on their numbers. Returns the names."""
+    """Link the adapters to `count` names, and return these: an adapter's cost does not depend on its values."""
     names = [f"user{i}" for i in range(count)]
     for i, name in enumerate(names):
         for path, target in ((folder, f"user{i % ROWS}"), (folder / "plain", "user0")):
@@ -115,14 +115,14 @@ def link(folder: Path, count: int) -> list[str]:
 
 
 def speed(engines: dict[str, Engine], seconds: float) -> dict[str, Any]:
-    """Times of generating, in turns."""
+    """Time generation, in turns."""
 
     def run(way: str, count: int, _: int) -> None:
         names = [f"user{i % count}" for i in range(ROWS)] if count else [None] * ROWS
         engines[way]("run", names=names, tokens=TOKENS)
 
     found: dict[str, Any] = {}
-    # apart, as a round of vLLM's own takes as long as ten of the others
+    # separately: a round of vLLM's multi-LoRA takes as long as ten of the others
     for way, least in ((PLUGIN, 7), (STOCK, 3)):
         ways: dict[str, Call] = {BARE: partial(run, BARE, 0)}
         ways |= {way_title(way, count): partial(run, way, count) for count in COUNTS}
@@ -135,7 +135,7 @@ def way_title(way: str, count: int) -> str:
 
 
 def syncing(model: Any, engines: dict[str, Engine], folder: Path) -> dict[str, Any]:
-    """Bytes and milliseconds of what a trainer sends after a step, written into memory and loaded."""
+    """Measure bytes and milliseconds of what a trainer sends after a step: written to a RAM disk, and loaded."""
     plugin, stock = engines[PLUGIN], engines[STOCK]
     sampler = VLLMSampler("http://127.0.0.1:0", folder=folder / "policy")
     sent: list[float] = []
@@ -161,7 +161,7 @@ def syncing(model: Any, engines: dict[str, Engine], folder: Path) -> dict[str, A
 
 
 def merged(model: Any, file: Path) -> None:
-    """Write the base's weights with the adapter merged, and take it out again."""
+    """Merge the adapter, write the base's weights, and unmerge it."""
     model.merge_adapter()
     tensors = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): value.detach().contiguous()
@@ -173,7 +173,7 @@ def merged(model: Any, file: Path) -> None:
 
 
 def measured(python: str, seconds: float) -> dict[str, Any]:
-    """Measure everything, with the folders in memory."""
+    """Measure everything, with the folders in /dev/shm if there is one."""
     root = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=root) as place:
         folder = Path(place)
@@ -202,7 +202,7 @@ def measured(python: str, seconds: float) -> dict[str, Any]:
 
 
 def most(python: str, way: str, folder: Path) -> int:
-    """Adapters that an engine of `MEMORY` bytes starts with and loads, to within a tenth."""
+    """Find how many adapters an engine of `MEMORY` bytes starts with and loads, to within 10%."""
     held, refused = 0, 0
     while not refused or held * 1.1 < refused:
         count = (held + refused) // 2 if refused else 2 * held or (MANY if way == PLUGIN else ROWS)
@@ -229,18 +229,18 @@ def _holds(python: str, way: str, folder: Path, count: int) -> bool:
 
 
 def _numbers(folder: Path) -> int:
-    """Bytes that an adapter's numbers take in a slot."""
+    """Bytes that an adapter's values take in a slot."""
     tensors = load_file(folder / WEIGHTS_NAME)
     return sum(t.numel() for t in tensors.values() if t.is_floating_point()) * measured_dtype().itemsize
 
 
 def tokens_per_second(one: dict[str, Any], percentile: str = "p50") -> float:
-    """The rate of an engine's batch, by a percentile of its milliseconds."""
+    """Tokens per second of an engine's batch, from a percentile of its milliseconds."""
     return 1e3 * ROWS * TOKENS / float(one[percentile])
 
 
 def rows(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Lines of the table of speeds."""
+    """Yield the rows of the speed table."""
     for name, one in found["speed"].items():
         rate = [tokens_per_second(one, p) for p in ("p50", "p80", "p20")]
         yield [name, f"{rate[0]:.0f} ({rate[1]:.0f} to {rate[2]:.0f})", f"{one['ratio']:.2f}x"]

@@ -1,6 +1,6 @@
-"""A vLLM engine that another process commands, by a line of JSON at a time: `benchmarks.serving.vllm` starts three.
+"""A vLLM engine that another process controls by lines of JSON: `benchmarks.serving.vllm` starts three.
 
-Runs in an environment of vLLM's, without lorasb's other requirements: python vllm_engine.py OPTIONS.
+It runs in vLLM's environment and needs none of lorasb's other requirements: python vllm_engine.py OPTIONS.
 """
 
 import json
@@ -41,7 +41,7 @@ class Engine:
         self.requests: dict[str, Any] = {}
 
     def add(self, names: list[str], folder: str) -> dict[str, Any]:
-        """Load adapters; milliseconds of each."""
+        """Load adapters; return the milliseconds of each."""
         from vllm.lora.request import LoRARequest
 
         times = []
@@ -53,7 +53,7 @@ class Engine:
         return {"ms": times}
 
     def replace(self, path: str) -> dict[str, Any]:
-        """Load an adapter in the place of one of its name."""
+        """Load an adapter in place of the one with its name."""
         from vllm.lora.request import LoRARequest
 
         start = time.perf_counter()
@@ -61,7 +61,7 @@ class Engine:
         return {"ms": 1e3 * (time.perf_counter() - start)}
 
     def run(self, names: list[str | None], tokens: int) -> dict[str, Any]:
-        """Generate so many tokens of a row for each name, None for the base."""
+        """Generate `tokens` tokens in one row per name (None: the base)."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": list(range(100, 108))} for _ in names]

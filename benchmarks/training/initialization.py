@@ -3,8 +3,8 @@
     python -m benchmarks.training.initialization [--rounds 5] [--output benchmarks/results]
 
 Memory is what a process needs on top of the loaded model. Times and memory are measured in turns, each in a fresh
-process, as an initialization is. Samples are 192 tokens of generated problems, one per batch, in fp32, as far as a row
-says nothing else.
+process, as in real use. Unless a row says otherwise, models are in fp32 and a batch is one sample of 192 tokens of
+generated problems.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def model(dtype: torch.dtype = torch.float32, blocks: int | None = None) -> Any:
 
 
 def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
-    """Batches of generated problems with their answers, one after another, cut into samples of 192 tokens."""
+    """Join generated problems and their answers, and cut the text into batches of samples of 192 tokens."""
     from transformers import AutoTokenizer
 
     from lorasb.app.data import generate
@@ -66,7 +66,7 @@ def samples(count: int = SAMPLES, rows: int = 1) -> list[dict[str, Tensor]]:
 
 
 def initialize(found: Any, batches: list[dict[str, Tensor]], **options: Any) -> Any:
-    """One initialization of a patched model."""
+    """Initialize a patched model."""
     import lorasb
 
     return lorasb.initialize(found, batches, lr=1e-3, **{"progress": False} | options)
@@ -100,7 +100,7 @@ def _resident() -> int:
 
 
 def init_memory(blocks: int, **options: Any) -> dict[str, Any]:
-    """New memory of an initialization."""
+    """Measure the memory that an initialization adds."""
     found, batches = patched(blocks=blocks), samples()
     with torch.no_grad():
         found(input_ids=batches[0]["input_ids"])
@@ -108,7 +108,7 @@ def init_memory(blocks: int, **options: Any) -> dict[str, Any]:
 
 
 def train_memory(rows: int) -> dict[str, Any]:
-    """New memory of an AdamW step with PEFT's LoRA on every linear."""
+    """Measure the memory that an AdamW step with PEFT's LoRA on every linear adds."""
     import peft
 
     config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -125,7 +125,7 @@ def train_memory(rows: int) -> dict[str, Any]:
 
 
 def init_time(**options: Any) -> dict[str, Any]:
-    """Seconds of an initialization, the first of its process as everybody's is; the model has run before."""
+    """Time an initialization, the first in its process as in real use; the model has run once before."""
     found, batches = patched(), samples()
     with torch.no_grad():
         found(**batches[0])
@@ -135,7 +135,7 @@ def init_time(**options: Any) -> dict[str, Any]:
 
 
 def epoch_share(steps: int = 20) -> dict[str, Any]:
-    """The demo's initialization, and how long its training takes a sample: batches of 16, its own lengths."""
+    """Time the demo's initialization, and its training per sample: batches of 16, sequences of the demo's lengths."""
     import lorasb
     from lorasb.app.prepare import prepare
     from lorasb.app.settings import Settings
@@ -214,7 +214,7 @@ MEMORY = tuple(name for name in WORKERS if "blocks" in name or "step" in name)
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Run a worker in a fresh process; where memory is measured, one that returns freed memory at once."""
+    """Run a worker in a fresh process; to measure memory, set its malloc to return freed memory at once."""
     command = [sys.executable, "-m", "benchmarks.training.initialization", "--worker", name]
     limits = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"} if name in MEMORY else {}
     done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True)
@@ -286,7 +286,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _time_row(what: str, times: dict[str, list[float]], ours: str, other: str, shown: str) -> tuple[str, str, str, str]:
-    """Medians, and the ratios of times of one round."""
+    """Medians, and ratios within a round."""
     ratios = [a / b for a, b in zip(times[ours], times[other], strict=True)]
     mine, theirs = (statistics.median(times[name]) for name in (ours, other))
     spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
@@ -294,7 +294,7 @@ def _time_row(what: str, times: dict[str, list[float]], ours: str, other: str, s
 
 
 def _per_sample(times: dict[str, list[float]], memory: dict[str, float]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield rows on per-sample's cost against the default start's, if it was measured."""
+    """Yield rows that compare the cost of per-sample with the default's, if it was measured."""
     if "per-sample" in times:
         mine, theirs = memory["per-sample, 30 blocks"], memory["layerwise, 30 blocks"]
         yield _time_row('update="per-sample": time, s', times, "per-sample", "layerwise", 'update="adamw"')

@@ -3,7 +3,7 @@
     python -m benchmarks.training.opaque_bases [--base hqq ...] [--seconds 40] [--output benchmarks/results]
 
 SmolLM2-135M, 4 x 128 tokens, AdamW, all linear layers; --dtype is auto. Both adapters are added to the same layers,
-which compute their own product. Memory: the most that a step holds beyond the model and the optimizer's state.
+which compute the base product themselves. Memory: a step's peak beyond the model and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GROUP = 64  # weights that share a scale, in formats that have groups
 
 
 def torchao_int8(model: Any) -> Any:
-    """torchao, one scale per row."""
+    """torchao's int8 weights, one scale per row."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model.model, Int8WeightOnlyConfig())
@@ -54,7 +54,7 @@ def torchao_int4(model: Any) -> Any:
 
 
 def hqq(model: Any) -> Any:
-    """HQQ in 4 bits, by its code in torch."""
+    """HQQ in 4 bits, on its PyTorch backend."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     for name, layer in list(model.model.named_modules()):
@@ -82,14 +82,14 @@ BASES: dict[str, Callable[[Any], Any]] = {
 
 
 def run(base: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """Every figure of both ways on one base."""
+    """Measure both ways on one base."""
     ways = {way: Training(way, BASES[base]) for way in (PEFT, OURS)}
     stats = measure(dict(ways), "cpu", seconds, least=6)
     return {way: {**asdict(stats[way]), "peak_bytes": peak_bytes(one, "cpu")} for way, one in ways.items()}
 
 
 def cells(ways: dict[str, dict[str, Any]]) -> list[str]:
-    """A base's row."""
+    """A base's table row."""
     theirs, ours = ways[PEFT], ways[OURS]
     times = f"{theirs['p50']:.0f} ms", f"{ours['p50']:.0f} ms"
     ratio = f"{ours['ratio']:.2f}x ({ours['ratio_p20']:.2f} to {ours['ratio_p80']:.2f})"

@@ -1,12 +1,12 @@
-"""`lorasb plan` against what runs take: the peak memory of training steps on the CPU, of three models.
+"""`lorasb plan` compared with measurements: the peak memory of training steps of three models on the CPU.
 
     python -m benchmarks.training.planned [--json] [--output FILE] [--repeats 5]
 
-Each model trains three steps in bf16 and in fp32, each in a separate process, whose resident memory is read from
-the kernel (VmHWM), less that before the model is made. Twice: with glibc set to return freed memory at once, so that
-resident is what is alive, against the plan's live bytes; and as it is, against the plan with what allocators hold.
-Where small objects fall between a heap's tensors differs from run to run, and so does what it holds: the median of
-several runs is compared.
+Each model trains three steps in bf16 and in fp32, each in a separate process. Its peak resident memory, as the Linux
+kernel reports it (VmHWM), less that before the model is made, is measured twice. With glibc set to return freed memory
+at once, only live memory is resident: it is compared with the plan's live bytes. With glibc's own settings it is
+compared with the plan including what allocators hold. That varies from run to run with where small objects fall
+between a heap's tensors, so the median of several runs is compared.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FILE = "planned-cpu.json"
 
 @dataclass(frozen=True)
 class Found:
-    """Bytes of a model's training steps: as planned and as measured, alive and, run by run, with what glibc holds."""
+    """Planned and measured bytes of a model's training steps: live ones, and (per run) with what glibc holds."""
 
     model: str
     checkpointing: bool
@@ -61,12 +61,12 @@ class Found:
 
     @property
     def ratios(self) -> tuple[float, float]:
-        """Planned over measured, of both, the second's median."""
+        """Planned over measured: of live bytes, and of the median with what glibc holds."""
         return self.planned_alive / self.alive, self.planned / statistics.median(self.resident)
 
 
 def measure(folder: str, dtype: str, checkpointing: bool, gives_back: bool) -> int:
-    """The peak resident bytes of a process beyond those before it made the model."""
+    """Peak resident bytes of a process, less those before it makes the model."""
     environment = os.environ | (GIVES_BACK if gives_back else {})
     options = ["--child", folder, "--dtype", dtype, *(["--checkpointing"] if checkpointing else [])]
     command = [sys.executable, "-m", __spec__.name, *options]
@@ -77,7 +77,7 @@ def measure(folder: str, dtype: str, checkpointing: bool, gives_back: bool) -> i
 
 
 def child(folder: str, dtype_name: str, checkpointing: bool) -> int:
-    """Train a few steps, and read the kernel's count."""
+    """Train a few steps, and read the peak from the Linux kernel."""
     import transformers
 
     import lorasb
@@ -95,7 +95,7 @@ def child(folder: str, dtype_name: str, checkpointing: bool) -> int:
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     ids = torch.randint(0, config.vocab_size, (BATCH, SEQ))
     model.train()
-    Path("/proc/self/clear_refs").write_text("5")  # not what making and patching took
+    Path("/proc/self/clear_refs").write_text("5")  # excludes the peak of making and patching
     for _ in range(STEPS):
         model(input_ids=ids, labels=ids)["loss"].backward()
         optimizer.step()
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", type=Path, help="write the JSON to a file, too")
-    parser.add_argument("--repeats", type=int, default=5, help="runs under glibc's own settings, of each model")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each model under glibc's own settings")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.training.startup [--rounds 9] [--output benchmarks/results]
 
-Imports in turns, each in a fresh process: `import torch`; `import torch, lorasb`, which imports nothing else yet;
-`import torch, peft`; and `import torch, lorasb; lorasb.patch`, the first name that is needed, which imports PEFT and
-transformers. `lorasb.patch` of SmolLM2 (30 blocks, 210 linears) and of a Mistral-7B on the meta device (32 blocks, 224
-linears), both after one that is not timed.
+Imports are timed in turns, each in a fresh process: `import torch`; `import torch, lorasb`, which imports nothing else
+yet; `import torch, peft`; and `import torch, lorasb; lorasb.patch`, a first use, which imports PEFT and transformers.
+Patching is timed on SmolLM2 (30 blocks, 210 linears) and on a Mistral-7B on the meta device (32 blocks, 224 linears),
+each after an untimed round.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ IMPORTS = {
 
 
 def seconds_of(code: str) -> float:
-    """Seconds of a statement in a fresh process, without the interpreter's own start."""
+    """Time a statement in a fresh process, without the start of the interpreter."""
     script = f"import time; started = time.perf_counter()\n{code}\nprint(time.perf_counter() - started)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def imports(rounds: int) -> dict[str, list[float]]:
-    """Seconds by statement, in turns; the first round warms the file cache."""
+    """Seconds of each import, in turns; an untimed first round warms the file cache."""
     found: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for turn in range(rounds + 1):
         for name, code in IMPORTS.items():

@@ -1,4 +1,4 @@
-"""A training step of SmolLM2-135M on a CPU: LoRA-SB r=96 against PEFT's LoRA of r=32, and of as many parameters, r=6.
+"""A training step of SmolLM2-135M on a CPU: LoRA-SB r=96 against PEFT's LoRA, r=32 and r=6 (as many parameters).
 
     python -m benchmarks.training.step [--seconds 60] [--output benchmarks/results]
 
@@ -86,7 +86,7 @@ class Training:
         return saved_bytes(self.loss, own)
 
     def optimizer_bytes(self) -> int:
-        """AdamW's two moments."""
+        """Bytes of AdamW's two moments."""
         state = self.optimizer.state.values()
         return sum(t.numel() * t.element_size() for one in state for t in one.values() if t.dim() > 0)
 
@@ -107,7 +107,7 @@ def run(seconds: float) -> dict[str, dict[str, Any]]:
 
 
 def rows(found: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """Lines of a table, with ratios to both of PEFT's."""
+    """Yield the table's rows, with ratios to both of PEFT's LoRAs."""
     ours, others = found[OURS], [found[way] for way in (PEFT, EQUAL)]
     times = [f"{one['p50']:.0f} ms" for one in (*others, ours)]
     spread = f"{ours['ratio']:.2f}x ({ours['ratio_p20']:.2f}-{ours['ratio_p80']:.2f})"

@@ -37,7 +37,7 @@ def multiply(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
 
 
 def divide(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
-    """div: integers toward zero; the result of a division by zero is not defined, here all ones."""
+    """div: integers round toward zero; an integer division by zero is undefined, here all ones."""
     if is_float(dtype):
         return a / b
     wide = _widest(dtype)
@@ -47,7 +47,7 @@ def divide(parts: Parts, dtype: Any, a: Array, b: Array) -> Array:
 
 
 def _widest(dtype: Any) -> Any:
-    """64 bits with or without a sign."""
+    """The 64-bit integer type of the same signedness."""
     return np.int64 if np.issubdtype(dtype, np.signedinteger) else np.uint64
 
 
@@ -58,9 +58,9 @@ def shift(parts: Parts, dtype: Any, a: Array, count: Array) -> Array:
 
 
 def extract_field(parts: Parts, dtype: Any, a: Array, start: Array, length: Array) -> Array:
-    """bfe: `length` bits from `start` on; `.s` extends the field's highest bit, which is 31's where it ends beyond."""
+    """bfe: `length` bits from `start` on; `.s` extends its highest bit, or bit 31 if the field ends beyond."""
     wide, start, length = _widest(dtype), np.minimum(start & 0xFF, 63), np.minimum(length & 0xFF, 32)
-    spare = (64 - np.maximum(length, 1)).astype(wide)  # bits above the field, which a shift there and back fills
+    spare = (64 - np.maximum(length, 1)).astype(wide)  # bits above the field, filled by shifting left and back
     field = a.astype(wide) >> start.astype(wide) << spare >> spare
     return np.where(length > 0, field, 0).astype(dtype)
 
@@ -77,7 +77,7 @@ def permute_bytes(parts: Parts, dtype: Any, a: Array, b: Array, selector: Array)
 
 
 def compare(operation: str, dtype: Any, a: Array, b: Array) -> Array:
-    """setp's comparison: an ordered one is false on NaN, one that ends in `u` is true."""
+    """setp's comparison: with a NaN, ordered ones are false, and those that end in `u` are true."""
     if not is_float(dtype):
         return COMPARISONS[operation](a, b)
     nan = np.isnan(a) | np.isnan(b)
@@ -88,14 +88,14 @@ def compare(operation: str, dtype: Any, a: Array, b: Array) -> Array:
 
 
 def set_predicate(parts: Parts, dtype: Any, a: Array, b: Array, *others: Array) -> Array:
-    """setp: a comparison, with another predicate where `.and` or `.or` says so."""
+    """setp: a comparison, which `.and` or `.or` combines with another predicate."""
     result = compare(parts[1], dtype, a, b)
     for other in others:
         result = FUNCTIONS[parts[2]](parts, bool, result, other)
     return result
 
 
-# Conversions that numpy does not know, by their types: of which bits, and how
+# Conversions that numpy lacks, by their types: the dtype of the source's bits, and the function
 CONVERSIONS: dict[str, tuple[Any, Callable[[Array], Array]]] = {
     "f32.bf16": (np.uint16, formats.from_bf16),
     "rn.f32.bf16": (np.uint16, formats.from_bf16),
@@ -108,7 +108,7 @@ TO_WHOLE = {"rzi": np.trunc, "rni": np.rint}
 
 
 def convert(parts: Parts, source: Callable[[Any], Array]) -> Array | None:
-    """cvt: `source(dtype)` gives the operand; None where this conversion is not known."""
+    """cvt: `source(dtype)` gives the operand; None if this conversion is not supported."""
     name = ".".join(parts[1:])
     if name in CONVERSIONS:
         dtype, function = CONVERSIONS[name]
@@ -145,7 +145,7 @@ FUNCTIONS: dict[str, Function] = {
     "fma": _plain(formats.fused_multiply_add),
     "div": divide,
     "rem": lambda parts, dtype, a, b: a - divide(parts, dtype, a, b) * b,  # with the dividend's sign
-    "min": _plain(np.fmin),  # of floats a NaN gives way to a number
+    "min": _plain(np.fmin),  # of a float NaN and a number, the number
     "max": _plain(np.fmax),
     "and": _plain(np.bitwise_and),
     "or": _plain(np.bitwise_or),
@@ -160,7 +160,7 @@ FUNCTIONS: dict[str, Function] = {
     "setp": set_predicate,
     "selp": _plain(lambda a, b, condition: np.where(condition, a, b)),
 }
-# Operands of another type than the instruction says, by their places
+# Operands whose type is not the instruction's, by position
 OPERANDS: dict[str, dict[int, Any]] = {"selp": {2: bool}, "setp": {2: bool}, "bfe": {1: np.uint32, 2: np.uint32}}
 OPERANDS |= {"shl": {1: np.uint32}, "shr": {1: np.uint32}}
 WIDE_ADDEND = ("mad", "wide")

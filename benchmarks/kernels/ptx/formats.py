@@ -1,4 +1,4 @@
-"""PTX types as numpy dtypes, and the conversions that numpy has not: bf16, tf32, exact fused multiply-add."""
+"""PTX types as numpy dtypes, and the conversions that numpy lacks: bf16, tf32, exact fused multiply-add."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SIGNED = {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64}
 UNSIGNED = {f"{kind}{bits}": getattr(np, f"uint{bits}") for kind in "ub" for bits in (8, 16, 32, 64)}
 FLOATS = {"f32": np.float32, "f64": np.float64}
 TYPES: dict[str, Any] = {**SIGNED, **UNSIGNED, **FLOATS, "pred": bool}
-BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # unsigned type of so many bytes
+BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # unsigned type by bytes
 WIDER = {np.int16: np.int32, np.uint16: np.uint32, np.int32: np.int64, np.uint32: np.uint64}
 TF32 = np.uint32(0xFFFFE000)  # sign, exponent and 10 bits of the fraction
 
 
 def pieces(addresses: Array, size: int, step: int) -> Array:
-    """Numbers of the pieces of `step` bytes that `size` bytes at each address lie in, [n, k]."""
+    """Indices [n, k] of the `step`-byte pieces that hold `size` bytes at each address."""
     return (addresses // step)[:, None] + np.arange(max(1, size // step))
 
 
@@ -65,7 +65,7 @@ def truncate_tf32(bits: Array) -> Array:
 
 
 def round_tf32(bits: Array) -> Array:
-    """`cvt.rna.tf32.f32`: to the nearest, ties away from zero; NaN and infinities as they are."""
+    """`cvt.rna.tf32.f32`: to the nearest, ties away from zero; NaN and infinities unchanged."""
     bits = np.ascontiguousarray(bits).view(np.uint32)
     finite = (bits & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
     return np.where(finite, (bits + np.uint32(0x1000)) & TF32, bits)

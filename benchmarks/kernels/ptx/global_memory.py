@@ -1,9 +1,9 @@
 """Device memory: allocations with red zones in one arena, and the checks of every access.
 
-An access has to lie in one allocation and be aligned to its size. Accesses of other programs to the same bytes have to
-be ordered by an `acq_rel` atomic that both went through: each program has a clock that ticks at its barriers; an atomic
-publishes the clocks that its program knows, and learns those of earlier ones. Whether somebody wrote what is read is
-not checked: tests fill new tensors with NaN, which shows in the result.
+An access must be within one allocation and aligned to its size. Accesses of different programs to the same bytes must
+be ordered by an `acq_rel` atomic that both execute: each program has a clock that ticks at its barriers; an atomic
+publishes the clocks that its program knows, and learns those that earlier ones published. Reads of unwritten bytes are
+not detected: tests fill new tensors with NaN, which shows in the result.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .program import KernelError
 if TYPE_CHECKING:
     from .thread_block import ThreadBlock
 
-RED_ZONE = 4096  # bytes between allocations, that belong to none
+RED_ZONE = 4096  # bytes between allocations
 ALIGNMENT = 256
-GRANULE = 2  # bytes that share a record of who wrote them: the smallest store is one of them
+GRANULE = 2  # bytes that share a record of their writer: the size of the smallest store
 NOBODY = -1
 
 
@@ -45,15 +45,15 @@ class GlobalMemory:
         self.write_clock = np.zeros(size // GRANULE, np.int32)
         self.write_warp = np.zeros(size // GRANULE, np.int32)
         self.allocations: list[Allocation] = []
-        self.counters: set[int] = set()  # addresses that atomics went to
-        self.pending: set[int] = set()  # starts of allocations that the launch before may still write
+        self.counters: set[int] = set()  # addresses of atomics
+        self.pending: set[int] = set()  # starts of allocations that the previous launch may still write
         self.waited: set[int] = set()  # programs that have waited for it
-        self._published: dict[int, dict[int, int]] = {}  # by address, the clocks of programs
-        self._learned: dict[int, tuple[int, int]] = {}  # clocks of programs, and the running one's when it learned them
+        self._published: dict[int, dict[int, int]] = {}  # clocks of programs, by the atomic's address
+        self._learned: dict[int, tuple[int, int]] = {}  # by program: its clock, the running one's on learning it
         self._top = RED_ZONE
 
     def allocate(self, content: Array, offset: int = 0) -> int:
-        """Put bytes into the arena; their address, which is `offset` from an aligned one."""
+        """Put bytes into the arena, `offset` after an aligned address; return their address."""
         start = -(-self._top // ALIGNMENT) * ALIGNMENT + offset
         end = start + len(content)
         self.bytes[start:end] = content
@@ -62,11 +62,11 @@ class GlobalMemory:
         return start
 
     def content(self, start: int, size: int) -> Array:
-        """Bytes, as they are now."""
+        """The current bytes."""
         return self.bytes[start : start + size]
 
     def begin(self, block: ThreadBlock) -> None:
-        """Another program runs from now on, and knows nothing of the others yet."""
+        """Switch to another program, which knows nothing of the others yet."""
         self._block, self._program, self._learned = block, block.number, {}
 
     @property
@@ -96,7 +96,7 @@ class GlobalMemory:
         self.bytes.view(values.dtype)[pieces(addresses, size, values.itemsize)] = values
 
     def atomic_add(self, addresses: Array, values: Array, ordered: bool = True) -> Array:
-        """`atom.global.gpu.add.u32`, thread by thread; the former values. `ordered`: acq_rel, else relaxed."""
+        """`atom.global.gpu.add.u32`, thread by thread; returns the former values. `ordered`: acq_rel, else relaxed."""
         self._find(addresses, 4, "atomic")
         words, former = self.bytes.view(np.uint32), np.zeros(len(addresses), np.uint32)
         for i, address in enumerate(addresses.tolist()):
@@ -123,7 +123,7 @@ class GlobalMemory:
             raise KernelError(f"{doing} of what the launch before may still write, without griddepcontrol.wait")
 
     def _find(self, addresses: Array, size: int, doing: str) -> list[Allocation]:
-        """The allocations that are touched, after a check of alignment and bounds."""
+        """Check alignment and bounds; return the allocations that are touched."""
         if (addresses % size).any():
             raise KernelError(f"misaligned global {doing} of {size} bytes")
         touched: dict[int, Allocation] = {}
@@ -157,7 +157,7 @@ class GlobalMemory:
 
 
 def _ranges(addresses: Array, size: int) -> list[tuple[int, int]]:
-    """The addresses as ranges without gaps: few, where threads read side by side."""
+    """Merge the addresses into ranges without gaps: few if threads access neighboring bytes."""
     ordered = np.unique(addresses)
     breaks = np.nonzero(np.diff(ordered) > size)[0]
     starts = np.concatenate(([0], breaks + 1))

@@ -1,4 +1,4 @@
-"""Instructions that are more than arithmetic: moves, memory, copies, barriers, shuffles and matrices, by opcode."""
+"""Instructions other than arithmetic: moves, memory, copies, barriers, shuffles and matrices, by opcode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WARP, WARPGROUP = 32, 128
 
 
 def _move(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
-    """mov: also takes a register apart into {halves}, or puts one together from them."""
+    """mov: also splits a register into {halves}, or joins one from them."""
     target, source = instruction.operands
     dtype = block.dtype_of(instruction)
     half = BITS[np.dtype(dtype).itemsize // max(len(members(target)), len(members(source)))]
@@ -47,7 +47,7 @@ def _convert(block: ThreadBlock, instruction: Instruction, active: Array | None)
 
 
 def _load(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
-    """ld: of a parameter, of shared or of global memory; one to four values."""
+    """ld: from a parameter, shared memory or global memory; one to four values."""
     target, source = instruction.operands
     dtype, targets, threads = block.dtype_of(instruction), members(target), block.chosen(active)
     if instruction.parts[1] == "param":
@@ -120,7 +120,7 @@ def _copy(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
     size, threads = instruction.number(2), block.chosen(active)
     taken = block.get(given[0], np.uint32)[threads] if given else np.full(len(threads), size, np.uint32)
     if not ((taken == size) | (taken == 0)).all():
-        raise KernelError("cp.async of a part of its bytes is not known")
+        raise KernelError("cp.async of a part of its bytes is not supported")
     words = np.zeros((len(threads), size // 4), np.uint32)
     reading = threads[taken == size]
     if len(reading):
@@ -130,13 +130,13 @@ def _copy(block: ThreadBlock, instruction: Instruction, active: Array | None) ->
 
 
 def _fence(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
-    """fence.proxy.async makes writes visible to wgmma and copies; other fences order what is in order here."""
+    """fence.proxy.async makes writes visible to wgmma and copies; other fences order what is always in order here."""
     if instruction.parts[1:3] == ("proxy", "async"):
         block.shared.fences += 1
 
 
 def _grid_dependency(block: ThreadBlock, instruction: Instruction, active: Array | None) -> None:
-    """griddepcontrol.wait for the launch before; launch_dependents changes nothing here, where launches take turns."""
+    """griddepcontrol.wait for the previous launch; launch_dependents has no effect, as launches run in turn here."""
     block.all_threads(active)
     if instruction.parts[1] == "wait":
         block.memory.waited.add(block.number)
@@ -148,7 +148,7 @@ def _shuffle(block: ThreadBlock, instruction: Instruction, active: Array | None)
     target, source, by, clamp = instruction.operands[:4]
     bounds = block.get(clamp, np.uint32)
     if ((bounds & np.uint32(0x1F1F)) != 31).any() and (bounds != 0).any():
-        raise KernelError("shfl over parts of a warp is not known")
+        raise KernelError("shfl over parts of a warp is not supported")
     lane, step = block.lanes % WARP, block.get(by, np.uint32).astype(np.int64)
     lanes = {
         "idx": step % WARP,
@@ -224,7 +224,7 @@ def _start_product(block: ThreadBlock, instruction: Instruction) -> None:
     targets, a, b, scale, *flags = instruction.operands
     columns, depth = (int(number) for number in instruction.parts[4].split("n")[1].split("k"))
     names, kind = members(targets), instruction.kind
-    block.fragments.sums -= set(names)  # sums are added to in the order of the instructions
+    block.fragments.sums -= set(names)  # products are added to sums in instruction order
     result = np.zeros((block.threads, len(names)), np.float32)
     if block.predicate(scale)[0]:
         result = block.get_all(names, np.float32)

@@ -1,4 +1,4 @@
-"""A recorded launch executed over tensors on the CPU: compiled as Triton's own launcher compiles it, in any order."""
+"""Execute a recorded launch on CPU tensors: compiled as by Triton's own launcher, its programs in any order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 30
 
 
 class FakeDriver:
-    """As much of a CUDA driver as Triton's compiler asks for: which architecture there is."""
+    """The part of a CUDA driver that Triton's compiler needs: the architecture."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -50,10 +50,10 @@ class Compiled:
 
 
 def compile_launch(launch: Any, driver: FakeDriver) -> Compiled:
-    """Compile the kernel of a launch for its very arguments: alignments, divisibility and ones count."""
+    """Compile a launch's kernel for its exact arguments: alignment, divisibility and values of 1 matter."""
     from triton.runtime import driver as active
 
-    active.set_active(driver)  # and stays so: without a card there is no other to go back to
+    active.set_active(driver)  # permanently: without a card there is no other to restore
     kernel = launch.kernel.run(grid=(launch.grid,), warmup=True, **launch.arguments, **launch.options)
     descriptors = list(getattr(kernel.metadata, "tensordesc_meta", None) or ())
     return Compiled(kernel.asm["ptx"], kernel.metadata.shared, dict(kernel.src.signature), descriptors)
@@ -78,7 +78,7 @@ def execute(
     orders: Iterable[Sequence[int]],
     before: Collection[int] = (),
 ) -> set[int]:
-    """Run a launch on its CPU tensors; the storages that it wrote, by pointers. `before`: of one that may overlap."""
+    """Run a launch on CPU tensors; return pointers to storages it wrote. `before`: those of one that may overlap."""
     program, written = parsed(compiled.ptx), set[int]()
     if launch.grid > MOST_PROGRAMS:
         raise KernelError(
@@ -86,7 +86,7 @@ def execute(
             "run it on a smaller shape"
         )
     arguments = flattened(launch, compiled.signature)
-    bases = (getattr(argument, "base", argument) for argument in arguments)  # of descriptors
+    bases = (getattr(argument, "base", argument) for argument in arguments)  # a descriptor's tensor
     found = [one.untyped_storage() for one in bases if isinstance(one, torch.Tensor)]
     storages = {storage.data_ptr(): storage for storage in found if storage.nbytes()}
     size = sum(storage.nbytes() + RED_ZONE + 2 * ALIGNMENT for storage in storages.values()) + 4 * RED_ZONE
@@ -113,7 +113,7 @@ def execute(
 
 
 def flattened(launch: Any, signature: dict[str, Any]) -> list[Any]:
-    """The run-time arguments in the order of the PTX's parameters: tuples member by member, nothing compiled in."""
+    """The run-time arguments in the order of the PTX's parameters: tuples flattened, constants left out."""
 
     def members(kind: Any, value: Any) -> list[Any]:
         if isinstance(kind, tuple):
@@ -138,7 +138,7 @@ def bytes_of(storage: Any) -> Array:
 def parameter_values(
     program: Program, arguments: list[Any], descriptors: list[dict[str, Any]], address_of: Callable[[torch.Tensor], int]
 ) -> dict[int, int | float | TensorMap]:
-    """Values of the parameters by their places; Triton adds two pointers to scratch memory, which is not used here."""
+    """Parameter values by byte offset; Triton adds two pointers to scratch memory, which are not used here."""
     given: list[Any] = []
     boxes = iter(descriptors)
     for argument in arguments:
@@ -153,7 +153,7 @@ def parameter_values(
 
 
 def tensor_map(descriptor: Any, start: int, box: dict[str, Any]) -> TensorMap:
-    """What Triton's launcher would encode for a descriptor and the kernel's box."""
+    """The map that Triton's launcher would encode for a descriptor and the kernel's box."""
     rows, columns = descriptor.shape
     width = {0: 0, 1: 32, 2: 64, 3: 128}[box["swizzle"]]
     return TensorMap(start, (rows, columns), descriptor.strides[0], tuple(box["block_size"]), box["elem_size"], width)
@@ -173,5 +173,5 @@ def _check_counters(memory: GlobalMemory, name: str) -> None:
     left = [address for address in memory.counters if words[address // 4]]
     if left:
         raise KernelError(
-            f"{name} leaves {len(left)} of its arrival counters above zero: the next launch would begin wrongly"
+            f"{name} leaves {len(left)} of its arrival counters above zero: the next launch would miscount"
         )

@@ -26,11 +26,11 @@ class Executor:
         self.launches = self.programs = 0
         self.kernels: set[str] = set()
         self.every_last = False  # run every launch in as many orders as it has programs
-        self.written: set[int] = set()  # storages, by the last launch
+        self.written: set[int] = set()  # storages that the last launch wrote
         self._seeds = itertools.count()
 
     def run(self, launch: Any) -> None:
-        """In place of `lorasb.kernels.launcher.run`."""
+        """Compile and execute a launch; replaces `lorasb.kernels.launcher.run`."""
         compiled = compile_launch(launch, self.driver)
         self.kernels.add(compiled.ptx)
         orders = orders_of(launch.grid, next(self._seeds), self.every_last)
@@ -40,7 +40,7 @@ class Executor:
         self.programs += launch.grid
 
     def bind(self, launch: Any) -> Any:
-        """In place of `lorasb.kernels.prepared_launch.bind`: a prepared launch, executed with the given tensors."""
+        """Execute a prepared launch on the given tensors; replaces `lorasb.kernels.prepared_launch.bind`."""
         call = launch.call
         recorded = specialized(call.kernel, call.arguments, call.options)
 
@@ -53,13 +53,13 @@ class Executor:
         return raw
 
     def summary(self) -> str:
-        """One line."""
+        """Summarize in one line."""
         kernels = f"{self.launches} launches of {len(self.kernels)} kernels"
         return f"executed as compiled for {self.arch}: {kernels}, {self.programs} programs"
 
 
 def arguments_of(launch: Any, tensors: Sequence[Tensor], seeds: object) -> dict[str, Any]:
-    """The arguments of a prepared launch by name, as an ordinary one has them."""
+    """The arguments of a prepared launch by name, as in an ordinary one."""
     found = dict(launch.call.arguments)
     for name, place in launch.places.items():
         found[name] = tuple(_view(one, tensors) for one in place) if type(place) is tuple else _view(place, tensors)
@@ -67,7 +67,7 @@ def arguments_of(launch: Any, tensors: Sequence[Tensor], seeds: object) -> dict[
 
 
 def _view(place: Any, tensors: Sequence[Tensor]) -> Tensor:
-    """The argument at a place in one of a call's tensors."""
+    """The argument that is a view into one of a call's tensors."""
     tensor, like = tensors[place.index], place.like
     start = (tensor.storage_offset() * tensor.element_size() + place.offset) // like.element_size()
     found = torch.empty(0, dtype=like.dtype, device=tensor.device)
@@ -75,7 +75,7 @@ def _view(place: Any, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def specialized(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> list[Any]:
-    """What Triton compiles a kernel for: a type for each argument, and what is known of its value."""
+    """Return what Triton specializes a kernel on: each argument's type, and what is known about its value."""
     *_, binder = kernel.device_caches[0]
     return list(binder(**arguments, **options)[1])
 
@@ -83,7 +83,7 @@ def specialized(kernel: Any, arguments: dict[str, Any], options: dict[str, Any])
 def install(arch: str) -> Executor:
     """Let `backend("triton")` execute compiled kernels on CPU tensors, from now on."""
     if arch not in MULTIPROCESSORS:
-        raise ValueError(f"--ptx knows {', '.join(MULTIPROCESSORS)}, got {arch!r}")
+        raise ValueError(f"expected --ptx as one of {', '.join(MULTIPROCESSORS)}, got {arch!r}")
     from dataclasses import replace
 
     from lorasb.backends import triton as backend
@@ -91,7 +91,7 @@ def install(arch: str) -> Executor:
     from lorasb.ops import registry
 
     executor = Executor(arch)
-    prepared_launch.driver.set_active(executor.driver)  # and stays so: without a card there is no other
+    prepared_launch.driver.set_active(executor.driver)  # permanently: without a card there is no other
     launcher.run = executor.run
     prepared_launch.bind = executor.bind
     backend.architecture = lambda device: (arch, MULTIPROCESSORS[arch])  # type: ignore[assignment]
@@ -99,7 +99,7 @@ def install(arch: str) -> Executor:
     choose = plan.choose
 
     def fused(shape: Any, name: str, sms: int) -> Any:
-        """The tables' choice, on the path that has kernels to execute, as the interpreter's default is."""
+        """The tables' choice on the path that has kernels to execute, which is also the interpreter's default."""
         return replace(choose(shape, name, sms), path="fused")
 
     plan.choose = fused

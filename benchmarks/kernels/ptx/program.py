@@ -16,7 +16,7 @@ IGNORED = (".loc", ".reg", ".file", ".pragma", ".section", ".target", ".version"
 
 
 class KernelError(Exception):
-    """A kernel did what the hardware leaves undefined, or what the interpreter does not know. Names the instruction."""
+    """A kernel did something undefined in hardware or unsupported by the interpreter. Names the instruction."""
 
 
 class Address(NamedTuple):
@@ -52,16 +52,16 @@ class Instruction:
         return self.parts[-1]
 
     def number(self, place: int = 0) -> int:
-        """An operand that is a literal."""
+        """The value of a literal operand."""
         return int(str(self.operands[place]), 0)
 
     def unknown(self) -> KernelError:
-        """What is raised where the interpreter does not know it."""
+        """The error for an instruction that the interpreter does not support."""
         return KernelError(f"the interpreter does not know {self.opcode}")
 
 
 class Parameter(NamedTuple):
-    """A kernel parameter: its type, and its place among the bytes of all."""
+    """A kernel parameter: its type, and its byte offset among all parameters."""
 
     kind: str
     place: int
@@ -85,13 +85,13 @@ class Program:
         return frozenset(part for name in names for part in name.split("|"))
 
     def placed(self, values: Iterable[Any]) -> dict[int, Any]:
-        """Values of the parameters, given in their order, by their places."""
+        """Map the parameters' byte offsets to values, which are given in the parameters' order."""
         pairs = zip(self.parameters.values(), values, strict=True)
         return {one.place: float(value) if one.kind == "f32" else value for one, value in pairs}
 
     @classmethod
     def parse(cls, ptx: str) -> Program:
-        """The one entry of a module."""
+        """Parse the only entry of a module."""
         entry = re.search(r"\.visible \.entry (\w+)\s*\((.*?)\)(.*?)\{(.*)", ptx, re.S)
         if entry is None:
             raise KernelError("no kernel entry in this PTX")
@@ -103,12 +103,12 @@ class Program:
 
 
 def members(operand: Any) -> tuple[str, ...]:
-    """The registers of a vector, or the one that an operand is."""
+    """The registers of a vector, or the operand itself as the only one."""
     return operand if isinstance(operand, tuple) else (operand,)
 
 
 def _parameters(signature: str) -> dict[str, Parameter]:
-    """Naturally aligned, or as they say, one after another."""
+    """Lay out parameters one after another, aligned naturally or as declared."""
     parameters, end = {}, 0
     pattern = r"\.param (?:\.align (\d+) )?\.(\w+)[^,\n]*?\s(\w+_param_\d+)(?:\[(\d+)\])?"
     for alignment, kind, name, count in re.findall(pattern, signature):
@@ -136,7 +136,7 @@ def _instructions(body: str) -> tuple[list[Instruction], dict[str, int]]:
             labels[label[1]] = len(instructions)
             text = text[label.end() :].lstrip("{} ")
         if (branch := re.search(r"\bbra(\.uni)? ([a-z]\w*)$", text)) and branch[2] in labels:
-            # inline assembly brings its labels, the same in every copy: the last one before a branch is meant
+            # inline assembly repeats its labels in every copy: a branch means the last one before it
             place = labels[branch[2]]
             text = f"{text}_{place}"
             labels[f"{branch[2]}_{place}"] = place
@@ -146,14 +146,14 @@ def _instructions(body: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _closed(lines: list[str]) -> bool:
-    """True if every scope that was opened inside the body is closed, so that a brace ends the body."""
+    """True if every scope that was opened inside the body is closed, so that the next brace ends the body."""
     text = "\n".join(lines)
     scopes = re.sub(r"\{[^{}\n]*\}", "", text)  # vectors of operands, on one line
     return scopes.count("{") == scopes.count("}")
 
 
 def parse_instruction(text: str) -> Instruction:
-    """`@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+16]`."""
+    """Parse text such as `@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+16]`."""
     guard, rest = None, text
     if match := re.match(r"@(!?%?\w+)\s+", text):
         guard, rest = match[1], text[match.end() :]

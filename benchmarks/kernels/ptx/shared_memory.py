@@ -1,12 +1,12 @@
 """Shared memory of one block, and the checks of every access.
 
-Warps of a block are ordered by barriers alone: two accesses of different warps between the same two barriers, of which
-one writes, are a race. A cp.async writes when it is waited for: until then nobody may touch its bytes, and other warps
+Only barriers order the warps of a block: two accesses of different warps between the same two barriers are a race if
+one of them writes. A cp.async writes when it is waited for: until then nothing may touch its bytes, and other warps
 need a barrier after the wait. wgmma reads through the asynchronous proxy: writes before it need a barrier and
-`fence.proxy.async`, and until its wait nobody may write what it reads. Likewise copies by descriptor, see
+`fence.proxy.async`, and until its wait nothing may write what it reads. The same holds for copies by descriptor, see
 `tensor_copies`.
 
-Inside a warp, lanes are in lockstep here: a missing `bar.warp.sync` is not found.
+Inside a warp, lanes are in lockstep here: a missing `bar.warp.sync` is not detected.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from .tensor_copies import Barrier
 
 GRANULE = 2  # bytes that share a record of their accesses
-UNDEFINED = 0xFF  # what is there before anybody wrote
+UNDEFINED = 0xFF  # content of unwritten bytes
 MANY = -2  # several warps read
 NEVER = -1
 
 
 class Copy(NamedTuple):
-    """An asynchronous copy: what lanes write [lanes, granules], words by their places, and the warps that issued it
-    (None: by descriptor, and ordered for all threads)."""
+    """An asynchronous copy: the granules that lanes write [lanes, granules], words and their places, and the warps that
+    issued it (None: a copy by descriptor, ordered for all threads)."""
 
     granules: Array
     places: Array
@@ -50,7 +50,7 @@ class Pipeline:
         self.open = []
 
     def wait(self, pending: int) -> list[Any]:
-        """What has finished when at most `pending` groups are left."""
+        """Finish groups until at most `pending` are left; return their operations."""
         count = max(0, len(self.groups) - pending)
         finished = [operation for group in self.groups[:count] for operation in group]
         self.groups = self.groups[count:]
@@ -72,7 +72,7 @@ class SharedMemory:
         self.write_warp, self.write_clock = np.full(count, NEVER, np.int32), np.full(count, NEVER, np.int32)
         self.read_warp, self.read_clock = np.full(count, NEVER, np.int32), np.full(count, NEVER, np.int32)
         self.in_flight = np.zeros(count, np.int32)  # copies that will write
-        self.in_use = np.zeros(count, np.int32)  # wgmma, and copies out, that read
+        self.in_use = np.zeros(count, np.int32)  # wgmma and outgoing copies that still read
         self.write_fence = np.full(count, NEVER, np.int32)
         self.copies, self.products, self.stores = Pipeline(), Pipeline(), Pipeline()
         self.barriers: dict[int, Barrier] = {}
@@ -95,7 +95,7 @@ class SharedMemory:
         self.bytes.view(values.dtype)[pieces(addresses, size, values.itemsize)] = values
 
     def start_copy(self, addresses: Array, words: Array, size: int, warps: Array) -> None:
-        """cp.async of words [n, k]."""
+        """Start a cp.async of words [n, k]."""
         granules = self._check_write(addresses, size, warps)
         if len(np.unique(granules)) != granules.size:
             raise KernelError("two cp.async to one place")
@@ -103,24 +103,24 @@ class SharedMemory:
         self.copies.open.append(Copy(granules, pieces(addresses, size, words.itemsize), words, warps))
 
     def arrive(self, copies: list[Copy]) -> None:
-        """Copies that were waited for write."""
+        """Write the copies that were waited for."""
         for copy in copies:
             self.bytes.view(copy.words.dtype)[copy.places] = copy.words
             self.in_flight[copy.granules] -= 1
             self._written(copy.granules, copy.warps)
 
     def use(self, addresses: Array, size: int) -> None:
-        """A wgmma begins to read the bytes at these addresses."""
+        """Begin a wgmma that reads the bytes at these addresses."""
         self.products.open.append(self._used("wgmma", addresses, size))
 
     def start_store(self, addresses: Array, size: int) -> Array:
-        """A copy out begins to read elements at these addresses; their values."""
+        """Begin an outgoing copy that reads elements at these addresses; return their values."""
         self.stores.open.append(self._used("a copy", addresses, size))
         values: Array = self.bytes.view(BITS[size])[addresses // size]
         return values
 
     def _used(self, reader: str, addresses: Array, size: int) -> Array:
-        """Granules that something asynchronous begins to read."""
+        """Check and mark granules that an asynchronous operation begins to read."""
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
             raise KernelError(f"{reader} descriptor out of shared memory")
         granules = np.unique(pieces(addresses.reshape(-1), size, GRANULE))
@@ -137,7 +137,7 @@ class SharedMemory:
         return granules
 
     def wait_for_readers(self, pipeline: Pipeline, pending: int) -> None:
-        """A wait_group of wgmma, or of copies out: what finished has read its bytes."""
+        """A wait_group of wgmma or outgoing copies: those that finished have read their bytes."""
         for granules in pipeline.wait(pending):
             self.in_use[granules] -= 1
             self._read_by_all(granules)
@@ -160,7 +160,7 @@ class SharedMemory:
         return found
 
     def start_landing(self, barrier: Barrier, places: Array, values: Array, warp: Array) -> None:
-        """A copy by descriptor begins: it will write, and complete bytes of an mbarrier."""
+        """Begin a copy by descriptor, which will write and complete bytes of an mbarrier."""
         granules = self._check_write(places.reshape(-1), values.itemsize, np.broadcast_to(warp, places.size), "copy")
         if (self.write_fence[granules] >= self.fences).any():
             raise KernelError("a copy overwrites what was written without fence.proxy.async")
@@ -179,14 +179,14 @@ class SharedMemory:
         self.read_warp[granules], self.read_clock[granules] = MANY, self.clock
 
     def _written(self, granules: Array, warps: Array | None) -> None:
-        """By these warps now, or ordered for all."""
+        """Record a write by these warps now, or (None) one that is ordered for all."""
         self.initialized[granules] = True
         self.write_warp[granules] = MANY if warps is None else warps[:, None]
         clock, fence = (NEVER, NEVER) if warps is None else (self.clock, self.fences)
         self.write_clock[granules], self.write_fence[granules] = clock, fence
 
     def _check(self, addresses: Array, size: int, warps: Array, doing: str) -> Array:
-        """The granules of an access, after the checks that reads and writes share."""
+        """Run the checks that reads and writes share; return the access's granules."""
         if (addresses % size).any():
             raise KernelError(f"misaligned shared {doing} of {size} bytes")
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():

@@ -1,9 +1,9 @@
 """Copies of blocks by descriptor (TMA), and the barriers in shared memory (mbarrier) that they complete.
 
-A copy into shared memory reads when it is issued and writes when its barrier is waited for the second time, as a first
-`try_wait` may fail: the latest that it may. Until then nobody may touch its bytes. They are ordered for the threads
-that waited, and for wgmma. A copy out of shared memory needs a barrier and `fence.proxy.async` after the writes, and
-until its wait nobody may write there.
+A copy into shared memory reads when it is issued and writes as late as it may: at the second wait for its barrier, as
+the first `try_wait` may fail. Until then, nothing may touch its bytes; then they are ordered for the threads that
+waited, and for wgmma. A copy out of shared memory needs a barrier and `fence.proxy.async` after the writes, and until
+its wait nothing may write there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .tensor_cores import SWIZZLES
 if TYPE_CHECKING:
     from .thread_block import ThreadBlock
 
-IN = [("tensor", "2d", f"shared::{scope}", "global") for scope in ("cta", "cluster")]  # without a cluster the same
+IN = [("tensor", "2d", f"shared::{scope}", "global") for scope in ("cta", "cluster")]  # equivalent without a cluster
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """What a descriptor's 128 bytes say: a matrix in global memory, and the box of a copy."""
+    """The content of a descriptor's 128 bytes: a matrix in global memory, and the box of a copy."""
 
     start: int
     shape: tuple[int, int]
@@ -69,12 +69,12 @@ class Barrier:
         self.pending = self.count
 
     def arrive(self, expected: int) -> None:
-        """One arrival, and bytes that copies will bring."""
+        """Count one arrival, and the bytes that copies will bring."""
         self.pending, self.expected = self.pending - 1, self.expected + expected
         self._complete()
 
     def land(self) -> list[Copy]:
-        """All copies under way arrive."""
+        """Complete all copies in flight, and return them."""
         landed, self.copies = self.copies, []
         self.expected -= sum(copy.words.nbytes for copy in landed)
         self._complete()
@@ -120,12 +120,12 @@ def barrier(block: ThreadBlock, instruction: Instruction, active: Array | None) 
 
 
 def _waited(block: ThreadBlock, operands: tuple[Operand, ...], active: Array | None) -> Array:
-    """Which threads' phases are complete; copies land for all threads at once."""
+    """Return which threads' phases are complete; copies land for all threads at once."""
     block.all_threads(active)
     places = np.unique(block.addresses(operands[0], np.uint32, block.lanes))
     parity = np.unique(block.get(operands[1], np.uint32))
     if len(places) != 1 or len(parity) != 1:
-        raise KernelError("threads that wait for different phases are not known")
+        raise KernelError("waits of threads for different phases are not supported")
     found = block.shared.barrier_at(int(places[0]), MANY)
     if found.phase % 2 == parity[0] and not found.tried:
         found.tried = True

@@ -1,8 +1,8 @@
 """Matrix instructions: which lane holds which element, ldmatrix and stmatrix, mma and wgmma.
 
-Products are taken and added in fp64 and rounded to fp32 once. The hardware's order inside one instruction is not
-documented: results may differ from a card's in the last bits, and tests compare within a tolerance. tf32 operands are
-truncated, as the hardware reads them.
+Products are computed and added in fp64 and rounded to fp32 once. The hardware's order of additions in an instruction
+is not documented: results may differ from a card's in the last bits, so tests compare within a tolerance. tf32 operands
+are truncated, as the hardware reads them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .formats import Array
 from .program import KernelError
 from .shared_memory import SharedMemory
 
-# Type of an operand's elements -> their bits, and these as the fp32 that a tensor core reads
+# Element type -> dtype of its bits, and their conversion to the fp32 values that a tensor core reads
 READ: dict[str, tuple[Any, Callable[[Array], Array]]] = {
     "bf16": (np.uint16, formats.from_bf16),
     "f16": (np.uint16, formats.from_f16),
@@ -28,9 +28,9 @@ SWIZZLES = {128: 7, 64: 3, 32: 1}
 
 
 def operand(registers: Array, kind: str) -> Array:
-    """A [W, 16, K] from registers [W, 32 lanes, 4], or Bᵀ [W, 8, K] from 2: K is 16, of tf32 8.
+    """A [W, 16, K] from registers [W, 32 lanes, 4], or Bᵀ [W, 8, K] from 2 per lane: K is 16, or 8 for tf32.
 
-    A lane's registers are those of its 8 rows and half of the columns; in 16 bits it has two neighbors of each.
+    Each register of a lane is for one group of 8 rows and one half of the columns; in 16 bits it holds two neighbors.
     """
     dtype, convert = READ[kind]
     values, eights = convert(np.ascontiguousarray(registers).view(dtype)), registers.shape[2] // 2
@@ -47,7 +47,7 @@ def add_product(left: Array, right: Array, sums: Array) -> Array:
 
 
 def mma(shape: str, kinds: tuple[str, str], a: Array, b: Array, c: Array) -> Array:
-    """D = A B + C of a warp: registers a [W, 32, 4], b [W, 32, 2], c [W, 32, 4] in fp32, and so D."""
+    """D = A B + C of a warp: registers a [W, 32, 4], b [W, 32, 2], c [W, 32, 4] in fp32, as is D."""
     known = {"m16n8k16": ("bf16", "f16"), "m16n8k8": ("tf32",)}
     if kinds[0] != kinds[1] or kinds[0] not in known.get(shape, ()):
         raise KernelError(f"mma {shape} of {kinds[0]} and {kinds[1]} is not known to the interpreter")
@@ -67,8 +67,8 @@ def to_rows(registers: Array, transposed: bool) -> Array:
 
 
 def described(bits: int, rows: int, columns: int, size: int, major: bool) -> Array:
-    """Byte addresses [rows (of M or N), columns (of K)] of a wgmma operand's elements of `size` bytes, by the 64 bits
-    of its matrix descriptor (PTX ISA, "Matrix Descriptor Format")."""
+    """Byte addresses [rows (of M or N), columns (of K)] of a wgmma operand's elements of `size` bytes, from the 64
+    bits of its matrix descriptor (PTX ISA, "Matrix Descriptor Format")."""
     mode = bits >> 62
     if mode == 0 or (bits >> 49) & 7:
         raise KernelError("a wgmma descriptor without swizzle, or with a base offset, is not known")

@@ -1,7 +1,7 @@
-"""One program (thread block): its registers, its instructions in lockstep, and threads that part at a branch.
+"""One program (thread block): its registers, its instructions in lockstep, and threads that diverge at a branch.
 
-While all threads are at one instruction, each instruction is one step on vectors over the threads. Where a branch
-divides them, the threads that are farthest back go on until all meet again, as structured code always does.
+While all threads are at the same instruction, it is one step on vectors over the threads. After a branch diverges, the
+threads that are farthest back continue until all meet again, as they always do in structured code.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .instructions import HANDLERS, WARP
 from .program import Instruction, KernelError, Program
 from .shared_memory import Pipeline, SharedMemory
 
-STEPS = 10**7  # more are an endless loop
-DYNAMIC_SHARED = "global_smem"  # Triton's name of the block's shared memory, which begins at 0
+STEPS = 10**7  # more indicate an endless loop
+DYNAMIC_SHARED = "global_smem"  # Triton's name for the block's shared memory, which begins at 0
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Fragments(Pipeline):
     operands: set[str] = field(default_factory=set)
 
     def use(self, sums: Sequence[str], operands: Sequence[str]) -> None:
-        """A wgmma begins."""
+        """Begin a wgmma."""
         self.open.append((sums, operands))
         self.sums.update(sums)
         self.operands.update(operands)
 
     def wait(self, pending: int) -> list[Any]:
-        """wgmma.wait_group: what is left is that of the last groups."""
+        """wgmma.wait_group: finish all groups but the last `pending`."""
         finished = super().wait(pending)
         self.sums = {name for sums, _ in self.unfinished for name in sums}
         self.operands = {name for _, operands in self.unfinished for name in operands}
@@ -46,7 +46,7 @@ class Fragments(Pipeline):
 
 
 class ThreadBlock:
-    """A thread block that is executed once: the program of this number in a grid."""
+    """A thread block that is executed once: program `number` of a grid."""
 
     def __init__(
         self, program: Program, memory: GlobalMemory, shared: int, values: dict[int, Any], number: int, grid: int
@@ -68,7 +68,7 @@ class ThreadBlock:
             name: np.full(self.threads, value, np.uint32) for name, value in special.items()
         }
         self._at = program.instructions[0]
-        self._places: Array | None = None  # each thread's next instruction, while they are apart
+        self._places: Array | None = None  # each thread's next instruction, while threads diverge
         memory.begin(self)
 
     def run(self) -> None:
@@ -92,7 +92,7 @@ class ThreadBlock:
         raise KernelError(f"{self.program.name} takes more than {STEPS} steps: an endless loop?")
 
     def _step(self, instruction: Instruction, at: int) -> int:
-        """Execute an instruction for the threads that are there; the next one of theirs."""
+        """Execute an instruction for the threads that are at it; return where `_run` continues."""
         self._at = instruction
         here = None if self._places is None else self._places == at
         active = self._guarded(instruction, here)
@@ -109,7 +109,7 @@ class ThreadBlock:
         return self._go(active, here, target, at)
 
     def _issued(self, instruction: Instruction, here: Array | None) -> None:
-        """An instruction that some threads (None: all) are at, whatever its guard says; for subclasses that count."""
+        """Hook for subclasses that count: some threads (None: all) are at an instruction, whatever its guard."""
 
     def _execute(self, instruction: Instruction, head: str, active: Array | None) -> None:
         if head in FUNCTIONS:
@@ -120,14 +120,14 @@ class ThreadBlock:
         HANDLERS[head](self, instruction, active)
 
     def _guarded(self, instruction: Instruction, here: Array | None) -> Array | None:
-        """The threads that execute it; None for all."""
+        """The threads that execute the instruction; None for all."""
         if instruction.guard is None:
             return here
         mask = self.predicate(instruction.guard)
         return mask if here is None else mask & here
 
     def _go(self, active: Array | None, here: Array | None, target: int, at: int) -> int:
-        """Send the active threads to `target`, and the others that are here on; where `_run` continues."""
+        """Send the active threads to `target`, the others here to the next; return where `_run` continues."""
         if here is None and (active is None or active.all()):
             return target
         places = np.full(self.threads, at) if self._places is None else self._places
@@ -163,8 +163,8 @@ class ThreadBlock:
         return self.registers[name]
 
     def packed(self, operand: Any, dtype: Any) -> Array:
-        """A member of a register that is put together. LLVM packs a value with a register that nobody ever writes where
-        the other half is not looked at: that is all ones, a NaN, which would show in a result."""
+        """A part of a packed register. For a half that nothing uses, LLVM packs a register that is never written: it
+        reads as all ones, a NaN, which would show in a result."""
         if str(operand) in self.registers or str(operand) in self.program.targets:
             return self.get(operand, dtype)
         return np.full(self.threads, np.iinfo(dtype).max, dtype)
@@ -231,12 +231,12 @@ class ThreadBlock:
         return self.get(operand.base, dtype)[threads].astype(np.int64) + operand.offset
 
     def whole_warps(self, active: Array | None) -> None:
-        """Refuse a warp's instruction that some of its lanes do not execute."""
+        """Refuse a warp-wide instruction that only some lanes of a warp execute."""
         if active is not None and not (active.reshape(-1, WARP).all(1) == active.reshape(-1, WARP).any(1)).all():
             raise KernelError("an instruction of whole warps where some lanes are elsewhere")
 
     def all_threads(self, active: Array | None) -> None:
-        """Refuse a block's instruction that some threads do not execute."""
+        """Refuse a block-wide instruction that only some threads execute."""
         if active is not None and not active.all():
             raise KernelError("an instruction of all threads where some are elsewhere")
 
@@ -255,7 +255,7 @@ class ThreadBlock:
         parts, kind = instruction.parts, instruction.kind
         if kind == "f32x2":  # two fp32 in each 64-bit register, as Blackwell computes them: add, sub, mul, fma
             return np.float32, [np.ascontiguousarray(self.get(one, np.uint64)).view(np.float32) for one in sources]
-        if parts[-2:] in (("f32", "bf16"), ("f32", "f16")):  # Blackwell's, too: all but the last are 16-bit operands
+        if parts[-2:] in (("f32", "bf16"), ("f32", "f16")):  # also on Blackwell: all operands but the last have 16 bits
             widen = formats.from_bf16 if kind == "bf16" else formats.from_f16
             halves = [widen(self.get(source, np.uint16)) for source in sources[:-1]]
             return np.float32, [*halves, self.get(sources[-1], np.float32)]

@@ -1,8 +1,8 @@
-"""What a launch asks of a card: issue slots, tensor operations, shared-memory wavefronts, global sectors.
+"""The work of a launch: issue slots, tensor operations, shared-memory wavefronts, global sectors.
 
-Counted of each instruction as it is executed, from the addresses that its threads really compute. Programs that share a
-row block or a tile do the same work as those of any other, up to the edges: a few are executed for all, with the
-launch's own arguments, over memory that has addresses and no bytes, so that a launch of any size can be counted.
+Each instruction is counted as it is executed, from the addresses that its threads compute. Programs that share a row
+block or a tile do the same work as those of any other, up to the edges: a few are executed for all, with the launch's
+own arguments, over memory that has addresses but no bytes, so that a launch of any size can be counted.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .thread_block import ThreadBlock
 
 BANKS, BANK_BYTES = 32, 4
 SECTOR = 32  # bytes of global memory that move at once
-PHASE_BYTES = BANKS * BANK_BYTES  # a warp's access to shared memory moves so many at most in one pass
+PHASE_BYTES = BANKS * BANK_BYTES  # the most that a warp's access to shared memory moves in one pass
 FREE = ("mov", "cvta")  # ptxas renames registers instead
 WIDE_INTEGERS = {"add": 2, "sub": 2, "mul": 4, "mad": 4, "shl": 2, "shr": 2, "setp": 2, "selp": 2, "and": 2, "or": 2}
 
 
 @dataclass
 class Work:
-    """Of one or more programs; add them with `+`, repeat them with `*`."""
+    """Work of one or more programs; add with `+`, repeat with `*`."""
 
     issue_slots: float = 0
     tensor_flops: float = 0
@@ -50,14 +50,14 @@ class Work:
         return Work(*(getattr(self, f.name) * times for f in fields(Work)))
 
     def issue(self, instruction: Instruction, here: Array | None, threads: int) -> None:
-        """An instruction, by the warps that have a thread at it; a guard that is false takes the slot all the same."""
+        """Count an instruction for each warp with a thread at it; a false guard takes the slot all the same."""
         warps = threads // WARP if here is None else int(here.reshape(-1, WARP).any(1).sum())
         self.issue_slots += warps * slots(instruction)
         head = instruction.parts[0]
         if head == "mma":
             self._multiply(matrix_flops(instruction.parts[3]) * warps, instruction.parts[7])
         elif head == "wgmma" and instruction.parts[1] == "mma_async":
-            # 64 rows of A a warpgroup of 4 warps; both operands pass through shared memory's data path
+            # 64 rows of A per warpgroup of 4 warps; both operands pass through shared memory's data path
             shape, kind = instruction.parts[4], instruction.parts[6]
             self._multiply(matrix_flops(shape) * warps / 4, kind)
             columns, depth = (int(number) for number in re.findall(r"n(\d+)k(\d+)", shape)[0])
@@ -72,7 +72,7 @@ class Work:
 
 
 def slots(instruction: Instruction) -> int:
-    """Issue slots of an instruction: none for what ptxas does by naming, more for integers of 64 bits."""
+    """Issue slots of an instruction: none if ptxas removes it, more for 64-bit integers."""
     parts = instruction.parts
     if parts[0] in FREE or parts[:2] == ("ld", "param"):
         return 0
@@ -82,15 +82,15 @@ def slots(instruction: Instruction) -> int:
 
 
 def matrix_flops(shape: str) -> int:
-    """Of one `m16n8k16`."""
+    """FLOPs of one matrix product such as `m16n8k16`."""
     m, n, k = (int(number) for number in re.fullmatch(r"m(\d+)n(\d+)k(\d+)", shape).groups())  # type: ignore[union-attr]
     return 2 * m * n * k
 
 
 def wavefronts(addresses: Array, size: int, warps: Array) -> int:
-    """Passes through shared memory's 32 banks."""
+    """Count the passes through shared memory's 32 banks."""
     lanes = PHASE_BYTES // max(size, BANK_BYTES)
-    place = np.arange(len(addresses)) - np.searchsorted(warps, warps)  # among the warp's own; warps are in order
+    place = np.arange(len(addresses)) - np.searchsorted(warps, warps)  # index within the warp; warps are in order
     phases = (warps.astype(np.int64) * WARP + place // lanes) << 32
     wanted = np.unique(phases[:, None] | pieces(addresses, size, BANK_BYTES))  # each word of a phase once
     phase, bank = np.unique(wanted >> 32, return_inverse=True)[1], wanted % BANKS
@@ -99,13 +99,13 @@ def wavefronts(addresses: Array, size: int, warps: Array) -> int:
 
 
 def sectors(addresses: Array, size: int, warps: Array) -> int:
-    """Pieces of 32 bytes that the lanes of each warp touch; lanes of one warp share them."""
+    """Count the 32-byte sectors that the lanes of each warp touch; lanes of one warp share them."""
     keys = warps.astype(np.int64)[:, None] << 48 | pieces(addresses, size, SECTOR)
     return len(np.unique(keys))
 
 
 class MeteredShared(SharedMemory):
-    """Shared memory that counts the wavefronts of lanes; copies by descriptor are not among them."""
+    """Shared memory that counts the wavefronts of lanes; copies by descriptor are not counted."""
 
     def __init__(self, size: int, work: Work) -> None:
         super().__init__(size)
@@ -150,10 +150,10 @@ class MeteredBlock(ThreadBlock):
 
 
 def work_of(launch: Any, compiled: Compiled, programs: Sequence[int]) -> Work:
-    """What these programs of a launch ask for, executed in this order. Its tensors may lie on `meta`."""
+    """The work of these programs of a launch, executed in this order. Its tensors may be on `meta`."""
     program, work = parsed(compiled.ptx), Work()
     arguments = flattened(launch, compiled.signature)
-    memory, values = AddressSpace(work), parameter_values(program, arguments, compiled.descriptors, _laid_out())
+    memory, values = AddressSpace(work), parameter_values(program, arguments, compiled.descriptors, _distant_addresses())
     for i in programs:
         block = MeteredBlock(program, memory, compiled.shared, values, i, launch.grid)
         block.work, block.shared = work, MeteredShared(compiled.shared, work)
@@ -161,7 +161,7 @@ def work_of(launch: Any, compiled: Compiled, programs: Sequence[int]) -> Work:
     return work
 
 
-def _laid_out() -> Callable[[torch.Tensor], int]:
-    """Addresses of tensors that lie far apart."""
+def _distant_addresses() -> Callable[[torch.Tensor], int]:
+    """Return a function that assigns tensors addresses that are far apart."""
     starts = count(ALIGNMENT, 1 << 40)
     return cache(lambda tensor: next(starts))

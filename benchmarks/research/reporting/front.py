@@ -1,4 +1,4 @@
-"""The pictures of the README and the documentation, on a light and on a dark background, from the committed results.
+"""Draw the pictures of the README and the documentation from committed results, for light and dark backgrounds.
 
 python -m benchmarks.research.reporting.front   # docs/NAME-light.png and docs/NAME-dark.png
 """
@@ -24,14 +24,14 @@ from lorasb.init.initialization import LONGEST_START
 from lorasb.utils.plotting import GRAD, MUTED, SIGN
 
 DOCS = runner.BENCHMARKS.parent / "docs"
-INKS = {"light": "#1b1b1b", "dark": "#e6e6e6"}  # of text, on either background
-TEXT, SMALL = 17, 15  # points, of 7.6 inches: legible on a telephone
+INKS = {"light": "#1b1b1b", "dark": "#e6e6e6"}  # text color on each background
+TEXT, SMALL = 17, 15  # points, at a width of 7.6 inches: legible on a phone
 MODEL, RANK, COUNT = "Mistral-7B", 16, 1000
 STEPS = 75  # of the training curves
 
 
 def megabytes(axis: Any, ink: str) -> str:
-    """One adapter among a thousand, the shared basis included."""
+    """Draw the size of one adapter among a thousand, including its share of the basis."""
     sizes = Sizes(MODEL)
     bars = {
         "LoRA, r = 32": sizes.lora(32) / 1e6,
@@ -53,7 +53,7 @@ def megabytes(axis: Any, ink: str) -> str:
 
 
 def parameters(axis: Any, ink: str) -> str:
-    """Held-out loss of every method against the number of its trained parameters."""
+    """Draw every method's held-out loss against its number of trained parameters."""
     draw_spots(axis, list(spots_of(read_csv(runner.RESULTS / ROWS), "word_sequence_reversal by loss")), 9, 12, ink)
     axis.set_xlabel("trained parameters (word reversal, SmolLM2-135M)\nbars: 95% over seeds; hollow: span of two seeds")
     axis.set_ylabel("held-out loss")
@@ -62,7 +62,7 @@ def parameters(axis: Any, ink: str) -> str:
 
 
 def tokens(axis: Any, ink: str) -> str:
-    """Tokens per second of a batch in vLLM by the number of different adapters in it."""
+    """Draw tokens per second in vLLM by the number of different adapters in a batch."""
     found, counts = read_json(runner.BENCHMARKS / "results" / vllm.FILE)["speed"], vllm.COUNTS
     most: list[float] = []  # tokens per second with the most adapters
     for way, text, color in ((vllm.PLUGIN, "R on one basis", SIGN), (vllm.STOCK, "plain LoRAs", GRAD)):
@@ -93,7 +93,7 @@ def tokens(axis: Any, ink: str) -> str:
 
 
 def start(axis: Any, ink: str) -> str:
-    """Training loss from its first point on."""
+    """Draw the training loss, with its first point labeled."""
     rows = [row for row in read_csv(runner.RESULTS / "figure-2.csv") if row["task"] == "chain_sum"]
     firsts = []
     ours = f"LoRA-SB (start of up to {LONGEST_START:g} steps)"
@@ -114,14 +114,14 @@ def start(axis: Any, ink: str) -> str:
 
 
 def bits(axis: Any, ink: str) -> str:
-    """Training loss over a base in 16 and in 4 bits."""
+    """Draw the training loss with a 16-bit and a 4-bit base."""
     found = read_json(runner.BENCHMARKS / "results" / "four-bits-curve.json")
     for one in found["runs"]:
         color = SIGN if one["bits"] == 4 else GRAD
         losses = smoothed(tuple(one["train_losses"]))
         label = f"base in {one['bits']} bits" if one["seed"] == 0 else None
         axis.plot(range(1, len(losses) + 1), losses, color=color, lw=2.5, alpha=0.85, label=label)
-        size, fill = (9, color) if one["bits"] == 4 else (15, "none")  # a ring, where the dots coincide
+        size, fill = (9, color) if one["bits"] == 4 else (15, "none")  # a ring around the dot, as the two coincide
         axis.plot(len(losses), one["eval_loss_after"], "o", color=color, ms=size, mfc=fill, mew=2)
     axis.set_xlabel("step (dots: held out)")
     axis.set_ylabel("training loss")
@@ -133,7 +133,7 @@ PICTURES: dict[Callable[[Any, str], str], float] = {megabytes: 3.4, parameters: 
 
 
 def main() -> None:
-    """Draw each picture twice."""
+    """Draw each picture once per background."""
     for draw, height in PICTURES.items():
         for name, ink in INKS.items():
             figure, (axis,) = panels(1, 1, (7.6, height))

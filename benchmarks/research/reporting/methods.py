@@ -1,4 +1,4 @@
-"""Methods side by side: a table a task, the verdicts, and why an ordering does not show."""
+"""Methods side by side: one table per task, the verdicts, and why the paper's ordering is not reproduced."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from benchmarks.research.reporting.why import explanation
 INTRODUCTION = """\
 Every method sees the same examples in the same order, with the same schedule (10% warm-up, then linear to zero), AdamW
 without weight decay (LoRA-Pro has its own AdamW) and clipping at norm 1. Learning rates are searched with one seed on a
-validation split: three per method, then further ones for as long as the best is the last one tried. Best means the
+validation split: three per method, then more for as long as the best one is at an end of those tried. Best means the
 lowest loss, on CoLA the highest score, because there the loss of an overfitting model rises before its score falls.
-Three seeds at the best rate then run on the test split. `trained` counts the adapters alone. Do not compare times
-between rows: two runs share two cores, and the runs of a table may come from several processors, named below it.
+Three seeds at the best rate then run on the test split. `trained` counts only the adapters. Do not compare times
+between rows: two runs share two cores, and a table's runs may come from several processors, named below it.
 `python -m benchmarks.research.methods --data-dir DATA` runs it.
 
 LoRA, rsLoRA, PiSSA, DoRA and LoRA-GA are PEFT's, LoRA-Pro is `lora-pro-adamw` on PEFT's LoRA; alpha = r for all. PEFT's
@@ -31,20 +31,20 @@ LoRA-GA scales its factors differently from the authors' code. Language models h
 adapters in fp32, LoRA-SB and LoRA-XS keep A and B in bf16 and R in fp32, and full fine-tuning keeps fp32 weights and
 trains under autocast. `LoRA-SB (sgd)` is LoRA-SB with `update="sgd"`: factors from the mean gradient instead of its
 sign. `LoRA-SB (whole step)` is LoRA-SB with `longest_start=None`, the start of the paper's text. The paper's code
-starts closer to zero: to get η it divides by the batches of the estimation instead of the training steps, of which
-there are a tenth as many on Mistral-7B (`first_step_lr(rule="published")`); a limit of 4 steps gives about that start
-there. LoRA-XS has its Σ in B here; its authors have it in A (`python -m benchmarks.research.paired` has both)."""
+starts closer to zero: to get η it counts batches of the estimation instead of training steps, and on Mistral-7B there
+are ten times as many (`first_step_lr(rule="published")`); a limit of 4 steps gives about the same start there. LoRA-XS
+has its Σ in B here; its authors have it in A (`python -m benchmarks.research.paired` has both)."""
 VERDICTS = f"""\
 Two means are *level* if they differ by no more than one standard deviation of the difference of two runs (± below) or,
-for scores, by no more than {SMALLEST:g} (two answers of 200). With three seeds each, one or two of ten equal pairs come
-out better or worse by chance:"""
+for scores, by no more than {SMALLEST:g} (two answers of 200). With three seeds each, one or two of ten equally good
+pairs come out better or worse by chance:"""
 LINEARS = "all linear layers"
 ADAPTED = {"cola": "an encoder of 22.7M parameters, its self-attention and a new head, fp32"}  # others: LINEARS
 HEAD = ("method", "r", "best lr", "seeds", "trained", "loss", "init s", "train s", "peak MB")
 
 
 def section(rows: Sequence[Row], folder: Path) -> list[str]:
-    """All tasks that have test runs."""
+    """Return the section with all tasks that have test runs."""
     out = ["## Methods side by side", "", INTRODUCTION, "", *in_short(rows), ""]
     drawn = [task for task in TASKS.values() if lines(rows, task.name)]
     if drawn:
@@ -59,7 +59,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
 
 
 def rewards(folder: Path) -> Iterator[str]:
-    """GRPO by rank, where seeds have been run."""
+    """Yield the table of GRPO by rank, if it was run."""
     found = read_csv(folder / reinforcement.FILE)
     body = list(reinforcement.lines(found))
     if body:
@@ -69,7 +69,7 @@ def rewards(folder: Path) -> Iterator[str]:
 
 
 def best_rates(rows: Sequence[Row], tasks: Sequence[Task]) -> list[str]:
-    """A row a method, a column a task; with the rank, where it moves the rate."""
+    """Return a table with one row per method and one column per task; with the rank if the rate depends on it."""
     found: dict[str, dict[str, list[str]]] = {}
     for task in tasks:
         for line in lines(rows, task.name):
@@ -81,7 +81,7 @@ def best_rates(rows: Sequence[Row], tasks: Sequence[Task]) -> list[str]:
 
 
 def one_task(rows: Sequence[Row], task: Task) -> list[str]:
-    """Table and verdicts."""
+    """Return a task's table and verdicts."""
     arrow = "more" if task.higher_is_better else "less"
     size = f"{task.steps} steps of {task.batch}; n = {task.test} test and {task.validation} validation examples"
     if task.longest:
@@ -99,7 +99,7 @@ def one_task(rows: Sequence[Row], task: Task) -> list[str]:
 
 
 def _sentences(verdicts: Sequence[Verdict]) -> list[str]:
-    """The verdicts under a line that says what they go by; nothing without any."""
+    """Return the verdicts below a line with their criterion; nothing without verdicts."""
     if not verdicts:
         return []
     return [VERDICTS, "", *map(sentence, verdicts), ""]
@@ -125,7 +125,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def sentence(verdict: Verdict) -> str:
-    """A verdict as a list item: the difference is LoRA-SB's figure less the other's."""
+    """Return a verdict as a list item; the difference is LoRA-SB's value minus the other's."""
     fewer = f", {verdict.trained:.2g}x the trained parameters" if verdict.trained < 0.95 else ""
     lower = verdict.measure == "loss" or not TASKS[verdict.task].higher_is_better
     measure = "loss" if verdict.measure == "loss" else TASKS[verdict.task].metric
@@ -137,7 +137,7 @@ def sentence(verdict: Verdict) -> str:
 
 
 def why_not(rows: Sequence[Row], task: Task, xs: Sequence[Verdict], others: Sequence[Verdict]) -> list[str]:
-    """Where the paper's ordering does not show: which, and the best explanation that an experiment supports."""
+    """Return where the paper's ordering is not reproduced, and the best explanations that experiments support."""
     missed = [f"{v.word} {_than(v)} at equal r in {v.measure}, r={v.ours.r}" for v in xs if v.word != "better"]
     missed += [f"worse than {label(v.theirs)}" for v in others if v.word == "worse" and v.ours.r == task.ranks[-1]]
     if not missed:
@@ -150,7 +150,7 @@ def _than(verdict: Verdict) -> str:
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """What a page has room for: a line a task, each method at its largest rank."""
+    """Return a short table: one row per task, each method at its largest rank."""
     names = {"LoRA-SB": "LoRA-SB", SGD: '`update="sgd"`', "LoRA-XS": "LoRA-XS", "LoRA": "LoRA", "full": "full"}
     found = {task: {line.method: line for line in lines(rows, task)} for task in TASKS}  # the largest rank is the last
     shown = [name for name in names if any(name in of for of in found.values())]
@@ -162,13 +162,13 @@ def headline(rows: Sequence[Row]) -> list[str]:
     return [*table(["", *(names[name] for name in shown)], body), "", *in_short(rows)]
 
 
-NAMES = {"chain_sum": "sums", "word_sequence_reversal": "word reversal", "cola": "CoLA"}  # others: as they are
+NAMES = {"chain_sum": "sums", "word_sequence_reversal": "word reversal", "cola": "CoLA"}  # other names are unchanged
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
-OUTCOMES = {"worse": "beats", "level": "ties with", "better": "loses to"}  # LoRA's, by our verdict
+OUTCOMES = {"worse": "beats", "level": "ties with", "better": "loses to"}  # LoRA's outcome, by our verdict
 
 
 def in_short(rows: Sequence[Row]) -> Iterator[str]:
-    """A sentence on the default against LoRA on all tasks, with models and seeds; nothing before they have run."""
+    """Yield a sentence that compares the default with LoRA on all tasks, with models and seeds; nothing before runs."""
     if not (found := against_lora(rows)):
         return
     by_size: dict[tuple[int, int, str], list[Verdict]] = {}
@@ -190,23 +190,23 @@ def in_short(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _name(task: str) -> str:
-    """As in a sentence."""
+    """Return a task's name for use in a sentence."""
     return NAMES.get(task, task)
 
 
 def _usual(by_task: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The most frequent value, and the tasks that have another one."""
+    """Return the most frequent value, and the tasks with another one."""
     usual = statistics.mode(by_task.values())
     return usual, [f"{task}: {value}" for task, value in by_task.items() if value != usual]
 
 
 def _number(value: float) -> str:
-    """A whole number, in words up to twelve."""
+    """Round a number, and spell it out up to twelve."""
     return NUMBERS[round(value)] if round(value) < len(NUMBERS) else f"{value:.0f}"
 
 
 def _listed(names: Sequence[str]) -> str:
-    """As in a sentence."""
+    """Join names as in a sentence: a, b and c."""
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
@@ -218,12 +218,12 @@ def _cell(line: Line | None) -> str:
 
 
 def floors(found: dict[str, Any]) -> Iterator[str]:
-    """Tasks with few right answers."""
+    """Yield the section on tasks with few right answers."""
     if not found:
         return
     yield from ("## Tasks that are too hard for the model", "")
-    yield "One run each with LoRA-SB, without a sweep of rates and with one seed. What counts is the share of right"
-    yield "answers before and after; chance is about 0.25 on ARC-Easy. Losses are of the task's first test examples."
+    yield "One run each with LoRA-SB, without a sweep of rates and with one seed. Compare the share of right answers"
+    yield "before and after; chance is about 0.25 on ARC-Easy. Losses are on the task's first test examples."
     yield ""
     head = ["task", "r", "lr", "examples", "n", "answers before", "after", "loss before", "after"]
     yield from table(head, (_floor(row) for row in found["rows"]))

@@ -1,4 +1,4 @@
-"""Starts and optimizers in pairs of runs, with the intervals of their differences."""
+"""Starts and optimizers in paired runs, with confidence intervals of their differences."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from benchmarks.research.reporting.markdown import picture, table, where_rows
 
 PLAIN = "sign"
 PICTURE = "loss-by-parameters.png"
-LORA_XS = "LoRA-XS", "LoRA-XS, output"  # by the side that Σ is on
+LORA_XS = "LoRA-XS", "LoRA-XS, output"  # with Σ in A, and in B
 INTRODUCTION = f"""\
-For each seed, all entries of a task see the same batches in the same order, and are judged by loss on at least 1,000
+For each seed, all entries of a task see the same batches in the same order, and are compared by loss on at least 1,000
 held-out examples. `{PLAIN}` is LoRA-SB's default start. Rates are chosen with one more seed on the validation split:
-three around a rule's, then further ones for as long as the best is the last one tried. Next to each mean is the mean
+three around a rule's, then more for as long as the best one is at an end of those tried. Next to each mean is the mean
 difference over the same seeds, with the 95% interval of a paired t-test: a tie if the interval contains zero. A letter
-says which machine ran an entry; the line below a table names it. `python -m benchmarks.research.paired --data-dir DATA`
-runs what is missing, and with `--table` counts it; the tables have only what was run."""
+marks the machine that ran an entry; the line below a table names it. `python -m benchmarks.research.paired --data-dir
+DATA` runs what is missing, and with `--table` counts it; the tables show only completed runs."""
 
 
 def section(results: Path) -> list[str]:
-    """All tasks that have rows, and how long subspaces last."""
+    """Return the section with all tasks that have rows, and how long subspaces last."""
     rows = read_csv(results / ROWS)
     parts = [part for task in (*TASKS, *LONGER) for part in one_task(rows, task)]
     out = ["## Starts and optimizers in pairs", "", INTRODUCTION, "", *parts] if parts else []
@@ -47,13 +47,13 @@ def section(results: Path) -> list[str]:
 
 
 def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
-    """A row a rank and entry."""
+    """Yield a task's tables, with one row per rank and entry."""
     name, size = f"{task} by loss", task_named(f"{task} by loss")
     body = list(lines(rows, name, PLAIN))
     if not body:
         return
     yield from (f"### {task}, by loss", "")
-    chosen = f" Rates are those of {sweep_of(name)}." if sweep_of(name) != name else ""
+    chosen = f" Rates are from the sweep of {sweep_of(name)}." if sweep_of(name) != name else ""
     of_one = f"{size.model}; {size.steps} steps of {size.batch}; {size.test} examples; up to {len(SEEDS)} seeds."
     yield from (of_one + chosen, "")
     yield from table(head(PLAIN), body, left=2)
@@ -65,7 +65,7 @@ def one_task(rows: Sequence[Row], task: str) -> Iterator[str]:
 
 
 def by_parameters(rows: Sequence[Row], results: Path) -> Iterator[str]:
-    """Loss against trained parameters of all entries, in a picture and a table."""
+    """Yield a picture and a table of all entries' loss against trained parameters."""
     found = {task: spots for task in TASKS if len(spots := list(spots_of(rows, f"{task} by loss"))) > 1}
     shown = {task: spots for task, spots in found.items() if any(spot.name.startswith("LoRA r=") for spot in spots)}
     if not shown:
@@ -75,10 +75,10 @@ def by_parameters(rows: Sequence[Row], results: Path) -> Iterator[str]:
     yield (
         "Each method at the best rate of its sweep, as above: the mean held-out loss over its own seeds, and the 95% "
         "interval of that mean by Student's t, which is wide for two seeds. The bars in the picture are these "
-        "intervals; for two seeds they span both (hollow marks); marks of equal size are drawn side by side. Compare "
-        "entries with different seeds by the last column, or by the paired differences above. A seed above "
-        f"{APART} times the median of its entry is left out and named. PEFT's other adapters have their documented "
-        "defaults except for what their name says; LoRA's scaling is 1."
+        "intervals; for two seeds they span both (hollow marks). Marks of entries with equal numbers of parameters "
+        "are drawn side by side. Compare entries with different seeds by the last column, or by the paired "
+        f"differences above. A seed with a loss above {APART} times the median of its entry is left out and named. "
+        "PEFT's other adapters have their documented defaults except for what their names say; LoRA's scaling is 1."
     )
     yield from picture("Held-out loss against trained parameters", PICTURE)
     columns = ["task", "entry", "r", "trained", "loss (95% interval)", "seeds", "loss on the seeds that all have (n)"]
@@ -88,7 +88,7 @@ def by_parameters(rows: Sequence[Row], results: Path) -> Iterator[str]:
 
 
 def _by_parameters(task: str, spots: Sequence[Spot]) -> Iterator[list[str]]:
-    """A row an entry and rank, the smallest first."""
+    """Yield one row per entry and rank, the smallest first."""
     common = set.intersection(*(set(spot.losses) for spot in spots))
     for spot in sorted(spots, key=lambda one: one.trained):
         seeds = [spot.losses[seed] for seed in sorted(common)]
@@ -97,27 +97,27 @@ def _by_parameters(task: str, spots: Sequence[Spot]) -> Iterator[list[str]]:
 
 
 def rates(rows: Sequence[Row]) -> Iterator[str]:
-    """The rates that are measured, and those that trials find, against a constant one and the best of a sweep."""
+    """Compare measured rates, and rates found by trials, with a constant rate and the best of a sweep."""
     yield from _rates(
         rows,
         MEASURED,
         '### Learning rates measured (`lr="auto"`)',
         f"The default start at the constant rate 2e-3 (`{FIXED}`, if it was run), at the rate that `lorasb finetune` "
         f"measures on the samples and refines with two trials of 4 steps (`{MEASURED}`), and at the best rate of a "
-        f"sweep of whole runs (`{PLAIN}`).",
+        f"sweep of complete runs (`{PLAIN}`).",
     )
     yield from _rates(
         rows,
         FOUND,
         "### Learning rates found by trials (`lorasb.find_lr`)",
         f"The default start at the constant rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps on the run's "
-        f"first batches find from there (`{FOUND}`), and at the best rate of a sweep of whole runs (`{PLAIN}`).",
+        f"first batches find from there (`{FOUND}`), and at the best rate of a sweep of complete runs (`{PLAIN}`).",
     )
     yield from untuned(rows)
 
 
 def _rates(rows: Sequence[Row], entry: str, title: str, text: str) -> Iterator[str]:
-    """An entry that finds its own rate against the others, over the seeds that both have."""
+    """Compare an entry that finds its own rate with the others, over their common seeds."""
     body = []
     for task in (*TASKS, *LONGER):
         for r in ranks_of(rows):
@@ -136,7 +136,7 @@ def _rates(rows: Sequence[Row], entry: str, title: str, text: str) -> Iterator[s
 
 
 def untuned(rows: Sequence[Row]) -> Iterator[str]:
-    """LoRA at a usual rate against the best of its sweep, over the seeds that both have."""
+    """Compare LoRA at a usual rate with the best of its sweep, over their common seeds."""
     body = []
     for task in TASKS:
         for name in ("LoRA r=1", LORA):
@@ -147,14 +147,14 @@ def untuned(rows: Sequence[Row]) -> Iterator[str]:
                 body[-1] += [losses[1], str(found)]
     if body:
         yield from ("### LoRA at a usual rate", "")
-        yield "LoRA at 2e-4, which TRL's guide to adapters has, and at the best rate of a sweep of whole runs."
+        yield "LoRA at 2e-4, the rate in TRL's guide to adapters, and at the best rate of a sweep of complete runs."
         yield ""
         columns = ["task", "entry", "seeds", "loss at 2e-4", "best rate", "loss at the best", "difference"]
         yield from (*table(columns, body, left=2), "")
 
 
 def sides(rows: Sequence[Row]) -> Iterator[str]:
-    """LoRA-XS with its Σ in A against Σ in B, over the seeds that both have."""
+    """Compare LoRA-XS with Σ in A and with Σ in B, over their common seeds."""
     body = []
     for task in TASKS:
         for r in ranks_of(rows):
@@ -177,14 +177,14 @@ def sides(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def how_long(results: Path) -> Iterator[str]:
-    """The energy that each start's subspace keeps over the steps of training."""
+    """Yield the energy that each start's subspace keeps during training."""
     found = read_csv(results / lasting.FILE)
     if not found:
         return
     yield from ("### How long a subspace holds the gradient (`lasting`)", "")
     yield from (
         "The subspaces are made at W0 from 32 samples; G is the gradient of 32 other samples, before and during full "
-        "fine-tuning of SmolLM2-135M. The table has ‖UᵀGV‖²/‖G‖² over all layers.",
+        "fine-tuning of SmolLM2-135M. The table shows ‖UᵀGV‖²/‖G‖² over all layers.",
         "",
     )
     yield from table(list(lasting.HEAD), lasting.shown(found))

@@ -1,4 +1,4 @@
-"""The paper's tables and figures at this scale, and three that it lacks: each a table, a picture and what is seen."""
+"""The paper's tables and figures at this scale, and others that it lacks: each a table, a picture and findings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorasb.init import first_step_lr
 
 
 def section(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Everything that was run; its pictures and figure-2.csv are written, too."""
+    """Return the section on everything that was run, and write its pictures and figure-2.csv."""
     out = ["## The paper's tables and figures at this scale", ""]
     out += ["Each is `python -m benchmarks.research.paper NAME --data-dir DATA`, with NAME as in its heading.", ""]
     for part in (
@@ -39,7 +39,7 @@ def section(rows: Sequence[Row], folder: Path) -> list[str]:
 
 
 def figure_2(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """Training loss."""
+    """Yield the training losses."""
     if lines := curves.render(rows, curves.read(folder / runner.CURVES), folder):
         yield from ("### Figure 2: training loss of LoRA-SB and LoRA-XS (`curves`)", "")
         yield from (
@@ -78,18 +78,18 @@ NOTES = {
     "starts": f"ΔW's entries are ±η = {ETA:.3g}: noise of 1e-5 is {1e-5 / ETA:.2f} η, of 1e-2 {1e-2 / ETA:.0f} η.",
     "orthonormal": "The first step is the same for all. With B = U Σ, the change of W by a step of R is scaled by Σ.",
     "update": "Both at the same rate. R starts at η Σ, with the Σ of the mean gradient or of its sign.",
-    "subspace": "Each at the best rate of a sweep with one seed; W with B = U at the neighboring rates, too. "
+    "subspace": "Each at the best rate of a sweep with one seed; W with B = U also at the neighboring rates. "
     "LoRA-XS itself has B = U Σ of W: its steps are longer in W's leading directions. The length of AdamW's steps does "
     "not depend on the gradient, and factors that hold less of the gradient do best at a higher rate.",
-    "rounding": "R corrected: Bᵀ(W − Q)Aᵀ/s is added to the start of R, the best approximation within the subspaces of "
-    "what NF4 rounds off W (`starts.corrected`).",
+    "rounding": "R corrected: Bᵀ(W − Q)Aᵀ/s is added to the start of R: within the subspaces, it is the best "
+    "approximation of NF4's rounding error of W (`starts.corrected`).",
     "again": "What R has learned is merged into the bf16 base (and rounded), AdamW's moments are reset, and the first "
     "step is simulated again from 32 other samples with η at the schedule's peak; there is no second warm-up.",
 }
 
 
 def begun(ablation: Ablation, rows: Sequence[Row]) -> str:
-    """The losses at the start of training, of the variants that differ there."""
+    """Return the losses at the start of training, for the variants that differ there."""
     means = {
         variant.label: statistics.fmean(float(row["loss_before"]) for row in found)
         for variant in ablation.variants
@@ -99,13 +99,13 @@ def begun(ablation: Ablation, rows: Sequence[Row]) -> str:
 
 
 def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """The initialization's cost."""
+    """Yield what the initialization costs."""
     if lines := overhead.render(rows, folder):
         yield from ("### Table 7: what the initialization costs (`overhead`)", "")
         yield from table(overhead.HEAD, (overhead.shown(line) for line in lines))
         yield ""
-        yield "Overhead: LoRA-SB's seconds minus LoRA-XS's, on one core. An epoch is one of the whole training set, at"
-        yield "this run's seconds per example (gsm8k: of at most 192 tokens); generated tasks have no such set."
+        yield "Overhead: LoRA-SB's seconds minus LoRA-XS's, on one core. An epoch is one pass over the full training"
+        yield "set, at this run's seconds per example (gsm8k: at most 192 tokens); generated tasks have no such set."
         yield from (
             "The paper's text says 1.1% to 1.3% of an epoch, its Table 7 1.10%, 1.49% and 1.32%.",
             "",
@@ -115,12 +115,12 @@ def table_7(rows: Sequence[Row], folder: Path) -> Iterator[str]:
 
 
 def costs(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """Table 8: counted, not measured."""
+    """Yield Table 8, which is counted, not measured."""
     found = read_csv(folder / "costs.csv")
     if not found:
         return
     yield from ("### Table 8: parameters, MACs and FLOPs of four architectures (`costs`)", "")
-    yield from ("Counted on the meta device for 256 tokens, in billions; * differs by more than the last digit.", "")
+    yield from ("Counted on the meta device for 256 tokens, in billions; *: differs in more than the last digit.", "")
     head = ["model", "method", "r", "trained", "MACs", "published", "FLOPs", "published"]
     yield from table(head, (_cost(row) for row in found), left=2)
     yield ""
@@ -142,7 +142,7 @@ def _cost(row: Row) -> list[str]:
 
 
 def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """Theorem 5."""
+    """Yield the check of Theorem 5."""
     found = read_csv(folder / "scale.csv")
     if not found:
         return
@@ -157,7 +157,7 @@ def theorem(rows: Sequence[Row], folder: Path) -> Iterator[str]:
 
 
 def _by_way(found: Sequence[Row]) -> Iterator[list[str]]:
-    """A line a way: the last step's loss by s, and how far apart the losses of any step are."""
+    """Yield one row per way: the last step's loss by s, and the largest difference between losses of a step."""
     for way in dict.fromkeys(row["way"] for row in found):
         losses: dict[str, list[float]] = {}
         for row in found:
@@ -168,11 +168,11 @@ def _by_way(found: Sequence[Row]) -> Iterator[list[str]]:
 
 
 def step_lengths(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """What `longest_start` shortens."""
+    """Yield the lengths of the starts that `longest_start` limits."""
     found = read_csv(folder / lengths.FILE)
     if not found:
         return
-    yield from ("### The whole first step in AdamW's steps of R (`lengths`)", "")
+    yield from ("### Length of the whole first step, in AdamW's steps of R (`lengths`)", "")
     task = TASKS[found[0]["task"]]
     yield from (f"{task.name}, {task.model}, 32 samples; ‖Σ_r‖/r of sign(G), counted as at least 1, over layers:", "")
     yield from table(list(lengths.HEAD), (lengths.shown(line) for line in found))
@@ -180,7 +180,7 @@ def step_lengths(rows: Sequence[Row], folder: Path) -> Iterator[str]:
 
 
 def energy(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    """Energy against score."""
+    """Yield the energy in each start's subspace against the loss."""
     found = read_csv(folder / "energy.csv")
     if not found:
         return
@@ -205,7 +205,7 @@ def _energy(row: Row) -> list[str]:
 
 
 def _by_matrix(found: Sequence[Row]) -> Iterator[str]:
-    """A line a rank: energy and loss of factors of W, of sign(G) and of G, and which ended best."""
+    """Yield one line per rank: energy and loss with factors of W, sign(G) and G, and which ended best."""
     by_start = {row["start"]: row for row in found}
     for r in TASKS["chain_sum"].ranks:
         rows = [by_start[start] for name in ("LoRA-XS", "LoRA-SB", SGD) if (start := f"{name}, r={r}") in by_start]
@@ -215,12 +215,12 @@ def _by_matrix(found: Sequence[Row]) -> Iterator[str]:
             least = energies[losses.index(min(losses))]
             yield (
                 f"- r={r}: factors of W, sign(G) and G keep {kept} of G's energy and end at losses of {ends}; the "
-                f"lowest loss is that of the factors that keep {least:.1%}."
+                f"factors that keep {least:.1%} have the lowest loss."
             )
 
 
 def _by_loss_of_energy(found: Sequence[Row]) -> Iterator[str]:
-    """A line for noise and one for samples: what the sign's factors lose of G, and what it costs."""
+    """Yield a line each for noise and for samples: how much of G the sign's factors keep, and the loss."""
     for kind, first, last in (("noise", min(NOISES), max(NOISES)), ("samples", max(COUNTS), min(COUNTS))):
         rows = [row for end in (first, last) for row in found if row["start"].startswith(f"{kind} {end},")]
         if len(rows) == 2:

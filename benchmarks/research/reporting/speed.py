@@ -1,4 +1,4 @@
-"""Speed and memory, each against a peer in the same run."""
+"""Speed and memory, each relative to a baseline in the same run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from benchmarks.research.reporting.markdown import committed_picture, picture, r
 from benchmarks.serving import decoding, many_adapters, vllm
 from benchmarks.training import initialization, opaque_bases, step
 
-ORDINARY = "avx2"  # folder of results on such a processor
+ORDINARY = "avx2"  # folder of results on a processor without bf16 products
 INTRODUCTION = """\
 `make bench` measures all of this on a CPU within twenty minutes. Ratios are ours over the baseline's unless a column
-says otherwise, so below 1x is better: the median over rounds in which all ways run in turn, which may differ from the
-ratio of the medians next to it, with the 20th and 80th percentile where a range is given."""
+says otherwise, so below 1x is better. Each is the median over rounds in which all ways run in turn, which may differ
+from the ratio of the medians next to it; ranges are from the 20th to the 80th percentile."""
 
 
 def section(folder: Path) -> list[str]:
-    """Every file of results that is there."""
+    """Return the section with every results file that exists."""
     out = ["## Speed and memory", "", INTRODUCTION, ""]
     of_models = starts, training_step, decoded, other_quantizers, many, in_vllm, startup
     parts = layers, four_bits, *of_models, ordinary, gpus
@@ -43,7 +43,7 @@ def layers(folder: Path) -> Iterator[str]:
     yield from ("### A layer on a CPU", "", where(at), "", f"{suite_report.summary(rows)}.", "")
     chosen = [row for row in rows if row["direction"] == "forward+backward" and row["M"] == 512 and row["r"] == 96]
     head = ["in", "out", "dtype", "eager chain", "PEFT LoRA r=32", "ours", "kept for backward: PEFT / ours"]
-    yield "Forward and backward of 512 tokens, r=96, over the linear without an adapter:"
+    yield "Time of forward and backward, 512 tokens, r=96, relative to the linear without an adapter:"
     yield ""
     yield from table(head, (_layer(*case) for case in suite_report.by_case(chosen)), left=3)
     yield from picture("Forward and backward over the linear without an adapter, by shape", "cpu.png", "results")
@@ -67,7 +67,7 @@ def four_bits(folder: Path) -> Iterator[str]:
         yield from ("### 4-bit bases on a CPU", "", where({**found, "commit": commits, "date": dates}), "")
         yield from four_bits_table.table(found)
     if curve := read_json(folder / "four-bits-curve.json"):
-        yield from ("", "Loss over a 16-bit and a 4-bit base, on the demo's task:", "", where(curve), "")
+        yield from ("", "Loss with a 16-bit and a 4-bit base, on the demo's task:", "", where(curve), "")
         head = ["bits", "seeds", "held-out loss before", "after", "exact answers after"]
         yield from table(head, (_bits(curve["runs"], bits) for bits in (16, 4)))
 
@@ -92,7 +92,7 @@ def starts(folder: Path) -> Iterator[str]:
 
 
 def training_step(folder: Path) -> Iterator[str]:
-    """A step of a whole model."""
+    """A training step of an entire model."""
     if found := read_json(folder / "step-cpu.json"):
         what = f"SmolLM2-135M, {found['machine'].get('dtype', 'bf16')}, 4 x 128 tokens, AdamW:"
         yield from ("### A training step on a CPU", "", where(found), "", what, "")
@@ -100,11 +100,11 @@ def training_step(folder: Path) -> Iterator[str]:
 
 
 def other_quantizers(folder: Path) -> Iterator[str]:
-    """A step over other quantizers' layers."""
+    """A training step with other quantizers' layers."""
     if found := read_json(folder / opaque_bases.FILE):
         yield from ("### A training step over other quantizers' layers, on a CPU", "", where(found), "")
         dtype = found["machine"].get("dtype", "bf16")
-        yield f"SmolLM2-135M, {dtype}, 4 x 128 tokens, AdamW; {step.OURS} over {step.PEFT}:"
+        yield f"SmolLM2-135M, {dtype}, 4 x 128 tokens, AdamW; {step.OURS} relative to {step.PEFT}:"
         yield ""
         lines = [[base, *opaque_bases.cells(ways)] for base, ways in found["bases"].items()]
         yield from table(["base", *opaque_bases.HEAD], lines)
@@ -125,7 +125,7 @@ def many(folder: Path) -> Iterator[str]:
         yield from ("### Many adapters on one basis, on a CPU", "", where(found), "")
         dtype = found["machine"].get("dtype", "bf16")
         yield f"SmolLM2-135M, {dtype}, r={many_adapters.RANK}; a step decodes one token of {many_adapters.ROWS} rows."
-        yield "The last column is over the time of one adapter in the same run (64 adapters in 4 bits: one in 4 bits)."
+        yield "The last column is relative to one adapter in the same run (64 adapters in 4 bits: to one in 4 bits)."
         yield ""
         yield from table(list(many_adapters.HEAD), many_adapters.rows(found))
         for sentence in many_adapters.sentences(found):
@@ -138,8 +138,8 @@ def in_vllm(folder: Path) -> Iterator[str]:
     """The plugin against vLLM's own multi-LoRA."""
     if found := read_json(folder / vllm.FILE):
         yield from ("### Many adapters in vLLM, on a CPU", "", where(found), "")
-        sizes = f"{vllm.ROWS} rows of 8 tokens and {vllm.TOKENS} more"
-        yield f"SmolLM2-135M, r={vllm.RANK}; {sizes}; the engines answer in turns. vLLM's CPU build"
+        sizes = f"{vllm.ROWS} prompts of 8 tokens, {vllm.TOKENS} generated tokens each"
+        yield f"SmolLM2-135M, r={vllm.RANK}; {sizes}; the engines run in turn. vLLM's CPU build"
         yield "gathers A and B for every token, which its GPU kernels do not, so the ratio to it holds on CPUs only."
         yield "The last column is the median of each round's own ratio, not the ratio of the two median speeds."
         yield ""
@@ -149,7 +149,7 @@ def in_vllm(folder: Path) -> Iterator[str]:
 
 
 def ordinary(folder: Path) -> Iterator[str]:
-    """What was measured again on a processor without 16-bit products."""
+    """Yield what was also measured on a processor without 16-bit products."""
     found = [
         line for part in (four_bits, starts, training_step, decoded, many) for line in (*part(folder / ORDINARY), "")
     ]
@@ -166,10 +166,10 @@ def startup(folder: Path) -> Iterator[str]:
         yield from table(["", "median"], medians)
         yield from (
             "",
-            f"`import torch, lorasb` over `import torch`: {found['ratio']:.3f}x; its parts are imported on first use.",
+            f"`import torch, lorasb` relative to `import torch`: {found['ratio']:.3f}x; the rest loads on first use.",
         )
         if (ratio := found.get("patch over peft")) is not None:
-            yield f"With such a first use, `lorasb.patch`, over `import torch, peft`: {ratio:.3f}x."
+            yield f"With a first use (`lorasb.patch`), relative to `import torch, peft`: {ratio:.3f}x."
 
 
 def gpus(folder: Path) -> Iterator[str]:
@@ -190,7 +190,7 @@ def gpus(folder: Path) -> Iterator[str]:
     if not cards:
         yield (
             "No card has been measured yet. `make bench-gpu` runs the GPU tests and measures, in about eight minutes "
-            "on any card, what this report and the documentation say of a GPU; `make bench-gpu-suite` measures the "
+            "on any card, what this report and the documentation say about GPUs; `make bench-gpu-suite` measures the "
             "layers and sibling groups of Mistral-7B, Gemma-2 9B, Llama-3.2 3B and RoBERTa-large at 1 to 8192 tokens, "
             "r = 32, 64, 96. Until then there is a calculated roofline: `python -m benchmarks.kernels.roofline --gpu "
             "a6000`."

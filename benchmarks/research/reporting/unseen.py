@@ -1,4 +1,4 @@
-"""One basis for tasks that it was not made from: losses by basis, and whether what it keeps predicts them."""
+"""One basis for tasks that it was not made from: losses by basis, and whether the share it keeps predicts them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from benchmarks.research.unseen_tasks import (
 )
 
 INTRODUCTION = """\
-The bases are made from the first steps of some families of reasoning-gym; the tasks below are other families.
-SmolLM2-135M, 75 steps of 8, mean loss on 200 held-out examples, one seed unless a cell says more; every LoRA-SB run
-takes the automatic rate. `own`: the default start on the task itself; `random`: random orthonormal factors. In
+The bases are made from the first steps on some task families of reasoning-gym; the tasks below are other families.
+SmolLM2-135M, 75 steps of 8, mean loss on 200 held-out examples, one seed unless a cell has more; every LoRA-SB run
+uses the automatic rate. `own`: the default start on the task itself; `random`: random orthonormal factors. In
 brackets: the share of the task's first step that the basis keeps (`lorasb basis fit`).
 `python -m benchmarks.research.unseen_tasks --data-dir DATA` runs what is missing, `--table` counts it."""
 
 
 def section(results: Path) -> list[str]:
-    """A table per rank, and the correlation; then tasks that a basis was made from."""
+    """Return a table per rank and the correlation, then the tasks that a basis was made from."""
     rows = read_csv(results / FILE)
     if not rows:
         return [*joint(results), *people(results)]
@@ -41,15 +41,15 @@ def section(results: Path) -> list[str]:
         head, *body = by_task(rows, r)
         out += [f"### r = {r}", "", *table(head, body), ""]
     head, *body = over_own(rows)
-    out += ["### Loss over that on the task's own basis", "", *table(head, body), ""]
+    out += ["### Loss relative to the task's own basis", "", *table(head, body), ""]
     return [*out, *_rates(rows), *_prediction(rows), where_rows(rows), "", *joint(results), *people(results)]
 
 
 def joint(folder: Path) -> Iterator[str]:
-    """Four tasks on one basis, and each on its own."""
+    """Yield four tasks on one basis, and each on a separate basis."""
     if found := read_csv(folder / joint_basis.FILE):
         yield from ("### Four tasks on one basis", "")
-        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the best rate on a separate basis (own)."
+        yield "SmolLM2-135M; 75 steps of 8; 200 held-out problems; both at the best rate for a separate basis (own)."
         yield "Losses and scores ± standard deviation over seeds, the difference ± its 95% interval; *kept*: share of"
         yield "the first step's energy that the joint basis keeps."
         yield ""
@@ -58,11 +58,11 @@ def joint(folder: Path) -> Iterator[str]:
 
 
 def people(folder: Path) -> Iterator[str]:
-    """Many people on one basis, against each alone and one LoRA for all."""
+    """Yield many people on one basis, compared with each alone and one LoRA for all."""
     if found := read_json(folder / compared.FILE):
         yield from ("### Many people on one basis", "", where(found), "")
-        yield "SmolLM2-135M; the people of `make demo-many`, asked four questions each in words not trained on;"
-        yield "seconds are those of the whole `lorasb finetune`, on a machine that other work shared."
+        yield "SmolLM2-135M; the people of `make demo-many`, each asked four questions in wordings not trained on;"
+        yield "seconds are for the entire `lorasb finetune`, on a machine shared with other work."
         yield ""
         yield from table(list(compared.HEAD), compared.lines(found))
         yield ""
@@ -73,7 +73,7 @@ def _loss(found: Sequence[Row]) -> float:
 
 
 def _rates(rows: Sequence[Row]) -> Iterator[str]:
-    """The automatic rate against its multiples, on families that nothing was chosen on."""
+    """Compare the automatic rate with its multiples, on families that were not used to choose anything."""
     factors = sorted({float(row["factor"]) for row in rows})
     swept = {(row["task"], row["basis"], row["r"]) for row in rows if row["factor"] != "1"}
     if not swept:
@@ -89,7 +89,7 @@ def _rates(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _prediction(rows: Sequence[Row]) -> Iterator[str]:
-    """Correlation of what a basis keeps with the gain in loss relative to a basis of the task's own."""
+    """Yield the correlation of the share that a basis keeps with the gain in loss relative to the task's own basis."""
     pairs = []
     for row in rows:
         own = runs(rows, row["task"], OWN, int(row["r"]))
@@ -101,19 +101,19 @@ def _prediction(rows: Sequence[Row]) -> Iterator[str]:
         found = statistics.correlation(*zip(*pairs, strict=True))
         least = min(gain for _, gain in pairs)
         yield (
-            f"Over {len(pairs)} runs on a basis of first steps or a random one, the share that it keeps of the task's "
-            "first step correlates with the gain in loss, as a share of the gain on the task's own basis, with a "
+            f"Over {len(pairs)} runs on a random basis or one of first steps, the share of the task's first step that "
+            "the basis keeps correlates with the gain in loss, relative to the gain on the task's own basis, with a "
             f"coefficient of {found:.2f}{_interval(found, len(pairs))}. The smallest gain is {least:.0%} of "
             "the gain on the own basis."
         )
         yield ""
     if kept := [float(row["share"]) for row in rows if row["basis"] == TRAINED]:
         low, high = f"{min(kept):.2%}", f"{max(kept):.2%}"
-        yield from (f"A basis of a trained LoRA keeps {low} to {high} of first steps, which predicts nothing.", "")
+        yield from (f"A basis from a trained LoRA keeps {low} to {high} of first steps, which predicts nothing.", "")
 
 
 def _interval(correlation: float, count: int) -> str:
-    """The 95% interval by Fisher's z, as if runs were independent; nothing of three runs or fewer."""
+    """Return the 95% interval by Fisher's z, as if runs were independent; nothing for three runs or fewer."""
     if count < 4 or abs(correlation) >= 1:
         return ""
     half = 1.96 / math.sqrt(count - 3)

@@ -1,4 +1,4 @@
-"""What the rows of the grid say about the paper's ordering: means, deviations of differences, and what follows."""
+"""Verdicts of the grid on the paper's ordering, from means and deviations of differences."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from benchmarks.research.methods.grid import CORE, METHODS, SEEDS, TASKS
 from benchmarks.research.methods.tables import Line
 from benchmarks.research.methods.tables import lines as all_lines
 
-SMALLEST = 0.01  # difference of scores that counts: two answers of 200
+SMALLEST = 0.01  # smallest difference of scores that counts: two answers of 200
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """LoRA-SB against another method on one task.
+    """Comparison of LoRA-SB with another method on one task.
 
     Attributes:
         measure: "score" or "loss".
         gain: how much better LoRA-SB's mean is; positive is better whatever the measure.
-        deviation: of the difference of two runs, sqrt(sd² + sd²).
-        trained: LoRA-SB's trained parameters over the other's.
+        deviation: standard deviation of the difference of two runs, sqrt(sd² + sd²).
+        trained: LoRA-SB's trained parameters divided by the other's.
     """
 
     task: str
@@ -43,12 +43,12 @@ class Verdict:
 
 
 def lines(rows: Sequence[Row], task: str) -> list[Line]:
-    """Methods that all seeds have run of: one seed has no deviation."""
+    """Return the methods for which all seeds have run: one seed has no deviation."""
     return [line for line in all_lines(rows, task) if len(line.scores) == len(SEEDS)]
 
 
 def compare(task: str, ours: Line, theirs: Line, measure: str) -> Verdict:
-    """One verdict."""
+    """Compare two methods by one measure."""
     (mine, sd), (other, other_sd) = getattr(ours, measure), getattr(theirs, measure)
     sign = 1 if measure == "score" and TASKS[task].higher_is_better else -1
     return Verdict(
@@ -57,7 +57,7 @@ def compare(task: str, ours: Line, theirs: Line, measure: str) -> Verdict:
 
 
 def against_xs(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
-    """LoRA-SB over LoRA-XS at equal r, by score and by loss."""
+    """Compare LoRA-SB with LoRA-XS at equal r, by score and by loss."""
     found = {(line.method, line.r): line for line in lines(rows, task)}
     measures = ("score", "loss") if TASKS[task].higher_is_better else ("loss",)
     return [
@@ -69,7 +69,7 @@ def against_xs(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[
 
 
 def against_others(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> list[Verdict]:
-    """LoRA-SB over all that train more, by what the task is judged by: LoRA at every r, the others at the largest."""
+    """Compare LoRA-SB with all that train more, by the task's measure: LoRA at every r, others at the largest."""
     found = {(line.method, line.r): line for line in lines(rows, task)}
     others = [line for (name, _), line in found.items() if METHODS[name].family != CORE]
     return [
@@ -81,7 +81,7 @@ def against_others(rows: Sequence[Row], task: str, method: str = "LoRA-SB") -> l
 
 
 def against_lora(rows: Sequence[Row]) -> list[Verdict]:
-    """LoRA-SB at its largest rank over LoRA, on every task that both have run."""
+    """Compare LoRA-SB at its largest rank with LoRA, on every task that both have run."""
     return [
         verdict
         for task, of in TASKS.items()

@@ -1,4 +1,4 @@
-"""Why an ordering of the paper does not show: what the sweeps and the ablations support, in their numbers."""
+"""Why an ordering of the paper is not reproduced: what the sweeps and ablations support, with their numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STARTS_OF_IT = {WHOLE: "started with the whole first step", SGD: 'with `update="
 
 
 def explanation(rows: Sequence[Row], task: Task) -> list[str]:
-    """A list of explanations, each with its experiment."""
+    """Return a list of explanations, each with its experiment."""
     own = [*by_loss(rows, task), *own_runs(rows, task), *length(rows, task), *rates(rows, task)]
     ablated = [*beginnings(rows), *subspaces(rows), *signs(rows)]
     if ablated and task is not CHAIN:
@@ -33,7 +33,7 @@ def explanation(rows: Sequence[Row], task: Task) -> list[str]:
 
 
 def subspaces(rows: Sequence[Row]) -> Iterator[str]:
-    """G's, sign(G)'s and W's, with LoRA-XS's Σ and without."""
+    """Compare the subspaces of G, of sign(G) and of W, this with and without LoRA-XS's Σ."""
     found = {line["variant"]: line for line in summary(ABLATIONS["subspace"], rows)}
     names = {"G": "G", "sign(G)": "sign(G)", "W with its Σ": "W, B = U Σ (LoRA-XS)", "W without its Σ": "W, B = U"}
     if not found.keys() >= {f"{label}, r={r}" for r in SUBSPACES for label in names.values()}:
@@ -51,12 +51,12 @@ def subspaces(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _apart(less: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
-    """By more than one standard deviation of the difference."""
+    """True if the first is lower by more than one standard deviation of the difference."""
     return float(more["loss"] - less["loss"]) > math.hypot(less["loss_sd"], more["loss_sd"])
 
 
 def beginnings(rows: Sequence[Row]) -> Iterator[str]:
-    """What limiting the length of the start changes."""
+    """Yield what limiting the length of the start changes."""
     found = {line["variant"]: line for line in summary(ABLATIONS["start"], rows)}
     parts = [
         f"{line['over']:+.3f} ± {line['over_sd']:.3f} at r={r}, lr {lr:g}"
@@ -73,7 +73,7 @@ def beginnings(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def signs(rows: Sequence[Row]) -> Iterator[str]:
-    """sign(G) against G, from starts of similar length."""
+    """Compare sign(G) with G, from starts of similar length."""
     found = {line["variant"]: line for line in summary(ABLATIONS["update"], rows)}
     parts = [
         f"{found[name]['over']:+.3f} ± {found[name]['over_sd']:.3f} at r={r}"
@@ -84,13 +84,13 @@ def signs(rows: Sequence[Row]) -> Iterator[str]:
         yield (
             'The sign: factors from the mean gradient (`update="sgd"`) change the loss on '
             f"{CHAIN.name} by {', '.join(parts)} (same seeds and rate; `update` below). The gradient G of a few "
-            "samples has a low rank, its sign does not: the leading r directions of G keep nearly all of G, those of "
-            "sign(G) far less."
+            "samples has a low rank, but its sign does not: the leading r directions of G keep nearly all of G, and "
+            "those of sign(G) far less."
         )
 
 
 def by_loss(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """Where score and loss rank LoRA-SB and LoRA differently."""
+    """Yield where score and loss rank LoRA-SB and LoRA differently."""
     found = {line.method: line for line in lines(rows, task.name)}  # the largest rank is the last
     mine, lora = found.get("LoRA-SB"), found.get("LoRA")
     if mine is None or lora is None:
@@ -104,7 +104,7 @@ def by_loss(rows: Sequence[Row], task: Task) -> Iterator[str]:
 
 
 def own_runs(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """LoRA-SB's other starts on this task's test split, and how much of G their factors keep."""
+    """Compare LoRA-SB's other starts on this task's test split, and how much of G their factors keep."""
     found = {(line.method, line.r): line for line in lines(rows, task.name)}
     for r in task.ranks:
         mine = found.get(("LoRA-SB", r))
@@ -123,12 +123,12 @@ def own_runs(rows: Sequence[Row], task: Task) -> Iterator[str]:
 def _kept(mine: Line, gradient: Line | None) -> str:
     if gradient is None or not (mine.kept and gradient.kept):
         return ""
-    kept = f"{mine.kept:.1%} of the energy of the samples' G, those of G {gradient.kept:.1%}"
+    kept = f"{mine.kept:.1%} of the energy of the samples' G, and those of G keep {gradient.kept:.1%}"
     return f" The factors of sign(G) keep {kept}."
 
 
 def length(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """Whether more steps bring LoRA-SB nearer to LoRA."""
+    """Yield whether more steps bring LoRA-SB nearer to LoRA."""
     ablation = ABLATIONS["cola"]
     if task is not ablation.task:
         return
@@ -144,7 +144,7 @@ def length(rows: Sequence[Row], task: Task) -> Iterator[str]:
 
 
 def rates(rows: Sequence[Row], task: Task) -> Iterator[str]:
-    """How different the best rates are, and what a method loses at other rates."""
+    """Yield the best rates, and what a method loses at other rates."""
     lines = [(method, r) for method in ("LoRA-SB", "LoRA-XS") for r in task.ranks]
     best = {(method, r): grid.best_rate(task, METHODS[method], r, rows) for method, r in lines}
     tried = [len(grid.swept(task, METHODS[method], r, rows)) for (method, r), rate in best.items() if rate is not None]
@@ -155,7 +155,7 @@ def rates(rows: Sequence[Row], task: Task) -> Iterator[str]:
 
 
 def _elsewhere(rows: Sequence[Row], task: Task) -> str:
-    """The worst of the sweep at the largest rank, within four times the best rate either way."""
+    """Return the worst result of a sweep at the largest rank, within a factor of four of the best rate."""
     r, parts = task.ranks[-1], []
     measure, worst_of = ("score", min) if task.by_score and task.higher_is_better else ("loss", max)
     for method in ("LoRA-SB", "LoRA-XS"):
@@ -166,5 +166,5 @@ def _elsewhere(rows: Sequence[Row], task: Task) -> str:
             worst = worst_of(near, key=lambda lr: near[lr])
             parts.append(f"{method} from {found[rate]:.3f} to {near[worst]:.3f} (at {worst:g})")
     name = task.metric if measure == "score" else "loss"
-    text = f"The worst rate within a factor of four of the best takes the validation {name} at r={r} of"
-    return f"{text} {' and that of '.join(parts)}." if parts else ""
+    text = f"The worst rate within a factor of four of the best changes the validation {name} at r={r} for"
+    return f"{text} {', and for '.join(parts)}." if parts else ""
