@@ -31,7 +31,7 @@ KINDS = ("auto", "linear", "svd", "cat", *PRUNING, *(f"{kind}{SVD}" for kind in 
 
 @dataclass(frozen=True)
 class SumOptions:
-    """How adapters are summed; the names are PEFT's."""
+    """Method of summing adapters; the names are PEFT's."""
 
     # "linear" adds the R's of adapters that share A and B, exactly; "svd" is the best approximation of rank `svd_rank`;
     # "cat" is exact, with the sum of the ranks; "auto" is "linear" for shared A and B, else "svd"; the others prune

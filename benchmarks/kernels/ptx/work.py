@@ -153,7 +153,10 @@ def work_of(launch: Any, compiled: Compiled, programs: Sequence[int]) -> Work:
     """The work of these programs of a launch, executed in this order. Its tensors may be on `meta`."""
     program, work = parsed(compiled.ptx), Work()
     arguments = flattened(launch, compiled.signature)
-    memory, values = AddressSpace(work), parameter_values(program, arguments, compiled.descriptors, _distant_addresses())
+    memory, values = (
+        AddressSpace(work),
+        parameter_values(program, arguments, compiled.descriptors, _distant_addresses()),
+    )
     for i in programs:
         block = MeteredBlock(program, memory, compiled.shared, values, i, launch.grid)
         block.work, block.shared = work, MeteredShared(compiled.shared, work)
