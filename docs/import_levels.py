@@ -106,7 +106,7 @@ def cycles(edges: dict[str, dict[str, int]]) -> list[list[str]]:
     return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
-WIDTH, HEIGHT, GAP, BOX = 900, 50, 22, 190  # pixels: of the picture, a row, between rows, of a folder
+WIDTH, HEIGHT, GAP, BOX = 900, 50, 22, 190  # pixels: picture width, row height, gap between rows, folder width
 FILLED = 'fill="#eef3fb" stroke="#34568b"'
 
 

@@ -23,7 +23,7 @@ the code.
 
 
 class _Source(str):
-    """An annotation, which is a string in the sources, as the code that it is."""
+    """An annotation (a string at runtime), printed as code, without quotes."""
 
     __repr__ = str.__str__
 

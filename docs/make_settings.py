@@ -15,8 +15,8 @@ def page() -> str:
         "",
         "Every setting is an option (`--batch-size 32`) and a line of a YAML file (`batch_size: 32`) that `--config`",
         "reads; an option overrides the file's line. A run writes its settings to `config.yaml` in its folder, and",
-        "`lorasb finetune --config runs/finetune/config.yaml --output runs/again` repeats it. Those marked \\* are",
-        "`lorasb init`'s, too. This page is written by `python docs/make_settings.py`.",
+        "`lorasb finetune --config runs/finetune/config.yaml --output runs/again` repeats it. `lorasb init` also",
+        "has the options marked \\*. This page is written by `python docs/make_settings.py`.",
     ]
     group = ""
     for setting, kind in listed(Settings):

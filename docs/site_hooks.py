@@ -1,7 +1,7 @@
-"""Hooks of the documentation site: pages link to files of the repository as GitHub shows them, and the site must too.
+"""Hooks of the documentation site: links to files of the repository must work there as they do on GitHub.
 
-The report and the pictures that it and the pages show lie in benchmarks/: they become pages and files of the site. Any
-other file of the repository becomes a link to where the repository is.
+The report, and the pictures of benchmarks/ that it and the pages show, become pages and files of the site. Links to any
+other file of the repository point to the repository's URL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory that nobody wrote is poisoned, and the longest files come first. Helpers are in tests/support."""
+"""Fixtures for all tests. Uninitialized memory is poisoned; the slowest files run first. Helpers: tests/support."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny_run import WORDS
 from lorasb.backends import eager as by_torch
 from lorasb.layers import linear_group
 
-pytest.register_assert_rewrite("adapters", "finetune_runs", "linear_groups")  # their asserts say what differs
+pytest.register_assert_rewrite("adapters", "finetune_runs", "linear_groups")  # so that their asserts show what differs
 
 HERE = Path(__file__).parent
 LONGEST = (
@@ -45,7 +45,7 @@ LONGEST = (
 
 @pytest.fixture(scope="session", autouse=True)
 def no_fsync() -> Iterator[None]:
-    """Tests end no power supply, and every file that they write would wait milliseconds for the disk."""
+    """Skip fsync: tests need not survive a power cut, and each file written would wait milliseconds for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lorasb.utils.atomic_files.os.fsync", lambda handle: None)
         yield
@@ -53,7 +53,7 @@ def no_fsync() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fill what `torch.empty` gives with NaN, so that a read of unwritten memory shows."""
+    """Fill what `torch.empty` gives with NaN, so that reads of uninitialized memory are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
@@ -62,21 +62,21 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=["eager", *SETS])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Eager, then the C++ kernels of every instruction set that this processor has."""
+    """Eager, then the C++ kernels with every instruction set of this processor."""
     with kernels(request.param) as name:
         yield name
 
 
 @pytest.fixture(params=[True, False], ids=["composed", "function"])
 def composed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways that calls on a CPU take: composed of torch's ops for small x, and a backward of our own."""
+    """Both paths of calls on a CPU: composed of torch's ops, as for small x, or with lorasb's own backward."""
     monkeypatch.setattr(by_torch, "SMALL_BYTES", 2**40 if request.param else 0)
     return request.param
 
 
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that read the same input are computed together, as on machines with a GPU."""
+    """Compute layers that read the same input together, as on machines with a GPU."""
     monkeypatch.setattr(linear_group, "wanted", lambda *group: True)
 
 
@@ -88,7 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With --ptx, compiled kernels take the place of interpreted ones, whose language is replaced once a launch."""
+    """Install compiled kernels with --ptx; else patch the language of interpreted kernels once per launch."""
     config.ptx_executor = None  # type: ignore[attr-defined]
     if os.environ["TRITON_INTERPRET"] == "1":
         interpreted_language.install()
@@ -103,12 +103,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def executor(request: pytest.FixtureRequest) -> Any:
-    """With --ptx, what compiles and executes kernels; else None."""
+    """With --ptx, the object that compiles and executes kernels; else None."""
     return request.config.ptx_executor  # type: ignore[attr-defined]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """What was executed, where kernels were."""
+    """Print what was executed, if any kernels were."""
     executor = getattr(config, "ptx_executor", None)
     if executor is not None and executor.launches:
         terminalreporter.write_line(executor.summary())
@@ -116,7 +116,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and a tokenizer of whole words and letters."""
+    """A folder with a tiny model, and a tokenizer of words and characters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder, letters = tmp_path_factory.mktemp("tiny"), [chr(code) for code in range(32, 127)]
@@ -143,6 +143,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: no process is left with one of them when the others have ended."""
+    """Run the slowest files first, so that no process is still running one when the others are done."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.relative_to(HERE).as_posix(), len(LONGEST)))

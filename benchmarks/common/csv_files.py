@@ -1,4 +1,4 @@
-"""CSV files of results, whole or not there."""
+"""CSV files of results, written atomically."""
 
 from __future__ import annotations
 

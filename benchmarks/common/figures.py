@@ -1,4 +1,4 @@
-"""Pictures of several panels, in one look, whole or not there."""
+"""Pictures of several panels, in one style, written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The linear layers of one block of the models that are measured: groups of siblings, each (name, in, out)."""
+"""The linear layers of one block of each measured model, grouped by shared input."""
 
 from __future__ import annotations
 

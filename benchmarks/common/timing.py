@@ -1,4 +1,4 @@
-"""Times of several calls, taken in turns in one run; memory; and where all this was measured."""
+"""Interleaved timing of several calls, memory, and the provenance of measurements."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class Stats:
 
 
 def measure(calls: dict[str, Call], device: str, seconds: float, least: int = 10) -> dict[str, Stats]:
-    """Time every call once a round, in random order, for about `seconds`: milliseconds. call(i) uses the i-th inputs.
+    """Time every call once per round, in random order, for about `seconds`. call(i) uses the i-th inputs.
 
-    On a GPU by CUDA events around each call, its kernels launched ahead. The first tenth of the rounds is left out.
+    Times are in milliseconds; on a GPU they come from CUDA events around each call, with its kernels launched ahead.
+    The first tenth of the rounds is left out.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0)
@@ -117,7 +118,7 @@ def saved_bytes(forward: Callable[[], Any], parameters: set[int]) -> int:
 
 
 def commit() -> str:
-    """The commit that runs, "-dirty" where files other than results were changed since."""
+    """Return the current commit, with "-dirty" if files other than results have changed since."""
     found = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip()
     apart = [
         "git",
@@ -143,7 +144,7 @@ def dtype_option(parser: argparse.ArgumentParser) -> None:
 
 
 def use_dtype(name: str) -> None:
-    """Measure in a dtype from now on, here and in the processes that are started."""
+    """Set the dtype of measurements, here and in subprocesses."""
     os.environ[DTYPE_VARIABLE] = name
 
 
@@ -158,7 +159,7 @@ def dtype_name(dtype: torch.dtype | None = None) -> str:
 
 
 def provenance(device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
-    """Machine, dtype (the one that is measured in, unless another is said), commit and date, for a file of results."""
+    """Return machine, dtype (by default that of measurements), commit and date, for a file of results."""
     machine = environment(device) | {"dtype": dtype or dtype_name(measured_dtype(device))}
     return {"machine": machine, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 

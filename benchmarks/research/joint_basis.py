@@ -3,9 +3,9 @@
     python -m benchmarks.research.joint_basis [--r 4 16 64] [--task gcd ...] [--workers 2]
     python -m benchmarks.research.joint_basis --table
 
-Both see the same batches in the same order, by seed, start from as many samples of their task, and train at the same
-rate: the best for separate adapters, by the loss on the validation split, on a seed that is not compared. Rows go
-to benchmarks/research/results/joint-basis.csv as runs finish, and what is there is not run again.
+For a seed, both see the same batches in the same order, start from as many samples of their task, and train at the
+same rate: the best for separate bases by validation loss, chosen with a seed outside the comparison. Runs add their
+rows to benchmarks/research/results/joint-basis.csv, and existing rows are not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEAD = ("task", "r", "seeds", "loss, own", "loss, joint", "joint less own", "sco
 
 
 def wanted(ranks: Sequence[int], there: Sequence[Row], tasks: Sequence[str] = tuple(BY_SCORE)) -> list[Cell]:
-    """Sweeps first, and the seeds of what has been swept."""
+    """Return the next runs: sweeps, and the seeds of finished sweeps."""
     found: list[Cell] = []
     for r in ranks:
         for task in tasks:

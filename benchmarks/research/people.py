@@ -3,10 +3,10 @@
     python -m benchmarks.research.people [--people 200] [--alone 50] [--no-lora] [--work runs/people-compared]
         [--output FOLDER]
 
-The people of `make demo-many`, by `lorasb finetune`: all together on a basis of r = 16, an R each, which moves in
-about 56 steps; some alone on the same basis, like somebody who comes later, in batches of four rows (16 steps) and of
-one (64); and one LoRA for all, whose prompts say who asks. All answer the wordings that were not trained on. Runs that
-are there are not run again. The file keeps what other machines have measured; --no-lora leaves the LoRA out.
+`lorasb finetune` trains the people of `make demo-many`: all together on a basis of r = 16, with an R each, updated in
+about 56 steps; some alone on the same basis, like a newcomer, in batches of four rows (16 steps) and of one (64);
+and one LoRA for all, with the person's name in each prompt. All are evaluated on wordings that were not trained on.
+Finished runs are not repeated. The file keeps the results of other machines; --no-lora skips the LoRA.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOGETHER = f"together, R of r = {RANK} each, {PASSES} passes"
 ALONE = f"alone, R of r = {RANK}, {PASSES} passes"
 ALONE_BY_ROWS = f"{ALONE}, a row per step"
 LORA = f"one LoRA for all, r = 32, {PASSES} passes"
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of the LoRA, which measures no rate; the one with the best answers is taken
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of the LoRA, which does not measure its rate: the one with the best answers is used
 SHARED = ("--template", "none", "--eval-examples", "100000")
 ALL = ("--batch-size", "64", "--epochs", str(PASSES))
 ONE = ("--epochs", str(PASSES), "--batch-size")
@@ -75,7 +75,7 @@ def command(*words: str) -> None:
 
 
 def run(work: Path, people: int, alone: int, rates: Sequence[float]) -> dict[str, Any]:
-    """Train all ways: the shares of right answers, of everybody and of those who also train alone, and the seconds."""
+    """Train in all ways; return the shares of right answers (all, and those who also train alone) and the seconds."""
     work = work / str(people)
     users = [f"person-{i}" for i in range(people)]
     everybody = {user: rows(user) for user in users}
@@ -115,7 +115,7 @@ def run(work: Path, people: int, alone: int, rates: Sequence[float]) -> dict[str
 
 
 def joined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of one person each, as one."""
+    """Join runs of one person each into one summary."""
     answers = [answer for one in summaries for answer in one["answers"]]
     return {"answers": answers, "seconds": sum(one["seconds"] for one in summaries)}
 
@@ -133,11 +133,11 @@ def scored(summary: Mapping[str, Any], users: Sequence[str], some: Sequence[str]
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Rows of the table, for screen and report; with 95% intervals of the differences from a machine's first way."""
+    """Yield table rows, for screen and report, with 95% intervals of the differences from a machine's first way."""
     first: dict[str, list[float]] = {}
     for way, one in found["ways"].items():
         together = first.setdefault(one["machine"], one["by_person"])
-        pairs = zip(one["by_person"], together, strict=False)  # of a run with other people none
+        pairs = zip(one["by_person"], together, strict=False)  # empty if the run had other people
         less = [100 * (mine - theirs) for mine, theirs in pairs if len(together) == len(one["by_person"])]
         difference = f" ({statistics.fmean(less):+.1f} ± {half_width(less):.1f} points)" if any(less) else ""
         tried = ", ".join(f"{rate:g}" for rate in one.get("rates", ()))

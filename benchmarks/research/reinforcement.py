@@ -1,15 +1,15 @@
-"""GRPO with few trained numbers: what is known before and after, by rank, against LoRA; and bytes to a sampler a step.
+"""GRPO with few trained parameters: scores before and after by rank, against LoRA, and bytes per step to a sampler.
 
     python -m benchmarks.research.reinforcement [--entry lora-sb-8 ...] [--seeds 3] [--work runs/rl]
     python -m benchmarks.research.reinforcement --table
 
-SmolLM2-135M learns sums from 640 examples, the adapter is merged, and from there every entry trains by `lorasb finetune
---rl exact` with the same prompts, steps and seeds. Two things are measured on 500 held-out sums: the mean probability
-of the right answer, which is what GRPO climbs, and the share of right greedy answers. Rates are chosen by the first on
-another seed: three around the entry's own, a factor of four apart, and outward for as long as the best is the last one;
-the other starts take the rate of the first. Rows go to results/rl.csv as runs finish, and what is there is
-not run again: several processes with entries of their own share the work. A sampler in another process needs what was
-trained after each step: R alone, or LoRA's A and B.
+SmolLM2-135M learns sums from 640 examples, and the adapter is merged; from there `lorasb finetune --rl exact` trains
+every entry with the same prompts, steps and seeds. Two scores are measured on 500 held-out sums: the mean probability
+of the right answer, which GRPO maximizes, and the share of right greedy answers. Rates are chosen by the former, on
+another seed: three around the entry's own, a factor of four apart, then outward while the best is the outermost one;
+the other starts use the rate of the first start. Runs add their rows to results/rl.csv, and existing rows are not run
+again: several processes can share the work, each with its own entries. After each step, a sampler in another process
+needs what was trained: only R, or LoRA's A and B.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ ENTRIES = {
 
 
 def started(work: Path) -> Path:
-    """The model that all begin from: a short run from examples, merged; made once."""
+    """Return the common starting model, made once: a short run on examples, merged."""
     base = work / "base"
     if not (base / "config.json").is_file():
         learned = sums.problems(work, PROMPTS)["learn"]
@@ -182,7 +182,7 @@ def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
 
 
 def _seconds(rows: Sequence[Row]) -> str:
-    """The median, of the runs that nothing held up."""
+    """Return the median over undisturbed runs, which have a time."""
     found = [float(row["step_seconds"]) for row in rows if row["step_seconds"]]
     return f"{statistics.median(found):.1f}" if found else "-"
 
@@ -199,7 +199,7 @@ def _gain(rows: Sequence[Row], column: str) -> str:
 
 
 def title(rows: Sequence[Row]) -> str:
-    """What was run, and what the model knew that all begin from."""
+    """Return the table's title, with the scores of the common starting model."""
     before = (
         f"; before, chance {_mean(rows, 'chance_before')} and greedy {_mean(rows, 'greedy_before')}" if rows else ""
     )

@@ -53,10 +53,10 @@ FAMILIES = random.Random(0).sample(POOL, 16)
 COUNTS = {"1 family": 1, **{f"{count} families": count for count in (2, 4, 8, 16)}}
 EIGHT = "8 families"  # the shared basis of the documentation
 PER_SAMPLE, TEXT, TRAINED, RANKS = (f"{EIGHT}{how}" for how in (", per-sample", " and text", ", trained", ", ranks"))
-MEAN = f"mean of {EIGHT}"  # their adapters' R on the shared basis, without training
+MEAN = f"mean of {EIGHT}"  # mean R of their adapters on the shared basis, without further training
 SHARED = (*COUNTS, PER_SAMPLE, TEXT, TRAINED, RANKS)
 TRAIN, HELD_OUT, TRAIN_STEPS, BATCH, SAMPLES = 600, 200, 75, 8, 32
-MIXTURE_STEPS = 400  # of the LoRA whose directions are a basis
+MIXTURE_STEPS = 400  # of the LoRA that the trained basis is made from
 Batch = dict[str, Tensor]
 Factors = dict[str, tuple[Tensor, Tensor, Tensor]]  # layer -> B, R and A
 
@@ -100,7 +100,7 @@ class Task:
             yield from (self.collate(rows[i : i + BATCH]) for i in range(0, len(rows) - BATCH + 1, BATCH))
 
     def samples(self) -> list[Batch]:
-        """As many as an initialization takes."""
+        """Return batches for an initialization."""
         return [self.collate(self.train[i : i + BATCH]) for i in range(0, SAMPLES, BATCH)]
 
     @torch.no_grad()
@@ -129,13 +129,13 @@ def lora(model: Any, r: int) -> Any:
 
 
 def patched(model: Any, kind: str, r: int, init: str = "update") -> Any:
-    """The model with an adapter of the ranks that a kind of basis has."""
+    """Add an adapter with the ranks of a kind of basis."""
     pattern = ranks_by_energy(r) if kind == RANKS else {}
     return lorasb.patch(model, r=r, rank_pattern=pattern, init=init, target_modules=LINEARS)
 
 
 def on_shared(model: Any, kind: str, r: int) -> Any:
-    """The model with R = 0 on a shared basis; with the mean of the families' R's for the control without training."""
+    """Put the model on a shared basis with R = 0, or with the mean of the families' R's (the untrained control)."""
     model = patched(model, kind, r)
     found = mean_adapter(r) if kind == MEAN else shared_factors(kind, r)
     for name, layer in adapted_layers(model, None)[1].items():
@@ -219,7 +219,7 @@ def mean_adapter(r: int) -> Factors:
 
 @cache
 def ranks_by_energy(r: int) -> dict[str, int]:
-    """Ranks of as many numbers in R as r has, by energy of the eight families' first step."""
+    """Return ranks by energy of the eight families' first step, with as many parameters in all R as rank r."""
     tokenizer, model = base()
     samples = [batch for name in FAMILIES[:8] for batch in Task(name, 0, None, tokenizer, model).samples()]
     model = lorasb.patch(model, r=r, target_modules=LINEARS)
@@ -228,7 +228,7 @@ def ranks_by_energy(r: int) -> dict[str, int]:
 
 
 def measured_rate(model: Any, task: Task) -> float:
-    """The automatic rate of an adapter on a basis that is there, refined by two trials."""
+    """Return the automatic rate of an adapter on its existing basis, refined by two trials."""
     name, layers = adapted_layers(model, None)
     rate = rate_of_initialized(model, layers, task.samples(), InitOptions(adapter=name))
     return refine_rate(model, trials_of(task), rate, progress=False).lr

@@ -1,6 +1,6 @@
-"""Sums of two numbers: the problems of reinforcement's runs, the model that has half learned them, and what it knows.
+"""Sums of two numbers for the reinforcement runs: problems, a partly trained starting model, and its evaluation.
 
-Prompts are the problem alone ("What is 44 + 27?"), since a step of 32 completions pays for its prompts' tokens.
+Prompts hold only the problem ("What is 44 + 27?"): every prompt token adds to the cost of a step of 32 completions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorasb.app.tokenize import IGNORED, Collator, encode
 from lorasb.init.task import to_device
 
 TASK = "chain_sum"
-LEARNED, HELD_OUT = 640, 500  # examples of the short run that comes first, and those that no run sees
+LEARNED, HELD_OUT = 640, 500  # training examples of the short first run; held-out examples
 LEARNING = ("--r", "64", "--lr", "2e-3", "--eval-examples", "20", "--seed", "7")
 BATCH = 50
 
@@ -63,11 +63,11 @@ def loaded(base: str | Path, adapter: Path | None = None) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def known(model: Any, tokenizer: Any, held_out: Path) -> tuple[float, float]:
-    """Mean probability that a sampled answer is right, and the share of greedy answers that are.
+    """Return the mean probability that a sampled answer is right, and the share of right greedy answers.
 
-    The first is GRPO's objective (reward 1 for the right answer) on problems it has not seen, without the noise of
-    sampling: the product of the probabilities of the answer's tokens, the last of which ends it. A greedy answer is
-    right where each of them is the likeliest.
+    The first is GRPO's objective (reward 1 for the right answer) on unseen problems, without sampling noise: the
+    product of the probabilities of the answer's tokens, including the end token. A greedy answer is right if each of
+    them is the likeliest.
     """
     encoded = [encode(example, tokenizer, 64) for example in read_jsonl(held_out)]
     collate = Collator(tokenizer.pad_token_id, model)

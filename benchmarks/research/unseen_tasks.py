@@ -51,9 +51,10 @@ from lorasb.init.auto_rate import warmup_steps
 from lorasb.training.rate_trials import find_lr, refine_rate
 
 OWN, RANDOM, LORA_XS, NONE = "own", "random", "lora-xs", "base"
-LORAS = {f"LoRA r={r}": r for r in (1, 3, 32)}  # of fewer numbers than any LoRA-SB of r <= 32 has, as r = 64, and 32
+# r = 1 has more parameters than R at r <= 32, r = 3 about as many as at r = 64; 32 is the usual choice
+LORAS = {f"LoRA r={r}": r for r in (1, 3, 32)}
 LORA = "LoRA r=1"
-SMALL = (16, 32)  # ranks of fewer numbers than LoRA r = 1 has
+SMALL = (16, 32)  # ranks with fewer parameters than LoRA r = 1
 KINDS = (OWN, *SHARED, RANDOM, LORA_XS, *LORAS, MEAN, NONE)
 WITHOUT_RANK = {**LORAS, NONE: 1}  # bases of one rank, whatever --r says
 TASKS = (*UNSEEN, *FILES)
@@ -99,7 +100,7 @@ def run(name: str, kind: str, r: int, seed: int, factor: float, folder: Path | N
 
 
 def shown(value: Any) -> str:
-    """A value as rows have it."""
+    """Format a value as in the rows."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -109,7 +110,7 @@ def ranks_of(rows: Sequence[Row]) -> list[int]:
 
 
 def runs(rows: Sequence[Row], task: str, kind: str, r: int) -> list[Row]:
-    """Runs of a task on a basis at the automatic rate; LoRA has one rank, whatever R's."""
+    """Return a task's runs on a basis at the automatic rate; LoRAs have a fixed rank, whatever `r` is."""
     wanted = task, kind, str(WITHOUT_RANK.get(kind, r)), "1"
     return [row for row in rows if tuple(row[key] for key in ("task", "basis", "r", "factor")) == wanted]
 
@@ -128,10 +129,10 @@ def by_task(rows: Sequence[Row], r: int) -> list[list[str]]:
 
 
 def over_own(rows: Sequence[Row]) -> list[list[str]]:
-    """The head and the lines of the documentation's table, at ranks of few bytes: each task's losses over `own`'s.
+    """Return the head and lines of the documentation's table, at small ranks: each task's losses relative to `own`'s.
 
-    Last, the share of what LoRA r = 1 gains over the model without an adapter that R on the shared basis gains. Means
-    over the seeds that both have.
+    The last columns compare gains over the model without an adapter: R on the shared basis as a share of LoRA r = 1.
+    Means are over the seeds that both have.
     """
     columns = [*((EIGHT, r) for r in SMALL), (TRAINED, SMALL[0]), (RANDOM, SMALL[0])]
     head = [f"{kind}, r={r}" for kind, r in columns] + [f"of {LORA}'s gain, r={r}" for r in SMALL]
@@ -212,7 +213,7 @@ def main() -> None:
         head, *body = by_task(found, r)
         show(f"r = {r}: held-out loss (share of the task's first step that the basis keeps)", head, body, width=160)
     head, *body = over_own(found)
-    show("loss over that on the task's own basis", head, body, width=160)
+    show("loss relative to the task's own basis", head, body, width=160)
     missing = sum(not is_there(path, cell) for cell in asked)
     console.print(f"missing: {missing} of the {len(asked)} runs that the options select")
 

@@ -1,4 +1,4 @@
-"""The settings of a tiny run, the folder of one that nobody disturbed, and of some that were interrupted."""
+"""Settings of a tiny run, the folder of an uninterrupted run, and those of interrupted ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorasb.app.settings import Settings
 
 @pytest.fixture(scope="module")
 def blank_pictures() -> Iterator[None]:
-    """Write empty files in place of pictures, which take a third of a tiny run's time."""
+    """Write empty files instead of plots: plotting takes a third of a tiny run's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
         yield
@@ -31,15 +31,15 @@ def base(tiny: Path, data: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def whole(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nobody disturbed."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     run_finetune(replace(base, output=str(folder)))
     return folder
 
 
 @pytest.fixture
-def goes_on(tmp_path: Path) -> Callable[[Settings, int], dict[str, Any]]:
-    """Run settings twice, interrupted after a step the second time, which ends in the same bits; the summary."""
+def check_resume(tmp_path: Path) -> Callable[[Settings, int], dict[str, Any]]:
+    """Check that a run interrupted after a step and resumed gives the same bits; return its summary."""
 
     def check(settings: Settings, step: int) -> dict[str, Any]:
         run_finetune(replace(settings, output=str(tmp_path / "a")))
@@ -61,18 +61,18 @@ def stopped(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own(base: Settings, tmp_path: Path) -> Settings:
-    """A run in the test's folder."""
+    """Settings of a run in the test's own folder."""
     return replace(base, output=str(tmp_path))
 
 
 @pytest.fixture
 def cut(own: Settings, stopped: Path) -> Settings:
-    """The same, interrupted after step 7."""
+    """Settings of a run in the test's own folder, interrupted after step 7."""
     shutil.copytree(stopped, own.output, dirs_exist_ok=True)
     return own
 
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """What was printed since it was asked last, with spaces for the ends of lines."""
+    """Return what was printed since the last call, on one line."""
     return lambda: " ".join("".join(capsys.readouterr()).split())

@@ -1,4 +1,4 @@
-"""Adapters: what is adapted, where R starts, the rate of training; many R on one A and B, and runs that train them."""
+"""Adapters: target layers, R's start, the learning rate; many Rs on one A and B, and runs that train them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_list_a_pattern_or_all_linear_layers() -> None:
 
 
 def test_an_adapter_is_the_same_bytes_whatever_the_order_of_its_sets(tmp_path: Path) -> None:
-    """A set may have any order in another process."""
+    """The order of a set can differ between processes."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "fedcba"})
     adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(model)))
     assert isinstance(adapted.peft_config["default"].target_modules, set)
@@ -90,7 +90,7 @@ def test_a_share_of_an_epoch_has_no_step_too_many(epochs: float, steps: int) -> 
 @pytest.mark.parametrize("steps", [1, 3, 9, 10, 11, 125, 312])
 @pytest.mark.parametrize("share", [0.02, 0.06, 0.1])
 def test_warm_up_is_rounded_as_trainer_rounds_it(steps: int, share: float) -> None:
-    """31 steps here and 32 there would give η two values."""
+    """31 steps in one place and 32 in the other would give η two values."""
     arguments = transformers.TrainingArguments("unused", warmup_steps=share, use_cpu=True, report_to="none")
     found = warmup_steps(share, steps)
     assert found == arguments.get_warmup_steps(steps)
@@ -99,16 +99,16 @@ def test_warm_up_is_rounded_as_trainer_rounds_it(steps: int, share: float) -> No
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora"])
 def test_a_run_trains_at_the_rate_that_it_found(
-    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes_on: Any, method: str
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check_resume: Any, method: str
 ) -> None:
     search = Mock(wraps=finetune.find_rate)
     monkeypatch.setattr(finetune, "find_rate", search)
     settings = replace(base, method=method, lr=1e-3, find_lr=True, epochs=1.0)
-    found = goes_on(settings, 4)
-    assert search.call_count == 2  # of two runs: the stopped one has its rate with its start
-    assert found["lr"] > 1e-3  # far too low for this task
-    assert found["config"]["lr"] == 1e-3  # so that config.yaml repeats the run
-    # R's start is scaled: a run that is given the rate begins at the same start
+    found = check_resume(settings, 4)
+    assert search.call_count == 2  # once per run: the stopped run saved its rate with its start
+    assert found["lr"] > 1e-3  # which is far too low for this task
+    assert found["config"]["lr"] == 1e-3  # so that config.yaml reproduces the run
+    # R's start is scaled with the rate: a run that is given this rate has the same start
     told = run_finetune(replace(settings, lr=found["lr"], find_lr=False, output=str(tmp_path / "told"))).summary
     assert found["train_losses"] == pytest.approx(told["train_losses"], rel=1e-3)
 
@@ -119,7 +119,7 @@ def test_trials_take_the_runs_own_batches(base: Settings, packing: bool) -> None
     run.model = lorasb.patch(run.model, r=4)
     found = list(train.batches(run))
     assert max(len(batch["input_ids"]) for batch in found) == base.batch_size // 2
-    assert ("attention_mask" not in found[0]) == packing  # packs are told apart by their positions
+    assert ("attention_mask" not in found[0]) == packing  # packed examples are separated by their positions
 
 
 @pytest.mark.parametrize("count", [16, 6, 3])
@@ -127,7 +127,7 @@ def test_trials_take_the_runs_own_batches(base: Settings, packing: bool) -> None
 def test_no_row_is_trained_on_and_judges(
     base: Settings, monkeypatch: pytest.MonkeyPatch, count: int, find_lr: bool
 ) -> None:
-    """Not of a single batch either, whose rows are halved."""
+    """This holds for a single batch, too: its rows are split in half."""
     run = prepare(replace(base, find_lr=find_lr))
     run.rows, seen = run.rows[:count], Mock(return_value=SimpleNamespace(lr=1.0, steps=4))
     monkeypatch.setattr(train, "find_lr" if find_lr else "refine_rate", seen)
@@ -155,7 +155,7 @@ def test_trials_take_a_processs_part_of_every_step(base: Settings, monkeypatch: 
         monkeypatch.setattr(train, "Processes", lambda rank=rank: SimpleNamespace(rank=rank, world_size=2))
         parts.append(next(train.batches(run))["input_ids"])
     assert [len(part) for part in parts] == [len(whole) // 2] * 2
-    assert sum(int(part.sum()) for part in parts) == int(whole.sum())  # but for padding, which is 0 here
+    assert sum(int(part.sum()) for part in parts) == int(whole.sum())  # padding adds 0
 
 
 def task(prompt: str, first: int) -> list[dict[str, Any]]:
@@ -172,7 +172,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def settings(base: Settings) -> Settings:
-    """Of a basis."""
+    """Settings of a basis."""
     return Settings(model=base.model, dtype="float32", r=8, samples=8, lr=None)
 
 
@@ -186,13 +186,13 @@ def made(settings: Settings, files: dict[str, str], tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="session")
 def on_it(base: Settings, made: Path, files: dict[str, str]) -> Settings:
-    """Of a run on the basis."""
+    """Settings of a run on the basis."""
     return replace(base, basis=str(made), r=None, data=files["mine"])
 
 
 @pytest.fixture(scope="session")
 def whole(on_it: Settings, made: Path) -> Path:
-    """The folder of a run that nobody disturbed, next to the basis."""
+    """The folder of an uninterrupted run, next to the basis."""
     folder = made.parent / "run"
     run_finetune(replace(on_it, output=str(folder)))
     return folder
@@ -221,13 +221,13 @@ def test_a_run_trains_and_saves_r_alone(made: Path, whole: Path) -> None:
 
 
 def loaded(tiny: Path, folder: Path) -> Any:
-    """A new model with a saved adapter."""
+    """Load a saved adapter into a new model."""
     return peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), folder).eval()
 
 
 def test_interrupted_runs_end_in_the_same_bits(on_it: Settings, whole: Path, tmp_path: Path) -> None:
     own = replace(on_it, output=str(tmp_path))
-    killed(own, lambda patch: patch.setattr("lorasb.app.finetune.train", lambda *given: die()))  # with the start saved
+    killed(own, lambda patch: patch.setattr("lorasb.app.finetune.train", lambda *given: die()))  # its start is saved
     stop_after(4, own, tmp_path)
     run_finetune(own)
     assert_same(tmp_path, whole)
@@ -269,7 +269,7 @@ def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[st
 def test_a_trained_lora_makes_a_basis(
     on_it: Settings, settings: Settings, files: dict[str, str], tmp_path: Path
 ) -> None:
-    """It holds all of the LoRA's update, so that its projection answers as the LoRA does; two share one."""
+    """A basis of one LoRA holds its full update: its projection gives the LoRA's logits. Two can share a basis."""
     for name in ("copy", "next"):
         options = {"method": "lora", "basis": None, "r": 4, "data": files[name], "epochs": 1.0}
         run_finetune(replace(on_it, output=str(tmp_path / name), **options))
@@ -313,7 +313,7 @@ def test_another_basis_is_refused(on_it: Settings, made: Path, tmp_path: Path) -
 def test_a_basis_belongs_to_weights_and_not_to_a_folder(
     on_it: Settings, made: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
-    """Its model may have been moved; other weights, or quantized ones of another name, are refused before evaluation."""
+    """The model may have moved; other weights, or quantized ones under another name, are refused before evaluation."""
     moved = Path(shutil.copytree(on_it.model, tmp_path / "moved"))
     assert "The basis keeps" in call("basis", "fit", str(made), "--data", files["mine"], "--model", str(moved))
     run_finetune(replace(on_it, model=str(moved), epochs=1.0, output=str(tmp_path / "moved-run")))
@@ -358,7 +358,7 @@ def test_labeled_rows_are_refused_on_a_basis(on_it: Settings, made: Path, tmp_pa
 
 
 def test_a_basis_is_made_into_a_new_folder_alone(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
-    """Nothing of the user's is deleted, and no basis is replaced on which adapters stand."""
+    """No file of the user's is deleted, and no basis that adapters depend on is replaced."""
     kept = tmp_path / "mine.txt"
     kept.write_text("mine")
     with pytest.raises(ValueError, match="expected --output to be a new folder"):
@@ -423,7 +423,7 @@ NAMES = ["ada", "emmy", "grace"]
 
 @pytest.fixture(scope="session")
 def several(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Three people, each of whom answers the same prompts by a word of their own."""
+    """Settings of a run over three people, who answer the same prompts, each with a different word."""
     folder = tmp_path_factory.mktemp("several")
     rows = [
         {"prompt": f"copy {WORDS[i]} {i % 7}", "completion": WORDS[NAMES.index(name)], "user": name}
@@ -435,7 +435,7 @@ def several(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Setting
 
 @pytest.fixture(scope="session")
 def done(several: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of their run."""
+    """The folder of the run over three people."""
     folder = tmp_path_factory.mktemp("done")
     run_finetune(replace(several, output=str(folder)))
     return folder
@@ -445,7 +445,7 @@ def done(several: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_passes_give_every_adapter_enough_steps(
     several: Settings, batch_size: int, column: str | None, passes: int
 ) -> None:
-    """27 rows are trained on: nine of each, in as many of 14 steps of two; batches of all have one step."""
+    """27 training rows, nine per adapter: each is in about nine of 14 steps of two rows; a batch of all is one step."""
     settings = replace(several, epochs=None, batch_size=batch_size, adapter_column=column, eval_examples=3)
     assert prepare(settings).epochs == passes
 
@@ -476,7 +476,7 @@ def test_a_few_examples_make_enough_steps(
 def test_each_learns_its_own_answers(several: Settings, tiny: Path, tmp_path: Path) -> None:
     sure = shutil.copytree(tiny, tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    model.get_input_embeddings().weight.data *= 20  # or no answer could have a large logit
+    model.get_input_embeddings().weight.data *= 20  # otherwise no answer could get a large logit
     model.save_pretrained(sure)
     held_out = [
         {"prompt": f"copy {word} 6", "completion": WORDS[i], "user": name}
@@ -490,7 +490,7 @@ def test_each_learns_its_own_answers(several: Settings, tiny: Path, tmp_path: Pa
     assert list(found) == NAMES
     assert [one["train_examples"] for one in found.values()] == [10, 10, 10]
     assert all(one["eval_examples"] == 4 and one["before"] == 0.0 for one in found.values())
-    assert all(one["after"] >= 0.5 for one in found.values())  # one adapter for all would be right for one of them
+    assert all(one["after"] >= 0.5 for one in found.values())  # a shared adapter could be right for only one of them
     assert result.summary["train_losses"][-1] < 0.01
     assert result.summary["trainable_params"] == len(NAMES) * 14 * 8**2  # seven layers in each of two blocks
 
@@ -498,7 +498,7 @@ def test_each_learns_its_own_answers(several: Settings, tiny: Path, tmp_path: Pa
 def test_somebody_is_added_later(
     several: Settings, done: Path, files: dict[str, str], tiny: Path, tmp_path: Path
 ) -> None:
-    """The run's folder is a basis; who is trained on it starts as the others did, and changes no byte of it."""
+    """The run's folder is a basis: an adapter trained on it starts as the others did and changes none of its bytes."""
     before = {path: path.read_bytes() for path in (done / "adapter").rglob("*") if path.is_file()}
     card = read_card(done / "adapter")
     assert (card.r, card.tasks["data"]["examples"], card.dtype) == (8, 27, "float32")
@@ -561,7 +561,7 @@ def test_what_names_no_adapter_is_refused(user: Any, several: Settings, tmp_path
 
 @pytest.mark.long
 def test_two_processes_train_what_one_does(several: Settings, done: Path, tmp_path: Path) -> None:
-    """Some of a step's adapters have rows in one process alone, and some in none."""
+    """In a step, some adapters have rows in only one process, and some in none."""
     given = {"--model": several.model, "--data": several.data, "--adapter-column": "user", "--output": tmp_path}
     on_two_processes(given)
     ours, alone = summary(tmp_path), summary(done)
@@ -571,7 +571,7 @@ def test_two_processes_train_what_one_does(several: Settings, done: Path, tmp_pa
 
 
 def test_a_layers_number_names_no_adapter(several: Settings, tmp_path: Path) -> None:
-    """Refused before the model is evaluated."""
+    """The name is refused before the model is evaluated."""
     rows = [{"prompt": f"copy red {i}", "completion": "red", "user": i % 2} for i in range(20)]
     with pytest.raises(ValueError, match="adapter '0' has the name of a part of the model"):
         run_finetune(replace(several, data=write_rows(tmp_path / "data.jsonl", rows), output=str(tmp_path / "run")))

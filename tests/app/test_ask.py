@@ -1,4 +1,4 @@
-"""`lorasb ask` puts a question as training did: it answers as the run's own evaluation after training."""
+"""`lorasb ask` formats a question as training did, and answers as the run's own evaluation after training did."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def chat(i: int, question: str, answer: str) -> dict[str, Any]:
 
 
 def instructed(i: int, question: str, answer: str) -> dict[str, Any]:
-    """A chat whose system message is not the template's own."""
+    """A chat with a system message other than the template's default."""
     return {"messages": [{"role": "system", "content": "copy one"}, *chat(i, question, answer)["messages"]]}
 
 
-CASES: dict[str, tuple[Callable[[int, str, str], dict[str, Any]], dict[str, Any]]] = {  # rows and settings
+CASES: dict[str, tuple[Callable[[int, str, str], dict[str, Any]], dict[str, Any]]] = {  # row function, settings
     "chat template": (prompted, {}),
     "plain": (prompted, {"template": "none"}),
     "system": (instructed, {}),
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Callable[[int, str, str], dict[str, Any]], dict[str, Any]
 
 @pytest.fixture(scope="module")
 def finished(blank_pictures: None, base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a finished run of a kind, which is made once."""
+    """Return the folder of a finished run of a kind; each kind is run once."""
 
     @functools.cache
     def run(kind: str) -> Path:
@@ -76,7 +76,7 @@ def test_an_answer_is_that_of_the_run(finished: Callable[[str], Path], kind: str
         if kind == "alpaca":
             assert question.startswith("Below is an instruction")
             question = question.partition("### Instruction:\n")[2].partition("\n\n### Response:")[0]
-        # generation ends four tokens after the longest right answer there
+        # the run generated at most four tokens more than its longest reference answer
         (found,) = ask.answers(run, question, row.get("adapter"), max_new_tokens=5)
         if kind == "values":
             assert float(found) == pytest.approx(float(row["after"]), rel=1e-3)
@@ -85,7 +85,7 @@ def test_an_answer_is_that_of_the_run(finished: Callable[[str], Path], kind: str
     card = (run / "adapter" / "README.md").read_text()
     lines = ask.how_to(summary, run)
     assert lines["command"].startswith(f"lorasb ask {run} ")
-    assert kind not in ("labels", "values") or summary["prompt_format"] == ask.PLAIN  # whatever the chat template
+    assert kind not in ("labels", "values") or summary["prompt_format"] == ask.PLAIN  # even if there is a chat template
     assert ("--adapter u0" in lines["command"]) == (kind == "adapters")
     assert lines["command"] in card
     assert lines["python"] in card
@@ -107,13 +107,13 @@ def test_the_four_lines_of_python_run(
 def test_a_question_longer_than_the_models_positions_is_one_line(
     finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "POSITIONS", ("embed_tokens",))  # whose rows stand for a table of positions
+    monkeypatch.setattr(prepare, "POSITIONS", ("embed_tokens",))  # its rows act as learned positions
     with pytest.raises(ValueError, match=r"learned positions, got .* take a smaller --max-new-tokens, or a shorter"):
         list(ask.answers(finished("plain"), "copy red", max_new_tokens=200))
 
 
 def test_a_run_is_asked_where_its_model_is(finished: Callable[[str], Path], tiny: Path, tmp_path: Path) -> None:
-    """A run of a relative folder's model, from another folder."""
+    """The model was a relative folder, and the question comes from another folder."""
     run = tmp_path / "run"
     shutil.copytree(finished("chat template"), run)
     config = (run / "config.yaml").read_text()
@@ -157,13 +157,13 @@ def test_what_was_held_out_of_people_s_rows_is_said() -> None:
     of_f1 = {"eval_scores": ["f1"], "eval_accuracy_before": 0.0, "eval_accuracy_after": 0.5, "eval_examples": 10}
     of_f1 |= {"eval_loss_before": 1.0, "eval_loss_after": 1.0, "rank": 4, "config": {"method": "lora-sb"}}
     cells = before_and_after(of_f1 | {"eval_accuracy_by_set": by_set}).columns[2]._cells
-    assert cells[1] == "50%"  # of no count of answers
+    assert cells[1] == "50%"  # without a count of answers
     quiet = {"eval_accuracy_after": 1.0}, {"config": {"eval_data": "rows.jsonl"}}, {"adapters": {}}
     assert [list(advice(summary | one)) for one in quiet] == [[], [], []]
 
 
 def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None:
-    """A prompt from someone's data must not run in the user's shell, nor break a card's fences."""
+    """A prompt from someone's data must not run in the user's shell or break the model card's code fences."""
     summary = {"adapters": {}, "prompt_format": ask.PLAIN, "classes": None, "rank": 4, "config": {"model": "m"}}
     question = 'a $(touch PWNED) `touch PWNED` "b" it\'s\n```'
     command = ask.how_to(summary, tmp_path / "my runs", question)["command"]

@@ -1,4 +1,4 @@
-"""The model that comes with a package: converted once, whole or not at all."""
+"""The model from a Python package is converted once, completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorasb.app import prepare
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, of a machine that has the package."""
+    """An empty cache on a machine that has the package."""
     monkeypatch.setenv("LORASB_CACHE", str(tmp_path))
     monkeypatch.setattr(prepare, "embedded_folder", lambda: tmp_path)
     return tmp_path
@@ -49,7 +49,7 @@ def test_what_another_process_converted_first_is_kept(monkeypatch: pytest.Monkey
     folder = Path(prepare.resolve_model(prepare.EMBEDDED))
     assert (folder / "config.json").read_text() == "first"
     assert list(cache.iterdir()) == [folder]
-    monkeypatch.setattr(prepare, "_convert", lambda *given: pytest.fail("it is converted again"))
+    monkeypatch.setattr(prepare, "_convert", lambda *given: pytest.fail("the model was converted again"))
     assert prepare.resolve_model(prepare.EMBEDDED) == str(folder)
 
 
@@ -64,7 +64,7 @@ def test_the_real_model_is_converted_once_and_answers(monkeypatch: pytest.Monkey
     assert model.dtype == torch.bfloat16
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("The capital of France is", return_tensors="pt")
-    model.float()  # bf16 without its instructions takes ten times as long
+    model.float()  # bf16 takes ten times as long on CPUs without bf16 instructions
     assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
     assert prepare.resolve_model(prepare.EMBEDDED) == folder  # converted once
     assert [p.name for p in tmp_path.iterdir()] == [prepare.EMBEDDED]

@@ -1,4 +1,4 @@
-"""Runs over texts with labels: classes, pairs and values; resumed to the same bits; loaded again by PEFT."""
+"""Runs over labeled texts: classes, pairs and values; resuming gives the same bits; PEFT loads the result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLORS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "tree")
 
 @pytest.fixture(scope="session")
 def kinds(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Colors and others, behind a word that says nothing."""
+    """Texts labeled color or other, whose first word says nothing about the label."""
     words = [(number, word) for number in ("one", "two", "three", "four") for word in COLORS + ANIMALS]
     rows = [{"text": f"{number} {word}", "label": "color" if word in COLORS else "other"} for number, word in words]
     folder = tmp_path_factory.mktemp("kinds")
@@ -54,9 +54,11 @@ def test_classes_are_learned_and_the_folder_loads_again(kinds: Settings, tmp_pat
 
 
 @pytest.mark.parametrize(("method", "lr"), [("lora-sb", None), ("lora", 3e-2)])
-def test_a_stopped_run_goes_on_to_the_same_bits(kinds: Settings, goes_on: Any, method: str, lr: float | None) -> None:
-    """The head is trained whole, and its start is random; where R's rate is measured, it has its own."""
-    goes_on(replace(kinds, method=method, lr=lr, epochs=1.5), 4)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    kinds: Settings, check_resume: Any, method: str, lr: float | None
+) -> None:
+    """The head is fully trained from a random start; where R's rate is measured, the head has a separate rate."""
+    check_resume(replace(kinds, method=method, lr=lr, epochs=1.5), 4)
 
 
 def test_a_head_has_a_usual_rate_where_that_of_r_is_measured(
@@ -91,7 +93,7 @@ def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Pat
 
 
 def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> None:
-    """BERT: token types, padding on the right, and a pooler that its checkpoint lacks."""
+    """BERT has token types, padding on the right, and a pooler that the checkpoint lacks."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     config = transformers.BertConfig(vocab_size=108, max_position_embeddings=32, **sizes)
     folder = tmp_path / "bert"
@@ -111,7 +113,7 @@ def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> N
 
 
 def test_rows_are_padded_on_the_right_and_a_decoder_reads_the_last_token(tiny: Path) -> None:
-    """Its config may name another token for padding than the tokenizer has."""
+    """The model's config may name a different padding token than the tokenizer."""
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2).eval()
     model.config.pad_token_id = 5
@@ -176,7 +178,7 @@ def test_texts_may_be_packed_and_a_class_that_was_drawn_to_be_held_out_is_learne
 
 
 def test_accumulation_changes_no_loss(kinds: Settings, tmp_path: Path) -> None:
-    """The model's loss is a mean over its batch, which Trainer has to divide by the number of parts."""
+    """The model's loss is a mean over its batch, so Trainer has to divide it by the number of parts."""
     losses = []
     for parts in (1, 2):
         settings = replace(kinds, epochs=1.0, gradient_accumulation=parts, output=str(tmp_path / str(parts)))
@@ -220,7 +222,7 @@ def test_examples_have_the_score_that_they_name(score: str, labels: Any, said: s
 
 
 def test_scores_of_ties_and_of_answers_that_are_all_equal() -> None:
-    assert f1([("0", "0"), ("0", "0")]) == 0.0  # of class 1, which nobody named
+    assert f1([("0", "0"), ("0", "0")]) == 0.0  # of class 1, which is in no label or answer
     assert f1([("no", "no"), ("no", "no")]) == 0.0
     assert f1([("yes", "yes"), ("no", "yes")]) == pytest.approx(2 / 3)
     assert spearman([("1", "1"), ("1", "2"), ("2", "3")]) == pytest.approx(0.5 * 3**0.5)  # ties share a rank

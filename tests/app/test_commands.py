@@ -34,7 +34,7 @@ from lorasb.ops import registry
 
 
 def start(name: str, model: Path, data: Path, output: Path, *more: object, way: Any = call) -> str:
-    """What `lorasb finetune` or `lorasb init` prints with the settings of the tests' runs."""
+    """Return what `lorasb finetune` or `lorasb init` prints when run with the tests' settings."""
     given = {"--model": model, "--data": data, "--output": output, "--r": 8, "--batch-size": 4, "--samples": 8}
     given |= {"--dtype": "float32", "--epochs": 2, "--lr": 5e-3}
     return way(name, *itertools.chain(*given.items()), *more)
@@ -45,7 +45,7 @@ def start(name: str, model: Path, data: Path, output: Path, *more: object, way: 
     [("lora-sb", {"lora", "report.json", "energy.png"}), ("lora-xs", {"lora", "report.json"}), ("lora", set())],
 )
 def test_finetune_writes_its_files(tiny: Path, data: Path, tmp_path: Path, method: str, more: set[str]) -> None:
-    # one in a process of its own, as a user starts it
+    # one runs in a separate process, as a user would start it
     way = partial(python, "-W", "ignore", "-m", "lorasb", COLUMNS="150") if method == "lora-sb" else call
     printed = start("finetune", tiny, data, tmp_path, "--method", method, way=way)
     usual = {"adapter", "loss.png", "summary.json", "config.yaml", "answers.json"}
@@ -73,9 +73,9 @@ def test_several_held_out_sets_are_told_apart(tiny: Path, data: Path, tmp_path: 
     assert "sure/test.jsonl" in start("finetune", tiny, data, tmp_path / "run", *more)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_examples"] == 3
-    assert summary["eval_accuracy_by_set"]["after"][files[1]] == 0.0  # "red" is no choice
+    assert summary["eval_accuracy_by_set"]["after"][files[1]] == 0.0  # "red" is not one of the choices
     assert set(summary["eval_accuracy_by_set"]["before"]) == set(files)
-    # finished: from its files
+    # the finished run is shown from its files
     assert "other/test.jsonl" in start("finetune", tiny, data, tmp_path / "run", *more)
 
 
@@ -201,7 +201,7 @@ def test_a_download_that_is_not_whole_is_one_line(base: Settings, tmp_path: Path
 
 
 def test_a_bad_variable_is_noticed_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_from_environment", "")  # it is read once
+    monkeypatch.setattr(registry, "_from_environment", "")  # the variable is read only once
     monkeypatch.setenv("LORASB_BACKEND", "warp")
     with pytest.raises(ValueError, match="unknown backend 'warp': expected one of auto"):
         call("finetune", "--model", "nowhere/none")
@@ -253,6 +253,6 @@ def test_ctrl_c_ends_in_one_line_at_any_time(tiny: Path, data: Path, tmp_path: P
     time.sleep(delay)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
-    assert child.returncode in (1, 130)  # 1 of click, which says Aborted
+    assert child.returncode in (1, 130)  # click exits with 1 and prints Aborted
     assert "Traceback" not in said
     assert said.strip()

@@ -1,4 +1,4 @@
-"""Examples: generated, of files and by name; the hub is replaced by rows of its columns, and what cannot be read is said."""
+"""Examples: generated, from files and by name; a fake hub has rows of the real columns; unreadable data is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
-    """What was asked of the hub; every data set has one row."""
+    """The requests to a fake hub, where every data set has one row."""
     asked: list[tuple[str, str | None, str]] = []
 
     def load_dataset(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def test_a_named_set_has_prompts_answers_and_its_own_score(hub: list[Any], name:
     for example in examples:
         assert (example.label is not None) == (NAMED[name].path == "nyu-mll/glue")
         assert ("### Instruction:" in example.prompt) == (example.label is None)
-        assert "### Input:" not in example.prompt  # Alpaca's other form is for rows that have one
+        assert "### Input:" not in example.prompt  # Alpaca's other form is for rows with an input
         assert is_right(example.completion, example.completion, example.score)
     assert {path for path, _, _ in hub} == {NAMED[name].path}
 
@@ -159,7 +159,7 @@ def test_letters_that_end_a_line_elsewhere_are_kept(tmp_path: Path, letter: str)
 
 
 def test_what_is_held_out_is_drawn_from_all_of_a_set(tmp_path: Path) -> None:
-    """A set in order of its subjects must not be judged by the first of them."""
+    """A set sorted by subject must not be evaluated on its first subjects only."""
     file = write_rows(tmp_path / "a.jsonl", ({"prompt": f"q{i}", "completion": "x"} for i in range(40)))
     settings = Settings(eval_data=file, data=file, eval_examples=8)
     found = [load_examples(replace(settings, seed=seed))[1] for seed in (0, 0, 1)]
@@ -179,7 +179,7 @@ ROWS_OF: dict[str, Callable[[int, int], dict[str, Any]]] = {
     [*(("prompts", *counts) for counts in ((40, 36), (20, 36), (10, 36), (4, 30), (2, 20))), ("chats", 20, 36), ("texts", 40, 36)],
 )  # fmt: skip
 def test_all_rows_of_a_prompt_are_held_out_or_none(tmp_path: Path, kind: str, prompts: int, kept: int) -> None:
-    """A tenth of the rows; where no prompt has so few, part of one's rows, and the others of it are left out."""
+    """A tenth of the rows; if every prompt has more, some of one prompt's rows, and its other rows are left out."""
     rows = (ROWS_OF[kind](i, prompts) for i in range(40))
     train, held_out = load_examples(Settings(data=write_rows(tmp_path / "a.jsonl", rows)))
     assert (len(train), len(held_out)) == (kept, 4)

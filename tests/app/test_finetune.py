@@ -1,4 +1,4 @@
-"""A run that is killed by kill -9 at any moment, or stopped by Ctrl-C or SIGTERM, ends in the same bits once started again."""
+"""A run that is killed by kill -9 at any moment, or stopped by Ctrl-C or SIGTERM, resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def test_kill_9_at_random_moments_ends_in_the_same_bits(own: Settings, whole: Pa
     assert_same(tmp_path, whole)
 
 
-def test_dropout_masks_and_other_options_go_on_too(base: Settings, tiny: Path, tmp_path: Path, goes_on: Any) -> None:
-    """Attention dropout draws from the global random state at every step; AdamW's decay and a schedule have a state."""
+def test_dropout_masks_and_other_options_go_on_too(
+    base: Settings, tiny: Path, tmp_path: Path, check_resume: Any
+) -> None:
+    """Attention dropout draws from the global random state at every step; AdamW's decay and a schedule have state."""
     noisy = tmp_path / "model"
     shutil.copytree(tiny, noisy)
     config = json.loads((noisy / "config.json").read_text())
@@ -55,18 +57,18 @@ def test_dropout_masks_and_other_options_go_on_too(base: Settings, tiny: Path, t
     layers = {"target_modules": "q_proj,down_proj", "rank_pattern": {"down_proj": 4}, "eval_steps": 4}
     steps = {"gradient_accumulation": 2, "gradient_checkpointing": True, "weight_decay": 0.1, "scheduler": "cosine"}
     settings = replace(base, model=str(noisy), **layers, **steps)
-    found = goes_on(settings, 8)  # in the second epoch
+    found = check_resume(settings, 8)  # in the second epoch
     assert [step for step, _ in found["eval_losses"]] == [4, 8, 12]
     assert len(found["train_losses"]) == STEPS
     assert found["trainable_params"] == 2 * (8 * 8 + 4 * 4)
     still = replace(settings, model=base.model, output=str(tmp_path / "c"))
-    assert run_finetune(still).summary["train_losses"] != found["train_losses"]  # the masks did something
+    assert run_finetune(still).summary["train_losses"] != found["train_losses"]  # the masks had an effect
 
 
 @pytest.mark.parametrize("options", [{"bits": 4}, {"packing": True, "max_length": 16, "batch_size": 2}])
-def test_other_bases_and_packs_go_on(base: Settings, goes_on: Any, options: dict[str, Any]) -> None:
+def test_other_bases_and_packs_go_on(base: Settings, check_resume: Any, options: dict[str, Any]) -> None:
     packing = "packing" in options
-    found = goes_on(replace(base, epochs=3.0 if packing else 1.0, **options), 4)
+    found = check_resume(replace(base, epochs=3.0 if packing else 1.0, **options), 4)
     if packing:
         assert found["eval_loss_after"] < found["eval_loss_before"]
         assert found["train_steps"] < 3 * 27 / 2
@@ -97,7 +99,7 @@ def test_stopping_saves_and_going_on_ends_in_the_same_bits(
     steps = sorted(map(run_folder.step_of, run_folder.complete_checkpoints(tmp_path / "checkpoints")))
     assert steps == [3, 5]
 
-    monkeypatch.setattr(finetune, "adapt", lambda *given: pytest.fail("nothing is initialized twice"))
+    monkeypatch.setattr(finetune, "adapt", lambda *given: pytest.fail("the adapter was initialized twice"))
     titles = []
     evaluate = finetune.Run.evaluate
     monkeypatch.setattr(finetune.Run, "evaluate", lambda run, title: titles.append(title) or evaluate(run, title))
@@ -127,7 +129,7 @@ def test_a_signal_before_training_ends_at_once_in_one_line(
 
 @pytest.mark.long
 def test_two_processes_train_what_one_does(tiny: Path, data: Path, whole: Path, tmp_path: Path) -> None:
-    """The same command under torchrun: the same samples, steps and losses; only rank 0 prints and writes."""
+    """The same command under torchrun gives the same samples, steps and losses; only rank 0 prints and writes."""
     done = on_two_processes({"--model": tiny, "--data": data, "--output": tmp_path})
     assert done.stdout.count("exact answers") == done.stdout.count("computed in") == 1
     ours, alone = summary(tmp_path), summary(whole)

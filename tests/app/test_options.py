@@ -1,4 +1,4 @@
-"""Settings: each is an option and a line of YAML, an option goes before a file, and a file before a preset."""
+"""Each setting is an option and a line of YAML; options override the file, and the file overrides the preset."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OTHER: dict[str, Any] = {
 
 
 def call(*arguments: str) -> dict[str, Any]:
-    """The settings that `lorasb finetune` would run with."""
+    """Return the settings that `lorasb finetune` would run with."""
     got: list[dict[str, Any]] = []
     one = typer.Typer()
     one.command(cls=cli.Command)(cli.command(got.append, Settings))
@@ -177,7 +177,7 @@ def test_ranks_by_name_are_pairs_or_json() -> None:
         ("rl: reward.py:score", ["--allow-code"], {"rl": "reward.py:score"}),
         ("rl: reward.py:score", ["--rl", "other.py:score"], {"rl": "other.py:score"}),
         ("rl: exact", [], {"rl": "exact"}),
-        # an earlier version wrote the default task beside the file that was trained on
+        # an earlier version wrote the default task, too, when it trained on a file
         ("task: word_sequence_reversal\ndata: rows.jsonl\nepochs: 1.0", [], {"data": "rows.jsonl", "epochs": 1.0}),
         ("task: gcd\ndata: rows.jsonl", [], {"task": "gcd", "data": "rows.jsonl"}),
     ],
@@ -193,7 +193,7 @@ def test_the_last_of_a_switchs_forms_wins() -> None:
     for _ in range(2):
         assert all(call(*given.split())["packing"] is True for given in on)
         assert all(call(*given.split())["packing"] is False for given in off)
-        text = CliRunner().invoke(app, ["finetune", "--help"]).output  # which leaves the options as they are
+        text = CliRunner().invoke(app, ["finetune", "--help"]).output  # printing help must not change the options
     assert "--no-packing" not in text
     assert "--no-NAME" in text
 
@@ -219,7 +219,7 @@ def test_help_has_every_option_whole_in_eighty_columns(monkeypatch: pytest.Monke
 
 
 LISTED = ("batch_size", "gradient_accumulation", "max_length", "epochs", "lora_dropout", "lr", "scheduler", "warmup")
-TABLES: dict[str, tuple[Any, ...]] = {  # the paper's Table 11, and Table 12, whose rows differ by their epochs alone
+TABLES: dict[str, tuple[Any, ...]] = {  # the paper's Tables 11 and 12; the rows of Table 12 differ only in epochs
     "metamath-mistral-7b": (32, 32, 512, 1, 0.0, 1e-4, "cosine", 0.02),
     "metamath-gemma-2-9b": (32, 32, 512, 1, 0.0, 1e-4, "cosine", 0.02),
     "commonsense-llama-3.2-3b": (144, 24, 256, 2, 0.05, 2e-3, "linear", 0.02),

@@ -1,4 +1,4 @@
-"""What a run takes: the plan of fake tensors is what real ones take, the estimate is of first steps, bad input gets one line."""
+"""What a run needs: fake tensors plan what real ones take, first steps give the estimate, bad input gets one line."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def asked(folder: Path, config: Any = CONFIGS["llama"], **options: Any) -> Request:
-    """A run of a model whose config is in a folder, of a row of SEQ tokens unless asked for another."""
+def request_for(folder: Path, config: Any = CONFIGS["llama"], **options: Any) -> Request:
+    """Save a config in a folder and return a request to plan its run; the default is one row of SEQ tokens."""
     config.save_pretrained(folder)
     return Request(str(folder), **{"r": 8, "batch": 1, "seq": SEQ} | options)
 
@@ -48,14 +48,14 @@ def made(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 @pytest.fixture(params=["bfloat16", "float32"])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """What `--dtype auto` takes: on any machine, as if it had bf16 products or none."""
+    """What `--dtype auto` selects with and without bf16 products, whatever this machine has."""
     monkeypatch.setattr(plan, "native", lambda device: Precision(request.param, "a test"))
     found: torch.dtype = getattr(torch, request.param)
     return found
 
 
 def real_step(config: Any, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that a forward leaves, and the peak of a step beyond the model, of real tensors."""
+    """Return the bytes beyond the model's that real tensors take: after a forward, and at a step's peak."""
     with LiveBytes() as live:
         model: Any = lorasb.patch(made(config), r=8, init="random").train()
         if checkpointing:
@@ -94,13 +94,13 @@ def test_live_bytes_follow_tensors_that_come_and_go() -> None:
         del two
         assert (live.now, live.peak) == (400, 800)
         del one
-        assert live.now == 400  # the view has it
+        assert live.now == 400  # the view still holds the memory
         del view
         assert live.now == 0
 
 
 def test_a_plan_adds_up(dtype: torch.dtype, tmp_path: Path) -> None:
-    found = plan_memory(asked(tmp_path, batch=BATCH))
+    found = plan_memory(request_for(tmp_path, batch=BATCH))
     model: Any = lorasb.patch(made(CONFIGS["llama"], dtype), r=8, init="random")
     sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
     base = sum(size for name, size in sizes.items() if "lorasb" not in name)
@@ -114,7 +114,7 @@ def test_a_plan_adds_up(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_four_bits_and_a_card(tmp_path: Path) -> None:
     card = plan.find_gpu("a6000")
-    dense, packed = (plan_memory(asked(tmp_path, bits=bits, card=card)) for bits in (16, 4))
+    dense, packed = (plan_memory(request_for(tmp_path, bits=bits, card=card)) for bits in (16, 4))
     model: Any = lorasb.quantize(made(CONFIGS["llama"]), nested=True)
     weights = [m.quantized() for m in model.modules() if isinstance(m, lorasb.Linear4bit)]
     saved = sum(2 * math.prod(weight.shape) - weight.nbytes for weight in weights)
@@ -126,23 +126,23 @@ def test_four_bits_and_a_card(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_told_what_does(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
     wide = transformers.LlamaConfig(**CONFIGS["llama"].to_dict() | sizes)
-    whole = plan_memory(asked(tmp_path, wide, batch=8, seq=256, card=plan.find_gpu("a6000")))
-    refused = with_less(whole, 0.7)
+    whole = plan_memory(request_for(tmp_path, wide, batch=8, seq=256, card=plan.find_gpu("a6000")))
+    refused = with_less_memory(whole, 0.7)
     assert not refused.fits
     ((change, better),) = plan.smaller_plans(refused)
     assert better.fits
     assert change.startswith("--")
-    assert not list(plan.smaller_plans(with_less(whole, -1)))
+    assert not list(plan.smaller_plans(with_less_memory(whole, -1)))
 
 
-def with_less(whole: plan.MemoryPlan, share: float) -> plan.MemoryPlan:
-    """The plan on a card with a share of the memory that it needs."""
+def with_less_memory(whole: plan.MemoryPlan, share: float) -> plan.MemoryPlan:
+    """Return the plan on a card that has only a share of the memory needed."""
     card = replace(whole.request.card, memory=int(plan.CONTEXT + share * (whole.needed - plan.CONTEXT)))
     return plan_memory(replace(whole.request, card=card))
 
 
 def test_a_card_without_bf16_is_planned_in_fp32(tmp_path: Path) -> None:
-    old, new = (plan_memory(asked(tmp_path, card=plan.find_gpu(name))) for name in ("t4", "a6000"))
+    old, new = (plan_memory(request_for(tmp_path, card=plan.find_gpu(name))) for name in ("t4", "a6000"))
     assert old.base == pytest.approx(2 * new.base, rel=0.01)
     assert old.saved > 1.5 * new.saved
     started = (found.initialization - found.base - found.factors - found.cores - found.context for found in (old, new))
@@ -155,8 +155,8 @@ def test_experts_that_a_token_goes_through_are_counted(tmp_path: Path) -> None:
     for used in (1, 4):
         experts = {"num_local_experts": 4, "num_experts_per_tok": used, "architectures": ["MixtralForCausalLM"]}
         config = transformers.MixtralConfig(**sizes, **experts)
-        flops.append(plan_memory(asked(tmp_path / str(used), config, card=plan.find_gpu("t4"))).flops)
-    experts = 3 * 3 * 64 * 160 * 2  # three more, of three matrices, in two layers
+        flops.append(plan_memory(request_for(tmp_path / str(used), config, card=plan.find_gpu("t4"))).flops)
+    experts = 3 * 3 * 64 * 160 * 2  # three more experts of three matrices each, in two layers
     assert flops[1] - flops[0] == pytest.approx(4 * experts * SEQ)
 
 
@@ -177,7 +177,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path, name: str) -> None:
     config, fields, options, message = REFUSED[name]
-    request = asked(tmp_path, config, **options)
+    request = request_for(tmp_path, config, **options)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     with pytest.raises(ValueError, match=message):
@@ -185,8 +185,8 @@ def test_what_a_config_cannot_run_is_told_in_a_line(tmp_path: Path, name: str) -
 
 
 def test_bits_that_change_nothing_are_not_proposed(tmp_path: Path) -> None:
-    request = asked(tmp_path, CONFIGS["gpt2"], batch=8, seq=16, card=plan.find_gpu("a6000"))
-    refused = with_less(plan_memory(request), 0.8)
+    request = request_for(tmp_path, CONFIGS["gpt2"], batch=8, seq=16, card=plan.find_gpu("a6000"))
+    refused = with_less_memory(plan_memory(request), 0.8)
     assert not any("--bits" in change for change, _ in plan.smaller_plans(refused))
 
 
@@ -211,7 +211,7 @@ def test_a_machine_is_good_for_what_time_and_memory_allow(
 
 
 def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
-    line = ("plan", asked(tmp_path).model, "--r", 8, "--batch-size", 2, "--max-length", 16)
+    line = ("plan", request_for(tmp_path).model, "--r", 8, "--batch-size", 2, "--max-length", 16)
     shown = call(*line, "--gpu", "4090")
     assert "peak of a training step" in shown
     assert "It fits" in shown
@@ -249,7 +249,7 @@ def test_lines_say_steps_and_tokens_then_time_and_memory() -> None:
 def test_the_first_step_is_slower_the_longest_needs_more_and_a_peak_before_says_nothing() -> None:
     found = train.estimate([(9.0, 100), (2.0, 200)], 10_000, 400, (10**9, 2 * 10**9))
     assert found == (pytest.approx(100), 3 * 10**9)
-    # a line of 8 MB took 5 GB to tokenize, and was estimated at 69 GB of training
+    # tokenizing a line of 8 MB took 5 GB, from which 69 GB were estimated for training
     for before, memory in ((5_000, 5_000), (4_999, 1_000 + 4_000 * 80)):
         assert train.estimate([(1.0, 100)], 100, 8000, (1_000, 5_000), peak_before=before)[1] == memory
 

@@ -1,4 +1,4 @@
-"""`lorasb finetune --rl`: GRPO by a reward, with the checkpoints and results of any run; bad rewards get one line."""
+"""`lorasb finetune --rl`: GRPO with a reward; checkpoints and results as in any run; bad rewards get one line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Answer:
     text: str
 """
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # of what TRL casts and pins
+    pytest.mark.filterwarnings("ignore"),  # about TRL's casts and pinned memory
     pytest.mark.usefixtures("blank_pictures"),
 ]
 
@@ -62,7 +62,7 @@ def reinforced(base: Settings, tmp_path: Path) -> Settings:
 def test_a_run_by_rewards_writes_what_any_run_does(
     reinforced: Settings, start: str, recomputed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And activations are recomputed where that was asked for: TRL's own arguments ask for it always."""
+    """Activations are recomputed only if the settings say so, although TRL's own arguments always do."""
     calls: list[PreTrainedModel] = []
     enable = PreTrainedModel.gradient_checkpointing_enable
     watched = lambda model, *args, **kwargs: calls.append(model) or enable(model, *args, **kwargs)  # noqa: E731
@@ -78,8 +78,8 @@ def test_a_run_by_rewards_writes_what_any_run_does(
     assert ("lora" in names) == (result.report is not None) == (start != "lora")
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(reinforced: Settings, goes_on: Any) -> None:
-    goes_on(replace(reinforced, batch_size=24, epochs=1.5), 5)  # in the second epoch
+def test_a_stopped_run_goes_on_to_the_same_bits(reinforced: Settings, check_resume: Any) -> None:
+    check_resume(replace(reinforced, batch_size=24, epochs=1.5), 5)  # in the second epoch
 
 
 def test_a_reward_that_fails_leaves_the_checkpoints(reinforced: Settings, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_bad_functions_get_one_line(reinforced: Settings, tmp_path: Path, monkey
 
 
 def test_without_a_rate_it_is_one_for_the_rank(base: Settings) -> None:
-    """At r = 64 2e-3 is twenty times the best rate of a sweep."""
+    """At r = 64, 2e-3 is twenty times the best rate of a sweep."""
     rates = [replace(base, rl="exact", lr=None).default_rate(r) for r in (None, 64, 8)]
     assert rates == pytest.approx([1e-4, 1e-4, 8e-4])
     assert replace(base, rl="exact", method="lora").default_rate(32) == 2.5e-4

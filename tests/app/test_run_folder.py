@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, which checkpoint and results it resumes from, damaged ones, a full disk and a lock."""
+"""A run's folder: which run owns it, the checkpoint and results to resume from, damage, a full disk and the lock."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 def test_a_finished_run_gives_its_results_again(
     base: Settings, whole: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "prepare", lambda *given: pytest.fail("nothing is loaded"))
+    monkeypatch.setattr(finetune, "prepare", lambda *given: pytest.fail("the model was loaded"))
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    found = run_finetune(replace(base, output=str(whole), save_steps="5"))  # which changes no result
+    found = run_finetune(replace(base, output=str(whole), save_steps="5"))  # save_steps changes no result
     assert found.summary == json.loads((whole / "summary.json").read_text())
     assert found.report is not None
     assert found.report.num_samples == 8
@@ -84,7 +84,7 @@ def test_a_run_that_never_started_does_not_keep_its_folder(own: Settings, monkey
 def test_a_rank_too_large_is_refused_before_anything_is_computed(
     own: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasb.app.prepare.Run.evaluate", lambda *given: pytest.fail("nothing is evaluated"))
+    monkeypatch.setattr("lorasb.app.prepare.Run.evaluate", lambda *given: pytest.fail("the model was evaluated"))
     with pytest.raises(ValueError, match=r"rank 250 is more than layer .* allows"):
         run_finetune(replace(own, r=250))
     assert not Path(own.output, "config.yaml").exists()
@@ -142,7 +142,7 @@ def test_folders_of_the_users_with_the_names_of_results_are_set_aside(own: Setti
 
 
 def test_nothing_of_a_run_stays_where_checkpoints_is_a_link(own: Settings, tmp_path: Path) -> None:
-    """To a larger disk; the next run would take over the evaluation before training."""
+    """The link leads to a larger disk; from leftovers the next run would take the evaluation before training."""
     (tmp_path / "scratch").mkdir()
     (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
     folder = RunFolder(own, {})
@@ -193,7 +193,7 @@ def test_a_folder_in_use_is_refused_by_the_pid_that_has_it(own: Settings, tmp_pa
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with locked(tmp_path):  # a killed process holds nothing
+    with locked(tmp_path):  # a killed process holds no lock
         pass
     assert not list(tmp_path.iterdir())
     with locked(tmp_path / "new"):
@@ -213,7 +213,7 @@ def saved_steps(folder: Path) -> list[int]:
 def test_resume_never_sets_the_former_results_aside_and_removes_nothing(
     own: Settings, whole: Path, tmp_path: Path, said: Callable[[], str]
 ) -> None:
-    """Neither a folder of the user's, nor what was set aside before."""
+    """Neither a folder of the user's nor results that were set aside earlier are removed."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "former").mkdir()
@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_locked_holds_nobody_up(
 
 
 def test_a_lock_whose_file_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the opening and the locking another process ended, and removed the file."""
+    """After the file was opened and before it was locked, another process ended and removed it."""
     flock, calls = fcntl.flock, []
 
     def late(lock: Any, flags: int) -> None:
@@ -261,7 +261,7 @@ def test_a_lock_whose_file_was_removed_is_none(tmp_path: Path, monkeypatch: pyte
 
 
 def test_auto_saves_before_more_than_ten_minutes_are_lost(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10**9, 100))  # each look at it is 100 s after the one before: two looks a step
+    clock = iter(range(0, 10**9, 100))  # each reading is 100 s after the previous one; a step takes two readings
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     marked = Mock(wraps=run_folder.mark_complete)
     monkeypatch.setattr(run_folder, "mark_complete", marked)
@@ -350,7 +350,7 @@ def test_nothing_is_unpickled_that_is_not_what_was_written(
 ) -> None:
     for file in (tmp_path / "checkpoints").rglob("*.p*"):
         flip_a_bit(file)
-    monkeypatch.setattr(torch, "load", lambda *given, **named: pytest.fail("a damaged file is unpickled"))
+    monkeypatch.setattr(torch, "load", lambda *given, **named: pytest.fail("a damaged file was unpickled"))
     run_finetune(cut)
 
 
@@ -387,7 +387,7 @@ def test_a_full_disk_at_the_results_loses_no_training(
         patch.setattr("lorasb.export.lora.export_lora", Mock(side_effect=error))
         with pytest.raises(OSError, match=r"lora cannot be written: .*No space left"):
             run_finetune(cut)
-    monkeypatch.setattr(Trainer, "train", lambda *given, **named: pytest.fail("nothing is trained twice"))
+    monkeypatch.setattr(Trainer, "train", lambda *given, **named: pytest.fail("the model was trained twice"))
     run_finetune(cut)
     assert_same(tmp_path, whole)
     assert results.load(tmp_path).summary["train_losses"]
@@ -407,7 +407,7 @@ def test_a_report_to_a_missing_package_is_refused_before_any_work(
     own: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(finetune, "load_examples", lambda *given: pytest.fail("it is noticed before any work"))
+    monkeypatch.setattr(finetune, "load_examples", lambda *given: pytest.fail("work began before the check"))
     with pytest.raises(ImportError, match="--report-to wandb needs a package that is not installed: pip install wandb"):
         run_finetune(replace(own, report_to="wandb"))
 
@@ -430,6 +430,6 @@ def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved(
 def test_a_process_trains_on_one_gpu(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
     assert args.n_gpu <= 1
-    args._n_gpu = 2  # as Trainer finds it beside two cards without a launcher
+    args._n_gpu = 2  # as Trainer sets it on a machine with two GPUs, without a launcher
     assert args.train_batch_size == 8
     assert train.on_one_device(args).train_batch_size == 4

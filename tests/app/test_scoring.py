@@ -1,4 +1,4 @@
-"""Judging answers: numbers, boxed expressions, choices and texts that hold none; and evaluating a model by them."""
+"""Scoring answers: numbers, boxed expressions, choices and texts without any; evaluating a model by its answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lorasb.app.tokenize import Collator, encode
         ("The answer is: -7/2 dollars", Fraction(-7, 2)),
         ("The answer is: $.50", Fraction(1, 2)),
         ("The answer is: 3.0", Fraction(3)),
-        ("The answer is: 5\nno: #### 6", Fraction(6)),  # the last mark
+        ("The answer is: 5\nno: #### 6", Fraction(6)),  # the last mark counts
         ("The answer is: 1/0", None),
         ("the answer may be 4", None),  # no mark
         ("The answer is: four", None),
@@ -100,7 +100,7 @@ def test_the_first_choice_counts(text: str, found: str | None) -> None:
         ("18", "#### 18", "number", False),
         (r"The answer is: \dfrac{1}{2}", r"It is $\boxed{\frac{1}{2}}$.", "boxed", True),
         ("answer2", "the correct answer is answer2", "choice", True),
-        ("The answer is: 18\n\n### Instruction: more\n### Response: #### 7", "#### 18", "number", True),  # goes on
+        ("The answer is: 18\n\n### Instruction: more\n### Response: #### 7", "#### 18", "number", True),  # more text
     ],
 )
 def test_an_answer_is_right_by_its_score_alone(answer: str, want: str, score: str, right: bool) -> None:
@@ -109,7 +109,7 @@ def test_an_answer_is_right_by_its_score_alone(answer: str, want: str, score: st
 
 @pytest.mark.parametrize("score", [name for name in SCORES if name not in ("exact", *LABEL_SCORES)])
 def test_nothing_is_not_equal_to_nothing(score: str) -> None:
-    """A right text without a number must not make every answer right."""
+    """A reference text without a number must not make every answer right."""
     assert not is_right("who knows", "nobody knows", score)
 
 
@@ -174,7 +174,7 @@ def test_a_checkpoints_own_settings_change_no_answer(tiny: Path) -> None:
 
 
 def test_held_out_losses_are_taken_in_fp32(tiny: Path) -> None:
-    """In the logits' bf16 each token's loss would be rounded to 8 bits."""
+    """In bf16, the logits' dtype, each token's loss would be rounded to 8 bits."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).eval()
     rows = [encode(Example(f"copy {word} 3", word), tokenizer, 64) for word in ("red", "blue", "two")]

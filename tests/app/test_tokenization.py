@@ -1,4 +1,4 @@
-"""Examples to tensors: which tokens are learned and which are lost, packs, and the order of training."""
+"""From examples to tensors: which tokens are learned and which are cut, packing, and the order of training."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model(tiny: Path) -> Any:
 
 @pytest.fixture
 def chatting(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Encode a chat by a template, and what of it is learned."""
+    """Encode a chat by a template; return it and the part that is learned, as text."""
 
     def run(template: str | None, chat: Any = CHAT, length: int = 200) -> tuple[Encoded, str]:
         monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -59,7 +59,7 @@ def chatting(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_pieces_of_a_text_get_no_space_of_sentencepieces_own(tmp_path: Path) -> None:
-    """Its tokenizers begin every text with one: answers that follow another piece would be learned with it."""
+    """Its tokenizers put a space before every text: answers that follow another piece would be learned with it."""
     words = ["▁ask", "\n", "▁red", "r", "e", "d", "red", "▁", "ask"]
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *words])}
     llama = transformers.LlamaTokenizer(vocab=vocabulary, merges=[("r", "e"), ("re", "d")][:0])
@@ -136,7 +136,7 @@ def test_white_space_of_the_users_own_is_kept(prompt: str, completion: str, lear
 
     encoded = encode(Example(prompt, completion), Letters(), 64)
     assert "".join(map(chr, encoded.completion[:-1])) == learned
-    assert encoded.prompt == (tuple(map(ord, prompt)) or (0,))  # the first token of a text is predicted, too
+    assert encoded.prompt == (tuple(map(ord, prompt)) or (0,))  # so that the first token of a text is predicted, too
 
 
 def test_before_and_after_are_measured_alike() -> None:
@@ -161,7 +161,7 @@ def test_prompts_are_not_learned(tokenizer: Any, model: Any) -> None:
     batch = Collator(tokenizer.pad_token_id, model)(encoded)
     assert batch["logits_to_keep"] == 4
     assert batch["labels"].shape == (2, 4)
-    assert (batch["labels"] != -100).sum(1).tolist() == [2, 3]  # the words and the end
+    assert (batch["labels"] != -100).sum(1).tolist() == [2, 3]  # the words and the end of the text
     assert batch["labels"][:, -1].tolist() == [tokenizer.eos_token_id] * 2
     assert batch["position_ids"][0, -1] == len(encoded[0]) - 1
 

@@ -1,4 +1,4 @@
-"""`lorasb bench tune` with a clock of its own: every kind of layer is timed, and what fails is left out."""
+"""`lorasb bench tune` with a fake clock: every kind of layer is timed, and what fails is left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def clock(calls: Sequence[autotune.Call]) -> list[float]:
-    """Says that all take as long. Each has run once by then, for its result to be checked."""
+    """Return the same time for every call. Each has already run once, to check its result."""
     return [10.0] * len(calls)
 
 
@@ -66,7 +66,7 @@ def test_layers_of_a_model() -> None:
 
 def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has what it needs")
+        pytest.skip("this machine has a CUDA GPU")
     monkeypatch.setattr("sys.argv", ["lorasb", "bench", "tune"])
     with pytest.raises(SystemExit):
         cli.main()

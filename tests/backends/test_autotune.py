@@ -1,4 +1,4 @@
-"""Autotuning with a clock of its own: what is chosen, kept and refused at the first call of a kind; and the tables."""
+"""Autotuning with a fake clock: what the first call of a kind chooses, saves and refuses; and the tables."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def unchecked(_: object) -> None:
 
 
 def write_table(folder: Path, text: str, arch: str = ARCH) -> Path:
-    """A user's table."""
+    """Write a user's table and return its path."""
     path = folder / "kernels" / f"{arch}.json"
     path.parent.mkdir()
     path.write_text(text)
@@ -62,7 +62,7 @@ def write_table(folder: Path, text: str, arch: str = ARCH) -> Path:
 
 
 class Clock:
-    """Takes so many ms for each path and tile, or 2 for a path that is slow and 1 for others; counts its rounds."""
+    """Report `cost` ms for each plan, or 2 for the path named `cost` and 1 for others; count the rounds."""
 
     def __init__(self, cost: str | Callable[[LaunchPlan], float]) -> None:
         self.cost = cost if callable(cost) else lambda one: 2.0 if one.path == cost else 1.0
@@ -81,7 +81,7 @@ def test_the_first_call_takes_what_is_fastest_and_later_ones_keep_it(folder: Pat
     clock = Clock("addmm")
     assert plan.choose(SHAPE, ARCH, SMS).path == "addmm"
     assert first(clock).path == "fused"
-    assert clock.rounds == autotune.LEAST_ROUNDS  # of 5 ms, where 10 are the budget
+    assert clock.rounds == autotune.LEAST_ROUNDS  # of 5 ms each; the budget is 10
     assert first(Clock("fused")).path == "fused"  # known
     table = json.loads((folder / "kernels" / f"{ARCH}.json").read_text())
     version = 100 * installed()[0] + installed()[1]
@@ -90,7 +90,7 @@ def test_the_first_call_takes_what_is_fastest_and_later_ones_keep_it(folder: Pat
 
 @pytest.mark.parametrize(("ms", "path"), [(0.04, "addmm"), (0.4, "tma")])
 def test_a_call_by_tma_takes_as_long_as_its_host(ms: float, path: str) -> None:
-    """The clock hides the host's time, which a short product would wait for."""
+    """The clock hides the host's time, but a short product has to wait for it."""
     plans = [replace(plan.choose(LARGE, "sm_90", 132), path=one) for one in ("addmm", "tma")]
     clock = Clock(lambda one: ms * (0.7 if one.path == "tma" else 1.0))
     found = autotune.fastest(LARGE, plans, lambda chosen: chosen, unchecked, clock)
@@ -105,7 +105,7 @@ def test_a_call_by_tma_takes_as_long_as_its_host(ms: float, path: str) -> None:
         ("card", "addmm", True),
         ("driver", "addmm", True),
         ("triton", "addmm", True),
-        ("mode", "addmm", False),  # "off" reads no table of the user
+        ("mode", "addmm", False),  # "off" does not read the user's table
     ],
 )
 def test_a_later_run_reads_it_if_nothing_changed(
@@ -115,7 +115,7 @@ def test_a_later_run_reads_it_if_nothing_changed(
     monkeypatch.setattr(plan, "_machine", lambda: here)
     monkeypatch.setattr(autotune, "machine", lambda: here)
     first(Clock("addmm"))
-    assert plan.choose(SHAPE, ARCH, SMS).path == "addmm"  # the table in memory is as it was read
+    assert plan.choose(SHAPE, ARCH, SMS).path == "addmm"  # the table in memory does not change
     plan.forget()
     assert plan.choose(SHAPE, ARCH, SMS).path == "fused"
     match changed:
@@ -134,17 +134,17 @@ def test_a_later_run_reads_it_if_nothing_changed(
 def test_short_calls_have_more_rounds() -> None:
     clock = Clock(lambda one: 0.4)
     first(clock)
-    assert clock.rounds == 6  # of 4 x 0.4 ms
+    assert clock.rounds == 6  # of 4 x 0.4 ms each
 
 
 def busy(slow: float) -> Clock:
-    """A clock by which two calls in five take as long as `slow` says."""
+    """A clock by which two calls in five take `slow` times as long."""
     calls = itertools.count(1)
     return Clock(lambda one: (2.0 if one.path == "addmm" else 1.0) * (slow if next(calls) % 5 in (0, 2) else 1.0))
 
 
 def test_a_busy_card_decides_nothing(folder: Path) -> None:
-    """And says so once, for all kinds."""
+    """The warning appears once for all kinds."""
     with one_line(r"another program seems to use the GPU: .* more than 20%.*`lorasb bench tune MODEL`"):
         for m in (48, 96):
             assert first(busy(4.0), shape=replace(SHAPE, m=m)).path == "addmm"
@@ -193,7 +193,7 @@ def test_nothing_is_timed(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock("addmm")
     assert first(clock, ran.append, shape) == plan.choose(shape, ARCH, SMS)
     assert clock.rounds == 0
-    assert len(ran) == (0 if why == "capture" else 1)  # which is checked all the same
+    assert len(ran) == (0 if why == "capture" else 1)  # still checked
 
 
 def test_an_unknown_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ UNEXECUTED = (
 @pytest.mark.parametrize("arch", ["sm_100", "sm_103"])
 @pytest.mark.parametrize("M", [1, 64, 512])
 def test_only_code_that_was_executed_is_chosen(arch: str, M: int, rule: dict[str, Any], folder: Path) -> None:
-    """tcgen05 is for blocks of 64 rows and more: neither our tables nor a user's have them."""
+    """Blocks of 64 rows and more would use tcgen05: neither our tables nor a user's can choose them."""
     write_table(folder, json.dumps({"rules": [rule]}), arch)
     for op, dtype, quant in itertools.product(("forward", "backward"), ("bf16", "fp32"), ("none", "4bit")):
         shape = plan.Shape(op, dtype, M, 4096, 4096, 96, quant=quant)
@@ -236,7 +236,7 @@ def test_a_new_architecture_has_its_familys_table() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_87", "sm_99", "sm_110", "sm_130"])
 def test_an_unknown_architecture_takes_cublas_and_says_so_once(arch: str) -> None:
-    """The thin products have blocks that compile to mma.sync; there is nothing to time."""
+    """The thin products have blocks that compile to mma.sync; nothing is timed."""
     with one_line(f"kernels were not tested for {arch}: cuBLAS computes all products"):
         for op, M, quant in itertools.product(("forward", "backward"), (1, 16, 2048), ("none", "4bit")):
             shape = plan.Shape(op, "bf16", M, 4096, 4096, 96, quant=quant)
@@ -248,7 +248,7 @@ def test_an_unknown_architecture_takes_cublas_and_says_so_once(arch: str) -> Non
 
 
 def test_what_does_not_run_or_is_wrong_is_left_out() -> None:
-    """The fastest needs more shared memory than there is, and the second fastest computes something else."""
+    """The fastest needs more shared memory than there is, and the second fastest computes a wrong result."""
     shape, chosen = SHAPE, plan.choose(SHAPE, ARCH, SMS)
     plans = list(autotune.candidates(shape, chosen, ARCH, autotune.FIRST_GEMMS))
     assert len(plans) == 4
@@ -269,7 +269,7 @@ def test_what_does_not_run_or_is_wrong_is_left_out() -> None:
 
 
 def test_a_read_only_cache_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every write fails with another temporary name."""
+    """Each failed write names a different temporary file."""
     names = itertools.count()
 
     def write(path: Path, text: str) -> None:
@@ -279,7 +279,7 @@ def test_a_read_only_cache_is_named_once(monkeypatch: pytest.MonkeyPatch) -> Non
     with one_line(r"the kernels' timings cannot be saved in .*kernels \(Read-only file system\).*Set LORASB_CACHE"):
         for m in (48, 96):
             assert first(Clock("addmm"), shape=replace(SHAPE, m=m)).path == "fused"
-        assert first(Clock("fused"), shape=replace(SHAPE, m=48)).path == "fused"  # this process keeps it
+        assert first(Clock("fused"), shape=replace(SHAPE, m=48)).path == "fused"  # this process still uses its choice
     assert next(names) == 2
 
 
@@ -357,7 +357,7 @@ def test_cublas_multiplies_where_triton_does_not_prefetch(
         paths[version[1], M], tiles[version[1]] = chosen.path, chosen.gemm.block_m
     assert paths == {(7, 128): "fused", (7, 256): "addmm" if slow else "fused", (8, 128): "fused", (8, 256): "fused"}
     assert tiles == {7: 64 if slow else 128, 8: 128}  # forward, the tile whose simulated bound is highest
-    assert plan.bucket(autotune.LEAST_TOKENS // 2 + 1) == 256  # from 129 tokens on calls are timed
+    assert plan.bucket(autotune.LEAST_TOKENS // 2 + 1) == 256  # calls with 129 tokens or more are timed
 
 
 def test_a_second_shape_keeps_the_first(folder: Path) -> None:
@@ -382,7 +382,7 @@ def computed(dtype: torch.dtype, ms: int, weight: bool, mask: Mask) -> Any:
 
 
 def kernels_case(dtype: torch.dtype = torch.float32, ms: int = 1, weight: bool = True, mask: Mask = NO_DROPOUT) -> Any:
-    """x, members, dy and u of a call, with the launchers' results by a safe plan, which a test may spoil."""
+    """x, members and dy's of a call, and the launchers' results by a safe plan; tests may modify the results."""
     return copy.deepcopy(computed(dtype, ms, weight, mask))
 
 
@@ -411,7 +411,7 @@ def test_masked_results_pass_by_their_mask_alone() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_calls_over_4_bits_are_checked(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By W as eager torch dequantizes it."""
+    """The reference uses W as dequantized by eager torch."""
     case = replace(make_case((40,), 64, 48, 16, torch.float32), weight=storage(48, 64, "nf4", 64, False))
     operands = operands_of(case, dropout=dropout, seeds=torch.tensor([3]) if dropout else None)
     seen: list[str] = []
@@ -436,7 +436,7 @@ def test_calls_over_4_bits_are_checked(dropout: float, monkeypatch: pytest.Monke
 def test_the_first_backward_of_a_kind_is_checked_without_what_was_not_saved(
     trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a frozen R forward saves no u."""
+    """With a frozen R, the forward saves no u."""
     operands = operands_of(make_case((40,), 64, 48, 16, torch.float32))
     chosen = plan.choose(plan.Shape("backward", "fp32", 64, 64, 48, 16), plan.INTERPRETER, 1)
     found: list[Any] = []
@@ -448,7 +448,7 @@ def test_the_first_backward_of_a_kind_is_checked_without_what_was_not_saved(
         return chosen
 
     def first_check(kind: Any, rows: torch.Tensor, check: Any) -> None:
-        assert not trained  # kinds whose dR is not computed decide no plan
+        assert not trained  # calls that compute no dR choose no plan
         check()
 
     monkeypatch.setattr(fused, "_first_plan", first_plan)
@@ -465,7 +465,7 @@ def test_the_first_backward_of_a_kind_is_checked_without_what_was_not_saved(
 def test_calls_with_an_r_for_each_row_are_checked(
     quantized: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two members or one over 4 bits, an adapter without rows, and a row without an adapter."""
+    """Two members, or one over 4 bits; one adapter has no rows, and one row has no adapter."""
     index, g = [2, -1, 0, 2], torch.Generator().manual_seed(0)
     cases = [
         make_case((len(index), tokens), 64, 48, 16, torch.float32, seed=seed) for seed in range(1 if quantized else 2)
@@ -484,7 +484,7 @@ def test_calls_with_an_r_for_each_row_are_checked(
 
 
 def fails_if_spoiled(check: Callable[[], None], outputs: Sequence[torch.Tensor]) -> None:
-    """Run a check of right outputs, then of outputs that are 1.2 times those, one after the other."""
+    """Run a check on right outputs, then with each output in turn multiplied by 1.2."""
     check()
     for output in outputs:
         right = output.clone()
@@ -525,7 +525,7 @@ KERNELS: dict[str, tuple[Callable[[], tuple[Any, ...]], str, str, Callable[..., 
 def test_kernels_of_initialization_are_checked_before_they_change_a_sum(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wrong kernel of each is found, and a sum stays as it was."""
+    """Each wrong kernel is found before it changes a sum."""
     arguments, module, attribute, fault = KERNELS[name]
     given, kernels, checks = arguments(), getattr(fused._kernels(), module), []
     monkeypatch.setattr(autotune, "first_check", lambda kind, rows, check: (check(), checks.append(check)))
@@ -538,7 +538,7 @@ def test_kernels_of_initialization_are_checked_before_they_change_a_sum(
     assert all(torch.equal(*pair) for pair in zip(given, before, strict=True) if isinstance(pair[0], torch.Tensor))
 
 
-# faults as a wrong kernel makes them
+# faults that a wrong kernel would cause
 SPOILS = {"zero": torch.Tensor.zero_, "NaN": lambda y: y.fill_(torch.nan), "scale": lambda y: y.mul_(1.2)}
 
 
@@ -555,7 +555,7 @@ def test_wrong_results_are_found(what: str, kind: str) -> None:
 
 
 def test_no_judgment_where_fp16_overflows() -> None:
-    """As GradScaler's first step makes dx, on purpose."""
+    """GradScaler's first step makes dx overflow on purpose."""
     want, size = torch.tensor([[1e5, 10.0]]), torch.tensor([[1e5, 10.0]])
     autotune._check("dx", torch.tensor([[torch.inf, 10.0]]).half(), want, size)
     with pytest.raises(autotune.WrongResultError, match="dx differs"):
@@ -587,5 +587,5 @@ def test_no_judgment_where_torch_has_infinities() -> None:
     x[0, 0] = torch.inf
     autotune.check_forward(x, members, NO_DROPOUT, ([ys[0].clone()], us))
     ys[0].zero_()
-    with pytest.raises(autotune.WrongResultError):  # of the other rows
+    with pytest.raises(autotune.WrongResultError):  # the other rows are wrong
         autotune.check_forward(x, members, NO_DROPOUT, (ys, us))

@@ -1,5 +1,5 @@
-"""Which backend computes a call: the one that is asked for, within its block and its thread. Where kernels fail or are not
-there, `auto` computes in eager torch and says so once; `triton` raises.
+"""The requested backend computes a call, within its block and its thread. Where kernels fail or are missing, `auto`
+computes in eager torch and warns once; `triton` raises.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_the_forward_decides_for_its_backward(monkeypatch: pytest.MonkeyPatch) -
     core = case.core.requires_grad_(True)
     with lorasb.backend("eager"):
         y = lora_sb_linear(case.x, case.weight, case.a, core, case.b)
-        with FakeTensorMode(allow_non_fake_inputs=True):  # what wraps tensors meets the op itself
+        with FakeTensorMode(allow_non_fake_inputs=True):  # wrapped tensors go to the op itself
             traced = lora_sb_linear(case.x, case.weight, case.a, core, case.b)
     assert y.grad_fn.kernels.backward is eager.eager_backward
     assert "linear_eager" in type(traced.grad_fn).__name__
@@ -100,8 +100,8 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Operand
 
 
 @pytest.fixture(autouse=True)
-def whole() -> Iterator[None]:
-    """Kernels count as whole again after each test."""
+def forget_broken_kernels() -> Iterator[None]:
+    """Forget which kernels are broken after each test."""
     yield
     fused._broken.clear()
 
@@ -125,7 +125,7 @@ def test_auto_computes_in_eager_and_says_why_once(error: Exception, monkeypatch:
 
 
 def test_a_failure_stays_with_its_kernel_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another shape, and another kernel, are tried all the same: they may well run."""
+    """Other shapes and other kernels are still tried: they may run."""
     with monkeypatch.context() as patch:
         break_kernels(patch)
         with pytest.warns(RuntimeWarning, match=r"for calls like this one \(forward, 24 features, torch\.float32\)"):
@@ -134,9 +134,9 @@ def test_a_failure_stays_with_its_kernel_and_shape(monkeypatch: pytest.MonkeyPat
     real = launch.launch
     monkeypatch.setattr(launch, "launch", lambda *a, **k: (taken.append("kernel"), real(*a, **k)))
     auto(*arguments())
-    assert not taken  # the same call: eager, without a try
+    assert not taken  # the same call runs in eager torch directly
     x, operands = arguments()
-    auto(torch.cat((x, x)), operands)  # other rows of the same power of two are the same plan; these are more
+    auto(torch.cat((x, x)), operands)  # row counts up to the same power of two share a plan; this one is larger
     assert len(taken) == 2
     dy, u = torch.randn(20, 16), torch.randn(20, 4)
     fused.or_eager(fused.backward, eager.eager_backward)([dy], [u], operands, True, True)
@@ -156,7 +156,7 @@ NO_COMPILER = "Failed to find C compiler. Please specify via CC environment vari
     ids=["no compiler", "no headers", "a name that moved"],
 )
 def test_what_stops_all_kernels_is_said_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not once for every kernel and shape; where Triton's names moved, lorasb's modules cannot be imported either."""
+    """Not repeated per kernel and shape. Where Triton's names moved, lorasb's modules fail to import, too."""
     if isinstance(error, ImportError):
         monkeypatch.setattr(fused, "_kernels", Mock(side_effect=error))
         monkeypatch.setitem(sys.modules, "lorasb.kernels.prepared_linear", None)
@@ -170,7 +170,7 @@ def test_what_stops_all_kernels_is_said_once(error: Exception, monkeypatch: pyte
 
 
 def test_without_tmas_names_cublas_takes_its_place() -> None:
-    """In a process whose Triton lacks them."""
+    """In a process whose Triton lacks TMA's names."""
     script = """
 import triton.language.extra.cuda as cuda, triton.tools.tensor_descriptor as tools
 descriptor = tools.TensorDescriptor
@@ -235,14 +235,14 @@ def test_what_eager_torch_would_not_survive_is_raised(
 
 
 def test_a_backward_by_eager_keeps_the_mask_of_a_forward_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """<dy, y(x)> = <dx, x> for a linear y, and only with one mask in both."""
+    """For a linear y, <dy, y(x)> = <dx, x>, but only if forward and backward use the same mask."""
     case = replace(reference.make_case((20,), 24, 16, 4, torch.float32, bias=False), weight=None)
     x, core, operands = case.x, case.core, operands_of(case, dropout=0.5, seeds=torch.tensor([3]))
     y, u = fused.forward(x, operands)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     break_kernels(monkeypatch)
     backward = fused.or_eager(fused.backward, eager.eager_backward)
-    for _ in range(2):  # the call that fails, and those that come after
+    for _ in range(2):  # the call that fails, and a later one
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             dx, dcore = backward([dy], [u], operands, True, True)

@@ -1,4 +1,4 @@
-"""A backend is one table of products: a naive one computes every kind of call, dropout included, as eager torch does."""
+"""A table of products defines a backend: with a naive one, all kinds of calls, dropout included, match eager torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's ablations: what each start does to the factors, what subspaces keep, what their tables are made of."""
+"""The paper's ablations: each start's effect on the factors, energy in the subspaces, and contents of the tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorasb.init.svd import MomentSketch
 
 @functools.cache
 def started(**options: Any) -> Any:
-    """A model with LoRA-SB by a cell's options, which no test changes."""
+    """A model with LoRA-SB set up by a cell's options; tests do not modify it."""
     return put(problem(), cell_of(**options))
 
 
@@ -41,7 +41,7 @@ def test_eta_scales_the_first_step_and_nothing_else() -> None:
 
 
 def test_lengths_of_the_first_step_are_those_of_its_singular_values() -> None:
-    """1/start of a start shortened to one step of R is ‖R‖/(η·r) of the whole one."""
+    """If a start is shortened to one step of R, 1/`start` is ‖R‖/(η·r) of the full start."""
     short, whole = started(longest_start=1.0), started(longest_start=None)
     norms, left = [], []
     for name, layer in starts.layers(whole).items():
@@ -69,7 +69,7 @@ def test_noise_of_nothing_is_the_first_step_and_much_noise_is_something_else() -
 
 
 def test_a_second_svd_keeps_what_was_learnt() -> None:
-    """The function moves by no more than the new first step: what R had learned is in the base weight."""
+    """The function changes only by the new first step: the base weight now contains what R had learned."""
     one, asked = problem(), cell_of(longest_start=None)
     model = put(one, asked)
     layers = starts.layers(model)
@@ -102,7 +102,7 @@ def test_every_variant_has_its_own_rows() -> None:
     options = {cell.key: cell.options for cell in cells}
     assert all(options[cell.key] == cell.options for cell in cells)
     plain = [cell for cell in cells if cell.variant == ""]
-    assert all(cell.options == () for cell in plain)  # shares the grid's own rows
+    assert all(cell.options == () for cell in plain)  # they share the grid's rows
 
 
 def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
 
 
 def test_lorasb_is_what_the_plain_variant_runs() -> None:
-    """No options: exactly what a user gets."""
+    """The plain variant has no options: it is exactly what a user gets."""
     one = problem()
     mine = lorasb.patch(one.model, lorasb.LoRASBConfig(r=R, target_modules=LINEARS))
     lorasb.initialize(mine, run.drawn(one, SHORT, 0, 32), lr=ETA, num_samples=32, seed=0, progress=False)

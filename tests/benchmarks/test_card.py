@@ -1,4 +1,4 @@
-"""`benchmarks.card`, which waits for a card: its sections run on a CPU, are kept one by one, and are not measured twice."""
+"""`benchmarks.card`, meant for a GPU: its sections also run on a CPU, are saved one by one, and are measured once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_sections_are_kept_and_say_what_they_replace(tmp_path: Path, monkeypatch
         monkeypatch.setattr("sys.argv", ["card", "--tiny", "--output", str(tmp_path), "--only", section])
         card.main()
         found = found_in(tmp_path)
-        assert list(found["sections"]) == sections  # another commit's are gone
+        assert list(found["sections"]) == sections  # those of another commit are gone
     assert found["machine"]["device"] == "cpu"
     assert found["sections"]["few tokens"] == before["sections"]["few tokens"]
     for kept in found["sections"].values():
@@ -47,7 +47,7 @@ def test_what_is_replaced_is_there() -> None:
 def test_a_card_that_is_too_small_goes_to_the_next_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor does a second run try again."""
+    """A second run does not try again, either."""
     ran: list[str] = []
 
     def large(run: card.Run) -> Iterator[card.Row]:
@@ -75,7 +75,7 @@ def test_a_card_that_is_too_small_goes_to_the_next_section(
 def test_a_section_that_fails_or_is_cut_off_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its rows are kept as they come, and the sections after it are measured."""
+    """Its rows are saved as they are measured, and the sections after it still run."""
     found_at_second: list[Any] = []
 
     def broken(run: card.Run) -> Iterator[card.Row]:

@@ -59,7 +59,7 @@ def test_a_sweep_goes_outward_while_the_best_is_at_its_edge() -> None:
     assert after(tried | {16.0: math.nan}) == ()
     assert after({2.0: 0.1, 4.0: 0.4, 8.0: 0.3}) == (1.0,)
     assert after({2.0: 0.2, 4.0: 0.1, 8.0: 0.3}) == ()
-    assert after({2.0: math.nan, 3.0: 0.0, 4.0: 0.1, 8.0: 0.3}) == ()  # 2 diverged, 3 is not of the ladder
+    assert after({2.0: math.nan, 3.0: 0.0, 4.0: 0.1, 8.0: 0.3}) == ()  # 2 diverged, 3 is not on the ladder
 
 
 def test_seeds_run_at_the_best_rate_and_what_is_there_is_not_run_again(
@@ -79,7 +79,7 @@ def test_seeds_run_at_the_best_rate_and_what_is_there_is_not_run_again(
     for cell, loss in zip(finals, (0.1, 0.2, 0.3), strict=True):
         rows.append(path, row(cell, loss))
     stale = Cell(TASK.name, "test", "LoRA", TASK.rank, low, 0)
-    rows.append(path, row(stale, 9.0))  # of a sweep that has grown since
+    rows.append(path, row(stale, 9.0))  # from a sweep that has grown since
     assert rows.missing(finals, rows.read(path)) == []
     (line,) = tables.lines(rows.read(path), TASK.name)
     assert line.loss == pytest.approx((0.2, 0.1))
@@ -112,7 +112,7 @@ def test_a_sweep_by_score_breaks_ties_by_loss(tmp_path: Path) -> None:
         rows.append(path, {**row(cell, loss), "score": score})
     there = rows.read(path)
     (further,) = grid.sweep(task, method, there)
-    assert further.lr > rates[2]  # the best of three is the last
+    assert further.lr > rates[2]  # the last of the three is the best
     rows.append(path, {**row(further, 0.4), "score": 0.0})
     assert grid.best_rate(task, method, task.rank, rows.read(path)) == rates[2]
 
@@ -125,7 +125,7 @@ def test_curves_are_means_of_steps(tmp_path: Path) -> None:
 
 
 def test_no_split_has_an_example_of_more_tokens_than_its_task_takes(tiny: Path, tmp_path: Path) -> None:
-    """The tokenizer has a token a word."""
+    """The tokenizer has one token per word."""
     task = replace(TASKS["gsm8k"], longest=6, examples=5, validation=3, test=4)
     for part in ("train", "test"):
         lines = [{"prompt": f"{part}{i} " * (1 + i % 4), "completion": "one two"} for i in range(40)]
@@ -133,7 +133,7 @@ def test_no_split_has_an_example_of_more_tokens_than_its_task_takes(tiny: Path, 
     found = examples(task, tmp_path, transformers.AutoTokenizer.from_pretrained(tiny))
     assert {name: len(part) for name, part in found.items()} == {"train": 5, "validation": 3, "test": 4}
     sizes = [len(example.prompt.split()) for part in found.values() for example in part]
-    assert max(sizes) == 3  # and two of the answer and one that ends it
+    assert max(sizes) == 3  # plus two of the answer and an end token
     assert not {e.prompt for e in found["train"]} & {e.prompt for e in found["validation"]}
 
 
@@ -148,13 +148,13 @@ def named(name: str) -> Cell:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_starts_at_the_base_models_function_and_trains_its_own_on_the_same_batches(name: str) -> None:
-    """PiSSA and LoRA-GA take out of the base weight what their factors put in."""
+    """PiSSA and LoRA-GA subtract from the base weight what their factors add."""
     seen: list[tuple[int, ...]] = []
     one, asked = problem(seen), named(name)
     model = put(one, asked)
-    if not name.startswith("LoRA-SB"):  # whose R starts at the first step
+    if not name.startswith("LoRA-SB"):  # LoRA-SB's R starts at the first step
         tolerances.check(logits(model.eval()), logits(make("llama")), tolerances.fp32(4096))
-    assert all(p.grad is None for p in model.parameters())  # an initialization leaves none behind
+    assert all(p.grad is None for p in model.parameters())  # initialization leaves no gradients behind
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     seen.clear()
     losses = run.train(model, one, SHORT, asked, 1)
@@ -201,12 +201,12 @@ def test_batches_of_like_length_leave_no_example_out() -> None:
 SAMPLES, LAYER = 6, "model.layers.0.self_attn.q_proj"
 
 
-def in_fp64() -> Problem:
+def fp64_problem() -> Problem:
     return problem(dtype=torch.float64)
 
 
-def of_q_proj(model: Any) -> list[Tensor]:
-    """B, R and A of a layer, in fp64."""
+def q_proj_factors(model: Any) -> list[Tensor]:
+    """B, R and A of q_proj, in fp64."""
     return [factor.double() for factor in starts.factors(q_proj(model))]
 
 
@@ -227,7 +227,7 @@ def gradient(model: Any, weight: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def test_spread_divides_each_entry_by_its_root_mean_square() -> None:
-    one = in_fp64()
+    one = fp64_problem()
     model = put(one, cell_of(init="random"))
     batches = [one.collate(range(SAMPLES))]
     plain = make("llama").double()
@@ -235,7 +235,7 @@ def test_spread_divides_each_entry_by_its_root_mean_square() -> None:
     weighed = sum(singles) / torch.stack(singles).square().sum(0).sqrt()
     u, s, vt = torch.linalg.svd(torch.as_tensor(weighed))
     weigh_by_spread(model, batches, eta=1e-3)
-    b, core, a = of_q_proj(model)
+    b, core, a = q_proj_factors(model)
     expected = -(u[:, :R] * s[:R]) @ vt[:R]
     step = b @ core @ a
     assert torch.allclose(step / step.norm(), expected / expected.norm(), atol=1e-5)
@@ -243,7 +243,7 @@ def test_spread_divides_each_entry_by_its_root_mean_square() -> None:
 
 
 def test_whitening_takes_both_kronecker_factors() -> None:
-    one = in_fp64()
+    one = fp64_problem()
     model, batch = put(one, cell_of(init="random")), one.collate(range(SAMPLES))
     plain, kept = make("llama").double().requires_grad_(False).eval(), {}
     layer = plain.get_submodule(LAYER)
@@ -263,7 +263,7 @@ def test_whitening_takes_both_kronecker_factors() -> None:
     left, right = inverse_root(dy.t() @ dy), inverse_root(x.t() @ x)
     u, _, vt = torch.linalg.svd(left @ dy.t() @ x @ right)
     whiten(model, [batch])
-    b, core, a = of_q_proj(model)
+    b, core, a = q_proj_factors(model)
     assert not core.any()
     for found, expected in ((b, left @ u[:, :R]), (a.t(), right @ vt[:R].t())):
         basis = torch.linalg.qr(expected).Q
@@ -275,7 +275,7 @@ def test_whitening_takes_both_kronecker_factors() -> None:
 @pytest.mark.parametrize("name", [*(name for name, one in entries().items() if "peft" in one.options), "LoRA r=3"])
 def test_adapters_of_peft_are_put_in_with_their_options(name: str) -> None:
     entry, one = entries()[name], problem(dtype=torch.float32)
-    if "vector_length" in entry.options:  # which divides SmolLM2's layers, and has to divide these
+    if "vector_length" in entry.options:  # has to divide the layers' sizes, here smaller than SmolLM2's
         entry = replace(entry, options={**entry.options, "vector_length": 16, "num_vectors": 16})
     model = put(one, entry.cell("chain_sum", "test", entry.rank(16), 1e-3, 0))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -285,7 +285,7 @@ def test_adapters_of_peft_are_put_in_with_their_options(name: str) -> None:
 
 
 def test_a_later_subspace_is_that_of_the_weights_reached_and_forgets_nothing() -> None:
-    one = in_fp64()
+    one = fp64_problem()
     model, samples = put(one, cell_of()), [one.collate(range(SAMPLES))]
     layer = q_proj(model)
     with torch.no_grad():
@@ -307,7 +307,7 @@ def test_a_later_subspace_is_that_of_the_weights_reached_and_forgets_nothing() -
 
 
 def test_training_goes_on_in_the_later_subspace_alone() -> None:
-    one, asked = in_fp64(), cell_of(refresh=0.5, later_samples=4)
+    one, asked = fp64_problem(), cell_of(refresh=0.5, later_samples=4)
     model = put(one, asked)
     losses = run.train(model, one, SHORT, asked, 1)
     layer = q_proj(model)
@@ -317,7 +317,7 @@ def test_training_goes_on_in_the_later_subspace_alone() -> None:
 
 
 def test_seeded_moments_are_those_of_steps_that_moved_nothing() -> None:
-    one, asked = in_fp64(), cell_of(seeded=True)
+    one, asked = fp64_problem(), cell_of(seeded=True)
     model = put(one, asked)
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
@@ -330,7 +330,7 @@ def test_seeded_moments_are_those_of_steps_that_moved_nothing() -> None:
 
 
 def test_rotation_changes_the_basis_and_no_step() -> None:
-    plain, turned = (of_q_proj(put(in_fp64(), cell_of(**options))) for options in ({}, {"rotated": True}))
+    plain, turned = (q_proj_factors(put(fp64_problem(), cell_of(**options))) for options in ({}, {"rotated": True}))
     b, core, a = turned
     assert torch.allclose(b @ core @ a, plain[0] @ plain[1] @ plain[2], atol=1e-7)
     assert orthonormal(b)
@@ -339,7 +339,7 @@ def test_rotation_changes_the_basis_and_no_step() -> None:
 
 
 def test_ranks_by_energy_spend_the_same_budget() -> None:
-    model = put(in_fp64(), cell_of(ranks_by_energy=True))
+    model = put(fp64_problem(), cell_of(ranks_by_energy=True))
     ranks = [layer.r[starts.ADAPTER] for layer in starts.layers(model).values()]
     assert len(set(ranks)) > 1
     assert sum(r * r for r in ranks) <= len(ranks) * R * R

@@ -1,4 +1,4 @@
-"""Pairs of runs: rates by rule and outward, seeds at the best of them, and paired intervals."""
+"""Paired runs: sweeps from the rule's rates outward, seeds at the best rate, and paired intervals."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ row = partial(paired_row, TASK)
 
 
 def swept(entry: str, r: int, best: int = 0) -> list[Row]:
-    """A sweep whose best rate is the middle one, or that which ended at another."""
+    """A sweep whose best rate is the rule's, times two to the power `best`."""
     rates = {p: entries()[entry].at(r, p) for p in range(-1, max(1, best) + 1)}
     losses = {lr: 0.3 + 0.01 * abs(p - best) for p, lr in rates.items()}
     return [row(entry, r, lr, grid.SWEEP_SEED, loss, "validation") for lr, loss in losses.items()]
 
 
 def seeds(entry: str, losses: Sequence[float], first: int = 0) -> list[Row]:
-    """Runs of seeds in order, at the best rate."""
+    """Runs with consecutive seeds, at the best rate."""
     one = entries()[entry]
     return [row(entry, one.rank(16), one.at(16, 0), seed, loss) for seed, loss in enumerate(losses, first)]
 
@@ -83,7 +83,7 @@ def test_longer_runs_take_the_short_sweep_and_examples_that_no_step_has_seen() -
 
 
 def test_the_interval_is_that_of_a_paired_t_test() -> None:
-    """Eight pairs: t of seven degrees of freedom, 2.365."""
+    """Eight pairs: t with seven degrees of freedom is 2.365."""
     mine = [0.30, 0.31, 0.29, 0.33, 0.28, 0.30, 0.32, 0.29]
     theirs = [0.32, 0.32, 0.32, 0.34, 0.31, 0.31, 0.33, 0.32]
     rows = [*swept("random", 16), *swept("sign", 16), *seeds("random", mine), *seeds("sign", theirs)]
@@ -117,7 +117,7 @@ def test_only_seeds_that_both_have_count_and_only_at_the_best_rate() -> None:
 )
 def test_verdicts_are_the_intervals(mean: float, half: float, verdict: str) -> None:
     assert Difference(mean, half, 8, 0.3).verdict == verdict
-    assert half_width([0.1]) == half_width([0.1, math.nan]) == math.inf  # one seed says nothing
+    assert half_width([0.1]) == half_width([0.1, math.nan]) == math.inf  # one seed gives no interval
     assert str(Difference(0.1, half_width([0.1]), 1, 0.3)) == "+0.1000 (one seed)"
 
 
@@ -131,7 +131,7 @@ def test_an_entry_of_its_own_rank_is_held_against_every_rank() -> None:
 
 
 def test_spots_are_means_over_each_entrys_own_seeds_with_their_interval(tmp_path: Path) -> None:
-    """Three seeds: t of two degrees of freedom, 4.303. The table also compares on the seeds that all have."""
+    """Three seeds: t with two degrees of freedom is 4.303. The table also compares on the seeds that all share."""
     rows = [*swept("sign", 16), *seeds("sign", [0.3, 1.3, 2.3]), *swept("LoRA r=3", 3), *seeds("LoRA r=3", [0.2, 1.2])]
     found = {spot.name: spot for spot in compare.spots_of(rows, TASK)}
     assert {name: (spot.r, round(spot.loss, 9)) for name, spot in found.items()} == {
@@ -139,7 +139,7 @@ def test_spots_are_means_over_each_entrys_own_seeds_with_their_interval(tmp_path
         "LoRA r=3": (3, 0.7),
     }
     assert found["sign"].bar == found["sign"].half == pytest.approx(4.303 / math.sqrt(3))
-    assert found["LoRA r=3"].bar == 0.5  # of two seeds, what they span
+    assert found["LoRA r=3"].bar == 0.5  # half of the range, for two seeds
     lines = list(paired.by_parameters(rows, tmp_path))
     assert "| chain_sum | LoRA r=3 | 3 | 256 | 0.7000 ± 6.3530 | 2 | 0.7000 (2) |" in lines
     assert "| chain_sum | sign | 16 | 256 | 1.3000 ± 2.4843 | 3 | 0.8000 (2) |" in lines

@@ -1,4 +1,4 @@
-"""Which runs of GRPO by rank and of a joint basis come next."""
+"""Which runs come next, for GRPO by rank and for a joint basis."""
 
 from __future__ import annotations
 

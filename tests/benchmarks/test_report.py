@@ -1,4 +1,4 @@
-"""`benchmarks/REPORT.md`: every section from its files, verdicts by their definition, nothing where nothing was run."""
+"""`benchmarks/REPORT.md`: sections follow their files, verdicts their definition; what was not run is left out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOSSES = {
 
 
 def fill(path: Path) -> None:
-    """A grid in which LoRA-SB is above LoRA-XS at 16, level at 64 and below at 96; seeds are 0.02 apart."""
+    """Write a grid in which LoRA-SB beats LoRA-XS at r = 16, is level at 64 and worse at 96; seeds are 0.02 apart."""
     for method, r, loss in ((method, r, loss) for method, by_rank in LOSSES.items() for r, loss in by_rank.items()):
         start = TASK.rates[METHODS[method].family].start
         for i, lr in enumerate(start):

@@ -89,8 +89,8 @@ def test_the_command_prints_and_writes_what_it_executed(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_block_compiles_few_kernels_whatever_the_tokens() -> None:
-    """Each is a second or three in the middle of a training: numbers of splits and of tokens are no constants."""
-    # interpreted kernels are compiled for nothing
+    """Compiling one takes 1 to 3 seconds during training, so numbers of splits and of tokens are no constants."""
+    # interpreted kernels are not compiled
     counted = json.loads(python("-m", "benchmarks.kernels.recompilations", "--json", TRITON_INTERPRET="0"))
     assert set(counted) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     for kernels in counted.values():
@@ -100,7 +100,7 @@ def test_a_block_compiles_few_kernels_whatever_the_tokens() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("others", [[], ["3.0.0"]])
 def test_it_measures_what_launches_cost(others: list[str], tmp_path: Path) -> None:
-    """With the installed Triton, and with every one in a folder: here the installed one again."""
+    """With the installed Triton, and with every version in a folder: here, the installed one again."""
     for name in others:
         (tmp_path / name).mkdir()
     command = ("-m", "benchmarks.kernels.host_time", "--calls", "2", "--json", "--tritons", tmp_path)
@@ -114,6 +114,6 @@ def test_it_measures_what_launches_cost(others: list[str], tmp_path: Path) -> No
     ]
     assert set(rows) == {*ours, "plain ops, a layer", "plain ops, 3 layers"}
     assert all(row["us"] > 0 for row in rows.values())
-    # y, u and what lies between the launches; dx, dR and the same: of a layer, and of three, in as many launches
+    # y, u and tensors between the launches, then dx, dR and the same: for a layer, and for three in as many launches
     assert rows["ours, a layer"]["allocations"] == 6
     assert rows["ours, a group of 3"]["allocations"] == 12

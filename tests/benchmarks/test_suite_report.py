@@ -1,4 +1,4 @@
-"""The suite's report: every number from the results, nothing from two machines."""
+"""The suite's report: every number comes from the results, and those of two machines are not mixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks that a basis was not made from: rows of several processes, and tables with the loss without an adapter."""
+"""Tasks that a basis was not made from: rows from several processes, and tables with the loss without an adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def row(task: str, basis: str, loss: float, share: str, seed: int = 0, r: int = 
 def test_rows_that_another_process_writes_during_a_run_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other process runs one cell more, and the one that is running here."""
+    """The other process runs an additional cell, and also the cell that is running here."""
     task = UNSEEN[0]
 
     def run(name: str, kind: str, r: int, seed: int, factor: float, folder: Path | None) -> Row:

@@ -1,4 +1,4 @@
-"""Saving and loading: exact, checked, whole or not at all, on the base that an adapter was made on, with a card."""
+"""Saving and loading are exact, checked and atomic, need the adapter's own base model, and include a model card."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def saved(saved_once: Path, tmp_path: Path) -> Path:
-    """A copy of an adapter, which a test may damage."""
+    """A copy of a saved adapter that a test may damage."""
     return Path(shutil.copytree(saved_once, tmp_path / "adapter"))
 
 
@@ -53,7 +53,7 @@ def edit(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
 
 
 def check_refused(folder: Path, message: str, seed: int = 0) -> None:
-    """An adapter is not loaded, and the base stays as it was."""
+    """Assert that an adapter is not loaded and that the base is unchanged."""
     base = make("llama", seed)
     with pytest.raises(ValueError, match=message):
         peft.PeftModel.from_pretrained(base, folder)
@@ -61,7 +61,7 @@ def check_refused(folder: Path, message: str, seed: int = 0) -> None:
     check_equal(dict(base.state_dict()), dict(make("llama", seed).state_dict()))
 
 
-@pytest.mark.parametrize("ranks", [{"k_proj": 2}, {"q_proj": 8, ".*": 4}], ids=str)  # whose order counts
+@pytest.mark.parametrize("ranks", [{"k_proj": 2}, {"q_proj": 8, ".*": 4}], ids=str)  # the order of patterns matters
 @pytest.mark.parametrize(("dtype", "low_cpu_mem_usage"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_reload_is_exact(tmp_path: Path, dtype: torch.dtype, low_cpu_mem_usage: bool, ranks: dict[str, int]) -> None:
     model = patched(dtype=dtype, rank_pattern=ranks, scaling=0.5)
@@ -125,7 +125,7 @@ def plain_lora(tensors: Tensors) -> Tensors:
 IGNORED = r"the adapter file has '.*' and 41 more, expected factors"
 UNNAMED = r"the adapter file has 'base_model.*expected factors of adapted layers"
 LAYER = "model.layers.0.self_attn.q_proj.base_layer"
-FOREIGN = {  # which PEFT loads into the base, where `disable_adapter()` does not take it back
+FOREIGN = {  # PEFT would load these into the base, where `disable_adapter()` does not undo it
     "model.norm.weight": (64,),
     f"{LAYER}.weight": (64, 64),
     "model.warp": (4,),
@@ -139,7 +139,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "extra": (lambda t: t | {key.replace("layers.1", "layers.7"): torch.zeros(4, 4) for key in (A, R, B)}, r"has layers that this model does not adapt: model\.layers\.7\.mlp\.up_proj"),
     "two keys": (lambda t: t | {R.removeprefix(PREFIX): 2 * t[R]}, "expected one lorasb_R for layer '.*', got a second one as"),
     "mislabeled": (plain_lora, r"holds a plain LoRA .* its configuration says LORASB: it has no R"),
-    # PEFT would ignore these, and leave the model as the bare base, without a word
+    # PEFT would silently ignore these and leave the base without an adapter
     "without the prefix": (lambda t: {key.removeprefix(PREFIX): value for key, value in t.items()}, IGNORED),
     "another adapter's": (lambda t: {f"{key}.other": value for key, value in t.items()}, IGNORED),
     **{name: (lambda t, name=name: t | {PREFIX + name: torch.full(FOREIGN[name], 3.0)}, UNNAMED) for name in FOREIGN},
@@ -180,9 +180,9 @@ def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path,
     whole = (saved / WEIGHTS).read_bytes()
     edit(saved, without_r)
     model = patched()
-    if by_config:  # of a file that is not loaded
+    if by_config:  # from the configuration alone, without loading tensors
         model = peft.get_peft_model(make("llama"), peft.PeftConfig.from_pretrained(saved))
-        model.set_adapter("default")  # a saved configuration is for inference
+        model.set_adapter("default")  # saved configurations are in inference mode
         lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
     want, names = logits(model), [n for n, p in model.named_parameters() if p.requires_grad]
     with pytest.raises(ValueError, match="has no lorasb_R"):
@@ -232,7 +232,7 @@ def test_a_config_of_the_future_is_read_with_a_warning_and_those_that_cannot_be_
 
 
 def test_a_save_killed_half_way_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
-    """Saves over and over in forks, kills them at random moments, and looks at what is there."""
+    """Save repeatedly in forks, kill them after various pauses, and check what is on disk."""
     model = patched(r=16)
     model.save_pretrained(tmp_path)
     for pause in (0.0, 0.013, 0.031, 0.077):
@@ -248,7 +248,7 @@ def test_a_save_killed_half_way_leaves_the_old_adapter_whole(tmp_path: Path) -> 
 
 
 def save_until_killed(model: peft.PeftModel, folder: Path) -> None:
-    """Save an adapter that changes all the time, until this process is killed."""
+    """Change and save an adapter repeatedly until this process is killed."""
     try:
         while True:
             for layer in layers(model).values():
@@ -259,7 +259,7 @@ def save_until_killed(model: peft.PeftModel, folder: Path) -> None:
 
 
 def test_embeddings_that_peft_saved_beside_the_adapter_are_left_out(saved: Path) -> None:
-    """PEFT adds them where a target is an embedding; as long as they are the base's own they do no harm."""
+    """PEFT adds them if a target is an embedding; they are harmless while they equal the base's."""
     base, key = make("llama"), "base_model.model.model.embed_tokens.weight"
     own = base.get_input_embeddings().weight.detach().clone()
     edit(saved, lambda tensors: tensors | {key: own.bfloat16()})
@@ -271,7 +271,7 @@ def test_embeddings_that_peft_saved_beside_the_adapter_are_left_out(saved: Path)
 
 STALLS = "(.*.*)*zzz(a+)+$"
 FIELDS: list[tuple[str, Any, str]] = [
-    ("modules_to_save", ["lm_head"], "expected its weights in the adapter file, got none"),  # they are not in it
+    ("modules_to_save", ["lm_head"], "expected its weights in the adapter file, got none"),  # the file lacks them
     ("trainable_token_indices", [3], "expected their rows in the adapter file, got none"),
     ("target_modules", STALLS, "target_modules: expected no repeated group"),
     ("exclude_modules", STALLS, "exclude_modules: expected no repeated group"),
@@ -306,7 +306,7 @@ IN_THE_FILE = pytest.mark.filterwarnings("ignore:.*is in the adapter file")
 @IN_THE_FILE
 @pytest.mark.parametrize("modules", [["embed_tokens", "lm_head"], ["embed_tokens"]])
 def test_a_resized_vocabulary_in_modules_to_save_is_loaded(tmp_path: Path, modules: list[str]) -> None:
-    """PEFT writes copies of these modules beside their own, under other names."""
+    """PEFT also writes copies of these modules under other names."""
     base = resized(tmp_path / "base")
     model = lorasb.patch(base, r=4, target_modules=["q_proj"], init="kaiming", modules_to_save=modules)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def test_a_resized_vocabulary_in_modules_to_save_is_loaded(tmp_path: Path, modul
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(resized(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
-    model.load_adapter(tmp_path / "adapter", "default", is_trainable=True)  # as Trainer does that resumes
+    model.load_adapter(tmp_path / "adapter", "default", is_trainable=True)  # as a resuming Trainer does
 
 
 def test_weights_that_cannot_be_read_have_no_fingerprint() -> None:
@@ -334,7 +334,7 @@ def test_a_resized_vocabulary_that_nothing_names_is_reported_at_the_save(tmp_pat
 @EMBEDDINGS
 @IN_THE_FILE
 def test_an_adapted_embedding_loads_on_a_base_in_another_precision(tmp_path: Path) -> None:
-    """Its file has the base's embedding, too, which PEFT adds: rounded otherwise it is still the base's."""
+    """PEFT adds the base's embedding to the file; rounded to another dtype, it still counts as the base's."""
     model = lorasb.patch(make("llama", dtype=torch.float16), r=4, target_modules=["embed_tokens"], init="kaiming")
     model.save_pretrained(tmp_path)
     peft.PeftModel.from_pretrained(make("llama", dtype=torch.bfloat16), tmp_path)
@@ -359,7 +359,7 @@ def test_the_parts_of_attention_are_not_looked_for_in_a_base(targets: list[str],
 
     lorasb.patch(base(0), r=2, init="kaiming", target_modules=targets).save_pretrained(tmp_path)
     peft.PeftModel.from_pretrained(base(0), tmp_path)
-    if targets[-1] != "one":  # attention's weights have other names there, and are not compared
+    if targets[-1] != "one":  # attention's weights have other names in the base, and are not compared
         with pytest.raises(ValueError, match="another base model"):
             peft.PeftModel.from_pretrained(base(1), tmp_path)
 

@@ -1,4 +1,4 @@
-"""Files that lorasb 0.1.0 and 0.2.0 wrote load to the bit; `tests/data/v0.1.0` has the base model that all belong to."""
+"""Files that lorasb 0.1.0 and 0.2.0 wrote load to the bit; `tests/data/v0.1.0` has the base model of all of them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lorasb.layers.lookup import adapted_layers
 
 FILES = Path(__file__).parents[1] / "data" / "v0.1.0"
 LATER_FILES = FILES.parent / "v0.2.0"
-LAYERS = 14  # of two Llama blocks
+LAYERS = 14  # in two Llama blocks
 
 
 def base() -> torch.nn.Module:
-    """The model that the files belong to."""
+    """The base model of the files."""
     return transformers.LlamaForCausalLM.from_pretrained(FILES / "base")
 
 
 def samples() -> list[dict[str, torch.Tensor]]:
-    """What the adapter was initialized from."""
+    """The samples that the adapter was initialized from."""
     ids = load_file(FILES / "samples.safetensors")["input_ids"]
     return [{"input_ids": row, "labels": row.clone(), "attention_mask": torch.ones_like(row)} for row in ids[:, None]]
 
@@ -49,7 +49,7 @@ def test_an_adapter_loads_to_the_bit(folder: str) -> None:
 
 
 def test_an_option_that_a_file_lacks_can_be_given() -> None:
-    """PEFT passes those keywords on that it finds annotated in the configuration's class."""
+    """PEFT passes on only keywords that are annotated in the configuration's class."""
     model = peft.PeftModel.from_pretrained(base(), FILES / "adapter", wide_factors=True)
     assert all(layer.adapters["default"].wide_factors for layer in adapted_layers(model)[1].values())
 
@@ -64,7 +64,7 @@ def test_a_cache_gives_the_same_factors(
     assert facts["num_samples"] == 4
     others = {name: version for name, version in key["versions"].items() if name != "lorasb"}
     assert key["versions"]["lorasb"] != lorasb.__version__
-    ours = caches.versions() | others  # a cache is refused under another torch: here lorasb's own version counts
+    ours = caches.versions() | others  # a cache is refused under another torch; only lorasb's version differs here
     monkeypatch.setattr(caches, "versions", lambda: ours)
     cache = Path(shutil.copy(folder / "signs.safetensors", tmp_path))
     model = lorasb.patch(base(), r=2, target_modules=targets)
@@ -74,7 +74,7 @@ def test_a_cache_gives_the_same_factors(
     assert len(found) == 3 * (2 if targets else LAYERS)
     for name, value in found.items():
         scale = want[name].abs().max()
-        assert (value - want[name]).abs().max() <= 1e-4 * scale, name  # another BLAS may order its sums otherwise
+        assert (value - want[name]).abs().max() <= 1e-4 * scale, name  # another BLAS may sum in another order
 
 
 def test_a_report_loads() -> None:

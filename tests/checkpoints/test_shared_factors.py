@@ -21,7 +21,7 @@ from lorasb.checkpoints.shared_factors import FACTORS_NAME, share
 
 
 def run_of(folder: Path, steps: int = 3, model: Any = None, resume: Any = None, **options: Any) -> Any:
-    """The trainer of a run that saves after every step; `options` are of `InitCallback`."""
+    """The trainer of a run that saves after every step; `options` go to `InitCallback`."""
     model = lorasb.patch(make("llama"), r=4) if model is None else model
     callbacks = [lorasb.InitCallback(num_samples=4, **options)]
     return train(model, folder, callbacks, resume=resume, max_steps=steps, warmup_steps=1, save_steps=1)
@@ -101,7 +101,7 @@ def test_factors_that_are_gone(run: tuple[Path, nn.Module], tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=r"holds R alone, and its lorasb_factors\.safetensors"):
             call()
-    model.load_adapter(folder / "checkpoint-3", "second")  # a failed load leaves room for another
+    model.load_adapter(folder / "checkpoint-3", "second")  # the name is still free after a failed load
     assert set(model.peft_config) == {"default", "second"}
 
 

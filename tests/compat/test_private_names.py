@@ -1,4 +1,4 @@
-"""Private names of other packages: the installed versions have them, and without one the results are the same."""
+"""Private names of other packages: installed versions have them, and without any one the results are the same."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SOURCES = {
     "packing_format": lambda bnb: bnb.functional,
     "loaded": lambda _: core_model_loading,
     "device_caches": lambda _: jit,
-    "driver": lambda _: sys.modules["triton.runtime.driver"],  # whose name is the driver's in its package
+    "driver": lambda _: sys.modules["triton.runtime.driver"],  # the attribute is the driver object
     private_torch.FSDP: lambda _: fully_sharded_data_parallel,
 }
 GONE = object()
@@ -90,7 +90,7 @@ def test_a_name_that_is_gone_gives_the_fallback(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def calls() -> list[Callable[[], Any]]:
-    """A step of a model; and y of a layer and of rows, whose gradients are off."""
+    """A training step of a model; and y of a layer with one adapter, then with one per row, without gradients."""
     model, layer, x = patched("llama"), lorasb.LoRASBLinear(nn.Linear(24, 16), "one", r=4), torch.randn(3, 5, 24)
     with torch.no_grad():
         layer.lorasb_R["one"].normal_()
@@ -140,7 +140,7 @@ def test_without_pefts_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_instances_have_the_attributes() -> None:
-    """As the packages make them, or their sources name them; DeepSpeed's is in its documentation alone."""
+    """Checked on objects that the packages make, or in their sources; DeepSpeed's is in its documentation only."""
     import accelerate
     import transformers
     from quantized_models import to_bitsandbytes
@@ -192,7 +192,7 @@ def test_launches_are_prepared_with_tested_versions_of_triton_alone(
 
 
 def test_experts_of_another_kind_are_told_apart() -> None:
-    """By transformers' own flags: other layouts, biases and gates keep their forward."""
+    """transformers' flags decide: experts with other layouts, biases or gates keep their own forward."""
     experts: Any = make("mixtral").get_submodule("model.layers.0.mlp.experts")
     assert private_transformers.computes_like_mixtral(experts)
     changes = [(experts, flag, not value) for flag, value in private_transformers.LIKE_MIXTRAL.items()]
@@ -215,7 +215,7 @@ def test_without_a_card_no_fence_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
 def test_fences_that_triton_omits(
     version: tuple[int, int], arch: int, omitted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loops whose copies would feed wgmma without a fence have one stage."""
+    """A loop gets only one stage if its copies would feed wgmma without a fence."""
     target = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=arch))
     monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=target))
     monkeypatch.setattr(private_triton, "installed", lambda: version)
@@ -229,7 +229,7 @@ def test_fences_that_triton_omits(
 def test_launches_that_something_observes_are_ordinary(
     hook: Any, version_is_known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hooks are added to a chain; some tools assign a function in its place. An unknown version may have others."""
+    """Tools add hooks to a chain, or replace it with a function. An unknown Triton version may have other hooks."""
     hooks = SimpleNamespace(launch_enter_hook=hook, launch_exit_hook=SimpleNamespace(calls=[]))
     monkeypatch.setattr(private_triton, "is_verified", lambda: version_is_known)
     monkeypatch.setattr(private_triton, "_runtime", lambda: hooks if version_is_known else pytest.fail("asked"))
@@ -241,5 +241,5 @@ def test_launches_that_something_observes_are_ordinary(
             assert private_triton.may_repeat(SimpleNamespace(device_caches={})) is (version_is_known and not observed)
     line = "another tool observes" if version_is_known else "lorasb was tested with Triton 3.6 to 3.9"
     expected = [line] if observed or not version_is_known else []
-    assert [str(one.message)[: len(line)] for one in said] == expected  # one, of two calls
-    assert not private_triton.may_repeat(print)  # interpreted: without a line
+    assert [str(one.message)[: len(line)] for one in said] == expected  # one warning for two calls
+    assert not private_triton.may_repeat(print)  # interpreted: no warning

@@ -1,5 +1,5 @@
-"""Dense layers in bf16 and fp16 in C++. Processors that do not multiply them: W is widened a panel at a time. Those that
-multiply bf16: forward of few tokens, over a W that is read as it lies.
+"""Dense layers in bf16 and fp16 in C++. Processors that cannot multiply them widen W one panel at a time. Those that
+multiply bf16 compute the forward of few tokens with W read in place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear
 
 BF16, SIXTEEN_BIT = torch.bfloat16, (torch.bfloat16, torch.float16)
-BY_BF16 = [name for name in SETS if name in ("AMX", "AVX-512 with bf16")]  # instruction sets that multiply it
+BY_BF16 = [name for name in SETS if name in ("AMX", "AVX-512 with bf16")]  # instruction sets that multiply bf16
 WIDENING = [name for name in SETS if name not in BY_BF16]
 pytestmark = pytest.mark.skipif(not SETS, reason="no C++ extension")
 
@@ -37,13 +37,13 @@ def widening(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=BY_BF16)
 def multiplying(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every one that does."""
+    """Every instruction set of this processor that multiplies bf16."""
     with instruction_set(request.param), lorasb.backend("cpp"):
         assert cpp.most_tokens(64) > 0
         yield request.param
 
 
-ROWS = (1, 3, 4, 5, 6, 13, 64, 97)  # one token, a walk over rows of W, micro-panels that are full and that are not
+ROWS = (1, 3, 4, 5, 6, 13, 64, 97)  # one token, a walk over rows of W, full and partial micro-panels
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
@@ -51,7 +51,7 @@ ROWS = (1, 3, 4, 5, 6, 13, 64, 97)  # one token, a walk over rows of W, micro-pa
     ("rows", "n", "m", "r"),
     [(rows, 123, 59, 17) for rows in ROWS]
     + [(rows, *shape) for rows in (1, 6, 97) for shape in ((64, 300, 24), (520, 48, 16))]
-    + [(1100, 40, 24, 20)],  # more tokens than are open at once
+    + [(1100, 40, 24, 20)],  # more tokens than are summed at once
 )
 def test_as_near_to_fp64_as_the_plain_chain(
     widening: str, rows: int, n: int, m: int, r: int, dtype: torch.dtype
@@ -60,7 +60,7 @@ def test_as_near_to_fp64_as_the_plain_chain(
 
 
 def test_more_tokens_than_are_packed_at_once(widening: str) -> None:
-    """A sum over many features takes its tokens part by part; the parts are the same bits as one call of each."""
+    """A sum over many features is computed in parts of its tokens; each part has the same bits as in its own call."""
     n = 1 << 15
     case = reference.make_case((1040,), n, 8, 4, torch.bfloat16)
     y, dx, dcore = run(case)
@@ -151,13 +151,13 @@ def test_the_extension_checks_what_it_is_given(widening: str, name: str) -> None
         torch.ops.lorasb_csrc.dense_linear(*given.values(), 1.0, 0.0, None)
 
 
-# Halves of a panel of 32, whole panels, and what is left of them; all of them within AMX's bound.
+# Half panels of 32 tokens, full panels, and remainders; all within AMX's bound.
 FEW = (1, 2, 5, 15, 16, 17, 31, 32, 33, 64, 100)
-SHAPES = ((64, 96, 32), (123, 59, 17), (31, 33, 3), (576, 48, 16))  # n, m, r: whole tiles, and none
+SHAPES = ((64, 96, 32), (123, 59, 17), (31, 33, 3), (576, 48, 16))  # n, m, r: with and without partial tiles
 
 
 def op(x: Tensor, case: reference.Case) -> Tensor:
-    """y of the extension's op, whatever would be chosen for x."""
+    """y of the extension's op, even if another path would be chosen for x."""
     y: Tensor
     y, _ = torch.ops.lorasb_csrc.dense_linear(
         x, case.weight, case.a, case.core, case.b, case.bias, case.scaling, 0.0, None
@@ -228,7 +228,7 @@ def test_what_is_left_to_torch(multiplying: str) -> None:
     assert not cpp.computes(x[:0], [weight])
     assert not cpp.computes(x, [weight, torch.zeros(64, 32, dtype=BF16).t()])
     assert not cpp.computes(x, [])
-    if multiplying != "AMX":  # without tiles, the BLAS is faster from a number of products on
+    if multiplying != "AMX":  # without tiles, the BLAS is faster above a certain number of products
         assert [cpp.most_tokens(elements) for elements in (2**19, 2**21, 2**30)] == [128, 47, 16]
         assert not cpp.computes(x, [weight, weight.expand(2**16, 32, 64).reshape(-1, 64)])
     assert not cpp.computes(x.float(), [weight.float()])

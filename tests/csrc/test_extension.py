@@ -1,4 +1,4 @@
-"""The C++ extension itself: that it is there, its instruction sets, and that nothing makes it read past an end."""
+"""The C++ extension is loaded, chooses instruction sets, and never reads past the end of a tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ built = pytest.mark.skipif(cpp.missing() is not None, reason="no C++ extension")
 
 
 @pytest.mark.skipif(
-    shutil.which("c++") is None or os.environ.get(cpp.DISABLE) == "1", reason="no C++ compiler, or left out"
+    shutil.which("c++") is None or os.environ.get(cpp.DISABLE) == "1", reason="no C++ compiler, or extension disabled"
 )
 def test_the_extension_is_loaded_where_a_compiler_is() -> None:
     assert cpp.missing() is None
@@ -62,7 +62,7 @@ dequantize(w); print(threads() - before)
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, str]:
-    """What each code prints in a process of its own."""
+    """What each code prints in a separate process."""
     codes = [DISABLED, *((CAPPED, THREADS, MAPPED) if cpp.missing() is None else ())]
     paths = (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
     return dict(zip(codes, run_each(codes, PYTHONPATH=os.pathsep.join(filter(None, paths))), strict=True))
@@ -101,7 +101,7 @@ def test_threads_are_torchs_own(printed: dict[str, str]) -> None:
 
 
 class Drawn(NamedTuple):
-    """Arguments that fit together, but for one perhaps."""
+    """Arguments that fit together, except perhaps for one."""
 
     m: int
     n: int
@@ -191,7 +191,7 @@ def backward(rng: random.Random, d: Drawn) -> tuple[Any, tuple]:
 
 
 def by_row(rng: random.Random, d: Drawn) -> tuple[Any, tuple]:
-    """With an R for each row, or its gradient, over a quantized or a dense weight or none."""
+    """A call with an R for each row, or its backward, over a quantized weight, a dense one or none."""
     r, count = len(d.a), rng.randint(0, 3)
     cores = torch.randn(count, r, rng.choice([r] * 9 + [r + 1])).to(rng.choice([torch.float32, torch.bfloat16]))
     index = torch.randint(-1, max(count, 1), (d.rows,))
@@ -256,7 +256,7 @@ def test_ten_thousand_random_calls_end_in_a_result_or_an_error() -> None:
     assert min(outcomes.values()) > CASES // 10, outcomes
 
 
-# Tensors that end where a page ends: reading one byte more stops the process.
+# Tensors that end where a page ends: reading one more byte crashes the process.
 MAPPED = """
 import ctypes, torch
 from itertools import product

@@ -1,4 +1,4 @@
-"""Several processes: bitwise agreement between ranks, and one process's result from two, plain and under FSDP2."""
+"""Several processes: ranks agree to the bit, and two find what one finds, without sharding and under FSDP2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL += ["cached", "again", "sharded", "sharded uneven", "sharded accumulate"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two ranks left what they found."""
+    """The folder with the results of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(2, folder, partial(write_all, folder))
     return folder
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Found:
-    """What they found, by case."""
+    """The results of two ranks, by case."""
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
@@ -118,6 +118,6 @@ def test_repeats_of_accelerates_loaders_are_dropped(size: int, count: int, ranks
     seen = []
     for rank in range(ranks):
         share = prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False)
-        with suppress(ValueError):  # an empty share is an error of a single process
+        with suppress(ValueError):  # for a process on its own, an empty share is an error
             seen += [int(value) for batch in select(share, None, seed=0) for value in batch["x"]]
     assert sorted(seen) == list(range(count))

@@ -1,4 +1,4 @@
-"""Training over several processes: what one process gets, on every engine; a killed run goes on from its checkpoint."""
+"""Training on several processes: every engine gets what one process gets; killed runs resume from checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train_ranks import WAYS
 import lorasb
 
 SUPPORT, CONFIGS = ROOT / "tests" / "support", ROOT / "docs" / "accelerate"
-# DeepSpeed looks for GPUs first
+# without DS_ACCELERATOR, DeepSpeed looks for GPUs first
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
 WRAP = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
 ENGINES = ("ddp", "fsdp2")
@@ -38,7 +38,7 @@ def accelerate(config: str, size: int = 2) -> list[object]:
 
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where one process and two left what they found, each way."""
+    """The folder with the results of one process and of two, for each way to train."""
     folder = tmp_path_factory.mktemp("loops")
     for way in WAYS:
         (folder / f"{way}.1.json").write_text(json.dumps(train_ranks.train(way, 0, 1)))
@@ -47,7 +47,7 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_loops(folder: Path, way: str, size: int) -> None:
-    """Equal starts, steps and losses; the sums over ranks are taken in another order."""
+    """Check for equal starts, steps and losses, up to the order of sums over ranks."""
     alone, several = (json.loads((folder / f"{way}.{count}.json").read_text()) for count in (1, size))
     assert several["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert alone["losses"][-1] != pytest.approx(alone["losses"][0], rel=1e-5)
@@ -70,7 +70,7 @@ def test_four_ranks_train_as_one_process(loops: Path) -> None:
 
 
 def train(start: list[object], folder: Path, *options: object) -> dict[str, Any]:
-    """A run of tests/support/trainer_ranks.py, in this process where nothing starts others, and what it found."""
+    """Run tests/support/trainer_ranks.py, in this process if `start` is empty; return what it found."""
     if start:
         python(*start, SUPPORT / "trainer_ranks.py", folder, *options, **ENVIRONMENT)
     else:
@@ -83,7 +83,7 @@ def found_in(folder: Path) -> dict[str, Any]:
 
 
 def kill(start: list[object], folder: Path, *options: object) -> None:
-    """A run that loses a rank between two checkpoints."""
+    """Run training, and kill a rank between two checkpoints."""
     given = ("--kill", trainer_ranks.CUT_AFTER, *options)
     assert attempt(*start, SUPPORT / "trainer_ranks.py", folder, *given, **ENVIRONMENT).returncode != 0
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
@@ -94,7 +94,7 @@ def factors(adapter: Path, bits: int = 16, dtype: torch.dtype = torch.float32) -
     """All A, R and B of a saved adapter, loaded by one process."""
     base: Any = make("llama", dtype=dtype)
     model = PeftModel.from_pretrained(lorasb.quantize(base) if bits == 4 else base, adapter)
-    model(**text(1, 5, 0))  # refused where a layer is not initialized
+    model(**text(1, 5, 0))  # raises if a layer is not initialized
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lorasb_" in name}
 
 
@@ -112,13 +112,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(runs: Path) -> dict[str, Any]:
-    """One process, the whole of training."""
+    """Complete training on one process."""
     return train([], runs / "alone")
 
 
 @pytest.fixture(scope="module")
 def whole(runs: Path) -> dict[str, dict[str, Any]]:
-    """Two processes, the whole of training and the end once more; FSDP by the configuration file that is shipped."""
+    """Complete training on two processes, and its end once more; FSDP uses the shipped configuration file."""
     options = trainer_ranks.parse([runs / "ddp", "--again", runs / "ddp again"])
     run_ranks(2, runs, partial(trainer_ranks.run_all, options))
     train(accelerate("fsdp2.yaml"), runs / "fsdp2", "--again", runs / "fsdp2 again")

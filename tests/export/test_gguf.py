@@ -1,4 +1,4 @@
-"""The GGUF export, in the llama.cpp that it is for: base and adapter there answer as they do here."""
+"""The GGUF export in llama.cpp: base and adapter answer there as they do in torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorasb.export.lora import ARCHITECTURES
 PROMPTS = int(os.environ.get("LORASB_GGUF_PROMPTS", "4"))
 ANSWER, TOKENS = " violet, amber and jade.", 6
 THINGS = ("a door", "the sea", "my hat", "an old car", "that bird", "the tall tree", "her coat", "a small boat")
-SAME = 0.9  # share of greedy answers; llama.cpp multiplies 4-bit weights by activations in 8 bits
+SAME = 0.9  # minimum share of equal greedy answers; llama.cpp multiplies 4-bit weights by activations in 8 bits
 
 
 def prompts(count: int) -> list[str]:
@@ -31,7 +31,7 @@ def prompts(count: int) -> list[str]:
 
 
 def fine_tuned(tokenizer: transformers.PreTrainedTokenizerBase) -> nn.Module:
-    """SmolLM2 that has learned one answer from four questions."""
+    """SmolLM2 trained to give one answer to four questions."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(resolve_model(EMBEDDED), dtype=torch.float32)
     batches = []
@@ -97,7 +97,7 @@ def test_llama_cpp_answers_as_torch_does(tmp_path: Path) -> None:
 
 
 def read(model: nn.Module, folder: Path) -> Any:
-    """The file of a model's adapter."""
+    """Export a model's adapter, and return a reader of its file."""
     import gguf
 
     return gguf.GGUFReader(str(lorasb.export_lora(model, folder, format="gguf", quiet=True)))
@@ -122,7 +122,7 @@ def test_rows_of_q_and_k_turn_as_llama_cpp_turns_them(tmp_path: Path) -> None:
     for ours, theirs, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2), ("v_proj", "attn_v", None)):
         want = getattr(attention, ours).get_delta_weight("default")
         found = tensors[f"blk.0.{theirs}.weight.lora_b"] @ tensors[f"blk.0.{theirs}.weight.lora_a"]
-        if heads:  # row i of a head and its partner half a head on become neighbors
+        if heads:  # row i of a head and its partner half a head further become neighbors
             want = want.view(heads, 2, -1, want.shape[1]).transpose(1, 2).flatten(0, 2)
         tolerances.check(found, want, tolerances.EXPORT)
 

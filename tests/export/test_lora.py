@@ -1,4 +1,4 @@
-"""The plain-LoRA export: the same function in stock PEFT; experts as vLLM loads them; R step by step."""
+"""The plain-LoRA export: stock PEFT computes the same; experts have vLLM's names; R is sent after every step."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SMALLER = {"llama": "k_proj", "roberta": "key", "gpt2": "c_proj"}
 
 
 def scaled(family: str) -> torch.nn.Module:
-    """A patched model of two ranks and a scaling."""
+    """A patched model with two ranks and a scaling."""
     return patched(family, rank_pattern={SMALLER[family]: 2}, scaling=0.5)
 
 
 def exported(source: torch.nn.Module | Path, folder: Path, **options: str) -> dict[str, torch.Tensor]:
-    """The tensors of an export."""
+    """Export, and return the file's tensors."""
     lorasb.export_lora(source, folder, quiet=True, **options)
     return load_file(folder / "adapter_model.safetensors")
 
@@ -78,7 +78,7 @@ def test_the_command_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--max-lora-rank 8" in capsys.readouterr().out
     card = (tmp_path / "README.md").read_text()
     assert ModelCard(card).data.tags == ["lora"]
-    assert "--max-lora-rank 8 --lora-modules adapter=THIS_FOLDER" in card  # which may move
+    assert "--max-lora-rank 8 --lora-modules adapter=THIS_FOLDER" in card  # the folder may be moved
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_export_never_takes_an_adapters_place(tmp_path: Path, monkeypatch: py
     (tmp_path / "README.md").write_text("# My project")
     with pytest.raises(ValueError, match=r"README\.md is not an export's, and would be replaced: name another folder"):
         lorasb.export_lora(patched(), tmp_path, quiet=True)
-    for _ in range(2):  # another export's may be
+    for _ in range(2):  # files of another export may be replaced
         lorasb.export_lora(patched(), tmp_path / "lora", quiet=True)
     patched().save_pretrained(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -155,7 +155,7 @@ def test_every_name_is_one_that_vllm_expands_and_every_delta_is_the_experts(kind
         want[f"{name}.{down}"] = adapted[f"{ours}.down_proj.{e}"]
     for name, delta in want.items():
         a, b = (tensors.pop(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
-        assert a.shape[0] == b.shape[1] == 8  # the smallest that vLLM takes above 3
+        assert a.shape[0] == b.shape[1] == 8  # the smallest rank above 3 that vLLM takes
         tolerances.check(b @ a, delta, tolerances.EXPORT)
     assert not tensors
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -168,7 +168,7 @@ SIZES_OF_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_exper
 
 @pytest.mark.parametrize("family", ["Mixtral", "Phimoe", "MiniMaxM2", "Lfm2Moe", "Qwen3Moe"])
 def test_experts_have_the_names_of_the_checkpoint(family: str, tmp_path: Path) -> None:
-    """Which are those that vLLM reads."""
+    """vLLM reads these names."""
     more = {"head_dim": 16, "layer_types": ["full_attention"] * 2, "num_dense_layers": 0} if family != "Mixtral" else {}
     base = causal(family, **SIZES_OF_EXPERTS, **more)
     base.save_pretrained(tmp_path / "base")
@@ -182,8 +182,8 @@ def test_experts_have_the_names_of_the_checkpoint(family: str, tmp_path: Path) -
     assert names <= known
 
 
-def served(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of stock PEFT with these tensors in a plain LoRA, layer by layer at its own rank."""
+def stock_logits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of stock PEFT with these tensors as a plain LoRA, each layer at its own rank."""
     factors = ((key.partition(".lora_A"), value) for key, value in tensors.items() if "lora_A" in key)
     ranks = {parts[0].removeprefix("base_model.model."): len(value) for parts, value in factors}
     config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
@@ -203,7 +203,7 @@ def test_the_other_side_computes_what_the_trainer_does_after_every_step() -> Non
         optimizer.step()
         optimizer.zero_grad()
         tensors = lorasb.lora_of(basis, lorasb.adapter_delta(model, "core"))
-        tolerances.check(served(tensors), logits(model.eval()), tolerances.EXPORT)
+        tolerances.check(stock_logits(tensors), logits(model.eval()), tolerances.EXPORT)
         tolerances.check_equal(lorasb.adapter_delta(model), tensors)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
@@ -225,7 +225,7 @@ def test_the_whole_is_what_the_export_writes(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_step_of_a_7b_model_is_less_than_4_mb() -> None:
-    """R alone: 4·r² bytes of each linear, here of two blocks at r = 4, there of 32 blocks at r = 64."""
+    """R alone takes 4·r² bytes per linear: here for 2 blocks at r = 4, in a 7B model for 32 blocks at r = 64."""
     core = lorasb.adapter_delta(patched("llama", r=4), "core")
     size = sum(value.numel() * value.element_size() for value in core.values())
     assert size == 14 * 4 * 4**2
@@ -272,7 +272,7 @@ def test_a_tied_embedding_that_is_saved_is_exported(tmp_path: Path) -> None:
 
 
 def test_one_of_several_active_adapters_has_to_be_named(tmp_path: Path) -> None:
-    """Here one on a basis, whose A and B are exported with its R."""
+    """One of them here uses a basis, whose A and B are exported with its R."""
     model = with_users("ada")
     model.base_model.set_adapter(["default", "ada"])
     for call in (lambda: lorasb.export_lora(model, tmp_path, quiet=True), lambda: lorasb.adapter_delta(model)):

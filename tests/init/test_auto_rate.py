@@ -1,4 +1,4 @@
-"""lr="auto": a rate by which an aligned step changes the outputs of the median layer by RHO, measured on the samples."""
+"""lr="auto": the rate at which an aligned step changes the median layer's outputs by RHO, measured on the samples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cores(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> float:
-    """Median over layers of rms‖s·B ΔR A x‖ / rms‖W x‖, with ΔR = rate·1 aligned with each |u|: in float64, by itself."""
+    """Median over layers of rms‖s·B ΔR A x‖ / rms‖W x‖, with ΔR = rate·1 aligned with each |u|, in float64."""
     shares: dict[nn.Module, list[float]] = {}
 
     def add(layer: LoRASBLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -62,7 +62,7 @@ def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str) -> 
 
 @pytest.fixture(scope="module")
 def usual() -> tuple[nn.Module, InitReport]:
-    """A Llama's measured start, and its report."""
+    """A Llama initialized with a measured rate, and its report."""
     return started(lr="auto")
 
 
@@ -75,7 +75,7 @@ def test_the_start_is_as_if_the_rate_had_been_given(usual: tuple[nn.Module, Init
 
 
 def test_a_warm_up_divides_the_first_step_and_not_the_rate(usual: tuple[nn.Module, InitReport]) -> None:
-    """R's length is proportional to the step's."""
+    """R's norm is proportional to the first step's rate."""
     given = lorasb.first_step_lr("auto", 0.1, total_steps=50)
     assert given == AutoRate(5.0)
     model, report = started(lr=given)
@@ -125,11 +125,13 @@ def test_a_base_in_4_bits_has_the_rate_of_its_values(usual: tuple[nn.Module, Ini
 
 def test_a_loss_of_the_users_is_called_for_the_forward(usual: tuple[nn.Module, InitReport]) -> None:
     _, given = started(lr="auto", loss_fn=lambda model, batch: model(**batch).loss)
-    assert given.rate == pytest.approx(usual[1].rate, rel=0.2)  # other weights of samples give other signs
+    assert given.rate == pytest.approx(usual[1].rate, rel=0.2)  # samples are weighted differently, which changes signs
 
 
-def begun(folder: Path, **options: object) -> tuple[Any, lorasb.InitCallback, list[tuple[Tensor, list[Tensor]]]]:
-    """A trainer, its callback that measured, and the random state and R before the callback and after it."""
+def train_measured(
+    folder: Path, **options: object
+) -> tuple[Any, lorasb.InitCallback, list[tuple[Tensor, list[Tensor]]]]:
+    """Train; return the trainer, its callback, and the random states and R before and after the callback."""
     seen: list[tuple[Tensor, list[Tensor]]] = []
 
     class Begin(transformers.TrainerCallback):
@@ -142,14 +144,14 @@ def begun(folder: Path, **options: object) -> tuple[Any, lorasb.InitCallback, li
 
 
 def by_hand() -> tuple[nn.Module, InitReport]:
-    """What the callback does before it tries rates on the trainer's data."""
+    """Initialize as the callback does before it tries rates on the trainer's data."""
     return started(batches=DataLoader(ROWS, batch_size=3), lr=lorasb.first_step_lr("auto", 2), num_samples=6, seed=3)
 
 
 @pytest.mark.parametrize("option", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
 def test_a_trainer_trains_r_at_the_rate(tmp_path: Path, option: dict[str, object]) -> None:
-    """The measured rate is doubled or halved on the trainer's data; random states stay."""
-    trainer, callback, ((state_before, _), (state_after, start)) = begun(tmp_path, **option)
+    """Trials on the trainer's data double or halve the measured rate; random states do not change."""
+    trainer, callback, ((state_before, _), (state_after, start)) = train_measured(tmp_path, **option)
     assert torch.equal(state_before, state_after)
     rate, (model, raw) = callback.report.rate, by_hand()
     assert rate / raw.rate in (pytest.approx(0.5, rel=2e-2), pytest.approx(2.0, rel=2e-2))
@@ -165,7 +167,7 @@ def test_a_trainer_trains_r_at_the_rate(tmp_path: Path, option: dict[str, object
 
 @pytest.mark.parametrize("size", [3, 12])
 def test_a_trainers_rows_judge_or_are_trained_on(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where they make up a single batch, which is halved."""
+    """No row does both, even if all rows fit into a single batch, which is then halved."""
     seen, callback = Mock(return_value=lorasb.RateTrials(1e-3, {}, 4)), lorasb.InitCallback(lr="auto", num_samples=6)
     monkeypatch.setattr(init_callback, "refine_rate", seen)
     train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], per_device_train_batch_size=size)
@@ -178,12 +180,12 @@ def test_a_trainers_rows_judge_or_are_trained_on(size: int, tmp_path: Path, monk
 
 
 def set_rate(model: nn.Module, groups: list[Any]) -> list[list[float]]:
-    """The rates of an optimizer's groups once R's is 0.003, and after a step of a schedule that halves them."""
+    """Return the groups' rates after setting R's to 0.003, and after a step of a schedule that halves them."""
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     schedule = schedules.LambdaLR(optimizer, lambda step: 0.5**step)
     init_callback._set_rate(3e-3, optimizer, schedule, layers(model), "default")
     rates = [[group["lr"] for group in optimizer.param_groups]]
-    assert schedule.get_last_lr() == rates[0]  # which is logged
+    assert schedule.get_last_lr() == rates[0]  # the trainer logs it
     assert schedule.base_lrs == [group["initial_lr"] for group in optimizer.param_groups]
     optimizer.step()
     schedule.step()
@@ -191,13 +193,13 @@ def set_rate(model: nn.Module, groups: list[Any]) -> list[list[float]]:
 
 
 def test_r_alone_gets_the_rate(usual: tuple[nn.Module, InitReport]) -> None:
-    """Its groups keep their ratios, as layer-wise decay makes them; a head keeps its own, and is named among R's."""
+    """R's groups keep their ratios (layer-wise decay); a head's keeps its rate; a head in R's group gives a warning."""
     model, head = usual[0], [*nn.Linear(2, 2).parameters()]
     near, far = cores(model)[:7], cores(model)[7:]
     for groups, rates, peaks in (
         ([{"params": head, "lr": 0.5}, {"params": cores(model)}], [0.5, 3e-3], [0.5, 3e-3]),
         ([{"params": near, "lr": 1e-3}, {"params": far, "lr": 1e-4}], [3e-3, 3e-4], [3e-3, 3e-4]),
-        ([{"params": cores(model), "lr": 0.0}], [0.0], [3e-3]),  # from the first step of the schedule on
+        ([{"params": cores(model), "lr": 0.0}], [0.0], [3e-3]),  # the rate applies from the schedule's next step on
     ):
         first, second = set_rate(model, groups)
         assert first == pytest.approx(rates)
@@ -217,7 +219,7 @@ def test_r_alone_gets_the_rate(usual: tuple[nn.Module, InitReport]) -> None:
 def test_other_optimizers_and_schedules_keep_the_rate_of_the_arguments(
     kind: Any, schedule_of: Any, why: str, tmp_path: Path
 ) -> None:
-    """Steps of SGD are proportional to the gradient, and torch's schedules have peaks that no base rate changes."""
+    """Steps of SGD are proportional to the gradient, and the peaks of torch's schedules ignore base rates."""
     model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(lr="auto")
     optimizer = kind(cores(model), lr=1e-2)
     schedule = schedule_of(optimizer)
@@ -229,7 +231,7 @@ def test_other_optimizers_and_schedules_keep_the_rate_of_the_arguments(
 
 
 def test_a_checkpoint_has_the_measured_rate_in_its_optimizer(tmp_path: Path) -> None:
-    """Without it, the rate of the arguments stays."""
+    """Without optimizer.pt, the rate of the arguments stays."""
     first, last = lorasb.InitCallback(lr="auto"), tmp_path / "checkpoint-2"
     train(lorasb.patch(make("llama"), r=4), tmp_path, [first])
 
@@ -239,14 +241,14 @@ def test_a_checkpoint_has_the_measured_rate_in_its_optimizer(tmp_path: Path) -> 
 
     assert resumed().optimizer.param_groups[0]["initial_lr"] == first.report.rate
     (last / "optimizer.pt").unlink()
-    with pytest.warns(UserWarning, match=r"which has the rate that was measured: learning_rate=0\.01 stays"):
+    with pytest.warns(UserWarning, match=r"which has the measured rate: learning_rate=0\.01 stays"):
         resumed()
 
 
 def test_a_training_that_begins_again_is_measured_no_more_and_refined_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trial that runs out of memory ends the first start (`auto_find_batch_size`); the second is finished."""
+    """A trial that runs out of memory ends the first start (`auto_find_batch_size`); the second one completes."""
     refined = Mock(side_effect=[RuntimeError("CUDA out of memory"), lorasb.RateTrials(2e-3, {}, 4)])
     monkeypatch.setattr(init_callback, "refine_rate", refined)
     model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(lr="auto", num_samples=6)
@@ -259,7 +261,7 @@ def test_a_training_that_begins_again_is_measured_no_more_and_refined_once(
 
 
 def test_every_model_of_a_callback_is_measured(tmp_path: Path) -> None:
-    """Those of `model_init`, one after the other; one that was initialized before keeps its own rate."""
+    """`model_init` makes one after another. A model that was already initialized trains at the arguments' rate."""
     callback = lorasb.InitCallback(lr="auto", num_samples=6)
     trainers = [train(lorasb.patch(make("llama"), r=r), tmp_path, [callback]) for r in (4, 2)]
     rates = [{group["initial_lr"] for group in one.optimizer.param_groups if group["params"]} for one in trainers]
@@ -283,7 +285,7 @@ def test_every_model_of_a_callback_is_measured(tmp_path: Path) -> None:
 def test_a_start_is_that_of_the_optimizers_rate_and_schedule(
     rate: float | None, schedule_of: Any, option: dict[str, object], eta: float, tmp_path: Path
 ) -> None:
-    """Its peak and its warm-up, whatever the arguments have; a constant schedule has no warm-up."""
+    """Their peak and warm-up count, whatever the arguments say; a constant schedule has no warm-up."""
     model, callback = lorasb.patch(make("llama"), r=4), lorasb.InitCallback(num_samples=6)
     own = torch.optim.AdamW(cores(model), lr=rate) if rate else None
     given = (own, schedule_of(own)) if own else None
@@ -292,10 +294,10 @@ def test_a_start_is_that_of_the_optimizers_rate_and_schedule(
 
 
 def test_a_process_without_labels_keeps_the_measured_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one of several has whose share of few rows has none."""
+    """One of several processes may get no labels in its share of a small data set."""
     monkeypatch.setattr(init_callback, "labeled_rows", lambda batch: 0)
     with pytest.warns(UserWarning, match=r"a process has no labeled rows to try rates on: .* as measured"):
-        _, callback, _ = begun(tmp_path)
+        _, callback, _ = train_measured(tmp_path)
     assert callback.report.rate == by_hand()[1].rate
 
 

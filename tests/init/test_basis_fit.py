@@ -1,4 +1,4 @@
-"""`lorasb.basis_fit` against explicit matrices in fp64, and the model that it leaves as it was."""
+"""`lorasb.basis_fit` against explicit matrices in fp64; the model is left as it was."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_shares_are_those_of_matrices(model: PeftModel) -> None:
         chance += float(delta.square().sum()) * R**2 / delta.numel()
     assert found.share == pytest.approx(kept / whole, rel=1e-4)
     assert found.random == pytest.approx(chance / whole, rel=1e-6)
-    with torch.no_grad():  # both rows of these batches have as many labels
+    with torch.no_grad():  # both rows of these batches have equally many labels
         losses = [float(make("llama")(**batch).loss) for batch in OTHER]
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert 0 < found.random < found.share < 1

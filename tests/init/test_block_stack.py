@@ -1,4 +1,4 @@
-"""Which models are stacks of blocks, what shows that one is none, and layers that no sample reaches."""
+"""Which models are stacks of blocks, how others are detected, and layers that no sample reaches."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from lorasb.init.block_recorder import NotAStackError, find_stack
 
 
 def test_an_encoder_decoder_is_a_stack_and_a_pass() -> None:
-    """Blocks of T5 share a bias that no target decides; the encoder's layers take a pass through the whole model."""
+    """T5's blocks share a bias that depends on no target; the encoder's layers take a pass over the entire model."""
     batches = [text(1, 8, seed) for seed in range(2)]
     want = autograd_sums("t5", batches)
     for strategy in ("auto", "accumulate"):
         got, report = library_sums("t5", batches, strategy=strategy)
         assert report.strategy == ("layerwise" if strategy == "auto" else "accumulate")
         assert {name.partition(".")[0] for name in got} == {"encoder", "decoder"}
-        check_sums(got, want, tolerances.BATCHING)  # the encoder's output gathers its gradients in another order
+        check_sums(got, want, tolerances.BATCHING)  # gradients at the encoder's output are summed in another order
 
 
 def test_a_position_bias_that_later_blocks_get_is_no_stack() -> None:
     batches, targets = [text(1, 8, seed) for seed in range(2)], ["q", "wo", "relative_attention_bias"]
     want = autograd_sums("t5", batches)
-    want |= {name: g.t() for name, g in want.items() if "bias" in name}  # an embedding's W has a column for each id
+    want |= {name: g.t() for name, g in want.items() if "bias" in name}  # an embedding's W has a column per id
     got, report = library_sums(lorasb.patch(make("t5"), r=2, target_modules=targets), batches)
     assert report.strategy == "accumulate"
     check_sums(got, want, tolerances.BATCHING)
 
 
 def test_the_router_of_a_mixture_has_a_loss_of_its_own() -> None:
-    """transformers catches router logits by hooks: a gradient comes to hidden states that no block returns."""
+    """transformers captures router logits by hooks: gradients reach hidden states that no block returns."""
     batches = [text(1, 8, seed) for seed in range(2)]
     for aux in (True, False):
         options = {"output_router_logits": aux, "router_aux_loss_coef": 0.5}
@@ -51,14 +51,14 @@ def test_the_router_of_a_mixture_has_a_loss_of_its_own() -> None:
 
 
 def sums_of(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What plain autograd sums over batches of two rows, whose loss is a mean."""
+    """Plain autograd's sums over batches of two rows, whose loss is a mean."""
     for batch in copy.deepcopy(batches):
         (model(**batch)["loss"] * 2).backward()
     return {name.removesuffix(".weight"): p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 class Chain(nn.Module):
-    """Blocks one after another, with one of the ways in which a model is no plain stack."""
+    """A sequence of blocks; `kind` selects how the model deviates from a plain stack, if it does."""
 
     def __init__(self, kind: str = "plain") -> None:
         super().__init__()
@@ -117,7 +117,7 @@ NO_STACKS = {
     "side": "the loss depends on the hidden states between blocks too",
     "first": "block 1 takes more from the blocks before than their hidden states",
     "shared": "blocks share a dict that they may write to",
-    "shared by a class": "blocks share a UserDict that they may write to",  # as Gemma 3n's keys and values
+    "shared by a class": "blocks share a UserDict that they may write to",  # as with Gemma 3n's keys and values
     "in place": "something that passes between blocks is changed in place",
     "argument in place": "something that passes between blocks is changed in place",
     "used outside": "layer 'layers.0.proj' also runs outside of its block",
@@ -126,17 +126,17 @@ NO_STACKS = {
 
 @pytest.mark.parametrize("kind", [*STACKS, *NO_STACKS])
 def test_what_is_no_plain_stack_is_noticed(kind: str) -> None:
-    """And layers above and below the stack are taken with it or in a pass of their own."""
+    """Layers above and below the stack are summed along with it or in a separate pass."""
     batches = [{"x": torch.randn(2, 40), "labels": torch.randn(2)} for _ in range(2)]
     model = lorasb.patch(Chain(kind), r=3, target_modules=["proj", "stem", "head"])
     got, report = library_sums(model, batches, loss_fn=loss_of)
-    # autograd adds a weight's two uses before it adds them to the sum
+    # autograd adds the gradients of a weight's two uses before adding them to the sum
     check_sums(got, sums_of(Chain(kind), batches), tolerances.BATCHING if kind in TWICE else tolerances.EXACT)
     assert list(got) == ["stem", "head", *(f"layers.{i}.proj" for i in range(3))]
     assert report.strategy == ("layerwise" if kind in STACKS else "accumulate")
     assert NO_STACKS.get(kind, "3 blocks at layers") in report.why
     losses = [loss_of(Chain(kind), batch).item() for batch in batches]
-    assert report.loss == pytest.approx(sum(losses) / len(losses))  # counted once where a first way is given up
+    assert report.loss == pytest.approx(sum(losses) / len(losses))  # counted once, even after a fallback
 
 
 def test_a_list_of_towers_that_take_ids() -> None:

@@ -1,4 +1,4 @@
-"""The report of an initialization: its energies, printed, saved, loaded and drawn; ranks that it suggests."""
+"""The report of an initialization: energies, printed, saved, loaded and plotted; suggested ranks."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_budget_is_kept_and_used(report: InitReport, parameters: int) -> None:
 
 
 def test_a_budget_goes_where_it_gains_most_per_parameter() -> None:
-    """From r to r + 1 a layer takes 2r + 1 more: 0.12 / 5 for the first is more than 0.07 / 3 for the second."""
+    """From r to r + 1 a layer needs 2r + 1 more parameters: a's 0.12 / 5 is more than b's 0.07 / 3."""
 
     def layer(name: str, *curve: float) -> LayerReport:
         return LayerReport(name, (8, 8), 3, curve[-1], None, curve, 0, 0.0, curve_sign=curve)
@@ -91,7 +91,7 @@ def test_a_budget_goes_where_it_gains_most_per_parameter() -> None:
 
 
 def test_suggested_ranks_are_those_of_their_layers() -> None:
-    """A pattern matches a name by its end, and no layer has a rank above the kernels'."""
+    """A pattern matches the end of a name, and no rank exceeds the kernels' maximum."""
     curves = {"proj": (0.9,), "enc.proj": (0.1, 0.9), "wide": tuple(i / 300 for i in range(1, 301))}
     layers = [LayerReport(n, (8, 8), 3, c[-1], None, c, 0, 0.0, curve_sign=c) for n, c in curves.items()]
     ranks = InitReport("update", "adamw", 1e-3, 1, 0, None, 0.0, layers).suggest_ranks(energy=0.9).rank_pattern

@@ -1,4 +1,4 @@
-"""`lorasb.initialize`: the best factors of their rank, of a bounded length, and a model as it was found."""
+"""`lorasb.initialize`: the best factors of their rank, a bounded R, and a model that is otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_factors_are_the_best_rank_r_part_of_the_first_step(family: str, update:
         tolerances.check(a @ a.t(), torch.eye(5), tolerances.ORTHONORMAL)
         tolerances.check(b.t() @ b, torch.eye(5), tolerances.ORTHONORMAL)
         tolerances.check(2.0 * core / sigma[0], b.t() @ step @ a.t() / sigma[0], tolerances.FACTORS)
-        assert (2.0 * core).square().sum() >= tolerances.ENERGY * sigma[:5].square().sum()  # near ties: by energy
+        assert (2.0 * core).square().sum() >= tolerances.ENERGY * sigma[:5].square().sum()  # near ties: compare energy
         assert (torch.diagonal(core) > 0).all()
 
 
@@ -134,7 +134,7 @@ def first_block(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def not_finite(model: nn.Module, batch: Batch, value: float) -> Tensor:
-    """A loss whose gradients are infinite or none."""
+    """A loss whose gradients are infinite or NaN."""
     values = model(**batch).logits
     values.register_hook(lambda g: g * value)
     return values.square().mean()
@@ -142,7 +142,7 @@ def not_finite(model: nn.Module, batch: Batch, value: float) -> Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> PeftModel:
-    """Initialized; no failure changes it."""
+    """An initialized model, which no failure may change."""
     return patched()
 
 

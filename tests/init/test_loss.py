@@ -1,4 +1,4 @@
-"""The loss of initialization: a sum over samples, however they are batched, padded or labeled; sums by hooks."""
+"""The initialization loss: a sum over samples, however they are batched, padded or labeled; gradient sums by hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = [text(1, tokens, seed) for seed, tokens in enumerate((5, 12, 8, 9, 7, 
 
 
 def hooked_sums(model: nn.Module | str, batches: list[Batch], without: str = "head") -> dict[str, Tensor]:
-    """ΣG by the library's hooks, all weights frozen, of the linears but those of a name."""
+    """ΣG by the library's hooks, with all weights frozen, of linears whose names do not contain `without`."""
     model = (make(model) if isinstance(model, str) else model).requires_grad_(False)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and without not in n}
     with GradientSums(layers) as found:
@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_recognized_is_taken_sample_by_sample() -> None:
     calls: list[int] = []
 
     def smoothed(model: nn.Module, args: object, given: Batch, outputs: Any) -> dict[str, Tensor]:
-        """Label smoothing: no plain cross entropy of the logits."""
+        """Label smoothing, which is not a plain cross entropy of the logits."""
         calls.append(1)
         loss = nn.functional.cross_entropy(outputs.logits, given["labels"], label_smoothing=0.3)
         return {"loss": loss, "logits": outputs.logits}
@@ -58,12 +58,12 @@ def test_a_loss_that_is_not_recognized_is_taken_sample_by_sample() -> None:
 
 
 def test_logits_that_are_a_copy_are_not_trusted() -> None:
-    """What accelerate's mixed precision returns: an fp32 copy of the logits that the loss was computed from."""
+    """accelerate's mixed precision returns an fp32 copy of the logits that the loss was computed from."""
     model = make("llama", dtype=torch.bfloat16)
     model.register_forward_hook(lambda _, given, out: {"loss": out.loss, "logits": out.logits.float() * 1.0})
     found = (hooked_sums(model, batches) for batches in (SAMPLES[:2], [padded(SAMPLES[:2], 12)]))
     alone, together = (sums["model.layers.0.self_attn.q_proj"] for sums in found)
-    assert (together - alone).norm() < 2e-2 * alone.norm()  # rounding in bf16; a plain mean is off by half
+    assert (together - alone).norm() < 2e-2 * alone.norm()  # bf16 rounding; a plain mean would be off by half
 
 
 def test_loss_fn_counts_times_the_batchs_samples() -> None:
@@ -81,7 +81,7 @@ def test_loss_fn_counts_times_the_batchs_samples() -> None:
 
 
 def test_samples_with_nothing_to_predict_count_nothing() -> None:
-    """A causal sample whose only label is its first token, or one without any; the mean loss is over the others."""
+    """These are causal samples with a label at the first token only, or none; the mean loss is over the others."""
     labels = torch.full((1, 12), -100)
     nothing = [
         text(1, 12, 9) | {"labels": labels},
@@ -108,7 +108,7 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
 
 
 def test_a_model_without_a_loss_is_named_whatever_its_labels() -> None:
-    """Labels of the first position alone have no loss, and neither has a model that returns none."""
+    """The error is raised even if the only label is at the first position, which has no loss anyway."""
     model, labels = make("llama"), torch.full((1, 4), -100)
     model.register_forward_hook(lambda _, given, out: {"loss": None, "logits": out.logits})
     labels[0, 0] = 3
@@ -118,7 +118,7 @@ def test_a_model_without_a_loss_is_named_whatever_its_labels() -> None:
 
 @pytest.mark.parametrize("problem", ["tokens", "classes", "regression", "multi_label_classification"])
 def test_a_batch_takes_one_forward(problem: str) -> None:
-    """Where the loss is reproduced from the logits."""
+    """This holds if the loss can be reproduced from the logits."""
     family, calls = "llama" if problem == "tokens" else "roberta", []
     model, wanted = make(family), make(family)
     batch = batches_for(family)[0]

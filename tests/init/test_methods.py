@@ -1,4 +1,4 @@
-"""Inits that need no data: what they give, done when the adapter is made, and not where weights come from a file."""
+"""Inits that need no data: their results; they run when an adapter is created, but not when it is loaded."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lorasb.init import initialization
 INITS = ["lora-xs", "lora-xs-output", "kaiming", "random"]
 
 
-def again(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What `initialize` makes of a patched model, whose factors are spoiled first."""
+def reinitialized(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Set a patched model's factors to zero, and return those that `initialize` then makes."""
     for name, parameter in model.named_parameters():
         if "lorasb_" in name:
             parameter.data.zero_()
@@ -54,7 +54,7 @@ def test_an_adapter_is_ready_when_it_is_made(init: str, way: str) -> None:
     assert all(layer.is_initialized("default") for layer in layers(model).values())
     model.train()(**batches_for("llama")[0]).loss.backward()
     if way != "inject":
-        same(found, again(model))
+        same(found, reinitialized(model))
         facts = model.peft_config["default"].init_provenance
         assert (facts["init"], facts["seed"], facts["num_samples"]) == (init, 0, 0)
 
@@ -63,8 +63,8 @@ def test_the_seed_of_the_config_and_another_one_later() -> None:
     model = lorasb.patch(make("llama"), r=4, init="kaiming", init_seed=7)
     first = factors(model)
     assert model.peft_config["default"].init_provenance["seed"] == 7
-    same(first, again(model, seed=7))
-    other = again(model, seed=8)
+    same(first, reinitialized(model, seed=7))
+    other = reinitialized(model, seed=8)
     assert not any(torch.equal(value, other[name]) for name, value in first.items())
     with pytest.raises(ValueError, match="init_seed must be an integer >= 0, got -1"):
         lorasb.LoRASBConfig(init_seed=-1)
@@ -108,10 +108,10 @@ def test_a_model_without_values_waits() -> None:
     assert not any(layer.is_initialized("default") for layer in layers(model).values())
 
 
-@pytest.mark.parametrize("init", ["lora-xs", "random"])  # one reads W
+@pytest.mark.parametrize("init", ["lora-xs", "random"])  # only the first reads W
 def test_four_bits_and_experts(init: str) -> None:
     model = lorasb.patch(lorasb.quantize(make("llama")), r=4, init=init)
-    same(factors(model), again(model))
+    same(factors(model), reinitialized(model))
     model = lorasb.patch(make("mixtral"), r=4, init=init, target_parameters=EXPERTS)
     assert sum(layer.is_initialized("default") for layer in layers(model).values()) == 2 * (4 + 2 * 4)
 
@@ -146,7 +146,7 @@ def test_a_weight_that_is_not_finite(value: float) -> None:
 
 @pytest.mark.parametrize("init", ["lora-xs", "lora-xs-output"])
 def test_lora_xs_starts_from_the_weights_singular_vectors_and_a_small_r(init: str) -> None:
-    """Σ stands with A, as in the authors' code, or with B; the other side is orthonormal."""
+    """Σ is multiplied into A, as in the authors' code, or into B; the other factor is orthonormal."""
     model = lorasb.patch(make("llama"), r=4, init=init)
     report = lorasb.initialize(model, seed=1, progress=False)
     assert report.energy_sign is None
@@ -177,7 +177,7 @@ def test_kaiming_is_orthonormal_and_diagonal() -> None:
 
 
 def test_random_is_orthonormal_and_zero_and_repeatable() -> None:
-    """It depends on the seed and the layer's name alone: two bases have the same subspace."""
+    """It depends only on the seed and the layer's name: two base models get the same subspace."""
     models = [lorasb.patch(make("llama"), r=4, init="random", init_seed=3) for _ in range(2)]
     with torch.no_grad():
         for parameter in models[1].parameters():

@@ -16,8 +16,8 @@ from lorasb.init.svd import MomentSketch, leading_eigenvectors
 from lorasb.init.task import InitOptions, Work
 
 
-def kept(moment: Tensor, basis: Tensor) -> float:
-    """Share of a moment's trace that a basis [n, r] keeps, over the most that any r columns keep."""
+def captured_share(moment: Tensor, basis: Tensor) -> float:
+    """Share of a moment's trace that a basis [n, r] captures, relative to the best r columns."""
     best = torch.linalg.eigvalsh(moment).flip(0)[: basis.shape[1]].sum()
     return float((basis.t() @ moment @ basis).trace() / best)
 
@@ -31,19 +31,19 @@ def test_factors_lead_the_moments_of_all_samples() -> None:
     for name, layer in layers(model).items():
         own = [of_sample[name] for of_sample in gradients]
         values = torch.linalg.eigvalsh(sum(g @ g.t() for g in own)).flip(0)[:4].sqrt()
-        # of a sketch of 36 columns of 64, which is short of the eigenvalues by up to a few percent
+        # estimated from a sketch with 36 of 64 columns: up to a few percent below the eigenvalues
         assert torch.allclose(reported[name], values, rtol=0.05)
         a, core, b = (getattr(layer, f"lorasb_{part}")["default"].detach().double() for part in "ARB")
         for basis, moment in ((b, sum(g @ g.t() for g in own)), (a.t(), sum(g.t() @ g for g in own))):
             tolerances.check(basis.t() @ basis, torch.eye(4), tolerances.ORTHONORMAL)
-            assert kept(moment, basis) > 0.99  # 36 columns of 64 stand for all, see the sketch's own test below
+            assert captured_share(moment, basis) > 0.99  # 36 of 64 columns represent all, see the sketch's test below
         step = -1e-3 * (b.t() @ sum(own).sign() @ a.t())
         share = min(1.0, 4.0 * 4 * 1e-3 / float(step.norm()))
         tolerances.check(core, step * share, tolerances.FACTORS)
 
 
 def test_the_strategies_and_a_second_run_agree_to_the_bit() -> None:
-    """One sketch a layer, whatever else is differentiated at the same time."""
+    """There is one sketch per layer, whatever else is differentiated at the same time."""
     strategies = ("layerwise", "layerwise", "accumulate")
     first, second, third = (factors(started(update="per-sample", strategy=strategy)[0]) for strategy in strategies)
     tolerances.check_equal(first, second)
@@ -51,7 +51,7 @@ def test_the_strategies_and_a_second_run_agree_to_the_bit() -> None:
 
 
 def test_a_sketch_of_few_columns_keeps_what_the_eigenvectors_keep() -> None:
-    """36 columns of 300 and 200; a spectrum as real gradients have it, falling like 1/k."""
+    """36 of 300 and of 200 columns; the spectrum falls like 1/k, as with real gradients."""
     generator = torch.Generator().manual_seed(0)
     sketch, gradients = MomentSketch((300, 200), 4, seed=1), []
     mix = [torch.randn(side, side, generator=generator) / torch.arange(1, side + 1) for side in (300, 200)]
@@ -60,13 +60,13 @@ def test_a_sketch_of_few_columns_keeps_what_the_eigenvectors_keep() -> None:
         sketch.add(dy, x)
         gradients += [(left.t() @ right).double() for left, right in zip(dy, x, strict=True)]
     u, s, vt = sketch.triplets().first(4)
-    assert kept(sum(g @ g.t() for g in gradients), u.double()) > 0.99
-    assert kept(sum(g.t() @ g for g in gradients), vt.t().double()) > 0.99
+    assert captured_share(sum(g @ g.t() for g in gradients), u.double()) > 0.99
+    assert captured_share(sum(g.t() @ g for g in gradients), vt.t().double()) > 0.99
     assert (s.diff() <= 0).all()
 
 
 def test_moments_of_low_rank_are_completed() -> None:
-    """One token: every g has rank 1, and B and A are orthonormal all the same."""
+    """With one token, every g has rank 1; B and A are orthonormal nonetheless."""
     sketch = MomentSketch((64, 48), 8, seed=0)
     dy, x = torch.randn(1, 1, 64), torch.randn(1, 1, 48)
     sketch.add(dy, x)
@@ -84,11 +84,11 @@ def test_the_eigenvectors_of_a_full_sketch_are_exact() -> None:
     basis, values = leading_eigenvectors((moment @ start).float(), start.float())
     want = torch.linalg.eigvalsh(moment).flip(0)
     tolerances.check(values / want[0], want / want[0], tolerances.FACTORS)
-    assert kept(moment, basis[:, :5].double()) > 1 - 1e-5
+    assert captured_share(moment, basis[:, :5].double()) > 1 - 1e-5
 
 
 def test_rows_without_samples_count_as_one() -> None:
-    """[tokens, features], as OPT's fc1 and experts get them."""
+    """They are [tokens, features], as in OPT's fc1 and in experts."""
     dy, x = torch.randn(6, 10), torch.randn(6, 8)
     flat, one = (MomentSketch((10, 8), 2, seed=0) for _ in range(2))
     flat.add(dy, x)
@@ -108,7 +108,7 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
 
 
 def test_sketches_count_in_the_plan() -> None:
-    """Two sums and two starts of 4 + 32 columns in fp32 beside each ΣG."""
+    """Each ΣG comes with two sums and two starts of 4 + 32 columns in fp32."""
     model = lorasb.patch(make("llama"), r=4)
     for update, columns in (("adamw", 0), ("per-sample", 36)):
         work = Work(model, layers(model), [], InitOptions(adapter="default", update=update), Processes())

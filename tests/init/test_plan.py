@@ -1,4 +1,4 @@
-"""Before the work: the estimate, the refusal with what would fit, and models that do not fit their device."""
+"""Planning: the estimate, a refusal that suggests what would fit, and models that do not fit on their device."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_estimate_is_shown_before_the_work(capsys: pytest.CaptureFixture[str
 
 
 def held_at_calls(model: nn.Module) -> list[int]:
-    """Bytes of loaded weights that anything holds, autograd's graph included, whenever a linear will be called."""
+    """Bytes of loaded weights still referenced, also by autograd's graph; one entry per call of a linear."""
     live: dict[int, int] = {}
     held: list[int] = []
 
@@ -102,7 +102,7 @@ def held_at_calls(model: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_blocks_of_an_offloaded_model_come_and_go(disk: bool, tmp_path: Path) -> None:
-    """No more than a block's weights are read at once, and the sums are plain autograd's."""
+    """At most one block's weights are loaded at a time, and the sums are plain autograd's."""
     base = make("llama")
     block = sum(p.numel() * p.element_size() for p in base.model.layers[0].parameters())
     disk_offload(base, str(tmp_path), "cpu") if disk else cpu_offload(base, "cpu")
@@ -121,9 +121,9 @@ def test_blocks_of_an_offloaded_model_come_and_go(disk: bool, tmp_path: Path) ->
     ("mask", "bytes_"),
     [
         (None, 0.0),
-        (torch.ones(2, 6), 0.0),  # no padding: none is expanded
+        (torch.ones(2, 6), 0.0),  # no padding: no mask is expanded
         (torch.tensor([[1, 1, 0], [1, 1, 1]]), 2 * 3 * 3 * 4.0),
-        (torch.zeros(2, 1, 3, 3), 0.0),  # expanded by the caller
+        (torch.zeros(2, 1, 3, 3), 0.0),  # already expanded by the caller
     ],
 )
 def test_a_mask_with_padding_is_expanded_by_the_model(mask: torch.Tensor | None, bytes_: float) -> None:

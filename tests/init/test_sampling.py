@@ -53,7 +53,7 @@ def test_a_loader_with_a_sampler_of_its_own_keeps_its_choice() -> None:
 
 
 def test_a_stream_of_accelerates_is_taken_in_order() -> None:
-    """Its loader's `total_dataset_length` asks for the length of a data set that has none."""
+    """Its loader's `total_dataset_length` needs the data set's length, which a stream does not have."""
 
     class Stream(IterableDataset):
         def __iter__(self) -> Iterator[Batch]:
@@ -65,7 +65,7 @@ def test_a_stream_of_accelerates_is_taken_in_order() -> None:
 
 
 def test_the_boundaries_of_packed_examples_belong_to_no_row() -> None:
-    """As TRL's packing gives them: one row of all tokens, and where each example begins."""
+    """TRL's packing gives one row of all tokens, and where each example begins."""
     packed = {"input_ids": torch.arange(9).view(1, 9), "cu_seq_lens_q": torch.tensor([0, 2, 5, 9]), "max_length_q": 4}
     (found,) = select([packed], 1, seed=0)
     assert batch_size(found) == 1
@@ -81,7 +81,7 @@ def test_lists_of_a_value_for_each_sample_are_taken_with_it() -> None:
     for batch in select(data, 5, seed=0):
         assert batch["name"] == [str(i) for i in batch["x"].tolist()]
         assert batch["array"].tolist() == batch["x"].tolist()
-        assert batch["size"] in sizes  # a tuple is one value
+        assert batch["size"] in sizes  # a tuple counts as one value
 
 
 def test_whole_batches_are_not_cut() -> None:
@@ -98,7 +98,7 @@ def test_all_values_of_samples_count() -> None:
     batches = [{"x": torch.zeros(2)}, *({"x": torch.zeros(2), "w": w} for w in values)]
     found = [samples_hash([batch], Processes()) for batch in batches]
     assert len(set(found)) == len(batches)
-    assert samples_hash([{"x": torch.zeros(2), "w": object()}], Processes()) == found[0]  # it has no value
+    assert samples_hash([{"x": torch.zeros(2), "w": object()}], Processes()) == found[0]  # objects have no value
 
 
 @given(rows=st.lists(st.integers(1, 5), min_size=1, max_size=5), share=st.floats(0.01, 1), seed=st.integers(0, 99))
@@ -143,7 +143,7 @@ def test_what_is_no_samples_is_refused(bad: object, error: type[Exception], mess
         ((2e-3,), 2e-3),
         ((2e-3, 20), 1e-4),
         ((2e-3, 0.1, 200), 1e-4),
-        # Mistral-7B on 50,000 examples: the published code counts batches of 3 to estimate, not steps of 32 to train
+        # Mistral-7B on 50,000 examples: the published code counts estimation batches of 3, not training steps of 32
         ((1e-4, 0.02, 1_563), 1e-4 / 32),
         ((1e-4, 0.02, 16_667, "published"), 2.99994e-7),
         ((1e-4, 0.5, 1, "published"), 2e-4),  # not rounded
@@ -173,7 +173,7 @@ def test_a_first_step_without_a_rate_is_refused(arguments: tuple[object, ...], m
 
 
 def test_a_row_may_have_patches_and_parts_may_be_dictionaries() -> None:
-    """As Qwen2.5-VL's batches of one row, and those of models with several inputs."""
+    """Qwen2.5-VL's batches of one row have patches; models with several inputs have dictionaries."""
     row = {"input_ids": torch.zeros(1, 12), "pixel_values": torch.zeros(16, 96), "image_grid_thw": torch.ones(1, 3)}
     (found,) = select([row], 1, seed=0)
     assert found["pixel_values"].shape == (16, 96)
@@ -185,7 +185,7 @@ def test_a_row_may_have_patches_and_parts_may_be_dictionaries() -> None:
 
 
 def test_tensors_in_lists_and_dictionaries_are_moved() -> None:
-    """As labels of detection are: a list with a dictionary per image."""
+    """Detection labels are a list with a dictionary per image."""
     moved = to_device({"labels": [{"boxes": torch.zeros(2)}], "name": ["a"]}, torch.device("meta"))
     assert moved["labels"][0]["boxes"].is_meta
     assert moved["name"] == ["a"]

@@ -1,4 +1,4 @@
-"""The cache: any rank and any layers without a backward, refused by name where it does not fit, resumed if cut off."""
+"""The cache: any rank and layers without a backward; mismatches are refused by field name; interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def path(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of the finished cache."""
     return Path(shutil.copy(finished, tmp_path))
 
 
 @pytest.fixture
 def no_backward(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_execute_plan", lambda *_: pytest.fail("a backward was taken"))
+    monkeypatch.setattr(pipeline, "_execute_plan", lambda *_: pytest.fail("a backward was run"))
 
 
 @pytest.mark.parametrize("r", [2, 4, 16])
@@ -61,7 +61,7 @@ def test_another_rank_needs_no_backward(path: Path, r: int, monkeypatch: pytest.
     assert (report.loss, report.num_samples) == (want.loss, want.num_samples)
     for ours, theirs in zip(report.layers, want.layers, strict=True):
         assert ours.curve_sign == theirs.curve_sign
-        assert ours.energy_grad == pytest.approx(theirs.energy_grad, abs=1e-3)  # near ties of the first pass
+        assert ours.energy_grad == pytest.approx(theirs.energy_grad, abs=1e-3)  # the first pass had near ties
     assert again.peft_config["default"].init_provenance["data_sha256"]
 
 
@@ -174,7 +174,7 @@ def test_damaged_and_other_files(path: Path, message: str) -> None:
 
 
 def cut_off(model: nn.Module, path: Path, after: int) -> None:
-    """An initialization that is interrupted after some layers were factored."""
+    """Run an initialization, and interrupt it once `after` layers are factored."""
     plain, count = write.factor, itertools.count()
 
     def factor(*arguments: object) -> object:
@@ -190,7 +190,7 @@ def cut_off(model: nn.Module, path: Path, after: int) -> None:
 
 @pytest.fixture
 def cut(tmp_path: Path) -> tuple[nn.Module, Path, Path]:
-    """A model whose run was interrupted in its second block, the cache that it was to write, and what it left."""
+    """A model whose run was interrupted in its second block, its cache's path, and the partial cache it left."""
     path, model = tmp_path / "signs.safetensors", lorasb.patch(make("llama"), r=4)
     cut_off(model, path, after=9)
     return model, path, tmp_path / "signs.safetensors.partial"
@@ -260,11 +260,11 @@ def test_accumulate_makes_the_same_cache(path: Path, tmp_path: Path) -> None:
     started(batches=SINGLES, strategy="accumulate", cache=other)
     mine, theirs = (caches.read(file)[0] for file in (path, other))
     check_equal(*({name: layer.bits.words for name, layer in found.items()} for found in (mine, theirs)))
-    assert all(layer.bits.nonzero is None for layer in mine.values())  # one bit a weight
+    assert all(layer.bits.nonzero is None for layer in mine.values())  # one bit per weight
 
 
 def test_zeros_of_a_gradient_stay_zeros(tmp_path: Path) -> None:
-    """A dead input feature gives a column of exact zeros: the nonzero plane is kept, cached and used."""
+    """A dead input feature gives a column of exact zeros: the nonzero plane is stored, cached and used."""
     x, linear = torch.randn(4, 40), nn.Linear(40, 40)
     x[:, 7] = 0.0
     loader = DataLoader([{"x": row} for row in x], batch_size=2)
@@ -281,7 +281,7 @@ def test_zeros_of_a_gradient_stay_zeros(tmp_path: Path) -> None:
 def test_a_run_resumes_with_as_many_uncut_blocks_as_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever memory there is now, and whatever rank; and a smaller model is refused by its name."""
+    """Memory and rank may have changed since. A smaller model is refused because its base weights differ."""
     path = tmp_path / "signs.safetensors"
     torch.manual_seed(0)
     deep = llama(num_hidden_layers=6).eval()

@@ -1,4 +1,4 @@
-"""Layer by layer or pass by pass: plain autograd's sums to the bit, and which strategy is taken when."""
+"""Layerwise or in passes: the sums equal plain autograd's to the bit; which strategy is chosen when."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorasb.init.block_recorder import NotAStackError, Traversal
 
 
 def singles(family: str) -> list[Batch]:
-    """Micro-batches of one sample of unequal lengths, some padded."""
+    """Micro-batches of one sample each, with unequal lengths; some are padded."""
     found = [batches_for(family, 1, 1, length)[0] for length in (12, 7, 9)]
     if family != "roberta":
         found[1] = padded(found[1:2], 11)
@@ -48,7 +48,7 @@ def test_sums_are_plain_autograds_to_the_bit(family: str, strategy: str) -> None
 
 
 def test_the_last_blocks_of_a_long_stack_go_together_where_memory_allows() -> None:
-    """Those blocks are not computed again; the factors are the same bits as when every block is."""
+    """Those blocks are not recomputed; the factors have the same bits as if every block were."""
 
     def start(**options: object) -> tuple[dict[str, Tensor], str, int]:
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_the_last_blocks_of_a_long_stack_go_together_where_memory_allows() -> No
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_batch_takes_the_signs_without_a_sum(family: str) -> None:
-    """dy and x are kept where they are smaller than their product; the report is the same."""
+    """dy and x are stored instead of their product if they are smaller; the report is the same."""
     batch = [{key: value[:1, :6] for key, value in batches_for(family)[0].items()}]
     (one, ours), (two, theirs) = (started(family, batches=batch, strategy=name) for name in ("layerwise", "accumulate"))
     check_equal(factors(one), factors(two))
@@ -169,7 +169,7 @@ def test_boundaries_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(strategies, "_keep_on_device", keep)
     got, _ = library_sums("llama", singles("llama"), strategy="layerwise")
-    assert len(moved) >= 6  # a boundary a block, and what blocks share beside them
+    assert len(moved) >= 6  # a boundary per block, and the tensors that blocks share
     check_sums(got, plain_sums("llama"))
 
 
@@ -197,7 +197,7 @@ def test_cut_off_between_blocks(initialized: bool, error: type[BaseException], m
 
 
 def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And boundaries go as blocks are done: memory does not grow with the number of layers."""
+    """Boundaries, too, are freed as blocks finish: memory does not grow with the number of layers."""
     model = lorasb.patch(llama(num_hidden_layers=6), r=3)
     alive: weakref.WeakSet[accumulator.LayerSum] = weakref.WeakSet()
     most, plain = [0], accumulator.LayerSum.__init__
@@ -223,7 +223,7 @@ def test_no_more_than_one_blocks_sums_are_alive(monkeypatch: pytest.MonkeyPatch)
 
 
 class InPlace(nn.Module):
-    """Two linears, and an operation in place between them."""
+    """Two linears with an in-place operation between them."""
 
     def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()

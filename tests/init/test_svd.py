@@ -1,4 +1,4 @@
-"""Signs as bits, and truncated SVDs of dense matrices and of bits: the optimal energy, orthonormal factors, equal results."""
+"""Signs as bits; truncated SVDs of dense and of packed matrices: optimal energy, orthonormal factors, equal results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_factoring_takes_fp32_as_it_is_and_gives_the_callers_choice_back() -> No
 @pytest.mark.parametrize("shape", [(300, 200), (200, 333), (70, 70), (1, 5), (64, 2050), (500, 500)])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_bits_give_the_svd_of_the_signs(shape: tuple[int, int], zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the blocks that are unpacked; the last shape is iterated on itself, without its Gram matrix."""
+    """Blocks of any size are unpacked; for the last shape, iterations use the matrix itself, not its Gram matrix."""
     g = torch.Generator().manual_seed(3)
     matrix = torch.randn(shape, generator=g)
     if zeros:

@@ -125,7 +125,7 @@ def test_theorem_5_the_equivalent_gradient_does_not_depend_on_s(orthonormal: boo
         found.append(moved(made, lorasb.equivalent_gradient(made)))
     for other in found[1:]:
         tolerances.check(other, found[0], tolerances.THEORY)
-    assert (plain[2] - plain[0]).norm() > 10 * plain[0].norm()  # R's own gradient does depend on it, as s²
+    assert (plain[2] - plain[0]).norm() > 10 * plain[0].norm()  # with R's own gradient it does depend on s, as s²
 
 
 def test_theorem_6_the_first_sgd_update_is_the_best_of_its_rank() -> None:
@@ -140,6 +140,6 @@ def test_theorem_6_the_first_sgd_update_is_the_best_of_its_rank() -> None:
     u, s, vt = torch.linalg.svd(-eta * g)
     best = u[:, :R] @ torch.diag(s[:R]) @ vt[:R]
     tolerances.check(step, best, tolerances.THEORY)
-    for scaling in (0.5, 1.0, 4.0):  # and R starts there
+    for scaling in (0.5, 1.0, 4.0):  # and R starts at this update
         start = first_step(triplets, R, eta, scaling)
         tolerances.check(scaling * start.b @ start.core @ start.a, best, tolerances.THEORY)

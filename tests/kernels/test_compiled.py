@@ -1,6 +1,6 @@
-"""Compiled kernels, executed: what `make test` runs of `pytest --ptx ARCH` (sm_86, sm_90), small and of every kind.
+"""Compiled kernels of every kind, executed at small sizes: what `make test` runs of `pytest --ptx ARCH` (sm_86, sm_90).
 
-Prepared launches of the adapted linear have the bits of ordinary ones.
+Prepared launches of the adapted linear give the same bits as ordinary ones.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def nothing_prepared() -> Iterator[None]:
 
 
 def kinds() -> int:
-    """How many kinds of calls are prepared."""
+    """Return the number of kinds of calls that are prepared."""
     return len(prepared_linear._forwards) + len(prepared_linear._backwards)
 
 
 def same_bits(call: Callable[[], Any], patch: pytest.MonkeyPatch) -> Any:
-    """The results of a call by prepared launches, and of one that repeats them: those of ordinary launches."""
+    """Return a call's results; prepared launches and a repetition have to give the bits of ordinary ones."""
     prepared_linear.forget()
     torch.manual_seed(3)
-    with observed():  # who watches launches gets ordinary ones
+    with observed():  # observed launches are ordinary ones
         wanted = call()
     assert not kinds()
     with patch.context() as inner:
@@ -80,7 +80,7 @@ def test_a_layer(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     check(same_bits(lambda: run_kernels(case), monkeypatch), case)
     if shape == next(iter(SHAPES)):
         others = make_case((M,), n, m, r, dtype, seed=9)
-        check(run_kernels(others), others)  # a repetition with other tensors
+        check(run_kernels(others), others)  # repeats the prepared launches with other tensors
     assert kinds() == 2  # one forward, one backward
 
 
@@ -94,7 +94,7 @@ def test_rows_with_an_r_each(tokens: int, n: int, ms: tuple[int, ...], r: int) -
 
 
 def test_the_order_of_programs_does_not_matter(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Split sums, in as many orders as there are programs: each in turn comes last. The executor compares the bits."""
+    """Split sums in as many orders as there are programs, so that each comes last once. The executor compares bits."""
     monkeypatch.setattr(executor, "every_last", True)
     case = make_case((5,), 512, 48, 16, BF16)
     launches = checked(case)
@@ -109,7 +109,7 @@ def test_dropout_follows_its_mask() -> None:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("rows", "way"), [(5, "inline"), (40, "scratch")])
 def test_4_bits_inline_and_by_a_scratch(rows: int, way: str, nested: bool) -> None:
-    """A GEMM that dequantizes as it goes, or a scratch that is filled beside the thin products."""
+    """A GEMM that dequantizes inline, or a scratch tensor that is filled in the launch of the thin products."""
     case = replace(make_case((rows,), 64, 48, 16, BF16), weight=storage(48, 64, "nf4", 64, nested))
     with planned(weights=way), observed() as launches:
         found = run_kernels(case)
@@ -137,7 +137,7 @@ def test_gradient_signs() -> None:
 
 
 def test_the_core_is_not_cut_to_tf32() -> None:
-    """v = u Rᵀ of a 16-bit x is as near to fp64 as an fp32 product's: R goes through the tensor cores in two parts."""
+    """For a 16-bit x, v = u Rᵀ is as close to fp64 as an fp32 product is: the tensor cores take R in two parts."""
     M, r = 64, 64
     case = make_case((M,), 64, 64, r, FP16, bias=False)
     eye = torch.eye(64, dtype=FP16)
@@ -155,7 +155,7 @@ def test_the_core_is_not_cut_to_tf32() -> None:
 CALLS = {
     "group without padding": group_cases(20, 96, (80, 64, 72), 64, BF16),
     "dimensions": [make_case((2, 3, 4), 64, 48, 8, BF16)],
-    "group": group_cases(20, 96, (80, 64, 72), 24, BF16),  # beside cuBLAS, ranks are padded
+    "group": group_cases(20, 96, (80, 64, 72), 24, BF16),  # with cuBLAS, ranks are padded
     "group in fp16": group_cases(20, 64, (48, 32, 40), 24, FP16),
     "no W": [replace(make_case((20,), 64, 48, 8, BF16, bias=False), weight=None)],
 }
@@ -197,15 +197,15 @@ def test_what_cannot_be_repeated_is_launched_the_ordinary_way() -> None:
     case = make_case((20,), 64, 48, 8, BF16)
     wanted = run_kernels(case)
     shifted = torch.empty(20 * 64 + 1, dtype=BF16)[1:].view(20, 64).copy_(case.x)
-    for x in (shifted, torch.empty(64, 20, dtype=BF16).t().copy_(case.x)):  # not aligned; no rows
+    for x in (shifted, torch.empty(64, 20, dtype=BF16).t().copy_(case.x)):  # not aligned; rows not contiguous
         check_equal(run_kernels(case, x=x.detach()), wanted)
-    turned = replace(case, core=case.core.t().contiguous().t())  # the kernels take a copy of it
+    turned = replace(case, core=case.core.t().contiguous().t())  # the kernels read a copy of it
     check(run_kernels(turned), turned)
     check(run_kernels(turned), turned)
 
 
 def test_nothing_is_launched_before_all_pointers_are_known_to_be_aligned() -> None:
-    """A is read after cuBLAS alone, where dropout's masked term is added to its dx."""
+    """Only the launch after cuBLAS reads A: it adds dropout's masked term to dx."""
     case = make_case((20,), 64, 48, 8, BF16)
     shifted = torch.empty(8 * 64 + 1, dtype=BF16)[1:].view(8, 64).copy_(case.a)
     with planned(path="addmm"):
@@ -238,7 +238,7 @@ def test_a_kind_that_a_capture_met_first_is_prepared_and_checked_later(monkeypat
 
 
 def test_the_first_prepared_results_of_a_kind_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that were checked for its plan are of ordinary launches; wrong ones are never returned."""
+    """The check of a kind's plan covers ordinary launches only. Wrong results are never returned."""
     checked: list[str] = []
     monkeypatch.setattr(fused, "_check_forward", lambda *given: checked.append("forward"))
     monkeypatch.setattr(fused, "_check_backward", lambda *given: checked.append("backward"))

@@ -1,4 +1,4 @@
-"""Dropout in the kernels: a mask that is a function of seed and place, the same in forward and backward."""
+"""Dropout in the kernels: the mask depends only on seed and position, and is the same in forward and backward."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_beside_cublas_the_masked_term_is_added_to_the_bases() -> None:
             results.append(run(case, dropout=0.4, seed=5))
         assert [one.name for one in launches] == [
             "prep_forward",
-            *["extended_gemm"] * (path == "fused"),  # in forward, cuBLAS has no mask to know
+            *["extended_gemm"] * (path == "fused"),  # in forward, cuBLAS needs no mask
             "prep_backward",
             "extended_gemm",
         ]
@@ -100,7 +100,7 @@ def test_the_words_are_philox() -> None:
 
 
 def test_elements_are_dropped_independently() -> None:
-    """Of the eight columns that one counter serves, of counters beside each other, and of seeds."""
+    """Among the eight columns of one counter, between adjacent counters, and between seeds."""
     shape = torch.Size((4000, 64))
     kept, other = (eager.philox_mask(shape, 0.3, seed, torch.device("cpu")).double() - 0.7 for seed in (3, 4))
     assert kept.mean().abs() < 5 * (0.21 / kept.numel()) ** 0.5
@@ -123,7 +123,7 @@ def test_the_scale_is_that_of_the_share_that_is_kept(dropout: float) -> None:
 
 
 def test_none_is_none_whatever_the_seed() -> None:
-    """As in eager: an op may be called with a seed and a probability of 0."""
+    """As in eager, an op may get a seed with a probability of 0."""
     case, seed = reference.make_case((300,), 64, 8, 4, torch.float32), torch.tensor([5])
     operands = operands_of(replace(case, weight=None), seeds=seed)
     (y, u), (want, want_u) = (op(case.x, operands) for op in (backend.forward, eager.eager_forward))

@@ -1,7 +1,7 @@
-"""What is counted of compiled launches: against arithmetic on their tilings, and a few programs against all of them.
+"""The work counted for compiled launches: against arithmetic on their tilings, and of a few programs against all.
 
-Of every kernel of every shipped configuration the first and the last program, over memory without bytes: no instruction
-is unknown and every check holds, but for those of values.
+Of every kernel in every shipped configuration, the first and last programs run on memory without bytes: no instruction
+is unknown, and every check passes except those of values.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def recorded(op: str, arch: str, M: int, n: int, ms: tuple[int, ...], r: int) ->
 @pytest.mark.parametrize("op", ["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_launch_has_the_products_of_its_shape(shape: str, op: str, executor: Executor) -> None:
-    """All programs, executed: 16-bit products exactly; and a few programs for all.
+    """All programs executed: the 16-bit products match exactly; and a few programs represent all.
 
-    Products with R are of two tf32 parts, of which sm_90 takes one twice.
+    Products with R have two tf32 parts, one of which sm_90 computes twice.
     """
     M, n, ms, r = SHAPES[shape]
     thin, core = 2 * M * r, 2 * M * r * r * len(ms)
@@ -61,7 +61,7 @@ def test_a_launch_of_one_tile_moves_every_byte_once(op: str, executor: Executor)
     one_tile = LaunchPlan("fused", PrepConfig(M, 64, 4, 2), GemmConfig(M, 64, 64, 1, 4, 2))
     for launch in record(op, one_tile, torch.bfloat16, M, 64, (64,), r):
         moved = work_of(launch, compile_launch(launch, executor.driver), range(launch.grid)).global_sectors
-        again = 2 * M * r if launch.name.startswith("prep") else 0  # what it has written, times R
+        again = 2 * M * r if launch.name.startswith("prep") else 0  # it reads what it wrote, to multiply by R
         assert SECTOR_BYTES * moved == compulsory(launch) + again
 
 
@@ -72,7 +72,7 @@ def close(a: Work, b: Work, bound: float) -> bool:
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
 def test_lines_are_what_executing_all_of_it_gives(op: str, executor: Executor) -> None:
-    """Of a group on a large grid: each share executed whole, and continued from two short lengths."""
+    """A group on a large grid: each share executed in full, and extrapolated from two short lengths."""
     for launch in recorded(op, executor.arch, 2048, 1024, (1024, 512), 32):
         compiled, whole = compile_launch(launch, executor.driver), Work()
         for share in shares(launch):

@@ -1,4 +1,4 @@
-"""On a CUDA GPU, compiled: TRITON_INTERPRET=0 python -m pytest tests/kernels/test_gpu.py. Elsewhere there is nothing to run."""
+"""Compiled kernels on a CUDA GPU: TRITON_INTERPRET=0 python -m pytest tests/kernels/test_gpu.py. Skipped elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorasb.kernels.launcher import observed
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
-    reason="needs a CUDA GPU, not interpreted",
+    reason="needs a CUDA GPU and compiled kernels",
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = [
@@ -41,7 +41,7 @@ def test_no_further_from_fp64_than_the_chain(M: int, n: int, m: int, r: int, dty
 
 def test_auto_takes_the_kernels_two_launches_a_direction() -> None:
     case = make_case((16,), 4096, 4096, 96, torch.bfloat16).to("cuda")
-    run(case)  # the first call of a kind is checked, by launches in addition
+    run(case)  # the first call of a kind is checked by additional launches
     with observed() as launches:
         run(case)
     assert [one.name for one in launches] == ["prep_forward", "extended_gemm", "prep_backward", "extended_gemm"]
@@ -96,7 +96,7 @@ def test_rows_do_not_leak() -> None:
 def test_capturing_dropout_is_refused() -> None:
     case = make_case((40,), 256, 128, 16, torch.bfloat16).to("cuda")
     with (
-        pytest.raises(RuntimeError, match="would repeat one mask"),
+        pytest.raises(RuntimeError, match="would replay one mask"),
         torch.no_grad(),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):

@@ -1,6 +1,6 @@
-"""What a prepared launch keeps of its first call, and its arguments against those of ordinary launches, as Triton's own
-launcher hands them to the driver: of the installed Triton, and in `make test-all` of every verified version in the folder
-LORASB_TRITONS. And the counters of arriving programs, which calls on the default stream share.
+"""What a prepared launch stores from its first call, and whether it passes the driver the arguments that Triton's own
+launcher passes: with the installed Triton, and in `make test-all` every verified version in the folder LORASB_TRITONS.
+Also the counters of arriving programs, which calls on the default stream share.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedL
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The libcuda that records."""
+    """A libcuda that records launches, compiled here."""
     if shutil.which("cc") is None:
         pytest.skip("Triton's launcher needs a C compiler")
     path = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
@@ -35,7 +35,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared(library: Path, *options: str, triton: Path | None = None, csrc: bool = True) -> dict[str, Any]:
-    """What the comparison prints, in a process of its own; `csrc`: with the C++ extension, if it was built."""
+    """Return what the comparison prints in a separate process; `csrc`: with the C++ extension, if it was built."""
     variables = {"TRITON_LIBCUDA_PATH": str(library.parent), "LORASB_NO_CSRC": "" if csrc else "1"}
     if triton is not None:
         variables |= {"PYTHONPATH": f"{triton}:{ROOT}", "TRITON_CACHE_DIR": str(library.parent / triton.name)}
@@ -50,7 +50,7 @@ def test_prepared_launches_pass_what_ordinary_ones_do(csrc: bool, library: Path)
     assert csrc or not found["extension"]
     assert found["differences"] == []
     assert found["launches"] == 27
-    assert found["injected"] >= 27  # a wrong argument is found
+    assert found["injected"] >= 27  # wrong arguments are found
 
 
 @pytest.mark.long
@@ -68,13 +68,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def prepared(tensors: list[Tensor], **arguments: object) -> Prepared:
-    """A launch with as much of a kernel as preparing asks for."""
+    """Prepare a launch of a stub kernel that has only what preparing reads."""
     kernel = SimpleNamespace(params=[SimpleNamespace(name=name) for name in arguments], __name__="kernel")
     return Prepared([Launch(kernel, 1, arguments, PrepConfig(16, 16, 4, 1))], tensors)
 
 
 def test_seeds_and_counters_are_those_of_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without dropout a seed stays the number that was compiled."""
+    """Without dropout, the seed stays the number that was compiled in."""
     x, partial, counters = meta(4, 8), meta(100), meta(3, dtype=torch.int32)
     known = prepared([x], x=x, partial=partial, counters=counters, seeds=(0,), DROPOUT=False)
     taken: list[dict[str, Any]] = []
@@ -99,9 +99,9 @@ X, OTHER, THIRD = meta(4, 8), meta(4, 8), meta(4, 8)
 @pytest.mark.parametrize(
     ("arguments", "tensors", "message"),
     [
-        # what a launcher copied (rows that were not contiguous) would be missed by a repetition
+        # a repetition would not redo a copy by the launcher (of rows that are not contiguous)
         ({"x": X, "v": OTHER}, [X], "v of kernel is a copy"),
-        ({"xs": (X, THIRD)}, [X, OTHER, THIRD], "stand together"),
+        ({"xs": (X, THIRD)}, [X, OTHER, THIRD], "are not adjacent"),
     ],
     ids=["a copy", "tensors of one argument apart"],
 )
@@ -115,7 +115,7 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A device that there is not, whose tensors lie on the CPU."""
+    """A simulated CUDA device, with tensors on the CPU."""
     default = object()
     state = SimpleNamespace(stream=default, capturing=False)
 

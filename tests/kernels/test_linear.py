@@ -54,7 +54,7 @@ def test_groups_match_reference_in_four_launches(
 
 @pytest.mark.parametrize("names", [("a", "bias", "x"), ("dy", "weight", "core", "b")])
 def test_tensors_that_torch_negates_lazily(names: tuple[str, ...]) -> None:
-    """They have the other sign in memory, as the imaginary part of a conjugate has."""
+    """In memory they have the opposite sign, like the imaginary part of a conjugate."""
     case = reference.make_case((9,), 64, 48, 8, torch.float32)
     negated = {name: torch._neg_view(-getattr(case, name)).detach() for name in names}
     assert all(tensor.is_neg() for tensor in negated.values())
@@ -106,7 +106,7 @@ def test_non_contiguous(layout: str, path: str) -> None:
         wide[..., ::2] = case.x.transpose(0, 1)
         x = wide[..., ::2].transpose(0, 1).detach()
         case.dy = case.dy.transpose(0, 1).contiguous().transpose(0, 1)
-    elif layout == "weight":  # as transformers' Conv1D keeps it
+    elif layout == "weight":  # as transformers' Conv1D stores it
         case.weight = case.weight.t().contiguous().t()
     else:
         case.a, case.b = case.a.t().contiguous().t(), case.b.t().contiguous().t()
@@ -122,7 +122,7 @@ def test_the_path_through_addmm(dtype: torch.dtype) -> None:
 
 
 def blocks(config: PrepConfig | GemmConfig) -> PrepConfig | GemmConfig:
-    """A configuration as the interpreter sees it, which has neither warps nor stages."""
+    """Return a configuration as the interpreter sees it: without warps and stages."""
     if environment.PTX:
         return config
     return replace(config, warps=4, stages=1, **({"registers": None} if isinstance(config, GemmConfig) else {}))
@@ -174,7 +174,7 @@ def test_a_member_whose_output_nobody_used() -> None:
     assert unused == [None, None]
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy warns in the interpreter
 @pytest.mark.parametrize("rows", [9, 40])
 def test_rows_do_not_leak(rows: int) -> None:
     case = reference.make_case((rows,), 50, 24, 5, torch.float32)
@@ -246,7 +246,7 @@ def test_a_bias_with_gaps_and_a_scaling_of_numpys(count: int) -> None:
 
 @pytest.mark.skipif(bool(environment.PTX), reason="6 GB of addresses are too many to execute compiled code on")
 def test_rows_of_w_beyond_2_to_the_31_elements() -> None:
-    """dx over a W whose rows lie 2^26 elements apart: 6 GB of addresses, of which a few pages are touched."""
+    """dx with a W whose rows are 2^26 elements apart: 6 GB of addresses, of which only a few pages are touched."""
     K, N, r, M, stride = 48, 32, 16, 20, 1 << 26
     memory = torch.frombuffer(mmap.mmap(-1, 2 * K * stride), dtype=torch.float16)
     weight = memory.as_strided((K, N), (stride, 1))

@@ -1,4 +1,4 @@
-"""The Triton kernels over weights in 4 bits, interpreted: exact dequantization, both ways of using it, both directions."""
+"""The Triton kernels with 4-bit weights, interpreted: exact dequantization, inline or by scratch, both directions."""
 
 from __future__ import annotations
 
@@ -104,14 +104,14 @@ def test_the_tables_choose_by_tokens() -> None:
         (96, 64, 0, False, False),
         (96, 64, 0, False, True),
         (128, 4096, 0, False, True),
-        (128, 64, 1, False, True),  # tiles are read in words
+        (128, 64, 1, False, True),  # not aligned to the words in which tiles are read
         (128, 64, 6, False, True),
     ],
 )
 def test_the_rows_of_a_tile_have_one_scale_each_where_blocks_allow(
     n: int, block: int, byte: int, shared: bool, nested: bool
 ) -> None:
-    """Both ways decode to the same bits, wherever the first byte lies: y of the unit vectors is W."""
+    """Both ways decode to the same bits, at any offset of the first byte: y of the unit vectors is W."""
     weight = storage(70, n, block=block, nested=nested, dtype=torch.float16)
     codes = weight.tensors[0]
     moved = codes.new_empty(codes.numel() + byte)[byte:].view(codes.shape).copy_(codes)

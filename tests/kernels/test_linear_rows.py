@@ -1,4 +1,4 @@
-"""Rows with an R of their own through the fused kernels, under Triton's interpreter."""
+"""Rows with different R's through the fused kernels, under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_rows_are_eagers_with_the_extended_gemm_as_it_is(tokens: int, n: int, m:
 
 @pytest.mark.parametrize("r", [16, pytest.param(40, marks=pytest.mark.long), 144])
 def test_cores_of_a_bank_are_read_where_they_lie(r: int) -> None:
-    """Columns of a wider storage, in bf16: as the same R's in fp32, to the bit."""
+    """R's that are bf16 columns of a wider storage give the same bits as R's in fp32."""
     (case,) = row_cases(5, 160, (144,), r)
     stored = torch.randn(3, 7 + r * r).bfloat16()
     view = stored[:, 7:].unflatten(1, (r, r))
@@ -57,7 +57,7 @@ def test_rows_of_no_adapter_are_the_base_whatever_the_cores_hold() -> None:
 
 
 def test_a_gradient_does_not_depend_on_the_rows_of_others() -> None:
-    """To the bit, whoever they belong to and whatever they hold, and it repeats."""
+    """Bit for bit, whatever adapters and values the other rows have; repeats are equal, too."""
     (case,) = row_cases(7, 64, (48,), 24)
     want = run_kernels(case, index=INDEX)[2][1]
     assert torch.equal(run_kernels(case, index=INDEX)[2][1], want)
@@ -86,7 +86,7 @@ def test_an_index_that_was_written_to_is_read_again() -> None:
     numbers = np.array(INDEX)
     index = torch.from_numpy(numbers)
     assert all(map(torch.equal, both(), (before, _)))
-    numbers[:] = [0, 1, 2, -1, 0]  # past torch, which counts no version
+    numbers[:] = [0, 1, 2, -1, 0]  # not through torch: the version stays the same
     assert all(map(torch.equal, both(), (after, want)))
     with torch.inference_mode():
         index = torch.tensor(INDEX)
@@ -117,7 +117,7 @@ def test_a_group_takes_one_pass_over_x_and_one_extended_gemm(tokens: int, r: int
     cases = row_cases(tokens, 160, (148, 150, 144), r)
     with observed() as launches:
         found = run_kernels(*cases, index=INDEX)
-    forward = ["prep_forward"] * (2 if r == 144 else 1)  # whose sums would not fit the registers together
+    forward = ["prep_forward"] * (2 if r == 144 else 1)  # at r = 144 the sums of three do not fit into registers
     assert [one.name for one in launches if "rows" not in one.name and "row_core" not in one.name] == [
         *forward,
         "extended_gemm",

@@ -1,4 +1,4 @@
-"""Main loops of the compiled kernels: the simulation against loops whose share is known, and the kernels' bounds."""
+"""Main loops of the compiled kernels: the simulation of loops whose share is known, and the kernels' bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MMA = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
 
 
 def listing(*code: tuple[str, int]) -> str:
-    """What cuobjdump prints for instructions and their control codes, the last of which branches to the first."""
+    """Return what cuobjdump prints for instructions with control codes, and for a branch back to the first one."""
     lines = []
     for i, (text, control) in enumerate([*code, ("@!P0 BRA 0x0", NONE | 1)]):
         lines.append(f"        /*{16 * i:04x}*/                   {text} ;         /* 0x{i:016x} */")
@@ -42,7 +42,7 @@ def test_control_codes_are_read() -> None:
 
 
 def test_the_main_loop_is_the_one_of_16_bits() -> None:
-    """The product with R is unrolled, in TF32."""
+    """The unrolled TF32 product with R does not count."""
     tf32 = [("HMMA.1688.F32.TF32 R4, R8, R12, R4", NONE | 2)] * 8
     first = listing(*tf32)
     second = listing((MMA, NONE | 2)).replace("/*0", "/*1").replace("BRA 0x0", "BRA 0x1000")
@@ -53,7 +53,7 @@ def test_the_main_loop_is_the_one_of_16_bits() -> None:
 def test_shares_that_can_be_counted(policy: str) -> None:
     full = loop_of(*[(MMA, NONE | 2)] * 8)
     assert share(full, policy=policy) == 1.0
-    # one warp per scheduler that waits 31 cycles after each of its MMAs, plus the branch's 1: 16 of 32
+    # one warp per scheduler, which waits 31 cycles after each MMA, plus 1 for the branch: busy for 16 of 32
     alone = loop_of((MMA, NONE | 15), ("NOP", NONE | 15), ("NOP", NONE | 1))
     assert share(alone, policy=policy) == pytest.approx(0.5, abs=0.02)
     # a second program's warps fill the gaps
@@ -61,10 +61,10 @@ def test_shares_that_can_be_counted(policy: str) -> None:
 
 
 def test_a_load_is_waited_for() -> None:
-    """An MMA that waits for LDSM's barrier starts `SHARED_LATENCY` and its wavefronts later."""
+    """An MMA that waits for LDSM's barrier starts later, by `SHARED_LATENCY` and LDSM's wavefronts."""
     load = ("LDSM.16.M88.4 R20, [R2]", 1 | 0 << 5 | 7 << 8)
     waiting = loop_of(load, (MMA, NONE | 1 | 1 << 11))
-    period = sass.SHARED_LATENCY + 4 + 2  # 4 wavefronts, and the issue of the MMA and the branch
+    period = sass.SHARED_LATENCY + 4 + 2  # 4 for wavefronts, 2 to issue the MMA and the branch
     assert share(waiting) == pytest.approx(16 / period, abs=0.02)
     assert share(loop_of(load, (MMA, NONE | 1))) == 1.0  # without the wait
 
@@ -76,21 +76,21 @@ def test_warps_of_a_program_meet_at_a_barrier() -> None:
     assert 16 / share(meeting) == pytest.approx(16 + sass.BARRIER_LATENCY, abs=8)
 
 
-# Kernel -> architecture -> the least bound of all its configurations under both policies, at the layer and tokens of
-# `main_loops`. From Triton 3.8 on.
+# Kernel -> architecture -> the lowest bound allowed for its configurations under both policies, at the layer and tokens
+# of `main_loops`, with Triton 3.8 or later.
 BOUNDS = {
     "extended_gemm": {"sm_80": 0.88, "sm_86": 0.97, "sm_89": 0.97, "sm_120": 0.92},
     "extended_gemm backward": {"sm_80": 0.78, "sm_86": 0.95, "sm_89": 0.95, "sm_120": 0.92},
     "grad_sign": {"sm_80": 0.75, "sm_86": 0.97, "sm_89": 0.97, "sm_120": 0.95},
 }
 LEAST = {(kernel, arch): least for kernel, row in BOUNDS.items() for arch, least in row.items()}
-# Triton 3.6 and 3.7 do not prefetch. cuBLAS multiplies there, unless first calls on a card find these faster.
+# Triton 3.6 and 3.7 do not prefetch: cuBLAS multiplies there, unless first calls on a GPU find these kernels faster.
 OLDER_BOUNDS = {
     "extended_gemm": {"sm_80": 0.74, "sm_86": 0.92},
     "extended_gemm backward": {"sm_80": 0.63, "sm_86": 0.85},
     "grad_sign": {"sm_80": 0.59, "sm_86": 0.77},
 }
-GRADIENT_KERNELS = 3  # that are added to, that end, and of one call
+GRADIENT_KERNELS = 3  # for the last call of a sum, an earlier one, and a single one
 MOST_TMA_INSTRUCTIONS = 12  # per 64x128x16; the extended GEMM has 31 forward, CUTLASS 6
 
 
@@ -142,7 +142,7 @@ def test_no_main_loop_of_an_older_triton_got_slower(triton: Path) -> None:
 def test_dropout_does_not_slow_the_backward_of_a_layer(report: dict[str, Any]) -> None:
     masked = "extended_gemm backward", "dropout"
     bounds = [row["bound"] for row in report["rows"] if (row["kernel"], row["variant"]) == masked]
-    assert max(map(min, bounds)) >= 0.94  # of a layer; the other adds to what cuBLAS wrote
+    assert max(map(min, bounds)) >= 0.94  # a layer's kernel; the other adds to cuBLAS' result
 
 
 @pytest.mark.long
@@ -156,7 +156,7 @@ def test_products_by_tma_have_few_instructions(report: dict[str, Any]) -> None:
 @pytest.mark.long
 @prefetching
 def test_every_element_of_w_is_loaded_once(report: dict[str, Any]) -> None:
-    """As in CUTLASS: by four warps, in quarters."""
+    """As in CUTLASS, each of four warps loads a quarter."""
     rows = [row for row in report["rows"] if row["kernel"].startswith("extended_gemm") and row["bound"]]
     assert {row["ldsm_per_mma"] for row in rows} == {0.25}
 

@@ -1,5 +1,5 @@
-"""Every barrier, fence, wait and ordering of compiled kernels taken away in turn: a fault or a wrong result has to show
-it. Some order nothing, and results are the same without: their number in each launch is known for a version of Triton.
+"""Remove or weaken each barrier, fence, wait and ordering of compiled kernels in turn: a fault or a wrong result has to
+reveal it. Some order nothing, so that results stay equal: their number per launch is recorded for one Triton version.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MUTATIONS = (
 )
 
 
-# tokens, in and out features, rank and dropout of calls in which every loop of the kernels goes round several times
+# tokens, in and out features, rank and dropout of calls in which every loop of the kernels runs several iterations
 CALLS: dict[str, tuple[int, int, tuple[int, ...], int, float]] = {
     "a layer": (40, 512, (112,), 96, 0.0),
     "one token": (1, 4096, (512,), 96, 0.0),
@@ -42,8 +42,8 @@ CALLS: dict[str, tuple[int, int, tuple[int, ...], int, float]] = {
 }
 
 
-# Mutants that change nothing, by launch and by kind in MUTATIONS: accesses on the two sides of the barrier do not
-# conflict, or nothing that the weaker wait leaves in flight is touched before the next one ends it
+# Number of mutants that change nothing, by launch and kind in MUTATIONS: accesses before and after the barrier do not
+# conflict, or nothing that the weaker wait leaves in flight is touched before the next wait ends it
 TRITON = "3.9.0"
 IDLE = {
     ("sm_86", "a layer"): [[4, 0, 0, 0, 0], [1, 3, 0, 0, 0], [4, 0, 0, 0, 0], [3, 6, 0, 0, 0]],
@@ -60,7 +60,7 @@ IDLE |= {(arch, call): IDLE["sm_86", call] for arch in ("sm_80", "sm_89") for ca
 
 
 def mutants(text: str) -> Iterator[tuple[int, str]]:
-    """The kernel's text with each occurrence of each ordering taken away or weakened, and the kind's number."""
+    """Yield each mutant: the number of its kind, and the kernel's text with one ordering removed or weakened."""
     for kind, (pattern, weaker) in enumerate(MUTATIONS):
         for match in re.finditer(pattern, text):
             more = str(int(match[1]) + 1) if "{more}" in weaker else ""
@@ -68,7 +68,7 @@ def mutants(text: str) -> Iterator[tuple[int, str]]:
 
 
 def launches_of(call: str, executor: Executor) -> list[Launch]:
-    """Of a small forward and backward in bf16, most with split reductions, several blocks of rows and a bias."""
+    """Launches of a small bf16 forward and backward, most with split reductions, several row blocks and a bias."""
     M, n, ms, r, dropout = CALLS[call]
     cases = group_cases(M, n, ms, r, torch.bfloat16)
     found: list[Launch] = []
@@ -88,24 +88,24 @@ def launches_of(call: str, executor: Executor) -> list[Launch]:
 
 
 def _with_copies(launch: Launch) -> Launch:
-    """Its tensors as they are now."""
+    """Copy the launch's tensors as they are now."""
     return launch._replace(arguments=deepcopy(launch.arguments))
 
 
 def outputs(launch: Launch) -> list[Tensor]:
-    """Everything that a launch writes; forward, `dcores` stands for nothing."""
+    """Return everything that a launch writes; in a forward, `dcores` is a dummy."""
     names = ["us", "v", "ys", "t", "w", *(["dcores"] if launch.arguments.get("core_programs") else [])]
     values = [launch.arguments[name] for name in names if name in launch.arguments]
     return [t for value in values for t in (value if isinstance(value, tuple) else (value,))]
 
 
 def same_bits(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    """Whether all outputs have the same bytes, NaN or not."""
+    """Return True if all outputs have the same bytes, also for NaN."""
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(results, wanted, strict=True))
 
 
 def run(launch: Launch, compiled: Compiled) -> list[Tensor]:
-    """A launch's outputs on copies of its arguments."""
+    """Run a launch on copies of its arguments, and return its outputs."""
     fresh = _with_copies(launch)
     orders = [list(range(fresh.grid)), list(range(fresh.grid))[::-1]]
     execute(fresh, compiled, orders)

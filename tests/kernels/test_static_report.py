@@ -1,5 +1,5 @@
-"""Every kernel, compiled for every architecture: no spill, no more memory than there is. `make test` compiles one
-representative a kernel for two (`benchmarks.kernels.static_report.jobs`), `make test-all` all that is shipped.
+"""Every kernel compiled for every architecture: no spills, and memory suffices. `make test` compiles one representative
+per kernel for two architectures (`benchmarks.kernels.static_report.jobs`), `make test-all` everything that is shipped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from processes import python
 
 from lorasb.kernels import plan
 
-BRIEF = ("sm_86", "sm_90")  # tensor cores by mma and by wgmma
+BRIEF = ("sm_86", "sm_90")  # their tensor cores use mma and wgmma
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB
 Row = dict[str, Any]
 QUANTIZED = (
@@ -26,7 +26,7 @@ QUANTIZED = (
 
 
 def compiled(*options: str) -> list[Row]:
-    """The report, made by a process in which Triton compiles."""
+    """Return the report of a process in which Triton compiles."""
     command = ("-m", "benchmarks.kernels.static_report", "--json", *options)
     found: list[Row] = json.loads(python(*command, TRITON_INTERPRET="0"))
     return found
@@ -39,7 +39,7 @@ def whole() -> list[Row]:
 
 @pytest.fixture(scope="module", params=["brief", pytest.param("whole", marks=pytest.mark.long)])
 def rows(request: pytest.FixtureRequest) -> list[Row]:
-    """One representative a kernel, or all there is."""
+    """The report of one representative per kernel, or the full report."""
     if request.param == "brief":
         return compiled("--brief", *(option for arch in BRIEF for option in ("--arch", arch)))
     found: list[Row] = request.getfixturevalue("whole")
@@ -81,7 +81,7 @@ def test_a_weight_in_4_bits_is_decoded_in_ten_instructions(rows: list[Row]) -> N
 
 
 def test_a_masked_step_takes_at_most_500_instructions(rows: list[Row]) -> None:
-    """Of 64 x 64 elements of x and 96 ranks on sm_86."""
+    """For 64 x 64 elements of x and 96 ranks on sm_86."""
     masked = [row for row in rows if row["masked_step"] and (row["variant"], row["arch"]) == ("dropout", "sm_86")]
     assert masked
     assert names([row for row in masked if not 100 < row["masked_step"] <= 500]) == []
@@ -91,20 +91,20 @@ ROWS = ("times_row_cores", "row_core_gradients")
 KERNELS = ("prep_forward", "prep_backward", "extended_gemm", "extended_gemm backward", "grad_sign", *ROWS, *QUANTIZED)
 
 
-def there(found: list[Row], arch: str) -> set[tuple[str, str]]:
-    """(kernel, dtype) of what was compiled for an architecture."""
+def compiled_for(found: list[Row], arch: str) -> set[tuple[str, str]]:
+    """Return the (kernel, dtype) pairs compiled for an architecture."""
     return {(row["kernel"], row["dtype"]) for row in found if row["arch"] == arch}
 
 
 def test_every_kernel_and_architecture_is_there(rows: list[Row], request: pytest.FixtureRequest) -> None:
     brief = request.node.callspec.params["rows"] == "brief"
     for arch in BRIEF if brief else SHARED_LIMIT:
-        assert there(rows, arch) >= {(kernel, "bf16") for kernel in KERNELS}
+        assert compiled_for(rows, arch) >= {(kernel, "bf16") for kernel in KERNELS}
 
 
 @pytest.mark.long
 def test_what_the_tables_choose_on_sm_100_has_no_tcgen05(whole: list[Row]) -> None:
-    """Which nothing has executed."""
+    """Nothing has executed tcgen05 code."""
     assert names([row for row in whole if row["tcgen05"] and row["arch"] == "sm_100"]) == []
 
 
@@ -114,7 +114,9 @@ def test_every_dtype_and_shipped_configuration_is_there(whole: list[Row]) -> Non
     for row in whole:
         configs[row["arch"]].add(row["config"].partition(" ")[0])
     for arch in SHARED_LIMIT:
-        assert there(whole, arch) == {(kernel, dtype) for kernel in KERNELS for dtype in ("bf16", "fp16", "fp32")}
+        assert compiled_for(whole, arch) == {
+            (kernel, dtype) for kernel in KERNELS for dtype in ("bf16", "fp16", "fp32")
+        }
         for rule in plan.shipped_rules(arch):
             if rule.prep:
                 assert f"{rule.prep.block_m}x{rule.prep.block_k}" in configs[arch]

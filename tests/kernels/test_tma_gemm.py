@@ -1,4 +1,4 @@
-"""The path by TMA, in 16 bits: values of layers and groups, what it is chosen for, and what falls back to cuBLAS."""
+"""The TMA path in 16 bits: values of layers and groups, when it is chosen, and what falls back to cuBLAS."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorasb.kernels.block_sizes import GemmConfig
 from lorasb.kernels.launcher import Launch, observed
 
 pytestmark = [
-    pytest.mark.skipif(environment.PTX not in ("", "sm_90"), reason="chosen on sm_90 alone"),
+    pytest.mark.skipif(environment.PTX not in ("", "sm_90"), reason="chosen only on sm_90"),
     pytest.mark.skipif(
         not environment.PTX and installed() < (3, 7),
         reason="Triton's interpreter has no working descriptors before 3.7",
@@ -34,7 +34,7 @@ HALVES = DTYPES[1:]
 
 @pytest.fixture(autouse=True, params=autotune.TMA_GEMMS, ids=lambda gemm: f"{gemm.block_m}x{gemm.block_n}")
 def by_tma(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[GemmConfig]:
-    """The tiles, and the path for every call; three programs, so that each computes several tiles."""
+    """Use TMA with these tiles for every call, with three programs, so that each computes several tiles."""
     monkeypatch.setattr(tma_gemm, "MULTIPROCESSORS", 3)
     with planned(path="tma", gemm=request.param):
         yield request.param
@@ -45,7 +45,7 @@ def by_tma(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     ("M", "n", "ms", "r"), [(300, 136, (328,), 24), (130, 512, (264, 120), 96), (16, 64, (48,), 8)]
 )
 def test_matches_reference(M: int, n: int, ms: tuple[int, ...], r: int, dtype: torch.dtype) -> None:
-    """Lengths that blocks do not divide; a bias where there is one layer."""
+    """Lengths that are not multiples of the blocks; a bias if there is one layer."""
     cases = group_cases(M, n, ms, r, dtype, bias=len(ms) == 1)
     launches = checked(*cases)
     names = [one.name for one in launches]
@@ -54,7 +54,7 @@ def test_matches_reference(M: int, n: int, ms: tuple[int, ...], r: int, dtype: t
 
 @pytest.mark.skipif(not environment.PTX, reason="prepares compiled kernels: pytest --ptx sm_90")
 def test_prepared_launches_have_the_same_order() -> None:
-    """dR's launch comes last: nothing stands between the thin products and the launch that overlaps them."""
+    """dR's launch comes last: no launch separates the thin products from the launch that overlaps them."""
     prepared_linear.forget()
     case = reference.make_case((20,), 64, 48, 8, torch.float16)
     checked(case)
@@ -77,7 +77,7 @@ def test_fp32_goes_to_cublas_and_masked_gradients_are_added() -> None:
     assert "tma_gemm" not in [one.name for one in launches]
     with observed() as launches:
         run(reference.make_case((20,), 64, 48, 8, torch.float16), dropout=0.25)
-    forward, backward = launches[:2], launches[2:]  # the masked term is added to the base's, which has no adapter
+    forward, backward = launches[:2], launches[2:]  # the masked term is added to the base's dx
     assert [one.name for one in forward] == ["prep_forward", "tma_gemm"]
     assert [one.name for one in backward] == ["prep_backward", "tma_gemm", "extended_gemm"]
     assert len(backward[1].arguments["lefts"][0]) == 1
@@ -85,7 +85,7 @@ def test_fp32_goes_to_cublas_and_masked_gradients_are_added() -> None:
     assert overlapping == ([1] if environment.PTX else [])
 
 
-# Each ordering and each number that a copy depends on, taken away or changed in turn.
+# Each ordering and each number that a copy depends on, removed or changed in turn.
 MUTATIONS = {
     "a wait for a copy": (r"@!complete bra\.uni\s+waitLoop;", ""),
     "a wait of one phase for another": (r"(mbarrier\.try_wait\.parity\S* complete, \[%r\d+\]), %r\d+;", r"\1, 0;"),
@@ -103,8 +103,8 @@ MUTATIONS = {
 }
 
 
-def launched(k_major: bool, config: GemmConfig) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """A launch of two reductions, its result, and what that has to be."""
+def make_launch(k_major: bool, config: GemmConfig) -> tuple[Launch, torch.Tensor, torch.Tensor]:
+    """Return a launch of two reductions, the tensor for its result, and the expected result."""
     generator = torch.Generator().manual_seed(0)
     M, N, lengths = 130, 264, (320, 320)  # more steps than stages, twice
 
@@ -125,7 +125,7 @@ def launched(k_major: bool, config: GemmConfig) -> tuple[Launch, torch.Tensor, t
 @pytest.mark.parametrize("k_major", [True, False], ids=["forward", "backward"])
 @pytest.mark.parametrize("what", MUTATIONS)
 def test_every_mutant_is_caught(what: str, k_major: bool, by_tma: GemmConfig, executor: Executor) -> None:
-    launch, y, want = launched(k_major, by_tma)
+    launch, y, want = make_launch(k_major, by_tma)
     compiled = compile_launch(launch, executor.driver)
     pattern, replacement = MUTATIONS[what]
 
@@ -147,7 +147,7 @@ def test_every_mutant_is_caught(what: str, k_major: bool, by_tma: GemmConfig, ex
 @pytest.mark.skipif(not environment.PTX, reason="executes a compiled kernel: pytest --ptx sm_90")
 @pytest.mark.parametrize("k_major", [True, False], ids=["forward", "backward"])
 def test_it_waits_for_the_launch_that_it_overlaps(k_major: bool, by_tma: GemmConfig, executor: Executor) -> None:
-    launch, _, _ = launched(k_major, by_tma)
+    launch, _, _ = make_launch(k_major, by_tma)
     compiled = compile_launch(launch, executor.driver)
     late = launch.arguments["lefts"][0][1].base
     before = {late.untyped_storage().data_ptr()}

@@ -1,4 +1,4 @@
-"""Gradient sums and their signs: every backend against fp64, bits against values, and equal repeats."""
+"""Gradient sums and their signs: every backend compared with fp64, sign bits with the sums, and repeated calls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def case(M: int, m: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """dy [M, m], x [M, n] and what was there before [m, n], with an exact zero."""
+    """dy [M, m], x [M, n] and an earlier sum [m, n] that contains an exact zero."""
     g = torch.Generator().manual_seed(seed)
     before = torch.randn(m, n, generator=g)
     before[:1, :1] = 0.0
@@ -49,7 +49,7 @@ def case(M: int, m: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[Ten
 
 
 def signs(words: Tensor, nonzero: Tensor, n: int) -> Tensor:
-    """+1, -1 and 0 from both planes."""
+    """Return +1, -1 or 0 per entry, from the sign bits and the nonzero bits."""
     return unpack_words(words, n, -1.0, 1.0, torch.float32) * unpack_words(nonzero, n, 0.0, 1.0, torch.float32)
 
 

@@ -63,7 +63,7 @@ def test_what_trained_before_adapters_were_off_trains_again() -> None:
     layer = make()
     layer.add_adapter("second", 4)
     layer.set_adapter(["default"])
-    layer.lorasb_R["second"].requires_grad_(True)  # as adapters that train together do
+    layer.lorasb_R["second"].requires_grad_(True)  # as for adapters that train together
     for _ in range(2):
         layer.enable_adapters(False)
         assert not any(core.requires_grad for core in layer.lorasb_R.values())
@@ -104,7 +104,7 @@ def test_casting_a_layer_leaves_r_in_fp32_and_input_in_another_dtype_is_cast_bac
 @pytest.mark.parametrize("cast", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_cast_model_computes_whatever_its_base(cast: torch.dtype, bits: int) -> None:
-    """A quantized base keeps its dtype, and A and B with it."""
+    """A quantized base keeps its dtype, and so do A and B."""
     model = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
     if bits == 4:
         lorasb.quantize(model)
@@ -114,7 +114,7 @@ def test_a_cast_model_computes_whatever_its_base(cast: torch.dtype, bits: int) -
 
 
 def test_a_cast_keeps_the_parameter_of_r_whatever_its_dtype() -> None:
-    """Optimizers hold it."""
+    """Optimizers hold a reference to it."""
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(8, 8)),
         lorasb.LoRASBConfig(r=2, init="random", target_modules=["0"]),
@@ -177,7 +177,7 @@ def test_the_adapters_product_is_added_onto_the_bases_and_takes_no_memory_of_tha
 def test_loading_a_state_dict_initializes(assign: bool) -> None:
     source, target = make(), make(initialized=False)
     target.load_state_dict({"lorasb_R.default": torch.eye(4)}, strict=False)
-    assert not target.is_initialized("default")  # by a part
+    assert not target.is_initialized("default")  # a part is not enough
     target.load_state_dict(source.state_dict(), assign=assign)
     x = torch.randn(3, 16)
     assert torch.equal(source(x), target.train()(x))
@@ -249,7 +249,7 @@ def test_autocast_over_an_fp32_base() -> None:
     assert layer.lorasb_R["default"].grad.dtype == x.grad.dtype == torch.float32
     layer.merge()
     layer.enable_adapters(False)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # which unmerges
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # unmerges the layer
         layer(x)
     assert not layer.merged
     tolerances.check(layer.base.parameter(), weight, tolerances.fp32(16))
@@ -302,7 +302,7 @@ def test_another_base_layer_has_the_settings_of_the_one_before() -> None:
 
 
 def test_a_dense_call_is_in_few_files_and_nested_calls(composed: bool) -> None:
-    """As docs/architecture.md says, whose reader follows it."""
+    """docs/architecture.md states these numbers."""
     layer, files, stack, depths = make(), set(), [0], []
     layer.base_layer.requires_grad_(False)
 
@@ -325,4 +325,4 @@ def test_a_dense_call_is_in_few_files_and_nested_calls(composed: bool) -> None:
             sys.setprofile(None)
     assert "layers/linear.py" in files
     assert len(files) <= 8
-    assert not composed or set(depths) == {5}  # else the products may be in the extension
+    assert not composed or set(depths) == {5}  # otherwise, the C++ extension may compute the products

@@ -1,4 +1,4 @@
-"""Our layer in 4 bits: made by `lorasb.quantize`, its dense twin's answer, files of bitsandbytes."""
+"""Our 4-bit layer: made by `lorasb.quantize`, with its dense twin's outputs and bitsandbytes' file format."""
 
 from __future__ import annotations
 
@@ -108,14 +108,14 @@ def test_layers_of_an_adapter_that_is_not_merged_stay_as_they_are_packed() -> No
     "storages", [(torch.bfloat16, torch.uint8), (torch.float32, torch.bfloat16), (torch.uint8, torch.float32)]
 )
 def test_a_file_loads_into_another_storage(shape: tuple[int, int], storages: tuple[torch.dtype, torch.dtype]) -> None:
-    """Whatever padding the file's and the layer's have."""
+    """Whatever padding the file and the layer have."""
     saved, layer = (lorasb.quantize(nn.Sequential(nn.Linear(*shape)), storage=storage) for storage in storages)
     layer.load_state_dict(saved.state_dict())
     assert torch.equal(*(dequantize(one[0].quantized()) for one in (layer, saved)))
 
 
 def test_a_move_renews_what_compiled_forwards_read_and_one_that_fails_keeps_the_packed_weight() -> None:
-    """They take the storage as it was checked last, and do not look at the weight."""
+    """Compiled forwards use the storage that was checked last, and do not look at the weight."""
     layer = lorasb.quantize(nn.Sequential(nn.Linear(64, 32)), storage=torch.bfloat16)[0]
     packed = layer.weight
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""q/k/v and gate/up in one call: launches, equality with single layers, reasons to stay alone, what is held how long."""
+"""q/k/v and gate/up in one call: launches, equality with single layers, reasons to stay alone, lifetime of results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.utils.checkpoint
 from adapters import layers
 from basis_models import fill, with_users
 from linear_groups import Two, alone, attention, groups, prepared, same, sizes, step
-from measuring import kept_for_backward
+from measuring import saved_for_backward
 from models import batches_for, logits, make, patched
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from lorasb.layers import linear, linear_group
 
 pytestmark = pytest.mark.usefixtures("grouped")
 
-FIRST = {"layers_to_transform": [0]}  # interpreted kernels take long: one block of two
+FIRST = {"layers_to_transform": [0]}  # one block of two, as interpreted kernels are slow
 GROUPS = {"llama": [3, 2], "gemma2": [3, 2], "roberta": [3], "gpt2": []}
 
 
@@ -148,7 +148,7 @@ class Skipping(Three):
 
 
 def test_layers_that_read_another_input_are_separated_after_a_checkpointed_step() -> None:
-    """Not within it: backward repeats its forward, which has to save the tensors that it saved the first time."""
+    """Not during the step: backward repeats the forward, which has to save the same tensors as the first time."""
     torch.manual_seed(0)
     x, memory = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16, requires_grad=True)
     cross = prepared(Cross(), 16)
@@ -167,12 +167,12 @@ def test_layers_that_read_another_input_are_separated_after_a_checkpointed_step(
     ("group", "gpu", "formed"), [(None, False, 0), (None, True, 4), (True, False, 4), (False, True, 0)]
 )
 def test_groups_are_formed(group: bool | None, gpu: bool, formed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the fixture above
+    monkeypatch.undo()  # the `grouped` fixture
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     model = lorasb.patch(make("llama"), r=4, target_modules="all-linear", group=group)
     assert len(groups(model)) == formed
     config = model.peft_config["default"].to_dict()
-    assert config["group"] is group  # and in no file, as machines differ
+    assert config["group"] is group  # as given, and not saved, as machines differ
     model.add_adapter("second", lorasb.LoRASBConfig(r=3, target_modules="all-linear", group=None))
     assert len(groups(model)) == formed
 
@@ -220,7 +220,7 @@ def test_a_bank_s_rows_are_grouped_too() -> None:
 def test_what_is_computed_in_several_calls_stays_alone() -> None:
     model = with_users("one", "two", **FIRST)
     model.add_adapter("apart", lorasb.LoRASBConfig(r=3, init="kaiming", **FIRST))
-    assert not launches_of(model, ["one", "apart", "two", "one"])["times_row_cores"]  # one adapter after the other
+    assert not launches_of(model, ["one", "apart", "two", "one"])["times_row_cores"]  # adapters run one after another
     model.base_model.model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda *_: None)
     assert launches_of(model)["extended_gemm"] == 4 + 1
 
@@ -250,7 +250,7 @@ def several(kind: type[Several] = Several) -> nn.Module:
 
 def test_members_with_other_rows_are_computed_with_theirs() -> None:
     x, first = torch.randn(3, 16), ["one", "two", "one"]
-    others = ["one", "one", "two"], ["one", "default", "one"]  # the same names, and the same places
+    others = ["one", "one", "two"], ["one", "default", "one"]  # the same names, or the same places
     for second in (list(first), *others):
         model = several()
         want = alone(model)(x, first, second)
@@ -379,7 +379,7 @@ def test_memory_kept_for_backward_is_u_alone() -> None:
     part = attention(model)
     x, (group,) = torch.randn(40, 64, requires_grad=True), groups(part)
     group.begins(part, ())
-    with kept_for_backward(part.parameters()) as kept:
+    with saved_for_backward(part.parameters()) as kept:
         part.q_proj(x), part.k_proj(x), part.v_proj(x)
     group.ends(part, (), ())
     assert [tuple(tensor.shape) for tensor in kept] == [(40, 4)] * 3

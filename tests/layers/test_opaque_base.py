@@ -1,4 +1,4 @@
-"""Quantized linears, lorasb's and others', under adapters: as their dense twins, and W is never copied."""
+"""Adapters on quantized linears, lorasb's and others': equal to their dense twins, and W is never copied."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from lorasb.quantization.quantized_weight import is_quantized
 
 ALL = (*STORED, *CALLED)
 GIVE_W = [kind for kind in CALLED if kind != "unknown"]
-REQUANTIZE = ("own nested", "nf4", "hqq", "quanto")  # torchao, if transformers has loaded the model: a test of its own
+REQUANTIZE = ("own nested", "nf4", "hqq", "quanto")  # torchao, if transformers loaded the model: has a separate test
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -65,9 +65,10 @@ def test_a_model_is_its_dense_twin_in_forward_and_gradients(kind: str) -> None:
     check(*results, PROCESS_SUMS)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ("own", "nf4", "fp4 nested")])  # bits, not code
+# the kinds left out differ in bits, not in code
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ("own", "nf4", "fp4 nested")])
 def test_both_strategies_give_the_factors_of_the_dense_twin(kind: str) -> None:
-    """Steps are compared as a whole: singular vectors may turn by their last bits."""
+    """Products B R A are compared with the twin's, not factors: singular vectors may rotate in their last bits."""
     one, other = (initialized(kind, strategy=strategy) for strategy in ("layerwise", "accumulate"))
     check_equal(factors(one), factors(other))
     twin = lorasb.patch(dense_twin(quantized(kind)), r=4)
@@ -87,7 +88,7 @@ def test_training_lowers_the_loss_and_leaves_the_storage(kind: str) -> None:
 
 
 def contents(layer: nn.Module) -> dict[str, Tensor]:
-    """Copies of the tensors that store W, where lorasb reads them; else W."""
+    """Return copies of the tensors that store W if lorasb reads them, else W."""
     if is_quantized(layer):
         return {name: tensor.clone() for name, tensor in layer.state_dict().items() if isinstance(tensor, Tensor)}
     return {"W": values(layer, torch.float32)}
@@ -106,7 +107,7 @@ def test_16_bit_models_compute_in_16_bits_with_r_in_fp32(kind: str) -> None:
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
 
 
-RESUMED = ("own nested", "torchao int8", "unknown")  # the base is made by the same call either time
+RESUMED = ("own nested", "torchao int8", "unknown")  # a few suffice: the same call makes both bases
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_merging_gives_dense_layers_and_unmerging_the_layers_back(kind: str) -> 
 
 @pytest.mark.parametrize("kind", REQUANTIZE)
 def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """lorasb's own in place of bitsandbytes'."""
+    """bitsandbytes' layers become lorasb's own."""
     model = initialized(kind).eval()
     merged_weights = {name: layer.merged_weight(["default"]) for name, layer in layers(model).items()}
     kinds = {name: Linear4bit if kind in STORED else type(layer.base_layer) for name, layer in layers(model).items()}
@@ -176,7 +177,7 @@ def test_requantizing_gives_the_same_format_and_reports_its_error(kind: str, cap
 
 
 def test_torchao_is_quantized_again_where_the_model_says_how() -> None:
-    """transformers keeps the configuration; PEFT's resolver hands it on."""
+    """transformers stores the configuration, and PEFT's resolver passes it on."""
     model: Any = quantized("torchao int4")
     config = transformers.TorchAoConfig(torchao_int4_config())
     model.hf_quantizer = types.SimpleNamespace(quantization_config=config)
@@ -240,14 +241,14 @@ def test_all_linear_finds_the_layers_and_not_what_is_inside_or_kept_of_the_origi
 
 
 def matrices() -> list[Tensor]:
-    """All matrices of the size of W that are alive in this process."""
+    """Return all matrices of W's size that are alive in this process."""
     gc.collect()
     return [t for t in gc.get_objects() if type(t) is Tensor and t.is_floating_point() and t.shape == (64, 64)]
 
 
 @pytest.mark.parametrize("kind", CALLED)
 def test_no_weight_is_copied(kind: str) -> None:
-    MAKERS[kind](nn.Linear(64, 64))  # skips at once where its package is not installed
+    MAKERS[kind](nn.Linear(64, 64))  # skips early if the package is not installed
     of_other_tests = matrices()
     model = initialized(kind)
     model.train()(**batches()[0]).loss.backward()
@@ -270,8 +271,8 @@ STAND_INS = (
 def test_formats_that_need_a_gpu_are_known_by_pefts_resolver(
     monkeypatch: pytest.MonkeyPatch, module: str, class_name: str, available: str, name: str
 ) -> None:
-    """A stand-in with the class's name in the package's place: all of PEFT's own code runs, but no kernel of theirs."""
-    adapter = lorasb.patch(quantized(stand_in(monkeypatch, module, class_name, available)), r=4)  # by their format
+    """A stand-in with the class's name replaces the package: all of PEFT's code runs, but no kernel of the package."""
+    adapter = lorasb.patch(quantized(stand_in(monkeypatch, module, class_name, available)), r=4)  # found by format
     assert {layer.base.name for layer in layers(adapter).values()} == {name}
     lorasb.initialize(adapter, batches(), lr=1e-2, progress=False)
     adapter.train()(**batches()[0]).loss.backward()
@@ -301,7 +302,7 @@ def fail(layer: Scaled, x: Tensor) -> Tensor:
     raise RuntimeError("no such kernel")
 
 
-Bent = opaque("Bent", lambda layer, x: nn.functional.gelu(Scaled.forward(layer, x)) + 3)  # more than what x adds
+Bent = opaque("Bent", lambda layer, x: nn.functional.gelu(Scaled.forward(layer, x)) + 3)  # not even affine
 Affine = opaque("Affine", lambda layer, x: Scaled.forward(layer, x) + 3)
 Cut = opaque("Cut", lambda layer, x: Scaled.forward(layer, x.detach()))
 Broken = opaque("Broken", fail)

@@ -1,4 +1,4 @@
-"""Parameters of any module under adapters: GPT-OSS's and Llama-4's experts, weights without a linear."""
+"""Adapters for parameters of any module: GPT-OSS's and Llama-4's experts, weights without a linear."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPE = SIZES | {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok"
 def gpt_oss() -> Any:
     torch.manual_seed(0)
     config = transformers.GptOssConfig(**SHAPE, max_position_embeddings=4096 * 32, pad_token_id=0)
-    config._experts_implementation = "eager"  # grouped products are not there in fp64
+    config._experts_implementation = "eager"  # grouped matrix products do not support fp64
     return transformers.GptOssForCausalLM(config).eval()
 
 
@@ -91,7 +91,7 @@ def test_each_expert_starts_with_its_own_first_step(kind: str, strategy: str) ->
     for name, layer in slices(model).items():
         parameter, _, index = name.rpartition(".")
         gradient = sums[parameter][int(index)]
-        if not gradient.any():  # no token came to this expert
+        if not gradient.any():  # no token was routed to this expert
             continue
         step = -gradient.sign()
         b, a = layer.lorasb_B["default"].detach(), layer.lorasb_A["default"].detach()
@@ -222,7 +222,7 @@ def test_all_linear_leaves_a_router_alone_that_has_a_linears_class() -> None:
 
 
 class Grouped(nn.Linear):
-    """As DeepSeek-V4's: [.., groups, in] to [.., groups, out / groups]."""
+    """Like DeepSeek-V4's: [.., groups, in] to [.., groups, out / groups]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("...gi,goi->...go", x.unflatten(-2, (-1, 2)), self.weight.unflatten(0, (2, -1)))

@@ -1,4 +1,4 @@
-"""Experts in 3-D parameters: opened into linears and closed again, filled from the tokens routed to each."""
+"""Experts in 3-D parameters: opened into linears and closed again, each initialized from the tokens routed to it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_moved_experts_are_closed_with_the_weights_as_they_are() -> None:
 
 
 def test_each_experts_factors_come_from_the_tokens_routed_to_it() -> None:
-    """Against autograd on the 3-D parameters of the model as transformers has it."""
+    """Compared with autograd on the 3-D parameters of transformers' own model."""
     family, batches = "mixtral", batches_for("mixtral")
     sums = autograd_sums(family, batches)
     model = lorasb.patch(make(family), r=32, target_parameters=EXPERTS)
@@ -82,7 +82,7 @@ def test_experts_without_a_token_start_from_their_weight_and_the_report_says_so(
 
 @pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
 def test_experts_whose_tokens_have_no_loss_start_from_their_weight(strategy: str) -> None:
-    """In the last block the gradient of a prompt's tokens is zero, and so is that of experts that get no others."""
+    """In the last block, prompt tokens have zero gradient, and so do experts that get no other tokens."""
     model = lorasb.patch(make("qwen3_moe"), r=4, target_parameters=EXPERTS)
     model.base_model.model.model.layers[-1].mlp.gate.register_forward_hook(_prompts_to_the_last)
     batches = [batch | {"labels": batch["labels"].clone()} for batch in batches_for("qwen3_moe")]
@@ -95,7 +95,7 @@ def test_experts_whose_tokens_have_no_loss_start_from_their_weight(strategy: str
 
 
 def _prompts_to_the_last(_: nn.Module, __: object, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """All tokens but the last three of a row choose expert 3 twice, and these the first two."""
+    """Route all tokens but the last three of each row to expert 3 twice, and those three to the first two experts."""
     scores, weights, chosen = out
     rows = torch.full_like(chosen, 3)
     per_row = len(rows) // 2  # two rows per batch
@@ -195,7 +195,7 @@ def test_other_names_and_half_of_a_fused_parameter_are_refused_and_the_model_sta
 
 
 def test_an_older_file_whose_names_match_experts_adapts_what_it_has(tmp_path: Path) -> None:
-    """Names of linears did not reach experts before: its layers are those that were saved."""
+    """Names of linears did not match experts before: the adapter has only the layers that were saved."""
     lorasb.patch(make("qwen3_moe"), r=3, target_modules=["q_proj"], init="random").save_pretrained(tmp_path)
     reconfigure(tmp_path, target_modules=["q_proj", "gate_proj", "up_proj"])
     again = PeftModel.from_pretrained(make("qwen3_moe"), tmp_path)
@@ -204,7 +204,7 @@ def test_an_older_file_whose_names_match_experts_adapts_what_it_has(tmp_path: Pa
 
 
 def test_a_load_without_memory_for_factors_leaves_the_experts_their_weights(tmp_path: Path) -> None:
-    """PEFT then registers parameters on the meta device."""
+    """With `low_cpu_mem_usage`, PEFT registers parameters on the meta device."""
     model = lorasb.patch(make("mixtral"), r=4, init="random", target_modules=["q_proj"], target_parameters=EXPERTS)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make("mixtral"), tmp_path, low_cpu_mem_usage=True)

@@ -1,4 +1,4 @@
-"""Embeddings, convolutions and attention under adapters: W + s·B R A in the parameter's place, G from its own gradient."""
+"""Adapters for embeddings, convolutions and attention: W + s·B R A replaces the parameter, and G is its gradient."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def holding(layer: nn.Module, **options: Any) -> Any:
 
 
 def effective(model: Any) -> dict[str, Tensor]:
-    """Every parameter of the plain network as W + s·B R A, from the factors alone, in fp64."""
+    """Return the plain network's parameters with W + s·B R A computed from the factors alone, in fp64."""
     weights = {name: p.detach().double() for name, p in Net().named_parameters()}
     for name, layer in adapted(model).items():
         b, core, a = (part["default"].double() for part in (layer.lorasb_B, layer.lorasb_R, layer.lorasb_A))
@@ -64,7 +64,7 @@ def test_the_output_and_the_gradient_of_r_are_those_of_the_sum_of_weights(train:
 
 @pytest.mark.parametrize("strategy", ["auto", "accumulate"])
 def test_an_initialization_takes_the_first_step_of_full_fine_tuning(strategy: str) -> None:
-    """B and A are the leading factors of -sign(G), G being autograd's gradient of each parameter over the samples."""
+    """B and A are the leading factors of -sign(G), where G is autograd's gradient of a parameter over the samples."""
     model = patched(init="update")
     batches = [batch(seed) for seed in range(3)]
     lorasb.initialize(model, batches, lr=1e-2, loss_fn=loss, strategy=strategy, progress=False)
@@ -93,7 +93,7 @@ def test_per_sample_moments_are_of_linear_layers_only() -> None:
 
 
 def test_the_export_is_what_pefts_lora_reads(tmp_path: Path) -> None:
-    """From a model and from a folder: embeddings and convolutions have names and shapes of their own there."""
+    """From a model and from a folder; PEFT has special names and shapes for embeddings and convolutions."""
     targets = ["embed", "conv", "image", "head"]
     model, ids = patched(target_modules=targets).eval(), batch()["ids"]
     want = model(ids)
@@ -134,7 +134,7 @@ def test_rows_choose_adapters_of_embeddings_and_convolutions() -> None:
 
 
 def test_weights_computed_in_every_forward_and_of_several_widths_are_refused() -> None:
-    """As wav2vec2's convolution of positions: what took the weight's place would be overwritten."""
+    """For example, in wav2vec2's positional convolution an adapted weight would be overwritten."""
     for layer, message in (
         (nn.utils.weight_norm(nn.Conv1d(4, 4, 3)), "is a Conv1d whose weight is computed in every"),
         (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)), "is a .*Conv1d whose weight is computed in every"),
@@ -157,7 +157,7 @@ def test_an_argument_of_a_convolutions_own_is_refused_and_not_dropped() -> None:
 
 
 def test_small_updates_of_a_convolution_survive_bf16() -> None:
-    """Beside the base: W + s·B R A in bf16 would round what is 2^-9 of W away."""
+    """They are added to the base's output: W + s·B R A in bf16 would round 2^-9 of W away."""
     torch.manual_seed(0)
     conv = nn.Conv1d(32, 32, 1, bias=False, dtype=torch.bfloat16)
     layer = holding(conv, r=4, init="random").base_model.model.one
@@ -179,7 +179,7 @@ def test_an_offloaded_base_says_so() -> None:
 
 
 def test_dropout_of_a_convolution_drops_its_input_on_the_adapters_path() -> None:
-    """With R's path alone, dropped inputs scale by 1 / (1 - p): the mean over many masks is the result without."""
+    """Only the adapter's path has dropout, scaled by 1 / (1 - p): the mean over many masks is the result without it."""
     model = lorasb.patch(Net(), r=3, target_modules=["conv"], init="kaiming", lora_dropout=0.5)
     layer: Any = model.base_model.model.conv
     x = torch.randn(2, 8, 7)
@@ -194,7 +194,7 @@ def test_dropout_of_a_convolution_drops_its_input_on_the_adapters_path() -> None
 
 @pytest.mark.parametrize("target", ["self_attn", "linear1"])
 def test_an_encoder_layer_of_torch_does_not_read_past_the_adapter(target: str) -> None:
-    """In evaluation without gradients it would hand the attention's plain weights to a kernel."""
+    """In evaluation without gradients, torch's layer would pass the attention's plain weights to a kernel."""
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     model = lorasb.patch(net, r=2, target_modules=[target], init="kaiming").eval()
@@ -208,7 +208,7 @@ def test_an_encoder_layer_of_torch_does_not_read_past_the_adapter(target: str) -
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("target", ["self_attn", "linear1"])
 def test_padded_rows_go_through_an_adapted_encoder_of_torch(target: str) -> None:
-    """It would make nested tensors of them, which its layers take by the kernel alone that reads past adapters."""
+    """torch's encoder would make nested tensors of them, which only the kernel that bypasses adapters accepts."""
     torch.manual_seed(0)
     net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x, pad = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
@@ -236,7 +236,7 @@ def test_a_compiled_network_is_one_graph_and_computes_the_same() -> None:
 
 
 def test_an_embedding_of_positions_looks_up_what_it_computes() -> None:
-    """OPT's takes a mask and looks up counts of its ones: the adapter has to follow its forward."""
+    """OPT's takes a mask and looks up counts of its ones: the adapter has to use its forward."""
     torch.manual_seed(0)
     model = lorasb.patch(opt(), r=3, target_modules=["embed_positions"], init="kaiming").eval()
     want = logits(model)
@@ -259,7 +259,7 @@ def test_one_module_in_two_places_is_adapted_in_both() -> None:
 
 
 def test_half_of_a_tied_embedding_is_refused() -> None:
-    """T5 looks tokens up in its stacks' embeddings, which share the weight of `shared`: an adapter there does nothing."""
+    """T5's stacks look tokens up in embeddings that share `shared`'s weight: an adapter on `shared` does nothing."""
     with pytest.raises(ValueError, match=r"'shared' shares its weight with the embedding '\w+\.embed_tokens'"):
         lorasb.patch(make("t5"), r=3, target_modules=["shared"], init="random")
 
@@ -277,7 +277,7 @@ def test_sparse_gradients_and_ids_by_name() -> None:
 
 
 def test_a_scaled_embedding_scales_its_adapter() -> None:
-    """Gemma's embeddings multiply what they look up."""
+    """Gemma's embeddings scale what they look up."""
 
     class Scaled(nn.Embedding):
         embed_scale = 4.0
@@ -291,13 +291,13 @@ def test_a_scaled_embedding_scales_its_adapter() -> None:
 
 
 def test_a_tied_head_keeps_its_weight_when_the_embedding_is_merged() -> None:
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):  # PEFT's, on principle
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):  # PEFT warns in any case
         model = lorasb.patch(llama(), r=4, target_modules=["embed_tokens", "q_proj"], init="kaiming").eval()
     base: Any = model.base_model.model
     head, want = base.lm_head.weight, logits(model)
     assert isinstance(base.model.embed_tokens, LoRASBEmbedding)
     before = head.detach().clone()
-    with pytest.warns(UserWarning, match="tied_target_modules"):  # PEFT's merges would change the head
+    with pytest.warns(UserWarning, match="tied_target_modules"):  # merging in PEFT would change the head
         model.merge_adapter()
     check(logits(model), want, MERGE)
     check(head.detach(), before, EXACT)

@@ -1,4 +1,4 @@
-"""Files that are read, damaged in hundreds of ways: a documented error that names the file, or a result, no third."""
+"""Input files, damaged in hundreds of ways: a documented error that names the file, or a result, nothing else."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ODD: tuple[Any, ...] = (
 
 
 def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
-    """Bits turned, bytes removed, repeated or replaced, other encodings, or another kind of file."""
+    """Flip bits; remove, repeat or insert bytes; or return another encoding or kind of file."""
     kind = draw.randrange(8)
     at = draw.randrange(len(data) + 1)
     if kind == 0:
@@ -64,7 +64,7 @@ def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
 
 
 def damaged_json(value: Any, draw: random.Random) -> Any:
-    """A JSON value with one of its parts replaced, removed or renamed."""
+    """Return a JSON value with one of its parts replaced, removed or renamed."""
     value = copy.deepcopy(value)
     place, parents = value, []
     while isinstance(place, dict | list) and place and (not parents or draw.random() < 0.6):
@@ -85,7 +85,7 @@ def damaged_json(value: Any, draw: random.Random) -> Any:
 
 
 def damage_tensors(file: Path, draw: random.Random) -> None:
-    """A factor missing, under another name too, of another shape, dtype or value, or no factor at all."""
+    """Remove a factor, duplicate it under another name, change its shape, dtype or values, or remove all factors."""
     tensors = load_file(file)
     key = draw.choice(sorted(tensors))
     value, other = tensors[key], draw.choice((f"{key}x", key.removeprefix("base_model."), f"{key}.other", ""))
@@ -144,7 +144,7 @@ def load_adapter(world: World, folder: Path) -> None:
         theirs = json.loads((folder / CONFIG).read_text())["peft_type"] != "LORASB"
     except (ValueError, KeyError, TypeError, RecursionError):
         theirs = True
-    if theirs:  # PEFT reads this much itself, before it knows whose adapter it is
+    if theirs:  # PEFT itself reads this much before it knows the adapter's type
         return
     base, plain = make("llama"), make("llama")
     try:
@@ -154,7 +154,7 @@ def load_adapter(world: World, folder: Path) -> None:
         logits(loaded)
         loaded.unload()
     finally:
-        assert not layers(base), "the base stays patched"
+        assert not layers(base), "the base is still patched"
         check_equal(dict(base.state_dict()), dict(plain.state_dict()))
 
 
@@ -216,12 +216,12 @@ def test_checkpoints(world: World, tmp_path: Path, count: int) -> None:
         before = changed.read_bytes()
         damage(changed, draw)
         if changed.read_bytes() != before:
-            attempt(lambda: look(world, folder, changed), f"{changed.name}, seed {seed}")  # noqa: B023
+            attempt(lambda: check_run(world, folder, changed), f"{changed.name}, seed {seed}")  # noqa: B023
         shutil.rmtree(folder)
 
 
-def look(world: World, folder: Path, changed: Path) -> None:
-    """A damaged checkpoint or start is left out, another file of the run is an error or as good as not there."""
+def check_run(world: World, folder: Path, changed: Path) -> None:
+    """Check that a damaged checkpoint or start is left out; other damaged files raise or count as missing."""
     identity = json.loads((world.run / "checkpoints" / "run.json").read_text())
     run = RunFolder(replace(world.settings, output=str(folder)), identity)
     state = run.look()

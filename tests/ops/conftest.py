@@ -1,4 +1,4 @@
-"""The kernels that the ops are tested with: besides those of all tests a naive table of products."""
+"""The kernels that the ops are tested with: those of all tests, and a naive table of products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorasb.ops import registry
 
 @pytest.fixture(params=["eager", "naive", *SETS])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Eager, another table of products, and the C++ kernels of every instruction set that this processor has."""
+    """Eager torch, a naive table of products, and the C++ kernels of every instruction set that this processor has."""
     if request.param == "naive":
         naive = (partial(call, NAIVE) for call in (eager.forward, eager.backward))
         found = registry.direct_kernels["eager", "cpu"]

@@ -1,5 +1,5 @@
-"""Signatures of calls, equal where checks and kernels are the same; and plain calls on the CPU, which skip the dispatcher:
-what comes out is the op's, to the bit.
+"""Call signatures are equal where checks and kernels are the same; plain CPU calls skip the dispatcher, and their
+results equal the op's bit for bit.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Signature = Callable[..., Any]
 
 @pytest.fixture(params=["python", pytest.param("extension", marks=needs_extension)])
 def ways(request: pytest.FixtureRequest) -> tuple[Signature, Signature]:
-    """`of` and `metadata`."""
+    """The functions `signature` and `metadata`, in Python or from the extension."""
     if request.param == "python":
         return calls.signature_in_python, calls.metadata_in_python
     return cpp.extension.signature, cpp.extension.metadata
 
 
 def tensors() -> st.SearchStrategy[Tensor]:
-    """Of few kinds, so that two are often alike."""
+    """Tensors of few kinds, so that two often match."""
 
     def build(dtype: torch.dtype, shape: tuple[int, ...], turned: bool, parameter: bool, start: int) -> Tensor:
         storage = torch.zeros(64, dtype=dtype)[start:]
@@ -98,7 +98,7 @@ def test_nothing_is_known_where_ops_are_intercepted(ways: tuple[Signature, Signa
 
     with FlopCounterMode(display=False):
         look(x)
-    with torch.device("cpu"):  # a mode of __torch_function__
+    with torch.device("cpu"):  # a __torch_function__ mode
         look(x)
     torch.func.grad(look)(x)
     torch.jit.trace(look, (x,), check_trace=False)
@@ -108,7 +108,7 @@ def test_nothing_is_known_where_ops_are_intercepted(ways: tuple[Signature, Signa
 
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> reference.Case:
-    """Of a call that has a backward of our own, where nothing has passed yet."""
+    """A call that uses our own backward; no signature has passed the checks yet."""
     monkeypatch.setattr(calls, "known", set())
     monkeypatch.setattr(eager, "SMALL_BYTES", 0)
     return reference.make_case((5,), 24, 20, 4, torch.float32)
@@ -191,13 +191,13 @@ def test_addresses_of_aligned_tensors() -> None:
 
 @needs_extension
 def test_memory_that_nobody_wrote_is_nan_in_every_test() -> None:
-    """However the kernels' callers allocate it: what reads it before it is written gives NaN."""
+    """However the kernels' callers allocate memory, reading it before it is written gives NaN."""
     like = torch.ones(3, dtype=torch.bfloat16)
     made = [torch.empty(3), torch.empty_like(like), like.new_empty(3), *cpp.extension.allocate(like, [(3,)])]
     assert all(tensor.isnan().all() for tensor in made)
 
 
-def by_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_direct_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "direct_kernels", {})
 
 
@@ -209,7 +209,7 @@ def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, m
     results = []
     for _ in range(2):
         results.append(run(*cases, **options, seed=1))
-        by_the_op(monkeypatch)
+        disable_direct_kernels(monkeypatch)
     check_equal(*results)
 
 
@@ -217,14 +217,14 @@ def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, m
 def test_a_second_derivative_is_refused_as_by_the_op(
     case: reference.Case, constant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of y.sum(), too, whose gradient is a constant, yet dx depends on R: silence would be a wrong number."""
+    """Also of y.sum(): its gradient is constant, yet dx depends on R, so the result would be wrong without an error."""
     for _ in range(2):
         x, core = case.x.clone().requires_grad_(True), case.core.clone().requires_grad_(constant)
         y = lora_sb_linear(x, case.weight, case.a, core, case.b)
         loss = (y if constant else y.square()).sum()
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(loss, x, create_graph=True)[0].square().sum().backward()
-        by_the_op(monkeypatch)
+        disable_direct_kernels(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "rows" not in kind])
@@ -267,7 +267,7 @@ def test_frozen_tensors_get_no_gradients(kind: str, composed: bool, backend: str
 
 
 def test_a_checkpoint_recomputes_what_a_mode_saw_forward(case: reference.Case) -> None:
-    """The op and the fast path save as many tensors, the seed of dropout among them."""
+    """The op and the fast path save the same number of tensors, including dropout's seed."""
     x = case.x.clone().requires_grad_(True)
 
     def call(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Derivatives beyond one backward: right by torch's own operations under a transform, else refused, and never wrong."""
+"""Derivatives beyond one backward: under a transform, torch's own ops compute them; others are right or refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFUSED = "no second derivative"
 
 
 def layers_of(kind: str, dtype: torch.dtype = torch.float64, n: int = 32) -> tuple[reference.Case, Layer, Layer]:
-    """A call's first case, the call with one R for all members, and the same in torch's own operations."""
+    """A call's first case, the call with one R for all members, and the same call in plain torch."""
     cases, options = make_call(kind, dtype, (), n, n, 4)
     return cases[0], *functions_of(cases, bool(options))
 
@@ -98,13 +98,13 @@ def test_a_second_derivative_is_right_or_refused_at_real_sizes(M: int, autocast:
 
 
 def test_the_path_from_x_to_the_gradient_of_r_is_not_pruned(composed: bool) -> None:
-    """dR = s·tᵀ u is linear in x where the loss is a sum: only u leads from it to x."""
+    """If the loss is a sum, dR = s·tᵀ u is linear in x and depends on x only through u."""
     case, layer, expected = layers_of("dense")
     results = []
     for function in (layer, expected):
         x, core = (t.clone().requires_grad_(True) for t in (case.x, case.core))
         (dcore,) = torch.autograd.grad(function(x, core).sum(), core, create_graph=True)
-        loss = dcore.square().sum() + x.sum()  # autograd.grad would not complain of x
+        loss = dcore.square().sum() + x.sum()  # so that autograd.grad does not report x as unused
         if function is layer and not composed:
             with pytest.raises(RuntimeError, match=REFUSED):
                 torch.autograd.grad(loss, x)
@@ -198,9 +198,9 @@ def test_dropout_under_vmap_follows_its_randomness() -> None:
 
 
 def test_gradients_by_sample_of_a_patched_model() -> None:
-    """What per-sample gradients of all R cost: r² numbers a sample and layer."""
+    """Per-sample gradients of all R's take r² numbers per sample and layer."""
     model = models.patched(init="lora-xs")
-    model.get_base_model().set_attn_implementation("eager")  # the fused one has no rule for vmap, which warns
+    model.get_base_model().set_attn_implementation("eager")  # the fused one has no vmap rule, so vmap warns
     ids = models.text(3, 7, 0)["input_ids"]
     cores = {name: p for name, p in model.named_parameters() if p.requires_grad}
 

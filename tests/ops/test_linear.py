@@ -1,5 +1,5 @@
 """Every kind of call against independent references: values, gradients, memory, determinism, tracing, dropout, bad
-input; and what rows with an R of their own, and members of groups, compute alone, whatever the others hold.
+input. Rows with an R each, and members of groups, give the same results as alone, whatever the others contain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from calls import FEW, INDEX, KINDS, check, check_pooled, exact, make_call, outputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measuring import kept_for_backward, threads
+from measuring import saved_for_backward, threads
 from torch import Tensor
 
 import lorasb
@@ -26,7 +26,7 @@ from lorasb.functional import lora_sb_linear, lora_sb_linear_group
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "eager", *(("cpp",) if cpp.missing() is None else ()))
-PRODUCTS = ("dense", "no bias", "no W", "group", "group without biases")  # which torch may compose where they are small
+PRODUCTS = ("dense", "no bias", "no W", "group", "group without biases")  # small ones may be composed of torch's ops
 GROUPS = ("group", "rows of a group")
 long = pytest.mark.long
 
@@ -127,7 +127,7 @@ def test_gradcheck(backend: str, kind: str, small_bytes: int, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [("dense", name) for name in BACKENDS if name != "cpp"]  # which has the kernel of "auto"
+    [("dense", name) for name in BACKENDS if name != "cpp"]  # same kernel as "auto"
     + [(kind, "auto") for kind in ("no W", "frozen core", "frozen x", "dropout", "dropout of a group", "int8", "rows")]
     + [("nf4", BACKENDS[-1]), ("rows of a group", BACKENDS[1]), ("dense", "triton")]
     + [pytest.param(kind, name, marks=long) for kind in KINDS for name in BACKENDS],
@@ -143,11 +143,11 @@ def test_opcheck(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "dropout"])
 def test_backward_keeps_u_and_never_x(composed: bool, kind: str, dtype: torch.dtype) -> None:
-    """Of dropout a seed, and no mask; of a quantized W nothing that is dense; of rows their index."""
+    """Dropout saves a seed and no mask, a quantized W nothing dense, and rows their index."""
     cases, options = make_call(kind, dtype, (80,), 96, 64, 8)
     stored = [t for case in cases for t in getattr(case.weight, "tensors", [case.weight]) if t is not None]
     x = cases[0].x.clone().requires_grad_(True) * 1.0
-    with kept_for_backward((*stored, *(t for case in cases for t in (case.a, case.core, case.b)))) as kept:
+    with saved_for_backward((*stored, *(t for case in cases for t in (case.a, case.core, case.b)))) as kept:
         outputs(cases, x, [case.core.requires_grad_(True) for case in cases], **options)
     composes = composed and not cpp.serves(dtype) and kind in PRODUCTS
     core = 8 * 8 * dtype.itemsize if composes else 0  # s·R in x's dtype, which dx needs
@@ -180,7 +180,7 @@ def test_what_is_not_finite_stays_in_its_row_or_column(kernel: str, rows: int, d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_is_linears_own_and_keeps_r_in_fp32(composed: bool, kind: str) -> None:
-    """As the same call in bf16, to the bit; its backward under autocast, too, as some loops have it."""
+    """Equal to the same call in bf16 bit for bit; the backward also runs under autocast, as in some training loops."""
     cases, options = make_call(kind, torch.float32)
 
     def half(value: Any) -> Any:
@@ -196,7 +196,7 @@ def test_autocast_is_linears_own_and_keeps_r_in_fp32(composed: bool, kind: str) 
 
 
 def with_compiled(cases: list[reference.Case], dynamic: bool, **options: Any) -> list[Callable[..., Tensor]]:
-    """The y_j in one tensor, by x, the cores and an index; and the same function compiled."""
+    """A function of x, the cores and an index that returns the y_j in one tensor, and the same function compiled."""
 
     def function(x: Tensor, cores: list[Tensor], index: Tensor | None) -> Tensor:
         return torch.cat(outputs(cases, x, cores, index=index, **options), -1).relu()
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_a_view_is_read_as_its_copy(kernel: str, dtype: torch
     for result, copied, want in zip(found, run(case, **options), exact(case, **options), strict=True):
         if kernel != "eager":
             assert torch.equal(result, copied)
-        elif dtype == torch.float32:  # torch's own products sum in an order that follows strides
+        elif dtype == torch.float32:  # torch's own products sum in an order that depends on strides
             tolerances.check(result, want, tolerances.fp32(61 + 16))
         else:
             tolerances.check_half(result, copied, want)
@@ -376,7 +376,7 @@ def test_results_repeat_and_do_not_depend_on_threads(kernel: str) -> None:
 
 
 def test_a_slice_of_a_larger_stack_is_read_where_it_lies(kernel: str) -> None:
-    """A bank keeps R's of all layers of an adapter side by side: the stack of one layer has gaps."""
+    """A bank stores the R's of all layers of an adapter contiguously, so the stack of one layer has gaps."""
     (case,), options = make_call("rows", torch.float32, (1,))
     wide = torch.full((3, 3, *case.core.shape[1:]), float("nan"))
     wide[:, 1] = case.core

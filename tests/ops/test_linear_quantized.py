@@ -19,7 +19,7 @@ from tolerances import check as close
 from lorasb.backends import cpp
 from lorasb.functional import lora_sb_linear, quantized_linear
 
-BF16 = ("AMX", "AVX-512 with bf16")  # where our own product takes any number of tokens
+BF16 = ("AMX", "AVX-512 with bf16")  # with these, our own product takes any number of tokens
 ROWS = (0, 1, 2, 3, 4, 5, 9, 17, 70, 97)
 long = pytest.mark.long
 SHAPES = [
@@ -75,7 +75,7 @@ def test_halves_in_any_shape(kernel: str, rows: int, m: int, n: int, block: int,
 @pytest.mark.parametrize("block", [32, 128, 256, 512, 1024, 2048, 4096])
 def test_few_tokens_meet_the_scales_of_every_block(kernel: str, block: int) -> None:
     weight = storage(24, 8192, "nf4", block)
-    weight.tensors[1].mul_(1 + torch.arange(len(weight.tensors[1])) % 7)  # another scale in every block
+    weight.tensors[1].mul_(1 + torch.arange(len(weight.tensors[1])) % 7)  # a different scale in every block
     x = torch.randn(8, 8192, generator=torch.Generator().manual_seed(0)).bfloat16()
     want = x.double() @ unrounded(weight).double().t()
     for rows in range(1, 9):
@@ -109,7 +109,7 @@ def test_results_do_not_depend_on_the_number_of_threads_or_the_time(kernel: str)
         for count in (1, 2, 2):
             with threads(count):
                 found.append(run(case))
-        # The adapter's thin products may be the BLAS's, which cuts some sums by threads.
+        # The adapter's thin products may run in a BLAS, which splits some sums by threads.
         ours = r == 0 and kernel != "eager" and (rows < 5 or (kernel in BF16 and dtype == torch.bfloat16))
         for first, second, third in zip(*found, strict=True):
             close(second, third, EXACT)

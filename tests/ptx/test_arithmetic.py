@@ -1,4 +1,4 @@
-"""Each instruction on numbers and bits against a definition of its own, in Python's integers and exact fractions."""
+"""Each instruction, on numbers and bits, against an independent definition in Python's integers and exact fractions."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ FLOAT_EDGES = (
 WIDTH = {f"{kind}{bits}": bits for kind in "sub" for bits in (16, 32, 64)}
 WIDTH |= {"f32": 32, "count": 32, "place": 32, "length": 32}  # the last three are ranges of a u32
 EDGES = {"f32": FLOAT_EDGES, "s32": EDGES_32, "u32": EDGES_32, "b32": EDGES_32}
-# operands are below these; shifts beyond the width move everything out
+# operands are below these; shifts beyond the width shift every bit out
 LIMITS = {kind: 2**bits for kind, bits in WIDTH.items()} | {"count": 71, "place": 32, "length": 33}
-NUMBERS = st.randoms(use_true_random=True)  # seeded by hypothesis; drawing each number by it takes ten times as long
+NUMBERS = st.randoms(use_true_random=True)  # seeded by hypothesis; drawing each number with it takes ten times as long
 
 
 def column(kind: str, numbers: random.Random) -> list[int]:
-    """Operands of the 32 threads, half of them edges where there are some."""
+    """Operands of the 32 threads, half of them edge cases if the type has any."""
     drawn, edges = [numbers.randrange(LIMITS[kind]) for _ in range(32)], EDGES.get(kind)
     return [numbers.choice(edges) if edges and numbers.random() < 0.5 else one for one in drawn]
 
 
 def number(kind: str, bits: int) -> int:
-    """Bits as the integer that a type reads; of fp32 the bits themselves."""
+    """Bits as the integer that a type reads; for fp32, the bits themselves."""
     return bits - (1 << WIDTH[kind]) if kind[0] == "s" and bits >> WIDTH[kind] - 1 else bits
 
 
@@ -49,20 +49,20 @@ def value_of(bits: int) -> float:
 
 
 def nearest(exact: Fraction) -> int:
-    """The fp32 bits nearest to an exact value, ties to even, subnormals kept; zero is positive."""
+    """The bits of the fp32 number nearest to an exact value: ties to even, subnormals allowed; zero is positive."""
     if exact == 0:
         return 0
     sign, size = (0x80000000, -exact) if exact < 0 else (0, exact)
     exponent = max(-126, size.numerator.bit_length() - size.denominator.bit_length() - 1)
     if size >= Fraction(2) ** (exponent + 1):
         exponent += 1
-    # a subnormal number lacks the leading 1 that the sum takes for a part of the exponent, and a carry adds one to it
+    # The leading 1 adds one to the exponent field: a subnormal number has none, and a carry from rounding adds another.
     bits = (exponent + 126 << 23) + round(size / Fraction(2) ** (exponent - 23))
     return sign | min(bits, 0x7F800000)
 
 
 def divide(a: int, b: int) -> int:
-    """Toward zero."""
+    """a / b, rounded toward zero."""
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
@@ -116,14 +116,14 @@ def to_bf16(bits: int) -> int:
 
 
 def to_tf32(bits: int) -> int:
-    """Ties away from zero."""
+    """Round to tf32, ties away from zero."""
     if not math.isfinite(value_of(bits)):
         return bits
     return (bits & 0xFFFFE000) + (0x2000 if bits & 0x1000 else 0)
 
 
 def to_s32(bits: int) -> int:
-    """Toward zero, clamped; NaN is zero."""
+    """Round toward zero and clamp; NaN becomes zero."""
     return 0 if math.isnan(value_of(bits)) else int(max(-(2**31), min(2**31 - 1, value_of(bits))))
 
 
@@ -205,13 +205,13 @@ def check(opcode: str, columns: Sequence[Sequence[int]]) -> None:
 @settings(max_examples=40, deadline=None)
 def test_instructions(opcode: str, numbers: random.Random) -> None:
     columns = [column(kind, numbers) for kind in OPERATIONS[opcode][0]]
-    if opcode.startswith(("div", "rem")):  # by zero is not defined
+    if opcode.startswith(("div", "rem")):  # division by zero is not defined
         columns[1] = [value or 1 for value in columns[1]]
     check(opcode, columns)
 
 
 def test_a_double_rounding_is_none() -> None:
-    """a·b + c that fp64 rounds to the middle between two fp32 numbers; one that is nearly there, and one that is."""
+    """a·b + c that fp64 cannot represent; one just above the midpoint of two fp32 numbers, and one at it."""
     one, above = 0x3F800000, 0x3F800001
     for operands in ((above, above, 0x21800000), (one, 0x33800001, one), (one, 0x33800000, one)):
         check("fma.rn.f32", [[bits] * 32 for bits in operands])

@@ -1,4 +1,4 @@
-"""Every check finds a fault that is planted, and leaves the same kernel without it alone."""
+"""Every check finds a planted fault, and accepts the same kernel without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.kernels.ptx import KernelError, thread_block
 from benchmarks.kernels.ptx.program import Program
 
 ARRAYS = np.arange(256, dtype=np.uint32), np.zeros(64, np.uint32)  # read and written by 64 threads
-BARRIER, SYNC = "bar.sync 0;\n", "SYNC\n"  # SYNC: where there has to be one
+BARRIER, SYNC = "bar.sync 0;\n", "SYNC\n"  # SYNC: where a barrier is required
 STORE = "mad.wide.u32 %rd8, %r0, 4, %rd2;\nst.global.b32 [%rd8], %r1;\n"
 COPY = "mad.wide.u32 %rd9, %r0, 4, %rd1;\nld.global.b32 %r1, [%rd9];\n" + STORE
 TO_SHARED = "shl.b32 %r2, %r0, 2;\nmov.b32 %r3, global_smem;\nadd.s32 %r4, %r3, %r2;\nst.shared.b32 [%r4], %r0;\n"
@@ -89,14 +89,14 @@ def test_warps_need_a_barrier_between_them(body: str, message: str) -> None:
 
 
 def test_a_half_that_is_never_written_is_undefined_and_shows() -> None:
-    """LLVM packs what it needs with nothing: the other half's result is right, and the undefined one is all ones."""
+    """LLVM packs a value with an undefined half: the value's half is right, and the undefined half is all ones."""
     body = "mov.u32 %r2, 7;\nmov.b64 %rd7, {%r2, %r3};\nmov.b64 {%r1, %r4}, %rd7;\n" + STORE
     assert stored(body) == [7] * 64
     assert stored(body.replace("%r1, %r4", "%r4, %r1")) == [2**32 - 1] * 64
 
 
 def test_a_read_that_lies_in_padding_is_no_read_of_the_tensor() -> None:
-    """Vectors of 16 bytes over a tensor of two elements less than whole vectors: 8 bytes too many."""
+    """16-byte vectors over a tensor that is two elements short of full vectors read 8 bytes too many."""
     body = "mad.wide.u32 %rd9, %r0, 16, %rd1;\nld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd9];"
     run(body, ARRAYS, threads=64)
     fails(body, "8 bytes past the end", [ARRAYS[0][:-2]])
@@ -127,7 +127,7 @@ $DONE:
 
 @pytest.mark.parametrize("last", range(4))
 def test_the_last_program_may_read_what_all_released(last: int) -> None:
-    """Four programs write, arrive at a counter, and the last to come reads: whichever it is."""
+    """Four programs write and arrive at a counter; the last to arrive reads, whichever it is."""
     order = [block for block in range(4) if block != last] + [last]
     counter, values = run(ARRIVE, ARRAYS, threads=64, blocks=4, order=order)
     assert values[:4].tolist() == [0, 1, 2, 3]

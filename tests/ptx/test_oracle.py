@@ -1,5 +1,5 @@
-"""An oracle beside the interpreter: `sentryward` finds a kernel free of races in every schedule of a fixed launch. It
-knows no branches on data (split sums), no wgmma and no codebooks; two stores of one value are a race to it.
+"""Besides the interpreter, an oracle: `sentryward` finds a kernel free of races in every schedule of a fixed launch. It
+supports no branches on data (split sums), no wgmma and no codebooks; it counts two stores of one value as a race.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorasb.kernels.block_sizes import GemmConfig, PrepConfig
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.plan import LaunchPlan
 
-pytest.importorskip("sentryward", reason="pip install sentryward finds races of kernels")
+pytest.importorskip("sentryward", reason="needs sentryward, which finds races: pip install sentryward")
 ARCHS = ("sm_86", "sm_90", "sm_100")
 pytestmark = [
     pytest.mark.skipif(environment.PTX not in ARCHS, reason="reads compiled kernels: pytest --ptx sm_86 -m long"),
@@ -36,11 +36,11 @@ def extended_gemm(op: str, stages: int, executor: Executor) -> tuple[Launch, Com
 
 
 def verdict(launch: Launch, compiled: Compiled, ptx: str, folder: Path) -> str:
-    """What the oracle says of a kernel at its launch."""
+    """The oracle's verdict on a kernel at its launch."""
     from sentryward import verify
 
     parameters = parsed(compiled.ptx).parameters.values()
-    pairs = zip(parameters, flattened(launch, compiled.signature), strict=False)  # and two of Triton's own
+    pairs = zip(parameters, flattened(launch, compiled.signature), strict=False)  # Triton adds two more
     arguments = [
         {"parameter": i, "type": parameter.kind, "value": value}
         for i, (parameter, value) in enumerate(pairs)

@@ -1,4 +1,4 @@
-"""Copies by descriptor and their mbarriers: where elements land, and what has to come before and after."""
+"""Copies by descriptor and their mbarriers: where elements land, and what has to precede and follow a copy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OUT = BARRIER + WRITE + FENCE + BARRIER + COPY_OUT + COMMIT + DONE
 
 
 def executed(body: str, width: int = 32) -> tuple[ThreadBlock, np.ndarray[Any, Any]]:
-    """A block after a copy of 16 rows and 32 columns from (8, 32) on, and what it has copied out."""
+    """A block after a copy from (8, 32) on, 16 rows and 32 columns (32 and 16 for width 32), and what it copied out."""
     program, memory = Program.parse(HEAD + body + "ret;\n}\n"), GlobalMemory(1 << 16)
     source = memory.allocate(MATRIX.view(np.uint8).reshape(-1))
     target = memory.allocate(np.zeros(MATRIX.nbytes, np.uint8))
@@ -66,7 +66,7 @@ def executed(body: str, width: int = 32) -> tuple[ThreadBlock, np.ndarray[Any, A
 
 @pytest.mark.parametrize("width", [0, 32, 64])
 def test_elements_land_swizzled_and_zeros_beyond_the_matrix(width: int) -> None:
-    """Lines of 16 bytes as the PTX ISA draws them: by row, each eight rows permuted the same way."""
+    """16-byte chunks are where the PTX ISA draws them: row by row, every eight rows permuted the same way."""
     block, _ = executed(IN, width)
     rows, columns = (32, 16) if width == 32 else (16, 32)
     want = np.zeros((rows, columns), np.uint16)

@@ -14,7 +14,7 @@ from benchmarks.kernels.ptx.shared_memory import SharedMemory
 
 TO_BITS = {"bf16": formats.to_bf16, "f16": formats.to_f16}
 FROM_BITS = {"bf16": formats.from_bf16, "f16": formats.from_f16}
-FP32_SUM = 2e-6  # of sums of 16 products in fp64, rounded to fp32 once
+FP32_SUM = 2e-6  # tolerance for sums of 16 products in fp64, rounded to fp32 once
 
 
 def random(*shape: int, seed: int = 0) -> Any:
@@ -84,7 +84,7 @@ def test_matrices_go_to_registers_and_back(count: int, transposed: bool) -> None
 
 
 def test_ldmatrix_reads_rows_that_its_lanes_name() -> None:
-    """x4 from shared memory: row i of matrix k at the address of lane 8·k + i."""
+    """x4 from shared memory: lane 8·k + i holds the address of row i of matrix k."""
     body = """
 shl.b32 %r2, %r0, 4;
 mad.wide.u32 %rd7, %r0, 16, %rd1;
@@ -168,7 +168,7 @@ PRODUCT = f"""
     ("removed", "instead", "message"),
     [
         (WAIT, "mov.b32 %r7, %r2;" + WAIT, ""),  # an operand may be read
-        (WAIT, MULTIPLY + WAIT, ""),  # and another product added
+        (WAIT, MULTIPLY + WAIT, ""),  # and another product may be added
         (AFTER, BARRIER + WRITE, ""),  # after the wait, memory is free
         (WAIT, "mov.b32 %r6, %f1;", "read of %f1, which a wgmma in flight adds to"),
         (WAIT, "mov.b32 %f4, 0;", "write of %f4, which a wgmma in flight uses"),

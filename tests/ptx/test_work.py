@@ -1,4 +1,4 @@
-"""What is counted of an access and of an instruction, against definitions lane by lane."""
+"""Counts for a memory access and for an instruction, against lane-by-lane definitions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WARP = 32
 
 
 def passes_by_hand(addresses: list[int], size: int) -> int:
-    """One warp's wavefronts: 128 bytes of lanes at a time, as often as the busiest bank has different words."""
+    """One warp's wavefronts: for each 128 bytes of lanes, the number of different words in the busiest bank."""
     total, lanes = 0, min(WARP, 128 // size)
     for first in range(0, len(addresses), lanes):
         banks: dict[int, set[int]] = {}

@@ -24,7 +24,7 @@ bnb = pytest.importorskip("bitsandbytes")
 
 @functools.cache
 def weights(stored: torch.dtype) -> list[tuple[QuantizedWeight, torch.Tensor]]:
-    """Storages of all kinds, blocks and shapes, and their values in the dtype that they stand for."""
+    """Storages of all kinds, block sizes and shapes, with their values in the dtype `stored`."""
     cases = itertools.product(("nf4", "fp4"), BLOCKS, (False, True), SHAPES)
     found = [
         storage(*shape, kind, block, nested, stored) for kind, block, nested, shape in cases if all(shape) or not nested
@@ -55,7 +55,7 @@ def test_octets_are_bitsandbytes_own(kernel: str) -> None:
 
 @functools.cache
 def by_bitsandbytes(kind: str, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Weights that bitsandbytes quantized, and dequantized again."""
+    """Weights that bitsandbytes quantized, with the values that it dequantizes."""
     g, found = torch.Generator().manual_seed(1), []
     for block, nested, m in itertools.product(BLOCKS, (False, True), (64, 7)):
         weight = torch.randn(m, block if m == 64 else 2 * block, generator=g).to(dtype)
@@ -112,7 +112,7 @@ def bf16_by_default() -> Iterator[None]:
 
 @pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta"), bf16_by_default])
 def test_statistics_do_not_depend_on_what_surrounds_them(around: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Tables are made at their first use; a state dict has the mean of nested scales as a number."""
+    """Tables are created at first use; a state dict stores the mean of nested scales as a number."""
     _, state = quantize_4bit(torch.randn(8, 64), nested=True)
     tables = ((code, ("nf4",)), (code, ("fp4",)), (dynamic_map, ()), (_grid, ()))
     expected = [make(*given) for make, given in tables]

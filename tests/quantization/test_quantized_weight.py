@@ -1,4 +1,4 @@
-"""What of a module is a quantized weight: broken storages are refused, bytes are counted, what was repacked is converted back."""
+"""Quantized weights of modules: broken storages are refused, bytes counted, repacked weights converted back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def of_4_bits(**changes: object) -> nn.Module:
 
 
 def cut(kind: str, name: str) -> nn.Module:
-    """A layer whose storage, its `data` or its `SCB`, ends too early."""
+    """A layer whose storage, `data` or `SCB`, lacks its last entry."""
     layer = to_bitsandbytes(nn.Linear(128, 64), kind)
     setattr(layer.weight, name, getattr(layer.weight, name)[:-1])
     return layer
@@ -58,7 +58,7 @@ def test_a_storage_that_is_not_whole_is_refused_by_name_and_the_model_stays(harm
 
 def test_4_bits_take_little_more_than_a_quarter_of_16() -> None:
     for nested, bound in ((False, 0.2813), (True, 0.2585)):
-        tables = 64 + (256 * 4 if nested else 0)  # whatever the size
+        tables = 64 + (256 * 4 if nested else 0)  # for a weight of any size
         assert (storage(256, 1024, nested=nested).nbytes - tables) / (256 * 1024 * 2) <= bound
 
 
@@ -82,7 +82,7 @@ def test_what_bitsandbytes_repacked_is_converted_back_exactly_where_that_is_poss
     assert torch.equal(dequantize(base.weight), theirs)
     assert not base.support_avx512bf16_for_cpu
     base.eval()(torch.randn(1, 128).bfloat16())
-    assert torch.equal(base.weight.data, want.weight.data)  # their own forward leaves it alone from now on
+    assert torch.equal(base.weight.data, want.weight.data)  # bitsandbytes' forward does not repack it again
 
 
 @pytest.mark.parametrize(

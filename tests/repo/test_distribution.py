@@ -44,7 +44,7 @@ def test_the_quick_start_runs_from_a_wheel(environment: dict[str, str], tmp_path
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         else:
             shutil.copy(ROOT / name, source / name)
-    # the sdist, and the wheel from what the sdist has
+    # build the sdist, and the wheel from the sdist
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run_python("-m", "build", "--no-isolation", cwd=source, PATH=path, **environment)
     (wheel,) = (source / "dist").glob("*.whl")
@@ -53,7 +53,7 @@ def test_the_quick_start_runs_from_a_wheel(environment: dict[str, str], tmp_path
     metadata = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
     assert b"lorasb/raw/main/docs/" in zipfile.ZipFile(wheel).read(metadata)
 
-    # requirements come from this environment, whose own lorasb a .pth file does not reach
+    # requirements come from this environment; its own lorasb is not reachable through a .pth file
     run_python("-m", "venv", "clean", cwd=tmp_path)
     python = str(tmp_path / "clean" / "bin" / "python")
     run_python("-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel, cwd=tmp_path, program=python)

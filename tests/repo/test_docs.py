@@ -29,7 +29,7 @@ def blocks(page: Path) -> str:
 
 
 def run(page: Path, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Run a page's Python blocks in a folder with these names; the names afterwards."""
+    """Run a page's Python blocks in a folder, with these names defined; return all names afterwards."""
     script = folder / f"{page.stem}.py"
     script.write_text(blocks(page), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -39,9 +39,9 @@ def run(page: Path, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def names(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What Quick start defines, which the other pages use."""
+    """The names that Quick start defines and the other pages use."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pinned memory without a GPU
+        warnings.simplefilter("ignore")  # about pinned memory without a GPU
         patch.setattr(lorasb, "demo_model", lambda: str(tiny))
         return run(ROOT / "docs" / "quickstart.md", tmp_path_factory.mktemp("quickstart"), {})
 
@@ -63,7 +63,7 @@ def test_a_pasted_page_prints_what_it_says(name: str, tmp_path: Path) -> None:
 
 
 def commands(program: str, *pages: Path) -> list[str]:
-    """What follows a program's name in shell blocks and between backquotes."""
+    """The arguments after a program's name in shell blocks and inline code."""
     found = []
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -84,7 +84,7 @@ def test_a_command_parses(line: str) -> None:
     command: Any = typer.main.get_command(cli.app)
     while hasattr(command, "commands"):  # a group
         command = command.commands[words.pop(0)]
-    if words:  # not a mention of the command by its name
+    if words:  # more than the command's name
         command.make_context("lorasb", words)  # parses, and runs nothing
 
 

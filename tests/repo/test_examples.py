@@ -1,4 +1,4 @@
-"""Every example and notebook runs, on a tiny model, and has the output of the real one."""
+"""Every example and notebook runs on a tiny model, and its file shows the output of the real one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorasb.app.settings import Settings
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES, NOTEBOOKS = sorted(FOLDER.glob("*.py")), sorted(FOLDER.glob("*.ipynb"))
-# What each prints, of a tiny model too.
+# What each prints, also with a tiny model.
 PRINTED = {
     "export": ["plain LoRA of rank 16", "LoraModel gives the same logits within"],
     "four_bits_cpu": ["MB in 4", "held-out loss"],
@@ -45,7 +45,7 @@ def test_each_is_short_and_its_docstring_has_the_command_and_the_output() -> Non
         assert len(said.splitlines()) >= 4, example.name
 
 
-@pytest.mark.filterwarnings("ignore")  # of pinned memory without a GPU, and of what TRL prepares
+@pytest.mark.filterwarnings("ignore")  # about pinned memory without a GPU, and TRL's preparations
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
 def test_it_runs(
     example: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -62,7 +62,7 @@ def test_a_row_of_each_of_the_people_is_held_out_by_default() -> None:
     train, held_out = load_examples(Settings(data=str(FOLDER / "people.jsonl"), adapter_column="user"))
     assert sorted(example.adapter for example in held_out) == ["ada", "alan", "grace"]
     known = {(example.adapter, example.completion) for example in train}
-    assert all((example.adapter, example.completion) in known for example in held_out)  # in other words
+    assert all((example.adapter, example.completion) in known for example in held_out)  # asked in other words
 
 
 def test_what_the_demo_says_comes_next_are_commands_that_parse_and_files_that_are_there() -> None:
@@ -91,7 +91,7 @@ def test_both_are_there_with_outputs_and_no_paths_of_a_machine() -> None:
         assert not any(part in text for part in ("/home/", "/root/", "/tmp/", '"stderr"')), notebook.name
 
 
-ONE, OTHER = NOTEBOOKS  # the first with more cells; docs/quickstart.md runs what the second does
+ONE, OTHER = NOTEBOOKS  # the first has more cells; docs/quickstart.md runs the same code as the second
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Imports run down the levels of the package, no files import each other in a cycle, and no call is forbidden."""
+"""Imports run down the levels of the package, without cycles, and no forbidden call is made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from docs import import_levels
 
 MODULES = import_levels.files()
 FILES = [*MODULES.values(), ROOT / "setup.py"]
-WITHOUT = {  # module or package -> what it must not import, at any depth: importing it stays cheap, or possible
+WITHOUT = {  # module or package -> what it must not import, at any depth, so that importing it is cheap, or possible
     "lorasb.kernels": ("transformers", "peft"),
     "lorasb.kernels.plan": ("triton",),
     "lorasb.kernels.block_sizes": ("triton", "torch"),
@@ -72,7 +72,7 @@ def test_no_forbidden_import_or_call(path: Path) -> None:
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in CALLS, f"{name}:{node.lineno} calls {ast.unparse(node.func)}"
         if isinstance(node, ast.Assert):
-            raise AssertionError(f"{name}:{node.lineno} asserts: user input meets errors with a message")
+            raise AssertionError(f"{name}:{node.lineno} uses assert: raise an error with a message instead")
 
 
 def test_public_functions_have_docstrings() -> None:

@@ -1,4 +1,4 @@
-"""The import of lorasb is light, PEFT knows the method whatever is imported first, and public names and signatures of 0.2.0 stay."""
+"""Importing lorasb is light, PEFT knows the method whatever is imported first, and 0.2.0's public API stays."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_import_is_light_touches_no_device_and_may_come_before_transformers() ->
 
 
 def test_peft_knows_the_method_whatever_comes_first_and_the_hook_leaves_no_trace() -> None:
-    """And every public name is there, and a backend may be chosen before anything else is imported."""
+    """Also, every public name exists, and a backend may be chosen before anything else is imported."""
     *_, trace, backend = run_each([*(f"{order}\n{KNOWN}" for order in ORDERS), NAMES, PATCH, TRACE, BACKEND])
     assert trace
     assert "Peft" not in trace
@@ -58,13 +58,13 @@ def test_unknown_names_raise() -> None:
 
 @pytest.mark.long
 def test_any_module_may_be_imported_first() -> None:
-    """Whichever it is, PEFT's registration meets no module that is half imported."""
+    """Whichever it is, PEFT's registration meets no partially imported module."""
     files = (p.relative_to(ROOT).with_suffix("") for p in sorted((ROOT / "lorasb").rglob("*.py")))
     modules = [".".join(file.parts).removesuffix(".__init__") for file in files if file.stem != "__main__"]
     assert len(run_each([f"import {name}\n{KNOWN}" for name in modules])) > 100
 
 
-# Name, or class and method -> parameters with their defaults; null for what has no signature.
+# Name, or class and method -> parameters with their defaults; null if it has no signature.
 RELEASED = json.loads((ROOT / "tests" / "data" / "public_api.json").read_text(encoding="utf-8"))
 INHERITED = {field.name for field in dataclasses.fields(PeftConfig)}  # PEFT's fields come before LoRASBConfig's
 
@@ -84,6 +84,6 @@ def test_no_public_name_is_gone() -> None:
 def test_a_signature_takes_what_it_took(name: str) -> None:
     found, by_position = parameters(name)
     assert [one for one in found if one in RELEASED[name]] == RELEASED[name]
-    # new parameters come after those that may be passed by position
+    # new parameters come after the known positional ones
     known = [one for one in by_position if one in RELEASED[name]]
     assert by_position[: len(known)] == known

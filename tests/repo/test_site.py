@@ -18,7 +18,7 @@ from processes import ROOT, attempt
 
 import lorasb
 
-WORDS = 1200  # of a page at most, 800 of the README
+WORDS = 1200  # limit per page; 800 for the README
 LONG = {"api", "evidence"}
 
 
@@ -32,7 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page links to, what it can be linked at, and its text."""
+    """A page's links and anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(site: Path) -> dict[str, Page]:
-    """By path below the site's root."""
+    """All pages, by path below the site's root."""
     files = (file for file in site.rglob("*.html") if file.name != "404.html")
     return {str(file.relative_to(site)): Page(file.read_text(encoding="utf-8")) for file in files}
 
@@ -119,7 +119,7 @@ def browser() -> Iterator[Any]:
 
 
 def errors_of(browser: Any) -> list[str]:
-    """What the console says, but for pictures from elsewhere that this machine cannot reach."""
+    """Errors in the console, except for pictures from other hosts, which this machine cannot reach."""
     entries = browser.get_log("browser")
     return [e["message"] for e in entries if e["level"] == "SEVERE" and "127.0.0.1" in e["message"]]
 

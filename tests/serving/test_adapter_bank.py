@@ -1,4 +1,4 @@
-"""A bank of adapters: results of the model's own adapters, names that come and go, files, threads, memory, values of R."""
+"""A bank of adapters: results equal those of the model's own adapters; names, files, threads, memory, values of R."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_those_used_least_recently_wait_in_host_memory_and_come_back() -> None:
         ValueError, match=r"all 2 resident adapters are in use: expected AdapterBank\(resident=\.\.\.\) of at least"
     ):
         bank.serving(NAMES).__enter__()
-    check(out(model, "ada", "emmy"), wanted["ada", "emmy"], MERGE)  # the failed call keeps nothing
+    check(out(model, "ada", "emmy"), wanted["ada", "emmy"], MERGE)  # the failed call reserves nothing
 
 
 @given(
@@ -167,7 +167,7 @@ def test_threads_serve_while_others_add() -> None:
         others = thread.submit(come_and_go)
         while not others.done():
             check(out(model, "ada", "grace"), want, MERGE)
-    others.result()  # raises what was raised there
+    others.result()  # raises the thread's error, if any
     check(out(model, "ada", "grace"), want, MERGE)
 
 
@@ -197,7 +197,7 @@ def test_names_and_values_that_cannot_be_are_refused() -> None:
             bank.add("new", cores)
         assert "new" not in bank
     for call, error, message in (
-        (lambda: bank.add("ada"), ValueError, "the model has an adapter 'ada' itself"),
+        (lambda: bank.add("ada"), ValueError, "the model itself has an adapter 'ada'"),
         (lambda: bank.add(3), ValueError, "expected a string as the adapter's name, got 3"),
         (lambda: out(model, "nobody", "ada"), ValueError, r"nobody\. The model has ada, default, and its bank 0"),
         (lambda: lorasb.AdapterBank(model), ValueError, r"bank\.detach\(\) first"),
@@ -271,7 +271,7 @@ def test_files_with_more_than_r_are_left_out_and_another_scaling_is_taken_along(
     model.set_adapter("default")
     model.delete_adapter("ada")
     bank = lorasb.AdapterBank(model)
-    report = bank.load(tmp_path)  # of a saved model: its further adapters
+    report = bank.load(tmp_path)  # a saved model's folder: its other adapters
     assert report.loaded == ["ada"]
     assert set(report.failed) == {"more", "odd", "null"}
     assert "has more than R (score.weight, ...)" in report.failed["more"]
@@ -330,7 +330,7 @@ def test_one_entry_that_is_not_finite_is_enough(value: str) -> None:
 
 
 def mapping_of(address: int) -> tuple[str, str]:
-    """Permissions of the mapping that holds an address, and its flags."""
+    """Permissions and flags of the memory mapping that holds an address."""
     for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
         places, permissions, *_ = mapping.split()
         start, end = (int(place, 16) for place in places.split("-"))

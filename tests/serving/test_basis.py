@@ -1,4 +1,4 @@
-"""Adapters on another's A and B: the same tensors, R alone in files, found again by digest; many of them added at once."""
+"""Adapters that share another's A and B: shared tensors, files of R alone, lookup by digest, adding many at once."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_files_hold_r_and_the_digest_and_come_back_in_any_order(tmp_path: Path) 
     cores = {key for key in own if "lorasb_R" in key}
     assert len(cores) == len(layers_with(model, "ada"))
     assert set(own) - cores == {"lorasb_factors_digest"}
-    # the basis first: its tensors are shared
+    # basis loaded first: its tensors are shared
     again = PeftModel.from_pretrained(base(), tmp_path)
     for name in ("ada", "grace"):
         again.load_adapter(tmp_path / name, name)
         assert a_layer(again).lorasb_A[name] is a_layer(again).lorasb_A["default"]
         check(answer(again, name), wanted[name], EXACT)
-    # an adapter alone finds its basis beside it, and the next one the same in the model
+    # an adapter loaded first finds its basis in the parent folder, and the next one shares it in the model
     alone = PeftModel.from_pretrained(base(), tmp_path / "grace", adapter_name="first")
     alone.load_adapter(tmp_path / "ada", "second")
     assert a_layer(alone, "first").lorasb_A["second"] is a_layer(alone, "first").lorasb_A["first"]
@@ -196,7 +196,7 @@ def test_a_file_with_other_factors_does_not_overwrite_shared_ones(tmp_path: Path
     with pytest.raises(ValueError, match="'default' is the basis of ada, grace, whose R would mean nothing"):
         model.load_adapter(tmp_path, "default")
     check_equal(answers(model, *before), before)
-    model.load_adapter(tmp_path, "ada")  # which leaves the basis
+    model.load_adapter(tmp_path, "ada")  # `ada` leaves the basis
     check(answer(model, "ada"), want, EXACT)
     assert "ada" not in a_layer(model).bases
     check_equal(answers(model, *before), before)
@@ -204,7 +204,7 @@ def test_a_file_with_other_factors_does_not_overwrite_shared_ones(tmp_path: Path
 
 @pytest.mark.parametrize("owner", ["own", "ada"])
 def test_a_damaged_file_moves_no_adapter_onto_a_basis_or_off_it(owner: str, tmp_path: Path) -> None:
-    """The adapter `own` has its own A and B, and the file is of the basis; `ada` is on the basis, and the file is not."""
+    """`own` has its own A and B but loads a file on the basis; `ada` is on the basis but loads a file that is not."""
     saved(tmp_path, "grace")
     model = with_users("ada")
     model.add_adapter("own", lorasb.LoRASBConfig(r=4, init="kaiming", init_seed=5))
@@ -234,7 +234,7 @@ def test_a_basis_of_a_basis_is_found_by_its_root_and_merges_as_others_do(tmp_pat
 
 
 def test_the_scale_of_a_basis_is_its_own(tmp_path: Path) -> None:
-    """That of an adapter on it is the configuration's, which its file has."""
+    """An adapter on that basis has its configuration's scale, which its file stores."""
     model = saved(tmp_path / "as made", "ada")
     for layer in layers_with(model, "default").values():
         layer.set_scale("default", 2.0)
@@ -264,7 +264,7 @@ def test_hotswapping_an_adapter_on_a_basis_copies_its_factors(tmp_path: Path) ->
 
 
 def state(model: PeftModel) -> dict[str, object]:
-    """All that the layers know of their adapters, their parameters, flags and configs."""
+    """The layers' entire adapter state, the parameters with their flags, and the configs."""
     found: dict[str, object] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoRASBLinear):
@@ -393,7 +393,7 @@ def test_a_damaged_file_is_refused_and_the_model_stays(change: Any, message: str
 def test_a_base_in_another_dtype_has_the_basis_still(
     dtype: torch.dtype, low_cpu_mem_usage: bool, tmp_path: Path
 ) -> None:
-    """A and B are cast as the base is, and adapters on them are known by the digest in their file."""
+    """A and B are cast with the base, and adapters on them are still recognized by the digest in their file."""
     saved(tmp_path, *NAMES)
     model = PeftModel.from_pretrained(base().to(dtype), tmp_path).eval()
     for name in NAMES:
@@ -410,7 +410,7 @@ def test_a_base_in_another_dtype_has_the_basis_still(
 
 
 def test_on_a_cast_basis_adapters_and_the_basis_load_again(tmp_path: Path) -> None:
-    """Also after a load that was refused, and by hotswapping."""
+    """Also after a refused load, and with hotswapping."""
     saved(tmp_path / "all", "ada")
     other = with_basis(init_seed=7)
     other.save_pretrained(tmp_path / "other")
@@ -425,7 +425,7 @@ def test_on_a_cast_basis_adapters_and_the_basis_load_again(tmp_path: Path) -> No
     load_adapters(model, tmp_path / "all", ["ada"])
     with pytest.raises(ValueError, match="no layer has an adapter 'nobody'"):
         load_adapters(model, tmp_path / "all", ["ada"], basis="nobody")
-    model.save_pretrained(tmp_path / "cast")  # in bf16, with the adapter that belongs to it
+    model.save_pretrained(tmp_path / "cast")  # in bf16, with the adapter on it
     again = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path / "cast").eval()
     again.load_adapter(tmp_path / "cast" / "ada", "ada")
     swapped = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path / "other").eval()
@@ -454,7 +454,7 @@ def test_a_damaged_digest_leaves_no_adapter(digest: torch.Tensor, tmp_path: Path
 
 
 def test_a_name_that_would_empty_other_files_is_refused_there_too(tmp_path: Path) -> None:
-    """PEFT leaves out every key with `.0.`, were it a layer's number."""
+    """PEFT would leave out every key with `.0.`, even where 0 is a layer's number."""
     model = with_basis()
     model.add_adapter("0", lorasb.LoRASBConfig(basis="default"))
     with pytest.raises(ValueError, match="take another name, such as 'u0'"):

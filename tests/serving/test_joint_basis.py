@@ -1,4 +1,4 @@
-"""One basis for several adapters or tasks: what it keeps against plain SVDs in fp64, projection of LoRAs, and refusals."""
+"""One basis for several adapters or tasks: energy kept, against plain SVDs in fp64; projected LoRAs; refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_basis_of_twice_the_rank_keeps_everything() -> None:
 
 
 def check_projections(shares: KeptShares, model: PeftModel, name: str, former: PeftModel, before: str) -> None:
-    """Each R of an adapter is the projection of an update of the former model, and the shares are what it keeps."""
+    """Each R is the projection of the former model's update, and the shares are the energy that it keeps."""
     energies = []
     for layer, module in layers_with(model, name).items():
         b, a = module.lorasb_B[name].double(), module.lorasb_A[name].double()
@@ -61,7 +61,7 @@ def test_each_r_is_the_projection_and_the_shares_are_what_it_keeps() -> None:
     shares = lorasb.share_basis(model, ["ada", "grace"], "both")
     for name in ("ada", "grace"):
         check_projections(shares, model, name, former, name)
-        assert 0.2 < shares.overall[name] < 0.95  # half of the directions of two adapters that have none in common
+        assert 0.2 < shares.overall[name] < 0.95  # the basis has half of the directions of two adapters that share none
 
 
 @pytest.mark.parametrize("r", [1, 3, 6])
@@ -99,7 +99,7 @@ def test_updates_of_few_directions_are_completed_to_the_rank() -> None:
 
 
 def lora(folder: Path, **options: object) -> Tensor:
-    """A LoRA with random factors; its output."""
+    """Save a LoRA with random factors; return its output."""
     torch.manual_seed(1)
     model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options))
     for parameter in (p for n, p in model.named_parameters() if "lora_" in n):
@@ -145,7 +145,7 @@ def test_a_lora_that_would_lose_too_much_is_refused_unless_that_is_meant(tmp_pat
 
 
 def test_ranks_are_those_of_whole_names() -> None:
-    """`proj` is the end of `enc.proj`, too."""
+    """`enc.proj` ends in `proj`, too."""
     names = {"proj": nn.Linear(16, 16), "enc": nn.Sequential(OrderedDict(proj=nn.Linear(16, 16)))}
     model = lorasb.patch(nn.Sequential(OrderedDict(names)), r=4, rank_pattern={"^proj": 2}, init="random")
     model.add_adapter("second", lorasb.LoRASBConfig(r=4, rank_pattern={"^proj": 2}, init="random", init_seed=1))
@@ -245,7 +245,7 @@ def test_tasks_that_cannot_be_are_refused_and_leave_the_model() -> None:
         ({"copy": [], "code": []}, {}, "expected a name without dots for each adapter"),
         (TASKS, {"cache": "signs.safetensors"}, "initialize several tasks without it"),
         (TASKS, {"lr": None}, "takes batches and lr > 0"),
-        (TASKS | {"code": []}, {}, "."),  # of the second task, whatever it says
+        (TASKS | {"code": []}, {}, "."),  # any error about the second task
     ):
         with pytest.raises(ValueError, match=message):
             lorasb.initialize(model, tasks, **{"lr": 1e-3, "progress": False} | options)

@@ -1,4 +1,4 @@
-"""An adapter for each row of a batch: every row's answer is that of its adapter alone, or the call is refused."""
+"""One adapter per row of a batch: each row's output matches a run with its adapter alone, or the call is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import lorasb
 
 
 def check_rows(model: nn.Module, batch: dict[str, Tensor], names: list[str]) -> None:
-    """Each row against a run of the whole batch with that row's adapter alone."""
+    """Compare each row with a run of the entire batch under that row's adapter alone."""
     with torch.no_grad():
         mixed = model(**batch, adapter_names=names).logits
         for i, name in enumerate(names):
@@ -37,7 +37,7 @@ def test_each_row_gets_its_adapter(family: str) -> None:
 
 
 def with_two(base: nn.Module, **fields: object) -> nn.Module:
-    """A model with two adapters of random factors, whose effects are plain to see."""
+    """A model with two adapters whose random factors change the output clearly."""
     model = lorasb.patch(base, r=4, **fields)
     model.add_adapter("second", lorasb.LoRASBConfig(r=3, **fields))
     g = torch.Generator().manual_seed(5)
@@ -53,7 +53,7 @@ MODELS = {
     "qwen3_moe": FAMILIES["qwen3_moe"],
     "opt": opt,
     "opt, norm after": lambda: opt(do_layer_norm_before=False),
-    # whose get_encoder() is the decoder's stack
+    # its get_encoder() returns the decoder's stack
     "roberta decoder": lambda: encoder("Roberta", "ForCausalLM", pad_token_id=1, is_decoder=True),
 }
 
@@ -62,7 +62,7 @@ MODELS = {
     ("name", "everything"), [*((name, True) for name in MODELS), ("mixtral", False), ("qwen3_moe", False)]
 )
 def test_rows_reach_experts_and_flattened_layers(name: str, everything: bool) -> None:
-    """Over batches in which the number of tokens an expert gets is that of the rows, among others."""
+    """Some batches give an expert exactly as many tokens as there are rows."""
     torch.manual_seed(0)
     moe = name in ("mixtral", "qwen3_moe")
     fields: dict[str, object] = {"target_parameters": EXPERTS if everything else EXPERTS[:1]} if moe else {}
@@ -78,7 +78,7 @@ def test_rows_reach_experts_and_flattened_layers(name: str, everything: bool) ->
 
 
 class Routed(nn.Module):
-    """Experts as linears of their own, which get the tokens whose first entry is positive, or the others."""
+    """Experts as separate linears: one gets the tokens with a positive first entry, the other the rest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Routed(nn.Module):
 
 
 class Turned(nn.Module):
-    """A layer that gets [T, B, in]."""
+    """A linear that gets its input as [T, B, in]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def test_what_rows_cannot_ask_for_is_refused() -> None:
             model(**batches_for("llama")[0], adapter_names=names)
         assert not any(layer._forward_pre_hooks for layer in layers(model).values())
     compiled = two()
-    compiled.base_model.model.model.layers[1].compile()  # a graph without names would be used for rows with names
+    compiled.base_model.model.model.layers[1].compile()  # rows with names would reuse a graph made without names
     with pytest.raises(ValueError, match=r"'model\.layers\.1' is compiled by itself, which would ignore them"):
         compiled(**batches_for("llama")[0], adapter_names=["default", "second"])
     model.merge_adapter()

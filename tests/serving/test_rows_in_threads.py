@@ -1,4 +1,4 @@
-"""Batches with adapters by row in several threads at once: each has its own, and one without names the active adapter."""
+"""Batches with per-row adapters in several threads: each gets its own, and one without names the active adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CALLS: tuple[tuple[str, ...], ...] = (("ada", "grace"), ("__base__", "emmy"), ()
 
 @pytest.mark.parametrize(("in_bank", "interval"), [(False, 0.005), (True, 0.005), (False, 1e-5)])
 def test_each_thread_has_its_own_rows(in_bank: bool, interval: float) -> None:
-    """Also where batches begin and end in other threads at every few instructions of this one."""
+    """Also if threads switch every few instructions, so that other batches begin and end in between."""
     model = with_users(*NAMES, target_modules="all-linear")
     if in_bank:
         moved_to_bank(model)
@@ -84,12 +84,12 @@ def test_overlapping_blocks_of_a_checkpointed_model_keep_to_their_rows_and_leave
     loss.backward()
     check_equal(gradients(model), want)
     assert not any(module._forward_pre_hooks for module in model.modules() if hasattr(module, "lorasb_R"))
-    left_over = [vars(m).get(CHECKPOINTING) for m in model.modules()]  # wrapped once, which without rows only passes on
+    left_over = [vars(m).get(CHECKPOINTING) for m in model.modules()]  # wrapped once: a pass-through without rows
     assert [getattr(function, "function", function) for function in left_over] == functions
 
 
 def test_backward_in_another_thread_has_the_rows_of_the_block_that_it_is_in() -> None:
-    """As autograd's own threads on a GPU, with the block still open."""
+    """As with autograd's own threads on a GPU, while the block is still open."""
     model, names = trained(), ["ada", "grace"]
     model(**batches_for("llama")[0], adapter_names=names).loss.backward()
     want = gradients(model)

@@ -1,4 +1,4 @@
-"""Several adapters trained in the same batches end where each ends alone: in a loop, and by transformers.Trainer."""
+"""Adapters trained in shared batches match each trained alone, in a hand-written loop and by transformers.Trainer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lorasb.serving import training
 from lorasb.serving.training import adapter_losses
 
 RATES = {"ada": 1e-2, "emmy": 3e-3, "grace": 1e-3, "default": 1e-3}
-NORM = 0.05  # clips all of them
+NORM = 0.05  # clips every adapter
 OWNERS = ("ada", "emmy", "ada", "grace", "__base__", "ada", "default", "emmy", "ada", "grace", "emmy", "emmy")
 
 
 def example(i: int) -> dict[str, Any]:
-    """A row of twelve, which have different numbers of labeled tokens; not everybody has some in every four."""
+    """One of twelve rows with different numbers of labeled tokens; not every adapter has rows in each batch of four."""
     ignored = torch.arange(12) < i % 5
     return ROWS[i] | {"labels": ROWS[i]["labels"].masked_fill(ignored, -100), "user": OWNERS[i]}
 
@@ -44,7 +44,7 @@ def cores(model: PeftModel, name: str) -> list[Tensor]:
 
 
 def train(model: PeftModel) -> None:
-    """All adapters together, by a loop of one's own."""
+    """Train all adapters together in a hand-written loop."""
     model.train()
     optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, list(RATES), RATES, weight_decay=0.01))
     for batch in 2 * BATCHES:
@@ -57,7 +57,7 @@ def train(model: PeftModel) -> None:
 
 
 def train_alone(name: str, steps: list[list[dict[str, Any]]]) -> PeftModel:
-    """A model with one adapter trained over its own rows of each step, by a loop that knows nothing of the others."""
+    """Return a model with one adapter trained on its own rows of each step, in a loop that ignores the others."""
     model = with_users(*NAMES).double().train()
     model.set_adapter(name)
     parameters = [layer.lorasb_R[name] for layer in layers_with(model, name).values()]
@@ -98,7 +98,7 @@ def test_recomputed_activations_have_their_rows_adapters(reentrant: bool) -> Non
     a_layer(recomputed).register_forward_hook(lambda *_: calls.append(1))
     for model in (kept, recomputed):
         train(model)
-    assert len(calls) == 12  # twice a step
+    assert len(calls) == 12  # twice per step
     for name in RATES:
         check_equal(cores(kept, name), cores(recomputed, name))
     left = [[len(module._forward_pre_hooks) for module in model.modules()] for model in (kept, recomputed)]
@@ -132,7 +132,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def trainer_for(model: PeftModel, folder: Path, **options: object) -> Any:
-    """A trainer of the three, which keeps its batches in a list."""
+    """A trainer of the three adapters that records its batches in a list."""
     batches: list[dict[str, Any]] = []
     usual = {"per_device_train_batch_size": 4, "max_grad_norm": NORM, "lr_scheduler_type": "constant"}
     optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, NAMES, RATES, weight_decay=0.01))
@@ -199,7 +199,7 @@ def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
 
 
 def train_rank(folder: Path, rank: int) -> None:
-    """One rank has rows of the base alone, the other those of adapters; what has moved is written."""
+    """One rank gets only rows of the base, the other only rows of `ada`; write which adapters changed."""
     model = with_users(*NAMES)
     before = {name: cores(model, name)[0].clone() for name in NAMES}
     trainer = trainer_for(model, folder, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
@@ -234,7 +234,7 @@ def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None
 def test_evaluation_has_the_models_own_loss_and_it_and_the_clipping_are_given_back(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     trainer = trainer_for(model, tmp_path, max_steps=1)
-    trainer.add_callback(At(1, lambda: trainer.evaluate(EXAMPLES[:4])))  # while it has the training loss
+    trainer.add_callback(At(1, lambda: trainer.evaluate(EXAMPLES[:4])))  # while the callback's training loss is active
     trainer.train()
     with torch.no_grad():
         want = model.eval()(**BATCHES[0]).loss
@@ -248,7 +248,7 @@ def test_evaluation_has_the_models_own_loss_and_it_and_the_clipping_are_given_ba
 
 
 def test_gradients_that_processes_averaged_are_divided_by_the_tokens_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = SimpleNamespace(world_size=2, all_reduce_sum=lambda tensor: 2 * tensor)  # the other has the same rows
+    two = SimpleNamespace(world_size=2, all_reduce_sum=lambda tensor: 2 * tensor)  # the other process has the same rows
     monkeypatch.setattr(training, "Processes", lambda: two)
     model = with_users(*NAMES)
     optimizer = torch.optim.SGD(lorasb.adapter_parameter_groups(model, NAMES, 1.0))

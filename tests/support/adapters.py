@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted, which of its parameters train and that they do, and a model with two adapters."""
+"""Find adapted layers and trained parameters, check that training works, and make a model with two adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorasb.layers.linear import LoRASBLinear
 
 
 def layers(model: nn.Module, kind: type[nn.Module] = LoRASBLinear) -> dict[str, Any]:
-    """Adapted layers by their names in the base model."""
+    """Return adapted layers by their names in the base model."""
     return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, kind)}
 
 
@@ -28,7 +28,7 @@ def trained(model: nn.Module) -> set[str]:
 
 
 def check_training(model: nn.Module) -> None:
-    """R alone trains and lowers the loss, where training and evaluation take turns."""
+    """Check that only R trains, and that it lowers the loss with training and evaluation alternating."""
     assert trained(model) == {f"base_model.model.{name}.lorasb_R.default" for name in layers(model)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, batch, losses = torch.optim.AdamW(parameters, lr=5e-2), batches_for("llama")[0], []
@@ -59,5 +59,5 @@ def _two(family: str, shared: bool, targets: tuple[str, ...] | None) -> nn.Modul
 
 
 def two(family: str = "llama", shared: bool = False, target_modules: tuple[str, ...] | None = None) -> nn.Module:
-    """A model with two adapters that do different things; `shared`: on the same A and B."""
+    """A model with two adapters that have different effects; `shared`: they share A and B."""
     return copy.deepcopy(_two(family, shared, target_modules))

@@ -1,4 +1,4 @@
-"""A tiny Llama with an adapter "default", and others on its A and B."""
+"""A tiny Llama with an adapter "default", and other adapters that share its A and B."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = ("ada", "emmy", "grace")
 
 
 def base() -> nn.Module:
-    """The same weights every time."""
+    """A Llama with the same weights every time."""
     torch.manual_seed(3)
     return llama()
 
@@ -39,7 +39,7 @@ def fill(model: nn.Module, name: str, seed: int) -> None:
 
 
 def with_users(*names: str, **options: Any) -> Any:
-    """The same with adapters on the basis, each with an R of its own."""
+    """The model of `with_basis`, with more adapters on the basis, each with its own R."""
     model = with_basis(**options)
     for seed, name in enumerate(names):
         model.add_adapter(name, lorasb.LoRASBConfig(basis="default"))
@@ -48,7 +48,7 @@ def with_users(*names: str, **options: Any) -> Any:
 
 
 def moved_to_bank(model: Any, **options: Any) -> lorasb.AdapterBank:
-    """A bank with copies of the model's adapters on the basis, which leave the model."""
+    """Move the model's adapters on the basis into a new bank."""
     model.set_adapter("default")
     bank = lorasb.AdapterBank(model, **options)
     for name in [name for name in model.peft_config if name != "default"]:
@@ -59,33 +59,33 @@ def moved_to_bank(model: Any, **options: Any) -> lorasb.AdapterBank:
 
 
 def cores_of(bank: lorasb.AdapterBank, seed: int = 1) -> dict[str, Tensor]:
-    """Random R's of an adapter for a bank."""
+    """Random R's for one adapter of a bank."""
     g = torch.Generator().manual_seed(seed)
     return {name: torch.randn(c.r, c.r, generator=g) * 0.3 for name, c in bank.columns.items()}
 
 
 def saved(folder: Path, *names: str) -> Any:
-    """The model, and a folder of the adapters: "default" itself and a subfolder for each other one."""
+    """Save a model with these adapters and return it: "default" in `folder`, the others in subfolders."""
     model = with_users(*names)
     model.save_pretrained(folder)
     return model
 
 
 def out(model: Any, *names: str) -> Tensor:
-    """The logits of two rows, each by its adapter; by the active one without names."""
+    """The logits of two rows, each with its named adapter; without names, with the active one."""
     inputs = {name: value for name, value in batches_for("llama", 1)[0].items() if name != "labels"}
     with torch.no_grad():
         return model(**inputs, **({"adapter_names": list(names)} if names else {})).logits
 
 
 def answer(model: Any, name: str) -> Tensor:
-    """The logits of a fixed batch by one adapter."""
+    """The logits of a fixed batch with one adapter."""
     model.set_adapter(name)
     return logits(model.eval())
 
 
 def rewrite(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor | None]]) -> None:
-    """Change tensors of an adapter's file, given the key and value of its first R; None removes one."""
+    """Change tensors of an adapter's file; `change` gets the key and value of its first R. None removes a tensor."""
     file = folder / WEIGHTS_NAME
     tensors = load_file(file)
     changed = tensors | change(*next(item for item in tensors.items() if item[0].endswith("lorasb_R")))
@@ -100,5 +100,5 @@ def reconfigure(folder: Path, **fields: object) -> None:
 
 
 def a_layer(model: nn.Module, name: str = "default") -> LoRASBLinear:
-    """One of its layers."""
+    """The first layer that has this adapter."""
     return next(iter(layers_with(model, name).values()))

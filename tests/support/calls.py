@@ -1,4 +1,4 @@
-"""Calls of every kind of adapted linear, forward and backward, and what their results are held against."""
+"""Forward and backward calls of every kind of adapted linear, and references for their results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lorasb.functional import lora_sb_linear, lora_sb_linear_group
 from lorasb.ops.calls import DENSE, Operands
 from lorasb.quantization.quantized_weight import QuantizedWeight
 
-INDEX = [0, 2, -1, 2, 0, 2, 1]  # the adapter of each row, of three
-# members; what stores W, None for no W; whether each row has an R of its own; whether there are biases
+INDEX = [0, 2, -1, 2, 0, 2, 1]  # each row's adapter out of three; -1: none
+# number of members; storage of W (None: no W); whether each row has its own R; whether there are biases
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "no bias": {"bias": False},
@@ -43,7 +43,7 @@ MASKED: dict[str, dict[str, Any]] = {
     "dropout": {"call": {"dropout": 0.5}},
     "dropout of a group": {"members": 3, "call": {"dropout": 0.5}},
 }
-FEW = ("dense", "no W", "nf4", "group", "rows", "rows over nf4", "rows of a group")  # whose derivatives differ
+FEW = ("dense", "no W", "nf4", "group", "rows", "rows over nf4", "rows of a group")  # kinds whose derivatives differ
 SOME = [pytest.param(kind, marks=() if kind in FEW else pytest.mark.long) for kind in KINDS]
 
 
@@ -90,7 +90,7 @@ def run(
     seed: int | None = None,
     **options: Any,
 ) -> list[Tensor]:
-    """The y_j, dx and the dR_j; of a loss that reads all of the y_j, or those that are used; `seed`: of dropout."""
+    """The y_j, dx and the dR_j of a loss that reads all y_j, or only those in `used`; `seed` seeds dropout."""
     if seed is not None:
         torch.manual_seed(seed)
     x = (cases[0].x.clone() if x is None else x).requires_grad_(True)
@@ -106,7 +106,7 @@ run_kernels = partial(run, backend="triton")
 
 
 def dense(case: Case, meant: bool = False) -> Case:
-    """The case over W as a tensor; `meant`: what it stands for, where 16 bits round it."""
+    """The case with W as a dense tensor; `meant`: in 16 bits, W before it is rounded."""
     weight = case.weight
     if weight is None:
         weight = case.x.new_zeros(case.b.shape[0], case.a.shape[1])
@@ -117,23 +117,23 @@ def dense(case: Case, meant: bool = False) -> Case:
 
 
 def exact(*cases: Case, index: list[int] | None = None) -> list[Tensor]:
-    """What `run` gives, in fp64 by the formulas."""
+    """The results of `run` in fp64, by the formulas."""
     wide = [dense(case, meant=True).double() for case in cases]
     return reference.by_rows(reference.by_formulas, wide, index)
 
 
 def plain(*cases: Case, index: list[int] | None = None) -> list[Tensor]:
-    """The same by the plain chain in x's dtype."""
+    """The results of `run` in x's dtype, by the plain chain."""
     return reference.by_rows(reference.plain_chain, [dense(case) for case in cases], index)
 
 
 def check(results: Sequence[Tensor], *cases: Case, index: list[int] | None = None) -> None:
-    """fp32 within the table's bound; 16 bits no further from fp64 than the plain chain, where there is enough to tell."""
+    """Check fp32 within the table's bound, and large enough 16-bit results as no further from fp64 than the chain."""
     first, r, count = cases[0], cases[0].a.shape[0], len(cases)
     tokens = first.x[..., 0].numel()
     lengths = [first.x.shape[-1] + r] * count + [sum(c.dy.shape[-1] for c in cases) + r * count] + [tokens] * count
     wanted = exact(*cases, index=index)
-    chains = wanted if first.x.dtype == torch.float32 else plain(*cases, index=index)  # which takes most of the time
+    chains = wanted if first.x.dtype == torch.float32 else plain(*cases, index=index)  # the slowest part
     for result, want, chain, length in zip(results, wanted, chains, lengths, strict=True):
         if first.x.dtype == torch.float32:
             tolerances.check(result, want, tolerances.fp32(max(1, length)))
@@ -144,18 +144,18 @@ def check(results: Sequence[Tensor], *cases: Case, index: list[int] | None = Non
 
 
 def few_of(dtype: torch.dtype) -> tolerances.Tolerance:
-    """The bound of 16-bit results that are too few to compare their noise."""
+    """The bound for 16-bit results with too few elements to compare rounding noise."""
     return tolerances.BF16_FEW if dtype == torch.bfloat16 else tolerances.HALF_FEW
 
 
 def check_pooled(rows: int, n: int, m: int, r: int, dtype: torch.dtype, cores: bool = True, **options: Any) -> None:
-    """y, dx and dR in 16 bits over as many seeds as a comparison needs; without `cores`, dR where these are enough."""
+    """Check y, dx and dR in 16 bits over enough seeds to compare; without `cores`, dR only if y's and dx's suffice."""
     seeds = -(-POOL // min(rows * n, rows * m, r * r if cores else POOL))
     check_halves([reference.make_case((rows,), n, m, r, dtype, seed=seed, **options) for seed in range(seeds)])
 
 
 def check_halves(cases: Sequence[Case]) -> None:
-    """y, dx and, where these are enough to tell, dR of all cases together, in 16 bits."""
+    """Check y, dx and, if it has enough elements, dR of all cases together, in 16 bits."""
     pools: list[list[tuple[Tensor, ...]]] = [[], [], []]
     for case in cases:
         for pool, *values in zip(pools, run(case), plain(case), exact(case), strict=True):
@@ -165,7 +165,7 @@ def check_halves(cases: Sequence[Case]) -> None:
 
 
 def operands_of(*cases: Case, index: list[int] | None = None, dropout: float = 0.0, seeds: Any = None) -> Operands:
-    """The operands of one case or several, as the op has them."""
+    """The op's operands for one or several cases."""
     base, layout = [case.weight for case in cases if case.weight is not None], DENSE
     if base and isinstance(base[0], QuantizedWeight):
         base, layout = base[0].tensors, base[0].layout(cases[0].x.dtype)
@@ -176,7 +176,7 @@ def operands_of(*cases: Case, index: list[int] | None = None, dropout: float = 0
 
 
 def opcheck(backend: str, *cases: Case, frozen: str = "", **options: Any) -> None:
-    """torch's own tests of the op and its backward op, of a backend; `frozen`: "x" or "core"."""
+    """Run torch's opcheck on a backend's op and its backward; `frozen`: "x" or "core" needs no gradient."""
     plain, suffix = operands_of(*cases, **options), "" if backend == "auto" else f"_{backend}"
     x, cores = cases[0].x.requires_grad_(frozen != "x"), [c.requires_grad_(frozen != "core") for c in plain.cores]
     torch.library.opcheck(
@@ -191,5 +191,5 @@ def opcheck(backend: str, *cases: Case, frozen: str = "", **options: Any) -> Non
     op = getattr(torch.ops.lorasb, f"adapted_linear_backward{suffix}").default
     for need_dx, need_dcores in ((True, True), (True, False), (False, True)):
         arguments = [case.dy for case in cases], us, *plain._replace(biases=[]), need_dx, need_dcores
-        # it is the derivative: it has none of its own
+        # the backward op itself has no derivative
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,4 +1,4 @@
-"""The command line in this process, which has loaded all that it needs."""
+"""Run the command line in this process, where everything is already imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lorasb.app.cli import app
 
 
 def call(*arguments: object) -> str:
-    """What `lorasb` prints; it has to succeed, and raises what it would report in a line."""
+    """Return what `lorasb` prints; it must succeed, and raises errors that it would report in one line."""
     done = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "150"}, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output

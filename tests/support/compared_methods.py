@@ -1,4 +1,4 @@
-"""The comparisons of benchmarks/research: a problem of a tiny Llama, cells, models with a method, and rows of results."""
+"""Helpers for benchmarks/research: a problem with a tiny Llama, cells, models with a method, and result rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ R, ETA = 4, 1e-3
 
 
 def problem(seen: list[tuple[int, ...]] | None = None, dtype: torch.dtype = torch.float32) -> Problem:
-    """Forty rows; `seen` gets what is collated."""
+    """A problem of forty rows; `seen` collects the indices of each batch."""
     rows = text(40, 12, seed=5)
 
     def collate(indices: Sequence[int]) -> Batch:
@@ -33,7 +33,7 @@ def problem(seen: list[tuple[int, ...]] | None = None, dtype: torch.dtype = torc
 
 
 def cell_of(method: str = "LoRA-SB", r: int = R, **options: Any) -> Cell:
-    """A run, a variant if it has options."""
+    """The cell of a run; with options, of a variant."""
     variant = "a variant" if options else ""
     return Cell(SHORT.name, "test", method, r, ETA, 0, variant, tuple(sorted(options.items())))
 
@@ -44,14 +44,14 @@ def put(one: Problem, asked: Cell) -> Any:
 
 
 def row(cell: Cell, loss: float) -> dict[str, Any]:
-    """What a run of the comparison of methods has found."""
+    """A result row of the comparison of methods."""
     found = {"loss": loss, "score": 1 - loss, "loss_before": 2, "energy_grad": 0.4, "steps": 75}
     took = {"adapter_params": 100 * cell.r, "seconds": 2, "init_seconds": 1, "peak_rss_mb": 3}
     return {**cell.described(), **found, **took, "version": "abc1234", "machine": "a machine", "date": "2026-01-01"}
 
 
 def paired_row(task: str, entry: str, r: int, lr: float, seed: int, loss: float, split: str = "test") -> Row:
-    """What a run of the pairs has found."""
+    """A result row of the paired comparison."""
     given = {"task": task, "variant": entry, "r": r, "lr": lr, "seed": seed, "loss": loss, "split": split}
     values = given | {"adapter_params": 256, "score": 0.5, "energy": 0.75}
     return {name: str(value) for name, value in values.items()}

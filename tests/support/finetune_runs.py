@@ -21,11 +21,11 @@ from lorasb.app.settings import Settings
 from lorasb.app.terminal import StoppedError
 
 TIMES = ("init_seconds", "train_seconds", "tokens_per_second", "peak_rss_mb")
-STEPS = 14  # 27 examples, twice, four a step
+STEPS = 14  # 27 examples, 2 epochs, 4 per step
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """A run's summary without what no two runs share: times and where it was written."""
+    """A run's summary without what differs between runs: times, the output folder and `resume`."""
     found = json.loads((folder / "summary.json").read_text())
     for name in TIMES:
         found.pop(name)
@@ -35,7 +35,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def assert_same(folder: Path, other: Path) -> None:
-    """Two runs left the same files: adapters and answers to the bit, summaries but for times."""
+    """Assert that two runs left the same files: adapters and answers to the bit, summaries except for times."""
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "summary.json"} < names
     assert names == {str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()}
@@ -48,7 +48,7 @@ def assert_same(folder: Path, other: Path) -> None:
 
 
 def add(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
-    """Have the trainer of the next run call this too."""
+    """Add a callback to the trainer of the next run."""
     put = train._put_callbacks
 
     def more(trainer: Any, *given: Any) -> None:
@@ -64,7 +64,7 @@ def die() -> None:
 
 
 def stop_after(step: int, base: Settings, folder: Path, number: int = signal.SIGINT) -> StoppedError:
-    """Start a run and interrupt it after a step; what it raised."""
+    """Start a run, interrupt it after a step and return what it raised."""
     with pytest.MonkeyPatch.context() as patch:
         add(patch, At(step, lambda: os.kill(os.getpid(), number)))
         with pytest.raises(StoppedError, match="rerun the same command to resume") as stopped:
@@ -73,7 +73,7 @@ def stop_after(step: int, base: Settings, folder: Path, number: int = signal.SIG
 
 
 def killed(settings: Settings, arrange: Any) -> None:
-    """Run in a child that arranges its own death by kill -9."""
+    """Run in a child process that `arrange` sets up to be killed by kill -9."""
     child = os.fork()
     if child == 0:
         patch = pytest.MonkeyPatch()
@@ -81,14 +81,14 @@ def killed(settings: Settings, arrange: Any) -> None:
         try:
             run_finetune(settings)
         finally:
-            os._exit(0)  # it was to die before
+            os._exit(0)  # reached only if it was not killed
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 def on_two_processes(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """`lorasb finetune` under torchrun with these options, and the settings of the tests' runs."""
+    """Run `lorasb finetune` under torchrun with these options added to the tests' usual ones."""
     launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
     usual = {"--rank": 8, "--epochs": 2, "--batch-size": 4, "--samples": 8, "--dtype": "float32", "--lr": 5e-3}
     options = (str(part) for pair in (usual | given).items() for part in pair)

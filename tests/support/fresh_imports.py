@@ -1,4 +1,4 @@
-"""What `run_each` runs: pieces of code, each in a fork of a process that has what PEFT needs, but not PEFT.
+"""Run code for `run_each`, each piece in a fork of a process that has imported PEFT's dependencies but not PEFT.
 
 python tests/support/fresh_imports.py < JSON list of code; prints a JSON list of [exit status, output].
 """
@@ -15,13 +15,13 @@ import peft  # noqa: F401
 
 
 def forget(package: str) -> None:
-    """Leave no module of a package in sys.modules."""
+    """Remove all modules of a package from sys.modules."""
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         del sys.modules[name]
 
 
 def run(code: str) -> tuple[int, str]:
-    """Exit status and output of a piece of code in a fork."""
+    """Run code in a fork; return its exit status and output."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         child = os.fork()
         if child == 0:

@@ -1,4 +1,4 @@
-"""Sums of gradients by plain autograd, the same by the library, and what tests compare them with."""
+"""Sum gradients by plain autograd and by the library, and compare the sums."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LossFn = Callable[[nn.Module, Batch], Tensor]
 
 
 def autograd_sums(model: nn.Module | str, batches: list[Batch], loss_fn: LossFn | None = None) -> dict[str, Tensor]:
-    """Σ_i ∇W L(x_i) by plain autograd of a dense model, or of a new one of a family: one sample at a time, every weight
-    requiring a gradient."""
+    """Σ_i ∇W L(x_i) by plain autograd, one sample at a time, of a dense model or a new one of a family; every weight
+    requires a gradient."""
     model = make(model) if isinstance(model, str) else model
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -46,7 +46,7 @@ def padded(samples: list[Batch], width: int) -> Batch:
 
 
 def check_sums(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: Tolerance = EXACT) -> None:
-    """ΣG of the layers that are there: the same bits, or equal over their largest entry up to the order of additions."""
+    """Check each ΣG in `got`: the same bits for EXACT, else within a tolerance relative to its largest entry."""
     for name, gradient in got.items():
         scale = 1.0 if tolerance == EXACT else want[name].abs().max()
         check(gradient / scale, want[name] / scale, tolerance)
@@ -55,7 +55,7 @@ def check_sums(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: Toler
 def library_sums(
     model: nn.Module | str, batches: list[Batch], **options: object
 ) -> tuple[dict[str, Tensor], lorasb.InitReport]:
-    """ΣG of every layer as `initialize` has it when it factors, and the report."""
+    """Return the ΣG of every layer that `initialize` factors, and the report."""
     model = lorasb.patch(make(model), r=3) if isinstance(model, str) else model
     seen: dict[str, Tensor] = {}
 

@@ -1,5 +1,5 @@
-"""Triton's interpreter replaces the functions of triton.language once a launch, not again whenever a kernel calls a
-@jit function: a quarter of the time of a test with dropout.
+"""Make Triton's interpreter patch triton.language once per launch, not again whenever a kernel calls a @jit function:
+the repeats take a quarter of the time of a test with dropout.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from triton.runtime import interpreter
 
 
 def install() -> None:
-    """Replace the interpreter's function that does it, where this Triton has that function."""
+    """Replace the interpreter's function that patches, if this Triton has it."""
     original = getattr(interpreter, "_patch_lang", None)
-    replaced: set[str] = set()  # modules, since the launch began
+    replaced: set[str] = set()  # modules patched since the launch began
 
     def once(function: FunctionType) -> Any:
-        """The scope of what was replaced for a function; a launch's is restored at its end."""
+        """Patch for a function and return the scope that undoes it; a launch's scope is restored at its end."""
         modules = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
         if replaced and modules <= replaced:
-            return None  # a call inside a kernel, whose caller drops the scope
+            return None  # a call inside a kernel: its caller drops the scope
         scope = original(function)
         if not replaced:
             restore = scope.restore

@@ -1,4 +1,4 @@
-"""Inputs for the Triton kernels, and what their dropout keeps."""
+"""Inputs for the Triton kernels, and their dropout masks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lorasb.backends import eager as masks
 from lorasb.kernels import linear, plan
 from lorasb.kernels.launcher import Launch, observed
 
-# Triton's interpreter multiplies the raw bits of bf16; compiled kernels (--ptx) are held in all three
+# Triton's interpreter multiplies the raw bits of bf16; compiled kernels (--ptx) are tested in all three
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if environment.PTX else ()))
-INDEX = [1, 0, -1, 1, 2]  # the adapter of each row
+INDEX = [1, 0, -1, 1, 2]  # each row's adapter; -1: none
 
 
 def group_cases(M: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype, bias: bool = True) -> list[Case]:
@@ -30,14 +30,14 @@ def group_cases(M: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype, b
 
 
 def row_cases(tokens: int, n: int, ms: Sequence[int], r: int, dtype: torch.dtype = torch.float32) -> list[Case]:
-    """The same [5, tokens, n] with three R's, of which INDEX names one for each row."""
+    """Members that read the same x [5, tokens, n], with three R's; INDEX picks one for each row."""
     g = torch.Generator().manual_seed(0)
     cases = [make_case((len(INDEX), tokens), n, m, r, dtype, scaling=0.5 + j, seed=j) for j, m in enumerate(ms)]
     return [replace(case, x=cases[0].x, core=case.core * torch.randn(3, r, r, generator=g)) for case in cases]
 
 
 def checked(*cases: Case) -> list[Launch]:
-    """The launches of a call whose results are right."""
+    """Check a call's results and return its launches."""
     with observed() as launches:
         check(run_kernels(*cases), *cases)
     return launches
@@ -45,9 +45,9 @@ def checked(*cases: Case) -> list[Launch]:
 
 @contextmanager
 def planned(**changes: object) -> Iterator[None]:
-    """Let calls take a path, blocks, or a way of reading weights in 4 bits, whatever the tables say.
+    """Make calls use this path, block size or way of reading 4-bit weights, whatever the tables say.
 
-    Skips the test where that compiles to tcgen05, which nothing executes.
+    Skips the test if that compiles to tcgen05, which nothing here can execute.
     """
 
     def choice(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
@@ -64,7 +64,7 @@ def planned(**changes: object) -> Iterator[None]:
 
 
 def mask_of(case: Case, seed: int, dropout: float) -> Tensor:
-    """What the kernels keep of x, seen through A = all unit vectors."""
+    """Return the kernels' dropout mask of x, found with A = identity."""
     (M, n), dtype = case.x.shape, case.x.dtype
     eye = torch.eye(n, dtype=dtype)
     members = linear.Members([None], [eye], [eye.float()], [eye], [None], [1.0])
@@ -76,7 +76,7 @@ def mask_of(case: Case, seed: int, dropout: float) -> Tensor:
 
 
 def check_follows_mask(case: Case, dropout: float, tolerance: tolerances.Tolerance) -> None:
-    """y, dx and dR are those of the mask that the seed of the call gives; 16-bit dR over its largest entry."""
+    """Check y, dx and dR against the mask of the call's seed; 16-bit dR relative to its largest entry."""
     y, dx, dcore = run_kernels(case, dropout=dropout, seed=5)
     torch.manual_seed(5)
     seed = int(torch.randint(2**63 - 1, (1,), dtype=torch.int64))  # as the call drew it

@@ -1,11 +1,11 @@
-"""Prepared launches against ordinary ones by Triton's own launcher, over a libcuda that records (`recording_cuda.c`).
+"""Compare prepared launches with those of Triton's own launcher, on a libcuda that records (`recording_cuda.c`).
 
     python -m tests.support.launch_arguments LIBRARY [--arch sm_86]
 
-CPU tensors stand for a card's, and nothing runs. For each kind of call: the same kernels in the same order, with the
-same grid, block, shared memory, stream and attributes, and every parameter byte for byte. Prints a JSON object: the
-version of Triton, the number of launches, what differs, and how much does where one is added to the first number of
-every prepared launch.
+CPU tensors replace GPU tensors, and no kernel runs. Each kind of call must launch the same kernels in the same order,
+with the same grid, block, shared memory, stream and attributes, and every parameter byte for byte. Prints a JSON
+object: Triton's version, the number of launches, the differences, and the number of differences after adding one to
+the first number of every prepared launch.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from lorasb.kernels.launcher import Launch, observed
 from tests.support.reference import make_case
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Pointers that a launch does not read or write in this call: each way passes another tensor that it has at hand.
+# Pointers that a launch does not use in these calls: the two launchers pass different tensors for them.
 UNUSED = ("partial", "counters", "dcores", "us", "biases", "t0")
-LEAST_ADDRESS = 1 << 32  # of a 64-bit parameter; smaller ones are numbers
+LEAST_ADDRESS = 1 << 32  # smaller 64-bit parameters are numbers
 
 
 class Case(NamedTuple):
@@ -73,7 +73,7 @@ class Recorded(NamedTuple):
 
 
 def recorded(library: ctypes.CDLL, known: dict[int, str]) -> list[Recorded]:
-    """The launches so far, forgotten; addresses of the call's tensors by name, others as "new"."""
+    """Return and forget the launches so far; addresses of the call's tensors by name, others as "new"."""
     launches = []
     for line in library.recorded_launches().decode().splitlines():
         kernel, *shape, parameters = line.split("|")
@@ -118,7 +118,7 @@ def call_of(case: Case, library: ctypes.CDLL) -> Callable[[], list[Recorded]]:
 
 
 def lines(calls: list[Recorded], launches: list[Launch]) -> list[str]:
-    """What is compared of launches, a line each."""
+    """The compared properties of launches, one per line."""
     found = []
     for one, launch in zip(calls, launches, strict=True):
         found.append(f"{one.kernel}: {one.shape}")
@@ -147,7 +147,7 @@ def compare_all(library: ctypes.CDLL) -> tuple[int, list[str]]:
 
 
 def use_driver(library: ctypes.CDLL, arch: str) -> None:
-    """Launch by Triton's own driver on a recorded card."""
+    """Make Triton's own driver launch on the recording libcuda."""
     capability = divmod(int(arch[3:]), 10)
     library.recorded_launches.restype = ctypes.c_char_p
     library.set_capability(*capability)
@@ -160,7 +160,7 @@ def use_driver(library: ctypes.CDLL, arch: str) -> None:
 
 
 def faulty(bind: Callable[..., Any]) -> Callable[..., Any]:
-    """`compat.triton.launcher`, with one added to the first number of a launch."""
+    """Wrap `compat.triton.launcher` to add one to the first number of each launch."""
 
     def launcher(found: Any, grid: int, take: Any, constants: tuple[Any, ...]) -> Any:
         first = next(i for i, value in enumerate(constants) if type(value) is int)
@@ -180,7 +180,7 @@ def main() -> None:
     with (
         mock.patch.object(kernels, "architecture", return_value=(options.arch, 84)),
         mock.patch.object(kernels, "interpreting", return_value=True),
-        # the base's products, which take a processor without bf16 seconds each, and whose values nothing reads
+        # skips the base's products: each takes seconds on a processor without bf16, and nothing reads their values
         mock.patch.object(torch, "mm", lambda *factors, out: out),
         mock.patch.object(torch.Tensor, "addmm_", lambda y, *factors: y),
         backend("triton"),

@@ -52,7 +52,7 @@ def attention(model: nn.Module) -> nn.Module:
 
 
 def prepared(module: nn.Module, features: int) -> nn.Module:
-    """A module's linears adapted, with factors that do something."""
+    """Adapt a module's linears, with factors that have an effect."""
     model = lorasb.patch(module, r=3, target_modules="all-linear")
     for layer in layers(model).values():
         q = torch.linalg.qr(torch.randn(features, 3)).Q

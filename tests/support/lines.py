@@ -1,4 +1,4 @@
-"""Lines to the user: warnings, counted."""
+"""Count the warnings that users see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def one_line(pattern: str) -> Iterator[None]:
-    """The block warns once, however often its code does something of a kind."""
+    """Assert that the block warns exactly once, with text that matches `pattern`."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         yield

@@ -1,4 +1,4 @@
-"""Bytes that a call allocates, tensors that its backward keeps, and the threads and instructions that it runs by."""
+"""Measure the bytes a call allocates and the tensors it saves for backward; set its threads and instruction set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Let the C++ kernels take one of this processor's instruction sets."""
+    """Make the C++ kernels use one of this processor's instruction sets."""
     cpp.use_instruction_set(name)
     try:
         yield
@@ -36,7 +36,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
 @contextmanager
 def kernels(name: str) -> Iterator[str]:
-    """The backend of a `kernel` fixture's parameter: eager torch, or the C++ kernels of an instruction set."""
+    """Use the backend that a `kernel` fixture names: eager torch, or the C++ kernels with an instruction set."""
     if name in SETS:
         with instruction_set(name), lorasb.backend("cpp"):
             yield name
@@ -46,8 +46,8 @@ def kernels(name: str) -> Iterator[str]:
 
 
 @contextmanager
-def kept_for_backward(own: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """What autograd saves inside the block, each storage once, without the call's own operands."""
+def saved_for_backward(own: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors that autograd saves inside the block, each storage once, except the call's operands `own`."""
     known, kept = {tensor.data_ptr() for tensor in own}, []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def kept_for_backward(own: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def allocations() -> Iterator[list[int]]:
-    """Bytes held after each allocation and release inside the block, in order, once it has ended."""
+    """Bytes held after each allocation and release inside the block, in order; filled when the block ends."""
     held: list[int] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         yield held

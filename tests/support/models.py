@@ -19,13 +19,13 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 
 
 def causal(family: str, config: str = "", **more: object) -> nn.Module:
-    """A language model of a family whose configuration has Llama's names."""
+    """A language model of a family whose configuration uses Llama's field names."""
     fields = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0} | more
     return getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{config or family}Config")(**fields))
 
 
 def encoder(family: str, task: str = "ForSequenceClassification", **more: object) -> nn.Module:
-    """A model of a family whose configuration has BERT's names."""
+    """A model of a family whose configuration uses BERT's field names."""
     config = getattr(transformers, f"{family}Config")(**SIZES | {"num_labels": 3, "max_position_embeddings": 64} | more)
     return getattr(transformers, f"{family}{task}")(config)
 
@@ -127,7 +127,7 @@ def generated(model: nn.Module, ids: Tensor, **options: object) -> Tensor:
 
 
 def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float32, **fields: object) -> nn.Module:
-    """A tiny model with an initialized adapter whose effect is plain to see."""
+    """A tiny model with an initialized adapter that clearly changes its outputs."""
     model = lorasb.patch(make(family, dtype=dtype), r=r, **fields)
     lorasb.initialize(model, batches_for(family), lr=2e-2, progress=False)
     return model
@@ -136,13 +136,13 @@ def patched(family: str = "llama", r: int = 4, dtype: torch.dtype = torch.float3
 def started(
     family: str = "llama", r: int = 4, scaling: float = 1.0, **options: object
 ) -> tuple[nn.Module, lorasb.InitReport]:
-    """A new model that is initialized with these options, and the report."""
+    """A new model initialized with these options, and the report."""
     model = lorasb.patch(make(family), r=r, scaling=scaling)
     return model, lorasb.initialize(model, **{"batches": batches_for(family), "lr": 1e-3, "progress": False} | options)
 
 
 def logits(model: nn.Module, family: str = "llama") -> Tensor:
-    """The model's answer to a fixed batch."""
+    """The model's logits for a fixed batch."""
     batch = batches_for(family, count=1)[0]
     with torch.no_grad():
         return model(**batch).logits

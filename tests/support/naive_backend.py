@@ -1,4 +1,4 @@
-"""A backend is one table of products: a naive one, in fp64 and row by row, which passes the tests of the ops."""
+"""A naive backend: one table of products, in fp64 and row by row. It passes the tests of the ops."""
 
 from __future__ import annotations
 

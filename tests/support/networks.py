@@ -1,4 +1,4 @@
-"""Small networks that are no transformers models: linears, layers whose W is no matrix, and a mixture of experts."""
+"""Small networks not from transformers: linears, layers whose W is not a matrix, and a mixture of experts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 TARGETS = ["embed", "conv", "grouped", "image", "attention", "head"]
-# the parameter behind each layer of an adapter, by the layer's name
+# the parameter that each adapted layer wraps, by the layer's name
 PARAMETERS = {name: f"{name}.weight" for name in ("embed", "conv", "grouped", "image", "head")}
 PARAMETERS |= {"attention": "attention.in_proj_weight", "attention.base_layer": "attention.out_proj.weight"}
 
@@ -27,7 +27,7 @@ X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))  # for `Mlp`
 
 
 class Net(nn.Module):
-    """Token ids [n, t] -> [n, t, 4], by an embedding, convolutions with and without groups, attention and a linear."""
+    """Token ids [n, t] -> [n, t, 4]: an embedding, convolutions with and without groups, attention and a linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,13 +47,13 @@ class Net(nn.Module):
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
-    """For `Net`."""
+    """A batch for `Net`."""
     g = torch.Generator().manual_seed(seed)
     return {"ids": torch.randint(0, 20, (6, 7), generator=g), "target": torch.randn(6, 7, 4, generator=g)}
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of `Net`."""
+    """The loss of `Net`."""
     return (model(batch["ids"]) - batch["target"]).square().mean()
 
 
@@ -66,8 +66,8 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(40, 40) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x plus the experts that were routed to."""
-        self.experts[3](x[:0])  # as loops over all experts do
+        """x plus the outputs of the experts that get tokens."""
+        self.experts[3](x[:0])  # zero tokens, as in loops over all experts
         return x + sum(torch.tanh(expert(x)) for expert in self.experts[:2])
 
 
@@ -79,12 +79,12 @@ class Mixture(nn.Module):
         self.layers = nn.ModuleList(Experts() for _ in range(2))
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """A squared error."""
+        """A squared error as "loss"."""
         for layer in self.layers:
             x = layer(x)
         return {"loss": (x.mean(-1) - labels).square().mean()}
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of a model that returns a dictionary."""
+    """The loss of a model that returns a dictionary."""
     return model(**batch)["loss"]

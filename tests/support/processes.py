@@ -1,4 +1,4 @@
-"""Python in a separate process, at the root of the repository if no other folder is named; and ranks of a group."""
+"""Run Python in a separate process, by default at the root of the repository, and ranks of a process group."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[2]
-FOLDER = os.environ.get("LORASB_TRITONS")  # with a folder per version of Triton; `make test-all` makes it
+FOLDER = os.environ.get("LORASB_TRITONS")  # has a folder per version of Triton; `make test-all` creates it
 TRITONS = sorted(path for path in Path(FOLDER).iterdir() if path.is_dir()) if FOLDER else []
 
 
 def attempt(
     *arguments: object, given: str | None = None, cwd: Path = ROOT, program: str = sys.executable, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python to its end, whatever that is; `given` is its input, `variables` are set in its environment."""
+    """Run Python, whatever its exit status; `given` is its input, `variables` are set in its environment."""
     command, environment = [program, *map(str, arguments)], os.environ | variables
     return subprocess.run(command, cwd=cwd, env=environment, input=given, capture_output=True, text=True, timeout=500)
 
 
 def python(*arguments: object, **options: Any) -> str:
-    """What Python prints, run by `attempt`; it has to succeed."""
+    """Run Python by `attempt` and return what it prints; it must succeed."""
     done = attempt(*arguments, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def run_each(codes: Sequence[str], **variables: str) -> list[str]:
-    """What each code prints where neither PEFT nor lorasb has been imported; all have to succeed."""
+    """Run each code where neither PEFT nor lorasb is imported, and return what it prints; all must succeed."""
     script = ROOT / "tests" / "support" / "fresh_imports.py"
     found = json.loads(python("-W", "ignore", script, given=json.dumps(codes), **variables))
     assert {code: text for code, (status, text) in zip(codes, found, strict=True) if status} == {}
@@ -47,13 +47,13 @@ def run_each(codes: Sequence[str], **variables: str) -> list[str]:
 
 
 def run_ranks(count: int, folder: Path, work: Callable[[int], object]) -> None:
-    """Do each rank's work in a fork of this process, as if torchrun had started it; all succeed within 500 seconds."""
+    """Do each rank's work in a fork of this process, as if torchrun had started it; all must succeed in 500 seconds."""
     running = {_fork(rank, count, folder / f"group-of-{count}", work) for rank in range(count)}
     end, failed = time.monotonic() + 500, False
     while running:
         ended = {child: status for child in running for found, status in [os.waitpid(child, os.WNOHANG)] if found}
         running -= ended.keys()
-        if not failed and (any(ended.values()) or time.monotonic() > end):  # the others would wait for it
+        if not failed and (any(ended.values()) or time.monotonic() > end):  # the others would wait for the failed rank
             failed = True
             for child in running:
                 os.kill(child, signal.SIGKILL)

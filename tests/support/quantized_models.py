@@ -1,4 +1,4 @@
-"""Tiny models whose linears are quantized, by lorasb or others, and modules that stand in for quantizers which need a GPU."""
+"""Tiny models with linears quantized by lorasb or other packages, and stand-ins for quantizers that need a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batches() -> list[Batch]:
 
 
 def with_linears(model: Any, make: Callable[[Any], nn.Module]) -> Any:
-    """A language model whose blocks' linears are replaced."""
+    """Replace the linears in a language model's blocks."""
     for name, layer in list(model.model.named_modules()):
         if hasattr(layer, "in_features"):
             model.model.set_submodule(name, make(layer))
@@ -41,7 +41,7 @@ def dense_linear(weight: Tensor) -> nn.Linear:
 
 
 class Scaled(nn.Module):
-    """A linear of nobody's: int8 codes and a scale a row; it has no parameter, and no `weight`."""
+    """A linear of no known quantizer: int8 codes and one scale per row. It has no parameter and no `weight`."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def to_quanto(layer: nn.Linear) -> nn.Module:
 
 
 def to_gptq(layer: nn.Linear) -> nn.Module:
-    """As the package packs it, with the nearest codes; its kernel in torch runs on a CPU."""
+    """Pack a linear with the package, using the nearest codes; its torch kernel runs on a CPU."""
     kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
     scales = layer.weight.detach().view(layer.out_features, -1, GROUP).abs().amax(-1) / 7
     zeros = torch.full_like(scales, 8)
@@ -112,12 +112,12 @@ MAKERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "torchao int4": partial(to_torchao, bits=4),
     "hqq": to_hqq,
     "quanto": to_quanto,
-    "gptq": to_gptq,  # skipped where its package is not installed, which needs a newer torch than we do
+    "gptq": to_gptq,  # skipped without its package, which needs a newer torch than lorasb
     "unknown": Scaled,
 }
-STORED = ("own", "own nested", "nf4", "fp4 nested", "int8")  # lorasb reads the storage
+STORED = ("own", "own nested", "nf4", "fp4 nested", "int8")  # lorasb reads their storage
 CALLED = [kind for kind in MAKERS if kind not in STORED]  # their own forward is called
-NAMES = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # "all-linear" has no modules of nobody's
+NAMES = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # "all-linear" omits unknown modules
 
 
 def quantized(kind: str | Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -142,20 +142,20 @@ def initialized(kind: str, **options: Any) -> Any:
 
 @torch.no_grad()
 def values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W [out, in] of a linear without a bias: what it stores, or what it makes of the unit vectors."""
+    """W [out, in] of a linear without a bias: decoded from its storage, or its outputs for the unit vectors."""
     if is_quantized(layer):
         return exact(of_module(layer), dtype)
     return layer(torch.eye(layer.in_features, dtype=dtype)).t().contiguous()
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
-    """The same function with dense linears."""
+    """Replace a model's linears with dense ones that compute the same function."""
     dtype = next(model.parameters()).dtype
     return with_linears(model, lambda layer: dense_linear(values(layer, dtype))).eval()
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, class_name: str, available: str) -> type[nn.Module]:
-    """A class by a quantizer's name, in a module by its package's; PEFT's resolver takes the package for installed."""
+    """Create a class named like a quantizer's in a module named `module`; PEFT takes the package for installed."""
     kind = type(class_name, (Scaled,), {"__module__": module})
     parts = module.split(".")
     for i in range(1, len(parts) + 1):

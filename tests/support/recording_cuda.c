@@ -1,9 +1,9 @@
-// A libcuda.so.1 that runs nothing and records launches: as much of the driver's API as Triton's launcher calls.
+// A libcuda.so.1 that records launches and runs nothing. It has the part of the driver API that Triton's launcher uses.
 //
 //   cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o libcuda.so.1 recording_cuda.c
 //
 // A line of `recorded_launches` is NAME|GRID|BLOCK|SHARED|STREAM|ATTRIBUTES|SIZE:VALUE,... with all parameters of the
-// kernel, whose number and sizes come from the cubin's .nv.info section, as the driver itself finds them there.
+// kernel, whose number and sizes come from the cubin's .nv.info section, where the driver finds them, too.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,7 +20,7 @@ void set_capability(int major, int minor) {
   minor_version = minor;
 }
 
-// --- device, context and stream: what does nothing, and what answers with a constant ---
+// --- device, context and stream: functions that do nothing or return a constant ---
 #define NOTHING(name) \
   Result name(void) { return SUCCESS; }
 #define ANSWER(name, type, value) \
@@ -40,7 +40,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   int large = major_version == 9 || major_version == 10, a100 = major_version == 8 && minor_version == 0;
   switch (attribute) {
     case 97: *value = large ? 232448 : a100 ? 166912 : 101376; break;  // shared memory of a block
-    case 81: *value = 102400; break;  // of a multiprocessor
+    case 81: *value = 102400; break;  // shared memory of a multiprocessor
     case 75: *value = major_version; break;
     case 76: *value = minor_version; break;
     default: *value = 1;
@@ -48,7 +48,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   return SUCCESS;
 }
 
-// --- modules: a handle is the cubin itself, a function's handle its index ---
+// --- modules: a module's handle is the cubin itself, a function's handle is its index ---
 static struct {
   char name[256];
   int count;
@@ -64,7 +64,7 @@ static uint64_t read64(const uint8_t* at) {
 static uint32_t read32(const uint8_t* at) { return (uint32_t)(read64(at) & 0xffffffff); }
 static uint16_t read16(const uint8_t* at) { return (uint16_t)(read64(at) & 0xffff); }
 
-// Entries of .nv.info have a format, an attribute and a length or a value. 0x17 is one parameter: its place and size.
+// Entries of .nv.info have a format, an attribute and a length or a value. 0x17 is one parameter's place and size.
 static void read_parameters(const uint8_t* at, const uint8_t* end, int function) {
   while (at < end) {
     uint8_t format = at[0], attribute = at[1];

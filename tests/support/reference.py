@@ -1,4 +1,4 @@
-"""What the layer computes, in as few lines as possible and none of the library's own."""
+"""A reference for what the layer computes, in as few lines as possible and without the library's code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass
 class Case:
-    """Inputs of one adapted linear, and the gradient that comes from above."""
+    """Inputs of one adapted linear, and the gradient of its output."""
 
     x: Tensor
-    weight: Any  # W [m, n], or what stores it, or None
+    weight: Any  # W [m, n], dense or quantized, or None
     a: Tensor
     core: Tensor
     b: Tensor
@@ -41,7 +41,7 @@ def make_case(
     scaling: float = 0.7,
     seed: int = 0,
 ) -> Case:
-    """Random inputs: x [*shape, n], orthonormal A [r, n] and B [m, r] where they can be, R small."""
+    """Random inputs: x [*shape, n], orthonormal A [r, n] and B [m, r] where sizes allow it, a small R."""
     g = torch.Generator().manual_seed(seed)
     core_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -81,7 +81,7 @@ def by_formulas(c: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain_chain(c: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """The chain as anybody would write it, in the case's own dtype, differentiated by autograd: y, dx, dR."""
+    """y, dx and dR of the chain written naively, in the case's own dtype, and differentiated by autograd."""
     x, core = c.x.clone().requires_grad_(True), c.core.clone().requires_grad_(True)
     y = torch.nn.functional.linear(x, c.weight, c.bias)
     y = y + c.scaling * (((x @ c.a.t()) @ core.t().to(x.dtype)) @ c.b.t())
@@ -89,7 +89,7 @@ def plain_chain(c: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_rows(compute: Callable[[Case], tuple[Tensor, ...]], cases: list[Case], index: list[int] | None) -> list[Tensor]:
-    """The y_j, dx and the dR_j of layers that read the same x, a member at a time; with an index, and a row at a time."""
+    """The y_j, dx and dR_j of layers that read the same x, one member at a time; with an index, also row by row."""
 
     def of(case: Case) -> tuple[Tensor, ...]:
         if index is None:

@@ -1,4 +1,4 @@
-"""Small kernels in PTX for the interpreter's own tests: written out, given arrays, run on one or several blocks."""
+"""Write small PTX kernels for the interpreter's own tests and run them on arrays, in one or several blocks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(
     blocks: int = 1,
     order: Sequence[int] | None = None,
 ) -> list[Array]:
-    """The arrays after a kernel with a pointer to each, in %rd1, %rd2, ... when the body begins; %r0 is the thread."""
+    """Run a kernel and return its arrays; its body has pointers to them in %rd1, %rd2, ... and the thread in %r0."""
     parameters = ", ".join(f".param .u64 .ptr .global .align 16 kernel_param_{i}" for i in range(len(arrays)))
     loads = "".join(f"ld.param.b64 %rd{i + 1}, [kernel_param_{i}];\n" for i in range(len(arrays)))
     program = Program.parse(HEAD.format(parameters=parameters, threads=threads) + f"{loads}{body}\nret;\n}}\n")
@@ -46,7 +46,7 @@ def run(
 
 
 def evaluate(opcode: str, *operands: Array, result: Any = None, extra: str = "") -> Array:
-    """One arithmetic instruction on vectors of 32: the operands' bits go in, the result's come out."""
+    """Execute one arithmetic instruction on the bits of vectors of 32; return the bits of the result."""
     found = np.zeros(32, result or operands[0].dtype)
     lines, names = [], [f"%x{i}" for i in range(len(operands))]
     for i, operand in enumerate(operands):

@@ -1,4 +1,4 @@
-"""Quantized weights for tests, and what they stand for, in as few lines as possible and none of the library's own."""
+"""Quantized weights for tests, and their values, decoded in as few lines as possible without the library's code."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def octets(m: int, n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -
 
 
 def exact(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """W [out, in] in fp32, then rounded as the storage says."""
+    """W [out, in] in fp32, then rounded to the storage's dtype."""
     return unrounded(weight).to(weight.dtype).to(dtype)
 
 
 def unrounded(weight: QuantizedWeight) -> Tensor:
-    """W [out, in] in fp32, every element on its own."""
+    """W [out, in] in fp32, each element decoded separately."""
     m, n = weight.shape
     if weight.kind == "int8":
         return weight.tensors[0].float() * weight.tensors[1][:, None] * 7.874015718698502e-3

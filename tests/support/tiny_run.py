@@ -1,4 +1,4 @@
-"""Words of the tiny tokenizer, and files of examples, of tests that run commands."""
+"""Words of the tiny tokenizer, and example files, for tests that run commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WORDS = ["one", "two", "three", "four", "red", "blue", "green", "cat", "dog", "t
 
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, object]]) -> str:
-    """Write JSON Lines; the file's path, as a setting."""
+    """Write JSON Lines; return the file's path as a setting."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return str(file)

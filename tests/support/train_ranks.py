@@ -1,4 +1,4 @@
-"""A few steps of every way to train, on one rank or several: what was found as JSON."""
+"""Train a few steps in every way, on one rank or several, and write the results as JSON."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def model_for(way: str) -> nn.Module:
 
 
 def shard(model: Any, way: str) -> nn.Module:
-    """As `way` says, over the processes there are."""
-    is_ddp = way.startswith("ddp")  # which is wrapped after the initialization, as Trainer does
+    """Shard the model among the processes as `way` says."""
+    is_ddp = way.startswith("ddp")  # wrapped after the initialization, as Trainer does
     if dist.is_initialized() and not is_ddp:
         for block in (*model.get_base_model().model.layers, model):
             fully_shard(block)
@@ -39,13 +39,13 @@ def shard(model: Any, way: str) -> nn.Module:
 
 
 def cores(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every R, whole."""
+    """Every R, gathered if it is sharded."""
     found = {name: p for name, p in model.named_parameters() if "lorasb_R" in name}
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in found.items()}
 
 
 def write_all(folder: Path, size: int, rank: int) -> None:
-    """Train every way on this rank, and write what the first one found."""
+    """Train in every way on this rank; the first rank writes the results."""
     for way in WAYS:
         found = train(way, rank, size)
         if rank == 0:
@@ -53,7 +53,7 @@ def write_all(folder: Path, size: int, rank: int) -> None:
 
 
 def train(way: str, rank: int, size: int) -> dict[str, Any]:
-    """A few steps; the losses, every R before them, and how far it has moved."""
+    """Train a few steps; return the losses, every R before them, and how far each has moved."""
     model = shard(model_for(way), way)
     lorasb.initialize(model, ROWS[rank::size], lr=1e-2, progress=False)
     start = cores(model)

@@ -1,4 +1,4 @@
-"""What distributed/test_training.py starts by torchrun and by `accelerate launch`: a Trainer over a tiny model.
+"""Run a Trainer on a tiny model; distributed/test_training.py starts this by torchrun and `accelerate launch`.
 
 trainer_ranks.py FOLDER [--kill STEP] [--again FOLDER] [--resume] [--first] [--bits 16|4]
                  [--dtype float32|bfloat16]
@@ -25,12 +25,12 @@ from torch.distributed.tensor import DTensor
 
 import lorasb
 
-STEPS, CUT_AFTER = 6, 5  # of which every second is saved
+STEPS, CUT_AFTER = 6, 5  # every second step is saved
 ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in range(24)]
 
 
 def shard_on_cpus() -> None:
-    """accelerate takes FSDP for GPUs only: let it go the same way on CPUs."""
+    """Make accelerate use FSDP on CPUs too; it supports GPUs only."""
     before = AcceleratorState.__init__
 
     def init(self: Any, *arguments: Any, fsdp_plugin: Any = None, **named: Any) -> None:
@@ -47,23 +47,23 @@ def parse(given: Sequence[object] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", type=int, default=0)
-    parser.add_argument("--again", type=Path, help="train the last steps here too, from a checkpoint of the whole run")
+    parser.add_argument("--again", type=Path, help="repeat the last steps here, from a checkpoint of the full run")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--first", action="store_true", help="initialize before the Trainer, as DeepSpeed wants")
+    parser.add_argument("--first", action="store_true", help="initialize before the Trainer, as DeepSpeed requires")
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     return parser.parse_args(None if given is None else [str(one) for one in given])
 
 
 def main() -> None:
-    """Train, save, and say what came of it; with `--again`, once whole and once from a checkpoint."""
+    """Train, save, and write the results; with `--again`, once in full and once from a checkpoint."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpus()
     run_all(parse())
 
 
 def run_all(options: argparse.Namespace, rank: int = 0) -> None:
-    """The runs of a rank, which accelerate reads from the environment."""
+    """Do the runs of a rank; accelerate reads the rank from the environment."""
     run(options.folder, options)
     if options.again:
         options.resume = True
@@ -76,16 +76,16 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     base: Any = make("llama", dtype=dtype)
     model: Any = lorasb.patch(lorasb.quantize(base, storage=dtype) if options.bits == 4 else base, r=4)
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    momentum = "momentum=0.9"  # plain SGD keeps no state, and torch loads none back under FSDP2, on whatever device
+    momentum = "momentum=0.9"  # plain SGD has no state, and torch cannot load an empty state under FSDP2, on any device
     given = {"optim": "sgd", "optim_args": momentum, "lr_scheduler_type": "constant", "learning_rate": 0.05}
     given |= {"max_steps": STEPS, "per_device_train_batch_size": 4 // size, "max_grad_norm": 0.0}
     arguments = trainer_runs.arguments(folder, **given)
     init = lorasb.InitCallback(num_samples=8, lr=1e-2)
     if options.first:
-        share = range(arguments.process_index, 8, arguments.world_size)  # asking for it starts the processes' group
+        share = range(arguments.process_index, 8, arguments.world_size)  # reading it starts the process group
         lorasb.initialize(model, [text(1, 12, seed) for seed in share], lr=1e-2, progress=False)
     callbacks = [init]
-    if options.kill and arguments.process_index == arguments.world_size - 1:  # ends without a word
+    if options.kill and arguments.process_index == arguments.world_size - 1:  # dies silently
         callbacks.append(trainer_runs.At(options.kill, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     if options.again and not options.resume and arguments.process_index == 0:
         callbacks.append(trainer_runs.At(CUT_AFTER, lambda: shutil.copytree(folder, options.again)))
@@ -103,6 +103,6 @@ def run(folder: Path, options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main()
-    finally:  # gloo's threads would abort the interpreter's exit now and then
+    finally:  # otherwise gloo's threads sometimes abort the interpreter's exit
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -13,7 +13,7 @@ ROWS = [{key: value[0] for key, value in text(1, 12, seed).items()} for seed in 
 
 
 class At(transformers.TrainerCallback):
-    """Does something after a step."""
+    """Call an action after a step."""
 
     def __init__(self, step: int, action: Callable[[], object]) -> None:
         self.step, self.action = step, action
@@ -24,7 +24,7 @@ class At(transformers.TrainerCallback):
 
 
 def usual(folder: Path) -> dict[str, Any]:
-    """Arguments: four steps of three rows on a CPU, which say nothing and save every second."""
+    """Default arguments: four steps of three rows on a CPU, without output, saving every second step."""
     steps = {
         "max_steps": 4,
         "save_steps": 2,

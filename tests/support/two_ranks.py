@@ -1,4 +1,4 @@
-"""Initializations on two ranks: each case leaves what it found in a JSON file."""
+"""Initialize on two ranks; each case writes its results to a JSON file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def digest(model: nn.Module) -> str:
 
 
 def run(batches: list[Batch], shard: bool = False, **options: Any) -> dict[str, Any]:
-    """Initialize; what every rank found, and the energies."""
+    """Initialize; return the digest of every rank, and the report's values with the energies."""
     model = lorasb.patch(make("llama"), r=4)
     if shard:
         for block in (*model.get_base_model().model.layers, model):
@@ -51,7 +51,7 @@ def run(batches: list[Batch], shard: bool = False, **options: Any) -> dict[str, 
 
 
 def error_of(call: Callable[[], Any]) -> dict[str, Any]:
-    """The error that every rank raised."""
+    """Return the error that each rank raised."""
     every: list[Any] = [None, None]
     try:
         call()
@@ -63,12 +63,12 @@ def error_of(call: Callable[[], Any]) -> dict[str, Any]:
 
 
 def broken(rank: int) -> list[Batch]:
-    """Batches of which rank 1's cannot be collated."""
+    """Batches that cannot be collated on rank 1."""
     return SAMPLES[:2] if rank == 0 else [{"input_ids": torch.zeros(1, 3), "labels": torch.zeros(2, 3)}]
 
 
 def failing(rank: int) -> Callable[[nn.Module, Batch], torch.Tensor]:
-    """A loss after which rank 1's first block cannot be computed again."""
+    """A loss function that leaves rank 1's first block unable to be recomputed."""
 
     def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
         loss = model(**batch).loss
@@ -80,14 +80,14 @@ def failing(rank: int) -> Callable[[nn.Module, Batch], torch.Tensor]:
 
 
 def write_all(folder: Path, rank: int) -> None:
-    """Run every case on this rank, and write what the first one found."""
+    """Run every case on this rank; the first rank writes the results."""
     even, uneven = SAMPLES[rank::2], SAMPLES[:4] if rank == 0 else SAMPLES[4:]
     cache = folder / "signs.safetensors"
 
     unlabeled = [{key: value for key, value in batch.items() if key != "labels"} for batch in even]
 
     def share() -> Any:
-        """A stream of everything on one rank and of nothing on the other."""
+        """A stream of all samples on rank 0, and an empty one on rank 1."""
         return iter(SAMPLES if rank == 0 else [])
 
     cases: dict[str, Callable[[], dict[str, Any]]] = {

@@ -17,22 +17,22 @@ from lorasb.serving.basis import add_adapters, save_adapters
 PROMPTS = ("My favorite color and pet are:", "Once upon a time there was", "The capital of France is")
 PEOPLE = [f"user{i}" for i in range(32)]
 NEW = 16  # tokens of an answer
-SIZE = 0.04  # ‖R‖ over ‖W‖·r of a layer: answers are others than the base's, and still language
-# Two tokens this close in transformers' logits may change places by the rounding of fp32 sums in another order
+SIZE = 0.04  # ‖R‖ over ‖W‖ of a layer: answers differ from the base's, and are still language
+# Two tokens whose logits in transformers are this close may swap if fp32 sums are taken in another order
 # (2^-24 of logits near 20, through thirty blocks).
 NEAR = 1e-3
 
 
 class Answer:
-    """Greedy tokens, and how far each was ahead of the second best."""
+    """Greedy tokens, and how many of them are certain, given each one's lead over the second best."""
 
     def __init__(self, tokens: Sequence[int], leads: Sequence[float]) -> None:
         near = next((i for i, lead in enumerate(leads) if lead < NEAR), len(leads))
         self.tokens = list(tokens)
-        self.certain = near  # tokens before the first that is not certain
+        self.certain = near  # number of tokens before the first uncertain one
 
     def agrees(self, tokens: Sequence[int]) -> bool:
-        """True if another engine's tokens are the same, as far as that is determined."""
+        """True if another engine's tokens are the same as far as these are certain."""
         return len(tokens) == len(self.tokens) and list(tokens)[: self.certain] == self.tokens[: self.certain]
 
 
@@ -57,7 +57,7 @@ def make_people(folder: Path) -> Any:
 
 
 def answers(model: Any, prompt: list[int], rows: Sequence[str] | None) -> list[Answer]:
-    """Greedy answers to a prompt, one with the adapter of each row, by transformers; a plain model has no rows."""
+    """transformers' greedy answers to a prompt, one per row with its adapter; `rows` is None for a plain model."""
     ids = torch.tensor([prompt] * (1 if rows is None else len(rows)))
     options: dict[str, Any] = {} if rows is None else {"adapter_names": list(rows)}
     options |= {"output_scores": True, "return_dict_in_generate": True}
@@ -79,7 +79,7 @@ class People:
         self.answers = {name: [of_prompt[i] for of_prompt in found] for i, name in enumerate(rows)}
 
     def of(self, name: str) -> Path:
-        """The adapter's folder; those above 32 have the R's of another."""
+        """The adapter's folder; adapters from user32 on reuse the R's of the first 32."""
         path = self.folder / name
         if not path.exists():
             path.symlink_to(self.folder / self._owner(name))

@@ -1,4 +1,4 @@
-"""Trials of learning rates: what they train is what an independent loop trains, and nothing of them stays."""
+"""Learning-rate trials: they train as an independent loop does, and the model keeps nothing of them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def cores(model: nn.Module) -> dict[str, Tensor]:
 
 
 def by_hand(model: PeftModel, lr: float, first: float, steps: int, judged: int) -> float:
-    """A trial as a plain loop on a copy."""
+    """Loss of a trial, run as a plain loop on a copy."""
     model = copy.deepcopy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     held = batches(steps + judged)
@@ -83,7 +83,7 @@ def test_a_trial_is_a_plain_training_loop() -> None:
 
 
 def test_nothing_of_the_trials_stays_but_the_length_of_the_start() -> None:
-    """Of a loader that shuffles by the global random state, too."""
+    """Also with a loader that shuffles by the global random state."""
     rows = [{key: value[0] for key, value in batch.items()} for batch in batches(16, rows=1)]
     loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True)
     model = patched(dropout=0.3).train()
@@ -100,11 +100,11 @@ def test_nothing_of_the_trials_stays_but_the_length_of_the_start() -> None:
     assert random.getstate() == python_state
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(first.grad, torch.ones_like(first))
-    assert find(patched(dropout=0.3), loader) == found  # the same rows, and the same masks in every trial
+    assert find(patched(dropout=0.3), loader) == found  # the same rows and the same dropout masks in every trial
 
 
 def test_accumulated_batches_are_one_step() -> None:
-    """Batches of equal tokens: two of two rows give the mean gradient of one of four."""
+    """With equal token counts, two batches of two rows give the mean gradient of one batch of four."""
     whole = batches(6, rows=4)
     one = find(patched(), whole, steps=4)
     two = find(patched(), [*whole[:2], *batches(12)[4:]], steps=4, accumulation=2)
@@ -130,7 +130,7 @@ def test_the_search_finds_the_least_of_a_valley(best: int, slope: float) -> None
 
 
 def test_ranks_decide_by_the_mean_of_their_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other rank's loss is 3 whatever the rate."""
+    """The other rank's loss is 3 at every rate."""
     alone = find(patched())
     two = SimpleNamespace(rank=1, world_size=2, all_reduce_sum=lambda value: value + 3.0)
     two.together = lambda doing: contextlib.nullcontext()
@@ -141,7 +141,7 @@ def test_ranks_decide_by_the_mean_of_their_losses(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_wrapped_model_is_tried_as_itself(tmp_path: Path) -> None:
-    """DistributedDataParallel has no `peft_config`: R's start and η are its module's."""
+    """DistributedDataParallel has no `peft_config`: R's start and η come from its module."""
     model, wrapped = patched(), patched()
     alone = find(model)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -204,7 +204,7 @@ def test_a_model_that_trains_nothing_is_named_and_the_result_says_what_was_tried
 def test_a_measured_rate_is_doubled_or_halved(
     of_whole: float, of_quarter: float, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By which of it and its quarter is ahead after four steps, or finite; R gets the start of the result."""
+    """Doubled if its loss after four steps beats its quarter's; a finite loss wins. R is scaled to the result."""
     model = patched()
     before = cores(model)
     losses, rates = {1e-3: of_whole, 2.5e-4: of_quarter}, []
@@ -217,7 +217,7 @@ def test_a_measured_rate_is_doubled_or_halved(
 
 @pytest.mark.parametrize("count", range(2, 17))
 def test_no_batch_is_trained_on_and_judges(count: int) -> None:
-    """However few there are, and all take part."""
+    """With any number of batches, all of which are used."""
     numbered = [{"input_ids": torch.tensor([i])} for i in range(count)]
     found = [int(batch["input_ids"]) for batch in itertools.islice(rate_trials.apart(numbered), 16)]
     judging, trained = set(found[: rate_trials.JUDGED]), set(found[rate_trials.JUDGED :])
@@ -239,7 +239,7 @@ def test_a_head_learns_at_a_usual_rate_while_that_of_r_is_tried(monkeypatch: pyt
 
 
 def test_trials_without_a_finite_loss_keep_a_measured_rate() -> None:
-    """And a loss of the caller's takes the place of the model's."""
+    """The caller's loss function replaces the model's loss."""
     model, seen = patched(), []
     before = cores(model)
 
@@ -266,7 +266,7 @@ def test_only_the_adapter_of_a_measured_rate_is_scaled() -> None:
 
 
 def test_a_loaded_adapter_is_not_scaled(tmp_path: Path) -> None:
-    """Its R was trained, and is no start."""
+    """Its R is trained, not a start."""
     patched().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(make("llama").double(), tmp_path, is_trainable=True)
     before, rate = cores(model), model.peft_config["default"].init_provenance["lr"]

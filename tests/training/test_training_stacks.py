@@ -1,4 +1,4 @@
-"""The stacks that people train with: Trainer in every setting, torch.compile, offloading, and InitCallback in the Trainer."""
+"""Common training stacks: Trainer in every setting, torch.compile, offloading, and InitCallback in the Trainer."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = lorasb.patch(make("llama"), r=4)
     often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
-    best["greater_is_better"] = True  # the loss falls with every step, on any machine: so the first is the best
+    best["greater_is_better"] = True  # the loss falls every step on any machine, so the first checkpoint is best
     rate = {"lr_scheduler_type": "constant", "learning_rate": 0.3}
     trainer = train(model, tmp_path, [lorasb.InitCallback(lr=2e-2)], **often, **best, **rate)
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     best = max(losses, key=losses.__getitem__)
-    assert losses[max(losses)] < losses[best]  # the last is not the best, so that loading shows
+    assert losses[max(losses)] < losses[best]  # the last is not the best, so loading makes a difference
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     left = list(tmp_path.glob("checkpoint-*"))
     assert len(left) <= 2
@@ -112,7 +112,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
-    """Those of every R on a fixed batch."""
+    """Gradients of every R on a fixed batch."""
     model.zero_grad()
     model(**batches_for("llama", count=1)[0]).loss.backward()
     return [p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -187,7 +187,7 @@ def test_the_callback_initializes_as_one_does_by_hand(tmp_path: Path) -> None:
 
 
 def test_batches_whose_rows_cannot_be_told_apart_are_taken_row_by_row(tmp_path: Path) -> None:
-    """As a collator of images has them, whose patches come one after another."""
+    """Image collators return such batches: the patches of all rows are concatenated."""
 
     def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         joined = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -199,7 +199,7 @@ def test_batches_whose_rows_cannot_be_told_apart_are_taken_row_by_row(tmp_path: 
 
 
 def test_the_callback_changes_no_order_of_training(tmp_path: Path) -> None:
-    """The global random state too: dropout would draw from it."""
+    """Nor does it change the global random state, from which dropout would draw."""
     found = []
     for model, callbacks in ((patched(), []), (lorasb.patch(make("llama"), r=4), [lorasb.InitCallback()])):
         seen: list[Tensor] = []
@@ -260,7 +260,7 @@ def test_what_the_callback_cannot_initialize(
 
 @pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
 def test_the_callback_takes_a_model_as_the_trainer_has_made_it(tmp_path: Path, option: str) -> None:
-    """accelerate wraps its forward; checkpointing makes the embeddings' output require a gradient."""
+    """accelerate wraps the model's forward; checkpointing makes the embeddings' output require a gradient."""
     callback = lorasb.InitCallback(num_samples=6)
     train(lorasb.patch(make("llama"), r=4), tmp_path, [callback], **{option: True})
     assert (callback.report.strategy, callback.report.num_samples) == ("layerwise", 6)

@@ -26,7 +26,7 @@ def named(value: Any) -> str:
     return value if isinstance(value, str) else str(len(value))
 
 
-# t5 has two stacks; of the others, both strategies' sums are plain autograd's bits (tests/init/test_strategies.py)
+# t5 has two stacks; tests/init/test_strategies.py compares the others' sums with plain autograd's, bit for bit
 OTHERS = [one for one in PARTS if one[0] not in ("t5", "llama", "roberta", "gpt2")]
 
 
@@ -45,7 +45,7 @@ def test_both_strategies_find_the_same_factors(family: str, fields: dict[str, An
 
 @pytest.mark.parametrize(("family", "fields"), PARTS, ids=named)
 def test_train_save_load_merge_and_export(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    """Of a model after three steps, which computed what its base does before it was initialized."""
+    """For a model trained for three steps, whose output equals its base's until it is initialized."""
     before, model = logits(make(family), family), lorasb.patch(make(family), r=4, **fields)
     bound = tolerances.MERGE if "target_parameters" in fields else tolerances.EXACT
     tolerances.check(logits(model, family), before, bound)
@@ -72,7 +72,7 @@ def test_train_save_load_merge_and_export(family: str, fields: dict[str, Any], t
 
 @pytest.mark.parametrize(("family", "left"), [("Mamba", {"in_proj"}), ("Mamba2", {"in_proj"})])
 def test_what_fused_kernels_read_is_no_target(family: str, left: set[str]) -> None:
-    """In training on a GPU a Mamba block's kernels take the weights of other linears, and call none of them."""
+    """When training on a GPU, a Mamba block's kernels read the other linears' weights without calling the linears."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 99, "state_size": 8}
     sizes |= {"num_heads": 8, "head_dim": 8, "n_groups": 1} if family == "Mamba2" else {}
     config = getattr(transformers, f"{family}Config")(**sizes)
@@ -84,7 +84,7 @@ def test_what_fused_kernels_read_is_no_target(family: str, left: set[str]) -> No
 
 
 def test_weights_that_a_block_reads_and_never_calls_are_no_targets() -> None:
-    """WavLM hands its attention's weights to a function of torch."""
+    """WavLM passes its attention's weights to a torch function."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     convolutions = {"conv_dim": (16,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
     config = transformers.WavLMConfig(**sizes, **convolutions, num_conv_pos_embedding_groups=2, vocab_size=20)
@@ -96,7 +96,7 @@ def test_weights_that_a_block_reads_and_never_calls_are_no_targets() -> None:
 
 
 def test_a_model_without_inputs_embeds_has_pefts_plain_wrapper() -> None:
-    """The others pass it, and CLIP hands it on to encoders that make their own."""
+    """Other wrappers pass it, and CLIP would pass it on to encoders that have their own."""
     part = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     text, vision = part | {"vocab_size": 99}, part | {"image_size": 8, "patch_size": 4}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)

@@ -1,4 +1,4 @@
-"""What a base's checkpoint does not bring is trained whole: over transformers' own lists of task models, and by loading."""
+"""Modules missing from a base checkpoint are fully trained: over transformers' lists of task models, and on loading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NOT_HERE = (ImportError, TypeError, ValueError, AttributeError, KeyError, NotImp
 
 
 def classes(task: str) -> list[tuple[str, str]]:
-    """A task's model types and classes: the first of each way to write a head, as transformers repeats itself."""
+    """A task's model types and classes: one for each distinct code of a head, as transformers repeats itself."""
     found: dict[str, tuple[str, str]] = {}
     for family, names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
         for name in [names] if isinstance(names, str) else names:
@@ -47,7 +47,7 @@ def classes(task: str) -> list[tuple[str, str]]:
 
 
 def built(family: str, kind: str) -> tuple[nn.Module, nn.Module] | None:
-    """A task model and its base model, of one layer, without values; None where this machine cannot build them."""
+    """A one-layer task model and its base model, without values; None if this machine cannot build them."""
     for options in (SMALL, {}):
         try:
             config = transformers.CONFIG_MAPPING[family](**options)
@@ -68,7 +68,7 @@ def within(name: str, modules: list[str]) -> bool:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_head_of_transformers_is_trained_whole(task: str) -> None:
-    """A layer that the base model of the same configuration has not is saved, and PEFT's matching never targets it."""
+    """A layer absent from the base model of the same configuration is saved, and PEFT's matching never targets it."""
     count = 0
     for family, kind in classes(task):
         models = built(family, kind)
@@ -87,7 +87,7 @@ def test_every_head_of_transformers_is_trained_whole(task: str) -> None:
         assert [name for name in names if name in brought and within(name, saved)] == [], kind
         config.target_modules = set(names)
         assert not any(LoRASBModel._check_target_module_exists(config, name) for name in fresh), kind
-        for name, _ in model.named_modules():  # PEFT compares the ends of names, without regard to dots
+        for name, _ in model.named_modules():  # PEFT compares the ends of names, ignoring dots
             alike = name.endswith(tuple(saved)) and not name.endswith("feature_extractor")  # XVector's convolutions
             assert within(name, saved) or not alike, (kind, name)
     assert count >= 1
@@ -106,7 +106,7 @@ def test_an_adapter_is_loaded_over_a_pooler_that_is_new_at_every_load(tmp_path: 
     model(**batches_for("deberta")[0]).loss.backward()
     optimizer.step()
     model.eval().save_pretrained(tmp_path / "adapter")
-    torch.manual_seed(7)  # as another process draws its own
+    torch.manual_seed(7)  # another process draws other values
     other = getattr(transformers, kind).from_pretrained(tmp_path / "base", num_labels=3)
     again = peft.PeftModel.from_pretrained(other, tmp_path / "adapter").eval()
     tolerances.check(logits(again, "deberta"), logits(model, "deberta"), tolerances.MERGE)
@@ -116,7 +116,7 @@ def test_an_adapter_is_loaded_over_a_pooler_that_is_new_at_every_load(tmp_path: 
 
 @pytest.mark.parametrize("brought", [True, False])
 def test_what_transformers_had_to_make_up_is_known(brought: bool, tmp_path: Path) -> None:
-    """A pooler, and the head of a masked language model: by whether the checkpoint has them."""
+    """Checked for a pooler and the head of a masked language model, with and without them in the checkpoint."""
     config = transformers.BertConfig(max_position_embeddings=64, num_labels=3, **SIZES)
     base = transformers.BertForMaskedLM(config) if brought else transformers.BertModel(config, add_pooling_layer=False)
     base.save_pretrained(tmp_path / "masked")
@@ -149,7 +149,7 @@ def test_explicit_targets_and_adapters_that_exist_already(tmp_path: Path) -> Non
     model = patched("deberta", target_modules=["query_proj", "dense"])
     assert not any("pooler" in name for name in adapted(model))
     former = lorasb.LoRASBConfig(r=4, task_type="SEQ_CLS", modules_to_save=["classifier"]).weights_follow()
-    old = lorasb.patch(make("deberta"), former)  # as it was made before poolers were known
+    old = lorasb.patch(make("deberta"), former)  # as made by versions that did not recognize poolers
     assert any("pooler" in name for name in adapted(old))
     lorasb.initialize(old, batches_for("deberta"), lr=2e-2, progress=False)
     old.eval().save_pretrained(tmp_path)

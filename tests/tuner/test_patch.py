@@ -1,4 +1,4 @@
-"""`lorasb.patch`: which layers are adapted, at which rank and for which task; what cannot be says why and stays."""
+"""`lorasb.patch`: which layers are adapted, at which rank, for which task; failures say why and change nothing."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_weights_of_unsupported_dtypes_are_refused(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("both", [True, False])
 def test_a_weight_that_two_modules_share_is_not_merged_into(both: bool) -> None:
-    """Each would add its update, or the other module get one that it does not have."""
+    """The weight would get both updates, or the module without an adapter would change as well."""
     net = nn.ModuleDict({"one": nn.Linear(8, 8, bias=False), "two": nn.Linear(8, 8, bias=False)})
     net["two"].weight = net["one"].weight
     before = net["one"].weight.detach().clone()
@@ -212,7 +212,7 @@ def test_factors_lie_where_their_layer_does() -> None:
 
 
 def test_a_block_on_another_device_gets_its_input_there() -> None:
-    """Initialization moves a block's recorded inputs as the model's own forward does, by accelerate's hooks."""
+    """Initialization moves a block's recorded inputs through accelerate's hooks, as the model's own forward does."""
     plain, model = lorasb.patch(make("llama"), r=4), lorasb.patch(make("llama"), r=4)
     blocks: nn.ModuleList = model.get_base_model().model.layers
     for block in blocks:
@@ -258,7 +258,7 @@ def test_attention_that_reads_its_own_weights_is_left_alone_or_refused() -> None
 
 
 NAMES = (*SIZES, "num_key_value_heads")
-ATTENTION = ["query", "key", "value", "attention.output.dense"]  # the paper's layers of RoBERTa
+ATTENTION = ["query", "key", "value", "attention.output.dense"]  # the layers of RoBERTa that the paper adapts
 LLAMA, MISTRAL = (3072, 8192, 28, 24, 128_256, 8), (4096, 14336, 32, 32, 32_000, 8)
 GEMMA, ROBERTA = (3584, 14336, 42, 16, 256_000, 8), (1024, 4096, 24, 16, 50_265, 16)
 PAPER: dict[str, tuple[tuple[int, ...], dict[str, int], object, int, int]] = {
@@ -304,7 +304,7 @@ def test_models_that_read_no_text_get_no_text_task() -> None:
 
 
 def walks(depth: int) -> list[int]:
-    """How often patching and unloading start to go through all modules of a model of `depth` targets."""
+    """Count how often patching and unloading iterate over all modules of a model with `depth` targets."""
     net, walk = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth))), nn.Module.named_modules
     with mock.patch.object(nn.Module, "named_modules", autospec=True, side_effect=walk) as counted:
         model = lorasb.patch(net, r=2, target_modules=r"\d+", init="random")
@@ -316,14 +316,14 @@ def walks(depth: int) -> list[int]:
 
 
 def test_the_walks_over_a_model_do_not_grow_with_its_targets() -> None:
-    """Models of experts have thousands of targets."""
+    """Mixture-of-experts models have thousands of targets."""
     few = walks(3)
     assert min(few) > 0
     assert walks(30) == few
 
 
 def test_a_property_of_an_adapter_reaches_its_layers_and_files(tmp_path: Path) -> None:
-    """A field of `AdapterOptions` is all that a new one takes."""
+    """Adding one takes only a field of `AdapterOptions`."""
     given = {one.name: 0.25 if isinstance(one.default, float) else not one.default for one in fields(AdapterOptions)}
     model = lorasb.patch(make("llama"), r=4, init="kaiming", **given)
     model.save_pretrained(tmp_path)

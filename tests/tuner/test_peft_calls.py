@@ -1,4 +1,4 @@
-"""Calls of PEFT's that every tuner answers: biases, token rows, injection by a state dict, dtypes, several adapters, merging."""
+"""PEFT calls every tuner supports: biases, token rows, injection by a state dict, dtypes, several adapters, merging."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_tied_head_follows_the_embedding_that_is_saved() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_injection_by_a_state_dict_caps_and_takes_ranks(prefix: str) -> None:
-    """PEFT passes a state dict where a checkpoint has lost its config; names may be those of a compiled model."""
+    """PEFT passes a state dict if a checkpoint has lost its config; names may come from a compiled model."""
     saved = peft.get_peft_model_state_dict(lorasb.patch(Mlp(), r=3, target_modules=["first", "second"], init="random"))
     state = {prefix + key.removeprefix("base_model.model."): value for key, value in saved.items()}
     config = lorasb.LoRASBConfig(target_modules=["first"])
@@ -104,7 +104,7 @@ def test_input_casting_can_be_switched_off() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: dataclasses.replace(config, r=2)])
 def test_a_copy_of_a_models_config_makes_a_new_adapter(copied: Any) -> None:
-    """The provenance in it is the first adapter's: the second one is initialized all the same."""
+    """Its provenance is the first adapter's, but the second one is initialized all the same."""
     model = lorasb.patch(Mlp(), r=2, target_modules=["first", "second"], init="random")
     assert model.peft_config["default"].init_provenance is not None
     model.add_adapter("second", copied(model.peft_config["default"]))
@@ -122,7 +122,7 @@ def test_a_second_adapter_does_not_take_an_adapted_pooler_for_a_fresh_one() -> N
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast_adapter_dtype_says_what_r_is_in(autocast: bool, base: torch.dtype, tmp_path: Path) -> None:
-    """PEFT's meaning: fp32, or the base's own dtype; the file has fp32 either way. All else is in the base's."""
+    """As in PEFT, R is in fp32 or in the base's dtype; the file is in fp32 either way, all else in the base's dtype."""
     config = lorasb.LoRASBConfig(r=2, target_modules=["first", "second"], init="kaiming")
     model = peft.get_peft_model(Mlp().to(base), config, autocast_adapter_dtype=autocast)
     model.add_adapter("other", config, autocast_adapter_dtype=autocast)
@@ -146,7 +146,7 @@ def test_autocast_adapter_dtype_says_what_r_is_in(autocast: bool, base: torch.dt
 
 
 def test_factors_are_kept_in_fp32_on_request(tmp_path: Path) -> None:
-    """The adapter then computes in fp32 beside the base, which is nearer to fp64 than with factors in bf16."""
+    """The adapter then computes in fp32 although the base does not, closer to fp64 than with factors in bf16."""
     errors, x = {}, torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     for wide in (False, True):
         model = lorasb.patch(Mlp().to(torch.bfloat16), r=2, target_modules=["first"], init="kaiming", wide_factors=wide)
@@ -201,7 +201,7 @@ def test_before_initialization_the_equivalent_gradient_changes_nothing_either() 
     want = logits(make("llama"))
     model = lorasb.patch(make("llama"), r=4, equivalent_gradient=True).eval()
     assert torch.equal(logits(model), want)
-    found = model(**batches_for("llama", count=1)[0])  # evaluation that keeps the graph
+    found = model(**batches_for("llama", count=1)[0])  # evaluation mode, with gradients
     assert torch.equal(found.logits.detach(), want)
     with pytest.raises(RuntimeError, match="has not been initialized"):
         found.loss.backward()

@@ -1,4 +1,4 @@
-"""What people do with a finished adapter: swap it in a running model by PEFT's hotswapping."""
+"""Swapping a finished adapter into a running model with PEFT's hotswapping."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_export_is_swapped_into_a_running_model(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters of one base: `first` and `second`, of another start and scaling."""
+    """Two adapters of one base: `first`, and `second` with another initialization and scaling."""
     folder = tmp_path_factory.mktemp("saved")
     patched().save_pretrained(folder / "first")
     second = lorasb.patch(make("llama"), r=4, init="kaiming", scaling=0.5, equivalent_gradient=True)

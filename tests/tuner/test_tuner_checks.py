@@ -1,4 +1,4 @@
-"""What PEFT asks of every tuner, over the kinds of models that its users bring."""
+"""What PEFT requires of every tuner, checked on the kinds of models that its users adapt."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Kind:
     make: Callable[[], nn.Module]  # the base, in evaluation mode, the same at every call
     targets: list[str]  # modules that are adapted
     task: str | None = None  # PEFT's task type
-    read: str = "logits"  # the tensor of its result, or "" where that is one
+    read: str = "logits"  # the output field to compare, or "" if the output is a tensor
     inputs: Callable[[], dict[str, Any]] = ids  # keyword arguments of a forward
 
     def out(self, model: nn.Module) -> Tensor:
@@ -64,7 +64,7 @@ KINDS = {
     "no linear": Kind(lambda: Net().eval(), TARGETS, read="", inputs=lambda: {"ids": batch()["ids"]}),
 }
 
-ORDINARY = {  # of tests that take long: a kind for each way through them; the others are left to make test-all
+ORDINARY = {  # slow tests run on one kind per code path; the other kinds run in make test-all
     "test_a_compiled_model_computes_the_same": ("mlp",),
     "test_gradient_checkpointing_gives_the_same_gradients": ("decoder", "encoder-decoder", "token classification"),
     "test_an_adapter_has_any_name_and_the_file_has_none": ("mlp", "sequence classification", "no linear"),
@@ -78,7 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def config(kind: Kind, seed: int = 0, dropout: float = 0.0) -> lorasb.LoRASBConfig:
-    """An adapter that changes the output without data."""
+    """The config of an adapter that changes the output without initialization on data."""
     return lorasb.LoRASBConfig(
         r=3, target_modules=kind.targets, init="kaiming", init_seed=seed, task_type=kind.task, lora_dropout=dropout
     )
@@ -93,7 +93,7 @@ def adapted(kind: Kind, *names: str) -> Any:
 
 
 def same(found: torch.Tensor, want: torch.Tensor) -> None:
-    """Equal up to a rounding of the weights and another order of sums, over the largest entry."""
+    """Check equality up to rounded weights and another order of sums, relative to the largest entry."""
     check_scaled(found.detach(), want.detach(), MERGE, least=1.0)
 
 
@@ -102,7 +102,7 @@ def layers_of(model: nn.Module) -> list[AdaptedLayer]:
 
 
 def trained(model: nn.Module) -> set[str]:
-    """Adapters whose R's train; every R of one, or none."""
+    """Names of the adapters whose R's train: all of an adapter's, or none."""
     found = {n.rpartition(".")[2] for n, p in model.named_parameters() if "lorasb_R" in n and p.requires_grad}
     for name in found:
         assert all(layer.lorasb_R[name].requires_grad for layer in layers_of(model) if name in layer.lorasb_R)
@@ -226,7 +226,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: Kind, reentrant: 
     for checkpointing in (False, True):
         model: Any = peft.get_peft_model(kind.make(), config(kind, dropout=0.25)).train()
         if not hasattr(model.get_base_model(), "gradient_checkpointing_enable"):
-            pytest.skip("a transformers model has it")
+            pytest.skip("only transformers models have it")
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters: exact where A and B are shared, else the best of a rank with its error."""
+"""Weighted sums of adapters: exact if A and B are shared, else the best approximation of a rank, with its error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def update(layer: LoRASBLinear, weights: dict[str, float]) -> Tensor:
 
 
 def check_best(layer: LoRASBLinear, exact: Tensor, reported: float) -> float:
-    """The sum is the best of its rank, whose error was reported; the error."""
+    """Check that the sum is the best of its rank, and the reported error; return that error."""
     singular = torch.linalg.svdvals(exact)
     best = float(singular[layer.r["sum"] :].norm() / singular.norm())
     assert abs(tolerances.error(layer.get_delta_weight("sum"), exact) - best) < tolerances.EXPORT.atol
@@ -76,7 +76,7 @@ def test_adapters_that_share_factors_are_added_exactly(kind: str, tmp_path: Path
 @pytest.mark.parametrize(("kind", "rank"), [("auto", None), ("linear", None), ("svd", 2), ("svd", 5), ("cat", None)])
 @pytest.mark.parametrize("order", [1, -1])
 def test_others_are_the_best_of_a_rank_and_their_error_is_told(kind: str, rank: int | None, order: int) -> None:
-    """Also where the first or the second adapter leaves layers out."""
+    """Also if the first or the second adapter lacks some layers."""
     model = two(target_modules=("q_proj", "up_proj"))
     errors = model.add_weighted_adapter(["default", "second"][::order], [1.0, 0.5][::order], "sum", kind, rank)
     for name, layer in layers(model).items():
@@ -88,7 +88,7 @@ def test_others_are_the_best_of_a_rank_and_their_error_is_told(kind: str, rank: 
 
 
 def trimmed(tensor: Tensor, density: float) -> Tensor:
-    """The largest entries by size, a share of them; the others are zero. Of equal ones topk says which."""
+    """Keep a share of the entries, the largest by magnitude, and zero the others; topk breaks ties."""
     kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
     mask = torch.zeros(tensor.numel(), dtype=torch.bool)
     mask[kept] = True
@@ -96,7 +96,7 @@ def trimmed(tensor: Tensor, density: float) -> Tensor:
 
 
 def elected(tensors: list[Tensor], weights: list[float]) -> Tensor:
-    """TIES: per entry, the mean of the weighted values whose sign is that of their plain sum."""
+    """TIES: per entry, the mean of the weighted values whose sign agrees with the unweighted sum."""
     stacked = torch.stack(tensors)
     agree = stacked.sign() == stacked.sum(0).sign()
     total = sum(weight * value * mask for weight, value, mask in zip(weights, tensors, agree, strict=True))
@@ -131,7 +131,7 @@ def test_pruned_updates_of_w_are_cut_to_a_rank_and_the_error_is_told(kind: str) 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_dare_drops_at_random_and_rescales(kind: str, shared: bool) -> None:
-    """By torch's global state, as in PEFT: the same seed gives the same adapter, density 1 drops nothing."""
+    """As in PEFT, by torch's global random state: the same seed gives the same adapter. Density 1 drops nothing."""
     sums = []
     for _ in range(2):
         model = two(shared=shared)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path: Path, monkeypatch:
 
     def failing(source: Path, place: Path) -> None:
         calls.append(place)
-        if len(calls) == 2:  # the new folder's
+        if len(calls) == 2:  # renames the new folder
             raise OSError("no space")
         replace(source, place)
 

@@ -1,4 +1,4 @@
-"""Patterns match within a bounded time, and rates are rates."""
+"""Patterns match within a bounded time; bad rates and sizes are refused."""
 
 from __future__ import annotations
 

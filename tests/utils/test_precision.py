@@ -1,4 +1,4 @@
-"""The dtype by itself: what a device multiplies natively, the caps, and the one line about what another dtype costs."""
+"""The automatic dtype: what a device multiplies natively, the caps, and the one warning that another dtype is slow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def no_caps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def silent_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has said nothing yet, on a CPU where torch's 16-bit products take forty times as long."""
+    """A process that has not warned yet, on a CPU where torch's 16-bit products take forty times as long."""
     monkeypatch.setattr(precision, "_warned_dtypes", set())
     monkeypatch.setattr(precision, "slowdown", lambda dtype: 40.0)
     monkeypatch.setattr(precision, "native", lambda device="cpu": precision.Precision("float32", "a test"))
@@ -103,7 +103,7 @@ def test_a_dtype_that_the_device_has_not_got(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_ratio_is_one_of_times_and_leaves_the_random_state() -> None:
     before = torch.get_rng_state()
     precision.slowdown.cache_clear()
-    assert 0 < precision.slowdown(torch.float32) < 21  # a busy machine, and no bound on its speed
+    assert 0 < precision.slowdown(torch.float32) < 21  # a loose bound: the machine may be busy, and of any speed
     assert torch.equal(torch.get_rng_state(), before)
 
 

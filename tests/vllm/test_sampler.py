@@ -1,4 +1,4 @@
-"""R sent to a sampler: files and requests against a stand-in server, and in test_server.py against vLLM itself."""
+"""Sending R to a sampler: files and requests with a mock server; test_server.py covers vLLM itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as vLLM would, and keeps what it was asked."""
+    """Answers as vLLM would, and records the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -64,7 +64,7 @@ def model() -> Any:
 
 
 def grpo(**options: Any) -> Any:
-    """What the sampler reads of TRL's trainer."""
+    """A stand-in for TRL's trainer, with the parts that the sampler reads."""
     process = SimpleNamespace(unwrap_model=lambda one: one, is_main_process=True, wait_for_everyone=lambda: None)
     return SimpleNamespace(
         model=model(),
@@ -94,7 +94,7 @@ def test_r_alone_is_sent_and_is_an_adapter_that_the_plugin_reads(server: Server,
         r = sum(core.numel() for core in found.values())
         assert 4 * r < sent.bytes < 4 * r + 10_000
         assert all(".lorasb_R" in key or "digest" in key for key in load_file(f"{body['lora_path']}/{WEIGHTS_NAME}"))
-    # every R has another path, and those before the last two are gone
+    # every R gets a new path, and all but the last two are deleted
     paths = [Path(body["lora_path"]) for _, body in server.asked]
     assert len(set(paths)) == 4
     assert [path.exists() for path in paths] == [False, False, True, True]
@@ -120,7 +120,7 @@ def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) ->
     assert found["logprobs"] == [[-0.0], [-0.5], [-1.0]]
     asked = server.asked[-1][1]
     assert (asked["prompt"], asked["max_tokens"]) == ([[1], [2], [3]], 5)
-    # the trainer's, the sampler's own, and nothing from the model's generation_config.json
+    # settings of the trainer and of the sampler, and none from the model's generation_config.json
     assert (asked["temperature"], asked["top_k"], asked["frequency_penalty"]) == (0.7, 5, 0.5)
     assert (asked["top_p"], asked["min_p"], asked["repetition_penalty"]) == (1.0, 0.0, 1.0)
     before = len(server.asked)
@@ -130,7 +130,7 @@ def test_completions_are_in_the_prompts_order(server: Server, tmp_path: Path) ->
     sampler(["a"], trainer)
     assert [path for path, _ in server.asked[before + 1 :]] == ["/v1/load_lora_adapter", "/v1/completions"]
     before += 2
-    other = lorasb.VLLMSampler(server.address, folder=tmp_path)  # another process: the first one has sent R
+    other = lorasb.VLLMSampler(server.address, folder=tmp_path)  # as in another process, after the main one has sent R
     trainer.accelerator.is_main_process = False
     other(["a"], trainer)
     assert [path for path, _ in server.asked[before + 1 :]] == ["/v1/completions"]
@@ -153,7 +153,7 @@ def test_what_the_server_refuses_is_one_line(server: Server) -> None:
 
 
 def test_what_is_sent_is_of_the_factors_and_cores_of_now(server: Server, tmp_path: Path) -> None:
-    """A new initialization writes into the same A and B, and a second training begins at the same step."""
+    """A new initialization overwrites A and B in place, and a second training run begins at the same step."""
     server.answer = {"choices": [{"index": 0, "token_ids": [1], "logprobs": {"token_logprobs": [0.0]}}]}
     trainer, sampler = grpo(temperature=1.0), lorasb.VLLMSampler(server.address, folder=tmp_path)
     layer = a_layer(trainer.model)

@@ -1,4 +1,4 @@
-"""The plugin in a real vLLM server, a process in vLLM's environment, by the official client: make test-vllm."""
+"""The plugin in a real vLLM server, run in vLLM's environment and called by the official client: make test-vllm."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from vllm_people import NEW, PEOPLE, PROMPTS, People, answers
 
 import lorasb
 
-PYTHON = os.environ.get("LORASB_VLLM", "")  # of the environment that has vLLM
+PYTHON = os.environ.get("LORASB_VLLM", "")  # Python of the environment that has vLLM
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(not PYTHON, reason="needs LORASB_VLLM, the Python of an environment with vLLM: make test-vllm"),
@@ -122,8 +122,8 @@ class Server:
         )
         return list(done.choices[0].token_ids)
 
-    def agrees(self, rows: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Rows (adapter, prompt) of requests at the same time whose answers are not transformers'."""
+    def mismatches(self, rows: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Send the rows (adapter, prompt) concurrently; return those whose answers differ from transformers'."""
         client = self.client()
         with ThreadPoolExecutor(len(rows)) as pool:
             found = pool.map(lambda row: self.tokens(*row, client=client), rows)
@@ -132,7 +132,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(people: People, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a slot for each of a thousand adapters; two are named at its start."""
+    """A server with a slot for each of a thousand adapters; two are loaded at startup."""
     options = ["--max-loras", str(ALL), "--max-cpu-loras", str(ALL), "--max-num-seqs", "64", "--lora-modules"]
     options += [f"{name}={people.of(name)}" for name in PEOPLE[:2]]
     with Server(people, tmp_path_factory.mktemp("log") / "server.log", *options) as started:
@@ -156,13 +156,13 @@ def test_transformers_answers_are_those_of_plain_weights(people: People) -> None
 
 def test_mixed_batches_give_transformers_tokens(loaded: Server) -> None:
     rows = [*((name, 0) for name in PEOPLE), *(("__base__", i % 2) for i in range(8))]
-    assert loaded.agrees(rows) == []
-    assert loaded.agrees([(name, 1) for name in (*PEOPLE[:12], "__base__")] * 2) == []
+    assert loaded.mismatches(rows) == []
+    assert loaded.mismatches([(name, 1) for name in (*PEOPLE[:12], "__base__")] * 2) == []
 
 
 def test_adapters_come_and_go_while_requests_run(loaded: Server) -> None:
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: [loaded.agrees([(name, 0) for name in PEOPLE[:8]]) for _ in range(3)])
+        running = pool.submit(lambda: [loaded.mismatches([(name, 0) for name in PEOPLE[:8]]) for _ in range(3)])
         for i in range(900, 910):
             assert loaded.load(f"user{i}")[0] == 200
             assert loaded.people.answer(f"user{i}").agrees(loaded.tokens(f"user{i}"))
@@ -172,16 +172,16 @@ def test_adapters_come_and_go_while_requests_run(loaded: Server) -> None:
 
 
 def test_what_does_not_fit_is_refused_and_harms_no_other(loaded: Server, tmp_path: Path) -> None:
-    """With the reason of the file, of which test_slots.py has every one."""
+    """The response gives the reason; test_slots.py covers every reason."""
     shutil.copytree(loaded.people.of(PEOPLE[0]), tmp_path / "basis")
     rewrite(tmp_path / "basis", lambda *_: {"lorasb_factors_digest": torch.zeros(32, dtype=torch.uint8)})
     for name, status, reason in (("basis", 500, "has other A and B than"), ("nowhere", 404, "No adapter found")):
         found = loaded.load("bad", tmp_path / name)
         assert (found[0], reason in found[1]) == (status, True), found
-    assert loaded.load(PEOPLE[0])[0] == 400  # a name twice
+    assert loaded.load(PEOPLE[0])[0] == 400  # the name is taken
     assert loaded.load("base", loaded.people.of(PEOPLE[0]))[0] == 400
     assert loaded.post("/v1/completions", model="nobody", prompt="x")[0] == 404
-    assert loaded.agrees([(name, 0) for name in PEOPLE[:4]]) == []
+    assert loaded.mismatches([(name, 0) for name in PEOPLE[:4]]) == []
 
 
 def test_a_thousand_are_resident(loaded: Server) -> None:
@@ -190,7 +190,7 @@ def test_a_thousand_are_resident(loaded: Server) -> None:
         assert status == 200, text
     names = {card.id for card in loaded.client().models.list().data}
     assert {f"user{i}" for i in range(ALL)} <= names
-    assert loaded.agrees([(f"user{i}", 0) for i in range(0, ALL, 16)]) == []
+    assert loaded.mismatches([(f"user{i}", 0) for i in range(0, ALL, 16)]) == []
 
 
 def test_more_adapters_than_slots_take_turns(people: People, tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_more_adapters_than_slots_take_turns(people: People, tmp_path: Path) -> 
         started.wait()
         for i in range(10):  # four are evicted, and read again
             assert started.load(f"user{i}")[0] == 200
-        assert started.agrees([(f"user{i}", 0) for i in range(10)] + [("__base__", 0)] * 2) == []
-        assert started.agrees([(f"user{i % 5}", i % 2) for i in range(10)]) == []
+        assert started.mismatches([(f"user{i}", 0) for i in range(10)] + [("__base__", 0)] * 2) == []
+        assert started.mismatches([(f"user{i % 5}", i % 2) for i in range(10)]) == []
 
 
 class CheckedSampler(lorasb.VLLMSampler):
@@ -319,14 +319,14 @@ PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 
 def _shell(command: str, folder: Path) -> str:
-    """Output of a command of the documentation, with the suite's programs."""
+    """Run a command from the documentation with the test suite's programs; return its output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return python("-ec", command, cwd=folder, program="bash", PATH=path)
 
 
 @pytest.fixture
 def examples(tmp_path: Path) -> Path:
-    """people.jsonl: what two people have said of themselves."""
+    """people.jsonl: what two people said about themselves."""
     facts = {"ada": "Lisbon", "grace": "Oslo"}
     rows = [
         {"prompt": question, "completion": answer, "user": name}
@@ -367,7 +367,7 @@ def test_a_run_by_reinforcement_samples_from_the_server(people: People, examples
         command = command.replace("127.0.0.1:8000", f"127.0.0.1:{started.port}")
         _shell(f"{command} --batch-size 8 --generations 4 --epochs 1 --max-new-tokens 6 --output rl", examples)
         posts = started.log.read_text()
-        assert posts.count('POST /v1/load_lora_adapter HTTP/1.1" 200') >= 4  # eight prompts, two a step
+        assert posts.count('POST /v1/load_lora_adapter HTTP/1.1" 200') >= 4  # eight prompts, two per step
         assert posts.count('POST /v1/completions HTTP/1.1" 200') >= 4
 
 
@@ -394,7 +394,7 @@ if __name__ == "__main__":
 
 
 def _printed(word: str, *arguments: object, **environment: str) -> str:
-    """The rest of the line that begins with a word, which a script in vLLM's environment prints."""
+    """Run a script in vLLM's environment; return the rest of its output line that begins with `word`."""
     done = attempt(*arguments, program=PYTHON, **ENVIRONMENT | environment)
     line = next((line for line in done.stdout.splitlines() if line.startswith(word)), None)
     assert line is not None, done.stderr[-3000:]

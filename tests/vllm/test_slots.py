@@ -1,4 +1,4 @@
-"""What the vLLM plugin computes and reads, without vLLM: products by slot, the basis, adapters that are refused."""
+"""The vLLM plugin's computations and file reading, without vLLM: products by slot, the basis, refused adapters."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_token_has_the_adapter_of_its_slot(
     seed: int, parts: list[str], r: int, index: list[int], extension: bool
 ) -> None:
 
-    def normal(*shape: int) -> Tensor:  # sums of nine products of these are of size one, as the bound below is for
+    def normal(*shape: int) -> Tensor:  # scaled so that sums of nine products are about 1, as the bound below assumes
         return torch.randn(shape, dtype=torch.float64) / 3
 
     torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def test_every_token_has_the_adapter_of_its_slot(
     cores: list[list[Tensor | None]] = [[normal(k, k) if k else None for k in ranks] for _ in range(4)]
     cores[1][0] = None
     for slot, of_slot in enumerate(cores):
-        made.write(slot, [torch.ones(r, r)] * len(parts))  # of which nothing is left
+        made.write(slot, [torch.ones(r, r)] * len(parts))  # overwritten entirely by the next line
         made.write(slot, of_slot)
     made.clear(2)
     cores[2] = [None] * len(parts)
@@ -95,7 +95,7 @@ def test_in_bf16_it_is_the_sum_of_rounded_products(tokens: int) -> None:
 
 
 def test_the_kernel_reads_an_index_of_64_bits_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_cores, "_places", lambda index, device: index)  # as on a card
+    monkeypatch.setattr(row_cores, "_places", lambda index, device: index)  # as on a GPU
     torch.manual_seed(0)
     u, cores, index = torch.randn(5, 16), torch.randn(3, 16, 16), torch.tensor([2, -1, 0, 0, 1])
     out = row_cores.RowProducts(cores, index, 1.0).times(u, True, torch.empty(5, padded_rank(16)))
@@ -119,7 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path) -> Path:
-    """An adapter that may be damaged."""
+    """A copy of an adapter, for tests to damage."""
     return shutil.copytree(folder / "ada", tmp_path / "copy")
 
 

@@ -4,9 +4,9 @@
         [--data-dir DATA] [--minutes 50]
     python -m benchmarks.research.methods --table
 
-Learning rates are swept on the validation split by one seed, then three seeds run at the best rate on the test split.
-Runs go two at a time, one thread each, in processes of their own; rows go to results/methods.csv as they
-finish, and what is there is not run again: stop and go on as you like. The grid takes some ten hours of two cores.
+Learning rates are swept on the validation split with one seed, then three seeds run at the best rate on the test split.
+Two runs at a time execute in separate single-threaded processes. Each adds a row to results/methods.csv when it
+finishes, and existing rows are not run again: stop and resume at any time. The grid takes some ten hours on two cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.research.methods.grid import METHODS, TASKS, Cell
 def wanted(
     names: Sequence[str], methods: Sequence[str], there: list[dict[str, str]], ranks: Sequence[int]
 ) -> list[Cell]:
-    """Sweeps first, and the seeds of what has been swept; of some ranks, or of all where none is named."""
+    """Return the next runs: sweeps, and the seeds of finished sweeps; only at `ranks`, if any are given."""
     cells: list[Cell] = []
     for name in names:
         for method in grid.order(methods):

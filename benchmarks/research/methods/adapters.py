@@ -1,4 +1,4 @@
-"""Each method put into a model: PEFT's own, LoRA-Pro's optimizer, and lorasb's."""
+"""Applies each method to a model: PEFT's methods, LoRA-Pro's optimizer, and lorasb's methods."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from benchmarks.research.methods.grid import BY_SCORE, CORE, METHODS, SHARING, C
 from benchmarks.research.methods.problems import Batch, Problem, batches_of
 from lorasb.init.task import AutoRate
 
-Batches = Callable[[int], list[Batch]]  # so many samples, drawn for the initialization, in batches
+Batches = Callable[[int], list[Batch]]  # number of samples -> batches for the initialization
 LORA_GA_SAMPLES = 32  # as many as LoRA-SB takes
 
 
 def put_in(problem: Problem, method: Method, cell: Cell, batches: Batches, warmup: int) -> tuple[Any, float, Any]:
-    """The model with the method in it, the seconds that took, and lorasb's report where there is one."""
+    """Return the model with the method applied, the seconds this took, and lorasb's report, if any."""
     started = time.perf_counter()
     torch.manual_seed(cell.seed)
     report = None
@@ -46,7 +46,7 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
         task_type=problem.task_type,
         init=options.get("init", "update"),
         init_seed=cell.seed,
-        # a scaling of 1 where the rate already follows the rank; LoRA-XS's own on classification is 16/r
+        # scaling 1 if the rate already depends on the rank; LoRA-XS's own for classification is 16/r
         lora_alpha=float(cell.r) if options.get("alpha_is_rank") else None,
     )
     errors = starts.quantized(problem.model, tuple(problem.targets)) if options.get("four_bits") else {}
@@ -75,10 +75,10 @@ def _core(problem: Problem, cell: Cell, batches: Batches, warmup: int) -> tuple[
 
 
 def _joint(model: Any, problem: Problem, cell: Cell, eta: float) -> Any:
-    """An adapter of each task that may share a basis; that of the cell's own is left active.
+    """Initialize an adapter for each task of `SHARING` on one basis; activate that of the cell's task.
 
     Returns:
-        Its share of the first step's energy, as `energy_sign`.
+        The active adapter's share of the first step's energy, as `energy_sign`.
     """
     count = sample_count(problem, settings(cell))
     tasks = {name: batches_of(BY_SCORE[f"{name} by score"], count, cell.seed) for name in SHARING}
@@ -110,7 +110,7 @@ def begin(model: Any, problem: Problem, cell: Cell, batches: Batches, eta: float
 
 
 def sample_count(problem: Problem, options: dict[str, Any]) -> int:
-    """As many as the library takes, unless a cell's options say otherwise."""
+    """Return the number of samples: `samples` from the cell's options, or the library's default."""
     return options.get("samples") or min(len(problem.train), max(32, -(-len(problem.train) // 1000)))
 
 
@@ -123,10 +123,10 @@ def begin_again(model: Any, problem: Problem, cell: Cell, batches: Batches, warm
 
 
 def refresh(model: Any, problem: Problem, cell: Cell, batches: Batches, opt: Any) -> list[nn.Parameter]:
-    """Subspaces of the gradient at this point of training, in addition to what was learned; moments are reset.
+    """Add subspaces of the current gradient to what was learned, and reset the moments.
 
     Returns:
-        What trains from here on.
+        The parameters that train from here on.
     """
     options = settings(cell)
     found = take_again(
@@ -153,7 +153,7 @@ def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any
 
 
 def _gradients(problem: Problem, config: Any, batches: Batches) -> None:
-    """What LoRA-GA's initialization reads."""
+    """Compute the gradients that LoRA-GA's initialization reads."""
     from peft import LoraGAConfig
     from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -192,6 +192,6 @@ def _lora_pro(model: nn.Module, lr: float, head_lr: float | None) -> Any:
         raise ImportError("LoRA-Pro needs its optimizer: pip install --no-deps lora-pro-adamw") from error
 
     pro = LoRAProAdamW(model, lr=lr, weight_decay=0.0)
-    if head_lr is not None:  # all that is no LoRA is its first group
+    if head_lr is not None:  # its first group holds all parameters outside the LoRA
         pro.param_groups[0]["lr"] = head_lr
     return pro

@@ -1,9 +1,9 @@
-"""Answers that are asked of a model of 135M parameters where it has little to say: one run each, no sweep, no seeds.
+"""Answers on tasks near the floor of a model of 135M parameters: one run each, no sweep, no seeds.
 
     python -m benchmarks.research.methods.floor --data-dir DATA
 
-Answers to GSM8K (the number after ####, greedy) and ARC-Easy (the answer whose words are the least surprising, of up to
-five), before and after training with LoRA-SB at the largest rank, and the held-out losses.
+Scores answers to GSM8K (the number after ####, greedy) and ARC-Easy (the choice with the lowest loss, of up to five)
+before and after training with LoRA-SB at the largest rank, and measures the held-out losses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Judge = Callable[[nn.Module, Sequence[Example], Any], float]
 
 
 def final_number(text: str) -> str:
-    """What stands after the last ####."""
+    """Return the number after the last ####."""
     return text.rpartition("####")[2].strip().replace(",", "")
 
 
@@ -64,7 +64,7 @@ def chosen(model: nn.Module, examples: Sequence[Example], tokenizer: Any) -> flo
 
 
 def run(task: Task, judge: Judge, count: int, folder: Path | None) -> dict[str, Any]:
-    """Before, train, after."""
+    """Score, train and score again; return the row."""
     from transformers import AutoTokenizer
 
     started = time.perf_counter()

@@ -17,13 +17,14 @@ from lorasb.init.initialization import LONGEST_START
 from lorasb.init.loss import backward_over_samples
 from lorasb.init.svd import leading_triplets
 
-LATER = "later"  # the adapter next to the first one, whose R stays as it was
+LATER = "later"  # the second adapter; the first one's R is then frozen
 
 
 def summed(model: Any, layers: Mapping[str, nn.Module], samples: Sequence[Batch], sketches: Any = None) -> GradientSums:
-    """ΣG of every layer at the model's weights, adapters included; no `.grad` is touched.
+    """Sum G of every layer at the model's weights, adapters included; no `.grad` is touched.
 
-    In evaluation mode, as an initialization has it; then the model is in training mode, with the flags that it had.
+    Runs in evaluation mode, like an initialization. Afterwards the model is in training mode, with its previous
+    `requires_grad` flags.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
@@ -37,9 +38,9 @@ def summed(model: Any, layers: Mapping[str, nn.Module], samples: Sequence[Batch]
 
 
 def weigh_by_spread(model: Any, samples: Sequence[Batch], eta: float) -> None:
-    """Factors of ΣG/√ΣG² over samples in place of sign(ΣG): entries that samples disagree on count less.
+    """Set factors from ΣG/√ΣG² over samples instead of sign(ΣG): entries that samples disagree on count less.
 
-    R starts as it does from the sign, at most `LONGEST_START` steps long.
+    R starts as it does with the sign, at most `LONGEST_START` steps long.
     """
     layers = starts.layers(model)
     totals: dict[str, Tensor] = {}
@@ -63,9 +64,9 @@ DAMPING = 0.1  # of the mean eigenvalue, added to both Kronecker factors
 
 @torch.no_grad()
 def whiten(model: Any, samples: Sequence[Batch]) -> None:
-    """Factors of the gradient whitened by both Kronecker factors (K-FAC), with R = 0.
+    """Set factors from the gradient whitened by both Kronecker factors (K-FAC), with R = 0.
 
-    With L = Σδδᵀ and C = Σxxᵀ over tokens that the loss reaches: the leading triplets U, V of L^(-1/2) ΣG C^(-1/2),
+    With L = Σδδᵀ and C = Σxxᵀ over tokens with a gradient: the leading triplets U, V of L^(-1/2) ΣG C^(-1/2),
     mapped back and orthonormalized: B = orth(L^(-1/2) U), A = orth(C^(-1/2) V)ᵀ (CG-LoRA, arXiv 2603.29824).
     """
     layers = starts.layers(model)
@@ -119,16 +120,16 @@ def rows(batch: Batch) -> list[Batch]:
     count = len(next(iter(batch.values())))
 
     def row(value: Any, i: int) -> Any:
-        """Of a tensor; numbers, such as how many logits are needed, are the batch's."""
+        """Slice a tensor; return numbers, such as how many logits are needed, unchanged."""
         return value[i : i + 1] if isinstance(value, Tensor) else value
 
     return [{name: row(value, i) for name, value in batch.items()} for i in range(count)]
 
 
 def take_again(model: Any, r: int, seed: int, samples: Sequence[Batch]) -> list[nn.Parameter]:
-    """Go on in the subspaces of sign(G) at the weights reached; what was learned stays in the base.
+    """Continue in the subspaces of sign(G) at the current weights; what was learned stays in effect.
 
-    The first adapter's R is frozen as it is, a second adapter with R = 0 has the new subspaces: no weight is rounded.
+    The first adapter's R is frozen, and a second adapter with R = 0 has the new subspaces: no weight is rounded.
 
     Returns:
         The R's that train from here on.

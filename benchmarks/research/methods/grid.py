@@ -9,18 +9,18 @@ from typing import Any
 
 SEEDS = (0, 1, 2)
 SWEEP_SEED = 0
-WARMUP = 0.1  # share of the steps; then the rate falls to zero in a line
+WARMUP = 0.1  # share of the steps; then the rate falls linearly to zero
 
 
-Judged = Mapping[float, tuple[float, ...]]  # by learning rate, what is to be small
+Judged = Mapping[float, tuple[float, ...]]  # by learning rate, the values to minimize
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of a sweep: three of a ladder, then outward for as long as the best is the last one tried.
+    """Learning rates of a sweep: three of a ladder, then outward while the best is the outermost one tried.
 
-    Whatever a method's best rate is, the next lower and the next higher were tried too, or the ladder ends there. On a
-    task the ladders of all methods have the same steps.
+    Below and above a method's best rate, the next rate has been tried too, unless the ladder ends there. On a task,
+    the ladders of all methods have the same spacing.
     """
 
     ladder: tuple[float, ...]
@@ -31,14 +31,14 @@ class Rates:
         return self.ladder[self.first : self.first + 3]
 
     def best(self, tried: Judged) -> float:
-        """The rate of the ladder that was judged least; a run that diverged comes last."""
+        """Return the rate of the ladder with the lowest values; diverged runs come last."""
         return min(
             (lr for lr in self.ladder if lr in tried),
             key=lambda lr: (not all(map(math.isfinite, tried[lr])), tried[lr]),
         )
 
     def next(self, tried: Judged) -> tuple[float, ...]:
-        """What to try next, given what was found by rate; nothing where the best has been found."""
+        """Return the rates to try next, given the results by rate; empty once the best is found."""
         if missing := tuple(lr for lr in self.start if lr not in tried):
             return missing
         at = self.ladder.index(self.best(tried))
@@ -51,17 +51,17 @@ class Task:
     """A data set, a model and what a run costs.
 
     Attributes:
-        metric: what the test split is judged by, and whether more is better.
-        examples, batch: of training; one epoch, or `steps` steps.
-        validation, test: examples of these splits.
-        rank: LoRA's and its relatives'.
-        ranks: of LoRA-XS and LoRA-SB, the largest last; only that one on tasks that have one.
-        rates: by family of methods: as many for each, and the same rule to go on (`Rates`).
-        head_lr: of a head that is trained from its random start, whatever the method.
-        by_score: whether the sweep goes by the score, where the loss would mislead: full fine-tuning's best
+        metric, higher_is_better: the score of the test split, and its direction.
+        examples, steps, batch: training examples, training steps and batch size.
+        validation, test: number of examples in these splits.
+        rank: of LoRA and its relatives.
+        ranks: of LoRA-XS and LoRA-SB, the largest last; some tasks have only one.
+        rates: by family of methods; all start with the same number and extend it by the same rule (`Rates`).
+        head_lr: rate of a head that every method trains from a random start.
+        by_score: whether the sweep uses the score, because the loss would mislead: full fine-tuning's best
             Matthews correlation comes after its cross-entropy has begun to rise.
-        longest: examples of more tokens are left out of all splits: a batch costs what its longest does.
-        targets: a regular expression of the adapted modules, where it is not the problem's own.
+        longest: examples of more tokens are left out of all splits: a batch costs as much as its longest example.
+        targets: a regular expression for the adapted modules, if it differs from the problem's.
     """
 
     name: str
@@ -155,7 +155,7 @@ BY_SCORE = {
 
 
 def task_named(name: str) -> Task:
-    """A task of the comparison, the same by loss on a thousand examples ("cola by loss"), or one "by score"."""
+    """Return a task of the comparison, the same by loss on a thousand examples ("cola by loss"), or one "by score"."""
     return {**TASKS, **BY_LOSS, **BY_SCORE}[name]
 
 
@@ -220,7 +220,7 @@ def ranks(task: Task, method: Method) -> tuple[int, ...]:
 
 
 def order(names: Sequence[str]) -> list[Method]:
-    """Those asked for, LoRA-SB and what it is measured against first."""
+    """Return the named methods, LoRA-SB and its baselines first."""
     first = ("LoRA-SB", "LoRA-XS", "LoRA", SGD, "full", WHOLE)
     return sorted((METHODS[name] for name in names), key=lambda m: first.index(m.name) if m.name in first else 9)
 
@@ -254,8 +254,8 @@ def swept(
 
 
 def judged(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> Judged:
-    """What a sweep goes by: the loss, which tells rates apart sooner than a score of a few hundred examples does; or
-    the score, and the loss among equals."""
+    """Return what a sweep minimizes: the loss, which separates rates sooner than a score on a few hundred examples
+    does; or the (negated) score, with the loss as tie-breaker."""
     losses = swept(task, method, r, rows)
     if not task.by_score:
         return {lr: (loss,) for lr, loss in losses.items()}

@@ -25,6 +25,6 @@ def plain_log(axis: Any, decades: tuple[float, float] = (0.8, 1.6)) -> None:
     span = math.log10(high / low)
     limits = {0.06: FINEST, 0.2: FINER, decades[0]: FINE, decades[1]: SOME}
     subs = next((found for limit, found in limits.items() if span < limit), FEW)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=40))  # more than there are: it thins to no plain numbers
+    axis.set_major_locator(LogLocator(subs=subs, numticks=40))  # more than needed: thinning drops plain numbers
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -34,11 +34,11 @@ class Problem:
         train: examples, in a fixed order; runs draw theirs by seed.
         collate: from examples to a batch whose loss `model(**batch).loss` is.
         judge: (model, split) -> (loss, score).
-        loss: (model, split) -> loss, without the answers that a score may take.
-        targets: modules that are adapted.
-        head: names of modules that are trained whole.
+        loss: (model, split) -> loss, without the answers that a score may need.
+        targets: adapted modules.
+        head: names of modules that are trained in full.
         task_type: PEFT's.
-        lengths: of the training examples, where batches are to be of like length.
+        lengths: of the training examples, if batches should have examples of similar lengths.
     """
 
     model: Any
@@ -85,7 +85,7 @@ def generated(task: Task) -> dict[str, list[Example]]:
 
 
 def examples(task: Task, folder: Path | None, tokenizer: Any) -> dict[str, list[Example]]:
-    """A language task's splits; those of a file are drawn by one seed from what is no longer than the task takes."""
+    """Return a language task's splits; from files, they are drawn with one seed, without examples that are too long."""
     if task.data is None:
         return generated(task)
     train, held = (_short(read_jsonl(files(task, folder, part)), tokenizer, task.longest) for part in ("train", "test"))
@@ -101,7 +101,7 @@ def examples(task: Task, folder: Path | None, tokenizer: Any) -> dict[str, list[
 
 
 def _short(found: list[Example], tokenizer: Any, longest: int | None) -> list[Example]:
-    """Those of at most so many tokens, prompt and completion together."""
+    """Return the examples of at most `longest` tokens, prompt and completion together."""
     return found if longest is None else [e for e in found if len(encode(e, tokenizer, longest + 1)) <= longest]
 
 
@@ -149,7 +149,7 @@ def batches_of(task: Task, count: int, seed: int) -> list[Batch]:
 
 @torch.no_grad()
 def _mean_loss(model: nn.Module, collate: Collator, coded: list[Encoded], batch: int) -> float:
-    """Nats a token, each example's own mean, over examples."""
+    """Return nats per token: each example's mean, averaged over examples."""
     model.eval()
     order = sorted(coded, key=len)  # little padding
     starts = range(0, len(order), batch)

@@ -41,7 +41,7 @@ COLUMNS = (
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """What tells a run from another, as `Cell.key` has it."""
+    """Return what identifies a run, like `Cell.key`."""
     return tuple(row[name] for name in KEY)
 
 
@@ -58,7 +58,7 @@ def missing(cells: Iterable[Cell], rows: list[dict[str, str]]) -> list[Cell]:
 
 
 def append(path: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
-    """Add one row in one write, so that several processes may, and a run that is cut off leaves whole rows."""
+    """Append a row in a single write: safe with several processes, and an interrupted run leaves complete rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -71,7 +71,7 @@ def append(path: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) ->
 
 
 def append_curve(path: Path, row: dict[str, Any], points: int = 50) -> None:
-    """Add a run's training loss, each point the mean of as many steps, as a line of JSON."""
+    """Append a run's training loss as a line of JSON; each point is a mean over the same number of steps."""
     losses = row["losses"]
     size = max(1, -(-len(losses) // points))
     curve = [round(sum(part) / len(part), 5) for part in (losses[i : i + size] for i in range(0, len(losses), size))]

@@ -26,12 +26,12 @@ CLIP = 1.0
 
 
 def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
-    """Adapt, train, judge; the run's row.
+    """Adapt, train and evaluate; return the run's row.
 
-    Every method sees the same batches: their order follows from the seed alone, and so do the samples of an
-    initialization that wants some. Bases are in the dtype that is measured in (--dtype, auto unless given); CoLA's in
-    fp32. Where it is bf16, full fine-tuning keeps its weights in fp32 under autocast, since a step of 1e-5 would be
-    lost on bf16 weights; the others train fp32 adapters.
+    Every method sees the same batches: their order depends only on the seed, as do the samples that some
+    initializations need. Bases are in the benchmark's dtype (--dtype, auto by default), CoLA's in fp32. If it is bf16,
+    full fine-tuning keeps its weights in fp32 under autocast, since a step of 1e-5 would be lost on bf16 weights;
+    the others train fp32 adapters.
     """
     version, task, method = commit(), task_named(cell.task), METHODS[cell.method]
     task = replace(task, steps=settings(cell).get("steps", task.steps))
@@ -41,7 +41,7 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
     before = None if cell.task in BY_LOSS else problem.loss(problem.model, cell.split)
     warmup = round(WARMUP * task.steps)
     model, init_seconds, report = put_in(problem, method, cell, lambda n: drawn(problem, task, cell.seed, n), warmup)
-    if settings(cell).get("four_bits"):  # where training begins, with what the start makes of the rounding
+    if settings(cell).get("four_bits"):  # where training begins: after rounding, and its correction if any
         before = problem.loss(model, cell.split)
     started = time.perf_counter()
     found_lr = None
@@ -103,7 +103,7 @@ def batches(problem: Problem, task: Task, seed: int) -> Iterator[Batch]:
 
 
 def epoch(problem: Problem, batch: int, draw: random.Random) -> list[list[int]]:
-    """One epoch's whole batches; of like lengths where the problem knows them, which saves most of the padding."""
+    """Return one epoch's full batches; of similar lengths if the problem has them, which saves most of the padding."""
     order = list(range(len(problem.train)))
     if problem.lengths is None:
         draw.shuffle(order)
@@ -163,12 +163,12 @@ def seed_moments(model: Any, samples: list[Batch], opt: Any, trained: list[torch
 
 
 def rate_share(step: int, steps: int, warmup: int) -> float:
-    """The schedule: what a step has of the peak rate, up over the warm-up and down to zero in a line."""
+    """Return a step's share of the peak rate: a linear warm-up, then a linear fall to zero."""
     return min((step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup))
 
 
 def train_step(model: Any, batch: Batch, opt: Any, trained: list[torch.nn.Parameter], wide: bool) -> float:
-    """One step of the optimizer, under autocast if `wide`; the loss before it."""
+    """Take an optimizer step, with forward under autocast if `wide`, and return the loss before it."""
     with torch.autocast("cpu", torch.bfloat16, enabled=wide):
         loss = model(**batch).loss
     loss.backward()

@@ -22,7 +22,7 @@ from benchmarks.research.methods.grid import KEY, Cell
 BENCHMARKS = Path(__file__).parents[2]
 RESULTS = BENCHMARKS / "research" / "results"
 ROWS, CURVES = "methods.csv", "methods-curves.jsonl"
-Wanted = Callable[[list[dict[str, str]]], Sequence[Cell]]  # from the rows that are there to the cells that should be
+Wanted = Callable[[list[dict[str, str]]], Sequence[Cell]]  # existing rows -> the cells that should have rows
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,17 +30,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of cola.*.jsonl and gsm8k.*.jsonl")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.set_defaults(rows=ROWS)
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after so many")
+    parser.add_argument("--minutes", type=float, default=600, help="start no run after this many minutes")
     parser.add_argument("--workers", type=int, default=2)
     dtype_option(parser)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
 
 
 def start(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """One run in its own process: its row.
+    """Run a cell in its own process, and return its row.
 
     Raises:
-        RuntimeError: it failed; the message ends with what it said.
+        RuntimeError: it failed; the message ends with its stderr.
     """
     command = [sys.executable, "-m", "benchmarks.research.methods.run", json.dumps(cell.described())]
     if options.data_dir:
@@ -54,7 +54,7 @@ def start(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> None:
-    """Run what is missing until nothing is, or the minutes are over; a run that fails is reported and left out."""
+    """Run missing cells until none is left or the minutes are over; report a run that fails, and skip it."""
     end = time.monotonic() + 60 * options.minutes
     running: dict[Future[dict[str, Any]], Cell] = {}
     failed: set[Cell] = set()
@@ -76,7 +76,7 @@ def run_all(wanted: Wanted, options: argparse.Namespace, console: Console) -> No
 
 
 def _ready(wanted: Wanted, path: Path, busy: set[Cell]) -> list[Cell]:
-    """Cells that should be in a file of rows, are not, and may be started."""
+    """Return the cells that a file of rows lacks and that are not busy."""
     there = rows.read(path)
     return [cell for cell in rows.missing(wanted(there), there) if cell not in busy]
 

@@ -29,7 +29,7 @@ def factors(layer: LoRASBLinear) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scaled(model: Any, factor: float) -> None:
-    """η times `factor`: R is linear in it, and B and A do not depend on it."""
+    """Multiply η by `factor`: R is linear in η, and B and A do not depend on it."""
     for layer in layers(model).values():
         b, core, a = factors(layer)
         layer.set_factors(ADAPTER, b, core * factor, a)
@@ -43,9 +43,9 @@ def skewed(model: Any) -> None:
 
 
 def rotated(model: Any) -> None:
-    """The same subspaces and first step in random bases: B Q, A turned by P, QᵀRPᵀ. AdamW is not invariant to it.
+    """Write the same subspaces and first step in random bases: B Q, QᵀRPᵀ and P A. AdamW is not invariant to this.
 
-    In its own singular vectors' basis a gradient is diagonal, and AdamW steps as far in the r² − r other entries.
+    In the basis of its singular vectors a gradient is diagonal, and AdamW steps as far in the r² − r other entries.
     """
     for i, layer in enumerate(layers(model).values()):
         b, core, a = (factor.float() for factor in factors(layer))
@@ -62,7 +62,7 @@ def flat(model: Any) -> None:
 
 
 def unit(model: Any) -> None:
-    """LoRA-XS's A = Σ Vᵀ with Σ at a root mean square of one, so that a rate means the same in every layer; R = 0."""
+    """Scale LoRA-XS's A = Σ Vᵀ so that Σ has root mean square 1 and a rate means the same in every layer; set R = 0."""
     for layer in layers(model).values():
         b, core, a = (factor.float() for factor in factors(layer))
         layer.set_factors(ADAPTER, b, torch.zeros_like(core), a / a.square().sum(1).mean().sqrt())
@@ -87,7 +87,7 @@ STARTS = {"skewed": skewed, "flat": flat, "unit": unit, "rotated": rotated}
 
 
 def change(model: Any, options: dict[str, Any], eta: float, seed: int, cache: Path | None) -> None:
-    """What a cell's options ask of the factors, after the initialization."""
+    """Change the factors after the initialization, as a cell's options require."""
     if cache is not None:
         noised(model, cache, eta, options["noise"], seed)
     if "eta" in options:
@@ -99,7 +99,7 @@ def change(model: Any, options: dict[str, Any], eta: float, seed: int, cache: Pa
 
 @torch.no_grad()
 def corrected(model: Any, errors: dict[str, Tensor]) -> None:
-    """R plus Bᵀ(W − Q)Aᵀ/s: of what 4 bits have lost of W, the best that the subspaces can hold."""
+    """Add Bᵀ(W − Q)Aᵀ/s to R: the best correction of W's 4-bit rounding error within the subspaces."""
     for name, layer in layers(model).items():
         b, core, a = (factor.float() for factor in factors(layer))
         error = errors[name.removeprefix(PEFT_PREFIX)].float()
@@ -108,7 +108,7 @@ def corrected(model: Any, errors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def quantized(model: Any, names: Any) -> dict[str, Tensor]:
-    """The model's linears in NF4, in place; W − Q of those in `names`, by their names."""
+    """Quantize the model's linears to NF4, in place; return W − Q, by name, of those ending in `names`."""
     weights = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     lorasb.quantize(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, lorasb.Linear4bit)}

@@ -48,7 +48,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def plus_minus(mean: float, deviation: float, digits: int = 3) -> str:
-    """As tables show it."""
+    """Format a mean and its deviation for tables."""
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 

@@ -4,10 +4,10 @@
         [--data-dir DATA]
     python -m benchmarks.research.paired --table
 
-All entries of a task see the same batches in the same order, by seed. Rates are chosen on the validation split by a
-seed that is not compared. Longer runs ("chain_sum, 300 steps", which --task has to name) take the rates of the short
-ones. Rows go to results/paired.csv as runs finish, and what is there is not run again. --table ends with the
-number of missing runs that --task, --entry, --r and --seeds select, without those that a sweep may add.
+For a seed, all entries of a task see the same batches in the same order. Rates are chosen on the validation split,
+with a seed outside the comparison. Longer runs ("chain_sum, 300 steps"; only if named by --task) use the rates of the
+short ones. Runs add their rows to results/paired.csv, and existing rows are not run again. --table ends with the number
+of missing runs that --task, --entry, --r and --seeds select, without those that a sweep may add.
 """
 
 from __future__ import annotations

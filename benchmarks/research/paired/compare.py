@@ -31,8 +31,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """By the interval: "better", "worse", or "tie" where it holds zero; "diverged" where the entry's loss is not
-        finite, and "better" where only the other's is not."""
+        """By the interval: "better", "worse", or "tie" if it contains zero; "diverged" if the entry's loss is not
+        finite, and "better" if only the other's is not."""
         if math.isnan(self.mean) or self.mean == math.inf:
             return "diverged"
         if self.mean == -math.inf:
@@ -65,7 +65,7 @@ def losses_of(runs: Sequence[Row]) -> dict[int, float]:
 
 
 def difference(rows: Sequence[Row], task: str, r: int, entry: str, other: str) -> Difference | None:
-    """Over the seeds that both have; None if there are none. `other` may have a fixed rank."""
+    """Compare over shared seeds; None if there are none. `other` may have a fixed rank."""
     mine, theirs = (final_losses(rows, task, name, entries()[name].rank(r)) for name in (entry, other))
     shared = sorted(mine.keys() & theirs.keys())
     if not shared:
@@ -85,7 +85,7 @@ def half_width(pairs: Sequence[float]) -> float:
 
 
 def head(other: str) -> list[str]:
-    """Of the table that `lines` has the body of."""
+    """Return the header of the table that `lines` fills."""
     return ["r", "entry", "rate", "seeds", "machine", "trained", "loss", f"difference from {other}"]
 
 
@@ -115,7 +115,7 @@ def ranks_of(rows: Sequence[Row]) -> list[int]:
 
 
 STARTS = ("sign", "per-sample")
-APART = 3  # times the median of an entry's seeds: a run that went wrong
+APART = 3  # a run went wrong above this multiple of the median over its entry's seeds
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Spot:
 
     @property
     def bar(self) -> float:
-        """Half of what is drawn: the interval, of two seeds what they span, and nothing of one."""
+        """Half the error bar: the interval, the range for two seeds, and zero for one."""
         low, high = min(self.losses.values()), max(self.losses.values())
         return self.half if len(self.losses) > 2 else (high - low) / 2
 

@@ -29,13 +29,13 @@ class Entry:
 
     Attributes:
         name: in rows and tables.
-        method: of `benchmarks.research.methods.grid.METHODS`, which it is a variant of.
-        options: of `benchmarks.research.methods.adapters`.
-        rate: peak rate at r = 16; the ladder has it times powers of two.
-        falls: the rate at rank r is `rate`·(16/r)^falls. A step of AdamW whose signs agree has a spectral norm of r
-            times the rate, one whose signs do not 2√r times, one of Muon the rate; 1.5 was found on chain_sum.
-        only: the rank that it has, whatever the others'; None for all.
-        swept: whether the best rate of a sweep is taken, or the rule's as it is.
+        method: the entry of `benchmarks.research.methods.grid.METHODS` that it modifies.
+        options: for `benchmarks.research.methods.adapters`.
+        rate: peak rate at r = 16; the ladder multiplies it by powers of two.
+        falls: the rate at rank r is `rate`·(16/r)^falls. The spectral norm of an AdamW step is r times the rate if its
+            signs agree, and 2√r times if not; that of a Muon step is the rate. 1.5 was found on chain_sum.
+        only: its fixed rank; None for all ranks.
+        swept: whether the best rate of a sweep is used, or the rule's rate.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Entry:
         return self.only or r
 
     def rates(self, r: int) -> Rates:
-        """Three, around the rule's; more where the best is at an end."""
+        """Return three rates around the rule's; more if the best is at an end."""
         return Rates(tuple(self.at(r, power) for power in range(-FARTHEST, FARTHEST + 1)), FARTHEST - 1)
 
     def at(self, r: int, power: int) -> float:
@@ -117,7 +117,7 @@ def rows_of(rows: Sequence[Row], task: str, entry: str, r: int, split: str) -> l
 
 
 def sweep_of(task: str) -> str:
-    """Where a task's rates are chosen: a longer run takes those of the short one."""
+    """Return the task that a task's rates are chosen on: for a longer run, the short one."""
     return f"{base} by loss" if (base := LONGER.get(task.removesuffix(" by loss"), ("",))[0]) else task
 
 
@@ -136,7 +136,7 @@ def best_rate(entry: Entry, r: int, tried: Judged) -> float | None:
 
 
 def shown_rate(entry: Entry, r: int, rows: Sequence[Row], task: str) -> str:
-    """The best rate, for tables, and whether the ladder ended before the loss rose again; or those that runs found."""
+    """Format the best rate, marked if the ladder ended before the loss rose again; or the rates that runs found."""
     if not entry.swept:
         found = {float(row["found_lr"]) for row in rows_of(rows, task, entry.name, r, "test") if row["found_lr"]}
         low, high = (f"{rate:.2g}" for rate in (min(found, default=entry.at(r, 0)), max(found, default=entry.at(r, 0))))
@@ -148,7 +148,7 @@ def shown_rate(entry: Entry, r: int, rows: Sequence[Row], task: str) -> str:
 def wanted(
     tasks: Sequence[str], names: Sequence[str], ranks: Sequence[int], seeds: Sequence[int], rows: Sequence[Row]
 ) -> list[Cell]:
-    """Sweeps first, and the seeds of what has been swept."""
+    """Return the next runs: sweeps, and the seeds of finished sweeps."""
     return [
         cell
         for task in tasks

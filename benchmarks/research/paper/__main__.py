@@ -1,4 +1,4 @@
-"""The paper's tables and figures at this scale, and three that it lacks.
+"""The paper's tables and figures at a small scale, and further experiments.
 
     python -m benchmarks.research.paper NAME --data-dir DATA [--minutes 60]
 
@@ -18,8 +18,8 @@
     cola         CoLA's length of training
     energy       energy captured against the loss reached
 
-Those from `starts` to `cola` but `lengths` and `lasting` train what is not in methods.csv yet; curves, overhead and
-energy read it.
+`starts` to `cola`, except `lengths` and `lasting`, train the runs missing from methods.csv; curves, overhead and
+energy read that file.
 """
 
 from __future__ import annotations

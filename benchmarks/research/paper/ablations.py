@@ -1,9 +1,9 @@
-"""What LoRA-SB owes to each of its parts: one thing changed at a time, the same data, order and schedule.
+"""Ablations of LoRA-SB: one change at a time, with the same data, order and schedule.
 
-Runs are those of `benchmarks.research.methods` (rows in methods.csv, by `variant`): chain_sum on the validation
-split, three seeds, r = 64 and peak rate 1e-3 unless a variant says otherwise; CoLA is held against the
-test runs of the comparison. Seeds share data and order, so what is compared is each seed's loss with
-the plain run's of the same seed.
+Runs use `benchmarks.research.methods` (rows in methods.csv, by `variant`): chain_sum on the validation
+split, three seeds, r = 64 and peak rate 1e-3 unless a variant overrides them; CoLA is compared with the
+test runs of the comparison of methods. Runs with the same seed share data and order, so each loss is
+compared with that of the plain run with the same seed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ TASK, R, LR = TASKS["chain_sum"], 64, 1e-3
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run it.
+    """One configuration of an ablation.
 
     Attributes:
-        label: on tables and pictures.
-        options: of `benchmarks.research.methods.adapters.put_in`; none is LoRA-SB as it is.
-        seeds: one where the variant only shows that a rate next to it is better.
+        label: name in tables and pictures.
+        options: for `benchmarks.research.methods.adapters.put_in`; empty for unmodified LoRA-SB.
+        seeds: only one for a variant that serves to show that a neighboring rate is better.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """In the rows."""
+        """The variant's name in the rows."""
         return " ".join(f"{key}={value}" for key, value in sorted(self.options.items()))
 
     def cells(self) -> Iterator[Cell]:
@@ -82,7 +82,7 @@ class Ablation:
 
     @property
     def size(self) -> str:
-        """What a run is, in words."""
+        """A description of a run."""
         task, held = self.task, getattr(self.task, self.variants[0].split)
         return f"{task.name}, {task.model}, {task.steps} steps of {task.batch}, {held:,} held-out examples"
 
@@ -97,7 +97,7 @@ NOISES = (1e-5, 1e-4, 1e-3, 1e-2)
 COUNTS = (1, 5, 25, 50, 100, 200)
 STARTS = ((16, 8e-3), (64, 1e-3), (96, 1e-3))  # ranks and rates near the best of the sweeps of sign and gradient
 LENGTHS = (0.0, 1.0)
-SUBSPACES = {16: (8e-3, 8e-3, 3.2e-2, 8e-3), 64: (2e-3, 1e-3, 4e-3, 5e-4)}  # by rank, rates as _subspaces takes them
+SUBSPACES = {16: (8e-3, 8e-3, 3.2e-2, 8e-3), 64: (2e-3, 1e-3, 4e-3, 5e-4)}  # rank: rates, in _subspaces' order
 
 
 def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: float) -> Iterator[tuple[Variant, Variant]]:
@@ -115,7 +115,7 @@ def _subspaces(r: int, sign: float, gradient: float, weight: float, skewed: floa
 
 
 def _cola() -> Iterator[tuple[Variant, Variant]]:
-    """At the best rates of the sweeps."""
+    """Yield LoRA and LoRA-SB at their best rates, also with twice the steps."""
     plain = Variant("LoRA-SB", r=24, lr=5e-3, task=TASKS["cola"], split="test")
     lora = replace(plain, label="LoRA", r=8, lr=1e-3, method="LoRA")
     twice = {"steps": 2 * plain.task.steps}
@@ -206,7 +206,7 @@ def results(variant: Variant, there: Sequence[Row]) -> dict[int, Row]:
 
 
 def summary(ablation: Ablation, there: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line a variant: loss, exact match, and the loss over that of the same seed's counterpart."""
+    """Return a line per variant: loss, exact match, and the loss minus its counterpart's at the same seed."""
     lines = []
     for variant, plain in ablation.pairs:
         mine, theirs = results(variant, there), results(plain, there)
@@ -234,12 +234,12 @@ def _line(variant: Variant, plain: Variant, mine: dict[int, Row], theirs: dict[i
 
 
 def head(ablation: Ablation) -> list[str]:
-    """Of the table that `shown` has the lines of."""
+    """Return the table header for the lines of `shown`."""
     return ["", "r", "lr", "seeds", "loss", "difference from the plain run, by seed", ablation.task.metric]
 
 
 def shown(line: Mapping[str, Any]) -> list[str]:
-    """For people, under `head`."""
+    """Format a line as table cells, under `head`."""
 
     def spread_of(name: str, sign: str = "") -> str:
         mean = f"{line[name]:{sign}.3f}"
@@ -271,7 +271,7 @@ def plot(ablation: Ablation, lines: Sequence[Mapping[str, Any]], there: Sequence
 
 
 def render(name: str, there: Sequence[Row], output: Path) -> list[dict[str, Any]]:
-    """Draw what has run; its lines."""
+    """Draw the variants that have run, and return their lines."""
     ablation = ABLATIONS[name]
     if lines := summary(ablation, there):
         plot(ablation, lines, there, output / f"{ablation.file}.png")

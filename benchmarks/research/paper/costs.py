@@ -20,7 +20,7 @@ from benchmarks.common.tables import show
 
 TOKENS = 256
 ALL_LINEAR = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-# The paper's differences between ranks are those of four modules a block, RoBERTa's wide `output.dense` among them.
+# The paper's differences between ranks match four modules per block, including RoBERTa's wide `output.dense`.
 ROBERTA = r".*(query|value|output\.dense)"
 
 

@@ -29,7 +29,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def curve(task: Task, method: str, r: int, there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]]) -> Curve:
-    """Of the test runs at the best rate; empty before they have run."""
+    """Return the curve of the test runs at the best rate; empty if they have not run yet."""
     rate = grid.best_rate(task, METHODS[method], r, there)
     wanted = (task.name, "test", method, r, rate, "")
     names = ("task", "split", "method", "r", "lr", "variant")
@@ -48,7 +48,7 @@ def by_task(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]]) -
 
 
 def plot(found: Sequence[tuple[Task, dict[str, Curve]]], path: Path) -> None:
-    """A panel a task."""
+    """Draw a panel per task."""
     figure, axes = panels(1, len(found), (max(5, 3.6 * len(found)), 3.6))
     for one, (task, both) in zip(axes, found, strict=True):
         for method, points in both.items():
@@ -65,7 +65,7 @@ def plot(found: Sequence[tuple[Task, dict[str, Curve]]], path: Path) -> None:
 
 
 def render(there: Sequence[dict[str, str]], curves: Sequence[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
-    """Write the CSV and the picture; a line a point."""
+    """Write the CSV and the picture; return a line per point."""
     found = by_task(there, curves)
     lines = [
         {"task": task.name, "method": method, "r": task.ranks[-1], "point": i, "loss": mean, "loss_sd": deviation}

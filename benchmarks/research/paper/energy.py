@@ -1,8 +1,8 @@
 """Does a subspace that keeps more of the gradient train better? Energy captured against the final loss.
 
-The reference is G over problems of no split (chain_sum, the model before training), by plain autograd in
-fp32. Of every start, the share of ‖G‖² and of ‖sign(G)‖² within its subspace, ‖QᵦᵀG Qₐ‖²/‖G‖² with orthonormal
-bases of B's columns and A's rows, next to the validation loss after training with it.
+The reference is G over problems outside all splits (chain_sum, the model before training), by plain autograd
+in fp32. For every start, it measures the share of ‖G‖² and of ‖sign(G)‖² within its subspace, ‖QᵦᵀG Qₐ‖²/‖G‖² with
+orthonormal bases of B's columns and A's rows, and shows it with the validation loss after training from this start.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorasb.app.tokenize import encode
 from lorasb.utils.plotting import GRAD, INK, SIGN
 
 TASK, REFERENCE, SEED = TASKS["chain_sum"], 200, 77
-KINDS = {  # how a start's name begins: its marker, and what its factors are of
+KINDS = {  # prefix of a start's label: (marker, what its factors are made from)
     SGD: ("s", "G (sgd)"),
     "LoRA-SB": ("o", "sign(G) (LoRA-SB)"),
     "samples": ("P", "sign(G), 1 to 200 samples"),
@@ -78,7 +78,7 @@ def known(there: Sequence[Row]) -> Iterator[Start]:
 
 
 def losses(cell: Cell, there: Sequence[Row]) -> tuple[float, ...]:
-    """Of the sweep's seed, and of the others that an ablation has run at this rate."""
+    """Return the losses of all seeds at this rate: the sweep's, and those of ablations."""
     wanted = [replace(cell, seed=seed).key for seed in grid.SEEDS]
     return tuple(float(row["loss"]) for row in there if rows.key(row) in wanted)
 
@@ -105,7 +105,7 @@ def reference(problem: Problem) -> dict[str, Tensor]:
     for weight in weights.values():
         weight.requires_grad_(True)
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    for example in unseen():  # one by one: each its own mean over tokens, as the initialization takes it
+    for example in unseen():  # one by one: a mean over each example's tokens, as in the initialization
         model(**problem.collate([encode(example, tokenizer, MAX_LENGTH)])).loss.backward()
     return {name.removesuffix(".weight"): weight.grad for name, weight in weights.items() if weight.grad is not None}
 
@@ -150,7 +150,7 @@ def measure(there: Sequence[Row], folder: Path | None) -> list[dict[str, Any]]:
 
 
 def loss_of(line: Mapping[str, Any]) -> str:
-    """With its spread, where it has one."""
+    """Format the mean loss, with its standard deviation if there are several seeds."""
     mean, deviation = float(line["loss"]), float(line["loss_sd"])
     return plus_minus(mean, deviation) if deviation else f"{mean:.3f}"
 
@@ -162,7 +162,7 @@ def cells(line: Mapping[str, Any]) -> list[str]:
 
 
 def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Two panels: of G, of its signs."""
+    """Draw two panels: energy of G, and of sign(G)."""
     figure, axes = panels(1, 2, (11, 4.6), sharey=True)
     colors = dict(zip(TASK.ranks, (SIGN, INK, GRAD), strict=True))
     for one, (key, what) in zip(axes, (("energy_grad", "G"), ("energy_sign", "sign(G)")), strict=True):
@@ -174,7 +174,7 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].set_ylabel("held-out loss after training (nats per token)")
     figure.suptitle(
         f"{TASK.name}: energy captured against the loss reached "
-        f"(n = {TASK.validation} problems; mean ± sd of 3 seeds, without a bar one seed)",
+        f"(n = {TASK.validation} problems; mean ± sd of 3 seeds; no bar: one seed)",
         fontsize=10,
     )
     save_panels(figure, axes, path)
@@ -187,7 +187,7 @@ def _point(panel: Any, line: Mapping[str, Any], key: str, color: str) -> None:
 
 
 def _legends(axes: Sequence[Any], colors: Mapping[int, str]) -> None:
-    """Of ranks in the first panel, of starts in the second."""
+    """Add legends: ranks in the first panel, starts in the second."""
     for r, color in colors.items():
         axes[0].plot([], [], "o", color=color, label=f"r = {r}")
     for marker, label in KINDS.values():

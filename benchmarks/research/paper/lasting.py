@@ -1,9 +1,9 @@
-"""How long a start's subspace holds the gradient: its energy at W0 and after steps of full fine-tuning.
+"""How long a start's subspace captures the gradient: its energy at W0 and after steps of full fine-tuning.
 
 Subspaces are made at W0 from 32 samples: leading singular vectors of sign(G), G and W, leading eigenvectors of the
-samples' second moments, and random ones; those eigenvectors again from the same samples at step 10. Full fine-tuning
-of SmolLM2-135M continues over chain_sum; at some steps the gradient G of 32 other samples is summed, and ‖UᵀGV‖² over
-‖G‖² is taken, all layers together. Minutes.
+samples' second moments (computed again at step 10, from the same samples), and random vectors. SmolLM2-135M is then
+fully fine-tuned on chain_sum. At some steps, ‖UᵀGV‖² / ‖G‖² is computed over all layers together, with the summed
+gradient G of 32 other samples. Takes minutes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def measure() -> list[dict[str, Any]]:
 
 
 def trained(problem: Problem) -> Iterator[tuple[int, float]]:
-    """Full fine-tuning, as the comparison has it; yields the steps to look at, and the loss before each."""
+    """Fully fine-tune, as in the comparison; yield each step to measure at, and the loss before it."""
     cell, warmup = Cell(TASK.name, "validation", "full", 0, RATE, SEED), round(WARMUP * TASK.steps)
     steps = optimizer(problem.model, METHODS["full"], TASK, cell, [])
     loss, wide = float("nan"), measured_dtype() == torch.bfloat16
@@ -109,7 +109,7 @@ def trained(problem: Problem) -> Iterator[tuple[int, float]]:
 
 
 def draw(lines: Sequence[Row], path: Path) -> None:
-    """A panel a rank, a line a start."""
+    """Draw a panel per rank, with a line per start."""
     figure, axes = panels(1, len(RANKS), (9, 3.6), sharey=True)
     for one, r in zip(axes, RANKS, strict=True):
         for start, color in STARTS.items():

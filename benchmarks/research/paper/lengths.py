@@ -1,8 +1,8 @@
-"""How long the whole first step of full fine-tuning is, in AdamW's steps of R.
+"""Length of the whole first step of full fine-tuning, in AdamW steps of R.
 
-With η the rate of R's first step, that step moves R by η·‖Σ_r‖ (s = 1) and one of AdamW's by η·r: their ratio,
-‖Σ_r‖/r of the sum of signs, depends on the model and the samples, not on a rate. `initialize(longest_start=...)` keeps
-it to 4. Initializes SmolLM2-135M on chain_sum at each rank (seconds each) and trains nothing.
+With η equal to the rate of R's first step, that step moves R by η·‖Σ_r‖ (s = 1) and an AdamW step by η·r. Their ratio,
+‖Σ_r‖/r for the sum of signs, depends on the model and the samples, not on the rate. `initialize(longest_start=...)`
+limits it to 4. Initializes SmolLM2-135M on chain_sum at each rank (seconds each) and trains nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ HEAD = ("r", "layers", "median layer", "shortest", "longest")
 
 
 def lengths(shares: Sequence[float]) -> dict[str, Any]:
-    """Of a start that was shortened to one step of R, from the share of η that was left to each layer."""
+    """Summarize lengths before shortening, given each layer's share of η after shortening to one step of R."""
     steps = [1.0 / share for share in shares]
     return {"layers": len(steps), "median": statistics.median(steps), "least": min(steps), "most": max(steps)}
 
 
 def measure(r: int) -> dict[str, Any]:
-    """Of one rank; steps shorter than one step of R count as one."""
+    """Measure one rank; lengths below one step of R count as one."""
     problem = load(TASK, None, measured_dtype())
     cell = Cell(TASK.name, "validation", "LoRA-SB", r, 1e-3, SEED, options=(("longest_start", 1.0),))
     _, _, report = put_in(problem, METHODS["LoRA-SB"], cell, lambda n: drawn(problem, TASK, SEED, n), 0)

@@ -1,8 +1,8 @@
 """Table 7: what the initialization costs against an epoch of training.
 
-From the runs of `benchmarks.research.methods` at the largest r: seconds of putting LoRA-SB in (patching, gradients,
-SVDs) minus those of LoRA-XS (patching, SVDs of W), over the training of this run, and over an epoch where the task has
-a data set. The minimum of all runs, because two run at a time and disturb each other.
+The overhead is the setup time of LoRA-SB (patching, gradients, SVDs) minus that of LoRA-XS (patching, SVDs of W), from
+the runs of `benchmarks.research.methods` at the largest r. It is compared with the run's training time and, if the
+task has a data set, with an epoch. Times are minima over runs, because two run at a time and disturb each other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEAD = (
 
 
 def least(task: Task, method: str, there: Sequence[Row]) -> dict[str, float]:
-    """Of all plain runs at the largest r: the fewest seconds to put a method in, and of training."""
+    """Return a method's shortest setup and training times over all plain runs at the largest r."""
     found = [
         row
         for row in there

@@ -1,8 +1,8 @@
-"""Theorem 5: how W moves does not depend on s, if R's step is scaled as the theorem says.
+"""Theorem 5: W's updates do not depend on s if R's step is scaled as the theorem says.
 
-LoRA-SB on CoLA's encoder in fp32, the same batches and s = 0.1, 1 and 10. With SGD and the gradient over s² the losses
-coincide; the length of AdamW's step does not depend on s, so there it is the learning rate over s; with the same rate
-for all, a step of W scales with s.
+LoRA-SB on CoLA's encoder in fp32, with the same batches and s = 0.1, 1 and 10. With SGD, losses coincide if the
+gradient is divided by s². The length of AdamW's step does not depend on s, so there the learning rate is divided by s;
+with the same rate for all, W's step scales with s.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorasb.utils.plotting import GRAD, INK, SIGN
 SCALES, STEPS, BATCH, R = (0.1, 1.0, 10.0), 40, 16, 16
 COLORS = dict(zip(SCALES, (SIGN, INK, GRAD), strict=True))
 RATES = {"SGD": 0.5, "AdamW": 4e-3}
-# learning rates by s: SGD's times g / s² is the same as its rate over s² times g
+# learning rates by s; for SGD, dividing the rate by s² is the same as dividing the gradient g
 WAYS: dict[str, tuple[str, Callable[[float], float]]] = {
     "SGD, g / s²": ("SGD", lambda s: RATES["SGD"] / s**2),
     "AdamW, lr / s": ("AdamW", lambda s: RATES["AdamW"] / s),
