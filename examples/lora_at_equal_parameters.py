@@ -1,4 +1,4 @@
-"""Compare LoRA with LoRA-SB at similar trained sizes, in bf16, 4 x 128 tokens per step; for one adapter take LoRA.
+"""Compare LoRA with LoRA-SB at similar parameter counts, in bf16, 4 x 128 tokens per step; for one adapter take LoRA.
 
 python examples/lora_at_equal_parameters.py [STEPS [MODEL]]
 

@@ -20,7 +20,7 @@ bool has_amx();
 // True if the processor multiplies fp16 (AVX512-FP16), and torch with it; false under a cap.
 bool multiplies_fp16();
 
-// Switches to one of them, or with "" to the best again; raises a ValueError for an unknown name.
+// Switches to one of them, or with "" to the best again; raises a ValueError for any other name.
 void use_instruction_set(const std::string& name);
 
 }  // namespace lorasb

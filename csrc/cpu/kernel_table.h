@@ -61,8 +61,8 @@ struct Kernels {
   void (*decode_f32)(const Packed& w, int64_t first, int64_t count, float* dst) = nullptr;
   void (*decode_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
   void (*decode_f16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
-  // The same with non-temporal stores, for results that exceed the caches: `dst` and `first` are full cache lines. Null
-  // if there is no such kernel.
+  // The same with non-temporal stores, for results that exceed the caches: `dst` and `first` begin cache lines. Null if
+  // there is no such kernel.
   void (*stream_bf16)(const Packed& w, int64_t first, int64_t count, uint16_t* dst) = nullptr;
 
   // y [rows, ..] = x W[w_rows]ᵀ for up to kDirectRows rows of x: column r of y takes row r of W. W has whole blocks.

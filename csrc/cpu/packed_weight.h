@@ -21,7 +21,7 @@ struct Packed {
   int64_t rows = 0, columns = 0;
   int64_t block = 64;
   const float* table = nullptr;  // [16]
-  // A factor of the table if its entries are rounded to bf16 without their scales; sums are divided by it.
+  // Multiplies the table if its entries are rounded to bf16 without their scales; sums are divided by it.
   float balance = 1.0f;
   const float* absmax = nullptr;  // [blocks], where statistics are plain
 

@@ -1,7 +1,7 @@
 // Products with a quantized weight where no blocked product of our own applies: fp64, shapes without whole blocks, and
 // dtypes that the BLAS multiplies faster.
 //
-//   up to 8 tokens, whole blocks    W is read once, by look-ups within fp32 sums (Kernels::dot, dot_transposed)
+//   up to 8 tokens, whole blocks    W is read once and looked up into fp32 sums (Kernels::dot, dot_transposed)
 //   otherwise                       panels of W are dequantized into scratch memory and handed to the BLAS
 //
 // A panel is 4 MiB: rows [low, high) of W for y = x Wᵀ, columns [first, first + width) for dx = dy W, in both cases all

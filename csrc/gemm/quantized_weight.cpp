@@ -18,7 +18,7 @@ const T* elements_of(const Tensor& tensor, const char* name, int64_t length) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), "expected ", name, " on the CPU, got it on ", tensor.device(),
                     ": move the weight and its statistics together, with model.to(...)");
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "expected ", name, " in ", dtype, ", got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), "expected contiguous ", name, ", got strides ", tensor.strides());
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), "expected ", name, " to be contiguous, got strides ", tensor.strides());
   TORCH_CHECK_VALUE(tensor.numel() == length, "expected ", length, " entries of ", name, ", got ", tensor.numel(),
                     ": the packed weight, its statistics and its shape do not match");
   return tensor.const_data_ptr<T>();

@@ -60,7 +60,8 @@ void check_cores(const Tensor& left, const Tensor& cores, const Tensor& index) {
                     " and ", index.sizes());
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "expected index in int64, got ", index.scalar_type());
   TORCH_CHECK_VALUE(index.size(0) > 0 ? left.size(0) % index.size(0) == 0 : left.size(0) == 0,
-                    "expected as many tokens in each of ", index.size(0), " rows, got ", left.size(0));
+                    "expected the same number of tokens in each of ", index.size(0), " rows, got ", left.size(0),
+                    " tokens in all");
   const auto dtype = cores.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
                    "expected cores in fp32, bf16 or fp16, got ", dtype);

@@ -6,7 +6,7 @@
 
 namespace {
 
-// Casts a function of METH_FASTCALL to the type that a method table holds, as Python's own do.
+// Casts a METH_FASTCALL function to the one type of all functions in a method table.
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
@@ -20,7 +20,7 @@ PyMethodDef functions[] = {
     {"allocate", fast(lorasb::allocate), METH_FASTCALL,
      "allocate(like, shapes) -> list[Tensor]: not filled, of the dtype and on the device of `like`."},
     {"addresses", lorasb::addresses, METH_O,
-     "addresses(tensors) -> list[int] | None: of a list of tensors; None if one is not a multiple of 16."},
+     "addresses(tensors) -> list[int] | None: of a list of tensors; None if an address is not a multiple of 16."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -61,7 +61,7 @@ class Mask(NamedTuple):
 
     @property
     def threshold(self) -> int:
-        """Smallest random bits of a kept element, 16 in the upper half of 32: unsigned bits, as an int32."""
+        """Least value of a kept element's 16 random bits, in the upper half of 32; unsigned, stored as an int32."""
         bits = round(self.dropout * 2**16) << 16
         return bits - 2**32 if bits >= 2**31 else bits
 

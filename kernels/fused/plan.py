@@ -70,7 +70,7 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class Rule:
-    """Choices to use if every condition holds: per field a value, or a range [low, high] (null: no end)."""
+    """Choices to use if all conditions hold: each gives a value of a field, or a range [low, high] (null: no end)."""
 
     conditions: dict[str, object]
     path: str | None = None

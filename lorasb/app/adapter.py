@@ -77,7 +77,10 @@ def refuse_other_base(run: Run) -> None:
     if reason is None and absolute(made_on) != absolute(settings.model) and fingerprint(weights) is None:
         reason = "its weights cannot be compared, only its name"  # quantized ones
     if reason is not None:
-        wrong = f"was made on {made_on}, got --model {settings.model}, which is another model ({reason}): name that one"
+        wrong = (
+            f"was made on {made_on}, got --model {settings.model}, which is another model ({reason}): "
+            "pass the model that the basis was made on"
+        )
         if absolute(made_on) == absolute(settings.model):
             wrong = f"was made on {made_on}, whose weights have changed ({reason}): make the basis again"
         raise ValueError(f"--basis {settings.basis} {wrong}")
@@ -218,7 +221,7 @@ def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = (
     """Make a basis from the first steps of tasks, or from trained LoRAs, and write it into `settings.output`.
 
     Args:
-        settings: include the rank; if it is not set, the LoRAs' rank, or 64.
+        settings: as for a run; without `r`, the rank is the LoRAs' largest, or 64 without `loras`.
         data: files of examples, one per task.
         loras: folders of plain LoRAs for the model, instead of `data`; the basis keeps most of their updates.
 

@@ -163,7 +163,7 @@ def _finetune(values: Json) -> None:
         console.print(tables.basis_line(found["share"], found["random"]))
     console.print(tables.costs(summary))
     console.print(_files(settings.output))
-    lines = how_to(summary, Path(settings.output), *example_to_ask(result))
+    lines = how_to(summary, Path(settings.output), example_to_ask(result))
     # not through the console, which would wrap long lines
     typer.echo(f"\nAsk it (leave the question out to type several):\n\n  {lines['command']}\n\nIn Python:\n")
     typer.echo(f"{textwrap.indent(lines['python'], '  ')}\n")
@@ -238,6 +238,7 @@ def plan(
 def ask(
     run: Annotated[Path, Argument(help="Folder of a run of `lorasb finetune`.")],
     question: Annotated[str | None, Argument(help="Question to ask; without it, one per line until Ctrl-D.")] = None,
+    second: Annotated[str | None, Argument(help="Second text, for a classifier of pairs.")] = None,
     adapter: Annotated[str | None, Option(help="Which adapter to ask, for a run with --adapter-column.")] = None,
     max_new_tokens: Annotated[int | None, Option(help="Maximum tokens per answer.", min=1, show_default="256")] = None,
     model: Annotated[str | None, Option(help="Base model's folder or Hub ID; default: as in training.")] = None,
@@ -245,7 +246,7 @@ def ask(
     """Ask a trained run a question, formatted as its training examples were."""
     from .results import answers
 
-    for answer in answers(run, question, adapter, max_new_tokens, model):
+    for answer in answers(run, question, adapter, max_new_tokens, model, second):
         typer.echo(answer or "(empty)")
 
 

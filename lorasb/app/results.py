@@ -201,12 +201,13 @@ def smoothed(losses: tuple[float, ...]) -> list[float]:
 
 
 TOKENS = 256  # default maximum per answer
-CHAT, INSTRUCTED, STEPS, PLAIN = "chat", "instruction", "instruction, step by step", "plain"
+CHAT, INSTRUCTED, STEPS, PLAIN, PAIR = "chat", "instruction", "instruction, step by step", "plain", "pair"
 IN_WORDS = {
     CHAT: "in its chat template",
     INSTRUCTED: "in Alpaca's instruction format",
     STEPS: "in Alpaca's instruction format, to think step by step",
     PLAIN: "as plain text",
+    PAIR: "as a pair of texts",
 }
 
 
@@ -214,7 +215,7 @@ def prompt_format(run: Run) -> str:
     """Describe the form of a run's prompts, for its summary."""
     example = run.train[0]
     if example.label is not None:  # classifiers read the raw text
-        return PLAIN
+        return PAIR if example.pair else PLAIN
     if messages_of(example, run.tokenizer, run.settings.template == "auto"):
         return CHAT
     if example.formatted:
@@ -250,8 +251,12 @@ def answers(
     adapter: str | None = None,
     max_new_tokens: int | None = None,
     base_model: str | None = None,
+    second: str | None = None,
 ) -> Iterator[str]:
-    """Yield greedily decoded answers (labels from a classifier) to one question, or to each typed line."""
+    """Yield greedily decoded answers (labels from a classifier) to one question, or to each typed line.
+
+    A classifier of pairs takes a `second` text, which follows a tab in a typed line.
+    """
     summary, settings = _read(run)
     settings = replace(settings, model=base_model or settings.model)
     names = sorted(summary.get("adapters") or ())
@@ -261,6 +266,7 @@ def answers(
     problem: Problem = Classification(summary["classes"]) if summary.get("classes") is not None else LanguageModeling()
     if question is not None and not question.strip():
         raise ValueError("expected a question, got an empty one: leave it out to type questions line by line")
+    takes_pairs = summary["prompt_format"] == PAIR
     logging.disable_progress_bar()
     tokenizer, base = load_model(settings, problem, resolve(settings.dtype, device()).dtype)
     model = PeftModel.from_pretrained(base, str(run / "adapter"))
@@ -268,9 +274,12 @@ def answers(
         basis.load_adapters(model, run / "adapter", [adapter])
         model.set_adapter(adapter)
     model.eval()
-    for one in _questions() if question is None else [question]:
+    for one, other in _questions(takes_pairs) if question is None else [(question, second or "")]:
+        if bool(other) != takes_pairs:
+            wanted = "two texts (typed: with a tab between them)" if takes_pairs else "one question"
+            raise ValueError(f"expected {wanted}, as this run was trained on, got {'two' if other else 'one'}")
         if isinstance(problem, Classification):
-            example = Example(one, problem.classes[0] if problem.classes else "0", label=0)
+            example = Example(one, problem.classes[0] if problem.classes else "0", pair=other, label=0)
             text = problem.encode(example, tokenizer, settings.max_length)
             yield problem.evaluate(model, tokenizer, HeldOut([example], [text], 1), "").answers[0]
         else:
@@ -299,31 +308,32 @@ def _read(run: Path) -> tuple[Json, Settings]:
     return summary, Settings(**read_config(run / CONFIG_NAME))
 
 
-def _questions() -> Iterator[str]:
-    """Yield nonempty lines of standard input; show a prompt on a terminal."""
+def _questions(takes_pairs: bool) -> Iterator[tuple[str, str]]:
+    """Yield nonempty lines of standard input, those of pairs split at a tab; show a prompt on a terminal."""
     with suppress(EOFError):
         while True:
             line = input("> " if sys.stdin.isatty() else "")
             if line.strip():
-                yield line
+                first, _, second = line.partition("\t") if takes_pairs else (line, "", "")
+                yield first, second
 
 
-def example_to_ask(result: Result) -> tuple[str, str]:
-    """Return the question and adapter of the first held-out example answered right, else of the first one."""
+def example_to_ask(result: Result) -> Example:
+    """Return the first held-out example answered right, else the first one."""
     rows = zip(result.examples, result.after.answers, strict=True)
     right = (example for example, said in rows if is_right(said, example.completion, example.score))
-    example = next(right, result.examples[0])
-    return example.prompt, example.adapter
+    return next(right, result.examples[0])
 
 
-def how_to(summary: Json, folder: Path, question: str = "QUESTION", adapter_name: str = "") -> dict[str, str]:
+def how_to(summary: Json, folder: Path, example: Example | None = None) -> dict[str, str]:
     """Return shell commands and Python code that use a run's adapter, for the terminal and the model card."""
+    example = example or Example("QUESTION", "", pair="SECOND" if summary["prompt_format"] == PAIR else "")
     names = summary["adapters"] or ()
-    name = adapter_name if adapter_name in names else min(names, default="")  # the first of several
-    extra = f" --adapter {name}" if name else ""
-    if summary["prompt_format"] in (INSTRUCTED, STEPS):  # these prompts contain more than the question
-        question = "QUESTION"
-    command = f"lorasb ask {shlex.quote(str(folder))} {shlex.quote(question)}{extra}"
+    name = example.adapter if example.adapter in names else min(names, default="")  # the first of several
+    # these prompts contain more than the question
+    question = "QUESTION" if summary["prompt_format"] in (INSTRUCTED, STEPS) else example.prompt
+    words = [str(folder), question, *([example.pair] if example.pair else ()), *(["--adapter", name] if name else ())]
+    command = f"lorasb ask {shlex.join(words)}"
     adapter, base = folder / "adapter" / name, os.path.expanduser(summary["config"]["model"])  # `--model=~/x`
     model = str(cache_dir() / EMBEDDED) if base == EMBEDDED else base  # where the run has loaded it from
     basis = summary["config"].get("basis")
@@ -351,7 +361,8 @@ def _python(summary: Json, adapter: Path) -> Iterator[str]:
     yield f"model = peft.PeftModel.from_pretrained({loaded}, {str(adapter)!r})"
     yield "tokenizer = transformers.AutoTokenizer.from_pretrained(base)"
     if classes is not None:
-        yield 'print(model(**tokenizer("TEXT", return_tensors="pt")).logits)'
+        texts = '"TEXT", "SECOND"' if kind == PAIR else '"TEXT"'
+        yield f'print(model(**tokenizer({texts}, return_tensors="pt")).logits)'
         return
     inputs = f'tokenizer({question_example("QUESTION", kind).prompt!r}, return_tensors="pt")'
     if kind == CHAT:

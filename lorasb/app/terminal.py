@@ -30,7 +30,7 @@ class Stop:
     def __init__(self) -> None:
         self.steps = False
         self.requested = 0  # number of the signal that asked for a stop, on any rank; 0 if none
-        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # earlier ones
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # earlier handlers
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # signal.signal raises in other threads

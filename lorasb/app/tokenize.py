@@ -51,7 +51,7 @@ def encode(
 ) -> Encoded:
     """Tokenize prompt and completion separately, so that no token spans both; `messages` use the chat template."""
     # With `template`, prompts do too, if the tokenizer has one. Beyond `max_length`, the prompt is cut at its start;
-    # with `whole_prompt` first the completion at its end, down to an eighth: a question outranks a long answer.
+    # with `whole_prompt` first the completion at its end, down to max_length / 8: a question outranks a long answer.
     messages, answer = messages_of(example, tokenizer, template), example.completion
     if messages:
         pieces = _conversation(messages, tokenizer)

@@ -93,7 +93,7 @@ def most_tokens(elements: int) -> int:
 
 @lru_cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """True if the extension computes products of a dtype on the instruction set in use; cached for every call."""
+    """True if the extension computes products of a dtype on the instruction set in use; cached, as each call asks."""
     return _reason is None and dtype in DTYPES and bool(_csrc.serves(dtype))
 
 

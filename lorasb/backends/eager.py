@@ -331,7 +331,7 @@ def composed(x: Tensor, lists: Sequence[Sequence[Tensor]], scalings: Sequence[fl
                 return None
     ys = []
     for j, core in enumerate(cores):
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # per member: dx sums by member
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # a view per member: dx is summed member by member
         scaled = core if scalings[j] == 1.0 else core * scalings[j]
         v, bias = functional.linear(functional.linear(rows, a[j]), scaled.to(x.dtype)), biases[j] if biases else None
         if weights:

@@ -92,7 +92,7 @@ class Processes:
         self.raise_on_every_rank(error, doing)
 
     def raise_on_every_rank(self, error: BaseException | None, doing: str = "initialization") -> None:
-        """Raise `error` on the ranks that have one, and then a RuntimeError on all others."""
+        """Raise `error` on the ranks that have one, and a RuntimeError on all others if any has one."""
         if self.is_distributed:  # a rank that continued alone would wait in the next collective forever
             failed = [rank for rank, bad in enumerate(self.all_gather(int(error is not None))) if bad]
             if failed and error is None:

@@ -107,7 +107,7 @@ def export_lora(
 
 
 def _refuse_adapters_folder(folder: Path) -> None:
-    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, and so lose its R, or another README."""
+    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, losing its R, or an unrelated README."""
     try:
         kind = read_json(folder / CONFIG_NAME).get("peft_type")
     except (OSError, ValueError):
@@ -340,7 +340,7 @@ def base_config(model: object, name: str | None) -> Any:
         return AutoConfig.from_pretrained(name or "")  # of a folder, or of the Hub
     except (OSError, ValueError, TypeError, AttributeError):
         raise ValueError(
-            f"this format needs its base's configuration, but found none in {name or 'no folder'!r}: export from "
+            f"this format needs its base's configuration, got none from {name or 'no folder'!r}: export from "
             "the patched model"
         ) from None
 

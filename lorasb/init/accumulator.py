@@ -37,7 +37,7 @@ class LayerSum:
         self._signs: GradientSigns | None = None
 
     def add(self, dy: Tensor, x: Tensor, last: bool = False) -> None:
-        """G += dyᵀ x for dy [..., out] and x [..., in]; on the `last`, the kernel's epilogue packs the signs."""
+        """Add dyᵀ x to G for dy [..., out] and x [..., in]; on the `last`, the kernel's epilogue packs the signs."""
         if self.sketch is not None:
             self.sketch.add(dy, x)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])

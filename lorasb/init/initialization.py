@@ -234,7 +234,9 @@ def _initialize_tasks(
     basis, layers = adapted_layers(model, adapter_name)
     refuse_shared_basis(layers, basis)  # before any task's gradients are taken
     if (init := model.peft_config[basis].init) != "update":
-        raise ValueError(f"expected init='update', as tasks' first steps make the basis, got {init!r}: patch with it")
+        raise ValueError(
+            f"expected init='update', as tasks' first steps make the basis, got {init!r}: patch with init='update'"
+        )
     taken = [task for task in tasks if task in model.peft_config]
     if len(tasks) < 2 or taken:
         found = f"an adapter {taken[0]!r} already exists" if taken else f"got {len(tasks)}"

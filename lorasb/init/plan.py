@@ -217,7 +217,7 @@ def plan_for(work: Work, stack: Stack | None, why: str) -> InitPlan:
     memory = block_memory + (0 if on_host else boundaries)
     _refuse_too_much(work, sizes, memory, limit, stack)
     per_block = block_bytes(work, stack, sizes)
-    # A resumed run has the blocks that it began with; runs on several ranks do not resume.
+    # A resumed run uses the same number of uncut blocks as before; runs on several ranks do not resume.
     uncut = None if work.processes.is_distributed else uncut_of(work.options.cache)
     if uncut is None or uncut >= len(stack.blocks) - stack.lowest:  # or for another model, whose cache is then refused
         uncut = uncut_blocks(work, stack, min(memory, UNCUT_BYTES, limit - memory, budget), per_block)

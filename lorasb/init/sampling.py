@@ -242,7 +242,7 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
 
 
 def split_in_half(batch: Batch) -> list[Batch]:
-    """Split a batch's rows into two batches, the second one row larger if odd; a batch of one row is not split."""
+    """Split a batch's rows into two batches, the second with the odd row; a batch of one row is not split."""
     rows = batch_size(batch)
     return [take_rows(batch, part) for part in torch.arange(rows).tensor_split([rows // 2]) if len(part)]
 

@@ -1,4 +1,4 @@
-"""From ΣG to layers: reduce and check the sums, factor each layer on one rank, broadcast, write and cache."""
+"""Write layers from ΣG: reduce and check the sums, factor each layer on one rank, broadcast, write and cache."""
 
 from __future__ import annotations
 
@@ -180,9 +180,8 @@ class LayerWriter:
         for name in names:
             layer = self.layers[name]
             factors, report = factor_weight(name, layer, "weight", self.options)
-            factors = self._broadcast(
-                0, layer, factors
-            )  # from one rank, as the last bits depend on the number of threads
+            # from one rank, as the last bits depend on the number of threads
+            factors = self._broadcast(0, layer, factors)
             self.write(layer, factors)
             sigma = tuple(map(float, factors.sigma))
             self.reports[name] = replace(report, singular_values=sigma, fallback="weight")

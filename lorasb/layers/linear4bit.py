@@ -122,7 +122,7 @@ class Linear4bit(nn.Linear):
             missing.append(f"{start}absmax")
 
     def extra_repr(self) -> str:
-        """For print(model)."""
+        """Return the text for print(model)."""
         state = self.quant_state
         nested = ", nested" if state.nested else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, {state.quant_type}{nested}"

@@ -192,7 +192,7 @@ TOLERANCE = 0.05
 
 
 def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
-    """Raise a TypeError if one probe of three rows fails, or shows that a target is not linear."""
+    """Raise a TypeError if a target fails on a probe of three rows, is not linear, or cannot pass on gradients."""
     layer: nn.Module = opaque.module
     kind = type(layer).__name__
     x = _probe(opaque.shape[1], first_tensor(layer).device, opaque.dtype)

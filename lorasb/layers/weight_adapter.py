@@ -143,7 +143,7 @@ class _Wrapper(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the module without adapters, after merging all of them if `merge`; PEFT calls this."""
+        """Return the module without adapters, after merging those of `adapter_names` if `merge`; PEFT calls it."""
         for layer in self.adapted() if merge else ():
             layer.merge(safe_merge, adapter_names)
         return cast(nn.Module, innermost(self))

@@ -298,7 +298,7 @@ class AdapterBank:
         return self.resident is not None and len(self._slots) >= self.resident
 
     def _make_room(self) -> None:
-        """If all resident slots are taken, move the least recently used idle adapter to host memory."""
+        """Move the least recently used idle adapter to host memory if all resident slots are taken."""
         if not self._is_full():
             return
         name = next((name for name in self._slots if not self._in_use[name]), None)

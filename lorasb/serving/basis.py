@@ -151,7 +151,7 @@ def add_adapters(
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
     """Raise a ValueError for names that the model's new adapters cannot have."""
     taken: set[str] = set(getattr(model, "peft_config", {}))
-    parts = parts_of_keys({path for path, _ in model.named_modules()}) - taken  # `modules_to_save` has taken names
+    parts = parts_of_keys({path for path, _ in model.named_modules()}) - taken  # `modules_to_save` makes such modules
     bank = bank_of(model.modules())
     for name in names:
         check_name(name)

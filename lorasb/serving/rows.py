@@ -131,7 +131,7 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
     compiled = [name for name, module in modules.items() if getattr(module, "_compiled_call_impl", None) is not None]
     if compiled := compiled or [name for name in modules if name.endswith("_orig_mod")]:
         raise ValueError(
-            f"`adapter_names` need a model that is compiled as a whole, and {compiled[0] or 'its base'!r} is "
+            f"expected no separately compiled module with `adapter_names`, but {compiled[0] or 'its base'!r} is "
             "compiled by itself, which would ignore them: torch.compile(model), or compile none of its modules"
         )
     layers = [module for module in modules.values() if isinstance(module, AdaptedLayer)]
@@ -173,7 +173,7 @@ def _encoder(model: nn.Module) -> set[nn.Module]:
     """The modules of an encoder: generation runs it once per row, before rows are repeated for beams."""
     config = getattr(model, "config", None)
     if not any(getattr(one, "is_encoder_decoder", False) for one in (config, getattr(config, "text_config", None))):
-        return set()  # for these `get_encoder` gives their only stack
+        return set()  # with only one stack, `get_encoder` returns that one
     encoder = getattr(model, "get_encoder", lambda: None)()
     return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
 

@@ -27,7 +27,7 @@ RAMP = 2 / 3  # share of a trial's steps over which the rate rises, as it does i
 JUDGED = 4  # held-out batches that measure a trial's loss
 FARTHEST = 5  # most doublings or halvings of the first rate
 PROBE_STEPS = 4  # in each of the two trials that refine a measured rate
-OTHER_RATE = 1e-3  # of parameters other than R (a new head) while R's rate is measured
+OTHER_RATE = 1e-3  # rate of parameters other than R (a new head) if R's rate is measured
 CLIP = 1.0  # gradient norm, transformers' default
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 Parts = tuple[list[Batch], list[list[Batch]]]  # the batches that measure a trial's loss, and the batches of each step
@@ -69,8 +69,8 @@ def find_lr(
     The best rates of two tasks at one rank are up to 16 times apart (REPORT.md): no rule over ranks can replace this.
     A trial trains everything that requires a gradient, always on the same batches; then parameters, global random
     states and train or eval mode are restored to the bit. From `lr` on, the rate doubles while the loss falls; if the
-    first doubling does not help, it halves. An initialization's R is proportional to its η, so R's start is scaled with
-    the rate; a loaded R is not.
+    first doubling does not help, it halves while the loss falls. An initialization's R is proportional to its η, so R's
+    start is scaled with the rate; a loaded R is not.
 
     Args:
         model: a patched model, just initialized or loaded, or any other whose trained parameters require a gradient.
@@ -127,7 +127,7 @@ def refine_rate(
     best = 2 * rate if losses[rate] < losses[rate / 4] else rate / 2
     if not finite:
         warnings.warn(f"no trial of learning rates has a finite loss: {rate:.2g} stays as measured", stacklevel=2)
-    if len(finite) < 2:  # take the other: no rate near or beyond a diverged one was tried
+    if len(finite) < 2:  # take the finite one itself: rates next to a diverged one are untested
         best = finite[0] if finite else rate
     trial.keep(best)
     return RateTrials(best, losses, PROBE_STEPS)
@@ -225,7 +225,7 @@ class _Trial:
             self.configs[name].init_provenance["lr"] *= rate / self.first
 
     def adamw(self, trained: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-        """Make an AdamW with this rate for R and a fixed one for other parameters, which must not influence it."""
+        """Make an AdamW with this rate for R; other parameters get a fixed one, so that they do not decide R's."""
         cores = {id(core) for core in self.cores}
         others = [parameter for parameter in trained if id(parameter) not in cores]
         groups = [{"params": self.cores, "lr": rate}]

@@ -36,7 +36,7 @@ class RewardError(ValueError):
 def checked_rewards(
     reward: Reward, prompts: Sequence[object], completions: Sequence[object], **columns: object
 ) -> list[float]:
-    """Return completions' rewards; raise a RewardError if the function fails or some reward is not a finite number."""
+    """Return one finite reward per completion; raise a RewardError if the function fails or returns anything else."""
     name = f"reward {getattr(reward, '__name__', type(reward).__name__)}"
     try:
         given = reward(prompts=list(prompts), completions=list(completions), **columns)
@@ -54,7 +54,7 @@ def checked_rewards(
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """(reward − mean) / standard deviation of a group of at least two."""
+    """Return (reward − mean) / standard deviation for each reward of a group of at least two."""
     mean, spread = statistics.fmean(rewards), statistics.stdev(rewards)
     return [(value - mean) / (spread + SMALLEST_SPREAD) for value in rewards]
 

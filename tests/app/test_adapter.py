@@ -321,7 +321,7 @@ def test_a_basis_belongs_to_weights_and_not_to_a_folder(
         replace(on_it, model=str(tmp_path / "gone")).check()
     quantized = replace(on_it, model=str(moved), bits=4, output=str(tmp_path / "run"))
     with pytest.raises(
-        ValueError, match=r"which is another model \(its weights cannot be compared, .*\): name that one"
+        ValueError, match=r"which is another model \(its weights cannot be compared, .*\): pass the model that"
     ):
         run_finetune(quantized)
     weights = load_file(moved / "model.safetensors")

@@ -19,6 +19,7 @@ from tiny_run import WORDS
 
 from lorasb.app import prepare
 from lorasb.app import results as ask
+from lorasb.app.data import Example
 from lorasb.app.finetune import run_finetune
 from lorasb.app.settings import EMBEDDED, Settings
 from lorasb.app.tables import advice, before_and_after
@@ -138,6 +139,7 @@ def test_what_cannot_be_asked_is_said(whole: Path, tmp_path: Path) -> None:
         ((tmp_path, "x"), r"expected the folder of a finished run: .* has no summary\.json: repeat the command"),
         ((tmp_path / "no", "x"), "expected the folder of a finished run: .* does not exist in"),
         ((whole / "adapter", "x"), f"is an adapter: ask its run, {whole}"),
+        ((whole, "x", None, None, None, "y"), "expected one question, as this run was trained on, got two"),
         ((whole, "x", "ann"), "--adapter has to name one of the run's adapters, got 'ann': it trained one"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -166,7 +168,7 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     """A prompt from someone's data must not run in the user's shell or break the model card's code fences."""
     summary = {"adapters": {}, "prompt_format": ask.PLAIN, "classes": None, "rank": 4, "config": {"model": "m"}}
     question = 'a $(touch PWNED) `touch PWNED` "b" it\'s\n```'
-    command = ask.how_to(summary, tmp_path / "my runs", question)["command"]
+    command = ask.how_to(summary, tmp_path / "my runs", Example(question, ""))["command"]
     printing = ["bash", "-c", command.replace("lorasb ask", "printf '%s\\n'", 1)]
     assert subprocess.check_output(printing, cwd=tmp_path, text=True).splitlines() == [
         str(tmp_path / "my runs"),
@@ -189,6 +191,10 @@ def test_the_command_can_be_pasted_whatever_a_prompt_has(tmp_path: Path) -> None
     on_basis = ask.how_to(summary | {"config": {"model": "m", "basis": "b"}}, Path("run"))
     served = "LORASB_BASIS=b vllm serve m --enable-lora --lora-modules adapter=run/adapter"
     assert on_basis["serve"] == served  # a run on a basis writes no plain LoRA
-    grace = ask.how_to(summary | {"adapters": {"ada": {}, "grace": {}}}, Path("run"), "Where?", "grace")
+    grace = ask.how_to(
+        summary | {"adapters": {"ada": {}, "grace": {}}}, Path("run"), Example("Where?", "", adapter="grace")
+    )
     assert grace["command"] == "lorasb ask run 'Where?' --adapter grace"
-    assert ask.how_to(summary | {"prompt_format": ask.INSTRUCTED}, tmp_path, question)["command"].endswith(" QUESTION")
+    assert ask.how_to(summary | {"prompt_format": ask.INSTRUCTED}, tmp_path, Example(question, ""))["command"].endswith(
+        " QUESTION"
+    )

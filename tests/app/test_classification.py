@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from lorasb.app import finetune
 from lorasb.app.data import Example, labeled
 from lorasb.app.evaluation import Classification, LanguageModeling, problem_of, score_of
 from lorasb.app.finetune import run_finetune
+from lorasb.app.results import answers, how_to
 from lorasb.app.scoring import f1, matthews, pearson, spearman
 from lorasb.app.settings import Settings
 from lorasb.app.tokenize import EncodedText
@@ -92,7 +95,7 @@ def test_values_are_learned_by_their_squared_error(base: Settings, tmp_path: Pat
     assert result.after.loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> None:
+def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """BERT has token types, padding on the right, and a pooler that the checkpoint lacks."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     config = transformers.BertConfig(vocab_size=108, max_position_embeddings=32, **sizes)
@@ -108,6 +111,14 @@ def test_an_encoder_takes_pairs(base: Settings, tiny: Path, tmp_path: Path) -> N
     for at, found in (("before", result.before), ("after", result.after)):
         pairs = [(answer, e.completion) for answer, e in zip(found.answers, result.examples, strict=True)]
         assert result.summary[f"eval_accuracy_{at}"] == pytest.approx(matthews(pairs))
+    texts = [f"{example.prompt}\t{example.pair}" for example in result.examples]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts)))
+    assert list(answers(tmp_path / "run", None)) == list(result.after.answers)
+    first = result.examples[0]
+    assert list(answers(tmp_path / "run", first.prompt, second=first.pair)) == [result.after.answers[0]]
+    assert how_to(result.summary, Path("run"), first)["command"] == f"lorasb ask run '{first.prompt}' {first.pair}"
+    with pytest.raises(ValueError, match=r"expected two texts \(typed: with a tab between them\), as .*, got one"):
+        list(answers(tmp_path / "run", "red cat"))
     pooler_and_head = 32 * 32 + 32 + 2 * 32 + 2
     assert result.summary["trainable_params"] == 2 * 4 * 4 * 4 + pooler_and_head
 
