@@ -215,7 +215,7 @@ def prompt_format(run: Run) -> str:
     """Describe the form of a run's prompts, for its summary."""
     example = run.train[0]
     if example.label is not None:  # classifiers read the raw text
-        return PAIR if example.pair else PLAIN
+        return PAIR if all(one.pair for one in run.train) else PLAIN  # a text pair is optional per row
     if messages_of(example, run.tokenizer, run.settings.template == "auto"):
         return CHAT
     if example.formatted:
