@@ -137,8 +137,7 @@ class RunFolder:
         """Return the state of the run that `--resume` selects; change nothing."""
         self._refuse_foreign()
         if self.settings.resume == "never":
-            line = f"the results of the run in {self.folder} are moved to {self._free_former()}"
-            return State(NEW, None, [line] if (self.folder / SUMMARY_NAME).exists() else [])
+            return self._new()
         running = self._running()
         # If run.json and the summary belong to different runs, the folder was reused, and run.json's is unfinished.
         finished = (read_record(dict, self.folder / SUMMARY_NAME) or {}).get("identity")
@@ -152,7 +151,11 @@ class RunFolder:
         if finished is not None:
             line = f"the run in {self.folder} is finished: these are its results (to run it again: --resume never)"
             return State(FINISHED, None, [line])
-        return State(NEW) if running is None else self._look_at_last()
+        return self._new() if running is None else self._look_at_last()
+
+    def _new(self) -> State:
+        line = f"the earlier results in {self.folder} are moved to {self._free_former()}"
+        return State(NEW, None, [line] if self._earlier_results() else [])
 
     def _refuse_foreign(self) -> None:
         """Raise a ValueError if `checkpoints/` has files that lorasb did not write: a run clears that folder."""
@@ -232,13 +235,16 @@ class RunFolder:
         has_run = any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}"))
         if not has_run and (config := self.folder / CONFIG_NAME).exists():  # written by the user, perhaps with comments
             config.replace(self.folder / f"former-{CONFIG_NAME}")
+        if found := self._earlier_results():
+            former = self._free_former()
+            former.mkdir()
+            for path in found:
+                path.replace(former / path.name)
+
+    def _earlier_results(self) -> list[Path]:
+        """Return existing files and folders named like a run's results; none if there is only a configuration."""
         found = [path for name in RESULT_NAMES if (path := self.folder / name).exists()]
-        if {path.name for path in found} <= {CONFIG_NAME}:  # from a run without results
-            return
-        former = self._free_former()
-        former.mkdir()
-        for path in found:
-            path.replace(former / path.name)
+        return [] if {path.name for path in found} <= {CONFIG_NAME} else found
 
     def _free_former(self) -> Path:
         names = itertools.chain(["former"], (f"former-{k}" for k in itertools.count(2)))

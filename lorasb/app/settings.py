@@ -51,6 +51,7 @@ SHARE = (lambda value: 0 <= value < 1), "is a share in [0, 1)"
 ENERGY = (lambda value: 0 < value <= 1), "is a share in (0, 1]"
 RATE = (lambda value: 0 < value <= MAX_LR), f"must be positive, at most {MAX_LR:g}"
 AT_LEAST_TWO = (lambda value: value >= 2), "must be at least 2"
+SEED = (lambda value: 0 <= value < 2**32), "must be from 0 to 4294967295"  # numpy's range
 NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
 BITS = (lambda value: value in (4, 16)), "must be 4 or 16"
 RANKS = (lambda value: all(rank > 0 for rank in value.values())), "must have positive ranks"
@@ -289,7 +290,7 @@ class Settings:
     scheduler: str = TRAINING("linear", f"Learning rate schedule: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS)
     warmup: float = TRAINING(0.1, "Fraction of the training steps used for warm-up.", init=True, check=SHARE)
     weight_decay: float = TRAINING(0.0, "AdamW weight decay.", check=NOT_NEGATIVE)
-    seed: int = TRAINING(0, "Random seed for data, initialization and training.", init=True)
+    seed: int = TRAINING(0, "Random seed for data, initialization and training.", init=True, check=SEED)
     eval_steps: int | None = RUN(
         None, "Compute the held-out loss every N steps.", positive=True, shown="before and after training only"
     )

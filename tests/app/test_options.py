@@ -77,6 +77,7 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
         ({"score": "luck"}, "--score must be one of exact, number, boxed, symbolic, choice, label, matthews, pearson, spearman, f1, got 'luck'"),
         ({"bits": 8}, "--bits must be 4 or 16, got 8"),
         ({"weight_decay": -1.0}, "--weight-decay must not be negative"),
+        ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
         ({"rank_pattern": {"q": 0}}, "--rank-pattern must have positive ranks"),
         ({"eval_steps": 0}, "--eval-steps must be positive, got 0"),
         ({"gradient_accumulation": 3}, "--batch-size 16 is not divisible by --gradient-accumulation 3"),

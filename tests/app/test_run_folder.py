@@ -137,7 +137,10 @@ def test_a_config_of_the_users_is_kept(own: Settings) -> None:
 def test_folders_of_the_users_with_the_names_of_results_are_set_aside(own: Settings, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine.txt").write_text("mine")
-    RunFolder(own, {}).begin(State(NEW))
+    folder = RunFolder(own, {})
+    state = folder.look()
+    assert state == State(NEW, None, [f"the earlier results in {tmp_path} are moved to {tmp_path / 'former'}"])
+    folder.begin(state)
     assert (tmp_path / "former" / "adapter" / "mine.txt").read_text() == "mine"
 
 
