@@ -168,7 +168,7 @@ def _gradients(problem: Problem, config: Any, batches: Batches) -> None:
 
 
 def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Sequence[str]) -> Any:
-    """AdamW without weight decay, Muon for R alone, or LoRA-Pro's AdamW; a head has its own rate."""
+    """AdamW without weight decay, Muon or SOAP for R alone, or LoRA-Pro's AdamW; a head has its own rate."""
     if method.name == "LoRA-Pro":
         return _lora_pro(model, cell.lr, (task.head_lr or cell.lr) if head else None)
     heads: list[nn.Parameter] = []
@@ -178,10 +178,22 @@ def optimizer(model: nn.Module, method: Method, task: Task, cell: Cell, head: Se
             (heads if any(part in name.split(".") for part in head) else others).append(parameter)
     if settings(cell).get("optimizer") == "muon":
         return torch.optim.Muon(others, lr=cell.lr, weight_decay=0.0)
+    if settings(cell).get("optimizer") == "soap":
+        return _soap(others, cell.lr)
     groups: list[dict[str, Any]] = [{"params": others, "lr": cell.lr}]
     if heads:
         groups.append({"params": heads, "lr": task.head_lr or cell.lr})
     return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def _soap(parameters: list[nn.Parameter], lr: float) -> Any:
+    """Adam in the eigenbasis of each R's second moments."""
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ImportError("SOAP needs its package: pip install --no-deps pytorch-optimizer") from error
+
+    return SOAP(parameters, lr=lr, weight_decay=0.0)
 
 
 def _lora_pro(model: nn.Module, lr: float, head_lr: float | None) -> Any:

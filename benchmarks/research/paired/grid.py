@@ -86,6 +86,7 @@ def entries() -> dict[str, Entry]:
         Entry("sign, rotated", "LoRA-SB", {"rotated": True}),
         Entry("sign, later", "LoRA-SB", {"refresh": 0.1, "later_samples": 64}),
         Entry("sign, seeded", "LoRA-SB", {"seeded": True}),
+        Entry("sign, SOAP", "LoRA-SB", {"optimizer": "soap"}),
         Entry("by spread", "LoRA-SB", {"init": "random", "by_spread": True}),
         Entry("ranks by energy", "LoRA-SB", {"ranks_by_energy": True}),
         Entry(
