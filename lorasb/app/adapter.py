@@ -32,7 +32,7 @@ from ..serving import joint_basis
 from ..serving.basis import check_names
 from ..tuner.targets import missing_from_checkpoint
 from ..utils import plotting
-from ..utils.atomic_files import locked, replacing_folder, write_json
+from ..utils.atomic_files import LOCK, locked, replacing_folder, write_json
 from ..utils.precision import resolve
 from ..utils.reading import read_json
 from .data import Example, load_examples
@@ -182,7 +182,7 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
             suggestion = report.suggest_ranks(energy=settings.energy, parameters=settings.parameters)
         with replacing_folder(folder / "adapter") as target:
             save_adapter(run, target)
-        report.save(folder / REPORT_NAME)
+            report.save(folder / REPORT_NAME)  # in the block: without a report, the next call would refuse the adapter
         if plotting.installed():
             for name, kind in PLOTS.items():
                 report.plot(folder / name, kind)
@@ -234,7 +234,7 @@ def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = (
         raise ValueError("expected --data FILES, whose first steps make the basis, or --lora FOLDERS, whose updates do")
     settings = replace(settings, data=data[0] if data else None)
     settings.check()
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):  # a killed call's lock
         raise ValueError(f"expected --output to be a new folder, and {output} has files: take another, or delete it")
     with locked(output):
         make = _basis_from_first_steps if data else _basis_from_loras

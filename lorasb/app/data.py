@@ -195,11 +195,13 @@ def _example(values: object) -> Example:
     if not isinstance(values, dict):
         raise TypeError(f"got {type(values).__name__}")
     if "label" in values and "text" in values:
-        return labeled(text_of(values, "text"), values["label"], str(values.get("text_pair") or ""))
+        return labeled(text_of(values, "text"), values["label"], _optional_text(values, "text_pair"))
     if "messages" not in values:
         if "instruction" in values and "completion" not in values:
             return instructed(values)
         return Example(text_of(values, "prompt"), text_of(values, "completion"))
+    if not isinstance(values["messages"], list):
+        raise TypeError(f"messages has to be a list, got {type(values['messages']).__name__}")
     calls = (message.get("tool_calls") for message in values["messages"] if isinstance(message, dict))
     if values.get("tools") or any(calls):
         raise ValueError("tools and tool_calls are not read: write them into the content")
@@ -217,6 +219,10 @@ def text_of(values: Row, name: str) -> str:
     if not isinstance(value, str) and not -MAX_LABEL <= value <= MAX_LABEL:  # NaN, Infinity, 1e400
         raise TypeError(f"{name} has to be a finite number, at most {MAX_LABEL:g}, got {value!r}")
     return str(value)
+
+
+def _optional_text(values: Row, name: str) -> str:
+    return "" if values.get(name) is None else text_of(values, name)
 
 
 def with_adapter(example: Example, values: Row, column: str | None, where: str) -> Example:
@@ -282,8 +288,9 @@ class Source:
 
 def instructed(row: Row) -> Example:
     """Convert a row in Alpaca's form: instruction, output and optionally input."""
-    template = WITH_INPUT if row.get("input") else INSTRUCTION
-    question = template.format(instruction=text_of(row, "instruction"), input=row.get("input"))
+    given = _optional_text(row, "input")
+    template = WITH_INPUT if given else INSTRUCTION
+    question = template.format(instruction=text_of(row, "instruction"), input=given)
     return Example(question, text_of(row, "output"), formatted=True)
 
 

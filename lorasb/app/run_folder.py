@@ -66,8 +66,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def read_record(kind: type[T], file: Path) -> T | None:
-    """Read a dataclass, or a dict, from a JSON file; None if the file is missing or damaged."""
-    with suppress(OSError, ValueError, TypeError):
+    """Read a dataclass, or a dict, from a JSON file; None if it is missing or damaged; unreadable: an OSError."""
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return kind(**read_json(file))
     return None
 
@@ -154,8 +154,14 @@ class RunFolder:
         return self._new() if running is None else self._look_at_last()
 
     def _new(self) -> State:
-        line = f"the earlier results in {self.folder} are moved to {self._free_former()}"
-        return State(NEW, None, [line] if self._earlier_results() else [])
+        found, basis = self._earlier_results(), Path(self.settings.basis or self.folder).resolve()
+        if any(path.resolve() in (basis, *basis.parents) for path in found):
+            raise ValueError(
+                f"expected a --basis outside of the results in {self.folder}, which a new run moves to another folder, "
+                f"got {self.settings.basis}: take another --output"
+            )
+        line = f"the earlier results in {self.folder} are moved to {self._free('former')}"
+        return State(NEW, None, [line] if found else [])
 
     def _refuse_foreign(self) -> None:
         """Raise a ValueError if `checkpoints/` has files that lorasb did not write: a run clears that folder."""
@@ -170,10 +176,14 @@ class RunFolder:
     def _running(self) -> Json | None:
         """Return the unfinished run's identity; None if there is none, or it has other settings and never began."""
         file = self.checkpoints / RUN_NAME
-        found = read_record(dict, file)
+        advice = "fix its permissions, or give --resume never to start over"
+        error = ValueError(f"{file}, which identifies the run of these checkpoints, cannot be read: {advice}")
+        try:
+            found = read_record(dict, file)
+        except OSError:
+            raise error from None
         if found is None and file.exists():
-            advice = "fix its permissions, or give --resume never to start over"
-            raise ValueError(f"{file}, which identifies the run of these checkpoints, cannot be read: {advice}")
+            raise error
         begun = self.load_start() is not None or checkpoints(self.checkpoints)
         return found if begun or not differences(found or {}, self.identity) else None
 
@@ -234,9 +244,9 @@ class RunFolder:
         """Move files named like a run's results into a new folder: `former/`, then `former-2/`, ..."""
         has_run = any((self.folder / name).exists() for name in (SUMMARY_NAME, f"checkpoints/{RUN_NAME}"))
         if not has_run and (config := self.folder / CONFIG_NAME).exists():  # written by the user, perhaps with comments
-            config.replace(self.folder / f"former-{CONFIG_NAME}")
+            config.replace(self._free("former-config", ".yaml"))
         if found := self._earlier_results():
-            former = self._free_former()
+            former = self._free("former")
             former.mkdir()
             for path in found:
                 path.replace(former / path.name)
@@ -246,9 +256,10 @@ class RunFolder:
         found = [path for name in RESULT_NAMES if (path := self.folder / name).exists()]
         return [] if {path.name for path in found} <= {CONFIG_NAME} else found
 
-    def _free_former(self) -> Path:
-        names = itertools.chain(["former"], (f"former-{k}" for k in itertools.count(2)))
-        return next(path for name in names if not (path := self.folder / name).exists())
+    def _free(self, name: str, suffix: str = "") -> Path:
+        """Return a free path in the folder: `name`, then `name`-2, ..."""
+        names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
+        return next(path for one in names if not (path := self.folder / f"{one}{suffix}").exists())
 
 
 def identity_of(settings: Settings, **resolved: object) -> Json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -113,10 +114,11 @@ def _link_or_write(
     target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint: Path, like: Path | None
 ) -> None:
     """Create the factor file: a hard link to another folder's file with this digest, or a new file."""
-    relative = target.relative_to(checkpoint)
-    siblings = [folder for folder in sorted(checkpoint.parent.iterdir()) if folder.is_dir() and folder != checkpoint]
+    relative, siblings = target.relative_to(checkpoint), list[Path]()
+    with suppress(OSError):  # a parent that may not be listed
+        siblings = [folder for folder in sorted(checkpoint.parent.iterdir()) if folder != checkpoint]
     files = (folder / relative for folder in ([like] if like is not None else []) + siblings)
-    same = next((file for file in files if file.is_file() and recorded_digest(file) == hexadecimal), None)
+    same = next((file for file in files if _has_factors(file, hexadecimal)), None)
     with replacing(target) as temporary:
         if same is None:
             # one metadata entry: safetensors writes several in an order that depends on the process
@@ -127,6 +129,13 @@ def _link_or_write(
             os.link(same, temporary)
         except OSError:  # another file system, or one without links
             shutil.copyfile(same, temporary)
+
+
+def _has_factors(file: Path, hexadecimal: str) -> bool:
+    """True if a file can be read, and its factors have this digest, not only its header."""
+    with suppress(OSError, ValueError):
+        return recorded_digest(file) == hexadecimal and digest(read_tensors(file)).hex() == hexadecimal
+    return False
 
 
 def recorded_digest(file: Path) -> str | None:

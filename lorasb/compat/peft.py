@@ -107,11 +107,11 @@ def _extend(module_name: str, name: str, call: Callable[..., object]) -> None:
         setattr(module, name, extended)
 
 
-def extend_loader(complete: Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]) -> None:
-    """Have `PeftModel.load_adapter` pass (tensors, folder or hub name, options) to `complete`; idempotent."""
+def extend_loader(load: Callable[[Callable[[], dict[str, Tensor]], str, dict[str, Any]], dict[str, Tensor]]) -> None:
+    """Have `PeftModel.load_adapter` call `load` with PEFT's function, folder or hub name, and options; idempotent."""
 
     def call(original: Callable[..., Any], model_id: object, *arguments: object, **options: object) -> object:
-        return complete(original(model_id, *arguments, **options), str(model_id), options)
+        return load(functools.partial(original, model_id, *arguments, **options), str(model_id), options)
 
     _extend("peft.peft_model", "load_peft_weights", call)
 

@@ -5,11 +5,13 @@ Stock PEFT, vLLM and llama.cpp read it without lorasb.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +32,7 @@ from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NA
 from ..layers.lookup import frozen_factors, layer_kinds, layers_of_one, refuse_more_than_factors
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
-from ..utils.atomic_files import replacing, write_json, write_text
+from ..utils.atomic_files import replacing
 from ..utils.reading import Json, read_json, read_text
 
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
@@ -121,12 +123,9 @@ def _refuse_adapters_folder(folder: Path) -> None:
 
 def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Path) -> str:
     """Write a plain LoRA and return the command that serves it."""
-    with replacing(folder / WEIGHTS_NAME) as temporary:
-        # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be, and tied ones
-        pointers = Counter(value.data_ptr() for value in tensors.values())
-        separate = {k: v.clone() if pointers[v.data_ptr()] > 1 else v.contiguous() for k, v in tensors.items()}
-        save_file(separate, str(temporary), metadata={"format": "pt"})
-    write_json(folder / CONFIG_NAME, _lora_config(config, rank))
+    # safetensors refuses tensors that are not contiguous, as padded and stacked ones may be, and tied ones
+    pointers = Counter(value.data_ptr() for value in tensors.values())
+    separate = {k: v.clone() if pointers[v.data_ptr()] > 1 else v.contiguous() for k, v in tensors.items()}
     name = config.get("base_model_name_or_path")
     base = name or "unknown"
     front = yaml.safe_dump({"library_name": "peft", "base_model": base, "tags": ["lora"]}, sort_keys=False)
@@ -135,7 +134,12 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
         f"{EXPORTED} from a LoRA-SB adapter of `{base}`: `lora_A = A`, `lora_B = s·B·R`, the same function.\n\n"
         f"```\n{serve_command(name, Path('THIS_FOLDER'), rank)}\n```\n"
     )
-    write_text(folder / "README.md", card)
+    names = WEIGHTS_NAME, CONFIG_NAME, "README.md"
+    with ExitStack() as stack:  # all are written before any takes the place of an earlier export's
+        weights, values, text = (stack.enter_context(replacing(folder / name)) for name in names)
+        save_file(separate, str(weights), metadata={"format": "pt"})
+        values.write_text(json.dumps(_lora_config(config, rank), indent=2) + "\n", encoding="utf-8")
+        text.write_text(card, encoding="utf-8")
     return serve_command(name, folder, rank)
 
 
@@ -317,6 +321,10 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        try:  # tensors are written through a buffer, whose last errors are lost
+            gguf.GGUFReader(str(temporary))
+        except ValueError as error:
+            raise OSError(f"{path} cannot be written: it is truncated, so the disk may be full") from error
     return path
 
 

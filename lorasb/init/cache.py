@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..constants import VERSION
 from ..distributed.process_group import full_tensor
 from ..utils.atomic_files import replacing, write_json
-from ..utils.reading import Json, read_json, read_tensors, safetensors_header
+from ..utils.reading import AGAIN, Json, read_json, read_tensors, safetensors_header
 from .accumulator import GradientSigns
 from .block_recorder import Traversal
 from .svd import SignBits
@@ -72,7 +72,11 @@ class Cache:
             raise ValueError(f"expected a file for cache=, got the folder {self.path}: name a file in it")
         if not self.path.exists():
             return None
-        layers, key, self.facts = read(self.path)
+        try:
+            layers, key, self.facts = read(self.path)
+        except ValueError as error:
+            reason = str(error).removesuffix(f": {AGAIN}")
+            raise ValueError(f"the cache cannot be used ({reason}): delete {self.path} to make it again") from None
         self._compare(key, self.path, self.key)
         # Layers that no sample reached have no signs; their absence does not invalidate the cache.
         missing = [name for name in names if name not in layers and name not in self.facts["not_reached"]]

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..constants import MAX_RANK
@@ -215,7 +216,7 @@ class InitReport:
         if self.rate is not None:
             lines.append(f"learning rate {self.rate:.2g}")
         lines += [f"left alone: {line}" for line in self.left]
-        table = Table(title=f"{self.init} initialization: {what}", caption="\n".join(lines))
+        table = Table(title=f"{self.init} initialization: {what}", caption=escape("\n".join(lines)))
         table.add_column("layers", overflow="fold")
         for name in ("number", "r", "energy of sign(G)", "energy of G", "least of G"):
             table.add_column(name, justify="right")

@@ -46,9 +46,11 @@ class LoadReport:
 
 def adapters_in(folder: Path) -> list[Path]:
     """The folders of adapters inside a folder (in a saved model, its further adapters), else the folder itself."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    visible = (path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else ()
+    inside = sorted(path for path in visible if path.is_dir())
     if (folder / WEIGHTS_NAME).is_file():
-        return [path for path in inside if (path / WEIGHTS_NAME).is_file()] or [folder]
+        # os.path's is_file is False, too, for a folder that may not be read
+        return [path for path in inside if os.path.isfile(path / WEIGHTS_NAME)] or [folder]
     return inside or [folder]
 
 

@@ -17,11 +17,11 @@ from ..checkpoints.adapter_file import SMALLEST, TOLERANCE, difference
 from ..checkpoints.shared_factors import DIGEST, join_factors
 from ..compat.torch import unwrapped
 from ..config.adapter import LoRASBConfig
-from ..constants import FACTORS, FACTORS_NAME, PEFT_PREFIX
+from ..constants import CONFIG_NAME, FACTORS, FACTORS_NAME, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, frozen_factors, note_cast, refuse_shared_basis
 from ..serving import basis
-from ..utils.reading import AGAIN
+from ..utils.reading import AGAIN, read_json
 from .targets import without_wrapper
 
 
@@ -36,14 +36,24 @@ def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, An
     return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
 
 
+WEIGHT_FILES = WEIGHTS_NAME, "adapter_model.bin"
 _faults: dict[tuple[int, ...], str] = {}  # error messages by the digest in the adapter's file
 
 
-def completed(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Call `with_folder` for PEFT's loader; `with_factors` raises its error, where a new adapter can be removed."""
+def completed(read: Callable[[], dict[str, Tensor]], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Read tensors and call `with_folder`; `with_factors` raises its errors, where a new adapter can be removed."""
+    folder, tensors = Path(model_id, options.get("subfolder") or ""), {}
     try:
+        has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
+        config = {} if has_weights or not folder.is_dir() else read_json(folder / CONFIG_NAME)
+        if config.get("peft_type") == PEFT_NAME:  # PEFT would look for a model of that name on the hub
+            tensors = {DIGEST: torch.tensor(list(os.urandom(32)), dtype=torch.uint8)}
+            raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none: {AGAIN}")
+        tensors = read()
         return with_folder(tensors, model_id, options)
     except ValueError as error:
+        if DIGEST not in tensors:
+            raise
         _faults[tuple(tensors[DIGEST].flatten().tolist())] = str(error)
         return tensors
 

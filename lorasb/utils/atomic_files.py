@@ -43,7 +43,8 @@ def _taking_place(temporary: Path, target: Path, mode: int) -> Iterator[Path]:
     """Yield a temporary file or folder, then replace the target by it; errors without a file name get the target's."""
     try:
         yield temporary
-        os.chmod(temporary, mode & ~umask())  # only the owner may read tempfile's files
+        if not (temporary.is_file() and temporary.stat().st_nlink > 1):  # a hard link keeps its file's mode
+            os.chmod(temporary, mode & ~umask())  # only the owner may read tempfile's files
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         _take_place(temporary, target)
@@ -51,9 +52,11 @@ def _taking_place(temporary: Path, target: Path, mode: int) -> Iterator[Path]:
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.filename is not None:
             raise
-        raise type(error)(error.errno, f"{target} cannot be written: {error.strerror}") from error
+        reason = error.strerror or str(error)  # numpy's error has text alone
+        found = (error.errno,) if error.errno is not None else ()
+        raise type(error)(*found, f"{target} cannot be written: {reason}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -120,10 +123,13 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+LOCK = ".lock"
+
+
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Lock a folder for this process by its file `.lock`; raise a ValueError with the PID of a process that has it."""
-    file = Path(folder, ".lock")
+    """Lock a folder for this process by a file in it; raise a ValueError with the PID of a process that has it."""
+    file = Path(folder, LOCK)
     made = not file.parent.exists()
     lock = _lock(file)
     try:
@@ -142,6 +148,13 @@ def _lock(file: Path) -> TextIO | None:
     while fcntl is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"expected a folder to write into, got {file.parent}, where a file is: take another"
+            ) from None
+        except OSError:
+            return None
+        try:
             lock = open(file, "a+")  # noqa: SIM115  held until the block ends
         except OSError:
             return None
@@ -171,4 +184,4 @@ CACHE_VARIABLE = "LORASB_CACHE"
 
 def cache_dir() -> Path:
     """$LORASB_CACHE, or ~/.cache/lorasb if it is not set; read in every call."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lorasb")
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/lorasb").expanduser()

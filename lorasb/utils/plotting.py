@@ -32,7 +32,7 @@ def canvas() -> tuple[Figure, Axes]:
 
 def save(figure: Figure, axes: Axes, title: str, path: str | os.PathLike[str]) -> None:
     """Title the figure and write it to `path` as a PNG, atomically."""
-    axes.set_title(title, fontsize=11, color=INK)
+    axes.set_title(title, parse_math=False, fontsize=11, color=INK)  # a file name may have two dollar signs
     axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140, format="png")

@@ -262,6 +262,7 @@ def test_a_share_near_chance_is_a_warning() -> None:
 
 
 def test_one_task_makes_a_basis_that_keeps_it(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()  # of a call that was killed
     card = make_basis(replace(settings, output=str(tmp_path)), [files["copy"]])
     assert card.tasks == {"copy": {"examples": 24, "kept": 1.0}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -30,6 +32,7 @@ from lorasb.app import cli, results
 from lorasb.app.adapter import run_init
 from lorasb.app.prepare import prepare
 from lorasb.app.settings import InitSettings, Settings
+from lorasb.init import InitReport
 from lorasb.ops import registry
 
 
@@ -175,6 +178,19 @@ def test_init_does_not_replace_a_trained_adapter(whole: Path, data: Path, tmp_pa
         run_init(InitSettings(output=str(tmp_path / "mine")))
     with pytest.raises(ValueError, match="has a run of lorasb finetune, whose adapter this would replace"):
         run_init(InitSettings(data=str(data), output=str(whole)))
+
+
+def test_an_initialization_whose_report_fails_can_be_repeated(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = InitSettings(model=str(tiny), data=str(data), r=4, samples=4, dtype="float32", output=str(tmp_path))
+    full = OSError(errno.ENOSPC, "No space left on device", "report.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(InitReport, "save", Mock(side_effect=full))
+        with pytest.raises(OSError, match="No space"):
+            run_init(settings)
+    assert not (tmp_path / "adapter").exists()
+    assert run_init(settings)[0].num_samples == 4
 
 
 def test_rows_that_are_cut_and_those_beyond_learned_positions(

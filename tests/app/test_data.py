@@ -97,6 +97,10 @@ def test_a_json_file_has_a_list_of_instructions_and_inputs_or_lines(tmp_path: Pa
     (example,) = read_data(str(file), "choice")
     assert "### Input:\nHaus\n" in example.prompt
     assert (example.completion, example.source, example.score) == ("house", str(file), "choice")
+    write_rows(file, [{"instruction": "Double it", "input": 0, "output": 0}, {"text": "a", "text_pair": 0, "label": 1}])
+    doubled, pair = read_data(str(file), "exact")
+    assert "### Input:\n0\n" in doubled.prompt
+    assert pair.pair == "0"
     write_rows(file, ({"prompt": "a", "completion": text, "instruction": "c"} for text in "bd"))
     assert [example.completion for example in read_data(str(file), "exact")] == ["b", "d"]
 
@@ -132,6 +136,8 @@ NUMBERS = ("NaN", "Infinity", "-Infinity", "1e400", "1" * 400)
         (GOOD + "[1]", LINE_2 + "got list"),
         (GOOD + '{"prompt": "a"}', LINE_2 + "completion"),
         (GOOD + '{"messages": []}', LINE_2 + "not the assistant's"),
+        (GOOD + '{"messages": 5}', LINE_2 + "messages has to be a list, got int"),
+        (GOOD + '{"instruction": "a", "input": ["b"], "output": "c"}', LINE_2 + "input has to be a text"),
         (GOOD + '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}]}', LINE_2 + "tools and tool_calls are not read"),
         (GOOD + '{"prompt": "a", "completion": null}', LINE_2 + "completion has to be a text, got 'None'"),
         (GOOD + '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', LINE_2 + "prompt has to be a text"),

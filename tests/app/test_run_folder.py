@@ -134,6 +134,40 @@ def test_a_config_of_the_users_is_kept(own: Settings) -> None:
     assert read_config(folder.folder / "config.yaml")["r"] == own.r
 
 
+def test_a_second_config_of_the_users_is_kept_beside_the_first(own: Settings) -> None:
+    folder = RunFolder(own, {})
+    folder.folder.mkdir(exist_ok=True)
+    for number in (1, 2):
+        (folder.folder / "config.yaml").write_text(f"lr: {number}\n")
+        folder._set_aside()
+    assert (folder.folder / "former-config.yaml").read_text() == "lr: 1\n"
+    assert (folder.folder / "former-config-2.yaml").read_text() == "lr: 2\n"
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_does_not_move_its_own_basis(own: Settings, resume: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    own = replace(own, basis=str(tmp_path / "adapter"), resume=resume)
+    with pytest.raises(ValueError, match=r"expected a --basis outside of the results in .* take another --output"):
+        RunFolder(own, {}).look()
+    assert RunFolder(replace(own, basis=str(tmp_path / "basis")), {}).look().kind == NEW
+
+
+def test_a_mark_that_cannot_be_read_now_loses_no_checkpoint(cut: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == run_folder.MARK:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        run_finetune(cut)
+    monkeypatch.undo()
+    assert len(run_folder.complete_checkpoints(Path(cut.output) / "checkpoints")) == 2
+
+
 def test_folders_of_the_users_with_the_names_of_results_are_set_aside(own: Settings, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine.txt").write_text("mine")
@@ -229,7 +263,7 @@ def test_resume_never_sets_the_former_results_aside_and_removes_nothing(
     assert {path.name for path in tmp_path.iterdir()} == names
     assert [path.name for path in (tmp_path / "former").iterdir()] == ["thesis.txt"]
     check_moved(tmp_path / "former-2", whole)
-    assert RunFolder(replace(own, output=str(tmp_path / "new")), {})._free_former().name == "former"
+    assert RunFolder(replace(own, output=str(tmp_path / "new")), {})._free("former").name == "former"
 
 
 @pytest.mark.parametrize(

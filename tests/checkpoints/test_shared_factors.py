@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -67,6 +68,50 @@ def test_a_run_resumes_from_its_checkpoints(run: tuple[Path, nn.Module], tmp_pat
     resumed = run_of(tmp_path, resume=True)
     tolerances.check_equal(factors(resumed.model), factors(model))
     assert len({(tmp_path / f"checkpoint-{step}" / FACTORS_NAME).stat().st_ino for step in (2, 3)}) == 1
+
+
+def test_a_damaged_or_closed_neighbor_gives_no_factors(
+    run: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header of a damaged file has the right digest, but its A and B are others."""
+    for step in (1, 2):
+        shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    first, second = (tmp_path / f"checkpoint-{step}" / FACTORS_NAME for step in (1, 2))
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    first.write_bytes(data)
+    model = peft.PeftModel.from_pretrained(make("llama"), second.parent).eval()
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    second.unlink()
+    share(tmp_path / "checkpoint-3")
+    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-3").eval()
+    tolerances.check(logits(again), logits(model), tolerances.EXACT)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    model.save_pretrained(tmp_path / "checkpoint-4")
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    share(tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / FACTORS_NAME).is_file()
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_an_adapter_without_its_weights_is_refused_and_leaves_no_adapter(
+    run: tuple[Path, nn.Module], tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(run[0] / "checkpoint-3", tmp_path / "adapter"))
+    model = peft.PeftModel.from_pretrained(make("llama"), folder).eval()
+    before = logits(model)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"expected adapter_model\.safetensors in .*adapter, found none"):
+        model.load_adapter(folder, name)
+    assert list(model.peft_config) == ["default"]
+    tolerances.check(logits(model), before, tolerances.EXACT)
+    base = make("llama")
+    with pytest.raises(ValueError, match="found none"):
+        peft.PeftModel.from_pretrained(base, folder)
+    assert not any("lorasb" in key for key, _ in base.named_parameters())
 
 
 def test_whole_files_on_request(tmp_path: Path) -> None:

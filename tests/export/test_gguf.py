@@ -139,6 +139,24 @@ def test_what_has_no_gguf(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_a_full_disk_cut_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gguf writes small tensors through a buffer, whose last error is lost."""
+    gguf = pytest.importorskip("gguf")
+    model = patched("llama", init="update")
+    lorasb.export_lora(model, tmp_path, format="gguf", quiet=True)
+    before = (tmp_path / "adapter.gguf").read_bytes()
+    close = gguf.GGUFWriter.close
+
+    def cut(writer: Any) -> None:
+        close(writer)
+        os.truncate(writer.path, len(before) - 600)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", cut)
+    with pytest.raises(OSError, match=r"adapter\.gguf cannot be written: it is truncated"):
+        lorasb.export_lora(model, tmp_path, format="gguf", quiet=True)
+    assert (tmp_path / "adapter.gguf").read_bytes() == before
+
+
 def test_a_folder_beside_its_base(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "base")
     model = lorasb.patch(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), r=4)

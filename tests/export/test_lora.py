@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import sys
@@ -54,6 +55,22 @@ def test_folder_and_model_give_the_same_export(tmp_path: Path) -> None:
     model = patched(init="update", scaling=2.0)
     model.save_pretrained(tmp_path / "adapter")
     tolerances.check_equal(exported(model, tmp_path / "one"), exported(tmp_path / "adapter", tmp_path / "two"))
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported(patched(r=4), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = Path.write_text
+
+    def failing(path: Path, *args: object, **options: object) -> int:
+        if ".README.md." in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", failing)
+    with pytest.raises(OSError, match=r"README\.md cannot be written: No space"):
+        exported(patched(r=2), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_one_rank_padded_with_zeros(tmp_path: Path) -> None:

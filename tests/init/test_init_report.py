@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def test_a_report_is_printed_saved_and_loaded(report: InitReport, tmp_path: Path
     shown = str(report)
     assert "update initialization: 14 layers, 6 samples" in shown
     assert re.search(r"down_proj +│ +2 │ 16 │", shown)
+    assert "from [/c].cache" in str(replace(report, why="signs from [/c].cache"))
     report.save(tmp_path / "report.json")
     assert InitReport.load(tmp_path / "report.json") == report
     kept = {"shape", "rank", "energy_sign", "energy_grad", "singular_values", "zeros", "seconds"}

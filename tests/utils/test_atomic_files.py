@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lorasb.utils import atomic_files as files
+from lorasb.utils import plotting
 
 
 def test_atomic_writes_keep_the_old_file_on_failure(tmp_path: Path) -> None:
@@ -61,3 +62,38 @@ def test_a_full_disk_names_the_file(tmp_path: Path, way: Any, name: str) -> None
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hard_link_keeps_the_mode_of_its_file(tmp_path: Path) -> None:
+    """Its other name may belong to somebody who made it private."""
+    (tmp_path / "private").write_text("x")
+    (tmp_path / "private").chmod(0o600)
+    with files.replacing(tmp_path / "link") as temporary:
+        temporary.unlink()
+        os.link(tmp_path / "private", temporary)
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_error_without_a_number_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"x\.bin cannot be written: 5 requested and 3 written"),
+        files.replacing(tmp_path / "x.bin"),
+    ):
+        raise OSError("5 requested and 3 written")  # as numpy's `tofile` does
+
+
+@pytest.mark.parametrize("inside", ["", "runs/one"])
+def test_a_file_in_the_folders_place_is_named(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ValueError, match=r"expected a folder to write into, got .*file"),
+        files.locked(tmp_path / "file" / inside),
+    ):
+        pytest.fail("locked")
+
+
+def test_a_picture_has_the_name_of_any_file(tmp_path: Path) -> None:
+    """Between two dollar signs matplotlib reads mathematics, and raises for `5_to_`."""
+    figure, axes = plotting.canvas()
+    plotting.save(figure, axes, "$5_to_$10.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0
