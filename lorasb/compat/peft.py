@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ PRIVATE = {
         "set by a new layer, restored after a failed patch", "layers have no active adapter", f"{LAYER}._active_adapter"
     ),
     **several("detects modules that are trained in full", "`lorasb.add_adapters` raises", f"{WRAPPER}._adapters"),
+    **several("set while gradients are taken", "`lorasb.initialize` raises", f"{WRAPPER}._active_adapter"),
 }
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
 
@@ -128,6 +130,22 @@ def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
         chosen(model, model_name_or_path, *arguments, **options)
 
     _extend("peft.utils.hotswap", "hotswap_adapter", call)
+
+
+@contextmanager
+def trained_modules_of(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Have modules that are trained in full, and token rows, use an adapter's copies inside the block if it has any."""
+    kind: Any = importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper
+    wrappers: list[Any] = [one for one in model.modules() if isinstance(one, kind) and adapter_name in one._adapters]
+    wrappers += [one.token_adapter for one in wrappers if hasattr(one, "token_adapter")]
+    before = [one._active_adapter for one in wrappers]
+    try:
+        for one in wrappers:
+            one._active_adapter = [adapter_name]
+        yield
+    finally:
+        for one, active in zip(wrappers, before, strict=True):
+            one._active_adapter = active
 
 
 # at the end: the first of these lines imports PEFT, whose registration calls the functions above

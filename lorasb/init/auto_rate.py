@@ -49,7 +49,7 @@ def measured_rate(work: Work) -> float:
         return _fall_back(fallback, "the model is sharded")
     layers = [layer for layer in work.layers.values() if isinstance(layer, LoRASBLinear)]
     table = torch.zeros(len(layers), 2, dtype=torch.float64)
-    with frozen_base(work.model), torch.no_grad(), ExitStack() as hooks:
+    with frozen_base(work.model, adapter), torch.no_grad(), ExitStack() as hooks:
         for layer, row in zip(layers, table, strict=True):
             hooks.enter_context(layer.register_forward_hook(partial(_add_squares, row, adapter)))
         for piece in work.pieces:

@@ -50,7 +50,7 @@ def from_gradients(
         writer.write_fallbacks(model)
         facts, strategy, why = cache.facts, "cache", f"signs from {cache.path}, no backward"
     else:
-        with frozen_base(model):
+        with frozen_base(model, options.adapter):
             plan = _execute_plan(work, writer)
             writer.write_fallbacks(model)
             # fp64, as counts of samples and sums of losses are reduced in one tensor.

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ..compat.peft import trained_modules_of
 from ..distributed.process_group import Processes
 from ..layers.adapted_layer import AdaptedLayer
 from .accumulator import GradientSums
@@ -154,12 +155,13 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_base(model: nn.Module) -> Iterator[None]:
-    """Freeze a model: evaluation mode, no adapters, no KV cache, no weight gradients; restored on exit."""
+def frozen_base(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Freeze a model: evaluation mode, no factors, the adapter's own heads, no weight gradients; restored on exit."""
     # A KV cache would grow at every recomputation of a block, which would then attend to its own keys twice; output
     # hidden states and attentions only take memory. Keyed by id: submodules share config objects.
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     with ExitStack() as restored, modes_restored(model), torch.enable_grad():  # the caller may be under no_grad
+        restored.enter_context(trained_modules_of(model, adapter))
         for parameter in model.parameters():
             restored.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)  # gradients come from hooks: no weight may get a `.grad`

@@ -321,19 +321,27 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's s to `scale` times its original s; names that this layer lacks are ignored."""
+        self.refuse_merged(adapter)
         if adapter in self.adapters:
             self.adapters[adapter].scaling = scale * self.adapters[adapter].made_with
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the s of every active adapter."""
         for name in self.active_here():
+            self.refuse_merged(name)
             self.adapters[name].scaling *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the s of every active adapter; None restores its original s."""
         for name in self.active_here():
+            self.refuse_merged(name)
             state = self.adapters[name]
             state.scaling = state.made_with if scale is None else state.scaling / scale
+
+    def refuse_merged(self, adapter: str) -> None:
+        """Raise a ValueError for a merged adapter: unmerging would subtract another update than was added."""
+        if adapter in self.merged_adapters:
+            raise ValueError(f"adapter {adapter!r} is merged into the weights: call model.unmerge_adapter() first")
 
     def active_here(self) -> list[str]:
         """The active adapters that this layer has."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -169,10 +170,16 @@ class AdapterRowsCallback(TrainerCallback):
         control: object,
         model: Any = None,
         optimizer: Optimizer | None = None,
+        train_dataloader: object = None,
         **kwargs: object,
     ) -> None:
         """Replace the loss, and let all adapters train: loading a checkpoint, done by now, leaves only one to train."""
         _check(args)
+        if Processes().is_distributed and isinstance(train_dataloader, DataLoaderDispatcher):
+            raise ValueError(
+                "expected each process to read its own batches, as names of rows cannot be sent between processes, got "
+                'a stream that one process reads: TrainingArguments(accelerator_config={"dispatch_batches": False})'
+            )
         _refuse_other_tasks(model)
         for parameter in (one for group in _groups(optimizer) for one in group["params"]):
             parameter.requires_grad_(True)
@@ -241,8 +248,8 @@ class AdapterRowsCallback(TrainerCallback):
         counted = (labels[:, 1:] != IGNORED).sum(1) * rows
         self._labeled.append((names, counted))
         total = losses.sum()
-        if not total.requires_grad:  # only base rows; DDP waits for a gradient of every parameter
-            total = total.detach() + sum(one.sum() * 0.0 for one in module.parameters() if one.requires_grad)
+        if not rows.any():  # DDP waits for a gradient of every parameter
+            total = total + sum(one.sum() * 0.0 for one in module.parameters() if one.requires_grad)
         mean = (total / (counted.sum().clamp(min=1) if items is None else items)).detach()
         # The value is the mean; the gradient is the sum's, whatever the trainer divides the loss by.
         loss = mean + (total - total.detach())

@@ -100,6 +100,13 @@ class InitCallback(TrainerCallback):
     ) -> None:
         """Initialize, or restore A and B; a checkpoint, if any, is loaded by now, and no step has been taken."""
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
+        active = next(iter(layers.values())).active_adapters[:1]
+        if args.load_best_model_at_end and active != ["default"]:
+            raise ValueError(
+                "expected the active adapter 'default' with load_best_model_at_end, as Trainer loads its file into the "
+                f"active one, got {', '.join(active) or 'none'}: leave it out, and load the best checkpoint's folder "
+                "with model.load_adapter"
+            )
         initialized = all(layer.is_initialized(name) for layer in layers.values())
         resumed = state.global_step > 0
         # Resumed. FSDP's checkpoints have only trainable parameters: R is loaded, while A and B are still those of the

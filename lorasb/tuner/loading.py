@@ -190,8 +190,8 @@ def swap(
     model = unwrapped(model)
     config = LoRASBConfig.from_pretrained(str(path), **options)
     _, layers = adapted_layers(model, adapter_name)
-    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
-        raise ValueError(f"adapter {adapter_name!r} is merged into the weights: call model.unmerge_adapter() first")
+    for layer in layers.values():
+        layer.refuse_merged(adapter_name)
     refuse_shared_basis(layers, adapter_name)
     weights = {name: getattr(layer.get_base_layer(), "weight", None) for name, layer in layers.items()}
     reason = difference(weights, config.base_fingerprint) if config.check_base and config.base_fingerprint else None

@@ -372,6 +372,8 @@ class LoRASBModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         ours, layers = cast(LoRASBConfig, config), lookup.layers_with(model, adapter_name)
+        for layer in layers.values():
+            layer.refuse_merged(adapter_name)
         try:
             state_dict, move = loading.with_factors(state_dict, adapter_name, layers, ours)
             adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})

@@ -41,6 +41,30 @@ def test_factors_are_the_best_rank_r_part_of_the_first_step(family: str, update:
         assert (torch.diagonal(core) > 0).all()
 
 
+@pytest.mark.parametrize("trained", ["classifier", "rows"])
+def test_an_inactive_adapter_is_initialized_with_its_own_head_and_token_rows(trained: str) -> None:
+    """And not with those of the active adapter, which has trained them."""
+    found = []
+    for active in (False, True):
+        family, options = ("bert", {}) if trained == "classifier" else ("llama", {"trainable_token_indices": [5, 6, 7]})
+        first, second = batches_for(family, count=2, rows=4)
+        model = lorasb.patch(make(family), r=4, **options)
+        lorasb.initialize(model, [first], lr=1e-2, progress=False)
+        config = lorasb.LoRASBConfig(r=4, task_type=model.peft_config["default"].task_type, **options)
+        model.add_adapter("second", config)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lorasb" not in name:
+                parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+        if active:
+            model.set_adapter("second")
+        report = lorasb.initialize(model, [second], lr=1e-2, adapter_name="second", progress=False)
+        found.append((report.loss, [layer.get_delta_weight("second") for layer in layers(model).values()]))
+        assert model.active_adapters == (["second"] if active else ["default"])
+    (loss, deltas), (same_loss, same_deltas) = found
+    assert loss == same_loss
+    assert all(map(torch.equal, deltas, same_deltas))
+
+
 def cores(
     longest_start: float | None, update: str = "adamw", scaling: float = 1.0
 ) -> tuple[dict[str, Tensor], InitReport]:

@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
+from accelerate.data_loader import DataLoaderDispatcher
 from basis_models import NAMES, a_layer, with_users
 from models import make
 from peft import PeftModel
@@ -198,11 +200,12 @@ def test_rows_of_the_base_alone_are_a_step_of_nobody(tmp_path: Path) -> None:
     assert all(torch.equal(cores(model, name)[0], before[name]) for name in NAMES)
 
 
-def train_rank(folder: Path, rank: int) -> None:
+def train_rank(folder: Path, checkpointing: bool, rank: int) -> None:
     """One rank gets only rows of the base, the other only rows of `ada`; write which adapters changed."""
     model = with_users(*NAMES)
     before = {name: cores(model, name)[0].clone() for name in NAMES}
-    trainer = trainer_for(model, folder, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
+    options = {"max_steps": 1, "save_strategy": "no", "gradient_checkpointing": checkpointing}
+    trainer = trainer_for(model, folder, per_device_train_batch_size=2, **options)
     rows = [row | {"user": "__base__" if i % 4 > 1 else "ada"} for i, row in enumerate(EXAMPLES[:8])]
     trainer.train_dataset = rows
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
@@ -211,8 +214,10 @@ def train_rank(folder: Path, rank: int) -> None:
     (folder / f"moved.{rank}").write_text(" ".join(moved))
 
 
-def test_a_rank_may_have_rows_of_the_base_alone(tmp_path: Path) -> None:
-    run_ranks(2, tmp_path, partial(train_rank, tmp_path))
+# with checkpointing, the embeddings' outputs require a gradient, so that the loss of these rows has one, too
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rank_may_have_rows_of_the_base_alone(tmp_path: Path, checkpointing: bool) -> None:
+    run_ranks(2, tmp_path, partial(train_rank, tmp_path, checkpointing))
     assert [(tmp_path / f"moved.{rank}").read_text() for rank in (0, 1)] == ["ada", "ada"]
 
 
@@ -264,7 +269,7 @@ def test_gradients_that_processes_averaged_are_divided_by_the_tokens_of_all(monk
     assert gradients["grace"] is None
 
 
-def test_trainers_that_cannot_train_rows_are_refused(tmp_path: Path) -> None:
+def test_trainers_that_cannot_train_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_users(*NAMES)
     plain = trainer_for(model, tmp_path)
     plain.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -277,6 +282,11 @@ def test_trainers_that_cannot_train_rows_are_refused(tmp_path: Path) -> None:
     sharded = transformers.TrainingArguments(str(tmp_path), fsdp="full_shard", use_cpu=True)
     with pytest.raises(ValueError, match=r"expected training in fp32 or bf16, by one process or DDP, got fsdp"):
         lorasb.AdapterRowsCallback().on_train_begin(sharded, None, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Processes", lambda: SimpleNamespace(is_distributed=True))
+        stream = {"train_dataloader": Mock(spec=DataLoaderDispatcher)}
+        with pytest.raises(ValueError, match='"dispatch_batches": False'):
+            lorasb.AdapterRowsCallback().on_train_begin(plain.args, None, None, **stream)
     nameless = trainer_for(model, tmp_path)
     nameless.data_collator = lambda rows: transformers.default_data_collator(
         [{"labels": r["labels"], "input_ids": r["input_ids"]} for r in rows]

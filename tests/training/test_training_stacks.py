@@ -84,6 +84,15 @@ def test_gradient_checkpointing_both_ways_changes_nothing(tmp_path: Path, autoca
         check_equal(trained(tmp_path, bf16=autocast, **options), plain)
 
 
+def test_the_best_checkpoint_of_another_adapter_than_default_is_refused(tmp_path: Path) -> None:
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    model = lorasb.patch(make("llama"), r=4, adapter_name="math")
+    with pytest.raises(
+        ValueError, match=r"expected the active adapter 'default' with load_best_model_at_end, .* got math"
+    ):
+        train(model, tmp_path, [lorasb.InitCallback(lr=2e-2)], **often, load_best_model_at_end=True)
+
+
 def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", optim="sgd")
     parts = trained(tmp_path / "parts", size=1, gradient_accumulation_steps=4, optim="sgd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,26 @@ def test_scales_are_pefts(switch: str) -> None:
         check(layer(x) - base, 3 * (once - base), EXPORT)
         layer.unscale_layer(3.0) if switch == "scale_layer" else layer.unscale_layer()
         check(layer(x), once, EXACT)
+
+
+def test_a_merged_adapter_keeps_its_scale_and_its_values(tmp_path: Path) -> None:
+    """Unmerging would subtract another update than was added."""
+    model = patched()
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    layer: Any = next(iter(layers(model).values()))
+    loads = partial(model.load_adapter, tmp_path, "default")
+    for change in (
+        partial(layer.set_scale, "default", 3.0),
+        partial(layer.scale_layer, 2.0),
+        layer.unscale_layer,
+        loads,
+    ):
+        with pytest.raises(
+            ValueError, match=r"adapter 'default' is merged into the weights: call model\.unmerge_adapter"
+        ):
+            change()
+    layer.set_scale("another", 3.0)
 
 
 @pytest.mark.parametrize("safe", [True, False])
