@@ -100,13 +100,7 @@ class InitCallback(TrainerCallback):
     ) -> None:
         """Initialize, or restore A and B; a checkpoint, if any, is loaded by now, and no step has been taken."""
         name, layers = adapted_layers(model, self.options.get("adapter_name"))
-        active = next(iter(layers.values())).active_adapters[:1]
-        if args.load_best_model_at_end and active != ["default"]:
-            raise ValueError(
-                "expected the active adapter 'default' with load_best_model_at_end, as Trainer loads its file into the "
-                f"active one, got {', '.join(active) or 'none'}: leave it out, and load the best checkpoint's folder "
-                "with model.load_adapter"
-            )
+        _refuse_best(args, next(iter(layers.values())).active_adapters)
         initialized = all(layer.is_initialized(name) for layer in layers.values())
         resumed = state.global_step > 0
         # Resumed. FSDP's checkpoints have only trainable parameters: R is loaded, while A and B are still those of the
@@ -194,6 +188,16 @@ class InitCallback(TrainerCallback):
         options = {"loss_fn": loss_fn, "progress": self.options.get("progress", not args.disable_tqdm)}
         found = refine_rate(model, apart(held), rate, accumulation=parts, adapter=name, **options)
         return replace(report, rate=found.lr, lr=None if report.lr is None else report.lr * found.lr / rate)
+
+
+def _refuse_best(args: TrainingArguments, active: list[str]) -> None:
+    """Raise if Trainer would load another adapter's file as the best checkpoint."""
+    if args.load_best_model_at_end and active[:1] != ["default"]:
+        raise ValueError(
+            "expected the active adapter 'default' with load_best_model_at_end, as Trainer loads its file into the "
+            f"active one, got {', '.join(active) or 'none'}: leave it out, and load the best checkpoint's folder with "
+            "model.load_adapter"
+        )
 
 
 def _takes_rates(optimizer: object, scheduler: object, rate: float) -> bool:
