@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import CellType
@@ -72,11 +73,8 @@ class Cache:
             raise ValueError(f"expected a file for cache=, got the folder {self.path}: name a file in it")
         if not self.path.exists():
             return None
-        try:
+        with _advising_to_delete(self.path):
             layers, key, self.facts = read(self.path)
-        except ValueError as error:
-            reason = str(error).removesuffix(f": {AGAIN}")
-            raise ValueError(f"the cache cannot be used ({reason}): delete {self.path} to make it again") from None
         self._compare(key, self.path, self.key)
         # Layers that no sample reached have no signs; their absence does not invalidate the cache.
         missing = [name for name in names if name not in layers and name not in self.facts["not_reached"]]
@@ -103,11 +101,12 @@ class Cache:
         if not boundary.exists():
             return None
         self._compare(read_json(self.partial / "key.json"), self.partial, self.partial_key)
-        block, gradients = int(safetensors_header(boundary)["__metadata__"]["block"]), read_tensors(boundary)
-        for path in sorted(self.partial.glob("block-*.safetensors")):
-            # A block whose boundary was not written in time is recomputed, and its file overwritten.
-            if int(path.stem.partition("-")[2]) > block:
-                self.layers |= read(path)[0]
+        with _advising_to_delete(self.partial):
+            block, gradients = int(safetensors_header(boundary)["__metadata__"]["block"]), read_tensors(boundary)
+            for path in sorted(self.partial.glob("block-*.safetensors")):
+                # A block whose boundary was not written in time is recomputed, and its file overwritten.
+                if int(path.stem.partition("-")[2]) > block:
+                    self.layers |= read(path)[0]
         # Traversals were recorded again by this run; only their gradients come from the file.
         for k, traversal in enumerate(traversals):
             if traversal.gradient is not None:
@@ -143,6 +142,16 @@ def uncut_of(path: str | os.PathLike[str] | None) -> int | None:
     if path is None or not (folder / "boundary.safetensors").is_file() or not (folder / "key.json").is_file():
         return None
     return int(read_json(folder / "key.json").get("uncut blocks", 0))
+
+
+@contextmanager
+def _advising_to_delete(path: Path) -> Iterator[None]:
+    """Replace the advice in errors about unreadable files: a cache can be made again."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).removesuffix(f": {AGAIN}")
+        raise ValueError(f"the cache cannot be used ({reason}): delete {path} to make it again") from None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], Json, Json]:
