@@ -30,7 +30,7 @@ from ..init.auto_rate import warmup_steps
 from ..layers.linear4bit import LEFT_OUT
 from ..serving import basis
 from ..tuner.targets import missing_from_checkpoint, refuse_unknown_names
-from ..utils.atomic_files import cache_dir, umask, write_json
+from ..utils.atomic_files import cache_dir, set_usual_mode, write_json
 from ..utils.precision import Precision, resolve, warn_if_slow
 from .data import Example, load_examples
 from .evaluation import Evaluation, HeldOut, LanguageModeling, Problem, problem_of, token_limit
@@ -86,11 +86,8 @@ def _convert_into(target: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{EMBEDDED}.", ignore_cleanup_errors=True) as made:
             _convert(source, Path(made))
-            for path in (
-                Path(made),
-                *Path(made).iterdir(),
-            ):  # only the owner may read tempfile's and safetensors' files
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
+            for path in (Path(made), *Path(made).iterdir()):
+                set_usual_mode(path)
             # Atomic. It raises an OSError if the target exists and is not empty: another process was first.
             os.replace(made, target)
     except OSError:
@@ -338,7 +335,7 @@ def save_adapter(run: Run, folder: Path) -> None:
         if config.modules_to_save:  # PEFT adds the names of heads each time that it loads an adapter
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     run.model.save_pretrained(str(folder), selected_adapters=["default"])
-    (folder / WEIGHTS_NAME).chmod(0o666 & ~umask())  # of a plain LoRA: safetensors' file is the owner's alone
+    set_usual_mode(folder / WEIGHTS_NAME)  # LoRA-SB's file has it already, a plain LoRA's does not
     basis.save_adapters(run.model, folder, [name for name in run.adapters if name in run.model.peft_config])
     if run.settings.basis is not None:
         shared_factors.share(folder, Path(run.settings.basis))

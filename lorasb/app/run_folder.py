@@ -66,7 +66,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def read_record(kind: type[T], file: Path) -> T | None:
-    """Read a dataclass, or a dict, from a JSON file; None if it is missing or damaged; unreadable: an OSError."""
+    """Read a dataclass, or a dict, from a JSON file; None if it is missing or damaged; other OSErrors are raised."""
     with suppress(FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return kind(**read_json(file))
     return None
@@ -154,11 +154,12 @@ class RunFolder:
         return self._new() if running is None else self._look_at_last()
 
     def _new(self) -> State:
-        found, basis = self._earlier_results(), Path(self.settings.basis or self.folder).resolve()
-        if any(path.resolve() in (basis, *basis.parents) for path in found):
+        """Return the state of a new run, which moves earlier results; a ValueError if its basis is among them."""
+        found, basis = self._earlier_results(), self.settings.basis
+        if basis is not None and any(Path(basis).resolve().is_relative_to(path.resolve()) for path in found):
             raise ValueError(
                 f"expected a --basis outside of the results in {self.folder}, which a new run moves to another folder, "
-                f"got {self.settings.basis}: take another --output"
+                f"got {basis}: take another --output"
             )
         line = f"the earlier results in {self.folder} are moved to {self._free('former')}"
         return State(NEW, None, [line] if found else [])
@@ -175,15 +176,12 @@ class RunFolder:
 
     def _running(self) -> Json | None:
         """Return the unfinished run's identity; None if there is none, or it has other settings and never began."""
-        file = self.checkpoints / RUN_NAME
-        advice = "fix its permissions, or give --resume never to start over"
-        error = ValueError(f"{file}, which identifies the run of these checkpoints, cannot be read: {advice}")
-        try:
+        file, found = self.checkpoints / RUN_NAME, None
+        with suppress(OSError):
             found = read_record(dict, file)
-        except OSError:
-            raise error from None
         if found is None and file.exists():
-            raise error
+            advice = "fix its permissions, or give --resume never to start over"
+            raise ValueError(f"{file}, which identifies the run of these checkpoints, cannot be read: {advice}")
         begun = self.load_start() is not None or checkpoints(self.checkpoints)
         return found if begun or not differences(found or {}, self.identity) else None
 

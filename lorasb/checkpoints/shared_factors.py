@@ -114,7 +114,8 @@ def _link_or_write(
     target: Path, factors: dict[str, Tensor], hexadecimal: str, checkpoint: Path, like: Path | None
 ) -> None:
     """Create the factor file: a hard link to another folder's file with this digest, or a new file."""
-    relative, siblings = target.relative_to(checkpoint), list[Path]()
+    relative = target.relative_to(checkpoint)
+    siblings: list[Path] = []
     with suppress(OSError):  # a parent that may not be listed
         siblings = [folder for folder in sorted(checkpoint.parent.iterdir()) if folder != checkpoint]
     files = (folder / relative for folder in ([like] if like is not None else []) + siblings)

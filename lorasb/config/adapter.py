@@ -19,7 +19,7 @@ from ..checkpoints.adapter_file import scaling_of
 from ..checkpoints.model_card import update_card
 from ..compat import peft as private
 from ..constants import CONFIG_NAME, DEFAULT_RANK, MAX_RANK, PEFT_NAME, WEIGHTS_NAME
-from ..utils.atomic_files import umask, write_json
+from ..utils.atomic_files import set_usual_mode, write_json
 from ..utils.checks import MAX_REPEATS, check_pattern, matches
 from ..utils.reading import safetensors_header
 
@@ -245,7 +245,7 @@ class LoRASBConfig(PeftConfig):
         weights = Path(save_directory) / WEIGHTS_NAME
         if weights.is_file():
             _warn_of_embeddings(weights, self.modules_to_save or ())
-            weights.chmod(0o666 & ~umask())  # safetensors renames a temporary file of mode 0600 into place
+            set_usual_mode(weights)
         write_json(Path(save_directory) / CONFIG_NAME, config_dict)
         update_card(Path(save_directory), config_dict, self.scaling_for(self.r or DEFAULT_RANK))
 

@@ -5,7 +5,6 @@ Stock PEFT, vLLM and llama.cpp read it without lorasb.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -32,7 +31,7 @@ from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NA
 from ..layers.lookup import frozen_factors, layer_kinds, layers_of_one, refuse_more_than_factors
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
-from ..utils.atomic_files import replacing
+from ..utils.atomic_files import json_text, replacing
 from ..utils.reading import Json, read_json, read_text
 
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
@@ -138,7 +137,7 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
     with ExitStack() as stack:  # all are written before any takes the place of an earlier export's
         weights, values, text = (stack.enter_context(replacing(folder / name)) for name in names)
         save_file(separate, str(weights), metadata={"format": "pt"})
-        values.write_text(json.dumps(_lora_config(config, rank), indent=2) + "\n", encoding="utf-8")
+        values.write_text(json_text(_lora_config(config, rank)), encoding="utf-8")
         text.write_text(card, encoding="utf-8")
     return serve_command(name, folder, rank)
 
@@ -324,7 +323,7 @@ def write_gguf(tensors: dict[str, Tensor], alpha: float, config: Any, path: Path
         try:  # tensors are written through a buffer, whose last errors are lost
             gguf.GGUFReader(str(temporary))
         except ValueError as error:
-            raise OSError(f"{path} cannot be written: it is truncated, so the disk may be full") from error
+            raise OSError("it is truncated, so the disk may be full") from error
     return path
 
 

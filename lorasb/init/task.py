@@ -156,7 +156,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_base(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Freeze a model: evaluation mode, no factors, the adapter's own heads, no weight gradients; restored on exit."""
+    """Freeze a model: evaluation mode, the adapter's heads alone, no KV cache or weight gradients; restored on exit."""
     # A KV cache would grow at every recomputation of a block, which would then attend to its own keys twice; output
     # hidden states and attentions only take memory. Keyed by id: submodules share config objects.
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}

@@ -327,21 +327,22 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the s of every active adapter."""
+        self.refuse_merged(*self.active_here())
         for name in self.active_here():
-            self.refuse_merged(name)
             self.adapters[name].scaling *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the s of every active adapter; None restores its original s."""
+        self.refuse_merged(*self.active_here())
         for name in self.active_here():
-            self.refuse_merged(name)
             state = self.adapters[name]
             state.scaling = state.made_with if scale is None else state.scaling / scale
 
-    def refuse_merged(self, adapter: str) -> None:
-        """Raise a ValueError for a merged adapter: unmerging would subtract another update than was added."""
-        if adapter in self.merged_adapters:
-            raise ValueError(f"adapter {adapter!r} is merged into the weights: call model.unmerge_adapter() first")
+    def refuse_merged(self, *adapters: str) -> None:
+        """Raise a ValueError if one is merged: unmerging would subtract another update than was added."""
+        for name in self.merged_adapters:
+            if name in adapters:
+                raise ValueError(f"adapter {name!r} is merged into the weights: call model.unmerge_adapter() first")
 
     def active_here(self) -> list[str]:
         """The active adapters that this layer has."""

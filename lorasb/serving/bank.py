@@ -49,7 +49,7 @@ def adapters_in(folder: Path) -> list[Path]:
     visible = (path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else ()
     inside = sorted(path for path in visible if path.is_dir())
     if (folder / WEIGHTS_NAME).is_file():
-        # os.path's is_file is False, too, for a folder that may not be read
+        # os.path.isfile is False, too, in a folder that may not be read; Path.is_file raises
         return [path for path in inside if os.path.isfile(path / WEIGHTS_NAME)] or [folder]
     return inside or [folder]
 

@@ -155,7 +155,7 @@ class AdapterRowsCallback(TrainerCallback):
     Raises:
         ValueError: when training begins, if the optimizer lacks the groups of `adapter_parameter_groups`, or gradients
             are not those of one plain backward (fp16 with loss scaling, DeepSpeed, FSDP), or the arguments have
-            `label_smoothing_factor` or `load_best_model_at_end`.
+            `label_smoothing_factor` or `load_best_model_at_end`, or one process reads a stream for all of them.
     """
 
     def __init__(self) -> None:
@@ -174,12 +174,7 @@ class AdapterRowsCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Replace the loss, and let all adapters train: loading a checkpoint, done by now, leaves only one to train."""
-        _check(args)
-        if Processes().is_distributed and isinstance(train_dataloader, DataLoaderDispatcher):
-            raise ValueError(
-                "expected each process to read its own batches, as names of rows cannot be sent between processes, got "
-                'a stream that one process reads: TrainingArguments(accelerator_config={"dispatch_batches": False})'
-            )
+        _check(args, train_dataloader)
         _refuse_other_tasks(model)
         for parameter in (one for group in _groups(optimizer) for one in group["params"]):
             parameter.requires_grad_(True)
@@ -280,8 +275,8 @@ def _groups(optimizer: Optimizer | None) -> list[dict[str, Any]]:
     return list(groups)
 
 
-def _check(args: TrainingArguments) -> None:
-    """Raise if gradients cannot be divided by adapter, or the trainer would restore only one adapter."""
+def _check(args: TrainingArguments, loader: object) -> None:
+    """Raise if gradients or batches cannot be divided by row, or the trainer would restore only one adapter."""
     refused = ("fp16", "deepspeed", "fsdp", "label_smoothing_factor")
     found = [name for name in refused if getattr(args, name)]
     if found:
@@ -290,4 +285,9 @@ def _check(args: TrainingArguments) -> None:
         raise ValueError(
             "load_best_model_at_end loads the active adapter alone: leave it out, and load the best checkpoint's "
             "folders with model.load_adapter"
+        )
+    if Processes().is_distributed and isinstance(loader, DataLoaderDispatcher):
+        raise ValueError(
+            "expected each process to read its own batches, as names of rows cannot be sent between processes, got a "
+            'stream that one process reads: TrainingArguments(accelerator_config={"dispatch_batches": False})'
         )

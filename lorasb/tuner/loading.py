@@ -36,26 +36,31 @@ def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, An
     return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
 
 
-WEIGHT_FILES = WEIGHTS_NAME, "adapter_model.bin"
 _faults: dict[tuple[int, ...], str] = {}  # error messages by the digest in the adapter's file
 
 
 def completed(read: Callable[[], dict[str, Tensor]], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
     """Read tensors and call `with_folder`; `with_factors` raises its errors, where a new adapter can be removed."""
-    folder, tensors = Path(model_id, options.get("subfolder") or ""), {}
-    try:
-        has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
-        config = {} if has_weights or not folder.is_dir() else read_json(folder / CONFIG_NAME)
-        if config.get("peft_type") == PEFT_NAME:  # PEFT would look for a model of that name on the hub
-            tensors = {DIGEST: torch.tensor(list(os.urandom(32)), dtype=torch.uint8)}
-            raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none: {AGAIN}")
+    folder = Path(model_id, options.get("subfolder") or "")
+    if _lacks_weights(folder):
+        tensors = {DIGEST: torch.tensor(list(os.urandom(32)), dtype=torch.uint8)}  # of no A and B
+        fault = f"expected {WEIGHTS_NAME} in {folder}, found none: {AGAIN}"
+    else:
         tensors = read()
-        return with_folder(tensors, model_id, options)
-    except ValueError as error:
-        if DIGEST not in tensors:
-            raise
-        _faults[tuple(tensors[DIGEST].flatten().tolist())] = str(error)
-        return tensors
+        try:
+            return with_folder(tensors, model_id, options)
+        except ValueError as error:
+            fault = str(error)
+    _faults[tuple(tensors[DIGEST].flatten().tolist())] = fault
+    return tensors
+
+
+def _lacks_weights(folder: Path) -> bool:
+    """True for the folder of a LoRA-SB adapter without weights, which PEFT would look for on the hub."""
+    config = folder / CONFIG_NAME
+    if not config.is_file() or any((folder / name).is_file() for name in (WEIGHTS_NAME, "adapter_model.bin")):
+        return False
+    return bool(read_json(config).get("peft_type") == PEFT_NAME)
 
 
 def _folder(model_id: str, options: dict[str, Any]) -> Path | None:

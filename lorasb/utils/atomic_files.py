@@ -28,23 +28,23 @@ def replacing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
     # in the same folder, so that the rename stays within a file system and is atomic
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
     os.close(handle)
-    return _taking_place(Path(name), target, 0o666)
+    return _taking_place(Path(name), target)
 
 
 def replacing_folder(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
     """Provide a temporary folder, and replace `path` by it if the block succeeds; failed writes raise an OSError."""
     target = Path(os.path.realpath(path))  # follow a link to its folder
     target.parent.mkdir(parents=True, exist_ok=True)
-    return _taking_place(Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")), target, 0o777)
+    return _taking_place(Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")), target)
 
 
 @contextmanager
-def _taking_place(temporary: Path, target: Path, mode: int) -> Iterator[Path]:
+def _taking_place(temporary: Path, target: Path) -> Iterator[Path]:
     """Yield a temporary file or folder, then replace the target by it; errors without a file name get the target's."""
     try:
         yield temporary
         if not (temporary.is_file() and temporary.stat().st_nlink > 1):  # a hard link keeps its file's mode
-            os.chmod(temporary, mode & ~umask())  # only the owner may read tempfile's files
+            set_usual_mode(temporary)
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         _take_place(temporary, target)
@@ -54,9 +54,9 @@ def _taking_place(temporary: Path, target: Path, mode: int) -> Iterator[Path]:
     except OSError as error:
         if error.filename is not None:
             raise
-        reason = error.strerror or str(error)  # numpy's error has text alone
-        found = (error.errno,) if error.errno is not None else ()
-        raise type(error)(*found, f"{target} cannot be written: {reason}") from error
+        if error.errno is None:  # numpy's error has text alone
+            raise OSError(f"{target} cannot be written: {error}") from error
+        raise type(error)(error.errno, f"{target} cannot be written: {error.strerror}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -64,7 +64,12 @@ def _taking_place(temporary: Path, target: Path, mode: int) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def umask() -> int:
+def set_usual_mode(path: Path) -> None:
+    """Give a file or folder the mode that the umask allows: tempfile's and safetensors' are for the owner alone."""
+    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+def _umask() -> int:
     """The process's umask: read from /proc on Linux; elsewhere setting it is the only way to read it."""
     try:
         status = Path("/proc/self/status").read_text()
@@ -110,8 +115,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -148,14 +157,10 @@ def _lock(file: Path) -> TextIO | None:
     while fcntl is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(
-                f"expected a folder to write into, got {file.parent}, where a file is: take another"
-            ) from None
-        except OSError:
-            return None
-        try:
             lock = open(file, "a+")  # noqa: SIM115  held until the block ends
+        except (FileExistsError, NotADirectoryError):
+            found = f"got {file.parent}, which is a file or inside one"
+            raise ValueError(f"expected a folder to write into, {found}: take another --output") from None
         except OSError:
             return None
         try:
