@@ -165,14 +165,13 @@ class RunFolder:
         return State(NEW, None, [line] if found else [])
 
     def _refuse_foreign(self) -> None:
-        """Raise a ValueError if `checkpoints/` has files that lorasb did not write: a run clears that folder."""
-        if (self.checkpoints / RUN_NAME).exists() or not self.checkpoints.is_dir():
+        """Raise a ValueError if `checkpoints/` has checkpoints that lorasb did not write: a run removes checkpoints."""
+        if (self.checkpoints / RUN_NAME).exists():
             return
-        for path in sorted(self.checkpoints.iterdir()):
-            # a run killed while starting or ending leaves some of these files
-            if path.name not in OWN_NAMES and not path.name.startswith(".") and read_mark(path) is None:
-                clears = f"which clears {self.checkpoints}: take another --output, or move it away"
-                raise ValueError(f"{path} was not written by lorasb finetune, {clears}")
+        for path in checkpoints(self.checkpoints):
+            if read_mark(path) is None:
+                removes = "which removes its checkpoints at the end: take another --output, or move it away"
+                raise ValueError(f"{path} was not written by lorasb finetune, {removes}")
 
     def _running(self) -> Json | None:
         """Return the unfinished run's identity; None if there is none, or it has other settings and never began."""
@@ -231,12 +230,19 @@ class RunFolder:
         return read_record(Start, self.start / START_FILE)
 
     def end(self) -> None:
-        """Remove `checkpoints/`, run.json last: files that a kill leaves are still known as a run's."""
-        for path in self.checkpoints.glob("*/"):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in (BEFORE_NAME, RUN_NAME):
-            (self.checkpoints / name).unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)  # a symlink, perhaps to a larger disk, stays
+        """Remove the run's files in `checkpoints/`, run.json last: files that a kill leaves are still known as a run's.
+
+        The folder stays if it has other files or is a symlink, perhaps to a larger disk.
+        """
+        cut_off = (path for name in OWN_NAMES for path in self.checkpoints.glob(f".{name}.*"))  # by a kill
+        last = (self.checkpoints / name for name in ("README.md", BEFORE_NAME, RUN_NAME))  # the first is TRL's
+        for path in (*checkpoints(self.checkpoints), *cut_off, self.start, *last):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.checkpoints.rmdir()
 
     def _set_aside(self) -> None:
         """Move files named like a run's results into a new folder: `former/`, then `former-2/`, ..."""

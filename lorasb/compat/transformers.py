@@ -11,7 +11,8 @@ from . import Private, several
 
 VERIFIED = "transformers 5.3 and 5.24"
 LOADED = "_is_hf_initialized"
-CHECKPOINTING = "_gradient_checkpointing_func"
+# attributes with the function that checkpoints a module: of transformers' blocks, and of torch's CheckpointWrapper
+CHECKPOINTING, WRAPPED_CHECKPOINTING = "_gradient_checkpointing_func", "checkpoint_fn"
 GATES = "transformers.integrations.moe"  # the module with the gate of experts that define none
 # Flags that transformers sets on experts, with the values that they have for y = D (act(g)·u), [g, u] = G x.
 LIKE_MIXTRAL = {

@@ -108,7 +108,7 @@ def export_lora(
 
 
 def _refuse_adapters_folder(folder: Path) -> None:
-    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, losing its R, or an unrelated README."""
+    """Raise a ValueError if the plain LoRA would replace a LoRA-SB adapter, losing its R, or files of no export."""
     try:
         kind = read_json(folder / CONFIG_NAME).get("peft_type")
     except (OSError, ValueError):
@@ -116,8 +116,10 @@ def _refuse_adapters_folder(folder: Path) -> None:
     if kind == PEFT_NAME:
         raise ValueError(f"{folder} has a LoRA-SB adapter, which the plain LoRA would replace: name another folder")
     card = folder / "README.md"
-    if card.is_file() and EXPORTED not in read_text(card):
-        raise ValueError(f"{card} is not an export's, and would be replaced: name another folder")
+    if card.is_file() and EXPORTED in read_text(card):
+        return
+    if other := next((file for file in (card, folder / CONFIG_NAME, folder / WEIGHTS_NAME) if file.exists()), None):
+        raise ValueError(f"{other} is not an export's, and would be replaced: name another folder")
 
 
 def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Path) -> str:

@@ -5,6 +5,7 @@ the names to every layer as a keyword argument and are removed after the call.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..compat.transformers import CHECKPOINTING
+from ..compat.transformers import CHECKPOINTING, WRAPPED_CHECKPOINTING
 from ..constants import BASE_ROW
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.adapter_state import TOKENS_FIRST, Rows, chooses_tokens, length_mismatch, rows_of
@@ -55,10 +56,11 @@ class _Checkpointing:
 @contextmanager
 def installed(modules: Iterable[nn.Module], hooks: Sequence[Hook]) -> Iterator[None]:
     """Install the hooks for this thread's forwards in the block, and for parts that backward recomputes."""
-    for module in modules:
-        function = vars(module).get(CHECKPOINTING) if module.training else None  # only training checkpoints
-        if function is not None and not isinstance(function, _Checkpointing):
-            setattr(module, CHECKPOINTING, _Checkpointing(function))  # stays; without hooks it changes nothing
+    training = (module for module in modules if module.training)  # only training checkpoints
+    for module, name in itertools.product(training, (CHECKPOINTING, WRAPPED_CHECKPOINTING)):
+        function = vars(module).get(name)
+        if callable(function) and not isinstance(function, _Checkpointing):
+            setattr(module, name, _Checkpointing(function))  # stays; without hooks it changes nothing
     with ExitStack() as stack:  # undoes everything, also when a forward raises
         _register(hooks, stack)
         token = _current.set(hooks)

@@ -119,7 +119,7 @@ def test_checkpoints_of_another_program_are_left_alone(own: Settings, tmp_path: 
     foreign.parent.mkdir(parents=True)
     foreign.write_text("weights")
     with pytest.raises(
-        ValueError, match=r"checkpoint-500 was not written by lorasb finetune, which clears .*another --output"
+        ValueError, match=r"checkpoint-500 was not written by lorasb finetune, which removes .*another --output"
     ):
         run_finetune(replace(own, resume=resume))
     assert foreign.read_text() == "weights"
@@ -185,8 +185,20 @@ def test_nothing_of_a_run_stays_where_checkpoints_is_a_link(own: Settings, tmp_p
     folder = RunFolder(own, {})
     folder.begin(State(NEW))
     folder.before.write_text("{}")
+    (folder.checkpoints / ".start.abc").mkdir()  # of a run that was killed
     folder.end()
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_files_of_the_users_in_checkpoints_stay(own: Settings, tmp_path: Path) -> None:
+    notes = tmp_path / "checkpoints" / "notes" / "mine.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    folder = RunFolder(own, {})
+    folder.begin(folder.look())
+    folder.end()
+    assert notes.read_text() == "mine"
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["notes"]
 
 
 def test_a_setting_that_a_run_did_not_have_is_named_only_where_it_is_one() -> None:

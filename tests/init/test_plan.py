@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,17 @@ def test_as_many_blocks_at_the_top_as_fit_are_not_recomputed(spare: float, count
     work: Any = SimpleNamespace(layers={}, processes=SimpleNamespace(is_distributed=False))
     stack: Any = SimpleNamespace(blocks=[nn.Identity()] * 16, lowest=10)
     assert plan.uncut_blocks(work, stack, 100.0 * spare, 100.0) == count
+
+
+def test_what_an_svd_and_a_default_budget_take_in_bytes() -> None:
+    layer = SimpleNamespace(out_features=300, in_features=200, r={"default": 6})
+    work: Any = SimpleNamespace(layers={"layer": layer}, options=SimpleNamespace(memory_budget=None))
+    q = 6 + plan.OVERSAMPLE
+    assert plan.factoring_bytes(work) == 4 * (200 * 200 + 3 * q * (300 + 200))
+    sizes = plan.Sizes(400, 100, samples=8, rows=20, boundary=1, activations=50.0, head=10.0, masks=0.0)
+    # twice the micro-batch of 20 samples of 50 tokens, less the 100 tokens of the largest one; at least 32 samples
+    assert plan.sum_budget(work, sizes) == 60.0 * (50 * 40 - 100)
+    assert plan.sum_budget(work, replace(sizes, rows=2)) == 60.0 * (50 * 32 - 100)
 
 
 def test_the_estimate_is_shown_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:

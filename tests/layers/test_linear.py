@@ -21,6 +21,7 @@ from models import patched
 from torch import Tensor, nn
 
 import lorasb
+from lorasb.layers.adapter_state import Rows, rows_of
 from lorasb.layers.linear import LoRASBLinear
 
 
@@ -274,6 +275,35 @@ def test_dictionaries_by_adapter_name() -> None:
     assert layer.adapters["default"].scaling == layer.scaling["default"] == 3.0
     with pytest.raises(TypeError):
         layer.r["default"] = 2  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("shape", "outer", "tokens_first", "want"),
+    [
+        ((2, 3, 5), None, False, [0, 1]),
+        ((6, 5), (2, 3), False, [0, 0, 0, 1, 1, 1]),  # flattened
+        ((2, 5), (2, 3), False, [0, 1]),  # pooled
+        ((4, 5), (2, 3), False, None),  # some tokens: nobody knows whose
+        ((4, 3, 5), None, False, None),
+        ((2, 2, 5), None, True, None),  # [B, T, in] or [T, B, in]
+    ],
+)
+def test_rows_of_an_input_are_known_or_none_are(
+    shape: tuple[int, ...], outer: tuple[int, int] | None, tokens_first: bool, want: list[int] | None
+) -> None:
+    found = rows_of(torch.zeros(shape), Rows.of(["a", "b"]), outer and torch.Size(outer), tokens_first)
+    assert (found if found is None else found.index.tolist()) == want
+
+
+def test_a_copy_on_a_basis_has_the_same_factors_and_an_r_that_does_not_train_yet() -> None:
+    layer = make()
+    layer.add_adapter("first", 4, basis="default")
+    layer.lorasb_R["first"].data.fill_(2.0)
+    layer.copy_adapter("first", "second")
+    assert layer.lorasb_A["second"] is layer.lorasb_A["default"]
+    tolerances.check(layer.lorasb_R["second"], layer.lorasb_R["first"], tolerances.EXACT)
+    assert layer.lorasb_R["second"] is not layer.lorasb_R["first"]
+    assert not layer.lorasb_R["second"].requires_grad
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])

@@ -100,7 +100,7 @@ class TestStaysAlone:
         tolerances.check(skipping.v_proj(x), alone(skipping).v_proj(x), tolerances.fp32(16))
 
     @pytest.mark.parametrize(
-        "case", ["decoding", "disabled", "merged", "another adapter", "hook", "other rank", "inference"]
+        "case", ["decoding", "disabled", "merged", "another adapter", "two adapters", "hook", "other rank", "inference"]
     )
     def test_states_of_which_some_keep_layers_alone_compute_the_same(self, case: str) -> None:
         model = patched("llama", **FIRST, **({"rank_pattern": {"k_proj": 2}} if case == "other rank" else {}))
@@ -112,7 +112,15 @@ class TestStaysAlone:
             with lorasb.backend("triton"), observed() as launches:
                 got = model(**batch).logits
             tolerances.check(got, apart(**batch).logits, tolerances.PROCESS_SUMS)
-        expected = {"decoding": 8, "disabled": 0, "merged": 0, "another adapter": 8, "other rank": 10, "hook": 12}
+        expected = {
+            "decoding": 8,
+            "disabled": 0,
+            "merged": 0,
+            "another adapter": 8,
+            "other rank": 10,
+            "hook": 12,
+            "two adapters": 28,
+        }
         assert len(launches) == expected.get(case, 14)
 
 
@@ -122,9 +130,10 @@ def prepare(model: nn.Module, case: str) -> None:
         model.base_model.disable_adapter_layers()
     elif case == "merged":
         model.merge_adapter()
-    elif case == "another adapter":
-        model.add_adapter("other", lorasb.LoRASBConfig(r=4, init="kaiming", **FIRST))
-        model.set_adapter("other")
+    elif case in ("another adapter", "two adapters"):
+        model.add_adapter("other", lorasb.LoRASBConfig(r=4, init="random", **FIRST))
+        fill(model, "other", 1)
+        model.base_model.set_adapter("other" if case == "another adapter" else ["default", "other"])
     elif case == "hook":
         for layer in model.base_model.model.model.layers:
             layer.self_attn.v_proj.register_forward_hook(lambda *_: None)

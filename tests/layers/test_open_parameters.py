@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 import lorasb
 from lorasb.layers.adapted_layer import AdaptedLayer
+from lorasb.layers.lookup import discard
 
 SHAPE = SIZES | {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2, "num_local_experts": 4}
 
@@ -134,6 +135,8 @@ def test_merging_saving_and_unloading(kind: str, tmp_path: Path) -> None:
     check(logits(plain), want, MERGE)
     assert list(plain.state_dict()) == list(make().state_dict())
     assert [type(m) for m in model.unload().modules()] == [type(m) for m in make().modules()]
+    discard(discarded := patched(kind, init="kaiming"), "default")
+    assert [type(m) for m in discarded.base_model.model.modules()] == [type(m) for m in make().modules()]
 
 
 def test_a_second_adapter_opens_further_parameters_and_one_that_fails_leaves_the_first() -> None:

@@ -150,7 +150,7 @@ def test_the_report_says_what_is_left_alone() -> None:
 
     report = report_of("mixtral")
     assert any("routers (model.layers.0.mlp.gate" in line for line in report.left)
-    assert any("target_parameters" in line for line in report.left)
+    assert any("3-D experts (model.layers.0.mlp.experts, ...): target_parameters" in line for line in report.left)
     report = report_of("mixtral", target_parameters=EXPERTS)
     assert not any("target_parameters" in line for line in report.left)
     report = report_of("llama")
