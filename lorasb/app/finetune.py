@@ -19,14 +19,14 @@ from ..constants import DOCS
 from ..distributed.process_group import Processes
 from ..init import InitReport
 from ..ops.registry import current_backend
-from ..utils.atomic_files import locked, replacing_folder, write_json
+from ..utils.atomic_files import locked, replacing_folder, sha256, write_json
 from ..utils.precision import resolve
 from . import results
 from .adapter import REPORT_NAME, adapt, card_of, check_adapter, load_adapter, load_basis, load_report
 from .data import digest, load_examples
 from .evaluation import Evaluation
 from .prepare import Run, device, load_adapters, prepare, save_adapter
-from .reinforce import grpo_trainer, judge_of
+from .reinforce import grpo_trainer, judge_of, reward_file
 from .results import Result
 from .run_folder import FINISHED, NEW, START_FILE, RunFolder, Start, State, digests, identity_of, read_record
 from .settings import Settings
@@ -52,6 +52,8 @@ def run_finetune(settings: Settings) -> Result:
         examples = load_examples(settings)
         resolved = {"dtype": precision.name, "device": device(), "processes": processes.world_size}
         deciding = {"examples": digest(*examples)} | ({} if card is None else {"basis_digest": card.digest})
+        if rewards := reward_file(settings):
+            deciding["rewards"] = sha256(rewards)
         folder = RunFolder(settings, identity_of(settings, **resolved, **deciding))
         state = _look_up_state(folder, processes, held)
         if state.kind == FINISHED:

@@ -41,11 +41,17 @@ def judge_of(settings: Settings) -> Judge:
     if settings.rl == "verifier":
         return _verifier(settings.generated_task)
     path, _, name = (settings.rl or "").rpartition(":")
-    file = Path(path)
-    if not path or file.suffix != ".py" or not file.is_file():
+    file = reward_file(settings)
+    if file is None:
         missing = f", and there is no file {path}" if path else ""
         raise ValueError(f"--rl must be verifier, exact or FILE.py:FUNCTION, got {settings.rl!r}{missing}")
     return _function(file, name)
+
+
+def reward_file(settings: Settings) -> Path | None:
+    """Return the Python file with the user's reward function; None if there is none."""
+    file = Path((settings.rl or "").rpartition(":")[0])
+    return file if file.suffix == ".py" and file.is_file() else None
 
 
 def _exact(completions: Sequence[str], examples: Sequence[Example]) -> list[float]:

@@ -276,7 +276,11 @@ def identity_of(settings: Settings, **resolved: object) -> Json:
 
 
 # identity entries that are digests, and what messages call them
-CHANGED = {"examples": "the examples, or what this version holds out of them,", "basis_digest": "A and B of the basis"}
+CHANGED = {
+    "examples": "the examples, or what this version holds out of them,",
+    "basis_digest": "A and B of the basis",
+    "rewards": "the contents of --rl's file",
+}
 
 
 def differences(saved: Json, current: Json) -> str:

@@ -76,6 +76,9 @@ def test_a_run_by_rewards_writes_what_any_run_does(
     assert names >= {"adapter", "summary.json", "answers.json", "loss.png", "config.yaml"}
     assert "checkpoints" not in names
     assert ("lora" in names) == (result.report is not None) == (start != "lora")
+    (tmp_path / "letters.py").write_text(LETTERS + "\n")
+    with pytest.raises(ValueError, match="the contents of --rl's file have changed"):
+        run_finetune(replace(reinforced, gradient_checkpointing=recomputed, **kind))
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(reinforced: Settings, check_resume: Any) -> None:
