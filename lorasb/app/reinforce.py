@@ -147,6 +147,9 @@ def grpo_trainer(run: Run, folder: Path) -> MarkedCheckpoints:
             self.set_epoch = lambda epoch: sampler.generator.manual_seed(settings.seed + epoch)
             return sampler
 
+        def create_model_card(self, *args: object, **kwargs: object) -> None:
+            """Write no README into `checkpoints/`."""
+
     def reward(completions: Sequence[Prompt], example: Sequence[int], **columns: object) -> list[float | None]:
         """Rewards of completions, which are texts or chats of one message."""
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]

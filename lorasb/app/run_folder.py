@@ -235,8 +235,7 @@ class RunFolder:
         The folder stays if it has other files or is a symlink, perhaps to a larger disk.
         """
         cut_off = (path for name in OWN_NAMES for path in self.checkpoints.glob(f".{name}.*"))  # by a kill
-        last = (self.checkpoints / name for name in ("README.md", BEFORE_NAME, RUN_NAME))  # the first is TRL's
-        for path in (*checkpoints(self.checkpoints), *cut_off, self.start, *last):
+        for path in (*checkpoints(self.checkpoints), *cut_off, self.start, self.before, self.checkpoints / RUN_NAME):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -279,7 +278,7 @@ def identity_of(settings: Settings, **resolved: object) -> Json:
 CHANGED = {
     "examples": "the examples, or what this version holds out of them,",
     "basis_digest": "A and B of the basis",
-    "rewards": "the contents of --rl's file",
+    "rewards": "the contents of --rl's file, which earlier versions did not record,",
 }
 
 
