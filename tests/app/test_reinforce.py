@@ -77,7 +77,7 @@ def test_a_run_by_rewards_writes_what_any_run_does(
     assert "checkpoints" not in names
     assert ("lora" in names) == (result.report is not None) == (start != "lora")
     (tmp_path / "letters.py").write_text(LETTERS + "\n")
-    with pytest.raises(ValueError, match="the contents of --rl's file, .* have changed"):
+    with pytest.raises(ValueError, match=r"the contents of --rl's file, .* have changed"):
         run_finetune(replace(reinforced, gradient_checkpointing=recomputed, **kind))
 
 
