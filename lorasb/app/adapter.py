@@ -32,7 +32,7 @@ from ..serving import joint_basis
 from ..serving.basis import check_names
 from ..tuner.targets import missing_from_checkpoint
 from ..utils import plotting
-from ..utils.atomic_files import LOCK, locked, replacing_folder, write_json
+from ..utils.atomic_files import LOCK, locked, refuse_unwritable, replacing_folder, write_json
 from ..utils.precision import resolve
 from ..utils.reading import read_json
 from .data import Example, load_examples
@@ -173,6 +173,7 @@ def run_init(settings: InitSettings) -> tuple[InitReport, RankSuggestion | None]
     if (folder / "adapter").exists() and not (folder / REPORT_NAME).exists():
         raise ValueError(f"--output {folder} has a folder adapter that lorasb init did not write: take another")
     with locked(folder):
+        refuse_unwritable(folder)  # before the work, not after it
         run = prepare(replace(settings, eval_examples=0))
         console.print(f"in {run.precision.name}: {run.precision.reason}", highlight=False)
         options = {name: getattr(settings, name) for name in ("strategy", "memory_budget", "cache", "stability")}
@@ -237,6 +238,7 @@ def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = (
     if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):  # a killed call's lock
         raise ValueError(f"expected --output to be a new folder, and {output} has files: take another, or delete it")
     with locked(output):
+        refuse_unwritable(output)
         make = _basis_from_first_steps if data else _basis_from_loras
         model, dtype, tasks = make(settings, data or loras, names)
         with replacing_folder(output) as folder:

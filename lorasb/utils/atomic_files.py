@@ -132,6 +132,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise an OSError if no file can be written into a folder, which is made if it does not exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 LOCK = ".lock"
 
 

@@ -28,7 +28,7 @@ from processes import python
 from tiny_run import write_rows
 
 import lorasb
-from lorasb.app import cli, results
+from lorasb.app import adapter, cli, results
 from lorasb.app.adapter import run_init
 from lorasb.app.prepare import prepare
 from lorasb.app.settings import InitSettings, Settings
@@ -178,6 +178,15 @@ def test_init_does_not_replace_a_trained_adapter(whole: Path, data: Path, tmp_pa
         run_init(InitSettings(output=str(tmp_path / "mine")))
     with pytest.raises(ValueError, match="has a run of lorasb finetune, whose adapter this would replace"):
         run_init(InitSettings(data=str(data), output=str(whole)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that even root cannot write into")
+def test_a_folder_that_cannot_be_written_into_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "prepare", Mock(side_effect=AssertionError("works")))
+    settings = InitSettings(output="/proc/nothing")
+    for work in (run_init, lambda settings: adapter.make_basis(settings, ["one.jsonl"])):
+        with pytest.raises(OSError, match="/proc/nothing"):
+            work(settings)
 
 
 def test_an_initialization_whose_report_fails_can_be_repeated(
