@@ -126,6 +126,15 @@ def test_a_cast_keeps_the_parameter_of_r_whatever_its_dtype() -> None:
     assert model.base_model.model[0].lorasb_R["default"] is core
 
 
+def test_r_is_cast_unless_only_frozen_factors_are() -> None:
+    layer = make()
+    layer.lorasb_R["default"] = nn.Parameter(layer.lorasb_R["default"].detach().double())
+    layer.cast_factors("default", frozen_alone=True)
+    assert layer.lorasb_R["default"].dtype == torch.float64
+    layer.cast_factors("default")
+    assert layer.lorasb_R["default"].dtype == torch.float32
+
+
 def test_a_base_that_was_merged_while_it_was_cast_computes() -> None:
     model = lorasb.patch(lorasb.quantize(nn.Sequential(nn.Linear(64, 64))), r=4, init="random", target_modules=["0"])
     model.merge_adapter()

@@ -209,7 +209,7 @@ def with_compiled(cases: list[reference.Case], dynamic: bool, **options: Any) ->
     ("kind", "dynamic", "row_counts", "without_gradients"),
     [
         ("dense", True, (7, 5), False),
-        ("rows", True, (7,), False),
+        ("rows", True, (7,), True),
         ("dropout", False, (7,), False),
         ("nf4", False, (7,), True),
         ("rows of a group", False, (7,), False),
