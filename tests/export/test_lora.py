@@ -131,6 +131,9 @@ def test_an_export_never_takes_an_adapters_place(tmp_path: Path, monkeypatch: py
         lorasb.export_lora(patched(), tmp_path, quiet=True)
     for _ in range(2):  # files of another export may be replaced
         lorasb.export_lora(patched(), tmp_path / "lora", quiet=True)
+    (tmp_path / "lora" / "README.md").unlink()  # as of a LoRA that PEFT trained
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not an export's, and would be replaced"):
+        lorasb.export_lora(patched(), tmp_path / "lora", quiet=True)
     patched().save_pretrained(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="has a LoRA-SB adapter, which the plain LoRA would replace: name another"):
