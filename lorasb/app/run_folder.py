@@ -1,7 +1,7 @@
 """The output folder of a run: find which run it belongs to, and how far that run got.
 
 During a run, `checkpoints/` has `run.json` (the run's identity), `before.json` (the evaluation before training),
-`start/` (the initialized adapter and its report) and the last two checkpoints. It is removed once the results are
+`start/` (the initialized adapter and its report) and the last two checkpoints. These are removed once the results are
 written, `summary.json` last.
 """
 

@@ -72,7 +72,7 @@ def export_lora(
 
     Raises:
         ValueError: no initialized adapter, several active ones and no `adapter_name`, values not finite in `dtype`, an
-            unknown format or model type, or a LoRA-SB adapter in `path`.
+            unknown format or model type, or an adapter or README in `path` that is not an export's.
         ImportError: gguf is not installed.
     """
     if format not in FORMATS:
