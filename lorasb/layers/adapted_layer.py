@@ -317,7 +317,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     @property
     def scaling(self) -> dict[str, float]:
         """The scale s of each adapter, by name."""
-        return Scales(self.adapters)
+        return Scales(self.adapters, self.refuse_merged)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's s to `scale` times its original s; names that this layer lacks are ignored."""

@@ -45,11 +45,12 @@ class AdapterState(AdapterOptions):
 class Scales(dict[str, float]):
     """The s by adapter name; assigning to an entry sets the adapter's s, as in PEFT's layers."""
 
-    def __init__(self, adapters: dict[str, AdapterState]) -> None:
+    def __init__(self, adapters: dict[str, AdapterState], check: Callable[[str], None]) -> None:
         super().__init__({name: state.scaling for name, state in adapters.items()})
-        self._adapters = adapters
+        self._adapters, self._check = adapters, check  # the function raises for an adapter that must keep its s
 
     def __setitem__(self, name: str, scaling: float) -> None:
+        self._check(name)
         self._adapters[name].scaling = scaling
         super().__setitem__(name, scaling)
 

@@ -211,9 +211,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
             parent._modules.clear()
             parent._modules.update(modules)
         for layer, names, active in adapters:
+            layer._active_adapter = active  # first: PEFT warns if it deletes an active adapter
             for name in set(layer.lorasb_R) - names:
                 layer.delete_adapter(name)
-            layer._active_adapter = active
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise

@@ -451,3 +451,27 @@ def test_the_card_names_the_hub_s_model_and_not_the_folder_of_its_conversion(tmp
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert str(base) not in text
     assert "| base model | them/model, dequantized from model.Q4_1.gguf |" in text
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "no factors": (lambda tensors: {"w": torch.ones(1)}, r"holds no LoRA-SB factors \(lorasb_A, lorasb_R, lorasb_B\)"),
+    "no R": (
+        lambda tensors: {key: value for key, value in tensors.items() if key != f"{FIRST}.lorasb_R"},
+        r"'model.layers.0.self_attn.q_proj' has lorasb_A, lorasb_B in .*, expected lorasb_A, lorasb_R, lorasb_B",
+    ),
+    "another rank": (lambda tensors: tensors | {f"{FIRST}.lorasb_A": torch.ones(3, 64)}, r"safetensors: .*lorasb_A"),
+    "a scalar": (lambda tensors: tensors | {f"{FIRST}.lorasb_R": torch.tensor(1.0)}, r"safetensors: .*lorasb_"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tensors_without_a_layers_three_factors_are_not_read(saved: Path, fault: str) -> None:
+    change, message = FAULTS[fault]
+    assert len(read_tensors(saved)) == 3 * 14
+    edit(saved, change)
+    with pytest.raises(ValueError, match=message):
+        read_tensors(saved)
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"expected adapter_model\.safetensors in .*, found none"):
+        read_tensors(saved)

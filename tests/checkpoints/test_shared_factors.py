@@ -11,14 +11,18 @@ from typing import Any
 import peft
 import pytest
 import tolerances
+from adapters import layers
 from gradients import factors
-from models import logits, make
+from models import logits, make, patched
 from safetensors.torch import load_file
+from tolerances import check_equal
 from torch import nn
 from trainer_runs import train
 
 import lorasb
+from lorasb.checkpoints.adapter_file import read_config, read_cores
 from lorasb.checkpoints.shared_factors import FACTORS_NAME, share
+from lorasb.layers import lookup
 
 
 def run_of(folder: Path, steps: int = 3, model: Any = None, resume: Any = None, **options: Any) -> Any:
@@ -192,3 +196,29 @@ def test_a_loader_that_reads_one_file_is_refused(run: tuple[Path, nn.Module]) ->
     model.load_adapter(run[0] / "checkpoint-3")
     with pytest.raises(ValueError, match="holds R alone"):
         logits(model)
+
+
+def test_the_r_of_an_adapter_is_read_at_the_scale_of_its_basis(tmp_path: Path) -> None:
+    model = patched(scaling=0.5)
+    model.save_pretrained(tmp_path)
+    config, own = read_config(tmp_path), {name: layer.lorasb_R["default"] for name, layer in layers(model).items()}
+    digests = lookup.digests(layers(model), "default")
+    check_equal(read_cores(tmp_path, config, digests), {name: core * 0.5 for name, core in own.items()})
+    check_equal(read_cores(tmp_path, config, digests, dict.fromkeys(own, 0.5)), own)
+    first = next(iter(own))
+    check_equal(read_cores(tmp_path, config, digests, {first: 2.0}), {first: own[first] * 0.25})
+    share(tmp_path)
+    check_equal(read_cores(tmp_path, config, digests, {first: 0.5}), {first: own[first]})
+
+
+def test_no_r_is_read_on_another_basis_or_with_modules(tmp_path: Path) -> None:
+    model = patched(modules_to_save=["norm"])
+    model.save_pretrained(tmp_path)
+    config, digests = read_config(tmp_path), lookup.digests(layers(model), "default")
+    with pytest.raises(ValueError, match=r"other A and B than the basis, or the same in another dtype: load the base"):
+        read_cores(tmp_path, config, [bytes(32)])
+    with pytest.raises(ValueError, match=r"has more than R \(.*norm.weight, \.\.\.\): .*Load it as an adapter"):
+        read_cores(tmp_path, config, digests)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"expected adapter_model.safetensors in .*, found none"):
+        read_cores(tmp_path, config, digests)
