@@ -59,6 +59,14 @@ def test_a_llama_block_takes_eight_launches_and_each_member_has_the_mask_that_it
         tolerances.check(got, want, bound)
 
 
+def test_dropout_of_a_group_acts_in_training_only() -> None:
+    model = patched("llama", lora_dropout=0.5)
+    want = logits(alone(model).eval())
+    tolerances.check(logits(model.eval()), want, tolerances.fp32(100))
+    assert (logits(model.train()) - want).abs().max() > 1e-3
+    assert sizes(model) == [3, 2] * 2
+
+
 class TestStaysAlone:
     def test_a_group_splits_by_what_its_layers_read(self) -> None:
         model = prepared(Cross(), 16)

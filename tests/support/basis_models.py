@@ -84,6 +84,10 @@ def answer(model: Any, name: str) -> Tensor:
     return logits(model.eval())
 
 
+def answers(model: Any, *names: str) -> dict[str, Tensor]:
+    return {name: answer(model, name) for name in names}
+
+
 def rewrite(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor | None]]) -> None:
     """Change tensors of an adapter's file; `change` gets the key and value of its first R. None removes a tensor."""
     file = folder / WEIGHTS_NAME
