@@ -83,8 +83,8 @@ class Chain(nn.Module):
                 x = x * 1.5
             if self.kind == "side":
                 aux = aux + x.square().mean()
-        if self.kind == "deep":
-            x = x + between[0]
+        if self.kind in ("deep", "deeper"):
+            x = x + between[self.kind == "deeper"]
         if self.kind == "skip":
             x = x + start
         if self.kind == "used outside":
@@ -117,6 +117,7 @@ NO_STACKS = {
     "early": "a forward leaves the stack before its last block",
     "mixed": "the input of block 1 is not the output of the block before",
     "deep": "the loss depends on the hidden states between blocks too",
+    "deeper": "the loss depends on the hidden states between blocks too",
     "side": "the loss depends on the hidden states between blocks too",
     "first": "block 1 takes more from the blocks before than their hidden states",
     "shared": "blocks share a dict that they may write to",
