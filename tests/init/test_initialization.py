@@ -13,6 +13,7 @@ import pytest
 import tolerances
 import torch
 from adapters import layers
+from basis_models import a_layer, base, with_users
 from gradients import autograd_sums, factors
 from models import Batch, batches_for, logits, make, patched, started
 from peft import PeftModel
@@ -246,3 +247,32 @@ def test_inference_mode_of_the_caller_is_left() -> None:
         report = lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
     assert report.num_samples == started()[1].num_samples
     model(**batches_for("llama")[0]).loss.backward()
+
+
+TASKS = {"math": batches_for("llama")[:1], "code": batches_for("llama")[1:2]}
+
+
+def test_tasks_that_cannot_be_are_refused_and_leave_the_model() -> None:
+    with pytest.raises(ValueError, match="longest_start=0 leaves no first steps"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4), {"a": [], "b": []}, lr=1e-3, longest_start=0)
+    with pytest.raises(ValueError, match="as tasks' first steps make the basis, got 'lora-xs'"):
+        lorasb.initialize(lorasb.patch(make("llama"), r=4, init="lora-xs"), TASKS, lr=1e-3)
+    model = lorasb.patch(base(), r=4)
+    for tasks, options, message in (
+        ({"math": batches_for("llama")}, {}, "two tasks or more, with names that no adapter has: got 1"),
+        ({"default": [], "code": []}, {}, "an adapter 'default' already exists"),
+        ({"copy": [], "code": []}, {}, "expected a name without dots for each adapter"),
+        (TASKS, {"cache": "signs.safetensors"}, "initialize several tasks without it"),
+        (TASKS, {"lr": None}, "takes batches and lr > 0"),
+        (TASKS | {"code": []}, {}, "."),  # any error about the second task
+    ):
+        with pytest.raises(ValueError, match=message):
+            lorasb.initialize(model, tasks, **{"lr": 1e-3, "progress": False} | options)
+    assert list(model.peft_config) == ["default"]
+    assert not a_layer(model).adapters["default"].initialized
+    based = with_users("ada")
+    core, factor = a_layer(based).lorasb_R["ada"].clone(), a_layer(based).lorasb_A["ada"].clone()
+    with pytest.raises(ValueError, match="'default' is the basis of ada, whose R would mean nothing"):
+        lorasb.initialize(based, TASKS, lr=1e-3, adapter_name="default", progress=False)
+    assert torch.equal(core, a_layer(based).lorasb_R["ada"])
+    assert torch.equal(factor, a_layer(based).lorasb_A["ada"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_models import a_layer, answer, base, fill, reconfigure, with_basis, with_users
+from basis_models import a_layer, answer, base, fill, reconfigure, with_basis
 from models import batches_for, logits, make, started
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -231,29 +231,3 @@ def test_each_task_has_the_projection_of_its_own_start_and_all_train_in_one_batc
     model.base_model.set_adapter(["math", "code"])
     model.train()(**batches_for("llama")[2], adapter_names=["math", "code"]).loss.backward()
     assert all(a_layer(model).lorasb_R[task].grad.any() for task in TASKS)
-
-
-def test_tasks_that_cannot_be_are_refused_and_leave_the_model() -> None:
-    with pytest.raises(ValueError, match="longest_start=0 leaves no first steps"):
-        lorasb.initialize(lorasb.patch(make("llama"), r=4), {"a": [], "b": []}, lr=1e-3, longest_start=0)
-    with pytest.raises(ValueError, match="as tasks' first steps make the basis, got 'lora-xs'"):
-        lorasb.initialize(lorasb.patch(make("llama"), r=4, init="lora-xs"), TASKS, lr=1e-3)
-    model = lorasb.patch(base(), r=4)
-    for tasks, options, message in (
-        ({"math": batches_for("llama")}, {}, "two tasks or more, with names that no adapter has: got 1"),
-        ({"default": [], "code": []}, {}, "an adapter 'default' already exists"),
-        ({"copy": [], "code": []}, {}, "expected a name without dots for each adapter"),
-        (TASKS, {"cache": "signs.safetensors"}, "initialize several tasks without it"),
-        (TASKS, {"lr": None}, "takes batches and lr > 0"),
-        (TASKS | {"code": []}, {}, "."),  # any error about the second task
-    ):
-        with pytest.raises(ValueError, match=message):
-            lorasb.initialize(model, tasks, **{"lr": 1e-3, "progress": False} | options)
-    assert list(model.peft_config) == ["default"]
-    assert not a_layer(model).adapters["default"].initialized
-    based = with_users("ada")
-    core, factor = a_layer(based).lorasb_R["ada"].clone(), a_layer(based).lorasb_A["ada"].clone()
-    with pytest.raises(ValueError, match="'default' is the basis of ada, whose R would mean nothing"):
-        lorasb.initialize(based, TASKS, lr=1e-3, adapter_name="default", progress=False)
-    assert torch.equal(core, a_layer(based).lorasb_R["ada"])
-    assert torch.equal(factor, a_layer(based).lorasb_A["ada"])
