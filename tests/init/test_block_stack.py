@@ -169,6 +169,18 @@ def test_a_layer_that_several_blocks_share() -> None:
         find_stack(model, {name: m for name, m in model.named_modules() if name.endswith("proj")})
 
 
+def test_the_stack_is_the_list_with_the_most_weights() -> None:
+    lists = {"many": [4] * 5, "wide": [16] * 2}  # five small blocks, or two with three times their weights
+    model = nn.ModuleDict({n: nn.ModuleList(nn.Sequential(nn.Linear(k, k)) for k in ks) for n, ks in lists.items()})
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert find_stack(model, linears).name == "wide"
+    assert find_stack(model, linears, "many").names == {f"many.{i}.0" for i in range(5)}
+    with pytest.raises(NotAStackError, match="the model has no list of modules 'none'"):
+        find_stack(model, linears, "none")
+    with pytest.raises(NotAStackError, match="no list of modules holds a target layer"):
+        find_stack(model, {"other": nn.Linear(2, 2)})
+
+
 @pytest.mark.parametrize("strategy", ["layerwise", "accumulate"])
 def test_experts_that_were_not_routed_to_are_named_and_start_from_their_weight(strategy: str) -> None:
     model = lorasb.patch(Mixture(), r=3, target_modules=r"layers\.\d+\.experts\.\d+")
