@@ -95,7 +95,7 @@ class Cache:
         write(self.path, self.layers, self.key, facts)
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def resume(self, traversals: list[Traversal]) -> int | None:
+    def resume(self, traversals: list[Traversal], blocks: int) -> int | None:
         """Load an interrupted run's finished blocks and gradients of `traversals`; return the next block, or None."""
         boundary = self.partial / "boundary.safetensors"
         if not boundary.exists():
@@ -103,10 +103,9 @@ class Cache:
         self._compare(read_json(self.partial / "key.json"), self.partial, self.partial_key)
         with _advising_to_delete(self.partial):
             block, gradients = int(safetensors_header(boundary)["__metadata__"]["block"]), read_tensors(boundary)
-            for path in sorted(self.partial.glob("block-*.safetensors")):
-                # A block whose boundary was not written in time is recomputed, and its file overwritten.
-                if int(path.stem.partition("-")[2]) > block:
-                    self.layers |= read(path)[0]
+            # A block whose boundary was not written in time is recomputed, and its file overwritten.
+            for i in range(block + 1, blocks):
+                self.layers |= read(self._file_of(i))[0]
         # Traversals were recorded again by this run; only their gradients come from the file.
         for k, traversal in enumerate(traversals):
             if traversal.gradient is not None:
@@ -119,11 +118,14 @@ class Cache:
         # interrupted between the two writes resumes at this block.
         write_json(self.partial / "key.json", self.partial_key)
         layers = {name: self.layers[name] for name in names if name in self.layers}
-        write(self.partial / f"block-{block:05d}.safetensors", layers, self.key, {})
+        write(self._file_of(block), layers, self.key, {})
         # `contiguous`: safetensors refuses views.
         gradients = {str(k): t.gradient.cpu().contiguous() for k, t in enumerate(traversals) if t.gradient is not None}
         with replacing(self.partial / "boundary.safetensors") as temporary:
             save_file(gradients, str(temporary), metadata={"block": str(block - 1)})
+
+    def _file_of(self, block: int) -> Path:
+        return self.partial / f"block-{block:05d}.safetensors"
 
     def _compare(self, other: Json, where: Path, key: Json) -> None:
         """Raise a ValueError that names the first field in which a stored key differs from `key`."""
@@ -146,10 +148,10 @@ def uncut_of(path: str | os.PathLike[str] | None) -> int | None:
 
 @contextmanager
 def _advising_to_delete(path: Path) -> Iterator[None]:
-    """Replace the advice in errors about unreadable files: a cache can be made again."""
+    """Replace the advice in errors about unreadable and missing files: a cache can be made again."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         reason = str(error).removesuffix(f": {AGAIN}")
         raise ValueError(f"the cache cannot be used ({reason}): delete {path} to make it again") from None
 

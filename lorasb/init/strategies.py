@@ -85,7 +85,7 @@ class Executor:
         bar.total = bar.n + len(traversals) * steps
         bar.refresh()
         yield above
-        resumed = saved.resume(traversals) if saved is not None else None
+        resumed = saved.resume(traversals, len(stack.blocks)) if saved is not None else None
         for i in range(len(stack.blocks) - 1, stack.lowest - 1, -1):
             if resumed is not None and i > resumed:  # finished in an earlier run
                 for traversal in traversals:

@@ -236,12 +236,23 @@ def test_nor_does_a_run_with_other_targets(tmp_path: Path) -> None:
     assert not (tmp_path / "signs.safetensors.partial").exists()
 
 
-def test_a_truncated_boundary(cut: tuple[nn.Module, Path, Path]) -> None:
+@pytest.mark.parametrize("damaged", ["boundary", "block-00001"])
+@pytest.mark.parametrize("kept", [-5, None])
+def test_a_truncated_or_missing_file(cut: tuple[nn.Module, Path, Path], damaged: str, kept: int | None) -> None:
     model, path, partial = cut
-    boundary = partial / "boundary.safetensors"
-    boundary.write_bytes(boundary.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"is truncated or damaged.*\): delete .*\.partial to make it again"):
+    file = partial / f"{damaged}.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    if kept is not None:
+        file.write_bytes(data[:kept])
+    elif damaged == "boundary":  # the run begins again
         lorasb.initialize(model, SINGLES, cache=path, **LR)
+        return check_equal(factors(model), factors(started(batches=SINGLES)[0]))
+    message = r"is truncated or damaged.*" if kept is not None else r"No such file .*block-00001.*"
+    with pytest.raises(ValueError, match=rf"cannot be used \(.*{message}\): delete .*\.partial to make it again"):
+        lorasb.initialize(model, SINGLES, cache=path, **LR)
+    assert not any(value.any() for value in factors(model).values())
+    return None
 
 
 def test_experts_that_were_not_reached_are_known_to_the_cache(tmp_path: Path) -> None:
