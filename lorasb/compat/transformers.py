@@ -1,7 +1,10 @@
-"""Private names of transformers, and one function that is replaced."""
+"""Private names of transformers, and one method of its models that is extended."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +66,11 @@ PRIVATE = {
         "`lorasb finetune` cannot resume a run with several adapters",
         *("transformers.Trainer._save", "transformers.Trainer._load_from_checkpoint"),
     ),
+    "adapters_loaded": Private(
+        "transformers.PreTrainedModel._hf_peft_config_loaded",
+        "reset after a failed `load_adapter` of a transformers model, which leaves no adapter",
+        "`load_adapter` of a transformers model raises an AttributeError",
+    ),
     "n_gpu": Private(
         "transformers.TrainingArguments()._n_gpu",
         "one GPU per process, instead of DataParallel",
@@ -99,3 +107,34 @@ def on_one_device(args: Any) -> Any:
     # without a launcher, Trainer would use all GPUs by DataParallel, which multiplies the examples per step
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def extend_load_adapter(check: Callable[[Any, str], None], remember: Callable[[Any], Callable[[str], None]]) -> None:
+    """Have models' `load_adapter` check new adapters, and remove them if it fails; idempotent.
+
+    Args:
+        check: gets the model and the name of a new adapter, and raises if it cannot be used.
+        remember: gets the model before a load, and returns the function that removes a new adapter.
+    """
+    kind: Any = importlib.import_module("transformers").PreTrainedModel
+    original = kind.load_adapter
+    if hasattr(original, "of_lorasb"):
+        return
+
+    @functools.wraps(original)
+    def load_adapter(model: Any, *args: object, **kwargs: object) -> object:
+        """Load an adapter as transformers does."""
+        before, loaded, remove = set(getattr(model, "peft_config", ())), model._hf_peft_config_loaded, remember(model)
+        try:
+            result = original(model, *args, **kwargs)
+            for name in set(model.peft_config) - before:
+                check(model, name)
+        except BaseException:
+            for name in set(getattr(model, "peft_config", ())) - before:
+                remove(name)
+            model._hf_peft_config_loaded = loaded
+            raise
+        return result
+
+    load_adapter.of_lorasb = True  # type: ignore[attr-defined]
+    kind.load_adapter = load_adapter

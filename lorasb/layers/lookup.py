@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -185,6 +186,9 @@ def discard(model: Any, adapter_name: str) -> None:
                 module.delete_adapter(adapter_name, new_active_adapters=None)
         return
     # The only adapter: the model becomes what it was before `lorasb.patch`.
+    for module in model.modules():
+        if not isinstance(module, BaseTuner) and set(vars(module).get("peft_config", ())) == {adapter_name}:
+            del module.peft_config  # PEFT sets it on the base model, too, and would warn at the next load
     linear_group.detach(model)
     allow_nested(model, True)
     for parent in list(model.modules()):  # lists: children are replaced while iterating

@@ -16,10 +16,11 @@ from ..checkpoints import adapter_file, shared_factors
 from ..checkpoints.adapter_file import SMALLEST, TOLERANCE, difference
 from ..checkpoints.shared_factors import DIGEST, join_factors
 from ..compat.torch import unwrapped
+from ..compat.transformers import is_loaded
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, FACTORS_NAME, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.lookup import adapted_layers, frozen_factors, note_cast, refuse_shared_basis
+from ..layers.lookup import adapted_layers, discard, frozen_factors, layers_with, note_cast, refuse_shared_basis
 from ..serving import basis
 from ..utils.reading import AGAIN, read_json
 from .targets import without_wrapper
@@ -173,6 +174,34 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
                 raise ValueError(f"expected {place}.{missing[0]} in the adapter file, got none: {AGAIN}")
     if config.trainable_token_indices and not any("trainable_tokens" in key for key in saved):
         raise ValueError(f"trainable_token_indices: expected their rows in the adapter file, got none: {AGAIN}")
+
+
+def check_loaded(model: nn.Module, adapter_name: str) -> None:
+    """Raise a ValueError if transformers' `load_adapter` left a layer of a LoRA-SB adapter without usable values."""
+    layers = {n: one for n, one in layers_with(model, adapter_name).items() if not one.lorasb_A[adapter_name].is_meta}
+    if any(
+        layer.is_initialized(adapter_name) for layer in layers.values()
+    ):  # else it was saved as an uninitialized one
+        found = {name: {part: getattr(layer, part)[adapter_name] for part in FACTORS} for name, layer in layers.items()}
+        loaded = {n: {k: v for k, v in parts.items() if is_loaded(v)} for n, parts in found.items()}
+        adapter_file.check_factors(loaded, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
+
+
+def remember_adapters(model: Any) -> Callable[[str], None]:
+    """Return a function that removes a LoRA-SB adapter which transformers' `load_adapter` has added since."""
+    active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, AdaptedLayer)]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def remove(adapter_name: str) -> None:
+        """Remove the adapter; those that were active before are active again."""
+        if isinstance(model.peft_config[adapter_name], LoRASBConfig):
+            for layer, names in active:
+                layer._active_adapter = names
+            discard(model, adapter_name)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    return remove
 
 
 def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:

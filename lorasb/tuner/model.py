@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints import adapter_file
 from ..compat import peft as private
 from ..compat.bitsandbytes import keep_unpacked
+from ..compat.transformers import extend_load_adapter
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME, PEFT_PREFIX
 from ..distributed.sharded_factors import with_kept_factors
@@ -397,3 +398,4 @@ def register(init_without_data: InitWithoutData) -> None:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
     private.extend_loader(loading.completed)
     private.extend_hotswap(PEFT_NAME, loading.swap)
+    extend_load_adapter(loading.check_loaded, loading.remember_adapters)
