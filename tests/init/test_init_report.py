@@ -96,9 +96,10 @@ def test_suggested_ranks_are_those_of_their_layers() -> None:
     """A pattern matches the end of a name, and no rank exceeds the kernels' maximum."""
     curves = {"proj": (0.9,), "enc.proj": (0.1, 0.9), "wide": tuple(i / 300 for i in range(1, 301))}
     layers = [LayerReport(n, (8, 8), 3, c[-1], None, c, 0, 0.0, curve_sign=c) for n, c in curves.items()]
-    ranks = InitReport("update", "adamw", 1e-3, 1, 0, None, 0.0, layers).suggest_ranks(energy=0.9).rank_pattern
-    assert list(ranks) == ["enc.proj", "proj", "wide"]
-    assert ranks == {"enc.proj": 2, "proj": 1, "wide": 256}
+    found = InitReport("update", "adamw", 1e-3, 1, 0, None, 0.0, layers).suggest_ranks(energy=0.9)
+    assert list(found.rank_pattern.items()) == [("enc.proj", 2), ("proj", 1), ("wide", 256)]
+    assert found.energy == pytest.approx((0.9 + 0.9 + 256 / 300) / 3)
+    assert found.short == ("wide",)
 
 
 @pytest.mark.parametrize(
