@@ -179,12 +179,11 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
 def check_loaded(model: nn.Module, adapter_name: str) -> None:
     """Raise a ValueError if transformers' `load_adapter` left a layer of a LoRA-SB adapter without usable values."""
     layers = {n: one for n, one in layers_with(model, adapter_name).items() if not one.lorasb_A[adapter_name].is_meta}
-    if any(
-        layer.is_initialized(adapter_name) for layer in layers.values()
-    ):  # else it was saved as an uninitialized one
-        found = {name: {part: getattr(layer, part)[adapter_name] for part in FACTORS} for name, layer in layers.items()}
-        loaded = {n: {k: v for k, v in parts.items() if is_loaded(v)} for n, parts in found.items()}
-        adapter_file.check_factors(loaded, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
+    if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
+        return  # it was saved before it was initialized
+    found = {name: {part: getattr(layer, part)[adapter_name] for part in FACTORS} for name, layer in layers.items()}
+    loaded = {name: {part: v for part, v in parts.items() if is_loaded(v)} for name, parts in found.items()}
+    adapter_file.check_factors(loaded, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
 
 
 def remember_adapters(model: Any) -> Callable[[str], None]:

@@ -22,7 +22,7 @@ SHAPES = ((12, 4), (4, 4), (4, 16))  # B, R, A
 
 
 def layer_with(*names: str, **options: Any) -> LoRASBLinear:
-    """A linear with adapters of other values each."""
+    """A linear whose adapters have different values."""
     layer = LoRASBLinear(nn.Linear(16, 12, dtype=torch.float64), names[0], 4, **options)
     for seed, name in enumerate(names):
         if seed:
