@@ -151,3 +151,16 @@ def test_a_seed_far_above_the_others_is_named_and_not_in_the_mean() -> None:
     (spot,) = compare.spots_of(rows, TASK)
     assert (round(spot.loss, 9), spot.left_out) == (0.4, {3: 4.9, 4: math.inf})
     assert str(spot).endswith("(seed 3: 4.9000, seed 4: inf)")
+
+
+def test_the_measured_rate_in_another_setting_is_compared_with_the_sweep_in_that_setting() -> None:
+    plain, measured = (f"{name}, 4 bits" for name in (grid.PLAIN, grid.MEASURED))
+    asked = wanted(["chain_sum"], [plain], [16], [0], swept("sign", 16))
+    assert {cell.split for cell in asked} == {"validation"}  # the sweep in the task's own setting does not count
+    assert {dict(cell.options)["four_bits"] for cell in asked} == {True}
+    rows = [*swept(plain, 16), *seeds(plain, [0.30, 0.32]), *swept("sign", 16), *seeds("sign", [0.2])]
+    found = [row(measured, 16, 2e-3, seed, loss) | {"found_lr": "0.008"} for seed, loss in enumerate((0.31, 0.33))]
+    table = list(paired.rates([*rows, *found]))
+    assert "| chain_sum | 4 bits | 16 | 2 | 0.3200 | 0.3100 | 0.008 | 0.004 | +0.0100 ± 0.0000 (worse) |" in table
+    there = [one | {"machine": "a machine"} for one in (*rows, *found)]
+    assert [line[1] for line in compare.lines(there, TASK, "sign")] == ["sign"]

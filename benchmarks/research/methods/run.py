@@ -34,7 +34,7 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
     the others train fp32 adapters.
     """
     version, task, method = commit(), task_named(cell.task), METHODS[cell.method]
-    task = replace(task, steps=settings(cell).get("steps", task.steps))
+    task = replace(task, **{name: value for name, value in settings(cell).items() if name in ("steps", "batch")})
     dtype = measured_dtype() if method.family != FULL and task.name != "cola" else torch.float32
     problem = load(task, folder, dtype)
     # the same for every run of a task: not measured again for tasks with many runs

@@ -95,13 +95,13 @@ def machines(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def lines(rows: Sequence[Row], task: str, other: str) -> Iterator[list[str]]:
-    """A row a rank and entry that has test runs: the letters of the machines that ran them, its mean loss, and the
-    difference to `other` over the same seeds."""
+    """A row a rank and entry (in the task's own setting) that has test runs: the letters of the machines that ran them,
+    its mean loss, and the difference to `other` over the same seeds."""
     letters = machines(rows)
     for r in ranks_of(rows):
         for name, entry in entries().items():
             runs = finals(rows, task, name, r)
-            if runs and entry.rank(r) == r:
+            if runs and entry.rank(r) == r and not entry.setting:
                 found = difference(rows, task, r, name, other) if name != other else None
                 losses = losses_of(runs)
                 where = " ".join(sorted({letters[row["machine"]] for row in runs}))

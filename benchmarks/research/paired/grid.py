@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.common.csv_files import Row
 from benchmarks.research.methods.grid import LONGER, Cell, Judged, Rates
 
+PLAIN = "sign"  # the default start
 FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # a constant rate, and the one that `lorasb.find_lr` finds from it
 MEASURED = "sign, rate measured"  # lr="auto", the default
 PER_SAMPLE = {"update": "per-sample", "longest_start": 0.0}
+# settings to which the automatic rate should transfer, with sweeps of their own
+SETTINGS: dict[str, dict[str, Any]] = {
+    "4 bits": {"four_bits": True},
+    "batches of 32": {"batch": 32},
+    "300 steps": {"steps": 300},
+}
 UNTUNED = ", 2e-4"  # after a LoRA's name: at the rate that TRL's guide to adapters has
 LORA = "LoRA r=32"  # what everybody uses; ten times the parameters of r = 64 here
 ROWS = "paired.csv"  # next to the other results
@@ -35,6 +42,7 @@ class Entry:
         falls: the rate at rank r is `rate`·(16/r)^falls. The spectral norm of an AdamW step is r times the rate if its
             signs agree, and 2√r times if not; that of a Muon step is the rate. 1.5 was found on chain_sum.
         only: its fixed rank; None for all ranks.
+        setting: that of `SETTINGS` in which it runs; empty for the task's own.
         swept: whether the best rate of a sweep is used, or the rule's rate.
     """
 
@@ -45,6 +53,7 @@ class Entry:
     falls: float = 1.5
     only: int | None = None
     swept: bool = True
+    setting: str = ""
 
     def rank(self, r: int) -> int:
         """The rank that it is run at, in a comparison at rank r."""
@@ -68,13 +77,20 @@ def _of_peft(name: str, rank: int, rate: float, **options: Any) -> Entry:
     return Entry(name, "LoRA", options, rate, 0.0, only=rank)
 
 
+def _in_setting(entry: Entry, setting: str) -> Entry:
+    """An entry in another setting than the task's."""
+    name, options = f"{entry.name}, {setting}", {**entry.options, **SETTINGS[setting]}
+    return replace(entry, name=name, options=options, setting=setting)
+
+
 def entries() -> dict[str, Entry]:
     """By name; the first is the default start, at the best rate of a sweep."""
+    measured = Entry(MEASURED, "LoRA-SB", {"measured": True}, rate=2e-3, falls=0.0, swept=False)
     found = (
-        Entry("sign", "LoRA-SB"),
+        Entry(PLAIN, "LoRA-SB"),
         Entry(FIXED, "LoRA-SB", rate=2e-3, falls=0.0, swept=False),
         Entry(FOUND, "LoRA-SB", {"trials": True}, rate=2e-3, falls=0.0, swept=False),
-        Entry(MEASURED, "LoRA-SB", {"measured": True}, rate=2e-3, falls=0.0, swept=False),
+        measured,
         Entry("random", "LoRA-SB", {"init": "random"}),
         Entry("LoRA-XS", "LoRA-SB", {"init": "lora-xs", "alpha_is_rank": True}, rate=2e-3),
         Entry("LoRA-XS, output", "LoRA-SB", {"init": "lora-xs-output", "alpha_is_rank": True}, rate=2e-3),
@@ -107,6 +123,7 @@ def entries() -> dict[str, Entry]:
         _of_peft("PSOFT, not orthogonal", 32, 4e-3, peft="PsoftConfig", psoft_orth=False),
         _of_peft("VB-LoRA", 4, 4e-3, peft="VBLoRAConfig", r=4, num_vectors=256, vector_length=64),
         _of_peft("RandLoRA", 32, 4e-3, peft="RandLoraConfig", r=32),
+        *(_in_setting(entry, setting) for entry in (Entry(PLAIN, "LoRA-SB"), measured) for setting in SETTINGS),
     )
     return {entry.name: entry for entry in found}
 

@@ -14,8 +14,10 @@ from benchmarks.research.paired.grid import (
     FOUND,
     LORA,
     MEASURED,
+    PLAIN,
     ROWS,
     SEEDS,
+    SETTINGS,
     TASKS,
     UNTUNED,
     entries,
@@ -26,7 +28,6 @@ from benchmarks.research.paper import lasting
 from benchmarks.research.reporting.charts import draw_by_parameters
 from benchmarks.research.reporting.markdown import picture, table, where_rows
 
-PLAIN = "sign"
 PICTURE = "loss-by-parameters.png"
 LORA_XS = "LoRA-XS", "LoRA-XS, output"  # with Σ in A, and in B
 INTRODUCTION = f"""\
@@ -113,7 +114,27 @@ def rates(rows: Sequence[Row]) -> Iterator[str]:
         f"The default start at the constant rate 2e-3 (`{FIXED}`), at the rate that trials of 12 steps on the run's "
         f"first batches find from there (`{FOUND}`), and at the best rate of a sweep of complete runs (`{PLAIN}`).",
     )
+    yield from _in_settings(rows)
     yield from untuned(rows)
+
+
+def _in_settings(rows: Sequence[Row]) -> Iterator[str]:
+    """Compare the measured rate with the best of a sweep in other settings than the tasks' own."""
+    body = []
+    for task in TASKS:
+        for setting in SETTINGS:
+            names = f"{MEASURED}, {setting}", f"{PLAIN}, {setting}"
+            for r in ranks_of(rows):
+                if found := difference(rows, f"{task} by loss", r, *names):
+                    rates = [shown_rate(entries()[name], r, rows, f"{task} by loss") for name in names]
+                    losses = [f"{found.base + found.mean:.4f}", f"{found.base:.4f}"]
+                    body.append([task, setting, str(r), str(found.seeds), *losses, *rates, str(found)])
+    if body:
+        yield from ("### Learning rates measured in other settings", "")
+        yield "The base in 4 bits, larger batches or more steps, each with a sweep of its own in that setting."
+        yield ""
+        columns = ["task", "setting", "r", "seeds", "loss at the measured rate", "at the best of a sweep"]
+        yield from (*table([*columns, "measured rate", "best rate", "difference"], body), "")
 
 
 def _rates(rows: Sequence[Row], entry: str, title: str, text: str) -> Iterator[str]:
