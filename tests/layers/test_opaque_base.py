@@ -223,6 +223,17 @@ def test_what_gives_no_weight_refuses_to_merge_and_says_what_to_do() -> None:
         patched("unknown", init="lora-xs")
 
 
+def test_a_weight_of_another_shape_than_the_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = next(iter(layers(initialized("unknown")).values())).base
+    weight = values(base.module, torch.float32)
+    monkeypatch.setattr(base, "backend", types.SimpleNamespace(get_base_weight=lambda _: weight))
+    check_equal(base.weight(), weight)
+    monkeypatch.setattr(base, "backend", types.SimpleNamespace(get_base_weight=lambda _: weight[:-1]))
+    expected, found = list(weight.shape), list(weight[:-1].shape)
+    with pytest.raises(ValueError, match=re.escape(f"expected a weight {expected} of a Scaled layer, got {found}")):
+        base.weight()
+
+
 @pytest.mark.parametrize("kind", GIVE_W)
 def test_inits_without_data_read_the_dequantized_weight(kind: str) -> None:
     for layer in layers(patched(kind, init="lora-xs")).values():
