@@ -102,6 +102,18 @@ def test_starts_without_a_limit_and_without_a_start() -> None:
     tolerances.check_equal(cores(0.0, "sgd")[0], cores(None, "sgd")[0])
 
 
+def test_sgd_divides_by_the_rows_with_labels_or_by_all_rows_of_another_loss() -> None:
+    """Of two rows per batch, one has labels; the other loss weighs its gradient by both."""
+    batches = batches_for("llama", count=3, rows=2)
+    for batch in batches:
+        batch["labels"][1] = -100
+    by_labels, _ = started(update="sgd", batches=batches)
+    by_rows, _ = started(update="sgd", batches=batches, loss_fn=lambda model, batch: 0.5 * model(**batch).loss)
+    for name, layer in layers(by_labels).items():
+        other = layers(by_rows)[name]
+        tolerances.check(2 * other.get_delta_weight("default"), layer.get_delta_weight("default"), tolerances.FACTORS)
+
+
 def test_a_bf16_layer_has_orthonormal_factors_up_to_its_rounding() -> None:
     for name, p in patched(dtype=torch.bfloat16).named_parameters():
         if "lorasb_A" in name:
