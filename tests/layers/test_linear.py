@@ -135,6 +135,13 @@ def test_r_is_cast_unless_only_frozen_factors_are() -> None:
     assert layer.lorasb_R["default"].dtype == torch.float32
 
 
+def test_r_is_in_16_bits_only_if_asked_for() -> None:
+    layer = make().bfloat16()
+    for wide, dtype in ((False, torch.bfloat16), (None, torch.bfloat16), (True, torch.float32), (None, torch.float32)):
+        layer.cast_factors("default", wide_core=wide)
+        assert layer.lorasb_R["default"].dtype == dtype
+
+
 def test_a_base_that_was_merged_while_it_was_cast_computes() -> None:
     model = lorasb.patch(lorasb.quantize(nn.Sequential(nn.Linear(64, 64))), r=4, init="random", target_modules=["0"])
     model.merge_adapter()
