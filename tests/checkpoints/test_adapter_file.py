@@ -88,33 +88,6 @@ def test_transformers_load_adapter_is_exact(trainable: bool, dtype: torch.dtype,
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
-UNUSABLE: dict[str, Callable[[Tensors], Tensors]] = {
-    "NaN or Inf": lambda tensors: tensors | {f"{FIRST}.lorasb_R": torch.full((4, 4), torch.nan)},
-    "no lorasb_R": lambda tensors: {key: value for key, value in tensors.items() if key != f"{FIRST}.lorasb_R"},
-    "ignore_mismatched_sizes": lambda tensors: tensors | {f"{FIRST}.lorasb_R": torch.ones(3, 3)},
-}
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT's, at the second adapter
-@pytest.mark.parametrize("other", [False, True])
-@pytest.mark.parametrize("message", UNUSABLE)
-def test_a_failed_load_by_transformers_leaves_the_model_as_it_was(saved: Path, message: str, other: bool) -> None:
-    model = make("llama")
-    if other:
-        model.load_adapter(str(saved), "other")
-    before, want = dict(copy.deepcopy(model.state_dict())), logits(model)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    data = (saved / WEIGHTS).read_bytes()
-    edit(saved, UNUSABLE[message])
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        model.load_adapter(str(saved))
-    check_equal(dict(model.state_dict()), before)
-    assert list(getattr(model, "peft_config", {})) == ["other"] * other
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
-    assert torch.equal(logits(model), want)
-    (saved / WEIGHTS).write_bytes(data)
-    model.load_adapter(str(saved))
-    assert torch.equal(logits(model), logits(peft.PeftModel.from_pretrained(make("llama"), saved)))
 
 
 def test_the_file_holds_the_factors_and_nothing_else(saved: Path) -> None:

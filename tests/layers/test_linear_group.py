@@ -108,7 +108,11 @@ class TestStaysAlone:
         tolerances.check(skipping.v_proj(x), alone(skipping).v_proj(x), tolerances.fp32(16))
 
     @pytest.mark.parametrize(
-        "case", ["decoding", "disabled", "merged", "another adapter", "two adapters", "hook", "other rank", "inference"]
+        "case",
+        [
+            *("decoding", "disabled", "merged", "another adapter", "two adapters"),
+            *("hook", "pre-hook", "other rank", "inference"),
+        ],
     )
     def test_states_of_which_some_keep_layers_alone_compute_the_same(self, case: str) -> None:
         model = patched("llama", **FIRST, **({"rank_pattern": {"k_proj": 2}} if case == "other rank" else {}))
@@ -127,6 +131,7 @@ class TestStaysAlone:
             "another adapter": 8,
             "other rank": 10,
             "hook": 12,
+            "pre-hook": 12,
             "two adapters": 28,
         }
         assert len(launches) == expected.get(case, 14)
@@ -146,6 +151,10 @@ def prepare(model: nn.Module, case: str) -> None:
         for layer in model.base_model.model.model.layers:
             layer.self_attn.v_proj.register_forward_hook(lambda *_: None)
             layer.mlp.up_proj.register_forward_hook(lambda *_: None)
+    elif case == "pre-hook":
+        for layer in model.base_model.model.model.layers:
+            layer.self_attn.v_proj.register_forward_pre_hook(lambda _, args: (2.0 * args[0],))
+            layer.mlp.up_proj.register_forward_pre_hook(lambda _, args: (2.0 * args[0],))
 
 
 class Three(nn.Module):

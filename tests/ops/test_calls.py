@@ -25,7 +25,7 @@ from lorasb import functional
 from lorasb.backends import cpp, eager
 from lorasb.functional import lora_sb_linear, lora_sb_linear_group
 from lorasb.kernels import prepared_launch
-from lorasb.ops import calls
+from lorasb.ops import calls, registry
 
 needs_extension = pytest.mark.skipif(cpp.extension is None, reason="this build has no C++ extension")
 Signature = Callable[..., Any]
@@ -195,6 +195,22 @@ def test_memory_that_nobody_wrote_is_nan_in_every_test() -> None:
     like = torch.ones(3, dtype=torch.bfloat16)
     made = [torch.empty(3), torch.empty_like(like), like.new_empty(3), *cpp.extension.allocate(like, [(3,)])]
     assert all(tensor.isnan().all() for tensor in made)
+
+
+@pytest.mark.parametrize("first", ["CPU", "CompositeExplicitAutograd"])
+def test_direct_kernels_of_a_device_win_in_any_order_of_registration(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "direct_kernels", {})
+
+    def kernel(*_: object) -> Any:
+        raise AssertionError("recorded, not called")
+
+    kernels = {key: (lambda *_: kernel(), kernel) for key in ("CPU", "CompositeExplicitAutograd")}
+    for key in sorted(kernels, key=lambda key: key != first):
+        registry.record("eager", [key], *kernels[key])
+    found = {device: registry.direct_kernels["eager", device].forward for device in ("cpu", "cuda")}
+    assert found == {"cpu": kernels["CPU"][0], "cuda": kernels["CompositeExplicitAutograd"][0]}
 
 
 def disable_direct_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

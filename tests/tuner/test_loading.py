@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from basis_models import a_layer, answer, answers, base, fill, reconfigure, rewrite, saved, with_basis, with_users
-from models import EXPERTS, causal, logits, make
+from models import EXPERTS, causal, logits, make, patched
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tolerances import EXACT, MERGE, check, check_equal
+from torch import Tensor
 
 import lorasb
 from lorasb.layers.lookup import layers_with
@@ -226,3 +229,34 @@ def test_modules_that_the_configuration_lists_are_in_the_file(
     with pytest.raises(ValueError, match=message):
         refuse_missing_modules(model, config)
     return None
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+UNUSABLE: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "NaN or Inf": lambda tensors: tensors | {f"{FIRST}.lorasb_R": torch.full((4, 4), torch.nan)},
+    "no lorasb_R": lambda tensors: {key: value for key, value in tensors.items() if key != f"{FIRST}.lorasb_R"},
+    "ignore_mismatched_sizes": lambda tensors: tensors | {f"{FIRST}.lorasb_R": torch.ones(3, 3)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT's, at the second adapter
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("message", UNUSABLE)
+def test_a_failed_load_by_transformers_leaves_the_model_as_it_was(tmp_path: Path, message: str, other: bool) -> None:
+    patched().save_pretrained(tmp_path)
+    model, file = make("llama"), tmp_path / "adapter_model.safetensors"
+    if other:
+        model.load_adapter(str(tmp_path), "other")
+    before, want = dict(copy.deepcopy(model.state_dict())), logits(model)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    tensors = load_file(file)
+    save_file(UNUSABLE[message](tensors), file)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        model.load_adapter(str(tmp_path))
+    check_equal(dict(model.state_dict()), before)
+    assert list(getattr(model, "peft_config", {})) == ["other"] * other
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert torch.equal(logits(model), want)
+    save_file(tensors, file)
+    model.load_adapter(str(tmp_path))
+    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(make("llama"), tmp_path)))
