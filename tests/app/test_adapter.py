@@ -358,8 +358,19 @@ def test_labeled_rows_are_refused_on_a_basis(on_it: Settings, made: Path, tmp_pa
     assert not (tmp_path / "basis" / "basis.json").exists()
 
 
-def test_a_basis_is_made_into_a_new_folder_alone(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
-    """No file of the user's is deleted, and no basis that adapters depend on is replaced."""
+def test_a_basis_is_made_into_a_new_folder_alone(
+    settings: Settings, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file of the user's is deleted, no basis that adapters depend on is replaced, nor a shell's own folder."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path == empty)
+        with pytest.raises(ValueError, match=r"is in use: take one in it, .*empty/basis"):
+            make_basis(replace(settings, output=str(empty)), [files["copy"]])
+    monkeypatch.chdir(empty)
+    with pytest.raises(ValueError, match=r"and \. is in use: take one in it, \./basis"):
+        make_basis(replace(settings, output="."), [files["copy"]])
     kept = tmp_path / "mine.txt"
     kept.write_text("mine")
     with pytest.raises(ValueError, match="expected --output to be a new folder"):
