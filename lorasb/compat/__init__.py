@@ -47,6 +47,20 @@ def find(private: Private) -> Any:
     return private.fallback
 
 
+def extend(owner: object, name: str, call: Callable[..., object]) -> None:
+    """Replace a module's function or a class's method, if it exists, by `call`, which gets the original first; once."""
+    original = getattr(owner, name, None)
+    if original is None or hasattr(original, "of_lorasb"):
+        return
+
+    @functools.wraps(original)
+    def extended(*arguments: object, **options: object) -> object:
+        return call(original, *arguments, **options)
+
+    extended.of_lorasb = True  # type: ignore[attr-defined]
+    setattr(owner, name, extended)
+
+
 def after_peft(register: Callable[[], None]) -> None:
     """Call `register` now if peft is imported already, else right after the first `import peft`."""
     # when PEFT imports it, bitsandbytes warns about a kernel from the Hub that lorasb does not use

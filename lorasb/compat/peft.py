@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import Private, find, several
+from . import Private, extend, find, several
 
 VERIFIED = "PEFT 0.21"
 MODEL, LORA = "peft.peft_model.PeftModel", "peft.tuners.lora.LoraModel"
@@ -99,23 +99,13 @@ def extend_peft_types(name: str) -> None:
     kind._value2member_map_[name] = member
 
 
-def _extend(module_name: str, name: str, call: Callable[..., object]) -> None:
-    """Replace a function of PEFT, if it exists, by `call`, which gets the original first; idempotent."""
-    module = importlib.import_module(module_name)
-    original = getattr(module, name, None)
-    if original is not None and not hasattr(original, "of_lorasb"):
-        extended: Any = functools.update_wrapper(functools.partial(call, original), original)
-        extended.of_lorasb = True
-        setattr(module, name, extended)
-
-
 def extend_loader(load: Callable[[Callable[[], dict[str, Tensor]], str, dict[str, Any]], dict[str, Tensor]]) -> None:
     """Have `PeftModel.load_adapter` call `load` with PEFT's function, folder or hub name, and options; idempotent."""
 
     def call(original: Callable[..., Any], model_id: object, *arguments: object, **options: object) -> object:
         return load(functools.partial(original, model_id, *arguments, **options), str(model_id), options)
 
-    _extend("peft.peft_model", "load_peft_weights", call)
+    extend(importlib.import_module("peft.peft_model"), "load_peft_weights", call)
 
 
 def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
@@ -129,7 +119,7 @@ def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
         chosen = swap if config._get_peft_type(model_name_or_path, **hub) == name else original
         chosen(model, model_name_or_path, *arguments, **options)
 
-    _extend("peft.utils.hotswap", "hotswap_adapter", call)
+    extend(importlib.import_module("peft.utils.hotswap"), "hotswap_adapter", call)
 
 
 @contextmanager

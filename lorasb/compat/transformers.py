@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import Private, several
+from . import Private, extend, several
 
 VERIFIED = "transformers 5.3 and 5.24"
 LOADED = "_is_hf_initialized"
 # attributes with the function that checkpoints a module: of transformers' blocks, and of torch's CheckpointWrapper
 CHECKPOINTING, WRAPPED_CHECKPOINTING = "_gradient_checkpointing_func", "checkpoint_fn"
+HAS_ADAPTER = "_hf_peft_config_loaded"
 GATES = "transformers.integrations.moe"  # the module with the gate of experts that define none
 # Flags that transformers sets on experts, with the values that they have for y = D (act(g)·u), [g, u] = G x.
 LIKE_MIXTRAL = {
@@ -67,9 +67,9 @@ PRIVATE = {
         *("transformers.Trainer._save", "transformers.Trainer._load_from_checkpoint"),
     ),
     "adapters_loaded": Private(
-        "transformers.PreTrainedModel._hf_peft_config_loaded",
+        f"transformers.PreTrainedModel.{HAS_ADAPTER}",
         "reset after a failed `load_adapter` of a transformers model, which leaves no adapter",
-        "`load_adapter` of a transformers model raises an AttributeError",
+        "a model may claim to have an adapter after a failed `load_adapter`",
     ),
     "n_gpu": Private(
         "transformers.TrainingArguments()._n_gpu",
@@ -116,25 +116,23 @@ def extend_load_adapter(check: Callable[[Any, str], None], remember: Callable[[A
         check: gets the model and the name of a new adapter, and raises if it cannot be used.
         remember: gets the model before a load, and returns the function that removes a new adapter.
     """
-    kind: Any = importlib.import_module("transformers").PreTrainedModel
-    original = kind.load_adapter
-    if hasattr(original, "of_lorasb"):
-        return
 
-    @functools.wraps(original)
-    def load_adapter(model: Any, *args: object, **kwargs: object) -> object:
-        """Load an adapter as transformers does."""
-        before, loaded, remove = set(getattr(model, "peft_config", ())), model._hf_peft_config_loaded, remember(model)
+    def call(original: Callable[..., object], model: Any, *arguments: object, **options: object) -> object:
+        before, flag, remove = (
+            set(getattr(model, "peft_config", ())),
+            getattr(model, HAS_ADAPTER, None),
+            remember(model),
+        )
         try:
-            result = original(model, *args, **kwargs)
+            result = original(model, *arguments, **options)
             for name in set(model.peft_config) - before:
                 check(model, name)
         except BaseException:
             for name in set(getattr(model, "peft_config", ())) - before:
                 remove(name)
-            model._hf_peft_config_loaded = loaded
+            if flag is not None:
+                setattr(model, HAS_ADAPTER, flag)
             raise
         return result
 
-    load_adapter.of_lorasb = True  # type: ignore[attr-defined]
-    kind.load_adapter = load_adapter
+    extend(importlib.import_module("transformers").PreTrainedModel, "load_adapter", call)
