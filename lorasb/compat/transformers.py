@@ -118,11 +118,8 @@ def extend_load_adapter(check: Callable[[Any, str], None], remember: Callable[[A
     """
 
     def call(original: Callable[..., object], model: Any, *arguments: object, **options: object) -> object:
-        before, flag, remove = (
-            set(getattr(model, "peft_config", ())),
-            getattr(model, HAS_ADAPTER, None),
-            remember(model),
-        )
+        before, remove = set(getattr(model, "peft_config", ())), remember(model)
+        flag = getattr(model, HAS_ADAPTER, None)
         try:
             result = original(model, *arguments, **options)
             for name in set(model.peft_config) - before:
