@@ -52,12 +52,13 @@ def measured_rate(work: Work) -> float:
     with frozen_base(work.model, adapter), torch.no_grad(), ExitStack() as hooks:
         for layer, row in zip(layers, table, strict=True):
             hooks.enter_context(layer.register_forward_hook(partial(_add_squares, row, adapter)))
-        for piece in work.pieces:
-            batch = to_device(piece.batch, work.device)
-            if work.options.loss_fn is None:
-                work.model(**batch)
-            else:
-                work.options.loss_fn(work.model, batch)
+        with work.processes.together("measuring activations"):
+            for piece in work.pieces:
+                batch = to_device(piece.batch, work.device)
+                if work.options.loss_fn is None:
+                    work.model(**batch)
+                else:
+                    work.options.loss_fn(work.model, batch)
     leverages = []
     for layer, (low, whole) in zip(layers, work.processes.all_reduce_sum(table).tolist(), strict=True):
         if whole > 0 and 0 < low / whole < math.inf:

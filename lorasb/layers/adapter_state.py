@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -101,6 +101,12 @@ class FrozenFactors(nn.ParameterDict):
         if isinstance(value, nn.Parameter) and value.requires_grad:
             value.requires_grad_(False)
         super().__setattr__(name, value)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield a shared tensor under every adapter's name: FSDP2's checkpoints look each of them up."""
+        return super().named_parameters(prefix, recurse, remove_duplicate=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFactors:
         """Move A or B without a cast, which would round factors that stay in fp32."""

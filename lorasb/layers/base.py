@@ -128,7 +128,12 @@ class Base:
 
     def merged(self, weight: Tensor) -> Base:
         """Return a base with the merged values `weight`, in the weight's layout, as its weight."""
-        self.parameter().data = weight  # the same parameter object, as others may refer to it
+        parameter = self.parameter()  # the same parameter object, as others may refer to it
+        if hasattr(parameter, "to_local"):  # FSDP2 gathers from the shard's own memory
+            with torch.no_grad():
+                parameter.copy_(weight)
+        else:
+            parameter.data = weight
         return self
 
     def restored(self) -> Base | None:

@@ -158,7 +158,8 @@ class InitCallback(TrainerCallback):
                 # limited already: a second limit would count batch rows, and preference data has two per example
                 batches, count = _batches(data, size, count, seed), None
             else:  # all of them, in order, unless num_samples is given
-                batches = iter(self.samples(model) if callable(self.samples) else self.samples)
+                with Processes().together("making samples"):
+                    batches = iter(self.samples(model) if callable(self.samples) else self.samples)
             return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
 
     def _refine(

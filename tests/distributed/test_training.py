@@ -13,12 +13,16 @@ import tolerances
 import torch
 import train_ranks
 import trainer_ranks
-from models import make, text
+from basis_models import with_users
+from models import logits, make, patched, text
 from peft import PeftModel
 from processes import ROOT, attempt, python, run_ranks
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from train_ranks import WAYS
 
 import lorasb
+from lorasb.layers.lookup import layers_with
 
 SUPPORT, CONFIGS = ROOT / "tests" / "support", ROOT / "docs" / "accelerate"
 # without DS_ACCELERATOR, DeepSpeed looks for GPUs first
@@ -188,6 +192,52 @@ def test_factors_that_are_partitioned_are_not_left_out_of_a_file(tmp_path: Path)
     with pytest.raises(ValueError, match=r"partitioned by ZeRO-3.*InitCallback"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_an_error_on_one_rank_while_the_rate_is_measured_is_raised_on_both(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        model, batch = lorasb.patch(make("llama"), r=4, init="random"), text(1, 12, 0)
+        if rank == 1:
+            batch["input_ids"] = batch["input_ids"] + 10_000  # outside of the vocabulary
+        with pytest.raises((IndexError, RuntimeError), match=r"out of range|measuring activations failed on rank 1"):
+            lorasb.initialize(model, [batch], lr="auto", progress=False)
+
+    run_ranks(2, tmp_path, work)
+
+
+def sharded(model: Any) -> Any:
+    for part in (*model.get_base_model().model.layers, model):
+        fully_shard(part)
+    return model
+
+
+def test_a_sharded_model_is_merged_and_unmerged(tmp_path: Path) -> None:
+    def work(_: int) -> None:
+        want = logits(patched().eval())
+        model = sharded(patched().eval())
+        tolerances.check(logits(model), want, tolerances.PROCESS_SUMS)
+        model.merge_adapter()
+        tolerances.check(logits(model), want, tolerances.MERGE)
+        model.unmerge_adapter()
+        tolerances.check(logits(model), want, tolerances.MERGE)
+
+    run_ranks(2, tmp_path, work)
+
+
+def test_a_sharded_model_with_adapters_on_a_basis_takes_a_state_dict(tmp_path: Path) -> None:
+    def work(_: int) -> None:
+        source, model = with_users("ada"), sharded(with_users("ada"))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        state = {name: value.clone() for name, value in source.state_dict().items()}
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+        for one in (source, model):
+            one.eval().set_adapter("ada")
+        tolerances.check(logits(model), logits(source), tolerances.PROCESS_SUMS)
+        assert all(one.lorasb_A["ada"] is one.lorasb_A["default"] for one in layers_with(model, "ada").values())
+
+    run_ranks(2, tmp_path, work)
 
 
 @pytest.mark.long

@@ -131,7 +131,7 @@ def _in_settings(rows: Sequence[Row]) -> Iterator[str]:
                     body.append([task, setting, str(r), str(found.seeds), *losses, *rates, str(found)])
     if body:
         yield from ("### Learning rates measured in other settings", "")
-        yield "The base in 4 bits, larger batches or more steps, each with a sweep of its own in that setting."
+        yield "The base in 4 bits, larger batches or more steps, each next to a sweep in that setting."
         yield ""
         columns = ["task", "setting", "r", "seeds", "loss at the measured rate", "at the best of a sweep"]
         yield from (*table([*columns, "measured rate", "best rate", "difference"], body), "")
