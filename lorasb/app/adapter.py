@@ -238,9 +238,8 @@ def make_basis(settings: Settings, data: Sequence[str], loras: Sequence[str] = (
     if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):  # a killed call's lock
         raise ValueError(f"expected --output to be a new folder, and {output} has files: take another, or delete it")
     if output.is_mount() or Path.cwd().is_relative_to(output.resolve()):  # neither can be replaced at the end
-        raise ValueError(
-            f"expected --output to be a new folder, and {output} is in use: take one in it, {output}/basis"
-        )
+        what = f"{output}, which is a mount point or has the current folder"
+        raise ValueError(f"expected --output to be a new folder, got {what}: take {output}/basis")
     with locked(output):
         refuse_unwritable(output)
         make = _basis_from_first_steps if data else _basis_from_loras

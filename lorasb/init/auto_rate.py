@@ -49,16 +49,16 @@ def measured_rate(work: Work) -> float:
         return _fall_back(fallback, "the model is sharded")
     layers = [layer for layer in work.layers.values() if isinstance(layer, LoRASBLinear)]
     table = torch.zeros(len(layers), 2, dtype=torch.float64)
-    with frozen_base(work.model, adapter), torch.no_grad(), ExitStack() as hooks:
+    together = work.processes.together("measuring activations")
+    with together, frozen_base(work.model, adapter), torch.no_grad(), ExitStack() as hooks:
         for layer, row in zip(layers, table, strict=True):
             hooks.enter_context(layer.register_forward_hook(partial(_add_squares, row, adapter)))
-        with work.processes.together("measuring activations"):
-            for piece in work.pieces:
-                batch = to_device(piece.batch, work.device)
-                if work.options.loss_fn is None:
-                    work.model(**batch)
-                else:
-                    work.options.loss_fn(work.model, batch)
+        for piece in work.pieces:
+            batch = to_device(piece.batch, work.device)
+            if work.options.loss_fn is None:
+                work.model(**batch)
+            else:
+                work.options.loss_fn(work.model, batch)
     leverages = []
     for layer, (low, whole) in zip(layers, work.processes.all_reduce_sum(table).tolist(), strict=True):
         if whole > 0 and 0 < low / whole < math.inf:

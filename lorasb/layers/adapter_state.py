@@ -105,7 +105,7 @@ class FrozenFactors(nn.ParameterDict):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield a shared tensor under every adapter's name: FSDP2's checkpoints look each of them up."""
+        """Yield a shared tensor under the name of every adapter that has it, as FSDP2's checkpoints need each name."""
         return super().named_parameters(prefix, recurse, remove_duplicate=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFactors:

@@ -135,7 +135,7 @@ def test_r_is_cast_unless_only_frozen_factors_are() -> None:
     assert layer.lorasb_R["default"].dtype == torch.float32
 
 
-def test_r_is_in_16_bits_only_if_asked_for() -> None:
+def test_r_is_in_16_bits_only_on_request() -> None:
     layer = make().bfloat16()
     for wide, dtype in ((False, torch.bfloat16), (None, torch.bfloat16), (True, torch.float32), (None, torch.float32)):
         layer.cast_factors("default", wide_core=wide)

@@ -13,7 +13,7 @@ PLAIN = "sign"  # the default start
 FIXED, FOUND = "sign, 2e-3", "sign, rate found"  # a constant rate, and the one that `lorasb.find_lr` finds from it
 MEASURED = "sign, rate measured"  # lr="auto", the default
 PER_SAMPLE = {"update": "per-sample", "longest_start": 0.0}
-# settings to which the automatic rate should transfer, with sweeps of their own
+# other settings in which the automatic rate is compared with a sweep
 SETTINGS: dict[str, dict[str, Any]] = {
     "4 bits": {"four_bits": True},
     "batches of 32": {"batch": 32},
@@ -42,8 +42,8 @@ class Entry:
         falls: the rate at rank r is `rate`·(16/r)^falls. The spectral norm of an AdamW step is r times the rate if its
             signs agree, and 2√r times if not; that of a Muon step is the rate. 1.5 was found on chain_sum.
         only: its fixed rank; None for all ranks.
-        setting: that of `SETTINGS` in which it runs; empty for the task's own.
         swept: whether the best rate of a sweep is used, or the rule's rate.
+        setting: that of `SETTINGS` in which it runs; empty for the task's own.
     """
 
     name: str
@@ -85,9 +85,10 @@ def _in_setting(entry: Entry, setting: str) -> Entry:
 
 def entries() -> dict[str, Entry]:
     """By name; the first is the default start, at the best rate of a sweep."""
+    plain = Entry(PLAIN, "LoRA-SB")
     measured = Entry(MEASURED, "LoRA-SB", {"measured": True}, rate=2e-3, falls=0.0, swept=False)
     found = (
-        Entry(PLAIN, "LoRA-SB"),
+        plain,
         Entry(FIXED, "LoRA-SB", rate=2e-3, falls=0.0, swept=False),
         Entry(FOUND, "LoRA-SB", {"trials": True}, rate=2e-3, falls=0.0, swept=False),
         measured,
@@ -123,7 +124,7 @@ def entries() -> dict[str, Entry]:
         _of_peft("PSOFT, not orthogonal", 32, 4e-3, peft="PsoftConfig", psoft_orth=False),
         _of_peft("VB-LoRA", 4, 4e-3, peft="VBLoRAConfig", r=4, num_vectors=256, vector_length=64),
         _of_peft("RandLoRA", 32, 4e-3, peft="RandLoraConfig", r=32),
-        *(_in_setting(entry, setting) for entry in (Entry(PLAIN, "LoRA-SB"), measured) for setting in SETTINGS),
+        *(_in_setting(entry, setting) for entry in (plain, measured) for setting in SETTINGS),
     )
     return {entry.name: entry for entry in found}
 
