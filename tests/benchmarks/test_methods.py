@@ -278,9 +278,9 @@ def test_adapters_of_peft_are_put_in_with_their_options(name: str) -> None:
     if "vector_length" in entry.options:  # has to divide the layers' sizes, here smaller than SmolLM2's
         entry = replace(entry, options={**entry.options, "vector_length": 16, "num_vectors": 16})
     model = put(one, entry.cell("chain_sum", "test", entry.rank(16), 1e-3, 0))
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert type(model).__name__.startswith("PeftModel")
-    assert 0 < sum(p.numel() for p in trained) < 20_000
+    assert trained and all(".default" in name for name in trained)
     assert torch.isfinite(model(**one.collate(range(SAMPLES))).loss)
 
 

@@ -143,9 +143,10 @@ def _lora(problem: Problem, method: Method, cell: Cell, batches: Batches) -> Any
 
     given = dict(cell.options)
     kind = given.pop("peft", "LoraConfig")
-    own = {"r": cell.r, "lora_alpha": cell.r} | method.options if kind == "LoraConfig" else given
+    if kind == "LoraConfig":
+        given = {"r": cell.r, "lora_alpha": cell.r} | method.options | given
     config = getattr(peft, kind)(
-        target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type, **own
+        target_modules=problem.targets, modules_to_save=problem.head or None, task_type=problem.task_type, **given
     )
     if method.name == "LoRA-GA":
         _gradients(problem, config, batches)

@@ -73,7 +73,7 @@ class Entry:
 
 
 def _of_peft(name: str, rank: int, rate: float, **options: Any) -> Entry:
-    """An adapter that PEFT ships, at its documented defaults but for the options."""
+    """An adapter that PEFT ships; if not a LoRA, at its documented defaults but for the options."""
     return Entry(name, "LoRA", options, rate, 0.0, only=rank)
 
 
@@ -116,6 +116,8 @@ def entries() -> dict[str, Entry]:
         Entry(LORA, "LoRA", rate=2e-3, falls=0.0, only=32),
         *(Entry(f"LoRA r={r}", "LoRA", rate=4e-3, falls=0.0, only=r) for r in (1, 2, 3, 6)),
         *(Entry(f"LoRA r={r}{UNTUNED}", "LoRA", rate=2e-4, falls=0.0, only=r, swept=False) for r in (1, 32)),
+        _of_peft("rsLoRA", 32, 5e-4, peft="LoraConfig", use_rslora=True),
+        _of_peft("DoRA", 32, 2e-3, peft="LoraConfig", use_dora=True),
         _of_peft("VeRA", 256, 1.6e-2, peft="VeraConfig", r=256, save_projection=False),
         _of_peft("IA3", 1, 1.6e-2, peft="IA3Config", feedforward_modules=r".*\.down_proj"),
         _of_peft("LoKr", 8, 4e-3, peft="LoKrConfig", r=8, alpha=8),
