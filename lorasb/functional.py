@@ -137,7 +137,12 @@ def _row_index(index: Tensor | Sequence[int] | None, dropout: float) -> Tensor |
         raise ValueError(f"expected dropout 0 with an index of rows, got {dropout}: it draws one mask for one adapter")
     if index is None or isinstance(index, Tensor):
         return index
-    return torch.tensor(list(index), dtype=torch.int64, device="cpu")
+    rows = list(index)
+    if not all(
+        hasattr(row, "__index__") and not isinstance(row, bool) for row in rows
+    ):  # torch.tensor would round them
+        raise TypeError(f"expected index as integers, the number of each row's adapter, got {rows}")
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _check_quantized(weight: QuantizedWeight, x: Tensor, a: Tensor, b: Tensor) -> None:
@@ -153,6 +158,8 @@ def _served(x: Tensor, weight: QuantizedWeight, *others: Tensor | float | None) 
         return None
     # For a single token, the checks and the choice of a kernel in Python take as long as the product itself.
     if cpp.serve_quantized is None or current_backend() not in ("auto", "cpp"):
+        return None
+    if calls.is_captured():  # a graph may run with gradients, which this op does not have
         return None
     return cpp.serve_quantized(x, weight.tensors, weight.layout(), *weight.shape, *others)
 

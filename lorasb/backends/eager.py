@@ -156,7 +156,7 @@ def core_gradient(t: Tensor, u: Tensor, core: Tensor, index: Tensor | None, scal
     """dR = s·tᵀ u [r, r] in R's dtype; with an index each dR_k of [K, r, r] sums over its own rows."""
     if index is None:
         return _core_gradient(t, u, core, scale)
-    gradients = torch.zeros_like(core)
+    gradients = t.new_zeros(core.shape, dtype=core.dtype)  # like t, so that both are batched under `is_grads_batched`
     order = index.argsort(stable=True)[int((index < 0).sum()) :]  # rows sorted by adapter, without rows that have none
     if len(order) == 0:
         return gradients
@@ -168,7 +168,7 @@ def core_gradient(t: Tensor, u: Tensor, core: Tensor, index: Tensor | None, scal
         gradients[present.to(t.device)] = _core_gradient(t_rows, u_rows, core, scale)
         return gradients
     for k, t_k, u_k in zip(present.tolist(), t_rows.split(counts.tolist()), u_rows.split(counts.tolist()), strict=True):
-        gradients[k] = _core_gradient(t_k.flatten(0, 1), u_k.flatten(0, 1), core, scale)
+        gradients[k] = _core_gradient(t_k.reshape(-1, t.shape[1]), u_k.reshape(-1, t.shape[1]), core, scale)
     return gradients
 
 
@@ -348,7 +348,7 @@ def chosen_cores(stack: Tensor, index: Tensor) -> Tensor:
     if not len(stack):
         return stack.new_zeros(len(index), *stack.shape[1:])
     index = index.to(stack.device)
-    return stack.index_select(0, index.clamp(min=0)) * (index >= 0).to(stack)[:, None, None]
+    return torch.where((index >= 0)[:, None, None], stack.index_select(0, index.clamp(min=0)), 0.0)
 
 
 def transformed(x: Tensor, one: Member, dropout: float, index: Tensor | None) -> Tensor:
@@ -362,7 +362,7 @@ def transformed(x: Tensor, one: Member, dropout: float, index: Tensor | None) ->
             v = functional.linear(u, core * one.scaling)
         else:
             chosen = chosen_cores(core, index) * one.scaling
-            v = (u.reshape(len(index), -1, u.shape[-1]) @ chosen.mT).reshape(u.shape)
+            v = (u.reshape(len(index), u.shape[1:-1].numel(), u.shape[-1]) @ chosen.mT).reshape(u.shape)
         y = functional.linear(v.to(x.dtype), b, bias)
         return y if weight is None else y + functional.linear(x, weight)
 

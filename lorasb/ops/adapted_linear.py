@@ -37,7 +37,8 @@ def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registr
     count = len(operands.a)
     if kernels is None:
         is_dense = not (operands.is_quantized or operands.row_index is not None or operands.dropout)
-        if count == 1 and is_dense and not torch.is_grad_enabled():
+        # torch.jit.trace checks its graph in the other grad mode, where it expects the same ops
+        if count == 1 and is_dense and not torch.is_grad_enabled() and private.tracing_state() is None:
             _, _, (a,), (core,), (b,), biases, (scaling,), *_ = operands
             weight, bias = operands.base[0] if operands.base else None, biases[0] if biases else None
             return [registry.backend_op(SERVE_OP, backend)(x, weight, a, core, b, bias, scaling)]

@@ -95,6 +95,13 @@ def is_transformed() -> bool:
     return private.transforms_active() or private.forward_level() >= 0
 
 
+def is_captured() -> bool:
+    """True while a graph is captured that may run later with gradients: `torch.export`, `make_fx`, `torch.jit.trace`."""
+    if torch.compiler.is_compiling():  # torch.compile captures again for another grad mode
+        return torch.compiler.is_exporting()
+    return private.dispatch_modes() > 0 or private.tracing_state() is not None
+
+
 def metadata_in_python(*operands: Tensor | Sequence[Tensor | None] | None) -> Hashable:
     """Return dtype, device, shape and strides of tensors, lists of them and None; None if there is anything else."""
     found: list[Hashable] = []
@@ -146,6 +153,11 @@ def check(x: Tensor, lists: tuple[Sequence[Tensor], ...], scalings: Sequence[flo
         named = zip(("weights", "lora_A", "lora_R", "lora_B", "scalings", "biases"), lengths, strict=True)
         found = ", ".join(f"{name} {length}" for name, length in named)
         raise ValueError(f"expected one of each argument for every member, got {found}")
+    for one in (*weights, *biases):
+        if not isinstance(one, Tensor):
+            raise TypeError(
+                f"expected dense weights and biases in a group, got {type(one).__name__}: call lora_sb_linear"
+            )
     ranks = [factor.shape[0] for factor in a]
     if len(set(ranks)) != 1:
         raise ValueError(f"expected one rank for all members, got {ranks}")
@@ -184,7 +196,7 @@ def check_linear(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: T
     dtype, device = x.dtype, x.device
     if dtype not in FLOATS:
         raise TypeError(f"expected x in fp64, fp32, bf16 or fp16, got {dtype}")
-    if not core.is_floating_point():
+    if core.dtype not in FLOATS:
         raise TypeError(f"expected lora_R in fp32, got {core.dtype}")
     for name, tensor in (("weight", weight), ("lora_A", a), ("lora_B", b), ("bias", bias), ("lora_R", core)):
         if tensor is None:

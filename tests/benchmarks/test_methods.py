@@ -280,7 +280,8 @@ def test_adapters_of_peft_are_put_in_with_their_options(name: str) -> None:
     model = put(one, entry.cell("chain_sum", "test", entry.rank(16), 1e-3, 0))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert type(model).__name__.startswith("PeftModel")
-    assert trained and all(".default" in name for name in trained)
+    assert trained
+    assert all(".default" in name for name in trained)
     assert torch.isfinite(model(**one.collate(range(SAMPLES))).loss)
 
 

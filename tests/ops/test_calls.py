@@ -13,7 +13,7 @@ import reference
 import tolerances
 import torch
 import torch._dynamo.testing
-from calls import KINDS, make_call, outputs, run
+from calls import INDEX, KINDS, make_call, outputs, run
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import check_equal
@@ -240,11 +240,13 @@ def test_a_second_derivative_is_refused_as_by_the_op(
         disable_direct_kernels(monkeypatch)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "rows" not in kind])
-def test_many_gradients_at_once(kind: str) -> None:
-    cases, _ = make_call(kind, torch.float32)
+@pytest.mark.parametrize("index", [INDEX, [0, 0, 1, 1, -1, 2, 2]], ids=["unequal counts", "equal counts"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_gradients_at_once(kind: str, index: list[int]) -> None:
+    cases, options = make_call(kind, torch.float32)
+    options = {"index": index} if options else {}
     x, cores = cases[0].x.clone().requires_grad_(True), [case.core.clone().requires_grad_(True) for case in cases]
-    y = torch.cat(outputs(cases, x, cores), -1)
+    y = torch.cat(outputs(cases, x, cores, **options), -1)
     dys = torch.randn(2, *y.shape, generator=torch.Generator().manual_seed(0))
     batched = torch.autograd.grad(y, (x, *cores), dys, is_grads_batched=True, retain_graph=True)
     for k, dy in enumerate(dys):

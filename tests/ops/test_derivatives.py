@@ -166,6 +166,27 @@ def test_rows_without_any_adapter_have_a_derivative() -> None:
     tolerances.check(found, case.x.sin() @ case.weight.t(), tolerances.FP64)
 
 
+def test_an_empty_batch_of_rows_has_a_derivative() -> None:
+    case = reference.make_case((0,), 8, 6, 2, torch.float64)
+    found = torch.func.jvp(
+        lambda x: lora_sb_linear(x, case.weight, case.a, case.core[None], case.b, index=[]), (case.x,), (case.x,)
+    )
+    assert found[1].shape == (0, 6)
+
+
+def test_a_damaged_adapter_reaches_no_other_rows() -> None:
+    (case,), _ = make_call("rows", torch.float64, ())
+    case.core[0] = float("nan")
+    damaged = torch.tensor([k == 0 for k in INDEX])
+    for transform in ("jvp", "vmap"):
+
+        def layer(x: Tensor) -> Tensor:
+            return lora_sb_linear(x, case.weight, case.a, case.core, case.b, case.bias, index=INDEX)
+
+        y = torch.func.jvp(layer, (case.x,), (case.x,))[0] if transform == "jvp" else torch.vmap(layer)(case.x[None])[0]
+        assert torch.equal(y.isnan().any(1), damaged)
+
+
 @pytest.mark.parametrize("transform", ["jvp", "grad", "gradients by sample"])
 def test_transforms_in_a_compiled_function(transform: str) -> None:
     case, layer, _ = layers_of("dense")
@@ -218,9 +239,20 @@ def test_gradients_by_sample_of_a_patched_model() -> None:
             tolerances.check(by_sample[name][i], parameter.grad, tolerances.BATCHING)
 
 
+CAPTURES: dict[str, Callable[[torch.nn.Module, Tensor], Any]] = {
+    "export": lambda layer, x: torch.export.export(layer, (x,)).module(),
+    "trace": lambda layer, x: torch.jit.trace(layer, (x,)),  # its own check runs with gradients
+}
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor", "ignore:`torch.jit")
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("kind", ["no bias", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graph_captured_without_gradients_has_them_when_it_runs_with_them(dtype: torch.dtype) -> None:
-    case = reference.make_case((3,), 64, 32, 4, dtype, bias=False)
+def test_a_graph_captured_without_gradients_has_them_when_it_runs_with_them(
+    dtype: torch.dtype, kind: str, capture: str
+) -> None:
+    case = make_call(kind, dtype, (), 64, 32, 4)[0][0]
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
@@ -228,14 +260,14 @@ def test_a_graph_captured_without_gradients_has_them_when_it_runs_with_them(dtyp
             self.core = torch.nn.Parameter(case.core.clone())
 
         def forward(self, x: Tensor) -> Tensor:
-            return lora_sb_linear(x, case.weight, case.a, self.core, case.b, None, case.scaling)
+            return lora_sb_linear(x, case.weight, case.a, self.core, case.b, case.bias, case.scaling)
 
     layer = Layer()
     with torch.no_grad():
-        captured: Any = torch.export.export(layer, (case.x,)).module()
+        captured = CAPTURES[capture](layer, case.x)
     x = case.x.clone().requires_grad_(True)
     captured(x).backward(case.dy)
-    wide_dx, wide_dcore = reference.gradients(case.double())
+    wide_dx, wide_dcore = reference.gradients(dense(case).double())
     for found, want in ((x.grad, wide_dx), (captured.core.grad, wide_dcore)):
         assert found is not None
         if dtype == torch.float32:

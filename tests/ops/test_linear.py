@@ -11,6 +11,7 @@ from typing import Any
 import calls
 import pytest
 import reference
+import storages
 import tolerances
 import torch
 from calls import FEW, INDEX, KINDS, check, check_pooled, exact, make_call, outputs, run
@@ -292,16 +293,21 @@ BAD_INPUT: dict[str, tuple[str, Change, type[Exception], str]] = {
     "dtype of W": ("dense", lambda c: {"weight": c.weight.half()}, TypeError, "expected weight in x's dtype torch.float32"),
     "dtype of A": ("dense", lambda c: {"lora_A": c.a.bfloat16()}, TypeError, "expected lora_A in x's dtype"),
     "integer x": ("dense", lambda c: {"x": c.x.long()}, TypeError, "expected x in fp64, fp32, bf16"),
+    "8-bit R": ("dense", lambda c: {"lora_R": c.core.to(torch.float8_e4m3fn)}, TypeError, "expected lora_R in fp32"),
     "integer R": ("dense", lambda c: {"lora_R": c.core.long()}, TypeError, "expected lora_R in fp32"),
     "device": ("dense", lambda c: {"lora_B": c.b.to("meta")}, ValueError, "expected lora_B on x's device cpu, got meta"),
     **{f"dropout {p}": ("dense", lambda c, p=p: {"dropout": p}, ValueError, DROPOUT) for p in (1.0, 1.5, -0.1, float("nan"))},
     "no weights": ("group", lambda c: {"weights": []}, ValueError, EACH),
+    "no W in a group": ("group", lambda c: {"weights": [c.weight, None, None]}, TypeError, r"dense weights .* got NoneType"),
+    "4 bits in a group": ("group", lambda c: {"weights": [storages.storage(6, 8)] * 3}, TypeError, "got QuantizedWeight"),
     "members": ("group", lambda c: {"lora_A": [], "lora_R": [], "lora_B": []}, ValueError, EACH),
     "ranks": ("group", lambda c: {"lora_A": [c.a[:2], c.a, c.a]}, ValueError, r"expected one rank for all members, got \[2, 3, 3\]"),
     "above": ("rows", lambda c: {"index": [0, 3, *INDEX[2:]]}, IndexError, r"expected index in \[-1, 3\), .* got 3"),
     "below": ("rows", lambda c: {"index": [0, -2, *INDEX[2:]]}, IndexError, r"got -2"),
     "length": ("rows", lambda c: {"index": [0, 1]}, ValueError, rf"{OF_ROWS} of x .* got 2 for \[7, 2, 8\]"),
     "dtype": ("rows", lambda c: {"index": torch.zeros(7)}, TypeError, r"expected index \[n\] in int64 on the CPU"),
+    "fractions": ("rows", lambda c: {"index": [0.7] * 7}, TypeError, "expected index as integers"),
+    "a mask": ("rows", lambda c: {"index": [True] * 7}, TypeError, "expected index as integers"),
     "one core": ("rows", lambda c: {"lora_R": c.core[0]}, ValueError, r"expected lora_R \[K, r, r\] with an index of rows"),
     "rank of a stack": ("rows", lambda c: {"lora_R": torch.zeros(3, 4, 4)}, ValueError, "ranks differ"),
     "dropout of rows": ("rows", lambda c: {"dropout": 0.5}, ValueError, "expected dropout 0 with an index of rows"),
