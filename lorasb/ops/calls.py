@@ -96,7 +96,7 @@ def is_transformed() -> bool:
 
 
 def is_captured() -> bool:
-    """True while a graph is captured that may run later with gradients: `torch.export`, `make_fx`, `torch.jit.trace`."""
+    """True while a graph is captured that may run with gradients: `torch.export`, `make_fx`, `torch.jit.trace`."""
     if torch.compiler.is_compiling():  # torch.compile captures again for another grad mode
         return torch.compiler.is_exporting()
     return private.dispatch_modes() > 0 or private.tracing_state() is not None
