@@ -38,8 +38,8 @@ class StoredCores(Protocol):
 
     basis: str
 
-    def stack(self) -> Tensor:
-        """Return the R's [capacity, r, r], by slot."""
+    def stack(self, device: torch.device) -> Tensor:
+        """Return the R's [capacity, r, r], by slot, on the device of the layer's A and B."""
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):

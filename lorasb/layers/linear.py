@@ -75,7 +75,7 @@ def row_cores(layer: AdaptedLayer, names: tuple[str, ...], rows: Rows) -> RowCor
     modules, bank, places = layer._modules, layer.stored_cores, rows.places  # public access takes microseconds
     a, b = (cast(Any, modules[factor])._parameters[names[0]] for factor in FROZEN_FACTORS)
     if len(names) == 1 and bank is not None and places is not None:
-        return RowCores(a, b, bank.stack(), places, layer.adapters[names[0]].scaling)
+        return RowCores(a, b, bank.stack(a.device), places, layer.adapters[names[0]].made_with)
     cores = torch.stack([layer.core(name) for name in names])
     index = torch.tensor([names.index(name) if name in names else -1 for name in rows.names], device="cpu")
     return RowCores(a, b, cores, index[rows.index], layer.adapters[names[0]].scaling)

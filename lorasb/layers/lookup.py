@@ -96,14 +96,6 @@ def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> 
         )
 
 
-def scalings_of(layers: dict[str, AdaptedLayer], basis: str) -> dict[str, float]:
-    """Return a basis's s by layer, of which its adapters' s are multiples; raise a ValueError where it is 0."""
-    found = {name: layer.adapters[basis].scaling for name, layer in layers.items()}
-    if not all(found.values()):
-        raise ValueError(f"the scale of {basis!r} is 0, so no R on it has any effect: call set_scale(...)")
-    return found
-
-
 def layers_of_one(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, AdaptedLayer]]:
     """Return an initialized adapter's name, by default the only active one's, and its layers."""
     name, layers = adapted_layers(model, adapter_name)

@@ -30,7 +30,6 @@ from ..layers.lookup import (
     layers_with,
     refuse_more_than_factors,
     refuse_uninitialized,
-    scalings_of,
 )
 from ..layers.weight_adapter import LoRASBWeight
 from ..utils.precision import FLOATS
@@ -68,9 +67,11 @@ class LayerCores:
         self.bank, self.basis, self.columns = bank, bank.basis, columns
         self._seen: tuple[Tensor, Tensor] | None = None  # storage and its view, replaced together
 
-    def stack(self) -> Tensor:
-        """A view [capacity, r, r], renewed after the bank has grown."""
+    def stack(self, device: torch.device) -> Tensor:
+        """A view [capacity, r, r] on a device, renewed after the bank has grown or the model has moved."""
         whole, seen = self.bank.storage, self._seen
+        if whole.device != device:
+            whole = self.bank.move(device)
         if seen is None or seen[0] is not whole:
             first, r = self.columns
             seen = self._seen = whole, whole[:, first : first + r**2].unflatten(1, (r, r))
@@ -223,7 +224,7 @@ class AdapterBank:
         Truncated files and adapters with other A and B are skipped and listed in the report.
 
         Raises:
-            ValueError: two folders have the same name, or the basis's scale is 0; no adapter is loaded.
+            ValueError: two folders have the same name; no adapter is loaded.
         """
         report = LoadReport()
         found = [(one.name, one) for folder in folders for one in adapters_in(Path(os.path.abspath(folder)))]
@@ -234,7 +235,7 @@ class AdapterBank:
                 raise ValueError(f"two adapters are called {name!r}, {paths[name]} and {path}: load(other_name=folder)")
         with self._lock:
             self._reserve(len({*self.names, *paths}))
-        layers, scalings = self.layers, scalings_of(self.layers, self.basis)
+        layers, scalings = self.layers, self._scalings()
         if not layers:
             raise ValueError("the bank's model, or its basis, is gone: make another, AdapterBank(model)")
         dtype = next(iter(layers.values())).lorasb_A[self.basis].dtype
@@ -247,6 +248,13 @@ class AdapterBank:
             except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
                 report.failed[name] = str(error)
         return report
+
+    def move(self, device: torch.device) -> Tensor:
+        """Move the resident R's to a device, which a model's layers do when the model has moved; return all of them."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self.storage.device != device:
+                self.storage = self.storage.to(device)
+            return self.storage
 
     @contextmanager
     def serving(self, names: Sequence[str]) -> Iterator[list[int]]:
@@ -351,6 +359,10 @@ class AdapterBank:
             raise ValueError(f"adapter {name!r} has NaN or Inf values: its training had failed")
         return row
 
+    def _scalings(self) -> dict[str, float]:
+        """The original s of the basis by layer, by which the R's of the bank are multiplied, whatever `set_scale` does."""
+        return {name: layer.adapters[self.basis].made_with for name, layer in self.layers.items()}
+
     def _of_model(self, adapter: str) -> dict[str, Tensor]:
         layers = self.layers
         for layer in layers.values():
@@ -358,7 +370,7 @@ class AdapterBank:
                 raise ValueError(f"expected an adapter of the model on the A and B of {self.basis!r}, got {adapter!r}")
         if adapter != self.basis:
             refuse_more_than_factors(self._model(), adapter, "serve it by its name")
-        found, scalings = {}, scalings_of(layers, self.basis)
+        found, scalings = {}, self._scalings()
         for name, layer in layers.items():
             ratio = layer.adapters[adapter].scaling / scalings[name]
             found[name] = layer.lorasb_R[adapter] if ratio == 1.0 else layer.lorasb_R[adapter] * ratio

@@ -184,6 +184,28 @@ def test_an_adapter_of_the_model_is_copied_with_its_scale_and_saved_ones_are_wha
         out(model, "copy", "copy")
 
 
+def test_the_scale_of_the_basis_is_not_that_of_the_bank(tmp_path: Path) -> None:
+    want = out(saved(tmp_path, "ada").eval(), "ada", "ada")
+    model = with_users()
+    bank = lorasb.AdapterBank(model)
+    bank.load(before=tmp_path / "ada")
+    for layer in layers_with(model, "default").values():
+        layer.set_scale("default", 0.0)
+    bank.load(later=tmp_path / "ada")
+    for name in ("before", "later"):
+        check(out(model, name, name), want, MERGE)
+
+
+def test_a_bank_follows_its_model_to_another_device() -> None:
+    model = with_users("ada")
+    bank = moved_to_bank(model)
+    model.to("meta")
+    with torch.no_grad():
+        logits = model(torch.zeros((1, 3), dtype=torch.int64, device="meta"), adapter_names=["ada"]).logits
+    assert logits.device == bank.storage.device == torch.device("meta")
+    assert bank.names == ["ada"]
+
+
 def test_names_and_values_that_cannot_be_are_refused() -> None:
     model = with_users("ada")
     bank = lorasb.AdapterBank(model)
