@@ -360,7 +360,7 @@ class AdapterBank:
         return row
 
     def _scalings(self) -> dict[str, float]:
-        """The original s of the basis by layer, by which the R's of the bank are multiplied, whatever `set_scale` does."""
+        """The original s of the basis by layer, by which the R's of the bank are multiplied; not `set_scale`'s."""
         return {name: layer.adapters[self.basis].made_with for name, layer in self.layers.items()}
 
     def _of_model(self, adapter: str) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -140,9 +142,9 @@ class AdapterRowsCallback(TrainerCallback):
     """Trains the adapters that the optimizer's groups name, each on its own rows of a batch.
 
     Each adapter's gradient is that of its mean loss per labeled token in a step, over all accumulated batches and
-    processes; `max_grad_norm` clips each adapter alone. The logged loss is the mean over the tokens of all rows. An
-    adapter without tokens in a step is neither updated nor decayed. A checkpoint has the basis and a folder for each
-    adapter, and training resumes from it as from any other.
+    processes, without the rows that fill up an epoch's last batches; `max_grad_norm` clips each adapter alone. The
+    logged loss is the mean over the tokens of all rows. An adapter without tokens in a step is neither updated nor
+    decayed. A checkpoint has the basis and a folder for each adapter, and training resumes from it as from any other.
 
         trainer = Trainer(
             model,
@@ -239,6 +241,7 @@ class AdapterRowsCallback(TrainerCallback):
                 "AdapterRowsCallback trains causal language models, whose batches have labels for all logits"
             )
         rows = torch.tensor([name != BASE_ROW for name in names], device=labels.device)
+        rows[_first_repeat(len(rows)) :] = False
         losses = token_losses(output.logits, labels) * rows[:, None]
         counted = (labels[:, 1:] != IGNORED).sum(1) * rows
         self._labeled.append((names, counted))
@@ -251,6 +254,15 @@ class AdapterRowsCallback(TrainerCallback):
         loss.register_hook(torch.ones_like)
         output["loss"] = loss
         return output
+
+
+def _first_repeat(count: int) -> int:
+    """The first of this process's rows that repeats one of the epoch: accelerate fills its last batches with them."""
+    state, processes = GradientState(), Processes()
+    is_last = state.end_of_dataloader and state.sync_gradients  # several batches of a step are read ahead
+    if not processes.is_distributed or not is_last or state.remainder <= 0:  # -1: the length is unknown
+        return count
+    return min(max(state.remainder - processes.rank * count, 0), count)
 
 
 def _refuse_other_tasks(model: Any) -> None:
@@ -277,8 +289,13 @@ def _groups(optimizer: Optimizer | None) -> list[dict[str, Any]]:
 
 def _check(args: TrainingArguments, loader: object) -> None:
     """Raise if gradients or batches cannot be divided by row, or the trainer would restore only one adapter."""
-    refused = ("fp16", "deepspeed", "fsdp", "label_smoothing_factor")
-    found = [name for name in refused if getattr(args, name)]
+    refused = {  # `accelerate launch` chooses some of them
+        "fp16": args.fp16 or getattr(args, "mixed_precision", None) == "fp16",
+        "deepspeed": args.deepspeed or getattr(args, "deepspeed_plugin", None),
+        "fsdp": args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
+        "label_smoothing_factor": args.label_smoothing_factor,
+    }
+    found = [name for name, chosen in refused.items() if chosen]
     if found:
         raise ValueError(f"expected training in fp32 or bf16, by one process or DDP, got {found[0]}: leave it out")
     if args.load_best_model_at_end:

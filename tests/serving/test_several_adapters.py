@@ -16,6 +16,7 @@ from basis_models import NAMES, a_layer, with_users
 from models import make
 from peft import PeftModel
 from processes import run_ranks
+from safetensors.torch import load_file, save_file
 from tolerances import FP32_NORMS, FP64, check, check_equal
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -230,6 +231,28 @@ def test_a_rank_may_have_rows_of_the_base_alone(tmp_path: Path, checkpointing: b
     assert [(tmp_path / f"moved.{rank}").read_text() for rank in (0, 1)] == ["ada", "ada"]
 
 
+def train_uneven(folder: Path, ranks: int, accumulation: int, rank: int) -> None:
+    """Train on a number of rows that the ranks' batches do not divide, in order; write the R's."""
+    model = with_users(*NAMES).double()
+    options = {"per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": accumulation}
+    trainer = trainer_for(model, folder, **options)
+    trainer.train_dataset = rows = EXAMPLES[:9] + EXAMPLES[10:11]
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    if rank == 0:
+        found = {f"{name} {i}": core for name in NAMES for i, core in enumerate(cores(model, name))}
+        save_file(found, folder / f"{ranks}.safetensors")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_repeated_rows_of_an_epochs_end_are_not_counted(tmp_path: Path, accumulation: int) -> None:
+    train_uneven(tmp_path, 1, accumulation, 0)
+    run_ranks(2, tmp_path, partial(train_uneven, tmp_path, 2, accumulation))
+    found, want = (load_file(tmp_path / f"{ranks}.safetensors") for ranks in (2, 1))
+    for name, core in want.items():
+        check(found[name], core, FP64)
+
+
 def test_after_an_error_another_trainer_trains_and_clips(tmp_path: Path) -> None:
     model = with_users(*NAMES)
     failed = trainer_for(model, tmp_path)
@@ -291,6 +314,12 @@ def test_trainers_that_cannot_train_rows_are_refused(tmp_path: Path, monkeypatch
     sharded = transformers.TrainingArguments(str(tmp_path), fsdp="full_shard", use_cpu=True)
     with pytest.raises(ValueError, match=r"expected training in fp32 or bf16, by one process or DDP, got fsdp"):
         lorasb.AdapterRowsCallback().on_train_begin(sharded, None, None)
+    for variable, value in (("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_MIXED_PRECISION", "fp16")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            launched = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+            with pytest.raises(ValueError, match=r"by one process or DDP, got (fsdp|fp16)"):
+                lorasb.AdapterRowsCallback().on_train_begin(launched, None, None)
     with monkeypatch.context() as patch:
         patch.setattr(training, "Processes", lambda: SimpleNamespace(is_distributed=True))
         stream = {"train_dataloader": Mock(spec=DataLoaderDispatcher)}
