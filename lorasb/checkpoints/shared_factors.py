@@ -100,7 +100,9 @@ def referenced_digest(tensors: dict[str, Tensor]) -> bytes | None:
 
 
 def digest(factors: dict[str, Tensor]) -> bytes:
-    """SHA-256 over keys without PEFT's prefix, dtypes, shapes and bits."""
+    """SHA-256 over keys without PEFT's prefix, dtypes, shapes and bits; a ValueError for shards."""
+    if any(hasattr(value, "device_mesh") for value in factors.values()):  # DTensors
+        raise ValueError("expected whole A and B, got FSDP2's shards of them: add and load adapters before fully_shard")
     sha256 = hashlib.sha256()
     # Without the prefix, so that a file's tensors and those of a model's layers have the same digest.
     for key in sorted(factors):

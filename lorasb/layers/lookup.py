@@ -97,8 +97,14 @@ def refuse_uninitialized(layers: dict[str, AdaptedLayer], adapter_name: str) -> 
 
 
 def layers_of_one(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, AdaptedLayer]]:
-    """Return an initialized adapter's name, by default the only active one's, and its layers."""
+    """Return an initialized adapter's name, by default the only active one's, and its layers, with all of R."""
     name, layers = adapted_layers(model, adapter_name)
+    cores = [layer.lorasb_R[name] for layer in layers.values()]
+    if any(hasattr(core, "device_mesh") or core.numel() == 0 for core in cores):
+        raise ValueError(
+            "expected all of R on every process, got shards of it (FSDP2 or ZeRO-3): save the adapter and load it into "
+            "one process, or train with DDP"
+        )
     refuse_uninitialized(layers, name)
     active = next(iter(layers.values())).active_adapters
     if adapter_name is None and len(active) > 1:

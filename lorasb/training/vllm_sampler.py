@@ -209,9 +209,6 @@ def _to_send(model: PeftModel, adapter_name: str | None) -> tuple[str, dict[str,
     """Return an adapter's name and layers; raise a ValueError if vLLM could not compute as the model from R alone."""
     name, layers = layers_of_one(model, adapter_name)
     refuse_more_than_factors(model, name, "it is not sent, so serve a merged model or export_lora")
-    cores = [layer.lorasb_R[name] for layer in layers.values()]
-    if any(hasattr(core, "full_tensor") or core.numel() == 0 for core in cores):
-        raise ValueError("expected all of R on every process, got shards of it (FSDP2 or ZeRO-3): train with DDP")
     if any(layer.adapters[name].scaling != layer.adapters[name].made_with for layer in layers.values()):
         raise ValueError(f"adapter {name!r} has another scale than it was made with: set_scale({name!r}, 1.0)")
     return name, layers

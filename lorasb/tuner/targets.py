@@ -231,6 +231,8 @@ def check_supported(name: str, module: nn.Module) -> None:
         )
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Linear | Conv1D) and weight is not None:
+        if hasattr(weight, "device_mesh"):
+            raise TypeError(f"target {name!r} has a sharded weight (FSDP2): add adapters before fully_shard")
         if not has_dense_weight(base):
             raise TypeError(
                 f"target {name!r} is a {type(base).__name__} with a {weight.dtype} weight {list(weight.shape)}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import train_ranks
 import trainer_ranks
 from basis_models import with_users
 from models import logits, make, patched, text
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from processes import ROOT, attempt, python, run_ranks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from train_ranks import WAYS
 
 import lorasb
+from lorasb.checkpoints.shared_factors import DIGEST
 from lorasb.layers.lookup import layers_with
 
 SUPPORT, CONFIGS = ROOT / "tests" / "support", ROOT / "docs" / "accelerate"
@@ -236,6 +238,24 @@ def test_a_sharded_model_with_adapters_on_a_basis_takes_a_state_dict(tmp_path: P
             one.eval().set_adapter("ada")
         tolerances.check(logits(model), logits(source), tolerances.PROCESS_SUMS)
         assert all(one.lorasb_A["ada"] is one.lorasb_A["default"] for one in layers_with(model, "ada").values())
+
+    run_ranks(2, tmp_path, work)
+
+
+def test_what_needs_whole_factors_refuses_a_sharded_model(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        model = sharded(with_users("ada"))
+        state = {**get_peft_model_state_dict(patched()), DIGEST: torch.zeros(32, dtype=torch.uint8)}
+        calls: list[tuple[Callable[[], object], str]] = [
+            (lambda: lorasb.export_lora(model, tmp_path / f"lora {rank}", adapter_name="ada"), "got shards of it"),
+            (lambda: lorasb.adapter_delta(model, adapter_name="ada"), "got shards of it"),
+            (lambda: lorasb.add_adapters(model, ["bob"]), "before fully_shard"),
+            (lambda: set_peft_model_state_dict(model, state, "ada"), "before fully_shard"),
+            (lambda: model.train()(**text(2, 6, 0), adapter_names=["ada", "default"]), "train .* with DDP"),
+        ]
+        for call, message in calls:
+            with pytest.raises((ValueError, TypeError), match=message):
+                call()
 
     run_ranks(2, tmp_path, work)
 
