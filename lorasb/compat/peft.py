@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from . import Private, extend, find, several
+from . import Private, find, several
 
 VERIFIED = "PEFT 0.21"
 MODEL, LORA = "peft.peft_model.PeftModel", "peft.tuners.lora.LoraModel"
@@ -57,18 +56,13 @@ PRIVATE = {
         "`register_peft_method` asks for a member of the enum, which cannot be extended",
         "LORASB is found by value only, or the registration raises",
     ),
-    "load_peft_weights": Private(
-        "peft.peft_model.load_peft_weights",
-        "wrapped: adds A and B to a checkpoint that is loaded into an existing adapter, as when resuming",
+    "load_adapter": Private(
+        f"{MODEL}.load_adapter",
+        "wrapped: finds A and B when resuming, and removes a new adapter that cannot be loaded",
         "resuming raises: A and B are missing",
     ),
     "hotswap_adapter": Private(
         "peft.utils.hotswap.hotswap_adapter", "wrapped: swaps adapters of LoRA-SB", "PEFT's own function refuses them"
-    ),
-    "get_peft_type": Private(
-        "peft.config.PeftConfig._get_peft_type",
-        "detects which method's adapter `hotswap_adapter` loads",
-        "`hotswap_adapter` raises an AttributeError",
     ),
     **several("overridden: patching, saving, loading", "PEFT's own runs, and raises or trains A and B", *HOOKS),
     **several("handles `adapter_names`", "these raise a TypeError", f"{MODEL}._enable_peft_forward_hooks"),
@@ -80,7 +74,6 @@ PRIVATE = {
     **several("detects modules that are trained in full", "`lorasb.add_adapters` raises", f"{WRAPPER}._adapters"),
     **several("set while gradients are taken", "`lorasb.initialize` raises", f"{WRAPPER}._active_adapter"),
 }
-HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
 
 
 def extend_peft_types(name: str) -> None:
@@ -97,29 +90,6 @@ def extend_peft_types(name: str) -> None:
     kind._member_names_.append(name)
     kind._member_map_[name] = member
     kind._value2member_map_[name] = member
-
-
-def extend_loader(load: Callable[[Callable[[], dict[str, Tensor]], str, dict[str, Any]], dict[str, Tensor]]) -> None:
-    """Have `PeftModel.load_adapter` call `load` with PEFT's function, folder or hub name, and options; idempotent."""
-
-    def call(original: Callable[..., Any], model_id: object, *arguments: object, **options: object) -> object:
-        return load(functools.partial(original, model_id, *arguments, **options), str(model_id), options)
-
-    extend(importlib.import_module("peft.peft_model"), "load_peft_weights", call)
-
-
-def extend_hotswap(name: str, swap: Callable[..., None]) -> None:
-    """Have `hotswap_adapter` call `swap`, with its own arguments, for adapters of the method `name`; idempotent."""
-
-    def call(
-        original: Callable[..., None], model: object, model_name_or_path: str, *arguments: object, **options: object
-    ) -> None:
-        config: Any = importlib.import_module("peft.utils.hotswap").PeftConfig
-        hub = {option: options.get(option) for option in HUB_OPTIONS}
-        chosen = swap if config._get_peft_type(model_name_or_path, **hub) == name else original
-        chosen(model, model_name_or_path, *arguments, **options)
-
-    extend(importlib.import_module("peft.utils.hotswap"), "hotswap_adapter", call)
 
 
 @contextmanager

@@ -1,15 +1,13 @@
-"""Private names of transformers, and one method of its models that is extended."""
+"""Private names of transformers."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import Private, extend, several
+from . import Private, several
 
 VERIFIED = "transformers 5.3 and 5.24"
 LOADED = "_is_hf_initialized"
@@ -107,29 +105,3 @@ def on_one_device(args: Any) -> Any:
     # without a launcher, Trainer would use all GPUs by DataParallel, which multiplies the examples per step
     args._n_gpu = min(args.n_gpu, 1)
     return args
-
-
-def extend_load_adapter(check: Callable[[Any, str], None], remember: Callable[[Any], Callable[[str], None]]) -> None:
-    """Have models' `load_adapter` check new adapters, and remove them if it fails; idempotent.
-
-    Args:
-        check: gets the model and the name of a new adapter, and raises if it cannot be used.
-        remember: gets the model before a load, and returns the function that removes a new adapter.
-    """
-
-    def call(original: Callable[..., object], model: Any, *arguments: object, **options: object) -> object:
-        before, remove = set(getattr(model, "peft_config", ())), remember(model)
-        flag = getattr(model, HAS_ADAPTER, None)
-        try:
-            result = original(model, *arguments, **options)
-            for name in set(model.peft_config) - before:
-                check(model, name)
-        except BaseException:
-            for name in set(getattr(model, "peft_config", ())) - before:
-                remove(name)
-            if flag is not None:
-                setattr(model, HAS_ADAPTER, flag)
-            raise
-        return result
-
-    extend(importlib.import_module("transformers").PreTrainedModel, "load_adapter", call)

@@ -155,7 +155,6 @@ class LoRASBConfig(PeftConfig):
         self.start_at: str | None = None  # the adapter whose R is copied to start one on a basis
         self.saved_names: tuple[str, ...] | None = None  # of the tensors in the file next to this config
         self.source: tuple[str, dict[str, Any]] | None = None  # the folder or hub name it was read from, and options
-        self.awaits_weights = False  # True between an adapter's injection and the loading of its file
         self.peft_type = PeftType(PEFT_NAME)
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)

@@ -84,7 +84,6 @@ def share_basis(model: PeftModel, adapters: Sequence[str], name: str, r: int | N
     config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
     config.task_type, config.target_parameters = like.task_type, copy.copy(like.target_parameters)
     model.add_adapter(name, config.weights_follow())
-    config.awaits_weights = False  # no file is loaded
     return _move_onto(model, adapters, name, joint)
 
 

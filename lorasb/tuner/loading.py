@@ -16,7 +16,7 @@ from ..checkpoints import adapter_file, shared_factors
 from ..checkpoints.adapter_file import SMALLEST, TOLERANCE, difference
 from ..checkpoints.shared_factors import DIGEST, join_factors
 from ..compat.torch import unwrapped
-from ..compat.transformers import is_loaded
+from ..compat.transformers import HAS_ADAPTER, is_loaded
 from ..config.adapter import LoRASBConfig
 from ..constants import CONFIG_NAME, FACTORS, FACTORS_NAME, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
@@ -26,34 +26,48 @@ from ..utils.reading import AGAIN, read_json
 from .targets import without_wrapper
 
 
-# PEFT passes a method the tensors of an adapter file, but not its folder, where the factor file is; the config records
-# the folder that it was read from. Resuming reads no config, so `PeftModel.load_adapter` calls this.
-def with_folder(tensors: dict[str, Tensor], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Add A and B from an adapter's folder (or hub name) to a file's tensors that refer to them but lack them."""
-    if DIGEST not in tensors or any(shared_factors.is_factor(key) for key in tensors):
-        return tensors  # a complete adapter, or another method's
-    folder = _folder(model_id, options)
-    # keep the digest, as the model may already have these very tensors
-    return tensors if folder is None else join_factors(tensors, folder) | {DIGEST: tensors[DIGEST]}
+def by_peft(
+    original: Callable[..., Any], model: peft.PeftModel, model_id: Any, adapter_name: str, *args: Any, **options: Any
+) -> Any:
+    """Load by PEFT's `load_adapter`, finding A and B next to a file when resuming; an error leaves no new adapter."""
+    config = model.peft_config.get(adapter_name)
+    if isinstance(config, LoRASBConfig):  # PEFT reads no other configuration, which would record the folder
+        config.source = str(model_id), options
+    try:
+        folder = Path(model_id, options.get("subfolder") or "")
+        if _lacks_weights(folder):  # PEFT would look for them on the hub
+            raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none: {AGAIN}")
+        return original(model, model_id, adapter_name, *args, **options)
+    except BaseException:  # Ctrl-C, too
+        config = model.peft_config.get(adapter_name)
+        layers = layers_with(model, adapter_name).values()
+        is_new = not any(layer.is_initialized(adapter_name) for layer in layers)
+        if isinstance(config, LoRASBConfig) and config.from_file and is_new:
+            discard(model, adapter_name)
+        raise
 
 
-_faults: dict[tuple[int, ...], str] = {}  # error messages by the digest in the adapter's file
-
-
-def completed(read: Callable[[], dict[str, Tensor]], model_id: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Read tensors and call `with_folder`; `with_factors` raises its errors, where a new adapter can be removed."""
-    folder = Path(model_id, options.get("subfolder") or "")
-    if _lacks_weights(folder):
-        tensors = {DIGEST: torch.tensor(list(os.urandom(32)), dtype=torch.uint8)}  # of no A and B
-        fault = f"expected {WEIGHTS_NAME} in {folder}, found none: {AGAIN}"
-    else:
-        tensors = read()
-        try:
-            return with_folder(tensors, model_id, options)
-        except ValueError as error:
-            fault = str(error)
-    _faults[tuple(tensors[DIGEST].flatten().tolist())] = fault
-    return tensors
+def by_transformers(original: Callable[..., Any], model: Any, *args: Any, **options: Any) -> Any:
+    """Load by transformers' `load_adapter`, refuse missing or infinite values; an error leaves no LoRA-SB adapter."""
+    before, has_adapter = set(getattr(model, "peft_config", ())), getattr(model, HAS_ADAPTER, None)
+    active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, AdaptedLayer)]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        result = original(model, *args, **options)
+        for name in set(model.peft_config) - before:
+            _check_loaded(model, name)
+        return result
+    except BaseException:  # Ctrl-C, too
+        configs: dict[str, object] = getattr(model, "peft_config", {})
+        for name in [name for name in set(configs) - before if isinstance(configs[name], LoRASBConfig)]:
+            for layer, names in active:
+                layer._active_adapter = names
+            discard(model, name)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        if has_adapter is not None:
+            setattr(model, HAS_ADAPTER, has_adapter)
+        raise
 
 
 def _lacks_weights(folder: Path) -> bool:
@@ -89,7 +103,6 @@ def with_factors(
     off its current basis. Call it after checking the tensors: until then the model is unchanged.
     """
     expected = shared_factors.referenced_digest(tensors)
-    fault = _faults.pop(tuple(expected), None) if expected is not None else None
     # R is meaningless with other factors, so the digest decides, not the shapes.
     found = None if expected is None else basis.with_digest(layers, expected, first=adapter_name)
     if found is not None:  # the model has them
@@ -105,8 +118,9 @@ def with_factors(
         prefix = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in tensors) else ""
         own = {key: value for key, value in tensors.items() if key != DIGEST and not shared_factors.is_factor(key)}
         return own | {f"{prefix}{key}": value for key, value in frozen_factors(layers, found).items()}, move
-    if expected is not None and config.source is not None:
-        tensors = with_folder(tensors, *config.source)
+    if expected is not None and config.source is not None and not any(map(shared_factors.is_factor, tensors)):
+        folder = _folder(*config.source)
+        tensors = tensors if folder is None else join_factors(tensors, folder)
     tensors = {key: value for key, value in tensors.items() if key != DIGEST}
     if expected is None or any(map(shared_factors.is_factor, tensors)):  # the file or its folder has them
 
@@ -116,8 +130,6 @@ def with_factors(
                 config.basis = None
 
         return tensors, leave
-    if fault is not None:
-        raise ValueError(fault)
     if not config.basis:
         raise shared_factors.missing_factors_error()
     raise ValueError(
@@ -176,7 +188,7 @@ def refuse_missing_modules(model: nn.Module, config: LoRASBConfig) -> None:
         raise ValueError(f"trainable_token_indices: expected their rows in the adapter file, got none: {AGAIN}")
 
 
-def check_loaded(model: nn.Module, adapter_name: str) -> None:
+def _check_loaded(model: nn.Module, adapter_name: str) -> None:
     """Raise a ValueError if transformers' `load_adapter` left a layer of a LoRA-SB adapter without usable values."""
     layers = {n: one for n, one in layers_with(model, adapter_name).items() if not one.lorasb_A[adapter_name].is_meta}
     if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
@@ -184,23 +196,6 @@ def check_loaded(model: nn.Module, adapter_name: str) -> None:
     found = {name: {part: getattr(layer, part)[adapter_name] for part in FACTORS} for name, layer in layers.items()}
     loaded = {name: {part: v for part, v in parts.items() if is_loaded(v)} for name, parts in found.items()}
     adapter_file.check_factors(loaded, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
-
-
-def remember_adapters(model: Any) -> Callable[[str], None]:
-    """Return a function that removes a LoRA-SB adapter which transformers' `load_adapter` has added since."""
-    active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, AdaptedLayer)]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-
-    def remove(adapter_name: str) -> None:
-        """Remove the adapter; those that were active before are active again."""
-        if isinstance(model.peft_config[adapter_name], LoRASBConfig):
-            for layer, names in active:
-                layer._active_adapter = names
-            discard(model, adapter_name)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-    return remove
 
 
 def _equals_base(parameter: Tensor | None, value: Tensor) -> bool:
@@ -217,9 +212,21 @@ DESCRIBING = ("scaling", "lora_alpha", "init", "init_provenance", "base_fingerpr
 
 @torch.no_grad()
 def swap(
-    model: Any, path: str | os.PathLike[str], adapter_name: str, torch_device: str | None = None, **options: Any
+    original: Callable[..., None],
+    model: Any,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    torch_device: str | None = None,
+    **options: Any,
 ) -> None:
-    """Overwrite a loaded adapter's A, B and R in place with a saved one's; on a ValueError nothing is changed."""
+    """Overwrite a loaded adapter's A, B and R in place with a saved one's; on a ValueError nothing is changed.
+
+    Takes PEFT's `hotswap_adapter`, which swaps adapters of other methods, and that function's arguments.
+    """
+    path, configs = model_name_or_path, getattr(unwrapped(model), "peft_config", {})
+    if not any(isinstance(one, LoRASBConfig) for one in configs.values()):
+        original(model, path, adapter_name, torch_device, **options)
+        return
     model = unwrapped(model)
     config = LoRASBConfig.from_pretrained(str(path), **options)
     _, layers = adapted_layers(model, adapter_name)

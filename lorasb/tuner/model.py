@@ -18,16 +18,17 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import hotswap
 from peft.utils.peft_types import PeftType, register_peft_method
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import adapter_file
+from ..compat import extend
 from ..compat import peft as private
 from ..compat.bitsandbytes import keep_unpacked
-from ..compat.transformers import extend_load_adapter
 from ..config.adapter import ALL_LINEAR, LoRASBConfig, WrittenHere, infer_task_type
 from ..constants import PEFT_NAME, PEFT_PREFIX
 from ..distributed.sharded_factors import with_kept_factors
@@ -120,7 +121,6 @@ class LoRASBModel(BaseTuner):
         with lookup.unchanged_on_error(model):
             targets.refuse_duplicates(model, adapter_name)
             config.start_over()  # before any field is resolved
-            config.awaits_weights = config.from_file
             loading.refuse_missing_modules(model, config)
             config.base_fingerprint = config.base_fingerprint if config.check_base else None
             config.task_type = config.task_type or infer_task_type(model)
@@ -375,17 +375,10 @@ class LoRASBModel(BaseTuner):
         ours, layers = cast(LoRASBConfig, config), lookup.layers_with(model, adapter_name)
         for layer in layers.values():
             layer.refuse_merged(adapter_name)
-        try:
-            state_dict, move = loading.with_factors(state_dict, adapter_name, layers, ours)
-            adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
-            state_dict = loading.without_foreign(state_dict, model, ours, adapter_name, layers)
-            move()
-        except BaseException:  # Ctrl-C, too
-            # PEFT injected the adapter for this file only; one that was there before stays
-            if ours.awaits_weights and not any(layer.is_initialized(adapter_name) for layer in layers.values()):
-                lookup.discard(model, adapter_name)
-            raise
-        ours.awaits_weights = False
+        state_dict, move = loading.with_factors(state_dict, adapter_name, layers, ours)
+        adapter_file.check_tensors(state_dict, {name: layer.shapes(adapter_name) for name, layer in layers.items()})
+        state_dict = loading.without_foreign(state_dict, model, ours, adapter_name, layers)
+        move()
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -396,6 +389,6 @@ def register(init_without_data: InitWithoutData) -> None:
     # register_peft_method raises for a method that is registered already
     if PeftType(PEFT_NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="lorasb", config_cls=LoRASBConfig, model_cls=LoRASBModel, prefix=LoRASBModel.prefix)
-    private.extend_loader(loading.completed)
-    private.extend_hotswap(PEFT_NAME, loading.swap)
-    extend_load_adapter(loading.check_loaded, loading.remember_adapters)
+    extend(peft.PeftModel, "load_adapter", loading.by_peft)
+    extend(hotswap, "hotswap_adapter", loading.swap)
+    extend(PreTrainedModel, "load_adapter", loading.by_transformers)

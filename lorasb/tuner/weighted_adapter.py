@@ -211,7 +211,6 @@ def _insert(
     configs[adapter_name].target_parameters = sorted(opened) or None
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
-        configs[adapter_name].awaits_weights = False  # no file is loaded
         for name, factors in sums.items():
             layer = layers[name]
             # the core already includes every s_i, and the layer multiplies by its own s
