@@ -27,7 +27,7 @@ from ..init import BasisFit, InitReport, RankSuggestion, TasksReport
 from ..init.pipeline import rate_of_initialized
 from ..init.sampling import Batch
 from ..init.task import InitOptions
-from ..layers.lookup import adapted_layers, layers_with
+from ..layers.lookup import adapted_layers
 from ..serving import joint_basis
 from ..serving.basis import check_names
 from ..tuner.targets import missing_from_checkpoint
@@ -295,9 +295,7 @@ def _basis_from_loras(settings: Settings, loras: Sequence[str], names: Sequence[
     _, base = load_model(settings, LanguageModeling(), precision.dtype)
     r = settings.r or max(one.core.shape[0] for one in updates[loras[0]].values())
     model = lorasb.patch(base, r=r, target_modules=sorted(layers))
-    for folder, one in updates.items():
-        joint_basis.refuse_other_layers(folder, one, layers_with(model, "default"))
-    shares = joint_basis.keep_most_of(model, list(updates.values()))
+    shares = joint_basis.keep_most_of(model, updates)
     return model, precision.name, {name: {"kept": share} for name, share in zip(names, shares, strict=True)}
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..constants import BASE_ROW
+from ..utils.checks import nearest
 from ..utils.reading import Json, parse_json, read_text
-from .settings import TASKS, Settings, nearest
+from .settings import TASKS, Settings
 
 # reasoning-gym draws item i of a data set from seed + i, so the held-out set needs a seed far from the training set's.
 HELD_OUT_SEED = 10_000_000

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..constants import DEFAULT_RANK, DOCS, MAX_RANK
 from ..utils.atomic_files import write_text
-from ..utils.checks import MAX_LR, check_pattern
+from ..utils.checks import MAX_LR, check_pattern, nearest
 from ..utils.reading import Json, read_text
 from .scoring import SCORES
 
@@ -452,12 +451,6 @@ def combined(kind: type[Settings], options: Json, file: str | None, preset: str 
         raise ValueError(f"--config {file}: {what}: add --allow-code if you trust it")
     types = {one.name: expected for one, expected in listed(kind)}
     return values | {name: typed(one, types[name], option(name)) for name, one in options.items() if one is not None}
-
-
-def nearest(name: str, known: Collection[str], otherwise: str = "--help-all lists them", cutoff: float = 0.7) -> str:
-    """Return the end of an error message: the known name closest to an unknown one, or where to find all names."""
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
-    return f": did you mean {near[0]!r}?" if near else f": {otherwise}"
 
 
 def typed(value: object, kind: Any, where: str) -> Any:

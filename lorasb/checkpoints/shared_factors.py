@@ -144,7 +144,6 @@ def _has_factors(file: Path, hexadecimal: str) -> bool:
 def recorded_digest(file: Path) -> str | None:
     """The digest in the header of a factor file; None if there is none."""
     try:
-        metadata: dict[str, str] = safetensors_header(file).get("__metadata__", {})
+        return safetensors_header(file)[1].get("digest")
     except (ValueError, OSError):
         return None
-    return metadata.get("digest")

@@ -255,7 +255,7 @@ class LoRASBConfig(PeftConfig):
         """Read a configuration; a ValueError if there is none, or the weights file next to it is truncated."""
         weights = Path(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         # PEFT reads the config before it patches the model, so a truncated file is refused with the model untouched
-        names = tuple(safetensors_header(weights)) if weights.is_file() else None
+        names = tuple(safetensors_header(weights)[0]) if weights.is_file() else None
         try:
             config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
             hints = get_type_hints(LoRASBConfig)
@@ -271,15 +271,16 @@ class LoRASBConfig(PeftConfig):
         return config.weights_follow()
 
 
-def ranks_by_name(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """The largest rank, and a `rank_pattern` of the others, each of which matches one layer by its full name."""
-    largest = max(ranks.values())
-    return largest, {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
+def adapt_exactly(config: LoRASBConfig, ranks: Mapping[str, int]) -> None:
+    """Have a configuration name these layers in full, each with its rank; no other selection filters them again."""
+    config.r, config.target_modules = max(ranks.values()), set(ranks)
+    config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 def _warn_of_embeddings(weights: Path, trained: Collection[str]) -> None:
     """Warn about an embedding that PEFT saved with the adapter, as it does after the vocabulary was resized."""
-    names = [name for name in safetensors_header(weights) if name.endswith(EMBEDDINGS)]
+    names = [name for name in safetensors_header(weights)[0] if name.endswith(EMBEDDINGS)]
     found = [name for name in names if not any(name.endswith(f".{module}.weight") for module in trained)]
     if found:
         warnings.warn(

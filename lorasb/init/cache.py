@@ -102,7 +102,7 @@ class Cache:
             return None
         self._compare(read_json(self.partial / "key.json"), self.partial, self.partial_key)
         with _advising_to_delete(self.partial):
-            block, gradients = int(safetensors_header(boundary)["__metadata__"]["block"]), read_tensors(boundary)
+            block, gradients = int(safetensors_header(boundary)[1]["block"]), read_tensors(boundary)
             # A block whose boundary was not written in time is recomputed, and its file overwritten.
             for i in range(block + 1, blocks):
                 self.layers |= read(self._file_of(i))[0]
@@ -158,7 +158,7 @@ def _advising_to_delete(path: Path) -> Iterator[None]:
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, CachedGradient], Json, Json]:
     """Return the layers (by name), key and facts (loss, number of samples, ...) of a cache file."""
-    metadata = safetensors_header(path).get("__metadata__") or {}
+    _, metadata = safetensors_header(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no cache of lorasb's initialization: expected {FORMAT!r} in its header")
     layers, tensors = {}, read_tensors(path)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import shared_factors
 from ..checkpoints.adapter_file import Shapes, check_factors, group_by_layer, read_config, read_cores
-from ..config.adapter import LoRASBConfig, ranks_by_name
+from ..config.adapter import LoRASBConfig, adapt_exactly
 from ..constants import FROZEN_FACTORS, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.adapter_state import check_name
@@ -45,16 +45,13 @@ def resolve(model: nn.Module, config: LoRASBConfig, configs: Mapping[str, PeftCo
         return
     _, layers = adapted_layers(model, config.basis)
     ranks = {name: layer.adapters[config.basis].r for name, layer in layers.items()}
-    largest, pattern = ranks_by_name(ranks)
+    largest = max(ranks.values())
     if config.r not in (None, largest):
         raise ValueError(f"an adapter on {config.basis!r} has its rank, {largest}, got r={config.r}: leave r out")
     refuse_uninitialized(layers, config.basis)
     for field in COPIED if config.basis in configs else ():
         setattr(config, field, copy.deepcopy(getattr(configs[config.basis], field)))
-    config.target_modules = set(layers)
-    config.r = largest
-    config.rank_pattern = pattern
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    adapt_exactly(config, ranks)
     config.start_at = config.basis if config.basis_start == "same" else None
     config.basis = next(iter(layers.values())).bases.get(config.basis, config.basis)  # the owner of A and B
 

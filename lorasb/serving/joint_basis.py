@@ -14,11 +14,12 @@ from peft import PeftModel
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..config.adapter import LoRASBConfig, ranks_by_name
+from ..config.adapter import LoRASBConfig, adapt_exactly
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_basis_of_others, refuse_uninitialized
 from ..utils.reading import read_json, read_tensors
+from .basis import COPIED
 
 ROUNDS = 8  # rounds of improving B and A in turn; none keeps less than the one before
 Energies = tuple[float, float]  # energy of the part of an update that a basis keeps, and of the entire update
@@ -79,9 +80,9 @@ def share_basis(model: PeftModel, adapters: Sequence[str], name: str, r: int | N
         wanted = r if r is not None else max(module.adapters[adapter].r for adapter in adapters)
         ranks[layer] = min(wanted, module.in_features, module.out_features)
     joint = _joined(layers, adapters, ranks)  # everything that may fail comes before the model changes
-    largest, pattern = ranks_by_name(ranks)
     like = cast(LoRASBConfig, model.peft_config[adapters[0]])
-    config = LoRASBConfig(r=largest, rank_pattern=pattern, target_modules=set(layers), init="update")
+    config = LoRASBConfig(init="update")
+    adapt_exactly(config, ranks)
     config.task_type, config.target_parameters = like.task_type, copy.copy(like.target_parameters)
     model.add_adapter(name, config.weights_follow())
     return _move_onto(model, adapters, name, joint)
@@ -117,7 +118,7 @@ def _move_onto(model: PeftModel, adapters: Sequence[str], name: str, joint: Join
     configs = cast("dict[str, LoRASBConfig]", model.peft_config)
     for adapter in adapters:
         config, of_basis = configs[adapter], configs[name]
-        for part in ("init", "lora_alpha", "scaling", "wide_factors", "r", "rank_pattern", "target_parameters"):
+        for part in (*COPIED, "r", "rank_pattern"):
             setattr(config, part, copy.deepcopy(getattr(of_basis, part)))
         config.basis = name
     by_layer = {adapter: {layer: share_of([pair]) for layer, pair in found.items()} for adapter, found in kept.items()}
@@ -138,11 +139,28 @@ def joint_factors(updates: Sequence[Update], r: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def keep_most_of(model: nn.Module, updates: Sequence[Mapping[str, Update]], adapter: str = "default") -> list[float]:
-    """Give an adapter R = 0 and the A and B that keep most of several updates; return the share kept of each."""
+def keep_most_of(
+    model: nn.Module, updates: Mapping[str, Mapping[str, Update]], adapter: str = "default"
+) -> list[float]:
+    """Give an adapter R = 0 and the A and B that keep most of several updates; return the share kept of each.
+
+    Args:
+        model: the model with the adapter.
+        updates: a LoRA's folder -> layer -> its update.
+        adapter: name of the adapter.
+
+    Raises:
+        ValueError: a LoRA of layers that the model does not have, or has in other shapes.
+    """
+    layers = layers_with(model, adapter)
+    for folder, one in updates.items():
+        for name, update in one.items():
+            if name not in layers:
+                raise ValueError(f"{folder} has an update of layer {name!r}, which this model lacks: use its own base")
+            _refuse_other_shape(folder, name, update, layers[name])
     kept: list[list[Energies]] = [[] for _ in updates]
-    for name, layer in layers_with(model, adapter).items():
-        mine, r = [one[name] for one in updates], layer.adapters[adapter].r
+    for name, layer in layers.items():
+        mine, r = [one[name] for one in updates.values()], layer.adapters[adapter].r
         b, a = joint_factors(mine, r)
         layer.set_factors(adapter, b, torch.zeros(r, r), a)
         for found, update in zip(kept, mine, strict=True):
@@ -202,14 +220,6 @@ def project(model: PeftModel, lora: str | Path, name: str, basis: str = "default
         if layer in cores:
             module.lorasb_R[name].data.copy_(cores[layer])
     return lost
-
-
-def refuse_other_layers(lora: str | Path, updates: Mapping[str, Update], layers: Mapping[str, AdaptedLayer]) -> None:
-    """Raise a ValueError for a LoRA of layers that a model does not have, or has in other shapes."""
-    for name, update in updates.items():
-        if name not in layers:
-            raise ValueError(f"{lora} has an update of layer {name!r}, which this model lacks: it is for another one")
-        _refuse_other_shape(lora, name, update, layers[name])
 
 
 def _refuse_other_shape(lora: str | Path, name: str, update: Update, layer: AdaptedLayer) -> None:

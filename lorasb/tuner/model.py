@@ -5,11 +5,9 @@ registers adapters.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -38,6 +36,7 @@ from ..layers.linear import LoRASBLinear
 from ..layers.weight_adapter import EmbeddingBase, adapt_weights
 from ..serving import basis
 from ..serving.rows import adapters_by_row
+from ..utils.checks import nearest
 from ..utils.precision import SIXTEEN_BIT, warn_if_slow
 from . import loading, targets
 from .weighted_adapter import SumOptions, combine
@@ -78,7 +77,10 @@ def patch(
     if config is not None and fields:
         raise TypeError(f"expected a config or fields, got both: put {', '.join(sorted(fields))} into the config")
     if config is None:
-        _check_fields(fields)
+        for name in fields.keys() - LoRASBConfig.__dataclass_fields__.keys():
+            known = sorted(LoRASBConfig.__dataclass_fields__)
+            hint = nearest(name, known, f"known fields: {', '.join(known)}", cutoff=0.5)
+            raise TypeError(f"LoRASBConfig has no field {name!r}{hint}")
         config = LoRASBConfig(**fields)
     config = copy.deepcopy(config)  # patching resolves fields (ranks, targets) for this model alone
     if config.task_type is None:  # PEFT chooses its wrapper class (PeftModelForCausalLM, ...) by it
@@ -88,16 +90,6 @@ def patch(
         adapted = peft.get_peft_model(model, config, adapter_name=adapter_name)
     warn_if_slow(adapted)
     return adapted
-
-
-def _check_fields(fields: Collection[str]) -> None:
-    """Raise a TypeError for a name that is not a field of `LoRASBConfig`, suggesting the nearest field."""
-    known = {field.name for field in dataclasses.fields(LoRASBConfig)}
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)  # similarity in [0, 1]; 0.6 by default
-            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(known))}"
-            raise TypeError(f"LoRASBConfig has no field {name!r}: {hint}")
 
 
 def _observe(*_: object) -> None:

@@ -59,8 +59,7 @@ def check_targets(
                 f"target {name!r}: its block or the block's fused kernels read its weight without calling it, so an "
                 "adapter would have no effect in training: name it in exclude_modules"
             )
-    refuse_tied_head(model, targets)
-    refuse_half_of_an_embedding(model, targets)
+    refuse_shared_embeddings(model, targets)
     check_opaque(targets, float_dtype(model), trained=not config.inference_mode)
     resolve_ranks(config, targets, state_dict or {})
     if config.base_fingerprint and not any_merged(model):  # merged values would not identify the base
@@ -169,33 +168,23 @@ def _layers_of_quantizers(model: nn.Module) -> set[str]:
     return found
 
 
-def refuse_tied_head(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Raise a ValueError for a head tied to the input embedding: merging would change the embedding too."""
-    try:
-        embedding = base_of(getattr(model, "get_input_embeddings", lambda: None)())
-    except NotImplementedError:  # transformers' audio models have none
-        embedding = None
-    weight = getattr(embedding, "weight", None)
-    for name, module in targets.items() if weight is not None else ():
-        base = base_of(module)
-        if getattr(base, "weight", None) is weight and base is not embedding:
-            raise ValueError(
-                f"target {name!r} shares its weight with the input embedding: leave it out of target_modules, or load "
-                "the model with tie_word_embeddings=False"
-            )
+def refuse_shared_embeddings(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Raise a ValueError for a target that shares its weight with an embedding, unless both are embeddings and targets.
 
-
-def refuse_half_of_an_embedding(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    """Raise a ValueError if an embedding that is not a target shares a target embedding's weight (as in T5)."""
+    The embedding would not get the adapter (T5's stacks have embeddings of their own), but change when it is merged.
+    """
     bases = {name: base_of(module) for name, module in targets.items()}
-    adapted = {id(base.weight): name for name, base in bases.items() if isinstance(base, nn.Embedding)}
-    for name, module in model.named_modules() if adapted else ():
-        tied = adapted.get(id(module.weight)) if isinstance(module, nn.Embedding) and name not in targets else None
-        if tied is not None and not inside_tuner(model, name):
-            raise ValueError(
-                f"target {tied!r} shares its weight with the embedding {name!r}, which would not get the "
-                "adapter: name both in target_modules, or only those that are called"
-            )
+    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    for target, base in bases.items():
+        for name, other in embeddings.items():
+            if other is base or other.weight is not getattr(base, "weight", None):
+                continue
+            if not isinstance(base, nn.Embedding) or all(other is not one for one in bases.values()):
+                raise ValueError(
+                    f"target {target!r} shares its weight with the embedding {name!r}, which would not get the "
+                    "adapter: leave it out of target_modules, name both embeddings, or load the model with "
+                    "tie_word_embeddings=False"
+                )
 
 
 def base_of(module: nn.Module | None) -> Any:

@@ -17,11 +17,12 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
-from ..config.adapter import LoRASBConfig, ranks_by_name
+from ..config.adapter import LoRASBConfig, adapt_exactly
 from ..constants import MAX_RANK
 from ..layers.adapted_layer import AdaptedLayer
-from ..layers.adapter_state import check_name
 from ..layers.lookup import adapted_layers, any_merged, discard, refuse_uninitialized
+from ..serving.basis import check_names
+from ..serving.joint_basis import Update
 
 PRUNING = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
 SVD = "_svd"  # suffix of the kinds that prune updates of W [out, in] instead of R
@@ -124,9 +125,7 @@ def _check(
         raise ValueError(f"expected a weight for each adapter, got {len(adapters)} adapters and {len(weights)} weights")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"expected finite weights, got {list(weights)}")
-    check_name(adapter_name)
-    if adapter_name in tuner.peft_config:
-        raise ValueError(f"the model has an adapter {adapter_name!r} already: model.delete_adapter({adapter_name!r})")
+    check_names(tuner, [adapter_name])
     if any_merged(tuner.model):
         raise ValueError("an adapter is merged into the weights: call model.unmerge_adapter() first")
     layers: dict[str, AdaptedLayer] = {}
@@ -186,14 +185,12 @@ def _truncated_svd(layer: AdaptedLayer, weighted: list[tuple[float, str]], rank:
     b = torch.cat([layer.lorasb_B[name].double() for _, name in weighted], 1)
     a = torch.cat([layer.lorasb_A[name].double() for _, name in weighted], 0)
     cores = [weight * layer.adapters[name].scaling * layer.lorasb_R[name].double() for weight, name in weighted]
-    # QR of B [out, Σr] and Aᵀ [in, Σr] leaves a core [Σr, Σr], whose SVD is the sum's; the new factors are orthonormal.
-    left, upper = torch.linalg.qr(b)
-    right, lower = torch.linalg.qr(a.t())
-    u, s, vt = torch.linalg.svd(upper @ torch.block_diag(*cores) @ lower.t())
+    update = Update.of(b, torch.block_diag(*cores), a)
+    u, s, vt = torch.linalg.svd(update.core)  # [Σr, Σr]; its singular values are the sum's
     new_rank = min(len(s), rank or len(s))
     # Eckart-Young: the dropped singular values are the error in the Frobenius norm.
     error = float(s[new_rank:].norm() / s.norm()) if s.norm() > 0 else 0.0
-    return Combined(left @ u[:, :new_rank], torch.diag(s[:new_rank]), vt[:new_rank] @ right.t(), error)
+    return Combined(update.left @ u[:, :new_rank], torch.diag(s[:new_rank]), vt[:new_rank] @ update.right, error)
 
 
 def _insert(
@@ -230,9 +227,7 @@ def _insert(
 def _config_like(template: LoRASBConfig, combined: dict[str, Combined]) -> LoRASBConfig:
     config = copy.deepcopy(template).weights_follow()
     config.__dict__.pop("_asked", None)  # or `start_over` would restore the template's ranks and targets
-    config.r, config.rank_pattern = ranks_by_name({name: one.core.shape[0] for name, one in combined.items()})
-    # Layers are named in full and every rank is set, so the template's selections must not filter them again.
-    config.target_modules, config.inference_mode = set(combined), True
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    adapt_exactly(config, {name: one.core.shape[0] for name, one in combined.items()})
+    config.inference_mode = True
     config.basis, config.basis_start = None, "zero"  # the sum has separate factors
     return config

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 import re
 import sys
 import types
+from collections.abc import Collection
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -112,3 +114,9 @@ def parse_size(size: float | str | None) -> float | None:
     if not size > 0:  # true for NaN as well
         raise ValueError(f"expected a positive number of bytes, got {size!r}")
     return float(size)
+
+
+def nearest(name: str, known: Collection[str], otherwise: str = "--help-all lists them", cutoff: float = 0.7) -> str:
+    """Return the end of an error message: the known name closest to an unknown one, or where to find all names."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
+    return f": did you mean {near[0]!r}?" if near else f": {otherwise}"

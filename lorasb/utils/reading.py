@@ -69,13 +69,13 @@ def read_tensors(path: str | os.PathLike[str], mapped: bool = True) -> dict[str,
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
 
 
-def safetensors_header(path: str | os.PathLike[str]) -> Json:
-    """The header of a safetensors file, name -> {"dtype", "shape", "data_offsets"}; a ValueError if it is damaged."""
-    with open(path, "rb") as file:
-        try:
-            with safe_open(str(path), framework="pt"):  # checks the header, and the file's length against it
-                header: Json = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except SafetensorError as error:
-            what = f"is not a safetensors file, or is truncated or damaged ({error}; {os.path.getsize(path)} bytes)"
-            raise ValueError(f"{path} {what}: {AGAIN}") from None
-    return header
+def safetensors_header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
+    """Names of a safetensors file's tensors, and its metadata; a ValueError if it is missing, truncated or damaged."""
+    if not Path(path).is_file():
+        raise ValueError(f"expected {Path(path).name} in {Path(path).parent}, found none")
+    try:
+        with safe_open(str(path), framework="pt") as file:  # checks the file's length against its header
+            return list(file.keys()), file.metadata() or {}
+    except SafetensorError as error:
+        what = f"is not a safetensors file, or is truncated or damaged ({error}; {os.path.getsize(path)} bytes)"
+        raise ValueError(f"{path} {what}: {AGAIN}") from None
