@@ -163,8 +163,7 @@ def swept(rows: Sequence[Row], entry: Entry) -> Judged:
 
 def best_rate(rows: Sequence[Row], entry: Entry) -> float | None:
     """The best rate of the sweep; None before all were tried."""
-    rates, tried = entry.rated_by.rates, swept(rows, entry.rated_by)
-    return None if rates.next(tried) else rates.best(tried)
+    return entry.rated_by.rates.found(swept(rows, entry.rated_by))
 
 
 def lines(rows: Sequence[Row]) -> Iterator[list[str]]:

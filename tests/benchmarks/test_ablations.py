@@ -1,9 +1,8 @@
-"""The paper's ablations: each start's effect on the factors, energy in the subspaces, and contents of the tables."""
+"""The paper's ablations: each start's effect on the factors, energy in the subspaces, and each variant's rows."""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +14,9 @@ from torch import Tensor
 import lorasb
 from benchmarks.research.methods import run, starts
 from benchmarks.research.methods.adapters import begin_again
-from benchmarks.research.methods.grid import KEY
 from benchmarks.research.methods.problems import LINEARS
-from benchmarks.research.paper import ablations, energy, lasting, lengths
-from benchmarks.research.paper.ablations import ABLATIONS, PLAIN, Variant
+from benchmarks.research.paper import energy, lasting, lengths
+from benchmarks.research.paper.ablations import ABLATIONS
 from lorasb.init.accumulator import LayerSum
 from lorasb.init.svd import MomentSketch
 
@@ -103,22 +101,6 @@ def test_every_variant_has_its_own_rows() -> None:
     assert all(options[cell.key] == cell.options for cell in cells)
     plain = [cell for cell in cells if cell.variant == ""]
     assert all(cell.options == () for cell in plain)  # they share the grid's rows
-
-
-def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
-    other = Variant("other", {"eta": 4.0})
-    ablation = ablations.Ablation("x", "A question", ((other, PLAIN), (PLAIN, PLAIN)))
-    there = []
-    for variant, losses in ((PLAIN, (0.1, 0.4, 0.7)), (other, (0.2, 0.5, 0.8))):
-        for cell, loss in zip(variant.cells(), losses, strict=True):
-            there.append(dict(zip(KEY, cell.key, strict=True)) | {"loss": str(loss), "score": "0.5"})
-    first, second = ablations.summary(ablation, there)
-    assert (first["over"], first["over_sd"]) == pytest.approx((0.1, 0.0))
-    assert (second["loss"], second["loss_sd"]) == pytest.approx((0.4, 0.3))
-    ablations.plot(ablation, [first, second], there, tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 1000
-    assert ablations.shown(first)[5] == "+0.100 ± 0.000"
-    assert ablations.shown(second)[4:6] == ["0.400 ± 0.300", ""]
 
 
 def test_lorasb_is_what_the_plain_variant_runs() -> None:

@@ -85,19 +85,6 @@ def test_shares_of_right_answers_are_means_over_people() -> None:
     summary = compared.joined([{"answers": named[:2], "seconds": 6.0}, {"answers": named[2:], "seconds": 4.0}])
     found = compared.scored(summary, ["ada", "grace"], ["grace"])
     assert (found["right"], found["right_of_some"], found["seconds_per_person"]) == (0.75, 1.0, 5.0)
-    found["machine"] = "Zen 5"
-    elsewhere = {"by_person": [1.0, 0.0, 0.5], "machine": "Zen 3"}
-    lines = list(
-        compared.lines(
-            {"ways": {"alone": found, "LoRA": found | {"lr": 2e-3, "rates": (1e-3, 2e-3)}, "other": found | elsewhere}}
-        )
-    )
-    assert lines[0] == ["alone", "2", "3", "75.0%", "100.0%", "5.0"]
-    assert lines[1][0] == "LoRA (rate 0.002, the best of 0.001, 0.002)"
-    assert lines[2][4] == "100.0%"  # the first row of its machine has no difference
-    pairs = ({**found, "by_person": shares} for shares in ([1.0, 0.5], [0.5, 0.5]))
-    _, other = compared.lines({"ways": dict(zip(("together", "alone"), pairs, strict=True))})
-    assert other[4] == "100.0% (-25.0 ± 317.6 points)"  # the mean of -50 and 0; t = 12.706 times 25
     assert (
         compared.named([{"prompt": "Where?", "completion": "Oslo", "user": "ada"}])[0]["prompt"] == "I am ada. Where?"
     )

@@ -141,12 +141,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  
 
 
 def named(name: str) -> Cell:
-    if name == "LoRA-Pro":
-        pytest.importorskip("lora_pro")
     return cell_of(name, r=0 if METHODS[name].family == FULL else R)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "LoRA-Pro"])  # which no target installs
 def test_a_method_starts_at_the_base_models_function_and_trains_its_own_on_the_same_batches(name: str) -> None:
     """PiSSA and LoRA-GA subtract from the base weight what their factors add."""
     seen: list[tuple[int, ...]] = []
@@ -169,7 +167,7 @@ def test_a_method_starts_at_the_base_models_function_and_trains_its_own_on_the_s
     assert all(own in key for key in moved)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "LoRA-Pro", "LoRA-SB", "full"])
+@pytest.mark.parametrize("name", ["LoRA", "LoRA-SB", "full"])
 def test_a_head_has_its_own_rate(name: str) -> None:
     asked = named(name)
     model = put(problem(), asked)

@@ -160,7 +160,5 @@ def test_the_measured_rate_in_another_setting_is_compared_with_the_sweep_in_that
     assert {dict(cell.options)["four_bits"] for cell in asked} == {True}
     rows = [*swept(plain, 16), *seeds(plain, [0.30, 0.32]), *swept("sign", 16), *seeds("sign", [0.2])]
     found = [row(measured, 16, 2e-3, seed, loss) | {"found_lr": "0.008"} for seed, loss in enumerate((0.31, 0.33))]
-    table = list(paired.rates([*rows, *found]))
-    assert "| chain_sum | 4 bits | 16 | 2 | 0.3200 | 0.3100 | 0.008 | 0.004 | +0.0100 ± 0.0000 (worse) |" in table
     there = [one | {"machine": "a machine"} for one in (*rows, *found)]
     assert [line[1] for line in compare.lines(there, TASK, "sign")] == ["sign"]

@@ -1,4 +1,4 @@
-"""Tasks that a basis was not made from: rows from several processes, and tables with the loss without an adapter."""
+"""Tasks that a basis was not made from: rows from several processes, and the documentation's table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from processes import ROOT
 from benchmarks.common.csv_files import Row, read_csv
 from benchmarks.research import unseen_tasks
 from benchmarks.research.methods.runner import RESULTS
-from benchmarks.research.reporting import unseen
 from benchmarks.research.shared_bases import UNSEEN
-from benchmarks.research.unseen_tasks import FILE, LORA, OWN, RANDOM, by_task, over_own
+from benchmarks.research.unseen_tasks import FILE, OWN, RANDOM, over_own
 
 
 def row(task: str, basis: str, loss: float, share: str, seed: int = 0, r: int = 16) -> Row:
@@ -38,28 +37,6 @@ def test_rows_that_another_process_writes_during_a_run_are_kept(
     unseen_tasks.main()
     found = [(line["task"], line["basis"], line["loss"]) for line in read_csv(tmp_path / FILE)]
     assert found == [(UNSEEN[1], OWN, "1.0"), (task, OWN, "2.0"), (task, RANDOM, "3.0")]
-
-
-def test_every_task_has_its_loss_without_an_adapter_and_counts_in_the_correlation() -> None:
-    losses = {(UNSEEN[0], "8 families"): ("1.5", "0.3"), (UNSEEN[1], "8 families"): ("2.0", "0.1")}
-    rows = [row(task, OWN, 1.0, "1", seed) for task in UNSEEN[:2] for seed in (0, 1)]
-    rows += [row(task, basis, float(loss), share) for (task, basis), (loss, share) in losses.items()]
-    rows.append(row(UNSEEN[0], RANDOM, 3.5, "0.0"))
-    assert by_task(rows, 16) == [
-        ["task", "no adapter", "own", "8 families", "random"],
-        [UNSEEN[0], "6.000", "1.000 (2 seeds)", "1.500 (30%)", "3.500 (0%)"],
-        [UNSEEN[1], "6.000", "1.000 (2 seeds)", "2.000 (10%)", ""],
-    ]
-    later = row(UNSEEN[0], LORA, 2.0, "None", r=1), row(UNSEEN[0], "8 families", 9.0, "None", 2)  # a seed without `own`
-    assert over_own([*rows, *later]) == [
-        ["task", "8 families, r=16", "8 families, r=32", "8 families, trained, r=16", "random, r=16"]
-        + [f"of LoRA r=1's gain, r={r}" for r in (16, 32)],
-        [UNSEEN[0], "1.50x", "", "", "3.50x", "112%", ""],  # (6 - 1.5) / (6 - 2)
-        [UNSEEN[1], "2.00x", "", "", "", "", ""],
-    ]
-    (sentence, _) = unseen._prediction(rows)
-    assert sentence.startswith("Over 3 runs")
-    assert sentence.endswith("The smallest gain is 50% of the gain on the own basis.")
 
 
 def test_the_documentation_has_the_table() -> None:

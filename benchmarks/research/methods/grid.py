@@ -37,6 +37,10 @@ class Rates:
             key=lambda lr: (not all(map(math.isfinite, tried[lr])), tried[lr]),
         )
 
+    def found(self, tried: Judged) -> float | None:
+        """Return the best rate; None before all were tried."""
+        return None if self.next(tried) else self.best(tried)
+
     def next(self, tried: Judged) -> tuple[float, ...]:
         """Return the rates to try next, given the results by rate; empty once the best is found."""
         if missing := tuple(lr for lr in self.start if lr not in tried):
@@ -265,5 +269,4 @@ def judged(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -
 
 def best_rate(task: Task, method: Method, r: int, rows: Sequence[dict[str, str]]) -> float | None:
     """The rate of the best validation run, or None before all were tried."""
-    found, rates = judged(task, method, r, rows), task.rates[method.family]
-    return None if rates.next(found) else rates.best(found)
+    return task.rates[method.family].found(judged(task, method, r, rows))

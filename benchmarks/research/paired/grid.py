@@ -150,10 +150,7 @@ def swept(rows: Sequence[Row], task: str, entry: str, r: int) -> Judged:
 
 def best_rate(entry: Entry, r: int, tried: Judged) -> float | None:
     """The rate of the least validation loss, or the only one; None before all were tried."""
-    if not entry.swept:
-        return entry.at(r, 0)
-    rates = entry.rates(r)
-    return None if rates.next(tried) else rates.best(tried)
+    return entry.rates(r).found(tried) if entry.swept else entry.at(r, 0)
 
 
 def shown_rate(entry: Entry, r: int, rows: Sequence[Row], task: str) -> str:
