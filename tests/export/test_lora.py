@@ -27,13 +27,6 @@ import lorasb
 from lorasb.app import cli
 from lorasb.export.lora import serve_command
 
-SMALLER = {"llama": "k_proj", "roberta": "key", "gpt2": "c_proj"}
-
-
-def scaled(family: str) -> torch.nn.Module:
-    """A patched model with two ranks and a scaling."""
-    return patched(family, rank_pattern={SMALLER[family]: 2}, scaling=0.5)
-
 
 def exported(source: torch.nn.Module | Path, folder: Path, **options: str) -> dict[str, torch.Tensor]:
     """Export, and return the file's tensors."""
@@ -41,14 +34,14 @@ def exported(source: torch.nn.Module | Path, folder: Path, **options: str) -> di
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("family", SMALLER)
-def test_stock_peft_computes_the_same(family: str, tmp_path: Path) -> None:
-    model = scaled(family)
+def test_stock_peft_computes_the_same(tmp_path: Path) -> None:
+    """With two ranks, a scaling and transposed weights."""
+    model = patched("gpt2", rank_pattern={"c_proj": 2}, scaling=0.5)
     lorasb.export_lora(model, tmp_path, quiet=True)
-    stock = peft.PeftModel.from_pretrained(make(family), tmp_path).eval()
+    stock = peft.PeftModel.from_pretrained(make("gpt2"), tmp_path).eval()
     assert type(stock.base_model) is peft.LoraModel
-    assert (logits(model, family) - logits(make(family), family)).abs().max() > 1e-3
-    tolerances.check(logits(stock, family), logits(model, family), tolerances.EXPORT)
+    assert (logits(model, "gpt2") - logits(make("gpt2"), "gpt2")).abs().max() > 1e-3
+    tolerances.check(logits(stock, "gpt2"), logits(model, "gpt2"), tolerances.EXPORT)
 
 
 def test_folder_and_model_give_the_same_export(tmp_path: Path) -> None:
@@ -226,6 +219,8 @@ def test_the_other_side_computes_what_the_trainer_does_after_every_step() -> Non
         tolerances.check(stock_logits(tensors), logits(model.eval()), tolerances.EXPORT)
         tolerances.check_equal(lorasb.adapter_delta(model), tensors)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    half = lorasb.adapter_delta(model, "core", dtype=torch.bfloat16)
+    assert {value.dtype for value in half.values()} == {torch.bfloat16}
 
 
 SMALL = {"r": 3, "init": "kaiming"}
@@ -242,16 +237,6 @@ def test_the_whole_is_what_the_export_writes(tmp_path: Path, kind: str) -> None:
     written, sent = exported(model, tmp_path), lorasb.adapter_delta(model)
     assert written.keys() == sent.keys()
     tolerances.check([sent[name] for name in written], list(written.values()), tolerances.EXPORT)
-
-
-def test_a_step_of_a_7b_model_is_less_than_4_mb() -> None:
-    """R alone takes 4·r² bytes per linear: here for 2 blocks at r = 4, in a 7B model for 32 blocks at r = 64."""
-    core = lorasb.adapter_delta(patched("llama", r=4), "core")
-    size = sum(value.numel() * value.element_size() for value in core.values())
-    assert size == 14 * 4 * 4**2
-    assert size * 32 / 2 * (64 / 4) ** 2 <= 4 * 2**20
-    half = lorasb.adapter_delta(patched("llama", r=4), "core", dtype=torch.bfloat16)
-    assert {value.dtype for value in half.values()} == {torch.bfloat16}
 
 
 def test_what_cannot_be_sent_is_refused() -> None:

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from lorasb.distributed.process_group import Processes
 from lorasb.init import first_step_lr
 from lorasb.init.auto_rate import warmup_steps
-from lorasb.init.sampling import _own_rows, batch_size, samples_hash, select
+from lorasb.init.sampling import batch_size, samples_hash, select
 from lorasb.init.task import to_device
 
 
@@ -65,12 +65,6 @@ def test_a_stream_of_accelerates_is_taken_in_order() -> None:
     loader = prepare_data_loader(DataLoader(Stream(), batch_size=4), num_processes=1, process_index=0)
     for wanted, count in ((None, 48), (16, 16)):
         assert [int(i) for batch in select(loader, wanted, seed=0) for i in batch["x"]] == list(range(count))
-
-
-def test_the_rows_of_each_of_accelerates_processes_are_counted() -> None:
-    data = [{"x": torch.tensor([i])} for i in range(19)]  # two rounds of three batches of three rows, and one row
-    ranks = [prepare_data_loader(DataLoader(data, batch_size=3), num_processes=3, process_index=i) for i in range(3)]
-    assert [_own_rows(loader) for loader in ranks] == [7, 6, 6]
 
 
 def test_the_boundaries_of_packed_examples_belong_to_no_row() -> None:
@@ -182,9 +176,10 @@ def test_a_first_step_without_a_rate_is_refused(arguments: tuple[object, ...], m
 
 
 def test_warm_up_steps_are_the_trainers(tmp_path: Path) -> None:
-    for share, steps in ((0.1, 63), (0.5, 7), (0.0, 9)):
+    for share, steps in ((0.1, 63), (0.5, 7), (0.0, 9), (0.06, 125), (0.02, 312), (0.1, 1)):
         arguments = TrainingArguments(output_dir=str(tmp_path), warmup_steps=share)
         assert warmup_steps(share, steps) == arguments.get_warmup_steps(steps)
+        assert first_step_lr(1.0, share, steps) == 1.0 / max(1, warmup_steps(share, steps))
 
 
 def test_a_row_may_have_patches_and_parts_may_be_dictionaries() -> None:

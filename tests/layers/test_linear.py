@@ -311,17 +311,6 @@ def test_rows_of_an_input_are_known_or_none_are(
     assert (found if found is None else found.index.tolist()) == want
 
 
-def test_a_copy_on_a_basis_has_the_same_factors_and_an_r_that_does_not_train_yet() -> None:
-    layer = make()
-    layer.add_adapter("first", 4, basis="default")
-    layer.lorasb_R["first"].data.fill_(2.0)
-    layer.copy_adapter("first", "second")
-    assert layer.lorasb_A["second"] is layer.lorasb_A["default"]
-    tolerances.check(layer.lorasb_R["second"], layer.lorasb_R["first"], tolerances.EXACT)
-    assert layer.lorasb_R["second"] is not layer.lorasb_R["first"]
-    assert not layer.lorasb_R["second"].requires_grad
-
-
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])
 def test_a_weight_that_is_computed_is_adapted_and_not_merged(norm: Callable[[nn.Linear], nn.Module]) -> None:
     net = nn.Sequential(OrderedDict(normed=norm(nn.Linear(16, 12)), plain=nn.Linear(12, 8)))

@@ -11,7 +11,6 @@ import torch
 from basis_models import a_layer, answer, base, fill, reconfigure, with_basis
 from models import batches_for, logits, make, started
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from tolerances import EXPORT, FP64, MERGE, ORTHONORMAL, RANKS, check
 from torch import Tensor, nn
 
@@ -173,17 +172,13 @@ def test_what_cannot_share_is_refused(tmp_path: Path) -> None:
     model = two()
     model.save_pretrained(tmp_path)
     lora(tmp_path / "head", modules_to_save=["norm"])
-    for name in ("biased", "damaged"):
-        lora(tmp_path / name)
+    lora(tmp_path / "biased")
     reconfigure(tmp_path / "biased", lora_bias=True)
-    file = tmp_path / "damaged" / "adapter_model.safetensors"
-    save_file({name: value * torch.nan for name, value in load_file(file).items()}, file)
     for folder, message in (
         ("", r"expected a LoRA adapter with adapter_config\.json"),
         ("ada", r"expected a plain LoRA in .*, got LORASB"),
         ("head", r"linear layers and nothing else in .*norm"),
         ("biased", r"expected a plain LoRA in .*, got LoRA with a bias of B"),
-        ("damaged", r"expected finite values in .*, got NaN or Inf in model\.layers"),
     ):
         with pytest.raises(ValueError, match=message):
             lorasb.project(model, tmp_path / folder, "mine", basis="ada", most_lost=1.0)
