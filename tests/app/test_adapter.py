@@ -19,7 +19,7 @@ import torch
 import transformers
 from basis_models import out
 from command import call
-from finetune_runs import At, add, assert_same, die, killed, on_two_processes, stop_after, summary
+from finetune_runs import At, add, assert_same, die, killed, stop_after, summary
 from models import logits
 from safetensors.torch import load_file, save_file
 from tiny_run import WORDS, write_rows
@@ -32,7 +32,6 @@ from lorasb.app.finetune import run_finetune
 from lorasb.app.prepare import Run, prepare, save_adapter
 from lorasb.app.settings import Settings
 from lorasb.app.tables import basis_line, card_table
-from lorasb.init.auto_rate import warmup_steps
 from lorasb.layers.lookup import layers_with
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -85,16 +84,6 @@ def test_the_start_and_its_rate_are_those_that_were_asked_for(
 def test_a_share_of_an_epoch_has_no_step_too_many(epochs: float, steps: int) -> None:
     run = SimpleNamespace(_steps_per_epoch=100, epochs=epochs)
     assert Run.steps.fget(run) == steps
-
-
-@pytest.mark.parametrize("steps", [1, 3, 9, 10, 11, 125, 312])
-@pytest.mark.parametrize("share", [0.02, 0.06, 0.1])
-def test_warm_up_is_rounded_as_trainer_rounds_it(steps: int, share: float) -> None:
-    """31 steps in one place and 32 in the other would give η two values."""
-    arguments = transformers.TrainingArguments("unused", warmup_steps=share, use_cpu=True, report_to="none")
-    found = warmup_steps(share, steps)
-    assert found == arguments.get_warmup_steps(steps)
-    assert lorasb.first_step_lr(1.0, share, steps) == 1.0 / max(1, found)
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora"])
@@ -569,17 +558,6 @@ def test_what_names_no_adapter_is_refused(user: Any, several: Settings, tmp_path
     file = write_rows(tmp_path / "data.jsonl", [row | {"user": "ada"}, row])
     with pytest.raises(ValueError, match="line 2: expected an adapter's name in user, of at most 60 letters"):
         load_examples(replace(several, data=file))
-
-
-@pytest.mark.long
-def test_two_processes_train_what_one_does(several: Settings, done: Path, tmp_path: Path) -> None:
-    """In a step, some adapters have rows in only one process, and some in none."""
-    given = {"--model": several.model, "--data": several.data, "--adapter-column": "user", "--output": tmp_path}
-    on_two_processes(given)
-    ours, alone = summary(tmp_path), summary(done)
-    assert ours["identity"]["processes"] == 2
-    assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=1e-2)
-    assert ours["eval_loss_after"] == pytest.approx(alone["eval_loss_after"], rel=1e-2)
 
 
 def test_a_layers_number_names_no_adapter(several: Settings, tmp_path: Path) -> None:

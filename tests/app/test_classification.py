@@ -236,6 +236,7 @@ def test_scores_of_ties_and_of_answers_that_are_all_equal() -> None:
     assert f1([("0", "0"), ("0", "0")]) == 0.0  # of class 1, which is in no label or answer
     assert f1([("no", "no"), ("no", "no")]) == 0.0
     assert f1([("yes", "yes"), ("no", "yes")]) == pytest.approx(2 / 3)
+    assert f1([("10", "10"), ("9", "10"), ("9", "9")]) == pytest.approx(2 / 3)  # of the larger number
     assert spearman([("1", "1"), ("1", "2"), ("2", "3")]) == pytest.approx(0.5 * 3**0.5)  # ties share a rank
     equal = [("1", "1"), ("1", "2")]
     assert matthews(equal) == pearson(equal) == spearman(equal) == 0.0

@@ -236,12 +236,6 @@ def test_held_out_problems_are_never_trained_on(task: str) -> None:
     assert all(example.prompt and example.completion for example in train)
 
 
-def test_reversal_is_a_reversal() -> None:
-    for example in generate("word_sequence_reversal", 20, 5):
-        words = example.prompt.partition("words: ")[2].split(", ")
-        assert example.completion == ", ".join(reversed(words))
-
-
 def test_more_problems_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [{"question": f"q{i % 3}", "answer": "x"} for i in range(9)]
     monkeypatch.setattr("lorasb.app.data.data_set", lambda *given: few)

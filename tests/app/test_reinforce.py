@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from lorasb.app import reinforce
-from lorasb.app.data import Example, generate
+from lorasb.app.data import QUESTION_ONLY, Example, generate
 from lorasb.app.finetune import run_finetune
 from lorasb.app.reinforce import judge_of
 from lorasb.app.settings import TASKS, Settings
@@ -106,6 +106,7 @@ def test_exact_and_the_verifiers_of_all_tasks_know_right_answers(base: Settings)
         right, wrong = judge([found[0].completion, "nonsense"], found)
         assert right == 1.0
         assert wrong < 0.5
+        assert task not in QUESTION_ONLY or "\n" not in found[0].prompt
 
 
 @pytest.mark.parametrize(

@@ -125,23 +125,15 @@ def test_checkpoints_of_another_program_are_left_alone(own: Settings, tmp_path: 
     assert foreign.read_text() == "weights"
 
 
-def test_a_config_of_the_users_is_kept(own: Settings) -> None:
+def test_configs_of_the_users_are_kept(own: Settings) -> None:
     folder = RunFolder(own, {})
-    folder.folder.mkdir(exist_ok=True)
-    (folder.folder / "config.yaml").write_text("lr: 0.002  # mine\n")
-    folder.begin(State(NEW))
-    assert (folder.folder / "former-config.yaml").read_text() == "lr: 0.002  # mine\n"
+    for text, kept in (("lr: 0.002  # mine\n", "former-config.yaml"), ("lr: 1\n", "former-config-2.yaml")):
+        folder.folder.mkdir(exist_ok=True)
+        (folder.folder / "config.yaml").write_text(text)
+        folder.begin(State(NEW))
+        folder.end()  # or the folder would have a run
+        assert (folder.folder / kept).read_text() == text
     assert read_config(folder.folder / "config.yaml")["r"] == own.r
-
-
-def test_a_second_config_of_the_users_is_kept_beside_the_first(own: Settings) -> None:
-    folder = RunFolder(own, {})
-    folder.folder.mkdir(exist_ok=True)
-    for number in (1, 2):
-        (folder.folder / "config.yaml").write_text(f"lr: {number}\n")
-        folder._set_aside()
-    assert (folder.folder / "former-config.yaml").read_text() == "lr: 1\n"
-    assert (folder.folder / "former-config-2.yaml").read_text() == "lr: 2\n"
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])

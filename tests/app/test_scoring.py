@@ -196,7 +196,3 @@ def test_the_shown_answers_have_a_wrong_one_if_there_is_one() -> None:
     assert [str(cell)[0] for cell in shown] == ["✓", "✓", "✗"]
     shown = tables.answers(examples, ["no"] * 5, right, "plainly").columns[3]._cells
     assert [str(cell)[0] for cell in shown] == ["✓"] * 3
-
-
-def test_f1_is_of_the_larger_number() -> None:
-    assert scoring.f1([("10", "10"), ("9", "10"), ("9", "9")]) == pytest.approx(2 / 3)

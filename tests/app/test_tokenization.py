@@ -189,15 +189,9 @@ def test_packs_are_those_of_first_fit_by_decreasing_length(lengths: list[int]) -
         if row is None:
             rows.append(row := [])
         row.append(example)
-    assert tokenize.pack(examples, 32) == [tuple(row) for row in rows]
-
-
-def test_all_examples_are_in_packs_that_are_full() -> None:
-    examples = some_examples(40)
-    rows = tokenize.pack(examples, 32)
-    assert sorted((e for row in rows for e in row), key=repr) == sorted(examples, key=repr)
-    assert max(map(tokenize.row_length, rows)) <= 32
-    assert len(rows) <= 1.2 * sum(map(len, examples)) / 32
+    packs = tokenize.pack(examples, 32)
+    assert packs == [tuple(row) for row in rows]
+    assert max(map(tokenize.row_length, packs), default=0) <= 32
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])

@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import lorasb
 from lorasb.app import results, run_folder
 from lorasb.app.data import read_data
 from lorasb.app.evaluation import Evaluation
-from lorasb.app.finetune import run_finetune
 from lorasb.app.run_folder import RunFolder, read_record
 from lorasb.app.settings import Settings, read_config
 from lorasb.config.adapter import LoRASBConfig
@@ -115,31 +114,15 @@ def damage(file: Path, draw: random.Random) -> None:
         file.write_bytes(damaged_bytes(data, draw))
 
 
-@dataclass
-class World:
-    """What the cases share: a model with an adapter, that adapter, and a run that was stopped."""
-
-    patched: nn.Module
-    adapter: Path
-    run: Path
-    settings: Settings
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: Path) -> World:
-    from finetune_runs import stop_after
-
-    folder = tmp_path_factory.mktemp("world")
-    model = patched()
-    model.save_pretrained(folder / "adapter")
-    settings = Settings(
-        model=str(tiny), data=str(data), r=8, epochs=2.0, batch_size=4, samples=8, dtype="float32", save_steps="3"
-    )
-    stop_after(7, settings, folder / "run")
-    return World(model, folder / "adapter", folder / "run", settings)
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A model with an adapter, and that adapter."""
+    model, folder = patched(), tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return model, folder
 
 
-def load_adapter(world: World, folder: Path) -> None:
+def load_adapter(_: nn.Module, folder: Path) -> None:
     try:
         theirs = json.loads((folder / CONFIG).read_text())["peft_type"] != "LORASB"
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -158,20 +141,19 @@ def load_adapter(world: World, folder: Path) -> None:
         check_equal(dict(base.state_dict()), dict(plain.state_dict()))
 
 
-def load_bank(world: World, folder: Path) -> None:
-    model = copy.deepcopy(world.patched)
-    bank = lorasb.AdapterBank(model, "default")
+def load_bank(model: nn.Module, folder: Path) -> None:
+    bank = lorasb.AdapterBank(copy.deepcopy(model), "default")
     bank.add("kept")
     report = bank.load(folder.parent)
     assert set(report.loaded) | set(report.failed) == {"adapter", "good"}
     assert "good" in report.loaded, report.failed
 
 
-READERS: dict[str, Callable[[World, Path], Any]] = {
+READERS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "adapter": load_adapter,
-    "export": lambda world, folder: export_lora(folder, folder / "lora", quiet=True),
+    "export": lambda _, folder: export_lora(folder, folder / "lora", quiet=True),
     "bank": load_bank,
-    "config": lambda world, folder: LoRASBConfig.from_pretrained(str(folder)),
+    "config": lambda _, folder: LoRASBConfig.from_pretrained(str(folder)),
 }
 
 
@@ -179,14 +161,15 @@ READERS: dict[str, Callable[[World, Path], Any]] = {
 @pytest.mark.parametrize("name", READERS)
 @counts
 @pytest.mark.filterwarnings("ignore")
-def test_adapters(world: World, tmp_path: Path, name: str, file: str, count: int) -> None:
+def test_adapters(adapter: tuple[nn.Module, Path], tmp_path: Path, name: str, file: str, count: int) -> None:
+    model, whole = adapter
     for seed in range(count):
         folder = tmp_path / str(seed) / "adapter"
-        shutil.copytree(world.adapter, folder)
+        shutil.copytree(whole, folder)
         if name == "bank":
-            shutil.copytree(world.adapter, folder.with_name("good"))
+            shutil.copytree(whole, folder.with_name("good"))
         damage(folder / file, random.Random(f"{name} {file} {seed}"))
-        attempt(lambda: READERS[name](world, folder), f"{name}, {file}, seed {seed}")  # noqa: B023
+        attempt(lambda: READERS[name](model, folder), f"{name}, {file}, seed {seed}")  # noqa: B023
         shutil.rmtree(folder.parent)
 
 
@@ -207,23 +190,23 @@ def attempt(call: Callable[[], Any], where: str, names: str | None = None) -> No
 
 
 @counts
-def test_checkpoints(world: World, tmp_path: Path, count: int) -> None:
-    files = [f.relative_to(world.run) for f in sorted((world.run / "checkpoints").rglob("*")) if f.is_file()]
+def test_checkpoints(base: Settings, stopped: Path, tmp_path: Path, count: int) -> None:
+    files = [f.relative_to(stopped) for f in sorted((stopped / "checkpoints").rglob("*")) if f.is_file()]
     for seed in range(count):
         draw, folder = random.Random(f"checkpoints {seed}"), tmp_path / str(seed)
-        shutil.copytree(world.run, folder)
+        shutil.copytree(stopped, folder)
         changed = folder / draw.choice(files)
         before = changed.read_bytes()
         damage(changed, draw)
         if changed.read_bytes() != before:
-            attempt(lambda: check_run(world, folder, changed), f"{changed.name}, seed {seed}")  # noqa: B023
+            attempt(lambda: check_run(base, stopped, folder, changed), f"{changed.name}, seed {seed}")  # noqa: B023
         shutil.rmtree(folder)
 
 
-def check_run(world: World, folder: Path, changed: Path) -> None:
+def check_run(base: Settings, stopped: Path, folder: Path, changed: Path) -> None:
     """Check that a damaged checkpoint or start is left out; other damaged files raise or count as missing."""
-    identity = json.loads((world.run / "checkpoints" / "run.json").read_text())
-    run = RunFolder(replace(world.settings, output=str(folder)), identity)
+    identity = json.loads((stopped / "checkpoints" / "run.json").read_text())
+    run = RunFolder(replace(base, output=str(folder)), identity)
     state = run.look()
     place = folder / "checkpoints" / changed.relative_to(folder / "checkpoints").parts[0]
     if place.name.startswith("checkpoint-") and state.checkpoint == str(place):
@@ -234,16 +217,8 @@ def check_run(world: World, folder: Path, changed: Path) -> None:
     run.load_start()
 
 
-@pytest.fixture(scope="module")
-def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("whole")
-    run_finetune(replace(world.settings, output=str(folder), epochs=0.2))
-    return folder
-
-
 @counts
-def test_results(world: World, whole: Path, tmp_path: Path, count: int) -> None:
+def test_results(whole: Path, tmp_path: Path, count: int) -> None:
     files = ("summary.json", "answers.json", "report.json")
     for seed in range(count):
         draw, folder = random.Random(f"results {seed}"), tmp_path / str(seed)
