@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-import train_ranks
+import torch.distributed as dist
 import trainer_ranks
 from basis_models import with_users
-from models import logits, make, patched, text
+from models import logits, make, patched, sharded, text
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from processes import ROOT, attempt, python, run_ranks
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from train_ranks import WAYS
 
 import lorasb
 from lorasb.checkpoints.shared_factors import DIGEST
@@ -31,6 +30,9 @@ SUPPORT, CONFIGS = ROOT / "tests" / "support", ROOT / "docs" / "accelerate"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
 WRAP = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
 ENGINES = ("ddp", "fsdp2")
+WAYS = ("ddp", "fsdp", "fsdp bf16", "fsdp 4-bit", "fsdp experts")
+ROWS = [text(1, 12, seed) for seed in range(8)]
+STEPS = 3
 
 
 def torchrun(size: int) -> list[object]:
@@ -42,13 +44,64 @@ def accelerate(config: str, size: int = 2) -> list[object]:
     return ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / config, *wrap, "--num_processes", size]
 
 
+def model_for(way: str) -> nn.Module:
+    """A patched model, before it is initialized."""
+    family = "mixtral" if "experts" in way else "llama"
+    base: Any = make(family, dtype=torch.bfloat16 if "bf16" in way or "4-bit" in way else torch.float32)
+    if "4-bit" in way:
+        base = lorasb.quantize(base, storage=torch.bfloat16)
+    experts = ["experts.gate_up_proj", "experts.down_proj"] if "experts" in way else None
+    return lorasb.patch(base, r=4, target_parameters=experts)
+
+
+def cores(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every R, gathered if it is sharded."""
+    found = {name: p for name, p in model.named_parameters() if "lorasb_R" in name}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in found.items()}
+
+
+def write_all(folder: Path, size: int, rank: int) -> None:
+    """Train in every way on this rank; the first rank writes the results."""
+    for way in WAYS:
+        found = train_in_a_loop(way, rank, size)
+        if rank == 0:
+            (folder / f"{way}.{size}.json").write_text(json.dumps(found))
+
+
+def train_in_a_loop(way: str, rank: int, size: int) -> dict[str, Any]:
+    """Train a few steps; return the losses, every R before them, and how far each has moved."""
+    model = model_for(way)
+    if size > 1 and way != "ddp":  # DDP wraps the model after the initialization, as Trainer does
+        model = sharded(model)
+    lorasb.initialize(model, ROWS[rank::size], lr=1e-2, progress=False)
+    start = cores(model)
+    model.train()
+    run: Any = nn.parallel.DistributedDataParallel(model) if way == "ddp" and size > 1 else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    losses = []
+    for step in range(STEPS):
+        rows = [ROWS[(step * 4 + i) % 8] for i in range(4)][rank::size]
+        loss = sum(run(**row).loss for row in rows) / len(rows)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = torch.tensor(loss.item() / size)
+        if size > 1:
+            dist.all_reduce(total)
+        losses.append(total.item())
+    moved = {name: value - start[name] for name, value in cores(model).items()}
+    values = {"start": start, "moved": moved}
+    return {"losses": losses, **{key: {n: v.tolist() for n, v in part.items()} for key, part in values.items()}}
+
+
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the results of one process and of two, for each way to train."""
     folder = tmp_path_factory.mktemp("loops")
     for way in WAYS:
-        (folder / f"{way}.1.json").write_text(json.dumps(train_ranks.train(way, 0, 1)))
-    run_ranks(2, folder, partial(train_ranks.write_all, folder, 2))
+        (folder / f"{way}.1.json").write_text(json.dumps(train_in_a_loop(way, 0, 1)))
+    run_ranks(2, folder, partial(write_all, folder, 2))
     return folder
 
 
@@ -70,7 +123,7 @@ def test_two_ranks_train_as_one_process(loops: Path, way: str) -> None:
 
 @pytest.mark.long
 def test_four_ranks_train_as_one_process(loops: Path) -> None:
-    run_ranks(4, loops, partial(train_ranks.write_all, loops, 4))
+    run_ranks(4, loops, partial(write_all, loops, 4))
     for way in WAYS:
         check_loops(loops, way, 4)
 
@@ -205,12 +258,6 @@ def test_an_error_on_one_rank_while_the_rate_is_measured_is_raised_on_both(tmp_p
             lorasb.initialize(model, [batch], lr="auto", progress=False)
 
     run_ranks(2, tmp_path, work)
-
-
-def sharded(model: Any) -> Any:
-    for part in (*model.get_base_model().model.layers, model):
-        fully_shard(part)
-    return model
 
 
 def test_a_sharded_model_is_merged_and_unmerged(tmp_path: Path) -> None:

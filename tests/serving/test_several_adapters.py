@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import trainer_runs
 import transformers
 from accelerate.data_loader import DataLoaderDispatcher
 from basis_models import NAMES, a_layer, with_users
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tolerances import FP32_NORMS, FP64, check, check_equal
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from trainer_runs import ROWS, At, arguments
+from trainer_runs import ROWS, At
 
 import lorasb
 from lorasb.layers.lookup import layers_with
@@ -148,17 +149,18 @@ def trainer_for(model: PeftModel, folder: Path, **options: object) -> Any:
     batches: list[dict[str, Any]] = []
     usual = {"per_device_train_batch_size": 4, "max_grad_norm": NORM, "lr_scheduler_type": "constant"}
     optimizer = torch.optim.AdamW(lorasb.adapter_parameter_groups(model, NAMES, RATES, weight_decay=0.01))
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments(folder, remove_unused_columns=False, **usual | options),
-        train_dataset=EXAMPLES,
-        data_collator=lambda rows: batches.append(COLLATE(rows)) or batches[-1],
-        optimizers=(optimizer, None),
-        callbacks=[lorasb.AdapterRowsCallback()],
+    found = trainer_runs.trainer(
+        model,
+        folder,
+        [lorasb.AdapterRowsCallback()],
+        EXAMPLES,
+        (optimizer, None),
+        collate=lambda rows: batches.append(COLLATE(rows)) or batches[-1],
+        remove_unused_columns=False,
+        **usual | options,
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.batches = batches
-    return trainer
+    found.batches = batches
+    return found
 
 
 def test_each_is_trained_as_alone(tmp_path: Path) -> None:

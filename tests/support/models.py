@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import environment  # noqa: F401  before anything reads it
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import lorasb
 
@@ -146,3 +148,10 @@ def logits(model: nn.Module, family: str = "llama") -> Tensor:
     batch = batches_for(family, count=1)[0]
     with torch.no_grad():
         return model(**batch).logits
+
+
+def sharded(model: Any) -> Any:
+    """Shard a PEFT model's decoder layers and the rest by FSDP2."""
+    for block in (*model.get_base_model().model.layers, model):
+        fully_shard(block)
+    return model

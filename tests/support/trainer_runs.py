@@ -40,23 +40,30 @@ def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(**usual(folder) | options)
 
 
-def train(
+def trainer(
     model: Any,
     folder: Path,
     callbacks: list[Any],
     data: Any = ROWS,
     optimizers: Any = None,
-    resume: Any = None,
+    collate: Any = None,
     **options: Any,
 ) -> Any:
-    trainer = transformers.Trainer(
+    found = transformers.Trainer(
         model=model,
         args=arguments(folder, **options),
         train_dataset=data,
         eval_dataset=ROWS[:3],
+        data_collator=collate,
         callbacks=callbacks,
         optimizers=optimizers or (None, None),
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+    found.remove_callback(transformers.PrinterCallback)
+    return found
+
+
+def train(*given: Any, resume: Any = None, **options: Any) -> Any:
+    """Train with the arguments of `trainer`, and return it."""
+    one = trainer(*given, **options)
+    one.train(resume_from_checkpoint=resume)
+    return one
