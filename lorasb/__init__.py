@@ -47,11 +47,11 @@ def _register() -> None:
     importlib.import_module(".tuner.model", __name__).register(_init_without_data)
 
 
-def _init_without_data(*arguments: Any) -> Any:
-    """`init.initialization.without_data`, imported at the first call: importing peft must not load `init`."""
-    from .init.initialization import without_data
+def _init_without_data(model: Any, config: Any, adapter: str, layers: Any) -> Any:
+    """Run a data-free init; its modules are imported at the first call, as importing peft must not load `init`."""
+    from .init.initialization import InitOptions, without_data
 
-    return without_data(*arguments)
+    return without_data(model, config, layers, InitOptions(adapter=adapter, seed=config.init_seed))
 
 
 after_peft(_register)

@@ -170,7 +170,7 @@ class Saving(TrainerCallback):
         else:
             due = state.global_step % self.save_steps == 0
         # Saving is collective, clocks differ between ranks, and a signal may reach only one: any rank decides for all.
-        save, number = self.processes.all_reduce_max([float(due), float(self.stop.requested)])
+        save, number = map(max, zip(*self.processes.gather_json([due, self.stop.requested]), strict=True))
         self.stop.requested = max(self.stop.requested, int(number))
         if save or number or state.global_step >= state.max_steps:
             control.should_save, self.last_saved = True, now

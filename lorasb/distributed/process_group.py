@@ -55,15 +55,6 @@ class Processes:
         """The value of every rank, by rank."""
         return [int(number) for number in self._gathered(torch.tensor([value]))] if self.is_distributed else [value]
 
-    def all_reduce_max(self, values: list[float]) -> list[float]:
-        """Elementwise maximum over ranks, so that decisions based on it are the same on every rank."""
-        if not self.is_distributed:
-            return values
-        # fp64: byte counts have to stay exact, and in fp32 they would not beyond 2^24.
-        reduced = torch.tensor(values, dtype=torch.float64, device=self._device())
-        dist.all_reduce(reduced, dist.ReduceOp.MAX)
-        return reduced.tolist()
-
     def gather_json(self, value: object) -> list[Any]:
         """The JSON values of all ranks, by rank."""
         if not self.is_distributed:

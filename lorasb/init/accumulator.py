@@ -33,7 +33,6 @@ class LayerSum:
     def __init__(self, sketch: MomentSketch | None = None) -> None:
         self.total: Tensor | None = None
         self.sketch = sketch
-        self._pair: tuple[Tensor, Tensor] | None = None  # dy and x of a single call, if smaller than G
         self._signs: GradientSigns | None = None
 
     def add(self, dy: Tensor, x: Tensor, last: bool = False) -> None:
@@ -41,13 +40,12 @@ class LayerSum:
         if self.sketch is not None:
             self.sketch.add(dy, x)
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        if last and self.total is None and self._pair is None and dy.nbytes + x.nbytes < 4 * dy.shape[1] * x.shape[1]:
-            self._pair = dy, x
-            self._take_signs(dy, x, None, True)
-            return
-        self._multiply_pair()
-        self._signs = None
-        self._add_product(dy, x, self._take_signs if last else _op("gradient_add"))
+        self._signs, fresh = None, self.total is None
+        if self.total is None:
+            # bf16 has 8 bits of mantissa: a sum over many tokens would stop growing.
+            wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+            self.total = dy.new_empty((dy.shape[1], x.shape[1]), dtype=wide)  # fresh: the op overwrites it
+        (self._take_signs if last else _op("gradient_add"))(dy, x, self.total, fresh)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add to G a gradient [out, in] that the layer itself computed, in fp32 or wider."""
@@ -56,29 +54,14 @@ class LayerSum:
                 "update='per-sample' needs dy and x of linear layers, but a target is an embedding, a convolution or "
                 "attention: name it in exclude_modules, or choose another update"
             )
-        self._multiply_pair()
         self._signs = None
         if self.total is None:
             self.total = gradient.clone(memory_format=torch.contiguous_format)
         else:
             self.total.add_(gradient)
 
-    def _multiply_pair(self) -> None:
-        """Replace a stored pair (dy, x) by its product."""
-        if self._pair is not None:
-            self._add_product(*self._pair, _op("gradient_add"))
-            self._pair = None
-
-    def _add_product(self, dy: Tensor, x: Tensor, op: Callable[[Tensor, Tensor, Tensor, bool], object]) -> None:
-        fresh = self.total is None
-        if self.total is None:
-            # bf16 has 8 bits of mantissa: a sum over many tokens would stop growing.
-            wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-            self.total = dy.new_empty((dy.shape[1], x.shape[1]), dtype=wide)  # fresh: the op overwrites it
-        op(dy, x, self.total, fresh)
-
-    def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor | None, fresh: bool) -> GradientSigns:
-        """Add dyᵀ x and return the result's signs and counts; without a `total`, the sum itself is not stored."""
+    def _take_signs(self, dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> GradientSigns:
+        """Add dyᵀ x to `total`, and return the signs and counts of the result."""
         words, nonzero, counts = _op("gradient_signs")(dy, x, total, fresh)
         counts = counts.cpu()  # one synchronization per layer, instead of one for each count that is read
         # Without zeros or NaN, the nonzero plane is all ones and is dropped to save memory.
@@ -88,7 +71,6 @@ class LayerSum:
 
     def value(self) -> Tensor:
         """G [out, in]."""
-        self._multiply_pair()
         if self.total is None:
             raise RuntimeError("nothing was added to this sum")
         return self.total
@@ -104,10 +86,6 @@ class LayerSum:
 
     def curve(self, u: Tensor, vt: Tensor) -> Tensor:
         """‖U_kᵀ G V_k‖² for k = 1 ... q, with U [out, q] and Vᵀ [q, in]."""
-        if self._pair is not None:
-            # Uᵀ (dyᵀ x) V = (dy U)ᵀ (x V): thin products only
-            dy, x = (part.to(u.dtype) for part in self._pair)
-            return energies((dy @ u).t() @ (x @ vt.t()))
         total = self.value()
         return energies(u.t().to(total.dtype) @ total @ vt.t().to(total.dtype))
 

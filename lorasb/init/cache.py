@@ -36,7 +36,6 @@ from .task import InitOptions, Layers
 
 FORMAT = "lorasb signs 1"  # in the header; increase the number if the layout changes
 WORDS, NONZERO, CURVE = "words", "nonzero", "curve"  # names of a layer's tensors
-DATA_FIELDS = ("num_samples", "data", "loss_fn")  # fields of the key that are compared only if batches are given
 SIGNS_SINCE = "0.1.0"  # the first version whose signs are bitwise equal to this one's: its caches are still valid
 HASHED_VALUES = 64  # values per weight, evenly spaced, in the hash of a model
 
@@ -59,9 +58,8 @@ class CachedGradient(GradientSigns):
 class Cache:
     """The cache of one initialization: loads a finished file, whose key must match, or collects layers for one."""
 
-    def __init__(self, path: str | os.PathLike[str], key: Json, data: bool) -> None:
+    def __init__(self, path: str | os.PathLike[str], key: Json) -> None:
         self.path, self.key = Path(path), key
-        self.data = data  # whether `DATA_FIELDS` are compared too
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.facts: Json = {}
         self.partial_key: Json = {}  # `key` plus a layerwise run's blocks and targets: must match to resume
@@ -129,8 +127,8 @@ class Cache:
 
     def _compare(self, other: Json, where: Path, key: Json) -> None:
         """Raise a ValueError that names the first field in which a stored key differs from `key`."""
-        for field in dict.fromkeys([*key, *other]):
-            if key.get(field) != other.get(field) and (self.data or field not in DATA_FIELDS):
+        for field in key:
+            if key[field] != other.get(field):
                 stored, expected = (_short(json.dumps(one.get(field))) for one in (other, key))
                 raise ValueError(
                     f"the cache {where} does not fit: its {field} is {stored}, expected {expected}. Choose another "
@@ -202,9 +200,7 @@ def cache_key(model: nn.Module, layers: Layers, options: InitOptions, seen: int,
         "base weights": weights_hash(model),
         "update": options.update,
         "seed": options.seed,
-        "num_samples": seen,
-        "data": data,
-        "loss_fn": _describe_loss(options.loss_fn),
+        **({} if data is None else {"num_samples": seen, "data": data, "loss_fn": _describe_loss(options.loss_fn)}),
         "versions": versions() | {"lorasb": SIGNS_SINCE},
     }
 

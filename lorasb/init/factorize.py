@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed.process_group import full_tensor
 from ..layers.adapted_layer import AdaptedLayer
@@ -77,9 +76,9 @@ def random_subspace(shape: tuple[int, int], r: int, seed: int) -> Factors:
 
 def kaiming(weight: Tensor, r: int, scaling: float, seed: int) -> Factors:
     """Truncated SVD of a Kaiming-uniform random matrix of W's shape (Table 5)."""
-    bound = math.sqrt(6.0 / weight.shape[1])  # as nn.init.kaiming_uniform_ with a=0 and fan_in
-    noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype, device="cpu")
-    u, s, vt = truncated_svd(((2.0 * noise - 1.0) * bound).to(weight.device), r, seed)
+    noise = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+    nn.init.kaiming_uniform_(noise, generator=torch.Generator().manual_seed(seed))
+    u, s, vt = truncated_svd(noise.to(weight.device), r, seed)
     return Factors(u, torch.diag(s / scaling), vt, s)
 
 

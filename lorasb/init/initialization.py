@@ -164,7 +164,7 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
     else:  # data-free inits ignore batches and a rate, but "auto" is measured on the batches
         measured = isinstance(options.lr, AutoRate) and batches is not None
         rate_of = partial(rate_of_initialized, model, layers, batches, options) if measured else None
-        report = without_data(model, config, name, layers, options.seed, options.progress, rate_of)
+        report = without_data(model, config, layers, options, rate_of)
     # PEFT freezes every adapter but the active one; R of an inactive adapter is meant to be frozen.
     active = any(name in layer.active_adapters for layer in layers.values())
     if active and not any(layer.lorasb_R[name].requires_grad for layer in layers.values()):
@@ -179,17 +179,15 @@ def _initialize(model: PeftModel, batches: Loader, adapter_name: str | None, opt
 def without_data(
     model: nn.Module,
     config: LoRASBConfig,
-    name: str,
     layers: Layers,
-    seed: int = 0,
-    progress: bool = True,
+    options: InitOptions,
     rate_of: Callable[[], float] | None = None,
 ) -> InitReport:
     """Run a data-free init ("lora-xs", "kaiming", "random"), as `patch` does; `rate_of` measures the report's rate."""
-    started, options = time.perf_counter(), InitOptions(adapter=name, seed=seed)
-    report = InitReport(config.init, "none", None, 0, seed, None, 0.0)
-    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=not progress, leave=False, delay=2.0)
-    with staging(name) as write:
+    started, hidden = time.perf_counter(), not options.progress
+    report = InitReport(config.init, "none", None, 0, options.seed, None, 0.0)
+    bar = tqdm(layers.items(), desc="factoring", unit="layer", disable=hidden, leave=False, delay=2.0)
+    with staging(options.adapter) as write:
         for layer_name, layer in bar:
             factors, of_layer = factor_weight(layer_name, layer, config.init, options)
             write(layer, factors)
@@ -237,10 +235,8 @@ def _initialize_tasks(
         raise ValueError(
             f"expected init='update', as tasks' first steps make the basis, got {init!r}: patch with init='update'"
         )
-    taken = [task for task in tasks if task in model.peft_config]
-    if len(tasks) < 2 or taken:
-        found = f"an adapter {taken[0]!r} already exists" if taken else f"got {len(tasks)}"
-        raise ValueError(f"expected two tasks or more, with names that no adapter has: {found}")
+    if len(tasks) < 2:
+        raise ValueError(f"expected two tasks or more, got {len(tasks)}")
     check_names(model, list(tasks))
     with _added_adapters(model, list(tasks), basis, layers, keep=True):
         reports = {task: _initialize(model, batches, task, options) for task, batches in tasks.items()}

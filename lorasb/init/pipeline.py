@@ -35,7 +35,7 @@ def from_gradients(
     processes, cache, signs = work.processes, None, None
     if options.cache is not None:
         # Checked before any forward: a cache for other data or weights is refused at once.
-        cache = Cache(options.cache, cache_key(model, layers, options, seen, data), batches is not None)
+        cache = Cache(options.cache, cache_key(model, layers, options, seen, data))
         with processes.together():
             signs = cache.load(list(layers))
         if len(set(processes.all_gather(int(signs is not None)))) > 1:  # nodes may have separate file systems

@@ -33,19 +33,21 @@ def select(batches: Loader, num_samples: int | None, seed: int, whole: bool = Fa
     batches (of pairs) are not cut: lists too are read in order, and the last batch may exceed `num_samples`.
     """
     processes = Processes()
-    # Either all ranks draw or all read in order: counts that every rank knows choose the branch.
     with processes.together():
-        count = _countable(batches, num_samples)
-        count = -1 if whole and not _can_draw(batches) else count
-    counts = processes.all_gather(count)
+        _check_samples(batches, num_samples)
+        drawn = _can_draw(batches) or (isinstance(batches, list | tuple) and not whole)
+        own = len(batches.dataset) if _can_draw(batches) else _own_rows(batches)
+    # Either all ranks draw or all read in order: what every rank knows chooses the branch.
+    every = processes.gather_json([drawn, own])
+    lengths: list[int | None] = [length for _, length in every]
     limit: int | None = None  # of samples in iteration order
-    if min(counts) >= 0:
-        chosen = draw(counts, num_samples, seed, processes.rank)
+    if all(is_drawn for is_drawn, _ in every):
+        chosen = draw(cast("list[int]", lengths), num_samples, seed, processes.rank)
         source = _drawn_from_dataset(batches, chosen) if _can_draw(batches) else _drawn_from_list(batches, chosen)
-    else:  # the default count depends on the length of every rank's share
-        own = _own_rows(batches)
-        lengths, source = processes.all_gather(-1 if own is None else own), without_repeats(batches)
-        limit = _default_count(sum(lengths)) if num_samples is None and min(lengths) >= 0 else num_samples
+    else:
+        source, limit = without_repeats(batches), num_samples
+        if num_samples is None and None not in lengths:  # the default depends on the length of every rank's share
+            limit = _default_count(sum(cast("list[int]", lengths)))
     with processes.together():
         found = list(_first(source, limit, whole))
     counts = processes.all_gather(sum(map(batch_size, found)))
@@ -101,18 +103,13 @@ def _contents(value: object) -> Iterator[bytes]:
             yield from _contents(value[name])
 
 
-def _countable(batches: Loader, num_samples: int | None) -> int:
-    """Number of samples that can be indexed and drawn; -1 if they have to be read in order."""
+def _check_samples(batches: Loader, num_samples: int | None) -> None:
+    """Raise for a count below 1, and for what is no iterable of batches."""
     if num_samples is not None and num_samples <= 0:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
     # Dicts and strings are iterable, but are mistakes here: a single batch, or a path.
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(f"expected an iterable of batches (DataLoader, list of dicts), got {type(batches).__name__}")
-    if _can_draw(batches):
-        return len(cast(Loader, batches).dataset)
-    if not isinstance(batches, list | tuple):
-        return -1
-    return sum(map(batch_size, batches))
 
 
 def _quotas(counts: list[int], total: int) -> list[int]:

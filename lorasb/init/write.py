@@ -74,7 +74,11 @@ class LayerWriter:
         totals: dict[str, Gradient] = {name: self.reduced(name, sums) for name in self.reached(sums)}
         zero = []
         for name, total in totals.items():
-            _refuse_not_finite(name, total)
+            if not total.signs().finite:
+                raise ValueError(
+                    f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 "
+                    "or bf16. Nothing was changed"
+                )
             if total.signs().zeros == self.layers[name].in_features * self.layers[name].out_features:
                 zero.append(name)
         for name in filter(unfused_experts.parameter_of, zero):  # no loss at their tokens: treat as not routed
@@ -185,11 +189,3 @@ class LayerWriter:
             self.write(layer, factors)
             sigma = tuple(map(float, factors.sigma))
             self.reports[name] = replace(report, singular_values=sigma, fallback="weight")
-
-
-def _refuse_not_finite(name: str, total: Gradient) -> None:
-    if not total.signs().finite:
-        raise ValueError(
-            f"the gradient of layer {name!r} has NaN or Inf entries: check the data, or load the model in fp32 or "
-            "bf16. Nothing was changed"
-        )

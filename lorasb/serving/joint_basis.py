@@ -156,7 +156,9 @@ def keep_most_of(
     for folder, one in updates.items():
         for name, update in one.items():
             if name not in layers:
-                raise ValueError(f"{folder} has an update of layer {name!r}, which this model lacks: use its own base")
+                raise ValueError(
+                    f"{folder} has an update of layer {name!r}, which this model lacks: it is for another one"
+                )
             _refuse_other_shape(folder, name, update, layers[name])
     kept: list[list[Energies]] = [[] for _ in updates]
     for name, layer in layers.items():

@@ -141,8 +141,10 @@ class InitCallback(TrainerCallback):
         if report is None or report.rate is None:
             return
         if not self._is_refined and self.samples is None and not sharded(model):
-            self.report = report = self._refine(report, report.rate, name, size, args, model, train_dataloader)
-            self._is_refined = True
+            found = self._refined(report.rate, name, size, args, model, train_dataloader)
+            start = None if report.lr is None else report.lr * found / report.rate
+            self.report, self._is_refined = replace(report, rate=found, lr=start), True
+            report = self.report
         if optimizer is not None and report.rate is not None:
             _set_rate(report.rate, optimizer, lr_scheduler, layers, name)
 
@@ -162,17 +164,10 @@ class InitCallback(TrainerCallback):
                     batches = iter(self.samples(model) if callable(self.samples) else self.samples)
             return initialize(model, batches, lr=lr, **options | {"seed": seed, "num_samples": count})
 
-    def _refine(
-        self,
-        report: InitReport,
-        rate: float,
-        name: str,
-        size: int,
-        args: TrainingArguments,
-        model: PeftModel,
-        data: Loader,
-    ) -> InitReport:
-        """Return the report with its rate doubled or halved by trials on this process's data; scale R likewise."""
+    def _refined(
+        self, rate: float, name: str, size: int, args: TrainingArguments, model: PeftModel, data: Loader
+    ) -> float:
+        """Return the rate, doubled or halved by trials on this process's data, to which R is scaled."""
         parts = args.gradient_accumulation_steps
         seed = 1 + (args.seed if self.seed is None else self.seed)  # not the initialization's samples
         loss_fn, count = self.options.get("loss_fn"), self.num_samples  # for a stream, whose first items are read again
@@ -185,10 +180,9 @@ class InitCallback(TrainerCallback):
         if not all(Processes().all_gather(len(held))):
             why = "a process has no labeled rows to try rates on"
             warnings.warn(f"{why}: {rate:.2g} stays as measured", stacklevel=3)
-            return report
+            return rate
         options = {"loss_fn": loss_fn, "progress": self.options.get("progress", not args.disable_tqdm)}
-        found = refine_rate(model, apart(held), rate, accumulation=parts, adapter=name, **options)
-        return replace(report, rate=found.lr, lr=None if report.lr is None else report.lr * found.lr / rate)
+        return refine_rate(model, apart(held), rate, accumulation=parts, adapter=name, **options).lr
 
 
 def _refuse_best(args: TrainingArguments, active: list[str]) -> None:

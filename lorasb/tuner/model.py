@@ -42,7 +42,7 @@ from . import loading, targets
 from .weighted_adapter import SumOptions, combine
 
 COPIES = ("num_beams", "num_return_sequences")  # options of `generate`: the larger one is each row's copies
-InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer], int], object]
+InitWithoutData = Callable[[nn.Module, LoRASBConfig, str, dict[str, AdaptedLayer]], object]
 
 
 def patch(
@@ -136,7 +136,7 @@ class LoRASBModel(BaseTuner):
             if kwargs.get("state_dict") is None and targets.can_initialize_now(model, config, adapter_name, layers):
                 # __dict__: BaseTuner.__getattr__ forwards a missing attribute to the wrapped model
                 reports: dict[str, object] = self.__dict__.setdefault("init_reports", {})
-                reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers, config.init_seed)
+                reports[adapter_name] = self.init_without_data(model, config, adapter_name, layers)
             # last: groups refer to the new layers
             linear_group.detach(model)
             if linear_group.wanted(*(cast(LoRASBConfig, one).group for one in self.peft_config.values())):

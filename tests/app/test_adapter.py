@@ -19,7 +19,7 @@ import torch
 import transformers
 from basis_models import out
 from command import call
-from finetune_runs import At, add, assert_same, die, killed, stop_after, summary
+from finetune_runs import At, add, assert_same, die, killed, on_two_processes, stop_after, summary
 from models import logits
 from safetensors.torch import load_file, save_file
 from tiny_run import WORDS, write_rows
@@ -558,6 +558,17 @@ def test_what_names_no_adapter_is_refused(user: Any, several: Settings, tmp_path
     file = write_rows(tmp_path / "data.jsonl", [row | {"user": "ada"}, row])
     with pytest.raises(ValueError, match="line 2: expected an adapter's name in user, of at most 60 letters"):
         load_examples(replace(several, data=file))
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_does(several: Settings, done: Path, tmp_path: Path) -> None:
+    """In a step, some adapters have rows in only one process, and some in none."""
+    given = {"--model": several.model, "--data": several.data, "--adapter-column": "user", "--output": tmp_path}
+    on_two_processes(given)
+    ours, alone = summary(tmp_path), summary(done)
+    assert ours["identity"]["processes"] == 2
+    assert ours["train_losses"] == pytest.approx(alone["train_losses"], rel=1e-2)
+    assert ours["eval_loss_after"] == pytest.approx(alone["eval_loss_after"], rel=1e-2)
 
 
 def test_a_layers_number_names_no_adapter(several: Settings, tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import STEPS, At, add, assert_same, die, killed, stop_after, summary
-from processes import attempt
+from finetune_runs import STEPS, At, add, assert_same, die, killed, on_two_processes, stop_after, summary
 
 from lorasb.app import cli, finetune, run_folder
 from lorasb.app.finetune import run_finetune
@@ -131,12 +130,7 @@ def test_a_signal_before_training_ends_at_once_in_one_line(
 @pytest.mark.long
 def test_two_processes_train_what_one_does(tiny: Path, data: Path, whole: Path, tmp_path: Path) -> None:
     """The same command under torchrun gives the same samples, steps and losses; only rank 0 prints and writes."""
-    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb", "finetune"]
-    options = {"--model": tiny, "--data": data, "--output": tmp_path, "--rank": 8, "--epochs": 2, "--batch-size": 4}
-    options |= {"--samples": 8, "--dtype": "float32", "--lr": 5e-3}
-    given = (str(part) for pair in options.items() for part in pair)
-    done = attempt(*launcher, *given, cwd=Path.cwd(), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    done = on_two_processes({"--model": tiny, "--data": data, "--output": tmp_path})
     assert done.stdout.count("exact answers") == done.stdout.count("computed in") == 1
     ours, alone = summary(tmp_path), summary(whole)
     assert ours["identity"]["processes"] == 2

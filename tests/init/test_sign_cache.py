@@ -116,7 +116,7 @@ def test_every_field_that_differs_alone_is_named(path: Path, monkeypatch: pytest
     _, key, _ = caches.read(path)
     assert set(key) == {"base weights", "dtype", "update", "seed", "num_samples", "data", "loss_fn", "versions"}
     for field in key:
-        cache = caches.Cache(path, key | {field: "other"}, data=True)
+        cache = caches.Cache(path, key | {field: "other"})
         with pytest.raises(ValueError, match=rf'does not fit: its {field} is .*, expected "other"'):
             cache.load([])
 
@@ -248,7 +248,7 @@ def test_a_truncated_or_missing_file(cut: tuple[nn.Module, Path, Path], damaged:
     elif damaged == "boundary":  # the run begins again
         lorasb.initialize(model, SINGLES, cache=path, **LR)
         return check_equal(factors(model), factors(started(batches=SINGLES)[0]))
-    message = r"is truncated or damaged.*" if kept is not None else r"No such file .*block-00001.*"
+    message = r"is truncated or damaged.*" if kept is not None else r"expected block-00001.* found none"
     with pytest.raises(ValueError, match=rf"cannot be used \(.*{message}\): delete .*\.partial to make it again"):
         lorasb.initialize(model, SINGLES, cache=path, **LR)
     assert not any(value.any() for value in factors(model).values())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import attempt
 from trainer_runs import At
 from transformers import TrainerCallback
 
@@ -83,3 +85,13 @@ def killed(settings: Settings, arrange: Any) -> None:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def on_two_processes(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Run `lorasb finetune` under torchrun with these options added to the tests' usual ones."""
+    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorasb"]
+    usual = {"--rank": 8, "--epochs": 2, "--batch-size": 4, "--samples": 8, "--dtype": "float32", "--lr": 5e-3}
+    options = (str(part) for pair in (usual | given).items() for part in pair)
+    done = attempt(*launcher, "finetune", *options, cwd=Path.cwd(), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    return done
