@@ -11,6 +11,7 @@ PEFT_PREFIX = "base_model.model."  # precedes the base model's names in a PeftMo
 BASE_ROW = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 IGNORED = -100  # transformers' label for tokens without a loss
 
+UPDATES = ("adamw", "sgd", "per-sample")  # first steps that init="update" can simulate
 FACTORS = ("lorasb_A", "lorasb_R", "lorasb_B")  # attributes of a layer: A [r, in], R [r, r], B [out, r]
 FROZEN_FACTORS = ("lorasb_A", "lorasb_B")
 

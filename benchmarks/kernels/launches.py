@@ -88,7 +88,7 @@ def quantized_weight(m: int, n: int, nested: bool) -> Quantized:
     """W [m, n] in NF4 with blocks of 64, without memory."""
     blocks = -(-m * n // 64)
     absmax = empty(blocks, dtype=torch.uint8 if nested else torch.float32)
-    statistics = (empty(-(-blocks // 256)), empty(256), empty(1)) if nested else (None, None, None)
+    statistics = (empty(-(-blocks // 256)), empty(256), empty(1)) if nested else ()
     return Quantized((empty(m * n // 2, dtype=torch.uint8), absmax, empty(16), *statistics), (64, 256, 0), m, n)
 
 

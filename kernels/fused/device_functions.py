@@ -6,7 +6,8 @@ and writes the result. No program waits for another, and the order of addition d
 so that a result repeats to the bit where an atomic add would not.
 
 Groups of run-time arguments are passed to device functions as plain tuples and unpacked there. Groups of constants are
-named tuples, read by attribute: Triton's assignment, unpacking included, turns a constant into a tensor.
+named tuples, read by attribute: Triton's assignment, unpacking included, turns a constant into a tensor, unless it is
+annotated as `tl.constexpr`.
 """
 
 from __future__ import annotations

@@ -56,17 +56,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, gemm_splits
-from .device_functions import accumulate, chain, keep_mask, pick, sum_of_shares
+from .device_functions import Reduction, accumulate, chain, keep_mask, pick, sum_of_shares
 from .launcher import Launch
 from .operands import Arguments, Mask, Members, allocate_workspace, kernel_biases, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
 
 VECTOR = 16  # elements: at least the longest vector that is loaded
-# Flags, rank and blocks of an output tile, see above; K_MAJOR, forward: W and B have the reduction last.
-GemmConstants = namedtuple(
-    "GemmConstants",
-    "K_MAJOR HAS_BIAS DROPOUT ADD EVEN_K EVEN_N WIDE PRECISION R R_PADDED BLOCK_M BLOCK_N BLOCK_K GROUP_M SPLIT",
-)
 # Rows of a chunk, whether a tile has several chunks, side of a tile, rows of a step, precision, ranks.
 CoreBlocks = namedtuple("CoreBlocks", "CHUNK_M SPLIT BLOCK_R BLOCK_M PRECISION R R_PADDED")
 
@@ -91,83 +86,22 @@ def tile_coordinates(pid, M, Ns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G
 
 
 @triton.jit
-def tile_operands(base, adapter, member, constants):
-    """Operands that `accumulate` reduces for a tile: the base's and the adapter's. Arguments: see `output_tile`."""
+def tile_operands(base, adapter, member, K_MAJOR: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr):
+    """Operands that `accumulate` reduces for a tile: the base's and the adapter's. K_MAJOR: forward."""
     xs, weights, Ks, stride_x, stride_w = base
     v, factors, stride_v, stride_factor = adapter
-    if constants.K_MAJOR:  # one reduction, the members' outputs side by side
+    if K_MAJOR:  # one reduction, the members' outputs side by side
         base_operands = (xs, (pick(weights, member),), stride_x, (pick(stride_w, member),), Ks)
-        left, factor = (v + member * constants.R_PADDED,), (pick(factors, member),)
-        adapter_operands = (left, factor, (stride_v,), (pick(stride_factor, member),), (constants.R,))
+        left, factor = (v + member * R_PADDED,), (pick(factors, member),)
+        adapter_operands = (left, factor, (stride_v,), (pick(stride_factor, member),), (R,))
     else:  # one output, the members' reductions in a row
         base_operands = (xs, weights, stride_x, stride_w, Ks)
-        lefts, strides, ranks = (v,), (stride_v,), (constants.R,)
+        lefts, strides, ranks = (v,), (stride_v,), (R,)
         for i in tl.static_range(1, len(factors)):
-            lefts = lefts + (v + i * constants.R_PADDED,)
-            strides, ranks = strides + (stride_v,), ranks + (constants.R,)
+            lefts = lefts + (v + i * R_PADDED,)
+            strides, ranks = strides + (stride_v,), ranks + (R,)
         adapter_operands = (lefts, factors, strides, stride_factor, ranks)
     return base_operands, adapter_operands
-
-
-@triton.jit
-def output_tile(pid, base, adapter, outputs, workspace, dropout, constants):
-    """Compute one [BLOCK_M, BLOCK_N] tile of an output, or one of `splits` ranges of its reduction.
-
-    base: (xs, weights, Ks, stride_x, stride_w); adapter: (v, factors, stride_v, stride_factor); outputs: (ys, biases,
-    M, Ns, stride_y); workspace: (partial, counters, splits); dropout: (seeds, threshold).
-    """
-    ys, biases, M, Ns, stride_y = outputs
-    partial, counters, splits = workspace
-    seeds, threshold = dropout
-    tile, split = (pid // splits, pid % splits) if constants.SPLIT else (pid, 0)
-    BLOCK_M: tl.constexpr = constants.BLOCK_M
-    BLOCK_N: tl.constexpr = constants.BLOCK_N
-    row, column, member, slot = tile_coordinates(tile, M, Ns, BLOCK_M, BLOCK_N, constants.GROUP_M)
-    N = pick(Ns, member)
-    rm, rn = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows and columns past the end are clamped to 0, not masked: that costs no registers, and they are not stored. The
-    # select hides that a block is contiguous and aligned; the hints restore that, for vectorized loads. Past the end
-    # they are false, but there it does not matter what is loaded, as long as no vector of columns straddles the end.
-    m = tl.max_contiguous(tl.multiple_of(tl.where(rm < M, rm, 0), BLOCK_M), BLOCK_M)
-    n = tl.where(rn < N, rn, 0)
-    if constants.EVEN_N:
-        n = tl.max_contiguous(tl.multiple_of(n, BLOCK_N), BLOCK_N)
-    if constants.WIDE:
-        m, n = m.to(tl.int64), n.to(tl.int64)
-    Ks = base[2]
-    base_operands, adapter_operands = tile_operands(base, adapter, member, constants)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    base_steps = 0
-    for i in tl.static_range(len(Ks)):
-        base_steps += tl.cdiv(Ks[i], constants.BLOCK_K)
-    if constants.DROPOUT:  # the masks apply only to the adapters' terms: dx = Σ_i dy_i W_i + mask_i ∘ (w_i A_i)
-        lefts, rights, left_strides, right_strides, _ = adapter_operands
-        steps = (0, tl.cdiv(constants.R, constants.BLOCK_K))
-        for i in tl.static_range(len(lefts)):
-            term = tl.zeros_like(acc)
-            operands = ((lefts[i],), (rights[i],), (left_strides[i],), (right_strides[i],), (constants.R,))
-            term = accumulate(term, operands, steps, m, n, constants)
-            mask = keep_mask(seeds[i], threshold, rm, column * BLOCK_N, BLOCK_N)
-            acc += tl.where(mask, term, 0.0)
-        if not constants.ADD:
-            acc = accumulate(acc, base_operands, (0, base_steps), m, n, constants)
-    else:
-        operands = chain(base_operands, adapter_operands)
-        steps = base_steps + len(adapter_operands[4]) * tl.cdiv(constants.R, constants.BLOCK_K)
-        steps_a_split = tl.cdiv(steps, splits) if constants.SPLIT else steps
-        low = split * steps_a_split
-        acc = accumulate(acc, operands, (low, min(low + steps_a_split, steps)), m, n, constants)
-    last, acc = sum_of_shares(acc, split, (partial, counters, slot, splits), constants.SPLIT, True)
-    if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
-        if constants.HAS_BIAS:
-            # masked: because of the hints on n, a vector load could read past the end of the bias
-            acc += tl.load(pick(biases, member) + rn, mask=rn < N, other=0.0)[None, :].to(tl.float32)
-        y, row_offsets = pick(ys, member), (rm.to(tl.int64) if constants.WIDE else rm) * pick(stride_y, member)
-        y += row_offsets[:, None] + rn[None, :]
-        inside = (rm[:, None] < M) & (rn[None, :] < N)
-        if constants.ADD:
-            acc += tl.load(y, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -230,10 +164,8 @@ def extended_gemm(
     Grid: core_programs programs of dR, then `splits` programs for each output tile; the splits of a tile are neighbors.
     """
     pid = tl.program_id(0)
-    is_tile = True
     if BACKWARD:
-        is_tile = pid >= core_programs
-        if not is_tile:
+        if pid < core_programs:
             core_gradient(
                 pid,
                 (t, us, dcores, scales),
@@ -242,22 +174,60 @@ def extended_gemm(
                 (stride_v, stride_u),
                 CoreBlocks(CORE_CHUNK_M, CORE_SPLIT, CORE_BLOCK_R, CORE_BLOCK_M, PRECISION, R, R_PADDED),
             )
+            return
         if SPLIT:  # the core gradient's part of the workspace comes first
             counters += core_programs // core_chunks
             partial += core_programs * CORE_BLOCK_R * CORE_BLOCK_R
-    if is_tile:
-        output_tile(
-            pid - core_programs,
-            (xs, weights, Ks, stride_x, stride_w),
-            (v, factors, stride_v, stride_factor),
-            (ys, biases, M, Ns, stride_y),
-            (partial, counters, splits),
-            (seeds, threshold),
-            GemmConstants(
-                not BACKWARD, HAS_BIAS, DROPOUT, ADD, EVEN_K, EVEN_N, WIDE, PRECISION,
-                R, R_PADDED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT,
-            ),
-        )  # fmt: skip
+    pid -= core_programs
+    reduction: tl.constexpr = Reduction(not BACKWARD, EVEN_K, PRECISION, BLOCK_K)  # W and B end in K forward
+    tile, split = (pid // splits, pid % splits) if SPLIT else (pid, 0)
+    row, column, member, slot = tile_coordinates(tile, M, Ns, BLOCK_M, BLOCK_N, GROUP_M)
+    N = pick(Ns, member)
+    rm, rn = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows and columns past the end are clamped to 0, not masked: that costs no registers, and they are not stored. The
+    # select hides that a block is contiguous and aligned; the hints restore that, for vectorized loads. Past the end
+    # they are false, but there it does not matter what is loaded, as long as no vector of columns straddles the end.
+    m = tl.max_contiguous(tl.multiple_of(tl.where(rm < M, rm, 0), BLOCK_M), BLOCK_M)
+    n = tl.where(rn < N, rn, 0)
+    if EVEN_N:
+        n = tl.max_contiguous(tl.multiple_of(n, BLOCK_N), BLOCK_N)
+    if WIDE:
+        m, n = m.to(tl.int64), n.to(tl.int64)
+    base, adapter = (xs, weights, Ks, stride_x, stride_w), (v, factors, stride_v, stride_factor)
+    base_operands, adapter_operands = tile_operands(base, adapter, member, not BACKWARD, R, R_PADDED)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    base_steps = 0
+    for i in tl.static_range(len(Ks)):
+        base_steps += tl.cdiv(Ks[i], BLOCK_K)
+    if DROPOUT:  # the masks apply only to the adapters' terms: dx = Σ_i dy_i W_i + mask_i ∘ (w_i A_i)
+        lefts, rights, left_strides, right_strides, _ = adapter_operands
+        steps = (0, tl.cdiv(R, BLOCK_K))
+        for i in tl.static_range(len(lefts)):
+            term = tl.zeros_like(acc)
+            operands = ((lefts[i],), (rights[i],), (left_strides[i],), (right_strides[i],), (R,))
+            term = accumulate(term, operands, steps, m, n, reduction)
+            seed = seeds[i]  # a tensor even for a seed of 1, which Triton makes a constant inside a tuple
+            mask = keep_mask(seed, threshold, rm, column * BLOCK_N, BLOCK_N)
+            acc += tl.where(mask, term, 0.0)
+        if not ADD:
+            acc = accumulate(acc, base_operands, (0, base_steps), m, n, reduction)
+    else:
+        operands = chain(base_operands, adapter_operands)
+        steps = base_steps + len(adapter_operands[4]) * tl.cdiv(R, BLOCK_K)
+        steps_a_split = tl.cdiv(steps, splits) if SPLIT else steps
+        low = split * steps_a_split
+        acc = accumulate(acc, operands, (low, min(low + steps_a_split, steps)), m, n, reduction)
+    last, acc = sum_of_shares(acc, split, (partial, counters, slot, splits), SPLIT, True)
+    if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
+        if HAS_BIAS:
+            # masked: because of the hints on n, a vector load could read past the end of the bias
+            acc += tl.load(pick(biases, member) + rn, mask=rn < N, other=0.0)[None, :].to(tl.float32)
+        y, row_offsets = pick(ys, member), (rm.to(tl.int64) if WIDE else rm) * pick(stride_y, member)
+        y += row_offsets[:, None] + rn[None, :]
+        inside = (rm[:, None] < M) & (rn[None, :] < N)
+        if ADD:
+            acc += tl.load(y, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y, acc.to(y.dtype.element_ty), mask=inside)
 
 
 def forward_call(x: Tensor, members: Members, v: Tensor, ys: list[Tensor], plan: LaunchPlan) -> Launch:

@@ -7,6 +7,7 @@ of rows. `scratch`: W is dequantized in the launch of the thin products, then th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,16 +24,16 @@ from .plan import LaunchPlan
 
 
 class Quantized(NamedTuple):
-    """W [m, n] in 4 bits: the six `tensors` and the three numbers of `storage` are those of `dequantize_4bit`."""
+    """W [m, n] in 4 bits: its three tensors, or six with nested statistics, and [block, block2, rounding]."""
 
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    tensors: Sequence[Tensor]
     storage: tuple[int, ...]
     m: int
     n: int
 
     def arguments(self) -> Arguments:
         """Return the arguments by which every kernel takes this weight."""
-        return dict(weight=tuple(self.tensors), STORAGE=self.storage)
+        return dict(weight=(*self.tensors, None, None, None)[:6], STORAGE=self.storage)
 
     def is_inline(self, plan: LaunchPlan, mask: Mask) -> bool:
         """True if the GEMM dequantizes as it goes: no byte may straddle two rows, and it has no dropout."""

@@ -54,38 +54,6 @@ gdc_launch_dependents = find(PRIVATE["gdc_launch_dependents"])
 WITHOUT_WEIGHT = dict.fromkeys(("weight", "out", "ELEMENTS", "prep_programs", "STORAGE", "BLOCK_BYTES"))
 
 
-@triton.jit
-def forward_rows(pid, operands, workspace, sizes, strides, scalars, constants):
-    """Run one program of `prep_forward`; arguments: the kernel's, one tuple per group, in the kernel's order."""
-    x, factors, cores, us, v = operands
-    partial, counters, splits = workspace
-    M, K = sizes
-    stride_x, stride_factor, stride_v = strides
-    scales, seeds, threshold = scalars
-    if constants.OVERLAPPED:
-        gdc_launch_dependents()
-    row = pid // splits
-    split = pid - row * splits
-    rm = row * constants.BLOCK_M + tl.arange(0, constants.BLOCK_M)
-    row_mask = rm < M
-    # clamped, as in extended_gemm
-    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), constants.BLOCK_M), constants.BLOCK_M)
-    if constants.WIDE:
-        m, rm = m.to(tl.int64), rm.to(tl.int64)
-    columns, outputs = (), ()
-    for i in tl.static_range(len(us)):
-        for j in tl.static_range(len(constants.R_BLOCKS)):
-            ranks = block_ranks(constants.R_BLOCKS, j)
-            columns, outputs = columns + (factors[i] + ranks * stride_factor[i],), outputs + (us[i] + ranks,)
-    k_a_split = tl.cdiv(tl.cdiv(K, constants.BLOCK_K), splits) * constants.BLOCK_K
-    reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
-    sums = project(x, m * stride_x, columns, 1, reduction, (seeds, threshold, rm), constants)
-    if store_sums(sums, outputs, rm * constants.R, row_mask, (partial, counters, splits, row, split), constants):
-        for member in range(len(us)):
-            source, target = pick(us, member) + rm * constants.R, v + rm * stride_v + member * constants.R_PADDED
-            times_core(source, target, pick(cores, member), pick(scales, member), row_mask, constants, True)
-
-
 @triton.jit(do_not_specialize=["M", "splits", "seeds", "threshold", "prep_programs"])
 def prep_forward(
     x, factors, cores,  # inputs
@@ -105,59 +73,35 @@ def prep_forward(
 ):  # fmt: skip
     """u_i = x A_iᵀ and v_i = s_i·u_i R_iᵀ of all members. Grid: `splits` programs per row block."""
     pid = tl.program_id(0)
-    is_prep = True
     if prep_programs is not None:
-        is_prep = pid < prep_programs
-        if not is_prep:
+        if pid >= prep_programs:
             dequantize_bytes(pid - prep_programs, weight, out, ELEMENTS, storage_of(STORAGE), BLOCK_BYTES)
-    if is_prep:
-        forward_rows(
-            pid,
-            (x, factors, cores, us, v),
-            (partial, counters, splits),
-            (M, K),
-            (stride_x, stride_factor, stride_v),
-            (scales, seeds, threshold),
-            PrepConstants(
-                DROPOUT, False, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION,
-                R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT, OVERLAPPED,
-            ),
-        )  # fmt: skip
-
-
-@triton.jit
-def backward_rows(pid, operands, workspace, sizes, strides, scales, constants):
-    """Run one program of `prep_backward`; arguments: the kernel's, one tuple per group, in the kernel's order."""
-    dys, factors, cores, t, w = operands
-    partial, counters, splits = workspace
-    M, Ks = sizes
-    stride_dy, stride_factor, stride_w = strides
-    if constants.OVERLAPPED:
+            return
+    constants: tl.constexpr = PrepConstants(
+        DROPOUT, EVEN_R, EVEN_K, PRECISION, CORE_PRECISION, R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT
+    )
+    if OVERLAPPED:
         gdc_launch_dependents()
-    slot = pid // splits
-    split = pid - slot * splits
-    row, member = slot // len(factors), slot % len(factors)
-    rm = row * constants.BLOCK_M + tl.arange(0, constants.BLOCK_M)
+    row = pid // splits
+    split = pid - row * splits
+    rm = row * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rm < M
     # clamped, as in extended_gemm
-    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), constants.BLOCK_M), constants.BLOCK_M)
-    K, stride_k, factor = pick(Ks, member), pick(stride_factor, member), pick(factors, member)
-    if constants.WIDE:
-        m, rm, stride_k = m.to(tl.int64), rm.to(tl.int64), stride_k.to(tl.int64)
-    offsets = rm * stride_w + member * constants.R_PADDED
+    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), BLOCK_M), BLOCK_M)
+    if WIDE:
+        m, rm = m.to(tl.int64), rm.to(tl.int64)
     columns, outputs = (), ()
-    for j in tl.static_range(len(constants.R_BLOCKS)):
-        ranks = block_ranks(constants.R_BLOCKS, j)
-        columns, outputs = columns + (factor + ranks,), outputs + (t + ranks,)
-    k_a_split = tl.cdiv(tl.cdiv(K, constants.BLOCK_K), splits) * constants.BLOCK_K
+    for i in tl.static_range(len(us)):
+        for j in tl.static_range(len(R_BLOCKS)):
+            ranks = block_ranks(R_BLOCKS, j)
+            columns, outputs = columns + (factors[i] + ranks * stride_factor[i],), outputs + (us[i] + ranks,)
+    k_a_split = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
     reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
-    dy, row_offsets = pick(dys, member), m * pick(stride_dy, member)
-    # the mask is on x, not on dy: the extended GEMM applies it to dx
-    sums = project(dy, row_offsets, columns, stride_k, reduction, ((0,), 0, rm), constants)
-    if store_sums(sums, outputs, offsets, row_mask, (partial, counters, splits, slot, split), constants):
-        if constants.NEED_DX:
-            core, scale = pick(cores, member), pick(scales, member)
-            times_core(t + offsets, w + offsets, core, scale, row_mask, constants, False)
+    sums = project(x, m * stride_x, columns, 1, reduction, (seeds, threshold, rm), constants)
+    if store_sums(sums, outputs, rm * R, row_mask, (partial, counters, splits, row, split), constants):
+        for member in range(len(us)):
+            source, target = pick(us, member) + rm * R, v + rm * stride_v + member * R_PADDED
+            times_core(source, target, pick(cores, member), pick(scales, member), row_mask, constants, True)
 
 
 @triton.jit(do_not_specialize=["M", "splits", "prep_programs"])
@@ -179,24 +123,39 @@ def prep_backward(
 ):  # fmt: skip
     """t_i = dy_i B_i and w_i = s_i·t_i R_i, a member per program. Grid: `splits` programs per row block and member."""
     pid = tl.program_id(0)
-    is_prep = True
     if prep_programs is not None:
-        is_prep = pid < prep_programs
-        if not is_prep:
+        if pid >= prep_programs:
             dequantize_bytes(pid - prep_programs, weight, out, ELEMENTS, storage_of(STORAGE), BLOCK_BYTES)
-    if is_prep:
-        backward_rows(
-            pid,
-            (dys, factors, cores, t, w),
-            (partial, counters, splits),
-            (M, Ks),
-            (stride_dy, stride_factor, stride_w),
-            scales,
-            PrepConstants(
-                False, NEED_DX, EVEN_R, EVEN_K, WIDE, PRECISION, CORE_PRECISION,
-                R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT, OVERLAPPED,
-            ),
-        )  # fmt: skip
+            return
+    constants: tl.constexpr = PrepConstants(
+        False, EVEN_R, EVEN_K, PRECISION, CORE_PRECISION, R, R_BLOCKS, R_PADDED, BLOCK_M, BLOCK_K, BLOCK_J, SPLIT
+    )
+    if OVERLAPPED:
+        gdc_launch_dependents()
+    slot = pid // splits
+    split = pid - slot * splits
+    row, member = slot // len(factors), slot % len(factors)
+    rm = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rm < M
+    # clamped, as in extended_gemm
+    m = tl.max_contiguous(tl.multiple_of(tl.where(row_mask, rm, 0), BLOCK_M), BLOCK_M)
+    K, stride_k, factor = pick(Ks, member), pick(stride_factor, member), pick(factors, member)
+    if WIDE:
+        m, rm, stride_k = m.to(tl.int64), rm.to(tl.int64), stride_k.to(tl.int64)
+    offsets = rm * stride_w + member * R_PADDED
+    columns, outputs = (), ()
+    for j in tl.static_range(len(R_BLOCKS)):
+        ranks = block_ranks(R_BLOCKS, j)
+        columns, outputs = columns + (factor + ranks,), outputs + (t + ranks,)
+    k_a_split = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
+    reduction = (split * k_a_split, min(split * k_a_split + k_a_split, K), K)
+    dy, row_offsets = pick(dys, member), m * pick(stride_dy, member)
+    # the mask is on x, not on dy: the extended GEMM applies it to dx
+    sums = project(dy, row_offsets, columns, stride_k, reduction, ((0,), 0, rm), constants)
+    if store_sums(sums, outputs, offsets, row_mask, (partial, counters, splits, slot, split), constants):
+        if NEED_DX:
+            core, scale = pick(cores, member), pick(scales, member)
+            times_core(t + offsets, w + offsets, core, scale, row_mask, constants, False)
 
 
 def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: LaunchPlan, mask: Mask) -> Launch:

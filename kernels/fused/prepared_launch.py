@@ -20,9 +20,9 @@ from triton.runtime import driver
 
 from ..compat import triton as private
 from ..compat.torch import storage_key
-from . import workspace
 from .block_sizes import cdiv
 from .launcher import Launch
+from .operands import counters
 
 ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are less aligned
 SCRATCH_ALIGNMENT = 256  # bytes, of tensors in the scratch, as in torch's allocator
@@ -125,9 +125,9 @@ class Prepared:
     def _zeros(self, like: Tensor, stream: int) -> Tensor:
         """Return counters; on the default stream (0) this kind's own, which every launch leaves at zero."""
         if stream or is_captured(like):
-            return workspace.counters(like.device, self._count)
+            return counters(like.device, self._count)
         if self._own_zeros is None:
-            self._own_zeros = workspace.counters(like.device, self._count)
+            self._own_zeros = counters(like.device, self._count)
         return self._own_zeros
 
     def _lay_out(self, index: int, itemsize: int, calls: Sequence[Launch], inner: Sequence[Tensor]) -> int:

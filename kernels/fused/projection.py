@@ -20,8 +20,7 @@ MAX_HELD_RANKS = tl.constexpr(128)
 # Flags, ranks and blocks of the thin products, see low_rank, and what `times_core` alone reads.
 PrepConstants = namedtuple(
     "PrepConstants",
-    "DROPOUT NEED_DX EVEN_R EVEN_K WIDE PRECISION CORE_PRECISION "
-    "R R_BLOCKS R_PADDED BLOCK_M BLOCK_K BLOCK_J SPLIT OVERLAPPED",
+    "DROPOUT EVEN_R EVEN_K PRECISION CORE_PRECISION R R_BLOCKS R_PADDED BLOCK_M BLOCK_K BLOCK_J SPLIT",
 )
 CoreConstants = namedtuple("CoreConstants", "CORE_PRECISION R R_BLOCKS R_PADDED BLOCK_M BLOCK_J")
 

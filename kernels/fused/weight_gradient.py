@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_sizes import GemmConfig, cdiv, gradient_config
+from .extended_gemm import tile_coordinates
 from .launcher import Launch, launch
 from .operands import needs_int64, on_device, precision, unit_rows
 
@@ -75,12 +76,8 @@ def grad_sign(
 ):  # fmt: skip
     """Compute one [BLOCK_N, BLOCK_K] tile of G. Grid: one program per tile, in bands of GROUP_N row blocks for L2."""
     tile = tl.program_id(0)
-    across, down = tl.cdiv(K, BLOCK_K), tl.cdiv(N, BLOCK_N)
-    band = GROUP_N * across
-    first = tile // band * GROUP_N
-    height = min(down - first, GROUP_N)
-    n = (first + tile % band % height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tile % band // height * BLOCK_K + tl.arange(0, BLOCK_K)
+    row, column, _, _ = tile_coordinates(tile, N, (K,), BLOCK_N, BLOCK_K, GROUP_N)
+    n, k = row * BLOCK_N + tl.arange(0, BLOCK_N), column * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (n < N)[:, None] & (k < K)[None, :]
     if WIDE:
         n = n.to(tl.int64)
@@ -109,7 +106,7 @@ def grad_sign(
         else:
             tl.store(total + n[:, None] * stride_total + k[None, :], acc, mask=inside)
     if SIGNS:  # of the fp32 sum itself, as KEEP would store it
-        w = tile % band // height * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+        w = column * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
         store_signs(acc, inside, n, w, tile, (words, nonzero, counts), (N, K, stride_words))
 
 

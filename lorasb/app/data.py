@@ -82,8 +82,8 @@ def _hold_out_eval_data(settings: Settings, train_examples: list[Example]) -> tu
     names = [name.strip() for name in (settings.eval_data or "").split(",") if name.strip()]
     if not names:
         raise ValueError(f"--eval-data names no file: {settings.eval_data!r}")
-    of_values = settings.score == "exact" and are_values([example.label for example in train_examples])
-    score = "pearson" if of_values else settings.score  # even if all held-out values are whole numbers
+    # values stay values, even if all held-out ones are whole numbers
+    score = "pearson" if train_examples[0].score == "pearson" else settings.score
     parts = [read_data(name, score, True, settings.adapter_column) for name in names]
     most = settings.eval_examples
     drawn = (part if len(part) <= most else _shuffled(part, settings.seed)[:most] for part in parts)
@@ -335,16 +335,15 @@ def read_data(name: str, score: str, held_out: bool = False, adapter_column: str
     source = _file_or_source(name)
     if isinstance(source, Path):
         examples = read_jsonl(source, adapter_column)
-        score = _score_of_labels(examples) if score == "exact" else score
-        return [replace(example, source=name, score=score) for example in examples]
-    split = source.held_out if held_out else source.train
-    if split is None:
-        raise ValueError(f"{name} has no held-out split: name another set, or leave --eval-data out")
-    score = source.score if score == "exact" else score
-    return [
-        replace(with_adapter(source.example(row), row, adapter_column, name), source=name, score=score)
-        for row in _rows(name, source, split)
-    ]
+        labels = [example.label for example in examples]
+        usual = "pearson" if are_values(labels) else "exact" if None in labels else "label"
+    else:
+        split = source.held_out if held_out else source.train
+        if split is None:
+            raise ValueError(f"{name} has no held-out split: name another set, or leave --eval-data out")
+        rows, usual = _rows(name, source, split), source.score
+        examples = [with_adapter(source.example(row), row, adapter_column, name) for row in rows]
+    return [replace(example, source=name, score=usual if score == "exact" else score) for example in examples]
 
 
 def check_names(settings: Settings) -> None:
@@ -364,14 +363,6 @@ def _file_or_source(name: str) -> Path | Source:
         hint = nearest(Path(name).name, {*files, *NAMED}, f"named data sets are {', '.join(NAMED)}", cutoff=0.6)
         raise ValueError(f"expected a JSONL file, found none at {name} in {Path.cwd()}{hint}")
     return NAMED[name]
-
-
-def _score_of_labels(examples: list[Example]) -> str:
-    """Return a file's default score: equality for texts and labels, correlation for values (2.5)."""
-    labels = [example.label for example in examples]
-    if None in labels:
-        return "exact"
-    return "pearson" if are_values(labels) else "label"
 
 
 def _rows(name: str, source: Source, split: str) -> Iterable[Row]:

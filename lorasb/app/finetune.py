@@ -70,12 +70,12 @@ def run_finetune(settings: Settings) -> Result:
             write_json(folder.before, asdict(before))
         report, seconds = _start(run, folder, is_first_rank)
         make = run_trainer if settings.rl is None else grpo_trainer
-        trained = train(run, make, folder, state.checkpoint, stop)
+        history, train_seconds = train(run, make, folder, state.checkpoint, stop)
         after = run.evaluate("held-out examples, after")
-        summary = results.summarize(run, before, after, seconds, trained) | {"identity": folder.identity}
+        summary = results.summarize(run, before, after, seconds, history, train_seconds) | {"identity": folder.identity}
         result = Result(summary, run.held_out.examples, before, after, report)
         if is_first_rank:
-            results.save(run, result, trained.history)
+            results.save(run, result, history)
             folder.end()
         processes.all_gather(0)  # barrier: no rank returns before the files are written
     return result

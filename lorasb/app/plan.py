@@ -7,7 +7,6 @@ the real code of the model, the layers and AdamW runs, and the memory it would h
 
 from __future__ import annotations
 
-import difflib
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from ..init.task import InitOptions, Piece, Work
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.linear4bit import LEFT_OUT
 from ..layers.lookup import adapted_layers
+from ..utils.checks import nearest
 from ..utils.precision import DTYPES, native
 from .prepare import check_positions, checkpoint_activations, resolve_model
 
@@ -82,8 +82,8 @@ def find_gpu(name: str) -> Card:
     key = re.sub(r"nvidia|geforce|rtx|quadro|gb|sxm|pcie|[^a-z0-9]", "", name.lower())
     if key in compact:
         return CARDS[compact[key]]
-    near = difflib.get_close_matches(key, compact, n=3, cutoff=0.4) or list(compact)
-    raise ValueError(f"--gpu {name!r} is not known: did you mean {' or '.join(compact[one] for one in near)}?")
+    hint = nearest(key, compact, f"known are {', '.join(CARDS)}", cutoff=0.4)
+    raise ValueError(f"--gpu {name!r} is not known{hint}")
 
 
 @dataclass(frozen=True)

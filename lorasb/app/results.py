@@ -41,7 +41,7 @@ from .scoring import is_right
 from .settings import CONFIG_NAME, EMBEDDED, Settings, read_config
 from .terminal import console
 from .tokenize import messages_of
-from .train import Trained, peak_memory, peak_rss
+from .train import peak_memory, peak_rss
 
 SAVED = ("prompt", "completion", "source", "score", "adapter")  # fields of an Example in answers.json
 
@@ -57,13 +57,20 @@ class Result:
     report: InitReport | None
 
 
-def summarize(run: Run, before: Evaluation, after: Evaluation, init_seconds: float, trained: Trained) -> Json:
+def summarize(
+    run: Run,
+    before: Evaluation,
+    after: Evaluation,
+    init_seconds: float,
+    history: Sequence[Json],
+    train_seconds: float,
+) -> Json:
     """Return the content of summary.json, without the identity (added by the caller) and adapter size (by `save`)."""
     examples, said = run.held_out.examples, {"before": before.answers, "after": after.answers}
     by_set = {at: score_by("source", examples, answers) for at, answers in said.items()}
     base_params, base_bytes = base_size(run.model)
     # with `--rl`, the number of sampled tokens and prompt tokens
-    sampled = [float(entry["num_tokens"]) for entry in trained.history if "num_tokens" in entry]
+    sampled = [float(entry["num_tokens"]) for entry in history if "num_tokens" in entry]
     return {
         "eval_loss_before": before.loss,
         "eval_loss_after": after.loss,
@@ -77,9 +84,9 @@ def summarize(run: Run, before: Evaluation, after: Evaluation, init_seconds: flo
         "base_params": base_params,
         "base_bytes": base_bytes,
         "init_seconds": init_seconds,
-        "train_seconds": trained.seconds,
+        "train_seconds": train_seconds,
         "train_steps": run.steps,
-        "tokens_per_second": (sampled[-1] if sampled else run.tokens) / trained.seconds,
+        "tokens_per_second": (sampled[-1] if sampled else run.tokens) / train_seconds,
         "peak_rss_mb": peak_rss() / 2**20,
         "peak_gpu_mb": peak_memory() / 2**20 if device() == "cuda" else None,
         "lr": run.lr,
@@ -88,10 +95,10 @@ def summarize(run: Run, before: Evaluation, after: Evaluation, init_seconds: flo
         "dtype": run.precision.name,
         "dtype_reason": run.precision.reason,
         "machine": torch.cuda.get_device_name() if device() == "cuda" else f"CPU, {processor_class()}",
-        "train_losses": [entry["loss"] for entry in trained.history if "loss" in entry],
+        "train_losses": [entry["loss"] for entry in history if "loss" in entry],
         "basis_fit": run.fit,
-        "rewards": [float(entry["reward"]) for entry in trained.history if "reward" in entry],
-        "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in trained.history if "eval_loss" in entry],
+        "rewards": [float(entry["reward"]) for entry in history if "reward" in entry],
+        "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
         "prompt_format": prompt_format(run),
         "system": system_message(run.train),
         "classes": list(run.problem.classes) if isinstance(run.problem, Classification) else None,

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from ..constants import DEFAULT_RANK, DOCS, MAX_RANK
+from ..constants import DEFAULT_RANK, DOCS, MAX_RANK, UPDATES
 from ..utils.atomic_files import write_text
 from ..utils.checks import MAX_LR, check_pattern, nearest
 from ..utils.reading import Json, read_text
@@ -134,7 +134,6 @@ def check_basis(settings: Settings) -> None:
 
 
 EMBEDDED = "smollm2-135m"  # the model in a PyPI package, see `prepare.demo_model`
-UPDATES = ("adamw", "sgd", "per-sample")
 DEFAULT_RATE = 2e-3  # used if no rate is given or measured
 # Default rates with --rl: RL_RATE / r, or RL_RATE_OF_LORA. The best rates in benchmarks/research/results/rl.csv are
 # 1e-2, 6.25e-4 and 1e-4 at r = 2, 8 and 64; four times these rates lower the share of right greedy answers from 0.506

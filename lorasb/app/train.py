@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -269,24 +268,20 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix(shown, refresh=False)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The trainer's log history, and the total seconds of training, including earlier starts of the run."""
-
-    history: list[Json]
-    seconds: float
-
-
 def train(
     run: Run, make: Callable[[Run, Path], MarkedCheckpoints], folder: RunFolder, checkpoint: str | None, stop: Stop
-) -> Trained:
-    """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` creates the trainer."""
+) -> tuple[list[Json], float]:
+    """Train with checkpoints in `folder`, resuming from `checkpoint` if given; `make` creates the trainer.
+
+    Returns:
+        The trainer's log history, and the total seconds of training, including earlier starts of the run.
+    """
     mark = read_mark(Path(checkpoint)) if checkpoint else None
     # Interrupted after the last step, before the results were saved: only the weights and the log are needed.
     if checkpoint and mark is not None and mark.step >= run.steps:
         run.model.load_adapter(checkpoint, "default", is_trainable=True)
         load_adapters(run, Path(checkpoint))
-        return Trained(read_json(Path(checkpoint, "trainer_state.json"))["log_history"], mark.seconds)
+        return read_json(Path(checkpoint, "trainer_state.json"))["log_history"], mark.seconds
     if run.settings.gradient_checkpointing:
         checkpoint_activations(run.model.get_base_model())
     trainer = make(run, folder.checkpoints)
@@ -301,7 +296,7 @@ def train(
     trainer.started = time.perf_counter() - (mark.seconds if mark else 0.0)
     trainer.train(resume_from_checkpoint=checkpoint)
     stop.end()
-    return Trained(trainer.state.log_history, time.perf_counter() - trainer.started)
+    return trainer.state.log_history, time.perf_counter() - trainer.started
 
 
 def run_trainer(run: Run, folder: Path) -> _RunTrainer:

@@ -20,6 +20,7 @@ from ..kernels.plan import Shape
 from ..layers.linear_group import NAMES
 from ..utils.precision import native
 from .plan import on_meta
+from .tables import table_of
 
 OPS = ("forward", "backward")
 DROPOUT, SEED = 0.05, 1 << 40
@@ -90,7 +91,7 @@ def run_of(shape: Shape, ms: Sequence[int], device: str) -> tuple[Run, Check]:
         packed = torch.randint(0, 256, (-(-m * n // 2),), dtype=torch.uint8, device=device)
         absmax, codebook = torch.rand(-(-m * n // BLOCK), device=device), torch.linspace(-1, 1, 16, device=device)
         # random codes, without nested statistics
-        layout, tensors = (BLOCK, 256, 0), (packed, absmax, codebook, None, None, None)
+        layout, tensors = (BLOCK, 256, 0), (packed, absmax, codebook)
         weight = linear_quantized.Quantized(tensors, layout, m, n)
         dense = members._replace(weights=[eager.dequantize([packed, absmax, codebook], list(layout), m, n, dtype)])
         if shape.op == "forward":
@@ -125,9 +126,8 @@ def tune_model(model: str, r: int, tokens: Sequence[int], dtype: str) -> Table:
 
 
 def _summary(tuned: Sequence[Tuned], title: str) -> Table:
-    table = Table(title=title)
-    for name in ("op", "tokens", "in", "out", "members", "kind", "path", "blocks", "before ms", "after ms"):
-        table.add_column(name, justify="right")
+    names = ("tokens", "in", "out", "members", "kind", "path", "blocks", "before ms", "after ms")
+    table = table_of(title, "op", *names)
     for result in tuned:
         s, g = result.shape, result.best.gemm
         blocks = f"{g.block_m}x{g.block_n}x{g.block_k}" if result.best.path != "addmm" else "cuBLAS"

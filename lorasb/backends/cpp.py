@@ -149,7 +149,7 @@ def backward(dys: list[Tensor], us: list[Tensor], operands: Operands, need_dx: b
 
 def _rows_forward(x: Tensor, operands: Operands) -> list[Tensor]:
     if torch.float64 in (x.dtype, *(stack.dtype for stack in operands.cores)):
-        return eager.forward(_products(x.dtype), x, operands)
+        return eager.eager_forward(x, operands)
     by_torch = bool(operands.base) and not operands.is_quantized and not serves(x.dtype, operands.base)
     results = []
     for one in operands.members():
@@ -174,23 +174,10 @@ def _thin(rows: Tensor, factor: Tensor, transposed: bool) -> Tensor:
     return _csrc.thin_product(rows, factor, not transposed)
 
 
-def _by_torch(rows: Tensor, base: eager.Base) -> bool:
-    return rows.dtype == torch.float64 or (isinstance(base, Tensor) and not serves(rows.dtype, [base]))
-
-
-def _extended(rows: Tensor, base: eager.Base, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    if base is None:
-        y = _products(rows.dtype).thin(v, b, True).to(rows.dtype)
-        return y if bias is None else y.add_(bias)
-    if _by_torch(rows, base):
-        return eager.extended(rows, base, v, b, bias)
-    return _csrc.extended_product(rows, *_storage(base), b.shape[0], rows.shape[1], v, b, bias, False)
-
-
 def _extended_transposed(rows: Tensor, base: eager.Base, w: Tensor, a: Tensor, onto: Tensor | None) -> Tensor:
     if base is None:
         dx = _products(rows.dtype).thin(w, a, False).to(rows.dtype)
-    elif _by_torch(rows, base):
+    elif rows.dtype == torch.float64 or (isinstance(base, Tensor) and not serves(rows.dtype, [base])):
         return eager.extended_transposed(rows, base, w, a, onto)
     else:
         dx = _csrc.extended_product(rows, *_storage(base), rows.shape[1], a.shape[1], w, a, None, True)
@@ -206,7 +193,7 @@ def _storage(base: eager.Base) -> tuple[object, ...]:
 def _products(dtype: torch.dtype) -> eager.Products:
     """Return products with one R per row; torch computes thin ones, unless it is slow in the dtype."""
     widened = dtype != torch.float32 and serves(dtype)
-    return eager.Products(_thin if widened else eager.thin, times_core, _extended, _extended_transposed)
+    return eager.Products(_thin if widened else eager.thin, times_core, eager.extended, _extended_transposed)
 
 
 def register() -> None:

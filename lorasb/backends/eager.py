@@ -15,7 +15,6 @@ from torch.nn import functional
 from ..ops.adapted_linear import register_backend
 from ..ops.calls import Member, Operands, no_autocast
 from ..ops.registry import pack_words, words_of
-from ..quantization.quantized_weight import FOUR_BIT, INT8, QuantizedTensors
 
 # Bytes of x below which torch's own ops are faster than our autograd function, whose Python overhead in backward then
 # takes longer than the pass over dx that it saves. Measured with 4096 features and 512
@@ -234,7 +233,7 @@ INT8_SCALE = 7.874015718698502e-3  # 1 / 127, with the digits of bitsandbytes' c
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """W [rows, columns]: table[nibble]·absmax in fp32, rounded as `layout` says."""
     rounding = ROUNDINGS[layout[2]]
-    if QuantizedTensors(*quant).kind == INT8:
+    if len(quant) == 2:  # 8 bits
         codes, scales = quant
         wide = codes.view(rows, columns).float() * scales.view(-1, 1) * INT8_SCALE
         return wide.to(rounding).to(dtype) if rounding is not None else wide.to(dtype)
@@ -258,7 +257,7 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
 
 def block_scales(quant: list[Tensor], layout: list[int]) -> Tensor:
     """The fp32 scale of each block: absmax, or table2[absmax8]·absmax2 + offset."""
-    if QuantizedTensors(*quant).kind == FOUR_BIT:
+    if len(quant) == 3:  # 4 bits, without nested statistics
         return quant[1]
     _, octets, _, absmax, table, offset = quant
     scales = functional.embedding(octets.int(), table[:, None]).flatten()
@@ -304,13 +303,11 @@ def _row_blocks(shape: tuple[int, ...] | torch.Size) -> Iterator[slice]:
 
 def _sum_rows(left: Tensor, right: Tensor, total: Tensor | None, rows: slice, fresh: bool) -> Tensor:
     """Return some rows of G: if `total` is given, update it and return a view of it."""
-    product = left[:, rows].t() @ right if len(left) else None  # None for a batch without tokens
+    product = left[:, rows].t() @ right
     if total is None:
-        return product if product is not None else left.new_zeros((left[:, rows].shape[1], right.shape[1]))
+        return product
     block = total[rows]
-    if fresh:
-        return block.zero_() if product is None else block.copy_(product)
-    return block if product is None else block.add_(product)
+    return block.copy_(product) if fresh else block.add_(product)
 
 
 def composed(x: Tensor, lists: Sequence[Sequence[Tensor]], scalings: Sequence[float]) -> list[Tensor] | None:

@@ -25,7 +25,6 @@ from ..kernels.plan import LaunchPlan, Shape
 from ..ops import calls, registry
 from ..ops.adapted_linear import register_backend
 from ..ops.calls import DENSE, Operands
-from ..quantization.quantized_weight import INT8, QuantizedTensors
 from . import autotune, cpp, eager
 from .autotune import is_capturing
 from .eager import check_index, chosen_cores, kernel_dropout, kernel_masks, shaped
@@ -199,12 +198,11 @@ def _row_products(operands: Operands, index: Tensor) -> list[RowProducts]:
 
 def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Return W [rows, columns]; eager torch dequantizes 8 bits, as there is no kernel."""
-    tensors = QuantizedTensors(*quant)
-    if tensors.kind == INT8:
+    if len(quant) == 2:
         return eager.dequantize(quant, layout, rows, columns, dtype)
-    check_call(tensors.absmax.new_empty(0, dtype=torch.float32))  # checks the device; any supported dtype will do
+    check_call(quant[1].new_empty(0, dtype=torch.float32))  # checks the device; any supported dtype will do
     kernels = _kernels().linear_quantized
-    found: Tensor = kernels.dequantized(kernels.Quantized(tensors, tuple(layout), rows, columns), dtype)
+    found: Tensor = kernels.dequantized(kernels.Quantized(quant, tuple(layout), rows, columns), dtype)
 
     def _check() -> None:
         autotune.check_weight(found, eager.dequantize(quant, layout, rows, columns, dtype))
@@ -214,7 +212,7 @@ def dequantize(quant: list[Tensor], layout: list[int], rows: int, columns: int, 
 
 
 def _is_int8(operands: Operands) -> bool:
-    return QuantizedTensors(*operands.base).kind == INT8
+    return len(operands.base) == 2
 
 
 def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
@@ -225,7 +223,7 @@ def _dense_operands(operands: Operands, dtype: torch.dtype) -> Operands:
 
 def _weight(operands: Operands) -> Quantized:
     shape = operands.b[0].shape[0], operands.a[0].shape[1]
-    return _kernels().linear_quantized.Quantized(QuantizedTensors(*operands.base), tuple(operands.layout), *shape)
+    return _kernels().linear_quantized.Quantized(operands.base, tuple(operands.layout), *shape)
 
 
 def gradient_add(dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
@@ -392,10 +390,7 @@ def register() -> None:
 
 def rows_of(x: Tensor) -> Tensor:
     """Return x as [M, n] with a contiguous last dimension and any lazy negation applied."""
-    x = x.resolve_neg()
-    # reshape(-1, 0) is ambiguous
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((math.prod(x.shape[:-1]), 0))
-    return unit_rows(rows)
+    return unit_rows(x.resolve_neg().reshape(-1, x.shape[-1]))
 
 
 def members_of(operands: Operands) -> Members:
@@ -486,7 +481,7 @@ def _stops_all(error: Exception) -> bool:
 def _give_up(key: Any, error: Exception) -> None:
     """Warn, and from now on avoid this kernel for such calls, as others may well run; or all kernels."""
     if not isinstance(error, ImportError):  # ImportError: nothing to forget, and this would raise it again
-        _kernels().workspace.forget()
+        _kernels().operands.forget_counters()
         _kernels().prepared_linear.forget()
     _broken[key] = f"{type(error).__name__}: {error}"
     calls = f". {HELP}" if key == EVERY else f", for calls like this one ({key[1]}, {key[3]} features, {key[2]})"

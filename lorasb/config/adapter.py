@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -23,7 +23,6 @@ from ..utils.atomic_files import set_usual_mode, write_json
 from ..utils.checks import MAX_REPEATS, check_pattern, matches
 from ..utils.reading import safetensors_header
 
-T = TypeVar("T")
 INITS = ("update", "lora-xs", "lora-xs-output", "kaiming", "random")
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lorasb_only", "lora_only")  # the last is PEFT's name for the third: its configs carry over
@@ -45,10 +44,10 @@ private.extend_peft_types(PEFT_NAME)
 
 @dataclass
 class AdapterOptions:
-    """Options of an adapter, the same in all of its layers. To add an option, add a field here.
+    """Options of an adapter, the same in all of its layers. To add an option, add a field here and in `LoRASBConfig`.
 
-    `LoRASBConfig` (and so `patch` and saved files) and `layer.adapters[name]` then have it. If it belongs to the
-    factors that adapters share or swap, list it in `COPIED` (serving/basis.py) or `DESCRIBING` (tuner/loading.py).
+    `layer.adapters[name]` then has it. If it belongs to the factors that adapters share or swap, list it in `COPIED`
+    (serving/basis.py) or `DESCRIBING` (tuner/loading.py).
     """
 
     lora_dropout: float = 0.0  # probability of dropping an element of x on the adapter's path
@@ -60,17 +59,7 @@ class AdapterOptions:
         return {one.name: getattr(self, one.name) for one in fields(AdapterOptions)}
 
 
-def _with_options(config: type[T]) -> type[T]:
-    """Add options that a config class does not declare, after its fields; PEFT reads only a class's own annotations."""
-    for one in fields(AdapterOptions):
-        if one.name not in config.__annotations__:
-            config.__annotations__[one.name] = one.type
-            setattr(config, one.name, one.default)
-    return config
-
-
 @dataclass
-@_with_options
 class LoRASBConfig(PeftConfig):
     """Configuration of LoRA-SB: `W = W0 + s·B·R·A`, with A [r, in], B [out, r] frozen and R [r, r] trained.
 

@@ -5,6 +5,7 @@ Stock PEFT, vLLM and llama.cpp read it without lorasb.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -31,7 +32,7 @@ from ..constants import CONFIG_NAME, FACTORS, PEFT_NAME, PEFT_PREFIX, WEIGHTS_NA
 from ..layers.lookup import frozen_factors, layer_kinds, layers_of_one, refuse_more_than_factors
 from ..layers.unfused_experts import NAMES, parameter_of
 from ..layers.weight_adapter import ATTENTION, CONVOLUTION, EMBEDDING, SLICE
-from ..utils.atomic_files import json_text, replacing
+from ..utils.atomic_files import replacing
 from ..utils.reading import Json, read_json, read_text
 
 # The values that vLLM accepts for --max-lora-rank; its default is 16.
@@ -139,7 +140,7 @@ def _write_peft(config: Json, tensors: dict[str, Tensor], rank: int, folder: Pat
     with ExitStack() as stack:  # all are written before any takes the place of an earlier export's
         weights, values, text = (stack.enter_context(replacing(folder / name)) for name in names)
         save_file(separate, str(weights), metadata={"format": "pt"})
-        values.write_text(json_text(_lora_config(config, rank)), encoding="utf-8")
+        values.write_text(json.dumps(_lora_config(config, rank), indent=2) + "\n", encoding="utf-8")
         text.write_text(card, encoding="utf-8")
     return serve_command(name, folder, rank)
 

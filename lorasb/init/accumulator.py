@@ -48,13 +48,13 @@ class LayerSum:
         (self._take_signs if last else _op("gradient_add"))(dy, x, self.total, fresh)
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """Add to G a gradient [out, in] that the layer itself computed, in fp32 or wider."""
+        """Add to G a gradient [out, in] that the layer itself computed."""
         if self.sketch is not None:
             raise ValueError(
                 "update='per-sample' needs dy and x of linear layers, but a target is an embedding, a convolution or "
                 "attention: name it in exclude_modules, or choose another update"
             )
-        self._signs = None
+        self._signs, gradient = None, gradient if gradient.dtype == torch.float64 else gradient.float()
         if self.total is None:
             self.total = gradient.clone(memory_format=torch.contiguous_format)
         else:
@@ -181,7 +181,7 @@ class GradientSums:
     def _add_own(self, name: str, layer: LoRASBWeight, gradient: Tensor) -> None:
         if layer.unfolding.kind != SLICE or gradient.any():
             self.called.add(name)
-            self._sum_of(name).add_gradient(layer.matrix_gradient(gradient))
+            self._sum_of(name).add_gradient(layer.base.matrix(gradient))
 
     def _sum_of(self, name: str) -> LayerSum:
         if name not in self.sums:

@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ..compat.peft import trained_modules_of
+from ..constants import UPDATES
 from ..distributed.process_group import Processes
 from ..layers.adapted_layer import AdaptedLayer
 from .accumulator import GradientSums
@@ -22,7 +23,6 @@ from .sampling import Batch, batch_size
 from .svd import OVERSAMPLE, MomentSketch
 
 Layers = dict[str, AdaptedLayer]
-UPDATES = ("adamw", "sgd", "per-sample")
 STRATEGIES = ("auto", "layerwise", "accumulate")
 
 NOMINAL_RATE = 1e-3  # placeholder for η until the rate is measured and the start rescaled

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -33,15 +33,6 @@ from .base import Base
 from .opaque_base import make_base
 
 
-class StoredCores(Protocol):
-    """A layer's part of an `AdapterBank`: the R's of many adapters that share the A and B of one adapter."""
-
-    basis: str
-
-    def stack(self, device: torch.device) -> Tensor:
-        """Return the R's [capacity, r, r], by slot, on the device of the layer's A and B."""
-
-
 class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A frozen layer with adapters by name: A and B frozen, R trained. Takes the arguments of `LoRASBLinear`."""
 
@@ -61,7 +52,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         fan_in_fan_out: bool = False,
         octet_dtype: torch.dtype | None = None,
         resolver_options: Mapping[str, object] | None = None,
-        **options: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -71,12 +61,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = self.base.shape
         self.lorasb_A, self.lorasb_R, self.lorasb_B = FrozenFactors(), Cores(), FrozenFactors()
         self.adapters: dict[str, AdapterState] = {}  # state by adapter name
-        self.stored_cores: StoredCores | None = None  # set by a bank of adapters
+        # set by a bank, whose adapters have the A and B of `basis`; `stack(device)` returns their R's [capacity, r, r]
+        self.stored_cores: Any = None
         # when adapters were disabled: the active ones, and those whose R required a gradient
         self._before_disabling: tuple[list[str], list[str]] = [], []
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = adapter_name
-        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors, **options)
+        self.add_adapter(adapter_name, r, scaling, lora_dropout, equivalent_gradient, wide_factors)
 
     def _make_base(self, module: nn.Module) -> Base:
         return make_base(module, *self._base_options)
@@ -104,11 +95,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _follow_base(self) -> None:
         """Cast A and B like their base; R stays the same parameter object, because optimizers hold it."""
-        for name, state in self.adapters.items():
-            if self.lorasb_A[name].dtype != self.factor_dtype_of(name):
-                self.cast_factors(name, frozen_alone=True)
-            if state.basis is not None and self.lorasb_A[name] is not self.lorasb_A[state.basis]:
-                self.share_factors_of(name, state.basis)
+        for name in self.adapters:
+            self.cast_factors(name, frozen_alone=True)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise RuntimeError(
@@ -126,7 +114,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         wide_factors: bool = False,
         basis: str | None = None,
         start_at: str | None = None,
-        **options: Any,
     ) -> None:
         """Add an adapter of rank `r`: A [r, in] and B [out, r] in the base's dtype, R [r, r] in fp32, all zero."""
         # With `wide_factors` A and B are in fp32, too, and the adapter computes in fp32, but not the base. With `basis`
@@ -136,8 +123,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         check_name(adapter_name)
         if adapter_name in self.lorasb_R:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already: choose another adapter_name")
-        chosen = AdapterOptions(lora_dropout, equivalent_gradient, wide_factors, **options)  # options only
-        self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **chosen.options())
+        options = AdapterOptions(lora_dropout, equivalent_gradient, wide_factors).options()
+        self.adapters[adapter_name] = AdapterState(r=r, scaling=scaling, made_with=scaling, **options)
         device, dtype, core_dtype = self.base.device, self.factor_dtype_of(adapter_name), self.core_dtype
         self.lorasb_A[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features, device=device, dtype=dtype))
         self.lorasb_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))

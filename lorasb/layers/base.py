@@ -147,6 +147,9 @@ class Base:
 class ReplaceableBase(Base):
     """A module that is replaced by a dense one while adapters are merged."""
 
+    def merging_weight(self) -> Tensor:
+        return self.weight().to(self.dtype)
+
     def merged(self, weight: Tensor) -> Base:
         bias: Tensor | None = getattr(self.module, "bias", None)
         dense = linear_over(weight, None if bias is None else bias.detach().to(weight.dtype))
@@ -207,9 +210,6 @@ class QuantizedBase(ReplaceableBase):
 
     def weight(self) -> Tensor:
         return dequantize(self.quantized())
-
-    def merging_weight(self) -> Tensor:
-        return dequantize(self.quantized(), self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

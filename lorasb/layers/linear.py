@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,15 +19,7 @@ from .adapted_layer import AdaptedLayer
 from .adapter_state import Rows
 from .base import factors_on_device
 
-
-class RowCores(NamedTuple):
-    """Operands of `lora_sb_linear` for rows whose adapters share a basis."""
-
-    a: Tensor  # [r, in]
-    b: Tensor  # [out, r]
-    cores: Tensor  # [K, r, r]
-    places: Tensor  # [n], int64 on the CPU: each row's R, or -1
-    scaling: float  # s
+RowCores = tuple[Tensor, Tensor, Tensor, float, Tensor]  # of `row_cores`
 
 
 def forward(layer: LoRASBLinear, x: Tensor, rows: Rows | Sequence[str], *args: object, **kwargs: object) -> Tensor:
@@ -71,23 +63,27 @@ def is_wide(layer: AdaptedLayer, names: Sequence[str]) -> bool:
 
 
 def row_cores(layer: AdaptedLayer, names: tuple[str, ...], rows: Rows) -> RowCores:
-    """Return the operands of one call: a bank's R's, not copied, or the adapters' R's, stacked, with gradients."""
+    """Return A [r, in], R's [K, r, r], B [out, r], s, and the place of each row's R, or -1 [n], int64 on the CPU.
+
+    A bank's R's are not copied; those of the model's adapters are stacked, with gradients.
+    """
     modules, bank, places = layer._modules, layer.stored_cores, rows.places  # public access takes microseconds
     a, b = (cast(Any, modules[factor])._parameters[names[0]] for factor in FROZEN_FACTORS)
     if len(names) == 1 and bank is not None and places is not None:
-        return RowCores(a, b, bank.stack(a.device), places, layer.adapters[names[0]].made_with)
+        return a, bank.stack(a.device), b, layer.adapters[names[0]].made_with, places
     cores = torch.stack([layer.core(name) for name in names])
     index = torch.tensor([names.index(name) if name in names else -1 for name in rows.names], device="cpu")
-    return RowCores(a, b, cores, index[rows.index], layer.adapters[names[0]].scaling)
+    return a, cores, b, layer.adapters[names[0]].scaling, index[rows.index]
 
 
-def _computed(layer: LoRASBLinear, x: Tensor, part: RowCores, fused: bool = False) -> Tensor:
+def _computed(layer: LoRASBLinear, x: Tensor, operands: RowCores, fused: bool = False) -> Tensor:
     """Return s·x_i Aᵀ R_kᵀ Bᵀ of all rows, plus the base's product if `fused`."""
+    a, cores, b, scaling, places = operands
     dtype, autocast = x.dtype, autocast_on(x.device.type)
     x, weight, bias = layer.base.operands(x) if fused else (layer.base.cast(x), None, None)
     if not fused and not autocast:
-        x = x.to(part.a.dtype)  # fp32 factors with a base in 16 bits
-    y = lora_sb_linear(x, weight, part.a, part.cores, part.b, bias, part.scaling, index=part.places)
+        x = x.to(a.dtype)  # fp32 factors with a base in 16 bits
+    y = lora_sb_linear(x, weight, a, cores, b, bias, scaling, index=places)
     return y if autocast else y.to(dtype)
 
 
@@ -128,7 +124,6 @@ class LoRASBLinear(AdaptedLayer):
         octet_dtype: compute dtype of an 8-bit base, which its storage does not record; if None, the dtype of its bias,
             or fp16 without a bias.
         resolver_options: for PEFT's resolver of quantized layers: `get_quantization_kwargs(model)`.
-        options: other fields of `AdapterOptions`; there are none yet.
 
     Forward: x [..., in] -> y [..., out], in x's dtype, or autocast's.
 

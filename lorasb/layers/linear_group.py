@@ -30,8 +30,8 @@ def compute(members: list[LoRASBLinear], x: Tensor, rows: Rows | None) -> list[T
     if rows is not None:
         (names,), _ = calls_for(members[0], rows)  # those of all members: they are part of the group key
         parts = [row_cores(member, names, rows) for member in members]
-        adapters = [(part.a, part.cores, part.b, part.scaling) for part in parts]
-        index = parts[0].places
+        adapters = [part[:4] for part in parts]
+        index = parts[0][4]
     else:
         name = members[0].active_adapters[0]
         adapters = [(m.lorasb_A[name], m.lorasb_R[name], m.lorasb_B[name], m.adapters[name].scaling) for m in members]
@@ -50,8 +50,6 @@ def group_key(layer: LoRASBLinear, x: Tensor, rows: Rows | None = None) -> tuple
     if layer.base.fan_in_fan_out or _is_watched(layer) or hook_of(layer) is not None or layer.base.must_run():
         return None
     weight = layer.weight
-    if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != layer.in_features or weight.device != x.device:
-        return None
     names = tuple(layer.active_adapters)
     if rows is not None:
         calls, alone = calls_for(layer, rows)

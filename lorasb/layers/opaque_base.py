@@ -97,9 +97,6 @@ class OpaqueBase(ReplaceableBase):
             raise ValueError(f"expected a weight {list(self.shape)} of a {self.name} layer, got {list(weight.shape)}")
         return weight.detach().to(self.dtype)
 
-    def merging_weight(self) -> Tensor:
-        return self.weight()
-
     def must_run(self) -> bool:
         return True
 

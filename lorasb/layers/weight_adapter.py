@@ -178,11 +178,6 @@ class LoRASBWeight(_Wrapper, AdaptedLayer):
         inner = self.base_layer
         return [self, *(inner.adapted() if isinstance(inner, LoRASBWeight) else ())]
 
-    def matrix_gradient(self, gradient: Tensor) -> Tensor:
-        """dL/dW [out, in] from the parameter's gradient, fp32 or wider."""
-        matrix = self.base.matrix(gradient)
-        return matrix if matrix.dtype == torch.float64 else matrix.float()
-
     def forward(self, *args: object, adapter_names: Rows | Sequence[str] | None = None, **kwargs: object) -> object:
         """The module's output with W + s·B R A of the active adapters."""
         with alone(self._swaps()):

@@ -1,3 +1,1 @@
 """The torch ops: schema, fake kernel and autograd formula, shared by all backends, and the choice of backend."""
-
-from . import adapted_linear as adapted_linear

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..compat import torch as private
 from . import registry
@@ -53,19 +52,7 @@ def adapted_linear(x: Tensor, operands: Operands, backend: str, kernels: registr
     return list(outputs[:count])
 
 
-# Numbers of base tensors and of biases, layout, scalings, dropout, and whether dx and each dR_j are needed.
-Rest = tuple[int, int, Sequence[int], Sequence[float], float, bool, list[bool]]
-
-
-class Context(FunctionCtx):
-    """The torch context of a call, with what backward needs."""
-
-    saved_tensors: tuple[Tensor, ...]
-    kernels: registry.Kernels
-    rest: Rest
-
-
-def _save(ctx: Context, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> None:
+def _save(ctx: Any, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> None:
     """Save the u_j [M, r] and tensors that the layers hold anyway, but never x [M, n] or a dequantized W."""
     base, layout, a, cores, b, biases, scalings, row_index, dropout, seeds = operands
     ctx.set_materialize_grads(False)  # a dy_j that the loss does not use is None
@@ -73,13 +60,14 @@ def _save(ctx: Context, x: Tensor, operands: Operands, us: Sequence[Tensor]) -> 
     need_dcores = [core.requires_grad for core in cores]
     if True not in need_dcores:  # empty ones free the memory, and keep the number of saved tensors fixed
         us = [u.new_empty((0, u.shape[1])) for u in us]
-    ctx.save_for_backward(*base, *a, *cores, *b, *us, row_index, seeds)  # type: ignore[arg-type]
-    # one attribute: setting one takes as long as allocating a small tensor
+    ctx.save_for_backward(*base, *a, *cores, *b, *us, row_index, seeds)
+    # Numbers of base tensors and of biases, layout, scalings, dropout, and whether dx and each dR_j are needed. One
+    # attribute: setting one takes as long as allocating a small tensor.
     ctx.rest = len(base), len(biases), layout, scalings, dropout, x.requires_grad, need_dcores
 
 
 def _gradients(
-    backward: registry.Backward, saved: tuple[Tensor, ...], rest: Rest, dys: Sequence[Tensor | None]
+    backward: registry.Backward, saved: tuple[Tensor, ...], rest: Any, dys: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return dx and the dR_j, None if not needed. The first `dys` belong to the y_j; None: the loss does not use it."""
     a, _, layout, scalings, dropout, need_dx, need_dcores = rest
@@ -109,16 +97,14 @@ class _Function(torch.autograd.Function):
     """The op for plain tensors: x, operands, kernels and the operands' tensors -> the y_j, then the u_j."""
 
     @staticmethod
-    def forward(
-        ctx: Context, x: Tensor, operands: Operands, kernels: registry.Kernels, *_: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, operands: Operands, kernels: registry.Kernels, *_: Tensor) -> tuple[Tensor, ...]:
         outputs = kernels.forward(x, operands)
         ctx.kernels = kernels
         _save(ctx, x, operands, outputs[len(operands.a) :])
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[object, ...]:
         rest = ctx.rest
         base, biases, count = rest[0], rest[1], len(rest[-1])
         backward = ctx.kernels.backward
@@ -132,7 +118,7 @@ class _Function(torch.autograd.Function):
         return dx, None, None, *[None] * (base + count), *dcores, *[None] * (count + biases)
 
 
-def _setup(ctx: Context, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     operands = Operands._make(inputs[1:])
     us = output[len(operands.a) :]
     ctx.mark_non_differentiable(*us)
@@ -143,7 +129,7 @@ def _derivative(owner: str) -> Callable[..., tuple[object, ...]]:
     """Return the formula of an owner's op; it also serves the op that returns only y."""
     op = registry.backward_op(owner)
 
-    def backward(ctx: Context, grads: Tensor | Sequence[Tensor | None]) -> tuple[object, ...]:
+    def backward(ctx: Any, grads: Tensor | Sequence[Tensor | None]) -> tuple[object, ...]:
         if torch.is_grad_enabled():  # x is not saved, and no graph could lead from dR to it
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         base, biases, *_, need_dcores = ctx.rest
@@ -162,7 +148,7 @@ def _serve_fake(x: Tensor, weight: Tensor | None, a: Tensor, core: Tensor, b: Te
     return x.new_empty((*x.shape[:-1], b.shape[0]))
 
 
-def _serve_setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _serve_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save for backward if a graph captured without gradients runs with them; u is recomputed."""
     x, weight, a, core, b, _, scaling = inputs
     base, u = [] if weight is None else [weight], x.reshape(-1, x.shape[-1]) @ a.t()

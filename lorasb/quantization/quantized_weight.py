@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # block sizes that bitsandby
 KINDS = ("nf4", "fp4")
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes in the ops' `layout`
 DEVICES = ("cpu", "cuda", "meta")
-INT8, FOUR_BIT, FOUR_BIT_NESTED = "int8", "4bit", "4bit nested"  # layouts of a weight's tensors
 KEY = "quant_state.bitsandbytes__"  # start of the JSON entry's key in a state dict; "nf4" or "fp4" follows
 
 
@@ -77,24 +76,6 @@ class QuantState:
         return cls(absmax, code, metadata["blocksize"], metadata["quant_type"], shape, dtype, offset, state2)
 
 
-class QuantizedTensors(NamedTuple):
-    """The tensors of a quantized weight [out, in] by name; ops pass them as a flat list."""
-
-    codes: Tensor  # int8 [out, in]; in 4 bits the packed bytes [ceil(out·in / 2)], uint8
-    absmax: Tensor  # row scales [out] or scales [blocks], fp32; uint8 if nested, with the statistics below
-    codebook: Tensor | None = None  # [16], fp32
-    nested_absmax: Tensor | None = None
-    nested_codebook: Tensor | None = None
-    nested_offset: Tensor | None = None
-
-    @property
-    def kind(self) -> str:
-        """The layout: "int8", "4bit" or "4bit nested"."""
-        if self.codebook is None:
-            return INT8
-        return FOUR_BIT if self.nested_absmax is None else FOUR_BIT_NESTED
-
-
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """W [out, in] in 4 or 8 bits.
@@ -105,7 +86,10 @@ class QuantizedWeight:
     bits: `W = codes·scale[row] / 127`.
     """
 
-    tensors: list[Tensor]  # of `QuantizedTensors`, in its order
+    # 8 bits: codes [out, in], int8, and row scales [out], fp32. 4 bits: packed bytes [ceil(out·in / 2)], uint8, scales
+    # [blocks], fp32, and the table [16], fp32. With nested statistics, whose scales are uint8, also the scales' scales,
+    # their table and the offset.
+    tensors: list[Tensor]
     shape: tuple[int, int]  # (out, in)
     dtype: torch.dtype  # of W before quantization, and after dequantization
     kind: str  # "nf4", "fp4" or "int8"
@@ -119,7 +103,7 @@ class QuantizedWeight:
     @property
     def nested(self) -> bool:
         """True if the scales are quantized themselves (double quantization)."""
-        return QuantizedTensors(*self.tensors).kind == FOUR_BIT_NESTED
+        return len(self.tensors) == 6
 
     @property
     def nbytes(self) -> int:

@@ -115,12 +115,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def json_text(value: object) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    write_text(path, json_text(value))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -38,14 +38,10 @@ def parse_json(text: str, where: str) -> Any:
         value = json.loads(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError(f"{where}: expected JSON, got brackets nested thousands deep") from None
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: expected text, got a lone surrogate (\\ud800 to \\udfff)") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise ValueError(f"{where}: this is not valid JSON: {error.msg} at {place}") from None
-    except ValueError as error:  # a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # brackets nested deeply, a lone surrogate, thousands of digits
         raise ValueError(f"{where}: this is not valid JSON: {error}") from None
     return value
 

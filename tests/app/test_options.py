@@ -19,7 +19,6 @@ from lorasb.app.settings import (
     DTYPES,
     PRESETS,
     SCHEDULERS,
-    UPDATES,
     InitSettings,
     Settings,
     option,
@@ -27,7 +26,6 @@ from lorasb.app.settings import (
     typed,
     write_config,
 )
-from lorasb.init import task
 from lorasb.utils import precision
 
 NAMES = [one.name for one in fields(Settings)]
@@ -114,7 +112,6 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatc
 
 
 def test_choices_are_the_librarys() -> None:
-    assert task.UPDATES == UPDATES
     assert set(DTYPES) == {"auto", *precision.DTYPES}
     assert set(SCHEDULERS) <= {one.value for one in SchedulerType}
 

@@ -194,7 +194,7 @@ def test_cards_are_found_however_they_are_written() -> None:
     for name in ("a6000", "RTX A6000", "NVIDIA RTX A6000", "A6000"):
         assert plan.find_gpu(name).memory == 48 * 2**30
     assert plan.find_gpu("A100").memory < plan.find_gpu("a100-80gb").memory
-    with pytest.raises(ValueError, match="--gpu 'a7000' is not known: did you mean a6000"):
+    with pytest.raises(ValueError, match="--gpu 'a7000' is not known: did you mean 'a6000'"):
         plan.find_gpu("a7000")
 
 

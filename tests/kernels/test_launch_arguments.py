@@ -17,7 +17,7 @@ import torch
 from processes import ROOT, TRITONS, python
 from torch import Tensor
 
-from lorasb.kernels import prepared_launch, workspace
+from lorasb.kernels import operands, prepared_launch
 from lorasb.kernels.block_sizes import PrepConfig
 from lorasb.kernels.launcher import Launch
 from lorasb.kernels.prepared_launch import NotPreparedError, Prepared, PreparedLaunch
@@ -127,25 +127,25 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         current_stream=lambda device: state.stream,
         default_stream=lambda device: default,
     )
-    monkeypatch.setattr(workspace, "torch", SimpleNamespace(zeros=zeros, int32=torch.int32, cuda=streams))
-    workspace.forget()
+    monkeypatch.setattr(operands, "torch", SimpleNamespace(zeros=zeros, int32=torch.int32, cuda=streams))
+    operands.forget_counters()
     yield state
-    workspace.forget()
+    operands.forget_counters()
 
 
 def test_the_default_streams_are_kept_and_grow(cuda: SimpleNamespace) -> None:
-    first = workspace.counters(DEVICE, 10)
-    assert workspace.counters(DEVICE, 4096).data_ptr() == first.data_ptr()
-    assert workspace.counters(DEVICE, 5000).numel() >= 5000
+    first = operands.counters(DEVICE, 10)
+    assert operands.counters(DEVICE, 4096).data_ptr() == first.data_ptr()
+    assert operands.counters(DEVICE, 5000).numel() >= 5000
 
 
 @pytest.mark.parametrize("why", ["capturing", "another stream"])
 def test_new_zeros_where_none_may_be_shared(cuda: SimpleNamespace, why: str) -> None:
-    kept = workspace.counters(DEVICE, 10)
+    kept = operands.counters(DEVICE, 10)
     cuda.capturing = why == "capturing"
     if not cuda.capturing:
         cuda.stream = object()
-    found = [workspace.counters(DEVICE, 7) for _ in range(2)]
+    found = [operands.counters(DEVICE, 7) for _ in range(2)]
     assert [one.numel() for one in found] == [7, 7]
     assert not any(one.any() for one in found)
     assert len({one.data_ptr() for one in (kept, *found)}) == 3
