@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """The output folder of a run of three steps, and its model."""
     folder = tmp_path_factory.mktemp("run")
     return folder, run_of(folder).model.eval()
+
+
+def flip_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def test_a_and_b_are_stored_once(run: tuple[Path, nn.Module]) -> None:
@@ -81,9 +88,9 @@ def test_a_damaged_or_closed_neighbor_gives_no_factors(
     for step in (1, 2):
         shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     first, second = (tmp_path / f"checkpoint-{step}" / FACTORS_NAME for step in (1, 2))
-    data = bytearray(first.read_bytes())
-    data[-1] ^= 1
-    first.write_bytes(data)
+    flip_last_byte(first)
+    (tmp_path / "checkpoint-0").mkdir()
+    (tmp_path / "checkpoint-0" / FACTORS_NAME).write_bytes(b"cut short")
     model = peft.PeftModel.from_pretrained(make("llama"), second.parent).eval()
     model.save_pretrained(tmp_path / "checkpoint-3")
     second.unlink()
@@ -138,33 +145,30 @@ def test_without_hard_links(run: tuple[Path, nn.Module], tmp_path: Path, monkeyp
     assert one.stat().st_ino != two.stat().st_ino
 
 
-def test_factors_that_are_gone(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
-    folder, _ = run
-    shutil.copytree(folder / "checkpoint-3", tmp_path / "one")
-    (tmp_path / "one" / FACTORS_NAME).unlink()
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (Path.unlink, r"holds R alone, and its lorasb_factors\.safetensors"),
+        (flip_last_byte, r"lorasb_factors\.safetensors is damaged"),
+    ],
+)
+def test_factors_that_are_gone_or_damaged_are_named_and_leave_the_adapter(
+    run: tuple[Path, nn.Module], tmp_path: Path, harm: Callable[[Path], None], message: str
+) -> None:
+    bad = Path(shutil.copytree(run[0] / "checkpoint-3", tmp_path / "one"))
+    harm(bad / FACTORS_NAME)
     model = lorasb.patch(make("llama"), r=4)
     for call in (
-        lambda: peft.PeftModel.from_pretrained(make("llama"), tmp_path / "one"),
-        lambda: lorasb.export_lora(tmp_path / "one", tmp_path / "out"),
-        lambda: model.load_adapter(tmp_path / "one", "second"),
+        lambda: peft.PeftModel.from_pretrained(make("llama"), bad),
+        lambda: lorasb.export_lora(bad, tmp_path / "out"),
+        lambda: model.load_adapter(bad, "second"),
+        lambda: model.load_adapter(bad, "default", is_trainable=True),  # as Trainer resumes
     ):
-        with pytest.raises(ValueError, match=r"holds R alone, and its lorasb_factors\.safetensors"):
+        with pytest.raises(ValueError, match=message):
             call()
-    model.load_adapter(folder / "checkpoint-3", "second")  # the name is still free after a failed load
+    model.load_adapter(run[0] / "checkpoint-2", "default", is_trainable=True)
+    model.load_adapter(run[0] / "checkpoint-3", "second")  # the name is still free after a failed load
     assert set(model.peft_config) == {"default", "second"}
-
-
-def test_resuming_names_damage_and_leaves_the_adapter(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
-    last, first = (shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / str(step)) for step in (3, 2))
-    content = bytearray((last / FACTORS_NAME).read_bytes())
-    content[-1] ^= 1
-    (last / FACTORS_NAME).write_bytes(content)
-    model = lorasb.patch(make("llama"), r=4)
-    with pytest.raises(ValueError, match=r"lorasb_factors\.safetensors is damaged"):
-        model.load_adapter(last, "default", is_trainable=True)
-    with pytest.raises(ValueError, match="is damaged"):
-        lorasb.export_lora(last, tmp_path / "out")
-    model.load_adapter(first, "default", is_trainable=True)
     assert all(value.any() for value in factors(model).values())
 
 
@@ -178,17 +182,6 @@ def test_resuming_from_another_runs_folder_and_under_another_name(tmp_path: Path
     config = peft.PeftConfig.from_pretrained(old / "mine")
     again = peft.PeftModel.from_pretrained(make("llama"), old / "mine", config=config)
     tolerances.check(logits(again.eval()), logits(model.eval()), tolerances.EXACT)
-
-
-def test_a_damaged_neighbor_harms_nobody(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
-    folder, model = run
-    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-9")
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / FACTORS_NAME).write_bytes(b"cut short")
-    model.save_pretrained(tmp_path / "checkpoint-10", selected_adapters=["default"])
-    share(tmp_path / "checkpoint-10")
-    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "checkpoint-10").eval()
-    tolerances.check(logits(again), logits(model), tolerances.EXACT)
 
 
 def test_a_loader_that_reads_one_file_is_refused(run: tuple[Path, nn.Module]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,40 +165,13 @@ def test_factors_are_kept_in_fp32_on_request(tmp_path: Path) -> None:
     assert again.base_model.model.first.lorasb_A["default"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("switch", ["set_scale", "scale_layer"])
-def test_scales_are_pefts(switch: str) -> None:
-    model = lorasb.patch(Mlp(), r=2, target_modules=["first"], init="kaiming", scaling=0.5).eval()
-    layer: Any = model.base_model.model.first
-    x = torch.randn(4, 10)
-    with torch.no_grad():
-        base, once = layer.base_layer(x), layer(x)
-        if switch == "set_scale":
-            layer.set_scale("default", 3.0)
-        else:
-            layer.scale_layer(3.0)
-        check(layer(x) - base, 3 * (once - base), EXPORT)
-        layer.unscale_layer(3.0) if switch == "scale_layer" else layer.unscale_layer()
-        check(layer(x), once, EXACT)
-
-
-def test_a_merged_adapter_keeps_its_scale_and_its_values(tmp_path: Path) -> None:
+def test_no_file_is_loaded_into_a_merged_adapter(tmp_path: Path) -> None:
     """Unmerging would subtract another update than was added."""
     model = patched()
     model.save_pretrained(tmp_path)
     model.merge_adapter()
-    layer: Any = next(iter(layers(model).values()))
-    loads = partial(model.load_adapter, tmp_path, "default")
-    for change in (
-        partial(layer.set_scale, "default", 3.0),
-        partial(layer.scale_layer, 2.0),
-        layer.unscale_layer,
-        loads,
-    ):
-        with pytest.raises(
-            ValueError, match=r"adapter 'default' is merged into the weights: call model\.unmerge_adapter"
-        ):
-            change()
-    layer.set_scale("another", 3.0)
+    with pytest.raises(ValueError, match=r"'default' is merged into the weights: call model\.unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
 
 
 @pytest.mark.parametrize("safe", [True, False])
