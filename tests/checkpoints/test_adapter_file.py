@@ -29,10 +29,10 @@ from torch import Tensor, nn
 import lorasb
 from lorasb.checkpoints.adapter_file import fingerprint, group_by_layer, read_config, read_tensors
 from lorasb.checkpoints.model_card import ORIGIN_NAME, add_usage, update_card
+from lorasb.constants import CONFIG_NAME, WEIGHTS_NAME
 from lorasb.utils.atomic_files import replacing_folder, write_json
 
 Tensors = dict[str, Tensor]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def saved(saved_once: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+    save_file(change(load_file(folder / WEIGHTS_NAME)), folder / WEIGHTS_NAME)
 
 
 def check_refused(folder: Path, message: str, seed: int = 0) -> None:
@@ -91,7 +91,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def test_the_file_holds_the_factors_and_nothing_else(saved: Path) -> None:
-    tensors, config = load_file(saved / WEIGHTS), json.loads((saved / CONFIG).read_text())
+    tensors, config = load_file(saved / WEIGHTS_NAME), json.loads((saved / CONFIG_NAME).read_text())
     found = group_by_layer(tensors)
     assert (len(found), len(tensors)) == (14, 3 * 14)
     assert all(set(parts) == {"lorasb_A", "lorasb_R", "lorasb_B"} for parts in found.values())
@@ -181,7 +181,7 @@ def test_a_damaged_head_is_refused_and_leaves_the_base_as_it_was(tmp_path: Path,
 @pytest.mark.parametrize("adapter", ["default", "second"])
 @pytest.mark.parametrize("by_config", [False, True])
 def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path, adapter: str, by_config: bool) -> None:
-    whole = (saved / WEIGHTS).read_bytes()
+    whole = (saved / WEIGHTS_NAME).read_bytes()
     edit(saved, without_r)
     model = patched()
     if by_config:  # from the configuration alone, without loading tensors
@@ -194,7 +194,7 @@ def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path,
     assert torch.equal(logits(model), want)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == names
     assert list(model.peft_config) == ["default"]
-    (saved / WEIGHTS).write_bytes(whole)
+    (saved / WEIGHTS_NAME).write_bytes(whole)
     model.load_adapter(saved, adapter)
     model.set_adapter(adapter)
     assert torch.equal(logits(model), want)
@@ -216,8 +216,8 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) ->
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_a_truncated_file_is_refused_and_the_base_stays(saved: Path, share: float) -> None:
-    whole = (saved / WEIGHTS).read_bytes()
-    (saved / WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
+    whole = (saved / WEIGHTS_NAME).read_bytes()
+    (saved / WEIGHTS_NAME).write_bytes(whole[: int(len(whole) * share)])
     check_refused(saved, r"is truncated or damaged: its header promises|is not a safetensors file")
 
 
@@ -230,7 +230,7 @@ def test_a_config_of_the_future_is_read_with_a_warning_and_those_that_cannot_be_
     reconfigure(saved, peft_type="LORA")
     with pytest.raises(ValueError, match="holds an adapter of type 'LORA', expected 'LORASB'"):
         read_config(saved)
-    (saved / CONFIG).write_text("{")
+    (saved / CONFIG_NAME).write_text("{")
     with pytest.raises(ValueError, match="this is not valid JSON"):
         read_config(saved)
 
@@ -378,7 +378,7 @@ def test_the_adapter_of_another_base_is_refused_unless_it_is_meant(saved: Path) 
         meant = peft.PeftModel.from_pretrained(base, saved, **options)
         meant.save_pretrained(again)
         want = logits(meant)
-        values = json.loads((again / CONFIG).read_text())
+        values = json.loads((again / CONFIG_NAME).read_text())
         assert values["base_fingerprint"] is None
         assert not {"check_base", "init_seed"} & set(values)
         assert torch.equal(logits(peft.PeftModel.from_pretrained(make("llama", seed=1), again)), want)
@@ -475,6 +475,6 @@ def test_tensors_without_a_layers_three_factors_are_not_read(saved: Path, fault:
     edit(saved, change)
     with pytest.raises(ValueError, match=message):
         read_tensors(saved)
-    (saved / WEIGHTS).unlink()
+    (saved / WEIGHTS_NAME).unlink()
     with pytest.raises(ValueError, match=r"expected adapter_model\.safetensors in .*, found none"):
         read_tensors(saved)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import environment  # noqa: F401  before anything reads it
 import peft
 import pytest
 import torch

@@ -53,9 +53,15 @@ def change_by_an_aligned_step(model: nn.Module, family: str, rate: float) -> flo
     return statistics.median(math.sqrt(low / whole) for low, whole in shares.values())
 
 
-@pytest.mark.parametrize(("family", "update"), [("llama", "adamw"), ("roberta", "per-sample")])
-def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str) -> None:
-    model, report = started(family, lr="auto", update=update, scaling=0.5)
+@pytest.mark.parametrize(
+    ("family", "update", "init"),
+    [("llama", "adamw", "update"), ("roberta", "per-sample", "update"), ("llama", "adamw", "lora-xs")],
+)
+def test_a_step_at_the_rate_changes_outputs_by_rho(family: str, update: str, init: str) -> None:
+    model = lorasb.patch(make(family), r=4, scaling=0.5, init=init)
+    options = {"batches": batches_for(family), "update": update, "progress": False}
+    given, report = (lorasb.initialize(model, lr=lr, **options) for lr in (1e-3, "auto"))
+    assert given.rate is None
     change = change_by_an_aligned_step(model, family, report.rate)
     tolerances.check(torch.tensor(change), torch.tensor(auto_rate.RHO), tolerances.fp32(64))
 
@@ -69,7 +75,6 @@ def usual() -> tuple[nn.Module, InitReport]:
 def test_the_start_is_as_if_the_rate_had_been_given(usual: tuple[nn.Module, InitReport]) -> None:
     model, report = usual
     again, other = started(lr=report.rate)
-    assert other.rate is None
     assert report.lr == other.lr == model.peft_config["default"].init_provenance["lr"]
     tolerances.check(cores(model), cores(again), tolerances.FACTORS)
 
@@ -322,11 +327,3 @@ def test_rates_of_the_arguments_that_are_no_good_for_r_are_named(
 ) -> None:
     with pytest.warns(UserWarning, match=message):
         train(lorasb.patch(make("llama"), r=4), tmp_path, [lorasb.InitCallback(6, lr=lr)], **option)
-
-
-def test_a_start_without_data_has_a_measured_rate_too() -> None:
-    model = lorasb.patch(make("llama"), r=4, init="lora-xs")
-    report = lorasb.initialize(model, batches_for("llama"), lr="auto", progress=False)
-    change = change_by_an_aligned_step(model, "llama", report.rate)
-    tolerances.check(torch.tensor(change), torch.tensor(auto_rate.RHO), tolerances.fp32(64))
-    assert lorasb.initialize(model, batches_for("llama"), lr=1e-3, progress=False).rate is None

@@ -81,22 +81,22 @@ def test_a_budget_is_kept_and_used(report: InitReport, parameters: int) -> None:
     assert found.energy >= even - 1e-9
 
 
+def report_of(**curves: tuple[float, ...]) -> InitReport:
+    """A report of layers, by their names, with these curves."""
+    layers = [LayerReport(n, (8, 8), 3, c[-1], None, c, 0, 0.0, curve_sign=c) for n, c in curves.items()]
+    return InitReport("update", "adamw", 1e-3, 1, 0, None, 0.0, layers)
+
+
 def test_a_budget_goes_where_it_gains_most_per_parameter() -> None:
     """From r to r + 1 a layer needs 2r + 1 more parameters: a's 0.12 / 5 is more than b's 0.07 / 3."""
-
-    def layer(name: str, *curve: float) -> LayerReport:
-        return LayerReport(name, (8, 8), 3, curve[-1], None, curve, 0, 0.0, curve_sign=curve)
-
-    layers = [layer("a", 0.5, 0.8, 0.92), layer("b", 0.6, 0.67, 0.70)]
-    found = InitReport("update", "adamw", 1e-3, 1, 0, None, 0.0, layers).suggest_ranks(parameters=10)
+    found = report_of(a=(0.5, 0.8, 0.92), b=(0.6, 0.67, 0.70)).suggest_ranks(parameters=10)
     assert found.rank_pattern == {"a": 3, "b": 1}
 
 
 def test_suggested_ranks_are_those_of_their_layers() -> None:
     """A pattern matches the end of a name, and no rank exceeds the kernels' maximum."""
     curves = {"proj": (0.9,), "enc.proj": (0.1, 0.9), "wide": tuple(i / 300 for i in range(1, 301))}
-    layers = [LayerReport(n, (8, 8), 3, c[-1], None, c, 0, 0.0, curve_sign=c) for n, c in curves.items()]
-    found = InitReport("update", "adamw", 1e-3, 1, 0, None, 0.0, layers).suggest_ranks(energy=0.9)
+    found = report_of(**curves).suggest_ranks(energy=0.9)
     assert list(found.rank_pattern.items()) == [("enc.proj", 2), ("proj", 1), ("wide", 256)]
     assert found.energy == pytest.approx((0.9 + 0.9 + 256 / 300) / 3)
     assert found.short == ("wide",)

@@ -190,13 +190,6 @@ def test_rows_do_not_leak(rows: int) -> None:
     assert torch.equal(got[1][4], want[1][4])
 
 
-@pytest.mark.parametrize("rows", [12, 40])
-def test_bitwise_repeatable(rows: int) -> None:
-    cases = group_cases(rows, 96, (64, 48), 16, torch.float16)
-    first = run(*cases)
-    tolerances.check_equal(run(*cases), first)
-
-
 def test_many_rows_reduce_dR_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extended_gemm, "CORE_CHUNK", 64)
     case = reference.make_case((150,), 64, 48, 40, torch.float32)

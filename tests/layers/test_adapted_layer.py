@@ -144,16 +144,28 @@ def test_r_in_16_bits_computes_in_fp32() -> None:
     check(layer(x), x.double() @ weight.t() + base.bias.double(), fp32(32))
 
 
-def test_rows_of_one_adapter_fit_any_order_of_tokens() -> None:
-    rows = Rows.of(["a", "a"])
-    assert rows_of(torch.zeros(5, 8), rows, None, False).index.tolist() == [0] * 5
-    assert rows_of(torch.zeros(3, 2, 8), rows, None, True).index.tolist() == [0] * 3
-    assert rows_of(torch.zeros(4, 2, 8), rows, None, False).index.tolist() == [0] * 4
-    assert rows_of(torch.zeros(3, 2, 8), rows, None, False) is None
-    # B = T: a transpose shows in the strides
-    rows = Rows.of(["a", "b"])
-    assert rows_of(torch.zeros(2, 2, 8), rows, None, False) is rows
-    assert rows_of(torch.zeros(2, 2, 8).transpose(0, 1), rows, None, False) is None
+@pytest.mark.parametrize(
+    ("names", "x", "outer", "tokens_first", "want"),
+    [
+        ("ab", torch.zeros(2, 3, 5), None, False, [0, 1]),
+        ("ab", torch.zeros(6, 5), (2, 3), False, [0, 0, 0, 1, 1, 1]),  # flattened
+        ("ab", torch.zeros(2, 5), (2, 3), False, [0, 1]),  # pooled
+        ("ab", torch.zeros(4, 5), (2, 3), False, None),  # some tokens: nobody knows whose
+        ("ab", torch.zeros(4, 3, 5), None, False, None),
+        ("ab", torch.zeros(2, 2, 5), None, True, None),  # [B, T, in] or [T, B, in]
+        ("ab", torch.zeros(2, 2, 5), None, False, [0, 1]),  # B = T: a transpose shows in the strides
+        ("ab", torch.zeros(2, 2, 5).transpose(0, 1), None, False, None),
+        ("aa", torch.zeros(5, 8), None, False, [0] * 5),  # one adapter fits any order of tokens
+        ("aa", torch.zeros(3, 2, 8), None, True, [0] * 3),
+        ("aa", torch.zeros(4, 2, 8), None, False, [0] * 4),
+        ("aa", torch.zeros(3, 2, 8), None, False, None),
+    ],
+)
+def test_rows_of_an_input_are_known_or_none_are(
+    names: str, x: Tensor, outer: tuple[int, int] | None, tokens_first: bool, want: list[int] | None
+) -> None:
+    found = rows_of(x, Rows.of(list(names)), outer and torch.Size(outer), tokens_first)
+    assert (found if found is None else found.index.tolist()) == want
 
 
 def test_rows_of_a_bank_are_listed_as_its_basis() -> None:

@@ -21,7 +21,6 @@ from models import patched
 from torch import Tensor, nn
 
 import lorasb
-from lorasb.layers.adapter_state import Rows, rows_of
 from lorasb.layers.linear import LoRASBLinear
 
 
@@ -291,24 +290,6 @@ def test_dictionaries_by_adapter_name() -> None:
     assert layer.adapters["default"].scaling == layer.scaling["default"] == 3.0
     with pytest.raises(TypeError):
         layer.r["default"] = 2  # type: ignore[index]
-
-
-@pytest.mark.parametrize(
-    ("shape", "outer", "tokens_first", "want"),
-    [
-        ((2, 3, 5), None, False, [0, 1]),
-        ((6, 5), (2, 3), False, [0, 0, 0, 1, 1, 1]),  # flattened
-        ((2, 5), (2, 3), False, [0, 1]),  # pooled
-        ((4, 5), (2, 3), False, None),  # some tokens: nobody knows whose
-        ((4, 3, 5), None, False, None),
-        ((2, 2, 5), None, True, None),  # [B, T, in] or [T, B, in]
-    ],
-)
-def test_rows_of_an_input_are_known_or_none_are(
-    shape: tuple[int, ...], outer: tuple[int, int] | None, tokens_first: bool, want: list[int] | None
-) -> None:
-    found = rows_of(torch.zeros(shape), Rows.of(["a", "b"]), outer and torch.Size(outer), tokens_first)
-    assert (found if found is None else found.index.tolist()) == want
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])

@@ -67,74 +67,76 @@ def test_dropout_of_a_group_acts_in_training_only() -> None:
     assert sizes(model) == [3, 2] * 2
 
 
-class TestStaysAlone:
-    def test_a_group_splits_by_what_its_layers_read(self) -> None:
-        model = prepared(Cross(), 16)
-        cross = model.base_model.model
-        x, memory = torch.randn(3, 16), torch.randn(3, 16)
-        want = alone(cross)(x, memory)
-        for _ in range(3):
-            tolerances.check(cross(x, memory), want, tolerances.fp32(16))
-        assert sizes(model) == [2]
-        assert groups(model)[0].names == ("k_proj", "v_proj")
+def test_a_group_splits_by_what_its_layers_read() -> None:
+    model = prepared(Cross(), 16)
+    cross = model.base_model.model
+    x, memory = torch.randn(3, 16), torch.randn(3, 16)
+    want = alone(cross)(x, memory)
+    for _ in range(3):
+        tolerances.check(cross(x, memory), want, tolerances.fp32(16))
+    assert sizes(model) == [2]
+    assert groups(model)[0].names == ("k_proj", "v_proj")
 
-    def test_a_tensor_changed_in_place_is_another(self) -> None:
-        class Changing(Two):
-            def forward(self, x: Tensor) -> Tensor:
-                q = self.q_proj(x)
-                x.mul_(2.0)
-                return q + self.k_proj(x)
 
-        model = prepared(Changing(), 16)
-        x = torch.randn(3, 16)
-        want = alone(model.base_model.model)(x.clone())
-        for _ in range(2):
-            tolerances.check(model.base_model.model(x.clone()), want, tolerances.fp32(16))
-        assert sizes(model) == []
+def test_a_tensor_changed_in_place_is_another() -> None:
+    class Changing(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q_proj(x)
+            x.mul_(2.0)
+            return q + self.k_proj(x)
 
-    def test_a_layer_that_is_skipped_leaves_and_the_group_that_is_left_is_outside_of_the_forward(self) -> None:
-        model = prepared(Skipping(), 16)
-        skipping, x = model.base_model.model, torch.randn(3, 16)
-        want = alone(skipping)(x)
-        for _ in range(2):
-            tolerances.check(skipping(x), want, tolerances.fp32(16))
-        (group,) = groups(model)
-        assert group.names == ("q_proj", "v_proj")
-        assert not vars(group._thread)
-        skipping.q_proj(x)
-        assert not vars(group._thread)
-        with torch.no_grad():
-            skipping.v_proj.lorasb_R["default"].mul_(100.0)
-        tolerances.check(skipping.v_proj(x), alone(skipping).v_proj(x), tolerances.fp32(16))
+    model = prepared(Changing(), 16)
+    x = torch.randn(3, 16)
+    want = alone(model.base_model.model)(x.clone())
+    for _ in range(2):
+        tolerances.check(model.base_model.model(x.clone()), want, tolerances.fp32(16))
+    assert sizes(model) == []
 
-    @pytest.mark.parametrize(
-        "case",
-        [
-            *("decoding", "disabled", "merged", "another adapter", "two adapters"),
-            *("hook", "pre-hook", "other rank", "inference"),
-        ],
-    )
-    def test_states_of_which_some_keep_layers_alone_compute_the_same(self, case: str) -> None:
-        model = patched("llama", **FIRST, **({"rank_pattern": {"k_proj": 2}} if case == "other rank" else {}))
-        apart = alone(model)
-        for one in (model, apart):
-            prepare(one, case)
-        batch = batches_for("llama", 1, tokens=1 if case == "decoding" else 4)[0]
-        with torch.set_grad_enabled(case != "decoding"), torch.inference_mode(case == "inference"):
-            with lorasb.backend("triton"), observed() as launches:
-                got = model(**batch).logits
-            tolerances.check(got, apart(**batch).logits, tolerances.PROCESS_SUMS)
-        expected = {
-            "decoding": 8,
-            "disabled": 0,
-            "merged": 0,
-            "another adapter": 8,
-            "other rank": 10,
-            "hook": 12,
-            "pre-hook": 12,
-            "two adapters": 28,
-        }
-        assert len(launches) == expected.get(case, 14)
+
+def test_a_layer_that_is_skipped_leaves_and_the_group_that_is_left_is_outside_of_the_forward() -> None:
+    model = prepared(Skipping(), 16)
+    skipping, x = model.base_model.model, torch.randn(3, 16)
+    want = alone(skipping)(x)
+    for _ in range(2):
+        tolerances.check(skipping(x), want, tolerances.fp32(16))
+    (group,) = groups(model)
+    assert group.names == ("q_proj", "v_proj")
+    assert not vars(group._thread)
+    skipping.q_proj(x)
+    assert not vars(group._thread)
+    with torch.no_grad():
+        skipping.v_proj.lorasb_R["default"].mul_(100.0)
+    tolerances.check(skipping.v_proj(x), alone(skipping).v_proj(x), tolerances.fp32(16))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("decoding", "disabled", "merged", "another adapter", "two adapters"),
+        *("hook", "pre-hook", "other rank", "inference"),
+    ],
+)
+def test_states_of_which_some_keep_layers_alone_compute_the_same(case: str) -> None:
+    model = patched("llama", **FIRST, **({"rank_pattern": {"k_proj": 2}} if case == "other rank" else {}))
+    apart = alone(model)
+    for one in (model, apart):
+        prepare(one, case)
+    batch = batches_for("llama", 1, tokens=1 if case == "decoding" else 4)[0]
+    with torch.set_grad_enabled(case != "decoding"), torch.inference_mode(case == "inference"):
+        with lorasb.backend("triton"), observed() as launches:
+            got = model(**batch).logits
+        tolerances.check(got, apart(**batch).logits, tolerances.PROCESS_SUMS)
+    expected = {
+        "decoding": 8,
+        "disabled": 0,
+        "merged": 0,
+        "another adapter": 8,
+        "other rank": 10,
+        "hook": 12,
+        "pre-hook": 12,
+        "two adapters": 28,
+    }
+    assert len(launches) == expected.get(case, 14)
 
 
 def prepare(model: nn.Module, case: str) -> None:

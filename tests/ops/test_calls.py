@@ -210,10 +210,6 @@ def test_direct_kernels_of_a_device_win_in_any_order_of_registration(
     assert found == {"cpu": kernels["CPU"][0], "cuda": kernels["CompositeExplicitAutograd"][0]}
 
 
-def disable_direct_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "direct_kernels", {})
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "dropout"])
 def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +218,7 @@ def test_the_fast_path_equals_the_op_to_the_bit(kind: str, dtype: torch.dtype, m
     results = []
     for _ in range(2):
         results.append(run(*cases, **options, seed=1))
-        disable_direct_kernels(monkeypatch)
+        monkeypatch.setattr(functional, "direct_kernels", {})
     check_equal(*results)
 
 
@@ -237,7 +233,7 @@ def test_a_second_derivative_is_refused_as_by_the_op(
         loss = (y if constant else y.square()).sum()
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(loss, x, create_graph=True)[0].square().sum().backward()
-        disable_direct_kernels(monkeypatch)
+        monkeypatch.setattr(functional, "direct_kernels", {})
 
 
 @pytest.mark.parametrize("index", [INDEX, [0, 0, 1, 1, -1, 2, 2]], ids=["unequal counts", "equal counts"])

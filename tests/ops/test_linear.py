@@ -14,10 +14,11 @@ import reference
 import storages
 import tolerances
 import torch
-from calls import FEW, INDEX, KINDS, check, check_pooled, exact, make_call, outputs, run
+from calls import FEW, INDEX, KINDS, MASKED, check, check_pooled, exact, make_call, operands_of, outputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measuring import saved_for_backward, threads
+from naive_backend import NAIVE
 from torch import Tensor
 
 import lorasb
@@ -426,3 +427,16 @@ def test_stacks_of_several_dtypes_are_taken(kernel: str) -> None:
     cases, options = make_call("rows of a group", torch.float32)
     mixed = [cases[0], *(replace(case, core=case.core.double()) for case in cases[1:])]
     tolerances.check(run(*mixed, **options)[:3], run(*cases, **options)[:3], tolerances.fp32(100))
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_with_dropout_a_table_of_products_is_a_backend(kind: str) -> None:
+    cases, options = make_call(kind, torch.float32)
+    operands = operands_of(*cases, **options, seeds=torch.arange(7, 7 + len(cases)))
+    x, dys = cases[0].x, [case.dy for case in cases]
+    found, want = (by_torch.forward(table, x, operands) for table in (NAIVE, by_torch.EAGER))
+    us = want[len(cases) :]
+    found += by_torch.backward(NAIVE, dys, us, operands, True, True)
+    want = [*want, *by_torch.eager_backward(dys, us, operands, True, True)]
+    assert len(found) == len(want) == 3 * len(cases) + 1
+    tolerances.check(found, want, tolerances.fp32(200))
