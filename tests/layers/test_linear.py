@@ -15,7 +15,7 @@ import pytest
 import tolerances
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from adapters import layers
+from basis_models import fill
 from measuring import allocations
 from models import patched
 from torch import Tensor, nn
@@ -296,8 +296,7 @@ def test_dictionaries_by_adapter_name() -> None:
 def test_a_weight_that_is_computed_is_adapted_and_not_merged(norm: Callable[[nn.Linear], nn.Module]) -> None:
     net = nn.Sequential(OrderedDict(normed=norm(nn.Linear(16, 12)), plain=nn.Linear(12, 8)))
     model = lorasb.patch(net, r=4, init="kaiming", target_modules=["normed", "plain"])
-    for layer in layers(model).values():
-        layer.lorasb_R["default"].data.fill_(0.5)
+    fill(model, "default", 0)
     x = torch.randn(3, 16)
     before = model(x)
     with model.disable_adapter():
