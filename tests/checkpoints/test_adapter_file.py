@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from adapters import layers
+from adapters import layers, unchanged
 from basis_models import reconfigure
 from huggingface_hub import ModelCard, ModelCardData
 from models import batches_for, causal, logits, make, patched
@@ -188,12 +188,9 @@ def test_a_failed_load_leaves_a_trained_adapter_and_can_be_repeated(saved: Path,
         model = peft.get_peft_model(make("llama"), peft.PeftConfig.from_pretrained(saved))
         model.set_adapter("default")  # saved configurations are in inference mode
         lorasb.initialize(model, batches_for("llama"), lr=2e-2, progress=False)
-    want, names = logits(model), [n for n, p in model.named_parameters() if p.requires_grad]
-    with pytest.raises(ValueError, match="has no lorasb_R"):
+    want = logits(model)
+    with unchanged(model), pytest.raises(ValueError, match="has no lorasb_R"):
         model.load_adapter(saved, adapter)
-    assert torch.equal(logits(model), want)
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == names
-    assert list(model.peft_config) == ["default"]
     (saved / WEIGHTS_NAME).write_bytes(whole)
     model.load_adapter(saved, adapter)
     model.set_adapter(adapter)

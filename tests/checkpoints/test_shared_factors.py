@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import tolerances
-from adapters import layers
+from adapters import layers, unchanged
 from gradients import factors
 from models import logits, make, patched
 from safetensors.torch import load_file
@@ -113,14 +113,12 @@ def test_an_adapter_without_its_weights_is_refused_and_leaves_no_adapter(
 ) -> None:
     folder = Path(shutil.copytree(run[0] / "checkpoint-3", tmp_path / "adapter"))
     model = peft.PeftModel.from_pretrained(make("llama"), folder).eval()
-    before = logits(model)
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"expected adapter_model\.safetensors in .*adapter, found none"):
+    message = r"expected adapter_model\.safetensors in .*adapter, found none"
+    with unchanged(model), pytest.raises(ValueError, match=message):
         model.load_adapter(folder, name)
-    assert list(model.peft_config) == ["default"]
-    tolerances.check(logits(model), before, tolerances.EXACT)
     base = make("llama")
-    with pytest.raises(ValueError, match="found none"):
+    with pytest.raises(ValueError, match=message):
         peft.PeftModel.from_pretrained(base, folder)
     assert not any("lorasb" in key for key, _ in base.named_parameters())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import layers
+from adapters import layers, unchanged
 from models import Batch, make, started, text
 from peft import PeftModel
 
@@ -21,11 +21,6 @@ def model() -> PeftModel:
 
 def fit(model: PeftModel, batches: list[Batch] = OTHER, **options: object) -> lorasb.BasisFit:
     return lorasb.basis_fit(model, batches, progress=False, **options)
-
-
-def state(model: PeftModel) -> dict[str, object]:
-    found = {name: (p.requires_grad, p.tolist()) for name, p in model.named_parameters()}
-    return found | {"adapters": (list(model.peft_config), list(model.active_adapters)), "mode": model.training}
 
 
 def test_shares_are_those_of_matrices(model: PeftModel) -> None:
@@ -64,9 +59,8 @@ def test_the_model_is_left_as_it_was() -> None:
     model = started(r=R, batches=TASK)[0].train()
     model.add_adapter("ada", lorasb.LoRASBConfig(basis="default"))
     model.set_adapter("ada")
-    before = state(model)
-    assert fit(model).share == fit(model).share
-    assert state(model) == before
+    with unchanged(model):
+        assert fit(model).share == fit(model).share
 
 
 @pytest.mark.parametrize(
@@ -78,7 +72,5 @@ def test_the_model_is_left_as_it_was() -> None:
     ],
 )
 def test_an_error_changes_nothing(model: PeftModel, options: dict[str, object], message: str) -> None:
-    before = state(model)
-    with pytest.raises(ValueError, match=message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         fit(**{"model": model} | options)
-    assert state(model) == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -12,10 +11,10 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-from adapters import layers
-from basis_models import a_layer, base, with_users
+from adapters import layers, unchanged
+from basis_models import base, with_users
 from gradients import autograd_sums, factors
-from models import Batch, batches_for, logits, make, patched, started
+from models import Batch, batches_for, make, patched, started
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler
@@ -223,17 +222,8 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_and_interrupted_calls_change_nothing(name: str, model: PeftModel) -> None:
     options, message = BAD_CALLS[name]
-    before, answer, modes = factors(model), logits(model), [m.training for m in model.modules()]
-    flags = [p.requires_grad for p in model.parameters()]
-    provenance = copy.deepcopy(model.peft_config["default"].init_provenance)
-    with pytest.raises((ValueError, TypeError, KeyboardInterrupt), match=message):
+    with unchanged(model), pytest.raises((ValueError, TypeError, KeyboardInterrupt), match=message):
         lorasb.initialize(model, **{"batches": batches_for("llama"), "lr": 1e-3, "progress": False} | options)
-    tolerances.check_equal(factors(model), before)
-    assert torch.equal(logits(model), answer)
-    assert [m.training for m in model.modules()] == modes
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert not any(layer._forward_hooks for layer in layers(model).values())
-    assert model.peft_config["default"].init_provenance == provenance
 
 
 def test_merged_or_unpatched_models_are_refused() -> None:
@@ -278,13 +268,8 @@ def test_tasks_that_cannot_be_are_refused_and_leave_the_model() -> None:
         (TASKS, {"lr": None}, "takes batches and lr > 0"),
         (TASKS | {"code": []}, {}, "."),  # any error about the second task
     ):
-        with pytest.raises(ValueError, match=message):
+        with unchanged(model), pytest.raises(ValueError, match=message):
             lorasb.initialize(model, tasks, **{"lr": 1e-3, "progress": False} | options)
-    assert list(model.peft_config) == ["default"]
-    assert not a_layer(model).adapters["default"].initialized
     based = with_users("ada")
-    core, factor = a_layer(based).lorasb_R["ada"].clone(), a_layer(based).lorasb_A["ada"].clone()
-    with pytest.raises(ValueError, match="'default' is the basis of ada, whose R would mean nothing"):
+    with unchanged(based), pytest.raises(ValueError, match="'default' is the basis of ada, whose R would mean nothing"):
         lorasb.initialize(based, TASKS, lr=1e-3, adapter_name="default", progress=False)
-    assert torch.equal(core, a_layer(based).lorasb_R["ada"])
-    assert torch.equal(factor, a_layer(based).lorasb_A["ada"])

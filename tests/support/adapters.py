@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from models import batches_for, patched
 from torch import nn
 
 import lorasb
+from lorasb.layers.adapted_layer import AdaptedLayer
 from lorasb.layers.linear import LoRASBLinear
 
 
@@ -43,6 +46,26 @@ def check_training(model: nn.Module) -> None:
             with model.disable_adapter():
                 model(**batch)
     assert losses[-1] < losses[0] - 0.1
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Assert that the block leaves a model's modules, modes, hooks, flags, values and adapters as they were."""
+
+    def parts() -> list[Any]:
+        named = dict(model.named_modules())
+        modules = [(type(m), m.training, "forward" in vars(m)) for m in named.values()]
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in named.values()]
+        found = [m for m in named.values() if isinstance(m, AdaptedLayer)]
+        states = [([*m.active_adapters], m.disable_adapters, m.merged, copy.deepcopy(m.adapters)) for m in found]
+        configs = {name: copy.deepcopy(one.to_dict()) for name, one in getattr(model, "peft_config", {}).items()}
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        return [named, modules, hooks, states, hasattr(model, "peft_config"), configs, flags]
+
+    before, values = parts(), copy.deepcopy(dict(model.state_dict()))
+    yield
+    assert parts() == before
+    torch.testing.assert_close(dict(model.state_dict()), values, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tolerances
 import torch
-from adapters import layers
+from adapters import layers, unchanged
 from basis_models import fill
 from models import batches_for, logits, make, patched
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -102,10 +102,8 @@ def test_another_rank_other_layers_and_another_base_are_refused(
 ) -> None:
     lorasb.patch(make("llama", seed), **{"r": 4, "init": "random"} | options).save_pretrained(tmp_path / "other")
     model = loaded(saved / "first")
-    want = logits(model)
-    with pytest.raises(ValueError, match=message):
+    with unchanged(model), pytest.raises(ValueError, match=message):
         swap(model, tmp_path / "other")
-    check(logits(model), want, EXACT)
 
 
 def test_a_merged_adapter_and_a_missing_one_are_refused(saved: Path) -> None:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import tolerances
 import torch
-from adapters import layers, two
+from adapters import layers, two, unchanged
 from models import EXPERTS, batches_for, logits, make, patched
 from networks import Net
 from torch import Tensor
@@ -35,11 +35,8 @@ def test_a_file_that_does_not_fit_leaves_a_sum_as_it_was(tmp_path: Path) -> None
     model = two(shared=True)
     model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
     model.set_adapter("sum")
-    before = logits(model)
-    with pytest.raises(ValueError, match=r"is \[8, 64\] in the adapter file, expected \[4, 64\]"):
+    with unchanged(model), pytest.raises(ValueError, match=r"is \[8, 64\] in the adapter file, expected \[4, 64\]"):
         model.load_adapter(tmp_path, "sum")
-    assert "sum" in model.peft_config
-    tolerances.check(logits(model), before, tolerances.EXACT)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -193,9 +190,8 @@ def test_what_cannot_be_combined_is_refused() -> None:
         ({"density": 0.5, "majority_sign_method": "most"}, "'total' or 'frequency', got 'most'"),
         ({"density": 0.0, "combination_type": "dare_linear"}, r"dare_linear takes density in \(0, 1\].*got 0.0"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with unchanged(model), pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*first_three, **{"combination_type": "ties"} | options)
-        assert set(model.peft_config) == {"default", "second"}
     model = two()
     for arguments, message in (
         ((["default", "second"], [1.0, 1.0], "sum", "svd", -1), "svd_rank must be positive"),
@@ -208,9 +204,8 @@ def test_what_cannot_be_combined_is_refused() -> None:
         ((["default", "second"], [1.0, 1.0], "sum", "tied"), "combination_type must be one of auto, linear, svd, cat"),
         (ties, "ties takes density in"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with unchanged(model), pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)
-        assert set(model.peft_config) == {"default", "second"}
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged into the weights"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
