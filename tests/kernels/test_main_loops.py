@@ -156,8 +156,8 @@ def test_products_by_tma_have_few_instructions(report: dict[str, Any]) -> None:
 @pytest.mark.long
 @prefetching
 def test_every_element_of_w_is_loaded_once(report: dict[str, Any]) -> None:
-    """As in CUTLASS, each of four warps loads a quarter."""
-    rows = [row for row in report["rows"] if row["kernel"].startswith("extended_gemm") and row["bound"]]
+    """As in CUTLASS, each of four warps loads a quarter; dropout's smaller tiles are not compared."""
+    rows = [row for row in without_dropout(report) if row["kernel"].startswith("extended_gemm") and row["bound"]]
     assert {row["ldsm_per_mma"] for row in rows} == {0.25}
 
 
