@@ -82,7 +82,7 @@ def find_gpu(name: str) -> Card:
     key = re.sub(r"nvidia|geforce|rtx|quadro|gb|sxm|pcie|[^a-z0-9]", "", name.lower())
     if key in compact:
         return CARDS[compact[key]]
-    hint = nearest(key, compact, f"known are {', '.join(CARDS)}", cutoff=0.4)
+    hint = nearest(name.lower(), CARDS, f"known are {', '.join(CARDS)}", cutoff=0.4)
     raise ValueError(f"--gpu {name!r} is not known{hint}")
 
 

@@ -31,6 +31,9 @@ def by_peft(
 ) -> Any:
     """Load by PEFT's `load_adapter`, finding A and B next to a file when resuming; an error leaves no new adapter."""
     config = model.peft_config.get(adapter_name)
+    source = config.source if isinstance(config, LoRASBConfig) else None
+    # `PeftModel.from_pretrained` adds the adapter of a folder's config right before this call; others are the user's
+    is_new = config is None or (source is not None and source[0] == str(model_id))
     if isinstance(config, LoRASBConfig):  # PEFT reads no other configuration, which would record the folder
         config.source = str(model_id), options
     try:
@@ -39,10 +42,12 @@ def by_peft(
             raise ValueError(f"expected {WEIGHTS_NAME} in {folder}, found none: {AGAIN}")
         return original(model, model_id, adapter_name, *args, **options)
     except BaseException:  # Ctrl-C, too
+        if isinstance(config, LoRASBConfig):
+            config.source = source
         config = model.peft_config.get(adapter_name)
         layers = layers_with(model, adapter_name).values()
-        is_new = not any(layer.is_initialized(adapter_name) for layer in layers)
-        if isinstance(config, LoRASBConfig) and config.from_file and is_new:
+        is_empty = not any(layer.is_initialized(adapter_name) for layer in layers)
+        if isinstance(config, LoRASBConfig) and config.from_file and is_new and is_empty:
             discard(model, adapter_name)
         raise
 

@@ -11,7 +11,7 @@ import torch
 from adapters import unchanged
 from basis_models import a_layer, answer, answers, base, fill, reconfigure, rewrite, saved, with_basis, with_users
 from models import EXPERTS, causal, logits, make, patched
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from tolerances import EXACT, MERGE, check, check_equal
@@ -248,3 +248,13 @@ def test_a_failed_load_by_transformers_leaves_the_model_as_it_was(tmp_path: Path
     save_file(tensors, file)
     model.load_adapter(str(tmp_path))
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(make("llama"), tmp_path)))
+
+
+def test_a_failed_load_leaves_an_adapter_that_was_added_before(tmp_path: Path) -> None:
+    patched().save_pretrained(str(tmp_path / "saved"))
+    config = lorasb.LoRASBConfig.from_pretrained(str(tmp_path / "saved"))
+    model = get_peft_model(make("llama"), config)
+    with pytest.raises(ValueError, match=r"typo"):
+        model.load_adapter(str(tmp_path / "typo"), "default")
+    model.load_adapter(str(tmp_path / "saved"), "default")
+    assert all(layer.is_initialized("default") for layer in layers_with(model, "default").values())
