@@ -128,8 +128,8 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-# Counters of arriving programs: zero whenever no kernel runs, because the last program to arrive resets its own. Of
-# each device's default stream.
+# Counters of arriving programs, for each device's default stream: zero whenever no kernel runs, because the last
+# program to arrive resets its own.
 _kept: dict[torch.device, Tensor] = {}
 
 

@@ -82,7 +82,7 @@ def _hold_out_eval_data(settings: Settings, train_examples: list[Example]) -> tu
     names = [name.strip() for name in (settings.eval_data or "").split(",") if name.strip()]
     if not names:
         raise ValueError(f"--eval-data names no file: {settings.eval_data!r}")
-    # values stay values, even if all held-out ones are whole numbers
+    # held-out values that are all whole numbers would be taken for labels
     score = "pearson" if train_examples[0].score == "pearson" else settings.score
     parts = [read_data(name, score, True, settings.adapter_column) for name in names]
     most = settings.eval_examples

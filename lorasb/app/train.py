@@ -169,8 +169,9 @@ class Saving(TrainerCallback):
         else:
             due = state.global_step % self.save_steps == 0
         # Saving is collective, clocks differ between ranks, and a signal may reach only one: any rank decides for all.
-        save, number = map(max, zip(*self.processes.gather_json([due, self.stop.requested]), strict=True))
-        self.stop.requested = max(self.stop.requested, int(number))
+        every = self.processes.all_gather(2 * self.stop.requested + due)  # both in one collective per step
+        save, number = any(one % 2 for one in every), max(one // 2 for one in every)
+        self.stop.requested = number
         if save or number or state.global_step >= state.max_steps:
             control.should_save, self.last_saved = True, now
         if number:  # after a save, so that the run resumes from this very step

@@ -247,6 +247,8 @@ class LoRASBConfig(PeftConfig):
         names = tuple(safetensors_header(weights)[0]) if weights.is_file() else None
         try:
             config: LoRASBConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            if not isinstance(config, LoRASBConfig):
+                raise TypeError(f"expected an adapter of type {PEFT_NAME}, got {config.peft_type}")
             hints = get_type_hints(LoRASBConfig)
             for one in fields(LoRASBConfig):
                 value = getattr(config, one.name)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..compat.transformers import CHECKPOINTING, WRAPPED_CHECKPOINTING
 from ..constants import BASE_ROW
-from ..distributed.process_group import sharded
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.adapter_state import TOKENS_FIRST, Rows, chooses_tokens, length_mismatch, rows_of
 from ..layers.linear import trains_by_row
@@ -153,7 +152,8 @@ def _check(model: nn.Module, modules: Modules, names: Sequence[str], bank: Adapt
             "expected no gradient checkpointing with `adapter_names` of a bank in training, as its adapters may have "
             "changed by the time backward recomputes the forward: model.gradient_checkpointing_disable()"
         )
-    if model.training and sharded(model):
+    cores = (layer.lorasb_R[name] for layer in layers for name in distinct if name in layer.lorasb_R)
+    if model.training and any(hasattr(core, "device_mesh") for core in cores):  # DTensors
         raise ValueError("FSDP2 would add gradients of different adapters: train by `adapter_names` with DDP")
     if model.training and not all(trains_by_row(layer, distinct) for layer in layers):
         raise ValueError(

@@ -173,11 +173,14 @@ def refuse_shared_embeddings(model: nn.Module, targets: dict[str, nn.Module]) ->
 
     The embedding would not get the adapter (T5's stacks have embeddings of their own), but change when it is merged.
     """
-    bases = {name: base_of(module) for name, module in targets.items()}
-    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    bases, inputs = {name: base_of(module) for name, module in targets.items()}, None
+    with suppress(NotImplementedError):  # transformers' audio models have none
+        inputs = base_of(getattr(model, "get_input_embeddings", lambda: None)())  # of any class
+    embeddings = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) or m is inputs}
     for target, base in bases.items():
         for name, other in embeddings.items():
-            if other is base or other.weight is not getattr(base, "weight", None):
+            weight = getattr(other, "weight", None)
+            if other is base or weight is None or weight is not getattr(base, "weight", None):
                 continue
             if not isinstance(base, nn.Embedding) or all(other is not one for one in bases.values()):
                 raise ValueError(

@@ -262,6 +262,14 @@ def test_half_of_a_tied_embedding_is_refused() -> None:
         lorasb.patch(make("t5"), r=3, target_modules=["shared"], init="random")
 
 
+def test_a_head_tied_to_an_input_embedding_of_any_class_is_refused() -> None:
+    model: Any = nn.Sequential(OrderedDict(table=nn.Bilinear(2, 3, 4), head=nn.Linear(6, 12)))
+    model.table.weight = model.head.weight
+    model.get_input_embeddings = lambda: model.table
+    with pytest.raises(ValueError, match="'head' shares its weight with the embedding 'table'"):
+        lorasb.patch(model, r=2, target_modules=["head"])
+
+
 def test_sparse_gradients_and_ids_by_name() -> None:
     torch.manual_seed(0)
     model = holding(nn.Embedding(12, 6, sparse=True), init="update")
