@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from benchmarks.kernels.executed_work import compulsory, launch_work
 from benchmarks.kernels.gpus import GPUS, MODEL, SECTOR_BYTES, Demand, Gpu
 from benchmarks.kernels.launches import plan_for, record
 from lorasb.kernels.launcher import Launch
-from lorasb.kernels.plan import LaunchPlan
 from lorasb.utils.plotting import canvas, save
 
 BF16, THIN = 2, 256
@@ -136,7 +135,7 @@ def adapted(group: Group, M: int, r: int, gpu: Gpu, grouped: bool, path: str | N
 def calls(op: str, n: int, ms: tuple[int, ...], r: int, M: int, arch: str, sms: int, path: str) -> list[Launch]:
     """The library's launches on one path, with the blocks that its tables choose."""
     chosen = plan_for(op, torch.bfloat16, M, n, ms, r, arch, sms)
-    return record(op, LaunchPlan(path, chosen.prep, chosen.gemm), torch.bfloat16, M, n, ms, r)
+    return record(op, replace(chosen, path=path), torch.bfloat16, M, n, ms, r)
 
 
 def fused_calls(model: str, r: int, M: int, arch: str, sms: int, grouped: bool) -> dict[str, list[Launch]]:

@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,11 @@ def jobs(archs: list[str], brief: bool = False) -> Iterator[Job]:
             for variant in some if brief else BF16_VARIANTS if bf16 else VARIANTS:
                 for op in ("forward", "backward"):
                     plan = _plan(op, variant, dtype, arch)
-                    yield Job(op, variant, dtype, arch, LaunchPlan("fused", plan.prep, plan.gemm))
+                    yield Job(op, variant, dtype, arch, replace(plan, path="fused"))
                     if arch == "sm_90" and dtype != torch.float32:
-                        yield Job(op, variant, dtype, arch, LaunchPlan("tma", plan.prep, TMA_GEMMS[0]))
+                        yield Job(op, variant, dtype, arch, replace(plan, path="tma", gemm=TMA_GEMMS[0]))
                     if variant.dropout:  # the masked term is a separate kernel
-                        yield Job(op, variant, dtype, arch, LaunchPlan("addmm", plan.prep, plan.gemm))
+                        yield Job(op, variant, dtype, arch, replace(plan, path="addmm"))
             for variant in GRADIENTS if bf16 and not brief else GRADIENTS[-1:]:
                 yield gradient_job(variant, dtype, arch)
             for variant in ROWS if bf16 and not brief else ROWS[:1]:

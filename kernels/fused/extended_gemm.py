@@ -5,6 +5,9 @@ added in the fp32 accumulators and no output is read again. A group's members li
 y_i = [x|v_i] [W_i|B_i]ᵀ), or one after another in the reduction (backward: dx = Σ_i [dy_i|w_i] [W_i;A_i], written
 once). Backward, the first programs of the grid compute dR_i = s_i·t_iᵀ u_i, independently of the others.
 
+With OVERLAPS, the launch begins while the thin products still run (programmatic dependent launch): its programs reduce
+the base's steps, wait for the thin products, and go on with v. The order of the sums is the same.
+
 Arguments of `extended_gemm`. A plural name is a tuple, and so is a stride marked *: one entry per member, but for xs
 (forward) and ys (backward), which are shared by all members and have one. Strides are of rows, in elements; the last
 dimension is contiguous.
@@ -34,6 +37,7 @@ dimension is contiguous.
                      EVEN_K: every K and R is a multiple of BLOCK_K, so that no load is masked
                      EVEN_N: backward, N is a multiple of 16: no vector of columns crosses the end
                      WIDE: offsets need 64 bits
+                     OVERLAPS: the previous launch may still write v, t and the workspace
                      PRECISION: of tl.dot, "tf32" or "ieee"
   rank               R; R_PADDED: columns of a member in v, w and t
   blocks             BLOCK_M x BLOCK_N of an output per program, BLOCK_K of the reduction per step
@@ -55,12 +59,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compat import find
+from ..compat.triton import PRIVATE, may_overlap
 from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, gemm_splits
 from .device_functions import Reduction, accumulate, chain, keep_mask, pick, sum_of_shares
 from .launcher import Launch
 from .operands import Arguments, Mask, Members, allocate_workspace, kernel_biases, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
 
+gdc_wait = find(PRIVATE["gdc_wait"])
 VECTOR = 16  # elements: at least the longest vector that is loaded
 # Rows of a chunk, whether a tile has several chunks, side of a tile, rows of a step, precision, ranks.
 CoreBlocks = namedtuple("CoreBlocks", "CHUNK_M SPLIT BLOCK_R BLOCK_M PRECISION R R_PADDED")
@@ -102,6 +109,32 @@ def tile_operands(base, adapter, member, K_MAJOR: tl.constexpr, R: tl.constexpr,
             strides, ranks = strides + (stride_v,), ranks + (R,)
         adapter_operands = (lefts, factors, strides, stride_factor, ranks)
     return base_operands, adapter_operands
+
+
+@triton.jit
+def steps_of(lengths, BLOCK_K: tl.constexpr):
+    """Steps of chained reductions, each rounded up to whole ones."""
+    steps = 0
+    for i in tl.static_range(len(lengths)):
+        steps += tl.cdiv(lengths[i], BLOCK_K)
+    return steps
+
+
+@triton.jit
+def masked_terms(acc, operands, m, n, mask, reduction):
+    """acc + Σ_i mask_i ∘ (left_i right_i): dropout's masks apply to the adapters' terms alone.
+
+    mask: (seeds, threshold, rows, first column).
+    """
+    lefts, rights, left_strides, right_strides, lengths = operands
+    seeds, threshold, rows, first = mask
+    for i in tl.static_range(len(lefts)):
+        one = ((lefts[i],), (rights[i],), (left_strides[i],), (right_strides[i],), (lengths[i],))
+        steps = (0, tl.cdiv(lengths[i], reduction.BLOCK_K))
+        term = accumulate(tl.zeros_like(acc), one, steps, m, n, reduction)
+        seed = seeds[i]  # a tensor even for a seed of 1, which Triton makes a constant inside a tuple
+        acc += tl.where(keep_mask(seed, threshold, rows, first, acc.shape[1]), term, 0.0)
+    return acc
 
 
 @triton.jit
@@ -152,7 +185,7 @@ def extended_gemm(
     scales, seeds, threshold,  # scalars
     # flags
     BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
     R: tl.constexpr, R_PADDED: tl.constexpr,  # rank
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
@@ -166,6 +199,8 @@ def extended_gemm(
     pid = tl.program_id(0)
     if BACKWARD:
         if pid < core_programs:
+            if OVERLAPS:
+                gdc_wait()
             core_gradient(
                 pid,
                 (t, us, dcores, scales),
@@ -196,27 +231,23 @@ def extended_gemm(
     base, adapter = (xs, weights, Ks, stride_x, stride_w), (v, factors, stride_v, stride_factor)
     base_operands, adapter_operands = tile_operands(base, adapter, member, not BACKWARD, R, R_PADDED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    base_steps = 0
-    for i in tl.static_range(len(Ks)):
-        base_steps += tl.cdiv(Ks[i], BLOCK_K)
-    if DROPOUT:  # the masks apply only to the adapters' terms: dx = Σ_i dy_i W_i + mask_i ∘ (w_i A_i)
-        lefts, rights, left_strides, right_strides, _ = adapter_operands
-        steps = (0, tl.cdiv(R, BLOCK_K))
-        for i in tl.static_range(len(lefts)):
-            term = tl.zeros_like(acc)
-            operands = ((lefts[i],), (rights[i],), (left_strides[i],), (right_strides[i],), (R,))
-            term = accumulate(term, operands, steps, m, n, reduction)
-            seed = seeds[i]  # a tensor even for a seed of 1, which Triton makes a constant inside a tuple
-            mask = keep_mask(seed, threshold, rm, column * BLOCK_N, BLOCK_N)
-            acc += tl.where(mask, term, 0.0)
+    base_steps, adapter_steps = steps_of(Ks, BLOCK_K), len(adapter_operands[4]) * tl.cdiv(R, BLOCK_K)
+    if DROPOUT:
+        acc = masked_terms(acc, adapter_operands, m, n, (seeds, threshold, rm, column * BLOCK_N), reduction)
         if not ADD:
             acc = accumulate(acc, base_operands, (0, base_steps), m, n, reduction)
     else:
-        operands = chain(base_operands, adapter_operands)
-        steps = base_steps + len(adapter_operands[4]) * tl.cdiv(R, BLOCK_K)
+        steps = base_steps + adapter_steps
         steps_a_split = tl.cdiv(steps, splits) if SPLIT else steps
         low = split * steps_a_split
-        acc = accumulate(acc, operands, (low, min(low + steps_a_split, steps)), m, n, reduction)
+        high = min(low + steps_a_split, steps)
+        if OVERLAPS:  # no load of v may move up into the base's loop
+            acc = accumulate(acc, base_operands, (low, min(high, base_steps)), m, n, reduction)
+            gdc_wait()
+            adapter_range = (max(low - base_steps, 0), high - base_steps)
+            acc = accumulate(acc, adapter_operands, adapter_range, m, n, reduction)
+        else:
+            acc = accumulate(acc, chain(base_operands, adapter_operands), (low, high), m, n, reduction)
     last, acc = sum_of_shares(acc, split, (partial, counters, slot, splits), SPLIT, True)
     if last:  # epilogue: the bias in fp32 once all splits are added, then the one rounding to the output's dtype
         if HAS_BIAS:
@@ -263,7 +294,7 @@ def forward_call(x: Tensor, members: Members, v: Tensor, ys: list[Tensor], plan:
         core_chunks=1,
     )
     arguments |= _common_arguments(arguments, members, config)
-    return Launch(extended_gemm, tiles * splits, arguments, config)
+    return _launch(tiles * splits, arguments, config, plan)
 
 
 def backward_call(
@@ -315,7 +346,14 @@ def backward_call(
         core_chunks=chunks,
     )
     arguments |= _common_arguments(arguments, members, config)
-    return Launch(extended_gemm, core_tiles * chunks + tiles * splits, arguments, config)
+    return _launch(core_tiles * chunks + tiles * splits, arguments, config, plan)
+
+
+def _launch(grid: int, arguments: Arguments, config: GemmConfig, plan: LaunchPlan) -> Launch:
+    """A launch that begins before the thin products have ended, if the plan says so and there is a base to reduce."""
+    overlaps = plan.overlaps and plan.path == "fused" and sum(arguments["Ks"]) > 0
+    overlaps = overlaps and not arguments["DROPOUT"] and may_overlap(extended_gemm)
+    return Launch(extended_gemm, grid, arguments | {"OVERLAPS": overlaps}, config, overlaps=overlaps)
 
 
 def _tiles(

@@ -19,6 +19,7 @@ Arguments of `quantized_gemm`; strides are of rows, in elements, and the last di
   sizes              M rows, W's N and K
   strides            stride_x, stride_v, stride_factor, stride_y
   flags              BACKWARD; WIDE: offsets need 64 bits; PRECISION: of tl.dot, "tf32" or "ieee"
+                     OVERLAPS: the previous launch may still write v and the workspace, see extended_gemm
                      ONE_SCALE: in each row of a tile of W all columns share a scale and none is past K; W is aligned to
                      words of four bytes
   rank               R
@@ -31,8 +32,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..compat import find
+from ..compat.triton import PRIVATE
 from .dequantize_4bit import block_scales, rounded, storage_of, unpack
 from .device_functions import Reduction, accumulate, sum_of_shares
+
+gdc_wait = find(PRIVATE["gdc_wait"])
 
 
 @triton.jit
@@ -87,14 +92,16 @@ def quantized_gemm(
     partial, counters, splits,  # workspace
     M, N, K,  # sizes
     stride_x, stride_v, stride_factor, stride_y,  # strides
-    BACKWARD: tl.constexpr, WIDE: tl.constexpr, ONE_SCALE: tl.constexpr, PRECISION: tl.constexpr,  # flags
+    # flags
+    BACKWARD: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
     # rank and blocks
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     STORAGE: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x Wᵀ + v Bᵀ + bias forward, dx [M, K] = dy W + w A backward, over W [N, K] in 4 bits.
 
-    Grid: `splits` programs for each tile. The adapter's steps come first, in the first split.
+    Grid: `splits` programs for each tile. The first split adds the adapter, after its steps of the base.
     """
     pid = tl.program_id(0)
     length, columns = (N, K) if BACKWARD else (K, N)
@@ -106,9 +113,6 @@ def quantized_gemm(
     if WIDE:
         m, n = m.to(tl.int64), n.to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if split == 0:
-        adapter, steps = ((v,), (factor,), (stride_v,), (stride_factor,), (R,)), tl.cdiv(R, BLOCK_K)
-        acc = accumulate(acc, adapter, (0, steps), m, n, Reduction(not BACKWARD, False, PRECISION, BLOCK_K))
     steps_a_split = tl.cdiv(tl.cdiv(length, BLOCK_K), splits)
     for step in range(split * steps_a_split, min(split * steps_a_split + steps_a_split, tl.cdiv(length, BLOCK_K))):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -122,6 +126,11 @@ def quantized_gemm(
             first = step * BLOCK_K
             rhs = weight_tile(rn, first, weight, (N, K), storage_of(STORAGE), WIDE, ONE_SCALE, BLOCK_K)
             acc = tl.dot(lhs, rhs.to(x.dtype.element_ty).T, acc, input_precision=PRECISION)
+    if OVERLAPS:
+        gdc_wait()
+    if split == 0:
+        adapter, steps = ((v,), (factor,), (stride_v,), (stride_factor,), (R,)), tl.cdiv(R, BLOCK_K)
+        acc = accumulate(acc, adapter, (0, steps), m, n, Reduction(not BACKWARD, False, PRECISION, BLOCK_K))
     last, acc = sum_of_shares(acc, split, (partial, counters, tile, splits), SPLIT, True)
     if last:
         if bias is not None:

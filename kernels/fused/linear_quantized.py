@@ -8,11 +8,13 @@ of rows. `scratch`: W is dequantized in the launch of the thin products, then th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..compat.triton import may_overlap
 from . import extended_gemm, low_rank
 from . import linear as dense
 from .block_sizes import DEQUANTIZE, DEQUANTIZE_BYTES, cdiv, gemm_splits, quantized_config
@@ -54,14 +56,16 @@ def dequantized(weight: Quantized, dtype: torch.dtype) -> Tensor:
 def forward(x: Tensor, weight: Quantized, members: Members, plan: LaunchPlan, mask: Mask) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + s·u Rᵀ Bᵀ + bias [M, m] and u = x Aᵀ [M, r]; `members` has the one layer's factors and no weight."""
     M, u, (bias,) = x.shape[0], x.new_empty((x.shape[0], members.r)), members.biases
+    inline = weight.is_inline(plan, mask)
+    plan = plan if inline else replace(plan, overlaps=False)  # W is written together with v
     if M == 0 or weight.n == 0:
         y = x.new_zeros((M, weight.m))
         return (y if bias is None else y + bias), u.zero_()
     v = x.new_empty((M, members.width))
     with on_device(x):
-        if weight.is_inline(plan, mask):
+        if inline:
             launch(low_rank.forward_call(x, members, [u], v, plan, mask))
-            return _gemm(x, weight, v, members, bias, x.new_empty((M, weight.m)), False), u
+            return _gemm(x, weight, v, members, x.new_empty((M, weight.m)), plan, False), u
         scratch = x.new_empty((weight.m, weight.n))  # W for the length of this call; backward dequantizes again
         prep = low_rank.forward_call(x, members, [u], v, plan, mask)
         _launch_prep_and_dequantize(prep, weight, scratch)
@@ -79,14 +83,16 @@ def backward(
         _, dcores = dense.backward([dy], members._replace(weights=[None]), [u], plan, False, need_dcore, mask)
         return dy.new_zeros((M, weight.n)) if need_dx else None, dcores
     t = dy.new_empty((M, members.width))
+    inline = weight.is_inline(plan, mask)
+    plan = plan if inline else replace(plan, overlaps=False)
     w, dcores = torch.empty_like(t), [core.new_empty(core.shape) for core in members.cores] if need_dcore else []
     with on_device(dy):
         prep = low_rank.backward_call([dy], members, t, w, plan, True)
-        if weight.is_inline(plan, mask):
+        if inline:
             launch(prep)
+            dx = _gemm(dy, weight, w, members, dy.new_empty((M, weight.n)), plan, True)
             if dcores:
                 launch(extended_gemm.backward_call([dy], members, [u], t, w, None, dcores, plan, mask))
-            dx = _gemm(dy, weight, w, members, None, dy.new_empty((M, weight.n)), True)
         else:
             scratch = dy.new_empty((weight.m, weight.n))
             _launch_prep_and_dequantize(prep, weight, scratch)
@@ -102,9 +108,10 @@ def _launch_prep_and_dequantize(prep: Launch, weight: Quantized, scratch: Tensor
 
 
 def _gemm(
-    x: Tensor, weight: Quantized, v: Tensor, members: Members, bias: Tensor | None, y: Tensor, is_backward: bool
+    x: Tensor, weight: Quantized, v: Tensor, members: Members, y: Tensor, plan: LaunchPlan, is_backward: bool
 ) -> Tensor:
-    M, columns = y.shape
+    (M, columns), overlaps = y.shape, plan.overlaps and may_overlap(quantized_gemm)
+    bias = None if is_backward else members.biases[0]
     length, config = x.shape[1], quantized_config(M, x.element_size())
     factor = unit_rows(members.a[0] if is_backward else members.b[0])
     tiles, steps = cdiv(M, config.block_m) * cdiv(columns, config.block_n), cdiv(length, config.block_k)
@@ -127,6 +134,7 @@ def _gemm(
         stride_y=y.stride(0),
         BACKWARD=is_backward,
         WIDE=needs_int64(x, y, factor, v, elements=weight.m * weight.n),
+        OVERLAPS=overlaps,
         ONE_SCALE=_has_one_scale(weight, config.block_n if is_backward else config.block_k),
         PRECISION=precision(x.dtype),
         R=members.r,
@@ -136,7 +144,7 @@ def _gemm(
         splits=splits,
         SPLIT=splits > 1,
     )
-    launch(Launch(quantized_gemm, tiles * splits, arguments, config, exact=True))
+    launch(Launch(quantized_gemm, tiles * splits, arguments, config, exact=True, overlaps=overlaps))
     return y
 
 

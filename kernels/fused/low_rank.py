@@ -28,7 +28,7 @@ marked *; strides are of rows, in elements, and the last dimension is contiguous
   ranks      R; R_BLOCKS: the powers of two that cover it; R_PADDED: their sum
   blocks     BLOCK_M x BLOCK_K of x per step; BLOCK_J: columns of v (w) per step of the product with R_i
              SPLIT: `splits` programs share a row block's reduction
-             OVERLAPPED: the next launch may begin before this one has ended, see tma_gemm
+             OVERLAPPED: the next launch may begin before this one has ended, see extended_gemm and tma_gemm
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compat import find
-from ..compat.triton import PRIVATE, has_tma, is_compiled
+from ..compat.triton import PRIVATE, may_overlap
 from .block_sizes import cdiv, prep_splits, rank_blocks
 from .dequantize_4bit import dequantize_bytes, storage_of
 from .device_functions import pick
@@ -234,6 +234,6 @@ def _common_arguments(members: Members, plan: LaunchPlan, dtype: torch.dtype) ->
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_J=32 if width % 32 == 0 else 16,  # has to divide R_PADDED, a multiple of 16
-        OVERLAPPED=plan.path == "tma" and has_tma() and is_compiled(prep_forward),
+        OVERLAPPED=(plan.path == "tma" or plan.overlaps) and may_overlap(prep_forward),
         **WITHOUT_WEIGHT,
     )

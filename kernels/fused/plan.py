@@ -5,9 +5,9 @@ A rule holds if all its conditions do: `op`, `dtype`, `card` and `driver` by nam
 does not prefetch operands from shared memory, and main loops on sm_80 to sm_89 can use at most 0.64 to 0.99 of the
 tensor cores instead of 0.80 to 1.00 (`python -m benchmarks.kernels.main_loops`): cuBLAS multiplies there.
 
-Path, prep, gemm and weights each come from the first rule that holds and has them: one rule may give the blocks,
-another the path. Nothing is timed here: first calls (lorasb/backends/autotune.py) and `lorasb bench tune` write a
-user's table. A shipped table states in `measured` and `basis` what its rules are based on.
+Each of path, prep, gemm, weights and overlaps comes from the first rule that holds and has it: one rule may give the
+blocks, another the path. Nothing is timed here: first calls (lorasb/backends/autotune.py) and `lorasb bench tune` write
+a user's table. A shipped table states in `measured` and `basis` what its rules are based on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from ..compat.triton import installed, warn_once
 from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig, is_executed, quantized_config
 
 TABLES = Path(__file__).parent / "tables"
-CHOICES = {"path": ("fused", "addmm", "tma"), "weights": ("inline", "scratch")}
+CHOICES = {"path": ("fused", "addmm", "tma"), "weights": ("inline", "scratch"), "overlaps": (True, False)}
+CHOSEN = ("path", "prep", "gemm", "weights", "overlaps")  # by rules, each separately
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
 BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # raised when reading a file that is not a table
 _user_tables: Callable[[], Path | None] | None = None  # returns their folder, if they are read
@@ -59,13 +60,15 @@ VALUES = asdict(Shape("", "", 0, 0, 0, 0)) | {"sms": 0, "triton": 0, "card": "",
 class LaunchPlan:
     """Path `fused` is prep and the extended GEMM, `addmm` prep and two calls of cuBLAS, `tma` prep and `tma_gemm`.
 
-    `weights` in 4 bits are dequantized `inline` by a separate GEMM, or into a `scratch` by prep.
+    `weights` in 4 bits are dequantized `inline` by a separate GEMM, or into a `scratch` by prep. With `overlaps`, our
+    GEMM multiplies by the base while prep runs; `tma` always does.
     """
 
     path: str
     prep: PrepConfig
     gemm: GemmConfig
     weights: str = "scratch"
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Rule:
     prep: PrepConfig | None = None
     gemm: GemmConfig | None = None
     weights: str | None = None
+    overlaps: bool | None = None
 
     def holds(self, shape: Shape, sms: int) -> bool:
         """True if every condition holds."""
@@ -90,7 +94,7 @@ class Rule:
         prep, gemm, conditions = entry.get("prep"), entry.get("gemm"), entry.get("if", {})
         for name, known in CHOICES.items():
             if entry.get(name) not in (None, *known):
-                raise ValueError(f"expected {name} {' or '.join(known)}, got {entry[name]!r}")
+                raise ValueError(f"expected {name} {' or '.join(map(str, known))}, got {entry[name]!r}")
         if unknown := set(conditions) - set(VALUES):
             raise ValueError(f"unknown conditions {sorted(unknown)}")
         for name, wanted in conditions.items():
@@ -104,6 +108,7 @@ class Rule:
             None if prep is None else PrepConfig(**prep),
             None if gemm is None else GemmConfig(**gemm),
             entry.get("weights"),
+            entry.get("overlaps"),
         )
 
 
@@ -139,9 +144,8 @@ def choose(shape: Shape, arch: str, sms: int) -> LaunchPlan:
 
 def _by_rules(rules: tuple[Rule, ...], shape: Shape, sms: int) -> LaunchPlan:
     holding = [rule for rule in rules if rule.holds(shape, sms)]
-    names = ("path", "prep", "gemm", "weights")
-    path, prep, gemm, weights = (next((v for rule in holding if (v := getattr(rule, name))), None) for name in names)
-    return LaunchPlan(path, prep, gemm, weights or "scratch")
+    found = {name: next((v for rule in holding if (v := getattr(rule, name)) is not None), None) for name in CHOSEN}
+    return LaunchPlan(**{name: value for name, value in found.items() if value is not None})
 
 
 def has_executed_code(chosen: LaunchPlan, shape: Shape, arch: str) -> bool:

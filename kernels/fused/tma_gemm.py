@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compat import find
-from ..compat.triton import PRIVATE, has_tma, is_compiled
+from ..compat.triton import PRIVATE, has_tma, may_overlap
 from .block_sizes import GemmConfig, cdiv
 from .extended_gemm import tile_coordinates
 from .launcher import Launch
@@ -86,7 +86,7 @@ def call_of(
     m, n, k = config.block_m, config.block_n, config.block_k
     block, descriptor = [n, k] if k_major else [k, n], TensorDescriptor.from_tensor
     tiles = sum(cdiv(y.shape[0], m) * cdiv(y.shape[1], n) for y in ys)
-    waits = is_compiled(tma_gemm) and base < len(pairs[0])  # one that never waits might end before the previous launch
+    waits = may_overlap(tma_gemm) and base < len(pairs[0])  # one that never waits might end before the previous launch
     has_bias, filled = kernel_biases(biases, ys)
     arguments = dict(
         lefts=tuple(tuple(descriptor(left, [m, k]) for left, _ in some) for some in pairs),

@@ -17,6 +17,7 @@ FIRST, LAST = (3, 6), (3, 9)
 DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")  # of releases, of torch's nightly builds, for Windows
 ORDINARY = "kernels are launched by Triton's own launcher, which takes 50 µs more per launch"
 NO_TMA = "cuBLAS multiplies"
+NO_OVERLAP = f"launches run one after another; instead of TMA, {NO_TMA}"
 PRIVATE = {
     "run": Private("triton.runtime.jit.JITFunction.run", "compiles without launching", ORDINARY),
     "compiled": Private(
@@ -28,9 +29,9 @@ PRIVATE = {
     "driver": Private("triton.runtime.driver.DriverConfig().active", "a device's stream", "prepared launches raise"),
     "launch_hooks": Private("triton.knobs.runtime.launch_enter_hook", "detects profilers of launches", ORDINARY),
     "TensorDescriptor": Private("triton.tools.tensor_descriptor.TensorDescriptor", "TMA", NO_TMA),
-    "gdc_wait": Private("triton.language.extra.cuda.gdc_wait", "overlapping launches", NO_TMA),
+    "gdc_wait": Private("triton.language.extra.cuda.gdc_wait", "overlapping launches", NO_OVERLAP),
     "gdc_launch_dependents": Private(
-        "triton.language.extra.cuda.gdc_launch_dependents", "overlapping launches", NO_TMA
+        "triton.language.extra.cuda.gdc_launch_dependents", "overlapping launches", NO_OVERLAP
     ),
 }
 
@@ -77,6 +78,11 @@ def warn_once(text: str) -> None:
 def is_compiled(kernel: object) -> bool:
     """True if Triton compiles this kernel; its interpreter, which takes no compiler options, runs it otherwise."""
     return hasattr(kernel, "device_caches")
+
+
+def may_overlap(kernel: object) -> bool:
+    """True if a kernel can begin before the previous one has ended: Triton compiles it, and has the instructions."""
+    return has_tma() and is_compiled(kernel)
 
 
 def may_repeat(kernel: object) -> bool:

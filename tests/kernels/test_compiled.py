@@ -16,7 +16,7 @@ import torch
 from calls import check, dense, exact, outputs, run_kernels
 from kernel_cases import INDEX, check_follows_mask, checked, group_cases, planned, row_cases
 from reference import make_case
-from storages import bits_of, storage
+from storages import bits_of, quantized_case, storage
 from storages import exact as dequantized
 from tolerances import BF16_FEW, HALF_FEW, check_equal, check_half, check_scaled, fp32
 from tolerances import check as close
@@ -263,3 +263,22 @@ def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         case = make_case((M,), 32, 32, 8, BF16)
         check(run_kernels(case), case)
         assert kinds() <= 2
+
+
+def test_few_tokens_overlap_the_thin_products() -> None:
+    """From sm_90 on, but not over a weight that the thin products' launch dequantizes, and not under dx's masks."""
+    overlap = int(environment.PTX[3:]) >= 90
+    few, many = make_case((16,), 64, 48, 8, BF16), make_case((65,), 64, 48, 8, BF16)
+    packed = quantized_case(storage(48, 64, dtype=BF16), 16, 8, BF16)
+
+    def overlapping(case: reference.Case, dropout: float = 0.0) -> list[str]:
+        with observed() as launches:
+            run_kernels(case, dropout=dropout)
+        return [one.name for one in launches if one.overlaps]
+
+    assert overlapping(few) == ["extended_gemm"] * 2 * overlap
+    assert overlapping(few, 0.5) == ["extended_gemm"] * overlap
+    assert overlapping(packed) == ["quantized_gemm", "quantized_gemm", "extended_gemm"] * overlap
+    with planned(weights="scratch"):
+        assert overlapping(packed) == []
+    assert overlapping(many) == []
