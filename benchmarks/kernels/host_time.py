@@ -5,7 +5,7 @@
 CUDA is stubbed out: kernels are compiled and specialized, and the driver's launch does nothing; tensors are on the CPU.
 The baseline is the chain of plain torch ops that the kernels replace, on tensors so small that arithmetic is nothing.
 Two more ways show what the shortcuts save: ordinary launches, in place of prepared ones, and keys and allocation in
-Python, in place of the C++ extension's.
+Python, in place of the C++ extension's. `--arch sm_90` adds the TMA path.
 Times are microseconds of one thread's CPU time: medians over rounds in turns, and ratios within a round.
 `--tritons` measures every version of Triton in a folder (`make bench-kernels` installs the tested ones), each in a
 separate process.
@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,13 +128,34 @@ def _keys_in_python() -> Iterator[None]:
         yield
 
 
-def ways() -> dict[str, Way]:
+@contextmanager
+def _by_tma() -> Iterator[None]:
+    """Plan the TMA path; kinds of calls are prepared again at either end."""
+    from lorasb.backends.autotune import TMA_GEMMS
+    from lorasb.kernels import plan
+
+    by_table = plan.choice
+
+    def choice(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
+        return replace(by_table(shape, arch, sms), path="tma", gemm=TMA_GEMMS[0])
+
+    plan.forget()
+    with mock.patch.object(plan, "choice", choice):
+        yield
+    plan.forget()
+
+
+def ways(arch: str) -> dict[str, Way]:
     """All calls that are compared."""
+    from lorasb.compat.triton import has_tma
+
     ours = adapted_calls()
     found: dict[str, Way] = {name: (call, nullcontext) for name, call in ours.items()}
     for name, call in ours.items():
         found[f"{name}, ordinary launches"] = call, _ordinary
         found[f"{name}, keys in Python"] = call, _keys_in_python
+        if arch == "sm_90" and has_tma():
+            found[f"{name}, TMA"] = call, _by_tma
     return found | {name: (call, nullcontext) for name, call in chain_calls().items()}
 
 
@@ -166,7 +188,7 @@ def measure(arch: str, count: int) -> Rows:
     def allowed() -> bool:
         return True
 
-    timed = ways()
+    timed = ways(arch)
     with (
         mock.patch.object(backend, "architecture", device),
         mock.patch.object(backend, "interpreting", allowed),
@@ -176,6 +198,7 @@ def measure(arch: str, count: int) -> Rows:
         allocations = {}
         for name, (call, context) in timed.items():
             with context():
+                call(), call()  # prepares again what another way forgot
                 allocations[name] = sum(size > 0 for size in cpu_allocations(call))
     found = {}
     for name, us in times.items():

@@ -56,24 +56,36 @@ def prep_calls(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan: L
 
 def after_prep(x: Tensor, members: Members, v: Tensor, plan: LaunchPlan) -> list[Tensor]:
     """y_i = x W_iᵀ + v_i B_iᵀ + bias_i."""
-    if is_fused(plan, members):
+    if plan.path != "addmm":
         ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
-        launch(extended_gemm.forward_call(x, members, v, ys, plan))
-        return ys
-    return unfused(x, members, v, plan)
-
-
-def unfused(x: Tensor, members: Members, v: Tensor, plan: LaunchPlan) -> list[Tensor]:
-    """y_i by TMA, or by cuBLAS: the adapter's product first; the base GEMM accumulates onto it."""
-    vs = [v[:, i * members.width : i * members.width + members.r] for i in range(len(members.a))]
-    if plan.path == "tma" and tma_gemm.has_descriptors((x, *members.weights, *vs, *members.b)):
-        ys = [x.new_empty((x.shape[0], b.shape[0])) for b in members.b]
-        if tma_gemm.has_descriptors(ys):
-            operands = zip(members.weights, vs, members.b, strict=True)
-            pairs = [[(x, weight), (one, b)] for weight, one, b in operands if weight is not None]
-            launch(tma_gemm.call_of(pairs, ys, members.biases, plan.gemm, True, 1))
+        call = output_call(x, members, v, ys, plan)
+        if call is not None:
+            launch(call)
             return ys
+    return by_addmm(x, members, v)
+
+
+def output_call(x: Tensor, members: Members, v: Tensor, ys: list[Tensor], plan: LaunchPlan) -> Launch | None:
+    """The launch that computes all y_i from x and v, or None if cuBLAS does."""
+    if is_fused(plan, members):
+        return extended_gemm.forward_call(x, members, v, ys, plan)
+    vs = _parts(v, members)
+    if plan.path != "tma" or not tma_gemm.has_descriptors((x, *members.weights, *vs, *members.b, *ys)):
+        return None
+    operands = zip(members.weights, vs, members.b, strict=True)
+    pairs = [[(x, weight), (one, b)] for weight, one, b in operands if weight is not None]
+    return tma_gemm.call_of(pairs, ys, members.biases, plan.gemm, True, 1)
+
+
+def by_addmm(x: Tensor, members: Members, v: Tensor) -> list[Tensor]:
+    """y_i by cuBLAS: the adapter's product first; the base GEMM accumulates onto it."""
+    vs = _parts(v, members)
     return [_addmm(x, *operands) for operands in zip(vs, members.weights, members.b, members.biases, strict=True)]
+
+
+def _parts(v: Tensor, members: Members) -> list[Tensor]:
+    """Each member's v_i (w_i backward) without its padding."""
+    return [v[:, i * members.width : i * members.width + members.r] for i in range(len(members.a))]
 
 
 def backward(
@@ -130,27 +142,46 @@ def after_prep_backward(
     (t, w), dx, fused = thin, empty_dx(dys, members), is_fused(plan, members, mask)
     adds = mask.dropout > 0.0 and not fused
     if not fused:
-        unfused_backward(dys, members, None if adds else w, dx, plan)
+        unmasked = None if adds else w
+        call = tma_backward_call(dys, members, unmasked, dx, plan)
+        if call is None:
+            addmm_backward(dys, members, unmasked, dx)
+        else:
+            launch(call)
     if fused or adds or dcores:
         written = dx if fused or adds else None
         launch(extended_gemm.backward_call(dys, members, us, t, w, written, dcores, plan, mask, adds))
     return dx
 
 
-def unfused_backward(dys: Sequence[Tensor], members: Members, w: Tensor | None, dx: Tensor, plan: LaunchPlan) -> None:
-    """dx = Σ_i w_i A_i + dy_i W_i by TMA, or by cuBLAS, in place; without w, the base's part alone."""
-    r, width = members.r, members.width
-    base = [(dy, weight) for dy, weight in zip(dys, members.weights, strict=True) if weight is not None]
-    adapter = [] if w is None else [(w[:, i * width : i * width + r], a) for i, a in enumerate(members.a)]
-    terms = [*adapter, *base]
-    if plan.path == "tma" and tma_gemm.has_descriptors((dx, *(one for pair in terms for one in pair))):
-        launch(tma_gemm.call_of([[*base, *adapter]], [dx], [None], plan.gemm, False, len(base)))
-        return
-    if w is not None and r == width and len(adapter) > 1:  # to write dx once for all: a copy of A is far smaller
-        terms = [(w, torch.cat(list(members.a))), *base]
-    torch.mm(*terms[0], out=dx)
-    for left, right in terms[1:]:
+def tma_backward_call(
+    dys: Sequence[Tensor], members: Members, w: Tensor | None, dx: Tensor, plan: LaunchPlan
+) -> Launch | None:
+    """dx = Σ_i dy_i W_i + w_i A_i by TMA, or None if cuBLAS computes it; without w, the base's part alone."""
+    base, adapter = _terms(dys, members, w)
+    terms = [*base, *adapter]
+    if plan.path != "tma" or not tma_gemm.has_descriptors((dx, *(one for pair in terms for one in pair))):
+        return None
+    return tma_gemm.call_of([terms], [dx], [None], plan.gemm, False, len(base))
+
+
+def addmm_backward(dys: Sequence[Tensor], members: Members, w: Tensor | None, dx: Tensor) -> None:
+    """dx = Σ_i w_i A_i + dy_i W_i by cuBLAS, in place; without w, the base's part alone."""
+    base, adapter = _terms(dys, members, w)
+    if w is not None and members.r == members.width and len(adapter) > 1:
+        adapter = [(w, torch.cat(list(members.a)))]  # to write dx once for all: a copy of A is far smaller
+    first, *others = [*adapter, *base]
+    torch.mm(*first, out=dx)
+    for left, right in others:
         dx.addmm_(left, right)
+
+
+def _terms(
+    dys: Sequence[Tensor], members: Members, w: Tensor | None
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The factors of dx's terms: of the base, and of the adapters."""
+    base = [(dy, weight) for dy, weight in zip(dys, members.weights, strict=True) if weight is not None]
+    return base, [] if w is None else list(zip(_parts(w, members), members.a, strict=True))
 
 
 def empty_dx(dys: Sequence[Tensor], members: Members) -> Tensor:

@@ -10,9 +10,10 @@ addresses and passes them to the compiled kernel's own launcher.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from operator import itemgetter, or_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that are les
 SCRATCH_ALIGNMENT = 256  # bytes, of tensors in the scratch, as in torch's allocator
 PARTIAL, COUNTERS = "partial", "counters"  # names of the arguments that launchers allocate themselves
 Values = tuple[object, ...]
+Position = int | slice | Callable[[Values], object]  # in Values, or a function that computes it from them
 Raw = Callable[[int, Values, Sequence[Tensor]], None]  # takes stream, (*addresses, seeds) and tensors
 
 
@@ -58,14 +60,16 @@ class NotPreparedError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Source of a pointer: bytes after the start of one of the call's tensors."""
+    """Source of a pointer or descriptor: bytes after the start of one of the call's tensors."""
 
     index: int  # of the tensor
     offset: int  # in bytes
     like: Tensor  # the argument on `meta`, of the same shape, strides and dtype
+    descriptor: Any = None  # on `meta`, for an argument that is one
 
 
-Places = dict[str, Place | tuple[Place, ...]]  # by an argument's name
+Nested = Place | tuple["Nested", ...]
+Places = dict[str, Nested]  # by an argument's name
 
 
 @dataclass(frozen=True)
@@ -137,21 +141,29 @@ class Prepared:
             self._origins[_storage(tensor)] = (index, size)
             size += cdiv(tensor.numel() * tensor.element_size(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
         for call in calls:  # one workspace for all, as they run one after another
-            self._origins[_storage(call.arguments[PARTIAL])] = (index, size)
+            if PARTIAL in call.arguments:
+                self._origins[_storage(call.arguments[PARTIAL])] = (index, size)
         return (size + 4 * max((0, *(_elements(call, PARTIAL) for call in calls)))) // itemsize
 
     def _places(self, call: Launch) -> Places:
-        found: Places = {}
-        for name, value in call.arguments.items():
-            if isinstance(value, Tensor):
-                found[name] = self._place(call, name, value)
-            elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                found[name] = tuple(self._place(call, name, one) for one in value)
-        return found
+        found = {name: self._nested(call, name, value) for name, value in call.arguments.items()}
+        return {name: place for name, place in found.items() if place is not None}
+
+    def _nested(self, call: Launch, name: str, value: object) -> Nested | None:
+        """Return the places of a tensor, a descriptor or a tuple of them; None for anything else."""
+        if isinstance(value, Tensor):
+            return self._place(call, name, value)
+        if isinstance(value, tuple) and value:
+            places = [self._nested(call, name, one) for one in value]
+            return tuple(place for place in places if place is not None) or None
+        if hasattr(value, "block_shape"):
+            return replace(self._place(call, name, value.base), descriptor=value)
+        return None
 
     def _place(self, call: Launch, name: str, tensor: Tensor) -> Place:
-        if _elements(call, PARTIAL) == 0 and _storage(tensor) == _storage(call.arguments[PARTIAL]):
-            return Place(0, 0, tensor)  # a dummy, neither read nor written: any address will do
+        if PARTIAL in call.arguments and not _elements(call, PARTIAL):
+            if _storage(tensor) == _storage(call.arguments[PARTIAL]):
+                return Place(0, 0, tensor)  # a dummy, neither read nor written: any address will do
         index, start = self._origins.get(_storage(tensor), (self._counters if name == COUNTERS else -1, 0))
         offset = start + tensor.storage_offset() * tensor.element_size()
         if index < 0 or offset % ALIGNMENT:
@@ -161,7 +173,7 @@ class Prepared:
     def _launch(self, call: Launch, places: Places) -> PreparedLaunch:
         seeds = self._first_derived + len(self._derived)
         constants: list[object] = []
-        indices: list[int | slice] = []
+        indices: list[Position] = []
         for parameter in call.kernel.params:
             name = parameter.name
             if name in places:
@@ -171,16 +183,20 @@ class Prepared:
             else:
                 indices.append(seeds + 1 + len(constants))
                 constants.append(call.arguments[name])
-        return PreparedLaunch(call, places, tuple(constants), itemgetter(*indices))
+        return PreparedLaunch(call, places, tuple(constants), _getter(indices))
 
-    def _position(self, place: Place | tuple[Place, ...]) -> int | slice:
+    def _position(self, place: Nested) -> Position:
         """Return the position of an address in (*addresses, seeds, *constants); of a tuple, a slice."""
         if isinstance(place, Place):
-            if not place.offset:
-                return place.index
-            return self._first_derived + self._derived.index((place.index, place.offset))
-        first, *others = (self._position(one) for one in place)
-        if [first, *others] != list(range(first, first + len(place))):
+            index = place.index
+            if place.offset:
+                index = self._first_derived + self._derived.index((place.index, place.offset))
+            return index if place.descriptor is None else partial(_described, index, place.descriptor)
+        positions = [self._position(one) for one in place]
+        if any(map(callable, positions)):
+            return _getter(positions)
+        first = positions[0]
+        if not isinstance(first, int) or positions != list(range(first, first + len(place))):
             raise NotPreparedError("the tensors of one argument are not adjacent")
         return slice(first, first + len(place))
 
@@ -199,9 +215,24 @@ def bind(launch: PreparedLaunch) -> Raw:
     return private.launcher(compiled, call.grid, launch.take, launch.constants)
 
 
-def _flat(values: Iterable[Place | tuple[Place, ...]]) -> Iterator[Place]:
+def _getter(positions: Sequence[Position]) -> Callable[[Values], Values]:
+    """A function that returns the values at these positions; `itemgetter`, which is faster, where it can."""
+    if not any(map(callable, positions)):
+        return itemgetter(*positions) if len(positions) > 1 else lambda values: (values[positions[0]],)
+    getters = [one if callable(one) else itemgetter(one) for one in positions]
+    return lambda values: tuple([get(values) for get in getters])
+
+
+def _described(index: int, like: Any, values: Values) -> private.Descriptor:
+    return private.Descriptor(values[index], like)
+
+
+def _flat(values: Iterable[Nested]) -> Iterator[Place]:
     for value in values:
-        yield from (value,) if isinstance(value, Place) else value
+        if isinstance(value, Place):
+            yield value
+        else:
+            yield from _flat(value)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -210,4 +241,4 @@ def _storage(tensor: Tensor) -> int:
 
 def _elements(call: Launch, name: str) -> int:
     """Return the size of a workspace; 0 where sums are not split and a dummy stands for it."""
-    return call.arguments[name].numel() if call.arguments[PARTIAL].numel() > 1 else 0
+    return call.arguments[name].numel() if PARTIAL in call.arguments and call.arguments[PARTIAL].numel() > 1 else 0

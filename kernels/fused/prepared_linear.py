@@ -88,20 +88,24 @@ def _keep(kinds: dict[Hashable, Kind], key: Hashable, kind: Kind, like: Tensor) 
 
 
 class Forward:
-    """One kind of forward: its plan, the shapes of what it allocates, and its launches."""
+    """One kind of forward: the shapes of what it allocates, and its launches."""
 
     is_checked = False  # True once its first results were right
 
     def __init__(self, x: Tensor, members: Members, plan: LaunchPlan, mask: Mask) -> None:
-        rows, self.count = _rows(x), len(members.a)
-        self.plan, self.is_fused = plan, linear.is_fused(plan, members)
-        self.v_shape = len(rows), members.width * self.count
-        self.shapes: list[tuple[int, ...]] = [(len(rows), members.r)] * self.count
-        # y_i, or v, from which cuBLAS computes them
-        self.shapes += [(*x.shape[:-1], b.shape[0]) for b in members.b] if self.is_fused else [self.v_shape]
+        rows, meta, self.count = _on_meta(_rows(x)), members.map(_on_meta), len(members.a)
+        M, widths = len(rows), [len(b) for b in members.b]
+        us, ys = [rows.new_empty((M, members.r)) for _ in members.a], [rows.new_empty((M, width)) for width in widths]
+        v = rows.new_empty((M, members.width * self.count))
         self.prepared: Prepared | None = None
         with on_device(x), suppress(NotPreparedError):
-            self.prepared = self._prepare(_on_meta(rows), members.map(_on_meta), mask)
+            last = linear.output_call(rows, meta, v, ys, plan)
+            self.is_addmm = last is None  # cuBLAS computes y_i from v
+            tensors = self._tensors(rows, meta, [*us, *([v] if self.is_addmm else ys)])
+            calls = linear.prep_calls(rows, meta, us, v, plan, mask)
+            self.prepared = Prepared(calls, tensors) if last is None else Prepared([*calls, last], tensors, inner=[v])
+            self.shapes: list[tuple[int, ...]] = [(M, members.r)] * self.count
+            self.shapes += [tuple(v.shape)] if self.is_addmm else [(*x.shape[:-1], width) for width in widths]
             self.shapes += self.prepared.scratch
 
     def __call__(self, x: Tensor, members: Members, mask: Mask) -> Ys | None:
@@ -110,36 +114,25 @@ class Forward:
         found, count = prepared_launch.allocate(x, self.shapes), self.count
         if not self.prepared.repeat(self._tensors(x, members, found), mask.seeds):
             return None
-        if self.is_fused:
-            return found[count : 2 * count], found[:count]
-        return linear.unfused(_rows(x), members, found[count], self.plan), found[:count]
+        if self.is_addmm:
+            return linear.by_addmm(_rows(x), members, found[count]), found[:count]
+        return found[count : 2 * count], found[:count]
 
     def _tensors(self, x: Tensor, members: Members, found: list[Tensor]) -> list[Tensor]:
         """Return the launches' buffers, with the allocated ones; the tensors of one argument are adjacent."""
         tensors = [x, *members.a, *members.cores, *found[: self.count]]
-        if self.is_fused:
+        if not self.is_addmm:
             tensors += members.b
             tensors += [t for t in (*members.weights, *members.biases) if t is not None]
         return tensors + found[self.count :]
 
-    def _prepare(self, x: Tensor, members: Members, mask: Mask) -> Prepared:
-        found = prepared_launch.allocate(x, self.shapes)
-        us, others, tensors = found[: self.count], found[self.count :], self._tensors(x, members, found)
-        v = x.new_empty(self.v_shape) if self.is_fused else others[0]
-        calls = linear.prep_calls(x, members, us, v, self.plan, mask)
-        if not self.is_fused:
-            return Prepared(calls, tensors)
-        calls.append(extended_gemm.forward_call(x, members, v, [_rows(y) for y in others], self.plan))
-        return Prepared(calls, tensors, inner=[v])
-
 
 class Backward:
-    """One kind of backward: its plan, the shapes of what it allocates, and its launches.
+    """One kind of backward: the shapes of what it allocates, and its launches.
 
     Attributes:
-        before: all launches, or those before TMA or cuBLAS writes dx: the thin products, and dR.
-        after: a launch after dx, or None. It computes dR if nothing may come between the thin products and the TMA
-            launch that overlaps them; with dropout, it also adds the adapter's masked term to what cuBLAS wrote.
+        before: all launches, or those before cuBLAS writes dx: the thin products, and without dropout dR.
+        after: with dropout, the launch that adds the adapters' masked terms to what cuBLAS wrote, and dR; or None.
     """
 
     is_checked = False  # True once its first results were right
@@ -154,23 +147,34 @@ class Backward:
         need_dcore: bool,
         mask: Mask,
     ) -> None:
-        rows = [_rows(dy) for dy in dys]
-        self.plan, self.need_dx, self.need_dcore = plan, need_dx, need_dcore
-        self.is_fused = need_dx and linear.is_fused(plan, members, mask)
-        self.has_addmm = need_dx and not self.is_fused  # cuBLAS computes dx, and reads w unless that is masked
-        self.adds_masked = self.has_addmm and mask.dropout > 0.0
-        self.ends_apart = self.adds_masked or (self.has_addmm and need_dcore and plan.path == "tma")
-        self.thin = self.has_addmm + self.ends_apart  # w, or w and t, which outlive the first launches
-        self.t_shape = (len(rows[0]), members.width * len(dys))
-        leading = rows[0].shape[:1] if self.has_addmm else dys[0].shape[:-1]  # cuBLAS writes a matrix
-        dx_shape: tuple[int, ...] = (*leading, members.a[0].shape[1])
-        self.shapes = [dx_shape] * need_dx + [self.t_shape] * self.thin
-        self.core_shapes = [core.shape for core in members.cores]
-        meta = [_on_meta(dy) for dy in rows], members.map(_on_meta), [_on_meta(u) for u in us]
+        rows, meta, self.need_dx, masked = list(map(_rows, dys)), members.map(_on_meta), need_dx, mask.dropout > 0.0
+        rows, us = list(map(_on_meta, rows)), list(map(_on_meta, us))
+        t = rows[0].new_empty((len(rows[0]), members.width * len(dys)))
+        w, dx = torch.empty_like(t) if need_dx else t, linear.empty_dx(rows, meta) if need_dx else None
+        self.core_shapes = [core.shape for core in members.cores] if need_dcore else []
+        dcores = [core.new_empty(core.shape) for core in meta.cores] if need_dcore else []
         self.before: Prepared | None = None
         self.after: Prepared | None = None
         with on_device(dys[0]), suppress(NotPreparedError):
-            self.before, self.after = self._prepare(*meta, mask)
+            fused, by_tma = need_dx and linear.is_fused(plan, members, mask), None
+            if dx is not None and not fused:
+                by_tma = linear.tma_backward_call(rows, meta, None if masked else w, dx, plan)
+            self.is_addmm = need_dx and not fused and by_tma is None  # cuBLAS computes dx, reading w unless masked
+            self.adds_masked = need_dx and not fused and masked
+            calls = [low_rank.backward_call(rows, meta, t, w, plan, need_dx), *([] if by_tma is None else [by_tma])]
+            if fused or self.adds_masked or dcores:
+                written = dx if fused or self.adds_masked else None
+                given = rows, meta, us, t, w, written, dcores, plan, mask
+                calls.append(extended_gemm.backward_call(*given, add=self.adds_masked))
+            # w, and t if a launch follows cuBLAS, outlive the first launches
+            outer = [w, t][: self.is_addmm * (1 + masked)]
+            inner = [w, t][len(outer) :] if need_dx else [t]
+            tensors, first = self._tensors(rows, meta, us, dx, dcores) + outer, 1 if len(outer) > 1 else len(calls)
+            self.before = Prepared(calls[:first], tensors, inner)
+            self.after = Prepared(calls[first:], tensors) if calls[first:] else None
+            # cuBLAS writes a matrix
+            leading, self.thin = rows[0].shape[:1] if self.is_addmm else dys[0].shape[:-1], len(outer)
+            self.shapes = [(*leading, members.a[0].shape[1])] * need_dx + [tuple(t.shape)] * self.thin
             self.shapes += self.before.scratch
 
     def __call__(self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask) -> Gradients | None:
@@ -180,9 +184,8 @@ class Backward:
         tensors = self._tensors(dys, members, us, dx, dcores)
         if not self.before.repeat(tensors + others, mask.seeds):
             return None
-        if dx is not None and self.has_addmm:
-            w = None if self.adds_masked else others[0]
-            linear.unfused_backward([_rows(dy) for dy in dys], members, w, dx, self.plan)
+        if dx is not None and self.is_addmm:
+            linear.addmm_backward([_rows(dy) for dy in dys], members, None if self.adds_masked else others[0], dx)
         if self.after is not None:  # with the same tensors, whose alignment is checked
             scratch = prepared_launch.allocate(dys[0], self.after.scratch)
             self.after.repeat([*tensors, *others[: self.thin], *scratch], mask.seeds)
@@ -190,7 +193,7 @@ class Backward:
 
     def _allocate(self, dys: Sequence[Tensor], members: Members) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
         """dx and the dR_i, where they are needed; w and t, where they outlive the first launches, and the scratch."""
-        dcores = prepared_launch.allocate(members.cores[0], self.core_shapes) if self.need_dcore else []
+        dcores = prepared_launch.allocate(members.cores[0], self.core_shapes) if self.core_shapes else []
         others = prepared_launch.allocate(dys[0], self.shapes)
         return others.pop(0) if self.need_dx else None, dcores, others
 
@@ -198,35 +201,17 @@ class Backward:
         self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], dx: Tensor | None, dcores: list[Tensor]
     ) -> list[Tensor]:
         """Return the launches' buffers except t and w; the tensors of one argument are adjacent."""
-        tensors = [*dys, *members.b, *members.cores]
-        if self.is_fused or self.adds_masked or dcores:
+        tensors, writes_dx = [*dys, *members.b, *members.cores], self.need_dx and not self.is_addmm
+        if writes_dx or self.adds_masked or dcores:
             tensors += members.a
         if dcores:
             tensors += us
             tensors += dcores
-        if self.is_fused:
+        if writes_dx:
             tensors += [weight for weight in members.weights if weight is not None]
-        if dx is not None and (self.is_fused or self.adds_masked):
+        if dx is not None and (writes_dx or self.adds_masked):
             tensors.append(dx)
         return tensors
-
-    def _prepare(
-        self, dys: list[Tensor], members: Members, us: list[Tensor], mask: Mask
-    ) -> tuple[Prepared, Prepared | None]:
-        dx, dcores, thin = self._allocate(dys, members)
-        tensors = self._tensors(dys, members, us, dx, dcores)
-        # w, then t; tensors that do not outlive the first launches are inner ones
-        inner = [dys[0].new_empty(self.t_shape) for _ in range(1 + self.need_dx - self.thin)]
-        *ws, t = thin + inner
-        w = ws[0] if ws else t
-        calls = [low_rank.backward_call(dys, members, t, w, self.plan, self.need_dx)]
-        if self.is_fused or self.adds_masked or dcores:
-            written = _rows(dx) if dx is not None and (self.is_fused or self.adds_masked) else None
-            given = dys, members, us, t, w, written, dcores, self.plan, mask
-            calls.append(extended_gemm.backward_call(*given, add=self.adds_masked))
-        if self.ends_apart:
-            return Prepared(calls[:1], tensors + thin), Prepared(calls[1:], tensors + thin)
-        return Prepared(calls, tensors + thin, inner), None
 
 
 def forget() -> None:

@@ -26,7 +26,7 @@ from .operands import kernel_biases
 
 gdc_wait, TensorDescriptor = find(PRIVATE["gdc_wait"]), find(PRIVATE["TensorDescriptor"])
 ALIGNMENT = 16  # bytes, of pointers and strides
-MULTIPROCESSORS = 132  # of an H100, for tensors that are not on a GPU
+MULTIPROCESSORS = 132  # of an H100, without a GPU
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def call_of(
         WAIT_AT=base if waits else None,
         GROUP_M=config.group,
     )
-    programs = min(tiles, _multiprocessors(ys[0].device))
+    programs = min(tiles, _multiprocessors(torch.cuda.current_device() if torch.cuda.is_available() else -1))
     return Launch(tma_gemm, programs, arguments, config, overlaps=waits)
 
 
@@ -116,7 +116,6 @@ def has_descriptors(operands: Sequence[Tensor | None]) -> bool:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _multiprocessors(device: int) -> int:
+    """The multiprocessors of the current device, on which a launch on `meta` will be repeated; -1: none."""
+    return MULTIPROCESSORS if device < 0 else int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..compat.triton import installed, warn_once
+from ..compat.triton import has_tma, installed, warn_once
 from ..kernels import plan
 from ..kernels.block_sizes import DECODE_ROWS, GemmConfig, PrepConfig
 from ..kernels.operands import Mask, Members
@@ -45,7 +45,6 @@ LEAST_TOKENS = 256  # with fewer, reading W is the bottleneck for any tiles
 BUDGET = 10.0  # ms of timing per kind; LEAST_ROUNDS run in any case
 LEAST_ROUNDS, MOST_ROUNDS = 5, 10
 MAX_SPREAD = 0.2  # of the median: if the times, without a quarter at either end, differ by more, they are not used
-TMA_HOST = 0.065  # ms of host time per TMA call, whose launch is not prepared; others take 0.025 (Zen 5)
 WORTH = 0.97  # another plan is chosen if it takes less than this share of the table's time
 FLUSHED = 1 << 26  # bytes written before every call; twice L2 where that is more
 AHEAD = 400_000  # cycles of delay before every call, for the host to launch all of it: only GPU time is compared
@@ -180,7 +179,7 @@ def _others(shape: Shape, chosen: LaunchPlan, gemms: Sequence[GemmConfig] | None
     yield replace(chosen, path="addmm" if chosen.path == "fused" else "fused")
     all_tiles = DECODE_GEMMS if shape.M <= DECODE_ROWS else GEMMS
     yield from (replace(chosen, path="fused", gemm=gemm) for gemm in (all_tiles if gemms is None else gemms))
-    if shape.M > DECODE_ROWS and shape.dtype != "fp32" and shape.quant == "none":
+    if has_tma() and shape.M > DECODE_ROWS and shape.dtype != "fp32" and shape.quant == "none":
         by_tma = TMA_GEMMS if gemms is None else TMA_GEMMS[:1]
         yield from (replace(chosen, path="tma", gemm=gemm) for gemm in by_tma)
     if gemms is None and shape.M > DECODE_ROWS:
@@ -206,7 +205,6 @@ def fastest(shape: Shape, plans: Iterable[LaunchPlan], run: Run, check: Check, c
         rounds.append(clock(list(running.values())))
     by_plan = dict(zip(running, zip(*rounds, strict=True), strict=True))
     times = {one: statistics.median(taken) for one, taken in by_plan.items()}
-    times |= {one: max(time, TMA_HOST) for one, time in times.items() if one.path == "tma"}
     best, before = min(times, key=times.__getitem__), times.get(plans[0], float("inf"))
     if any(_is_noisy(by_plan[one]) for one in (best, plans[0]) if one in by_plan):
         warn_once(

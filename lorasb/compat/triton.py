@@ -16,6 +16,7 @@ VERIFIED = "Triton 3.6 to 3.9"
 FIRST, LAST = (3, 6), (3, 9)
 DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")  # of releases, of torch's nightly builds, for Windows
 ORDINARY = "kernels are launched by Triton's own launcher, which takes 50 µs more per launch"
+TMA_FROM = (3, 8)  # before, Triton's launcher takes no descriptors in tuples
 NO_TMA = "cuBLAS multiplies"
 NO_OVERLAP = f"launches run one after another; instead of TMA, {NO_TMA}"
 PRIVATE = {
@@ -28,7 +29,9 @@ PRIVATE = {
     "device_caches": Private("triton.runtime.jit.JITFunction().device_caches", "detects interpreted kernels", ORDINARY),
     "driver": Private("triton.runtime.driver.DriverConfig().active", "a device's stream", "prepared launches raise"),
     "launch_hooks": Private("triton.knobs.runtime.launch_enter_hook", "detects profilers of launches", ORDINARY),
-    "TensorDescriptor": Private("triton.tools.tensor_descriptor.TensorDescriptor", "TMA", NO_TMA),
+    "TensorDescriptor": Private(
+        "triton.tools.tensor_descriptor.TensorDescriptor", "TMA; `base`, `shape`, `strides`, `block_shape`", NO_TMA
+    ),
     "gdc_wait": Private("triton.language.extra.cuda.gdc_wait", "overlapping launches", NO_OVERLAP),
     "gdc_launch_dependents": Private(
         "triton.language.extra.cuda.gdc_launch_dependents", "overlapping launches", NO_OVERLAP
@@ -54,8 +57,13 @@ def is_verified() -> bool:
 
 @cache
 def has_tma() -> bool:
-    """True if Triton has the names that the TMA kernel uses."""
-    return all(find(PRIVATE[name]) is not None for name in ("TensorDescriptor", "gdc_wait", "gdc_launch_dependents"))
+    """True if Triton launches the TMA kernel, and has the names that it uses."""
+    return installed() >= TMA_FROM and find(PRIVATE["TensorDescriptor"]) is not None and _has_overlap()
+
+
+@cache
+def _has_overlap() -> bool:
+    return all(find(PRIVATE[name]) is not None for name in ("gdc_wait", "gdc_launch_dependents"))
 
 
 def omits_fences() -> bool:
@@ -82,7 +90,7 @@ def is_compiled(kernel: object) -> bool:
 
 def may_overlap(kernel: object) -> bool:
     """True if a kernel can begin before the previous one has ended: Triton compiles it, and has the instructions."""
-    return has_tma() and is_compiled(kernel)
+    return _has_overlap() and is_compiled(kernel)
 
 
 def may_repeat(kernel: object) -> bool:
@@ -112,6 +120,23 @@ def compiled(kernel: Any, grid: int, arguments: dict[str, object], options: dict
     """Compile a kernel for these arguments, or find it where Triton keeps it, and load it onto the current device."""
     found = kernel.run(grid=(grid,), warmup=True, **arguments, **options)
     return found.result() if hasattr(found, "result") else found  # Triton's asynchronous compilation
+
+
+class Descriptor:
+    """What Triton's launcher reads of a TensorDescriptor, for a tensor of which the address is known."""
+
+    __slots__ = ("address", "block_shape", "shape", "strides")
+    padding, round_f32_to_tf32 = "zero", False
+
+    def __init__(self, address: int, like: Any) -> None:
+        self.address, self.shape, self.strides, self.block_shape = address, like.shape, like.strides, like.block_shape
+
+    @property
+    def base(self) -> Descriptor:
+        return self
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def launcher(

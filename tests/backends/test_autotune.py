@@ -88,16 +88,6 @@ def test_the_first_call_takes_what_is_fastest_and_later_ones_keep_it(folder: Pat
     assert table["rules"][0]["if"] | {"M": [257, 512], "sms": SMS, "triton": [version] * 2} == table["rules"][0]["if"]
 
 
-@pytest.mark.parametrize(("ms", "path"), [(0.04, "addmm"), (0.4, "tma")])
-def test_a_call_by_tma_takes_as_long_as_its_host(ms: float, path: str) -> None:
-    """The clock hides the host's time, but a short product has to wait for it."""
-    plans = [replace(plan.choose(LARGE, "sm_90", 132), path=one) for one in ("addmm", "tma")]
-    clock = Clock(lambda one: ms * (0.7 if one.path == "tma" else 1.0))
-    found = autotune.fastest(LARGE, plans, lambda chosen: chosen, unchecked, clock)
-    assert found is not None
-    assert found.best.path == path
-
-
 @pytest.mark.parametrize(
     ("changed", "path", "is_timed"),
     [

@@ -266,7 +266,7 @@ def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_tokens_overlap_the_thin_products() -> None:
-    """From sm_90 on, but not over a weight that the thin products' launch dequantizes, and not under dx's masks."""
+    """From sm_90 on, but not over a weight that the thin products' launch dequantizes, and not with masks in dx."""
     overlap = int(environment.PTX[3:]) >= 90
     few, many = make_case((16,), 64, 48, 8, BF16), make_case((65,), 64, 48, 8, BF16)
     packed = quantized_case(storage(48, 64, dtype=BF16), 16, 8, BF16)

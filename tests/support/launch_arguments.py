@@ -16,6 +16,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,9 +31,10 @@ from triton.runtime import driver
 from benchmarks.kernels.static_report import specialization
 from lorasb.backends import backend, cpp
 from lorasb.backends import triton as kernels
+from lorasb.backends.autotune import TMA_GEMMS
 from lorasb.compat import triton as private
 from lorasb.functional import lora_sb_linear_group
-from lorasb.kernels import prepared_linear
+from lorasb.kernels import plan, prepared_linear
 from lorasb.kernels.launcher import Launch, observed
 from tests.support.reference import make_case
 
@@ -51,6 +53,7 @@ class Case(NamedTuple):
     bias: bool
     dropout: float
     dtype: torch.dtype
+    by_tma: bool = False
 
 
 CASES = (
@@ -61,6 +64,11 @@ CASES = (
     Case((77, 123), (59,), 17, True, 0.0, FP32),
     Case((300, 512), (512,), 96, False, 0.05, BF16),
     Case((4, 600, 1024), (1024, 512, 512), 64, True, 0.05, BF16),
+)
+TMA_CASES = (  # on sm_90
+    Case((2, 300, 512), (512,), 96, True, 0.0, BF16, True),
+    Case((2, 300, 512), (512, 128, 128), 96, False, 0.0, FP16, True),
+    Case((300, 512), (512,), 96, False, 0.05, BF16, True),
 )
 
 
@@ -79,8 +87,8 @@ def recorded(library: ctypes.CDLL, known: dict[int, str]) -> list[Recorded]:
         kernel, *shape, parameters = line.split("|")
         found = []
         for size, text in (one.split(":") for one in parameters.strip(",").split(",")):
-            value = int(text, 16) & (1 << 8 * int(size)) - 1
-            is_address = size == "8" and value >= LEAST_ADDRESS
+            value = int(text, 16) & (1 << 8 * int(size.split("-")[0])) - 1
+            is_address = size.startswith(("8", "128")) and value >= LEAST_ADDRESS
             found.append((size, known.get(value, "new") if is_address else str(value)))
         launches.append(Recorded(kernel, tuple(shape), found))
     library.forget_launches()
@@ -89,11 +97,21 @@ def recorded(library: ctypes.CDLL, known: dict[int, str]) -> list[Recorded]:
 
 def parameter_names(launch: Launch) -> list[str]:
     """Names of the parameters that reach the kernel, in order."""
-    names = []
-    for name, kind in specialization(launch)[0].items():
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        names += [f"{name}{i}" for i, one in enumerate(kinds) if one != "constexpr"]
+    names = [
+        one
+        for name, kind in specialization(launch)[0].items()
+        for one in names_of(name, kind if isinstance(kind, tuple) else (kind,))
+    ]
     return [*names, "global_scratch", "profile_scratch"]
+
+
+def names_of(name: str, kind: Any) -> list[str]:
+    """Names of an argument's parameters: of a tuple's members, or of a descriptor's map, shape and strides."""
+    if isinstance(kind, tuple):
+        return [one for i, member in enumerate(kind) for one in names_of(f"{name}{i}", member)]
+    if kind.startswith("tensordesc"):
+        return [name, *(f"{name}.{part}" for part in ("rows", "columns", "row_stride", "column_stride"))]
+    return [] if kind == "constexpr" else [name]
 
 
 def call_of(case: Case, library: ctypes.CDLL) -> Callable[[], list[Recorded]]:
@@ -129,6 +147,15 @@ def lines(calls: list[Recorded], launches: list[Launch]) -> list[str]:
 
 def compare(case: Case, library: ctypes.CDLL) -> tuple[int, list[str]]:
     """Number of launches of a case, and what differs."""
+    if case.by_tma:
+        by_table = plan.choice
+
+        def choice(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
+            return replace(by_table(shape, arch, sms), path="tma", gemm=TMA_GEMMS[0])
+
+        with mock.patch.object(plan, "choice", choice):
+            return compare(case._replace(by_tma=False), library)
+    prepared_linear.forget()
     run = call_of(case, library)
     run()  # compiles and prepares
     prepared, again = run(), run()
@@ -139,9 +166,10 @@ def compare(case: Case, library: ctypes.CDLL) -> tuple[int, list[str]]:
     return len(ordinary), found + ([] if prepared == again else ["a repetition differs from the one before"])
 
 
-def compare_all(library: ctypes.CDLL) -> tuple[int, list[str]]:
+def compare_all(library: ctypes.CDLL, arch: str) -> tuple[int, list[str]]:
     """Number of launches of all cases, and what differs."""
-    found = {case: compare(case, library) for case in CASES}
+    cases = CASES + TMA_CASES if arch == "sm_90" and private.has_tma() else CASES
+    found = {case: compare(case, library) for case in cases}
     differing = [f"{case}: {one}" for case, (_, those) in found.items() for one in those]
     return sum(count for count, _ in found.values()), differing
 
@@ -185,10 +213,10 @@ def main() -> None:
         mock.patch.object(torch.Tensor, "addmm_", lambda y, *factors: y),
         backend("triton"),
     ):
-        total, found = compare_all(library)
+        total, found = compare_all(library, options.arch)
         prepared_linear.forget()
         with mock.patch.object(private, "launcher", faulty(private.launcher)):
-            _, injected = compare_all(library)
+            _, injected = compare_all(library, options.arch)
     versions = {"triton": triton.__version__, "extension": cpp.missing() is None}
     print(json.dumps(versions | {"launches": total, "differences": found, "injected": len(injected)}))
 

@@ -3,7 +3,8 @@
 //   cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o libcuda.so.1 recording_cuda.c
 //
 // A line of `recorded_launches` is NAME|GRID|BLOCK|SHARED|STREAM|ATTRIBUTES|SIZE:VALUE,... with all parameters of the
-// kernel, whose number and sizes come from the cubin's .nv.info section, where the driver finds them, too.
+// kernel, whose number and sizes come from the cubin's .nv.info section, where the driver finds them, too. The value of a
+// tensor map is its address, and SIZE is 128-SUM with a checksum of its dimensions, strides, box and swizzle.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,7 +28,7 @@ void set_capability(int major, int minor) {
   Result name(type* answer) { return *answer = value, SUCCESS; }
 NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuModuleUnload)
 NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
-NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col)
+NOTHING(cuTensorMapEncodeIm2col)
 ANSWER(cuDriverGetVersion, int, 13000) ANSWER(cuDeviceGetCount, int, 1) ANSWER(cuCtxGetDevice, int, 0)
 ANSWER(cuDevicePrimaryCtxRetain, Handle, (Handle)1) ANSWER(cuCtxGetCurrent, Handle, (Handle)1)
 ANSWER(cuCtxGetLimit, size_t, 1 << 20) ANSWER(cuOccupancyMaxActiveClusters, int, 1)
@@ -45,6 +46,20 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 76: *value = minor_version; break;
     default: *value = 1;
   }
+  return SUCCESS;
+}
+
+Result cuTensorMapEncodeTiled(uint64_t* map, int type, uint32_t rank, void* address, const uint64_t* dimensions,
+                              const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
+                              int swizzle, int promotion, int fill) {
+  uint64_t sum = (uint64_t)(((type * 8 + interleave) * 8 + swizzle) * 8 + promotion) * 8 + fill;
+  for (uint32_t i = 0; i < rank; ++i) {
+    uint64_t values[] = {dimensions[i], i + 1 < rank ? strides[i] : 0, box[i], steps[i]};
+    for (int j = 0; j < 4; ++j) sum = sum * 1000003 + values[j];
+  }
+  memset(map, 0, 128);
+  map[0] = (uint64_t)address;
+  map[1] = sum;
   return SUCCESS;
 }
 
@@ -132,9 +147,11 @@ Result cuLaunchKernelEx(const Config* config, Handle function, void** parameters
   append(text);
   for (int i = 0; i < functions[id].count; ++i) {
     int size = functions[id].sizes[i];
-    uint64_t value = 0;
-    memcpy(&value, parameters[i], size > 8 ? 8 : size);
-    snprintf(text, sizeof text, "%d:%lx,", size, (unsigned long)value);
+    uint64_t words[2] = {0};
+    memcpy(words, parameters[i], size > 16 ? 16 : size);
+    int printed = snprintf(text, sizeof text, "%d", size);
+    if (size == 128) printed += snprintf(text + printed, sizeof text - printed, "-%lx", (unsigned long)words[1]);
+    snprintf(text + printed, sizeof text - printed, ":%lx,", (unsigned long)words[0]);
     append(text);
   }
   append("\n");

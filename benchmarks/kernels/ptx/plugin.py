@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,16 +63,19 @@ def arguments_of(launch: Any, tensors: Sequence[Tensor], seeds: object) -> dict[
     """The arguments of a prepared launch by name, as in an ordinary one."""
     found = dict(launch.call.arguments)
     for name, place in launch.places.items():
-        found[name] = tuple(_view(one, tensors) for one in place) if type(place) is tuple else _view(place, tensors)
+        found[name] = _view(place, tensors)
     return found | ({"seeds": seeds} if found.get("DROPOUT") else {})
 
 
-def _view(place: Any, tensors: Sequence[Tensor]) -> Tensor:
-    """The argument that is a view into one of a call's tensors."""
+def _view(place: Any, tensors: Sequence[Tensor]) -> Any:
+    """The argument that is a view into one of a call's tensors, a descriptor of one, or a tuple of them."""
+    if type(place) is tuple:
+        return tuple(_view(one, tensors) for one in place)
     tensor, like = tensors[place.index], place.like
     start = (tensor.storage_offset() * tensor.element_size() + place.offset) // like.element_size()
     found = torch.empty(0, dtype=like.dtype, device=tensor.device)
-    return found.set_(tensor.untyped_storage(), start, like.shape, like.stride())
+    found.set_(tensor.untyped_storage(), start, like.shape, like.stride())
+    return found if place.descriptor is None else replace(place.descriptor, base=found)
 
 
 def specialized(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> list[Any]:
@@ -84,8 +88,6 @@ def install(arch: str) -> Executor:
     """Let `backend("triton")` execute compiled kernels on CPU tensors, from now on."""
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"expected --ptx as one of {', '.join(MULTIPROCESSORS)}, got {arch!r}")
-    from dataclasses import replace
-
     from lorasb.backends import triton as backend
     from lorasb.kernels import launcher, plan, prepared_launch
     from lorasb.ops import registry
