@@ -123,7 +123,7 @@ def compiled(kernel: Any, grid: int, arguments: dict[str, object], options: dict
 
 
 class Descriptor:
-    """What Triton's launcher reads of a TensorDescriptor, for a tensor of which the address is known."""
+    """The attributes of a TensorDescriptor that Triton's launcher reads, for a tensor of known address."""
 
     __slots__ = ("address", "block_shape", "shape", "strides")
     padding, round_f32_to_tf32 = "zero", False
