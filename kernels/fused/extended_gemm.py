@@ -5,8 +5,8 @@ added in the fp32 accumulators and no output is read again. A group's members li
 y_i = [x|v_i] [W_i|B_i]ᵀ), or one after another in the reduction (backward: dx = Σ_i [dy_i|w_i] [W_i;A_i], written
 once). Backward, the first programs of the grid compute dR_i = s_i·t_iᵀ u_i, independently of the others.
 
-With OVERLAPS, the launch begins while the thin products still run (programmatic dependent launch): its programs reduce
-the base's steps, wait for the thin products, and go on with v. The order of the sums is the same.
+With OVERLAPS, the launch may begin before the previous one, of the thin products, has ended (programmatic dependent
+launch): its programs reduce the base's steps, wait, and continue with v. The order of the sums is the same.
 
 Arguments of `extended_gemm`. A plural name is a tuple, and so is a stride marked *: one entry per member, but for xs
 (forward) and ys (backward), which are shared by all members and have one. Strides are of rows, in elements; the last
@@ -350,7 +350,7 @@ def backward_call(
 
 
 def _launch(grid: int, arguments: Arguments, config: GemmConfig, plan: LaunchPlan) -> Launch:
-    """A launch that begins before the thin products have ended, if the plan says so and there is a base to reduce."""
+    """A launch that overlaps the previous one if the plan says so; not without a base, and not with masks."""
     overlaps = plan.overlaps and plan.path == "fused" and sum(arguments["Ks"]) > 0
     overlaps = overlaps and not arguments["DROPOUT"] and may_overlap(extended_gemm)
     return Launch(extended_gemm, grid, arguments | {"OVERLAPS": overlaps}, config, overlaps=overlaps)

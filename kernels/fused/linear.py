@@ -62,6 +62,7 @@ def after_prep(x: Tensor, members: Members, v: Tensor, plan: LaunchPlan) -> list
         if call is not None:
             launch(call)
             return ys
+        del ys  # before others are allocated
     return by_addmm(x, members, v)
 
 

@@ -28,6 +28,8 @@ from .block_sizes import DECODE_ROWS, GemmConfig, PrepConfig, is_executed, quant
 TABLES = Path(__file__).parent / "tables"
 CHOICES = {"path": ("fused", "addmm", "tma"), "weights": ("inline", "scratch"), "overlaps": (True, False)}
 CHOSEN = ("path", "prep", "gemm", "weights", "overlaps")  # by rules, each separately
+OVERLAPPING = ("sm_90", "sm_100", "sm_120")  # have griddepcontrol
+LEAST_DRIVER = 545  # of CUDA 12.3: graphs have programmatic edges
 INTERPRETER = "interpreter"  # the architecture of CPU tensors under TRITON_INTERPRET=1
 BROKEN = (ValueError, TypeError, KeyError, AttributeError)  # raised when reading a file that is not a table
 _user_tables: Callable[[], Path | None] | None = None  # returns their folder, if they are read
@@ -60,8 +62,8 @@ VALUES = asdict(Shape("", "", 0, 0, 0, 0)) | {"sms": 0, "triton": 0, "card": "",
 class LaunchPlan:
     """Path `fused` is prep and the extended GEMM, `addmm` prep and two calls of cuBLAS, `tma` prep and `tma_gemm`.
 
-    `weights` in 4 bits are dequantized `inline` by a separate GEMM, or into a `scratch` by prep. With `overlaps`, our
-    GEMM multiplies by the base while prep runs; `tma` always does.
+    `weights` in 4 bits are dequantized `inline` by a separate GEMM, or into a `scratch` by prep. With `overlaps`, a
+    fused or inline GEMM without a mask multiplies by the base while prep runs, as `tma` does.
     """
 
     path: str
@@ -137,9 +139,10 @@ def choose(shape: Shape, arch: str, sms: int) -> LaunchPlan:
         return replace(_by_rules(shipped, shape, sms), path="fused", weights=weights)
     if not is_known(arch):
         warn_once(f"lorasb's kernels were not tested for {arch}: cuBLAS computes all products but the thin ones")
-        return replace(_by_rules(shipped, shape, sms), path="addmm", weights="scratch")
+        return replace(_by_rules(shipped, shape, sms), path="addmm", weights="scratch", overlaps=False)
     chosen = _by_rules((*user_rules(arch), *shipped), shape, sms)
-    return chosen if has_executed_code(chosen, shape, arch) else _by_rules(shipped, shape, sms)
+    chosen = chosen if has_executed_code(chosen, shape, arch) else _by_rules(shipped, shape, sms)
+    return chosen if launches_overlap(arch) else replace(chosen, overlaps=False)
 
 
 def _by_rules(rules: tuple[Rule, ...], shape: Shape, sms: int) -> LaunchPlan:
@@ -149,11 +152,18 @@ def _by_rules(rules: tuple[Rule, ...], shape: Shape, sms: int) -> LaunchPlan:
 
 
 def has_executed_code(chosen: LaunchPlan, shape: Shape, arch: str) -> bool:
-    """True if tests execute the code of a plan's kernels: TMA only on sm_90, tcgen05 nowhere."""
+    """True if tests execute the code of a plan's kernels: TMA only on sm_90 and over dense weights, tcgen05 nowhere."""
     code, blocks = family(arch), [chosen.prep.block_m, chosen.gemm.block_m]
     if shape.quant != "none" and chosen.weights == "inline":
         blocks.append(quantized_config(shape.M, 4 if shape.dtype == "fp32" else 2).block_m)
-    return (chosen.path != "tma" or code == "sm_90") and all(is_executed(rows, code) for rows in blocks)
+    by_tma = code == "sm_90" and shape.quant == "none" and launches_overlap(arch)
+    return (chosen.path != "tma" or by_tma) and all(is_executed(rows, code) for rows in blocks)
+
+
+def launches_overlap(arch: str) -> bool:
+    """True if a launch can begin before the previous one has ended, also while a graph is captured."""
+    driver = re.match(r"\d+", str(_machine().get("driver", "")))
+    return family(arch) in OVERLAPPING and (driver is None or int(driver[0]) >= LEAST_DRIVER)
 
 
 @lru_cache(maxsize=4096)

@@ -218,7 +218,7 @@ def bind(launch: PreparedLaunch) -> Raw:
 def _getter(positions: Sequence[Position]) -> Callable[[Values], Values]:
     """A function that returns the values at these positions; `itemgetter`, which is faster, where it can."""
     if not any(map(callable, positions)):
-        return itemgetter(*positions) if len(positions) > 1 else lambda values: (values[positions[0]],)
+        return itemgetter(*positions)  # kernels have more than one parameter
     getters = [one if callable(one) else itemgetter(one) for one in positions]
     return lambda values: tuple([get(values) for get in getters])
 

@@ -170,12 +170,13 @@ class Backward:
             outer = [w, t][: self.is_addmm * (1 + masked)]
             inner = [w, t][len(outer) :] if need_dx else [t]
             tensors, first = self._tensors(rows, meta, us, dx, dcores) + outer, 1 if len(outer) > 1 else len(calls)
-            self.before = Prepared(calls[:first], tensors, inner)
+            before = Prepared(calls[:first], tensors, inner)
             self.after = Prepared(calls[first:], tensors) if calls[first:] else None
             # cuBLAS writes a matrix
             leading, self.thin = rows[0].shape[:1] if self.is_addmm else dys[0].shape[:-1], len(outer)
             self.shapes = [(*leading, members.a[0].shape[1])] * need_dx + [tuple(t.shape)] * self.thin
-            self.shapes += self.before.scratch
+            self.shapes += before.scratch
+            self.before = before  # last: only if all launches were prepared
 
     def __call__(self, dys: Sequence[Tensor], members: Members, us: Sequence[Tensor], mask: Mask) -> Gradients | None:
         if self.before is None:

@@ -10,7 +10,6 @@ computed by a launch of the extended GEMM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -98,7 +97,9 @@ def call_of(
         WAIT_AT=base if waits else None,
         GROUP_M=config.group,
     )
-    programs = min(tiles, _multiprocessors(torch.cuda.current_device() if torch.cuda.is_available() else -1))
+    # also for tensors on `meta`, whose launch will be repeated on the current device
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    programs = min(tiles, gpu.multi_processor_count if gpu else MULTIPROCESSORS)
     return Launch(tma_gemm, programs, arguments, config, overlaps=waits)
 
 
@@ -113,9 +114,3 @@ def has_descriptors(operands: Sequence[Tensor | None]) -> bool:
         and matrix.numel() > 0
         for matrix in operands
     )
-
-
-@lru_cache
-def _multiprocessors(device: int) -> int:
-    """The multiprocessors of the current device, on which a launch on `meta` will be repeated; -1: none."""
-    return MULTIPROCESSORS if device < 0 else int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -217,6 +217,20 @@ def test_only_code_that_was_executed_is_chosen(arch: str, M: int, rule: dict[str
                 assert quantized_config(M, 4 if dtype == "fp32" else 2).block_m < 64
 
 
+def test_launches_overlap_where_the_card_and_its_driver_can(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = replace(LARGE, M=16)
+    for arch in ("sm_86", "sm_90"):
+        (folder / "kernels").mkdir(exist_ok=True)
+        (folder / "kernels" / f"{arch}.json").write_text(json.dumps({"rules": [{"overlaps": True, "path": "tma"}]}))
+    assert not plan.choose(few, "sm_86", 84).overlaps
+    assert plan.choose(few, "sm_86", 84).path == "fused"
+    for driver, overlaps in (("545.23", True), ("535.104", False)):  # a graph captures overlaps from CUDA 12.3 on
+        monkeypatch.setattr(plan, "_machine", lambda driver=driver: {"driver": driver})
+        chosen = plan.choose(few, "sm_90", 132)
+        assert (chosen.overlaps, chosen.path) == (overlaps, "tma" if overlaps else "fused")
+        assert plan.choose(replace(few, quant="4bit"), "sm_90", 132).path == "fused"
+
+
 def test_a_new_architecture_has_its_familys_table() -> None:
     assert [plan.family(arch) for arch in ("sm_103", "sm_121", "sm_90", "sm_86")] == [
         "sm_100", "sm_120", "sm_90", "sm_86",
@@ -231,7 +245,7 @@ def test_an_unknown_architecture_takes_cublas_and_says_so_once(arch: str) -> Non
         for op, M, quant in itertools.product(("forward", "backward"), (1, 16, 2048), ("none", "4bit")):
             shape = plan.Shape(op, "bf16", M, 4096, 4096, 96, quant=quant)
             chosen = plan.choose(shape, arch, 200)
-            assert (chosen.path, chosen.weights) == ("addmm", "scratch")
+            assert (chosen.path, chosen.weights, chosen.overlaps) == ("addmm", "scratch", False)
             assert max(chosen.prep.block_m, chosen.gemm.block_m) < 64
             clock = functools.partial(pytest.fail, "timed")
             assert autotune.first_plan(shape, arch, 200, lambda one: one, unchecked, clock) == chosen

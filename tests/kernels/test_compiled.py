@@ -265,6 +265,13 @@ def test_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kinds() <= 2
 
 
+def test_a_call_of_which_only_the_first_launch_can_be_prepared() -> None:
+    """The launch that adds the masked term would need a copy of A."""
+    case = make_case((20,), 64, 48, 8, FP32, bias=False)
+    with planned(path="addmm"):
+        check_follows_mask(replace(case, a=case.a.t().contiguous().t()), 0.5, fp32(64))
+
+
 def test_few_tokens_overlap_the_thin_products() -> None:
     """From sm_90 on, but not over a weight that the thin products' launch dequantizes, and not with masks in dx."""
     overlap = int(environment.PTX[3:]) >= 90

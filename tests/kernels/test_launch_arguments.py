@@ -53,7 +53,7 @@ def test_prepared_launches_pass_what_ordinary_ones_do(arch: str, csrc: bool, lau
     assert csrc or not found["extension"]
     assert found["differences"] == []
     assert found["launches"] == launches
-    assert found["injected"] >= 0.8 * launches  # wrong arguments are found
+    assert found["injected"] >= launches  # wrong arguments are found
 
 
 @pytest.mark.long
