@@ -77,11 +77,24 @@ def draw_spots(axes: Any, spots: Sequence[Spot], size: float, font: float, ink: 
     for spot in spots:
         if series_of(spot) is None:
             _bar(axes, spot, spot.trained, MUTED, "D", size)
-            at, above = (spot.trained, spot.loss), spot.name != "LoKr"  # LoKr is right below IA3
-            offset = {"xytext": (6, 3) if above else (-4, -18), "textcoords": "offset points"}
-            axes.annotate(spot.name, at, fontsize=font, color=ink, ha="left" if above else "right", **offset)
     axes.set_xscale("log")
     plain_log(axes.yaxis)
+    _name(axes, [spot for spot in spots if series_of(spot) is None], font, ink)
+
+
+def _name(axes: Any, spots: Sequence[Spot], font: float, ink: str) -> None:
+    """Name single marks; a name that would lie on another moves down."""
+    axes.figure.canvas.draw()  # lays out the axes
+    points, placed = 72 / axes.figure.dpi, list[tuple[float, float]]()
+    for spot in sorted(spots, key=lambda spot: -spot.loss):
+        x, mark = axes.transData.transform((spot.trained, spot.loss)) * points
+        y = mark + 3
+        for other, taken in placed:
+            if abs(other - x) < 9 * font:
+                y = min(y, taken - 1.2 * font)
+        placed.append((x, y))
+        at, offset = (spot.trained, spot.loss), (6, y - mark)
+        axes.annotate(spot.name, at, xytext=offset, textcoords="offset points", fontsize=font, color=ink)
 
 
 def _bar(axes: Any, spot: Spot, x: float, color: str, marker: str, size: float) -> None:
