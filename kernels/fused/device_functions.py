@@ -17,6 +17,10 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from ..compat import find
+from ..compat.triton import PRIVATE
+
+gdc_wait, gdc_launch_dependents = find(PRIVATE["gdc_wait"]), find(PRIVATE["gdc_launch_dependents"])
 Reduction = namedtuple("Reduction", "K_MAJOR EVEN_K PRECISION BLOCK_K")  # constants that `accumulate` reads
 
 

@@ -59,15 +59,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compat import find
-from ..compat.triton import PRIVATE, may_overlap
+from ..compat.triton import may_overlap
 from .block_sizes import CORE_BLOCK, CORE_CHUNK, CORE_STEP, GemmConfig, cdiv, gemm_splits
-from .device_functions import Reduction, accumulate, chain, keep_mask, pick, sum_of_shares
+from .device_functions import Reduction, accumulate, chain, gdc_wait, keep_mask, pick, sum_of_shares
 from .launcher import Launch
 from .operands import Arguments, Mask, Members, allocate_workspace, kernel_biases, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
 
-gdc_wait = find(PRIVATE["gdc_wait"])
 VECTOR = 16  # elements: at least the longest vector that is loaded
 # Rows of a chunk, whether a tile has several chunks, side of a tile, rows of a step, precision, ranks.
 CoreBlocks = namedtuple("CoreBlocks", "CHUNK_M SPLIT BLOCK_R BLOCK_M PRECISION R R_PADDED")

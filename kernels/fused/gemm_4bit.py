@@ -32,12 +32,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..compat import find
-from ..compat.triton import PRIVATE
 from .dequantize_4bit import block_scales, rounded, storage_of, unpack
-from .device_functions import Reduction, accumulate, sum_of_shares
-
-gdc_wait = find(PRIVATE["gdc_wait"])
+from .device_functions import Reduction, accumulate, gdc_wait, sum_of_shares
 
 
 @triton.jit

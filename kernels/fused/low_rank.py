@@ -40,17 +40,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compat import find
-from ..compat.triton import PRIVATE, may_overlap
+from ..compat.triton import may_overlap
 from .block_sizes import cdiv, prep_splits, rank_blocks
 from .dequantize_4bit import dequantize_bytes, storage_of
-from .device_functions import pick
+from .device_functions import gdc_launch_dependents, pick
 from .launcher import Launch
 from .operands import Arguments, Mask, Members, allocate_workspace, core_precision, needs_int64, precision, unit_rows
 from .plan import LaunchPlan
 from .projection import PrepConstants, block_ranks, project, store_sums, times_core
 
-gdc_launch_dependents = find(PRIVATE["gdc_launch_dependents"])
 WITHOUT_WEIGHT = dict.fromkeys(("weight", "out", "ELEMENTS", "prep_programs", "STORAGE", "BLOCK_BYTES"))
 
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from ..compat import find
 from ..compat.triton import PRIVATE, has_tma, may_overlap
 from .block_sizes import GemmConfig, cdiv
+from .device_functions import gdc_wait
 from .extended_gemm import tile_coordinates
 from .launcher import Launch
 from .operands import kernel_biases
 
-gdc_wait, TensorDescriptor = find(PRIVATE["gdc_wait"]), find(PRIVATE["TensorDescriptor"])
+TensorDescriptor = find(PRIVATE["TensorDescriptor"])
 ALIGNMENT = 16  # bytes, of pointers and strides
 MULTIPROCESSORS = 132  # of an H100, without a GPU
 
