@@ -129,7 +129,7 @@ def _keys_in_python() -> Iterator[None]:
 
 
 @contextmanager
-def _by_tma() -> Iterator[None]:
+def by_tma() -> Iterator[None]:
     """Plan the TMA path; kinds of calls are prepared again at either end."""
     from lorasb.backends.autotune import TMA_GEMMS
     from lorasb.kernels import plan
@@ -155,7 +155,7 @@ def ways(arch: str) -> dict[str, Way]:
         found[f"{name}, ordinary launches"] = call, _ordinary
         found[f"{name}, keys in Python"] = call, _keys_in_python
         if arch == "sm_90" and has_tma():
-            found[f"{name}, TMA"] = call, _by_tma
+            found[f"{name}, TMA"] = call, by_tma
     return found | {name: (call, nullcontext) for name, call in chain_calls().items()}
 
 

@@ -147,8 +147,8 @@ class Backward:
         need_dcore: bool,
         mask: Mask,
     ) -> None:
-        rows, meta, self.need_dx, masked = list(map(_rows, dys)), members.map(_on_meta), need_dx, mask.dropout > 0.0
-        rows, us = list(map(_on_meta, rows)), list(map(_on_meta, us))
+        rows, us, meta = [_on_meta(_rows(dy)) for dy in dys], list(map(_on_meta, us)), members.map(_on_meta)
+        self.need_dx, masked = need_dx, mask.dropout > 0.0
         t = rows[0].new_empty((len(rows[0]), members.width * len(dys)))
         w, dx = torch.empty_like(t) if need_dx else t, linear.empty_dx(rows, meta) if need_dx else None
         self.core_shapes = [core.shape for core in members.cores] if need_dcore else []

@@ -26,7 +26,7 @@ from .operands import kernel_biases
 
 TensorDescriptor = find(PRIVATE["TensorDescriptor"])
 ALIGNMENT = 16  # bytes, of pointers and strides
-MULTIPROCESSORS = 132  # of an H100, without a GPU
+MULTIPROCESSORS = 132  # of an H100, taken where there is no GPU
 
 
 @triton.jit

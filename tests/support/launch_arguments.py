@@ -16,7 +16,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,13 +27,13 @@ import triton
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
+from benchmarks.kernels.host_time import by_tma
 from benchmarks.kernels.static_report import specialization
 from lorasb.backends import backend, cpp
 from lorasb.backends import triton as kernels
-from lorasb.backends.autotune import TMA_GEMMS
 from lorasb.compat import triton as private
 from lorasb.functional import lora_sb_linear_group
-from lorasb.kernels import plan, prepared_linear
+from lorasb.kernels import prepared_linear
 from lorasb.kernels.launcher import Launch, observed
 from tests.support.reference import make_case
 
@@ -148,14 +147,8 @@ def lines(calls: list[Recorded], launches: list[Launch]) -> list[str]:
 def compare(case: Case, library: ctypes.CDLL) -> tuple[int, list[str]]:
     """Number of launches of a case, and what differs."""
     if case.by_tma:
-        by_table = plan.choice
-
-        def choice(shape: plan.Shape, arch: str, sms: int) -> plan.LaunchPlan:
-            return replace(by_table(shape, arch, sms), path="tma", gemm=TMA_GEMMS[0])
-
-        with mock.patch.object(plan, "choice", choice):
+        with by_tma():
             return compare(case._replace(by_tma=False), library)
-    prepared_linear.forget()
     run = call_of(case, library)
     run()  # compiles and prepares
     prepared, again = run(), run()
