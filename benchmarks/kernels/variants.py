@@ -32,6 +32,7 @@ DROPOUT = Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05)
 BF16_VARIANTS = (
     *VARIANTS,
     Variant("many rows", 8192, 4096, (4096,), 96),
+    Variant("32 rows, r=64", 32, 4096, (4096,), 64),
     Variant("bias, r=16", 2048, 1024, (1024,), 16, bias=True),
     Variant("ragged", 2047, 4100, (4100,), 90),
     DROPOUT,
