@@ -1,7 +1,5 @@
 """Fixtures for all tests. Uninitialized memory is poisoned; the slowest files run first. Helpers: tests/support."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

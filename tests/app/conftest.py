@@ -1,7 +1,5 @@
 """Settings of a tiny run, the folder of an uninterrupted run, and those of interrupted ones."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace

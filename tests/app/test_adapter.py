@@ -1,7 +1,5 @@
 """Adapters: target layers, R's start, the learning rate; many Rs on one A and B, and runs that train them."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

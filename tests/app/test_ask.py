@@ -1,7 +1,5 @@
 """`lorasb ask` formats a question as training did, and answers as the run's own evaluation after training did."""
 
-from __future__ import annotations
-
 import functools
 import io
 import json

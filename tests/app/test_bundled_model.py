@@ -1,7 +1,5 @@
 """The model from a Python package is converted once, completely or not at all."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

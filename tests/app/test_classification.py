@@ -1,7 +1,5 @@
 """Runs over labeled texts: classes, pairs and values; resuming gives the same bits; PEFT loads the result."""
 
-from __future__ import annotations
-
 import io
 import sys
 from dataclasses import replace

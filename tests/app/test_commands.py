@@ -1,7 +1,5 @@
 """The command line, on a tiny model and a few lines of JSONL."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Input files, damaged in hundreds of ways: a documented error that names the file, or a result, nothing else."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random

@@ -1,7 +1,5 @@
 """Examples: generated, from files and by name; a fake hub has rows of the real columns; unreadable data is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """A run that is killed by kill -9 at any moment, or stopped by Ctrl-C or SIGTERM, resumes to the same bits."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

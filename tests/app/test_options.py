@@ -1,7 +1,5 @@
 """Each setting is an option and a line of YAML; options override the file, and the file overrides the preset."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

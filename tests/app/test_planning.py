@@ -1,7 +1,5 @@
 """What a run needs: fake tensors plan what real ones take, first steps give the estimate, bad input gets one line."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

@@ -1,7 +1,5 @@
 """`lorasb finetune --rl`: GRPO with a reward; checkpoints and results as in any run; bad rewards get one line."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run's folder: which run owns it, the checkpoint and results to resume from, damage, a full disk and the lock."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """Scoring answers: numbers, boxed expressions, choices and texts without any; evaluating a model by its answers."""
 
-from __future__ import annotations
-
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """From examples to tensors: which tokens are learned and which are cut, packing, and the order of training."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -1,7 +1,5 @@
 """`lorasb bench tune` with a fake clock: every kind of layer is timed, and what fails is left out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

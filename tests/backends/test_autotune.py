@@ -1,7 +1,5 @@
 """Autotuning with a fake clock: what the first call of a kind chooses, saves and refuses; and the tables."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import functools

@@ -2,8 +2,6 @@
 computes in eager torch and warns once; `triton` raises.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

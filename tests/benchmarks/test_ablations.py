@@ -1,7 +1,5 @@
 """The paper's ablations: each start's effect on the factors, energy in the subspaces, and each variant's rows."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

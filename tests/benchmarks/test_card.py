@@ -1,7 +1,5 @@
 """`benchmarks.card`, meant for a GPU: its sections also run on a CPU, are saved one by one, and are measured once."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Many people on one basis: bytes computed from shapes, the crossover with LoRA, held-out questions, and newcomers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The comparison of methods: its grid, rows, scores and counts, every method on a tiny model, and starts that read gradients."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import random

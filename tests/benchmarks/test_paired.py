@@ -1,7 +1,5 @@
 """Paired runs: sweeps from the rule's rates outward, seeds at the best rate, and paired intervals."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Which runs come next, for GRPO by rank and for a joint basis."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from compared_methods import paired_row

@@ -1,7 +1,5 @@
 """`benchmarks/REPORT.md`: sections follow their files, verdicts their definition; what was not run is left out."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

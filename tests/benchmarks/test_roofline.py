@@ -1,7 +1,5 @@
 """The roofline: its launches and pipes, what it refuses, what it prints; kernels compiled for a block; host time."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

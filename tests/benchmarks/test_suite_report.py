@@ -1,7 +1,5 @@
 """The suite's report: every number comes from the results, and those of two machines are not mixed."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Tasks that a basis was not made from: rows from several processes, and the documentation's table."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Saving and loading are exact, checked and atomic, need the adapter's own base model, and include a model card."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

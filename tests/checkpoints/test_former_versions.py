@@ -1,7 +1,5 @@
 """Files that lorasb 0.1.0 and 0.2.0 wrote load to the bit; `tests/data/v0.1.0` has the base model of all of them."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

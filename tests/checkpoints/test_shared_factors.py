@@ -1,7 +1,5 @@
 """Checkpoints of a run share A and B, and each still loads by itself."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Private names of other packages: installed versions have them, and without any one the results are the same."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys

@@ -2,8 +2,6 @@
 multiply bf16 compute the forward of few tokens with W read in place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The C++ extension is loaded, chooses instruction sets, and never reads past the end of a tensor."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

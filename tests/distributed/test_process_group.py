@@ -1,7 +1,5 @@
 """Several processes: ranks agree to the bit, and two find what one finds, without sharding and under FSDP2."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

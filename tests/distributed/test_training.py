@@ -1,7 +1,5 @@
 """Training on several processes: every engine gets what one process gets; killed runs resume from checkpoints."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

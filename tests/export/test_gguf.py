@@ -1,7 +1,5 @@
 """The GGUF export in llama.cpp: base and adapter answer there as they do in torch."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

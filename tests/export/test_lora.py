@@ -1,7 +1,5 @@
 """The plain-LoRA export: stock PEFT computes the same; experts have vLLM's names; R is sent after every step."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

@@ -1,7 +1,5 @@
 """lr="auto": the rate at which an aligned step changes the median layer's outputs by RHO, measured on the samples."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """`lorasb.basis_fit` against explicit matrices in fp64; the model is left as it was."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from adapters import layers, unchanged

@@ -1,7 +1,5 @@
 """Which models are stacks of blocks, how others are detected, and layers that no sample reaches."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict, UserDict
 from collections.abc import Callable

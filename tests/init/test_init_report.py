@@ -1,7 +1,5 @@
 """The report of an initialization: energies, printed, saved, loaded and plotted; suggested ranks."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

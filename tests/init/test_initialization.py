@@ -1,7 +1,5 @@
 """`lorasb.initialize`: the best factors of their rank, a bounded R, and a model that is otherwise unchanged."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import partial

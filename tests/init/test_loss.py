@@ -1,7 +1,5 @@
 """The initialization loss: a sum over samples, however they are batched, padded or labeled; gradient sums by hooks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

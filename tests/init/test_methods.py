@@ -1,7 +1,5 @@
 """Inits that need no data: their results; they run when an adapter is created, but not when it is loaded."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """update="per-sample": subspaces from the second moments of every sample's own gradient, sketched in one pass."""
 
-from __future__ import annotations
-
 import pytest
 import tolerances
 import torch

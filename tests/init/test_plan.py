@@ -1,7 +1,5 @@
 """Planning: the estimate, a refusal that suggests what would fit, and models that do not fit on their device."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from dataclasses import replace

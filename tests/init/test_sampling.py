@@ -1,7 +1,5 @@
 """Which samples are taken, and the first learning rate of a schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

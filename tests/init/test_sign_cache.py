@@ -1,7 +1,5 @@
 """The cache: any rank and layers without a backward; mismatches are refused by field name; interrupted runs resume."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

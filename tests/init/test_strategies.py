@@ -1,7 +1,5 @@
 """Layerwise or in passes: the sums equal plain autograd's to the bit; which strategy is chosen when."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import weakref

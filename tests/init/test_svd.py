@@ -1,7 +1,5 @@
 """Signs as bits; truncated SVDs of dense and of packed matrices: optimal energy, orthonormal factors, equal results."""
 
-from __future__ import annotations
-
 import pytest
 import tolerances
 import torch

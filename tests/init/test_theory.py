@@ -1,7 +1,5 @@
 """The paper's lemma and theorems, as identities between numbers."""
 
-from __future__ import annotations
-
 import pytest
 import tolerances
 import torch

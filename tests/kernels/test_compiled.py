@@ -3,8 +3,6 @@
 Prepared launches of the adapted linear give the same bits as ordinary ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any

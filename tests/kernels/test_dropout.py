@@ -1,7 +1,5 @@
 """Dropout in the kernels: the mask depends only on seed and position, and is the same in forward and backward."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -4,8 +4,6 @@ Of every kernel in every shipped configuration, the first and last programs run 
 is unknown, and every check passes except those of values.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 
 import environment

@@ -1,7 +1,5 @@
 """Compiled kernels on a CUDA GPU: TRITON_INTERPRET=0 python -m pytest tests/kernels/test_gpu.py. Skipped elsewhere."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -3,8 +3,6 @@ launcher passes: with the installed Triton, and in `make test-all` every verifie
 Also the counters of arriving programs, which calls on the default stream share.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

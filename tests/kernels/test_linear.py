@@ -1,7 +1,5 @@
 """The fused kernels under Triton's interpreter, through `lorasb.backend("triton")`: values, gradients, launches."""
 
-from __future__ import annotations
-
 import mmap
 from dataclasses import replace
 

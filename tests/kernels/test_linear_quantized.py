@@ -1,7 +1,5 @@
 """The Triton kernels with 4-bit weights, interpreted: exact dequantization, inline or by scratch, both directions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows with different R's through the fused kernels, under Triton's interpreter."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import tolerances

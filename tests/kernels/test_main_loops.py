@@ -1,7 +1,5 @@
 """Main loops of the compiled kernels: the simulation of loops whose share is known, and the kernels' bounds."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 reveal it. Some order nothing, so that results stay equal: their number per launch is recorded for one Triton version.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy

@@ -2,8 +2,6 @@
 per kernel for two architectures (`benchmarks.kernels.static_report.jobs`), `make test-all` everything that is shipped.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from typing import Any

@@ -1,7 +1,5 @@
 """The TMA path in 16 bits: values of layers and groups, when it is chosen, and what falls back to cuBLAS."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import replace

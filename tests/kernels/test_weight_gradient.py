@@ -1,7 +1,5 @@
 """Gradient sums and their signs: every backend compared with fp64, sign bits with the sums, and repeated calls."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """What all adapted layers share: bases, scales, R in 16 bits, Theorem 3's gradient, and finding them in a model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The layer: what it refuses, what it keeps frozen, several adapters, merging."""
 
-from __future__ import annotations
-
 import sys
 from collections import OrderedDict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Our 4-bit layer: made by `lorasb.quantize`, with its dense twin's outputs and bitsandbytes' file format."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """q/k/v and gate/up in one call: launches, equality with single layers, reasons to stay alone, lifetime of results."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref

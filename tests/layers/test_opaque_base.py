@@ -1,7 +1,5 @@
 """Adapters on quantized linears, lorasb's and others': equal to their dense twins, and W is never copied."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import re

@@ -1,7 +1,5 @@
 """Adapters for parameters of any module: GPT-OSS's and Llama-4's experts, weights without a linear."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Experts in 3-D parameters: opened into linears and closed again, each initialized from the tokens routed to it."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

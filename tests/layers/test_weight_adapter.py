@@ -1,7 +1,5 @@
 """Adapters for embeddings, convolutions and attention: W + s·B R A replaces the parameter, and G is its gradient."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The kernels that the ops are tested with: those of all tests, and a naive table of products."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

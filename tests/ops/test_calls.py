@@ -2,8 +2,6 @@
 results equal the op's bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock

@@ -2,8 +2,6 @@
 input. Rows with an R each, and members of groups, give the same results as alone, whatever the others contain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

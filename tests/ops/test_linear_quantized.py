@@ -1,7 +1,5 @@
 """The adapted linear over quantized weights: every backend and instruction set against fp64, with and without gradients."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 from dataclasses import replace

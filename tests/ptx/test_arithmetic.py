@@ -1,7 +1,5 @@
 """Each instruction, on numbers and bits, against an independent definition in Python's integers and exact fractions."""
 
-from __future__ import annotations
-
 import math
 import operator
 import random

@@ -1,7 +1,5 @@
 """Every check finds a planted fault, and accepts the same kernel without it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -2,8 +2,6 @@
 supports no branches on data (split sums), no wgmma and no codebooks; it counts two stores of one value as a race.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import product

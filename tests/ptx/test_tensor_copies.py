@@ -1,7 +1,5 @@
 """Copies by descriptor and their mbarriers: where elements land, and what has to precede and follow a copy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Matrix instructions against fp64 products: fragments by PTX's tables, tf32 truncated, swizzles of wgmma."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

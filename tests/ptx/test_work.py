@@ -1,7 +1,5 @@
 """Counts for a memory access and for an instruction, against lane-by-lane definitions."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Dequantization to the bit: every kernel against the definition, and against bitsandbytes."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Quantized weights of modules: broken storages are refused, bytes counted, repacked weights converted back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The wheel and the sdist work without the repository, built with a compiler or without one."""
 
-from __future__ import annotations
-
 import os
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Every block of the documentation runs, page by page, on a tiny model."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Every example and notebook runs on a tiny model, and its file shows the output of the real one."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

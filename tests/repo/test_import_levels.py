@@ -1,7 +1,5 @@
 """Imports run down the levels of the package, without cycles, and no forbidden call is made."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Importing lorasb is light, PEFT knows the method whatever is imported first, and 0.2.0's public API stays."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

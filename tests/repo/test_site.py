@@ -1,7 +1,5 @@
 """The documentation site builds without a warning, every link and picture resolves, and a browser shows every page."""
 
-from __future__ import annotations
-
 import functools
 import http.server
 import re

@@ -1,7 +1,5 @@
 """A bank of adapters: results equal those of the model's own adapters; names, files, threads, memory, values of R."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

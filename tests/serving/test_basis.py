@@ -1,7 +1,5 @@
 """Adapters that share another's A and B: shared tensors, what is refused, adding, saving and loading many at once."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

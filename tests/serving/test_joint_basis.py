@@ -1,7 +1,5 @@
 """One basis for several adapters or tasks: energy kept, against plain SVDs in fp64; projected LoRAs; refusals."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One adapter per row of a batch: each row's output matches a run with its adapter alone, or the call is refused."""
 
-from __future__ import annotations
-
 import pytest
 import tolerances
 import torch

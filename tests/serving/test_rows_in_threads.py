@@ -1,7 +1,5 @@
 """Batches with per-row adapters in several threads: each gets its own, and one without names the active adapter."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Adapters trained in shared batches match each trained alone, in a hand-written loop and by transformers.Trainer."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace

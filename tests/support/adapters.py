@@ -1,7 +1,5 @@
 """Find adapted layers and trained parameters, check that training works, and make a model with two adapters."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A tiny Llama with an adapter "default", and other adapters that share its A and B."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Forward and backward calls of every kind of adapted linear, and references for their results."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace

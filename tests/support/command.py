@@ -1,7 +1,5 @@
 """Run the command line in this process, where everything is already imported."""
 
-from __future__ import annotations
-
 from typer.testing import CliRunner
 
 from lorasb.app.cli import app

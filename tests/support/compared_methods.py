@@ -1,7 +1,5 @@
 """Helpers for benchmarks/research: a problem with a tiny Llama, cells, models with a method, and result rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

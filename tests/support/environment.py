@@ -1,7 +1,5 @@
 """Variables that tests need before torch, transformers or triton are imported: no network, kernels interpreted."""
 
-from __future__ import annotations
-
 import argparse
 import os
 

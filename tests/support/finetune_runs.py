@@ -1,7 +1,5 @@
 """Runs of `lorasb finetune` that are stopped or killed after a step, and what two runs must have in common."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

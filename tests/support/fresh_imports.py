@@ -3,8 +3,6 @@
 python tests/support/fresh_imports.py < JSON list of code; prints a JSON list of [exit status, output].
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Sum gradients by plain autograd and by the library, and compare the sums."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

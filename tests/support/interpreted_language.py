@@ -2,8 +2,6 @@
 the repeats take a quarter of the time of a test with dropout.
 """
 
-from __future__ import annotations
-
 from types import FunctionType
 from typing import Any
 

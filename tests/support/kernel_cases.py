@@ -1,7 +1,5 @@
 """Inputs for the Triton kernels, and their dropout masks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace

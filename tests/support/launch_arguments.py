@@ -8,8 +8,6 @@ object: Triton's version, the number of launches, the differences, and the numbe
 address of every prepared launch was changed.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import json

@@ -1,7 +1,5 @@
 """Models whose layers are computed together, the same models without groups, and one step of each."""
 
-from __future__ import annotations
-
 import copy
 
 import tolerances

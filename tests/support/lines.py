@@ -1,7 +1,5 @@
 """Count the warnings that users see."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Measure the bytes a call allocates and the tensors it saves for backward; set its threads and instruction set."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

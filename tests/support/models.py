@@ -1,7 +1,5 @@
 """Tiny models of real families, and batches for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """A naive backend: one table of products, in fp64 and row by row. It passes the tests of the ops."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

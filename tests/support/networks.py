@@ -1,7 +1,5 @@
 """Small networks not from transformers: linears, layers whose W is not a matrix, and a mixture of experts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

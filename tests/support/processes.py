@@ -1,7 +1,5 @@
 """Run Python in a separate process, by default at the root of the repository, and ranks of a process group."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

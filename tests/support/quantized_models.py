@@ -1,7 +1,5 @@
 """Tiny models with linears quantized by lorasb or other packages, and stand-ins for quantizers that need a GPU."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import types

@@ -1,7 +1,5 @@
 """Write small PTX kernels for the interpreter's own tests and run them on arrays, in one or several blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

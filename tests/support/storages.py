@@ -1,7 +1,5 @@
 """Quantized weights for tests, and their values, decoded in as few lines as possible without the library's code."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Words of the tiny tokenizer, and example files, for tests that run commands."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

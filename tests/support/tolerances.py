@@ -1,7 +1,5 @@
 """The only table of tolerances. Tests name its rows; they never write a bound next to an assertion."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

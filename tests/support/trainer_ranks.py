@@ -4,8 +4,6 @@ trainer_ranks.py FOLDER [--kill STEP] [--again FOLDER] [--resume] [--first] [--b
                  [--dtype float32|bfloat16]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """A short run of transformers' Trainer on rows of text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

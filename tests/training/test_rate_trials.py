@@ -1,7 +1,5 @@
 """Learning-rate trials: they train as an independent loop does, and the model keeps nothing of them."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -1,7 +1,5 @@
 """Initialization on rewards and preferences uses GRPO's and DPO's own gradients, in TRL's trainers and by hand."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Callable

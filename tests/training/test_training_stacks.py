@@ -1,7 +1,5 @@
 """Common training stacks: Trainer in every setting, torch.compile, offloading, and InitCallback in the Trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

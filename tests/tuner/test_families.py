@@ -1,7 +1,5 @@
 """Every family that people fine-tune: patch, both ways of initializing, training, saving, merging, exporting."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Modules missing from a base checkpoint are fully trained: over transformers' lists of task models, and on loading."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from pathlib import Path

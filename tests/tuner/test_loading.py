@@ -1,7 +1,5 @@
 """Loading adapters: files of R alone, the basis by its digest, other A and B, damaged files, names that are refused."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`lorasb.patch`: which layers are adapted, at which rank, for which task; failures say why and change nothing."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """PEFT calls every tuner supports: biases, token rows, injection by a state dict, dtypes, several adapters, merging."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from pathlib import Path

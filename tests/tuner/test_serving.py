@@ -1,7 +1,5 @@
 """Swapping a finished adapter into a running model with PEFT's hotswapping."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What PEFT requires of every tuner, checked on the kinds of models that its users adapt."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable

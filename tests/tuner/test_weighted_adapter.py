@@ -1,7 +1,5 @@
 """Weighted sums of adapters: exact if A and B are shared, else the best approximation of a rank, with its error."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import peft

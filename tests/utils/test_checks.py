@@ -1,7 +1,5 @@
 """Patterns match within a bounded time; bad rates and sizes are refused."""
 
-from __future__ import annotations
-
 import math
 import re
 import sys

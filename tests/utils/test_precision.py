@@ -1,7 +1,5 @@
 """The automatic dtype: what a device multiplies natively, the caps, and the one warning that another dtype is slow."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

@@ -1,7 +1,5 @@
 """Sending R to a sampler: files and requests with a mock server; test_server.py covers vLLM itself."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The vLLM plugin's computations and file reading, without vLLM: products by slot, the basis, refused adapters."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
