@@ -215,5 +215,5 @@ def _sample(weight: Tensor) -> list[float]:
     """Evenly spaced values of the flattened weight, its first and last included."""
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, VALUES, dtype=torch.float64).long().to(flat.device)
-    values: list[float] = flat[index].double().tolist()
+    values: list[float] = flat[index].tolist()
     return values

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import backends  # noqa: F401  registers the ops of every backend
 from ..layers.weight_adapter import SLICE, LoRASBWeight
 from ..ops.registry import BAD, SQUARES, ZEROS, backend_op, current_backend
+from ..utils.precision import WITHOUT_FP64, factorable
 from .svd import MomentSketch, SignBits, energies
 
 
@@ -45,7 +46,8 @@ class LayerSum:
             # bf16 has 8 bits of mantissa: a sum over many tokens would stop growing.
             wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
             self.total = dy.new_empty((dy.shape[1], x.shape[1]), dtype=wide)  # fresh: the op overwrites it
-        (self._take_signs if last else _op("gradient_add"))(dy, x, self.total, fresh)
+        takes_signs = last and dy.device.type not in WITHOUT_FP64  # counts are fp64
+        (self._take_signs if takes_signs else _op("gradient_add"))(dy, x, self.total, fresh)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add to G a gradient [out, in] that the layer itself computed."""
@@ -70,9 +72,10 @@ class LayerSum:
         return self._signs
 
     def value(self) -> Tensor:
-        """G [out, in]."""
+        """G [out, in], on a device that can factor it; call it after the last addition."""
         if self.total is None:
             raise RuntimeError("nothing was added to this sum")
+        self.total = factorable(self.total)
         return self.total
 
     def signs(self) -> GradientSigns:

@@ -37,7 +37,7 @@ def _add_squares(total: Tensor, adapter: str, layer: LoRASBLinear, inputs: tuple
     if not a.is_meta:  # offloaded factors are present only inside the layer's own forward with an adapter
         u = x.to(a.dtype) @ a.t()
         found = [torch.linalg.vector_norm(part, dtype=torch.float32).square() for part in (u, output)]
-        total += torch.stack(found).double().cpu()
+        total += torch.stack(found).cpu().double()
 
 
 def measured_rate(work: Work) -> float:

@@ -13,6 +13,7 @@ from ..distributed.process_group import full_tensor
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.adapter_state import AdapterState
 from ..layers.base import weight_present
+from ..utils.precision import factorable
 from .accumulator import LayerSum
 from .cache import CachedGradient
 from .init_report import LayerReport
@@ -92,7 +93,7 @@ def factor_weight(name: str, layer: AdaptedLayer, init: str, options: InitOption
     else:
         # accelerate keeps offloaded weights on the meta device outside of their layer's forward, and FSDP2 shards them
         with weight_present(layer.get_base_layer()), full_precision():
-            weight = full_tensor(layer.base.weight()).float()
+            weight = factorable(full_tensor(layer.base.weight())).float()
             if not torch.isfinite(weight).all():
                 raise ValueError(f"weight of layer {name!r} has NaN or Inf entries: reload it, or use exclude_modules")
             if init == "kaiming":
@@ -117,10 +118,10 @@ def factor(
     started, state = time.perf_counter(), layer.adapters[options.adapter]
     with full_precision():
         factors, triplets, of_sign, start = _factored(gradient, state, options, options.seed_of(name))
-        of_gradient = gradient.curve(triplets.u, triplets.vt)[: len(triplets.s)].double().tolist()
+        of_gradient = gradient.curve(triplets.u, triplets.vt)[: len(triplets.s)].tolist()
     signs, r, shape = gradient.signs(), state.r, (layer.out_features, layer.in_features)
-    sigma, nonzero = _rounded(triplets.s.double().tolist()), shape[0] * shape[1] - signs.zeros
-    curve_sign = _rounded(value / max(nonzero, 1) for value in of_sign.double().tolist())
+    sigma, nonzero = _rounded(triplets.s.tolist()), shape[0] * shape[1] - signs.zeros
+    curve_sign = _rounded(value / max(nonzero, 1) for value in of_sign.tolist())
     curve_grad = _rounded(value / signs.squares for value in of_gradient)
     report = LayerReport(
         name=name,

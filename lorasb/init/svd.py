@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops.registry import WORD, unpack_words, words_of
+from ..utils.precision import double
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def signed_core(matrix: Matrix, triplets: Triplets) -> Tensor:
 
 def energies(core: Tensor) -> Tensor:
     """‖C[:k, :k]‖² for k = 1 ... q of C = Uᵀ M V [q, q]."""
-    return core.double().square().cumsum(0).cumsum(1).diagonal()
+    return double(core).square().cumsum(0).cumsum(1).diagonal()
 
 
 def _randomized(matrix: Matrix, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +211,7 @@ def leading_eigenvectors(sketch: Tensor, start: Tensor) -> tuple[Tensor, Tensor]
     """Return orthonormal eigenvectors [n, q] and descending eigenvalues [q] of a PSD M, from M Ω and Ω [n, q]."""
     # Nyström with a shift (Tropp et al. 2017, Algorithm 3): M ≈ (M Ω) (Ωᵀ M Ω)⁺ (M Ω)ᵀ. Columns beyond M's rank
     # complete the basis.
-    wide, omega = sketch.double(), start.double()
+    wide, omega = double(sketch), double(start)
     shift = torch.finfo(torch.float32).eps * wide.norm() + torch.finfo(torch.float64).tiny
     wide = wide + shift * omega
     middle = omega.t() @ wide

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compat.transformers import is_loaded
 from ..config.adapter import AdapterOptions
 from ..constants import FACTORS
-from ..utils.precision import SIXTEEN_BIT
+from ..utils.precision import SIXTEEN_BIT, double
 from .adapter_state import (
     AdapterState,
     Cores,
@@ -231,10 +231,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # The pointer changes if a parameter is replaced or moved, the version if it is written in place.
         key = (a.data_ptr(), a._version, b.data_ptr(), b._version, state.scaling)
         if state.preconditioner is None or state.preconditioner[0] != key:
-            wide_a, wide_b = a.double(), b.double()  # a Gram matrix squares the factors' condition number
+            wide_a, wide_b = double(a), double(b)  # a Gram matrix squares the factors' condition number
             left = torch.linalg.inv(wide_b.t() @ wide_b) / state.scaling**2
             right = torch.linalg.inv(wide_a @ wide_a.t())
-            state.preconditioner = key, left.to(dtype), right.to(dtype)
+            state.preconditioner = key, left.to(a.device, dtype), right.to(a.device, dtype)
         return state.preconditioner[1:]
 
     def is_initialized(self, name: str) -> bool:

@@ -16,7 +16,7 @@ from ..compat import peft as private
 from ..compat.accelerate import hook_of
 from ..compat.bitsandbytes import keep_unpacked
 from ..quantization.quantized_weight import is_quantized
-from ..utils.precision import FLOATS
+from ..utils.precision import FLOATS, double
 from .base import Base, QuantizedBase, ReplaceableBase, first_tensor, linear_over
 
 # Packages by their layers' class names, for messages: a layer is recognized only where its package is installed.
@@ -202,7 +202,7 @@ def check_linear(name: str, opaque: OpaqueBase, trained: bool) -> None:
             return
         hint = f": pip install {PACKAGES[kind]}" if kind in PACKAGES else ", or name it in exclude_modules"
         raise TypeError(f"target {name!r} is a {kind} that failed on x [3, in] ({error}){hint}") from error
-    if y.shape != (3, opaque.shape[0]) or not _is_linear(y.detach().double()):
+    if y.shape != (3, opaque.shape[0]) or not _is_linear(double(y.detach())):
         raise TypeError(f"target {name!r} ({kind}) is not linear, as 2x does not give 2y: name it in exclude_modules")
     if trained and gradient is None:
         raise TypeError(
@@ -234,7 +234,7 @@ def has_own_result(layer: nn.Module) -> bool:
         return True
     except Exception:
         return False
-    return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(y.double())
+    return not isinstance(y, Tensor) or y.shape != (3, layer.out_features) or not _is_linear(double(y))
 
 
 def _probe(in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:

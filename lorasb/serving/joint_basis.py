@@ -18,6 +18,7 @@ from ..config.adapter import LoRASBConfig, adapt_exactly
 from ..constants import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME
 from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import layers_with, refuse_basis_of_others, refuse_uninitialized
+from ..utils.precision import double
 from ..utils.reading import read_json, read_tensors
 from .basis import COPIED
 
@@ -35,9 +36,9 @@ class Update(NamedTuple):
     @classmethod
     def of(cls, b: Tensor, core: Tensor, a: Tensor) -> Update:
         """Make an update from any factors B [out, r], core [r, r] and A [r, in]."""
-        left, upper = torch.linalg.qr(b.double())
-        right, lower = torch.linalg.qr(a.double().t())
-        return cls(left, upper @ core.double() @ lower.t(), right.t())
+        left, upper = torch.linalg.qr(double(b))
+        right, lower = torch.linalg.qr(double(a).t())
+        return cls(left, upper @ double(core) @ lower.t(), right.t())
 
     @property
     def energy(self) -> float:
@@ -261,16 +262,16 @@ def lora_updates(folder: Path) -> dict[str, Update]:
 
 
 def _update_of(layer: AdaptedLayer, adapter: str) -> Update:
-    core = layer.lorasb_R[adapter].double() * layer.adapters[adapter].scaling
+    core = double(layer.lorasb_R[adapter]) * layer.adapters[adapter].scaling
     return Update.of(layer.lorasb_B[adapter], core, layer.lorasb_A[adapter])
 
 
 def _projected(update: Update, layer: AdaptedLayer, basis: str) -> tuple[Tensor, Energies]:
     """The R [r, r] whose B R A is nearest to Δ, for B and A as rounded to their dtype, and (‖B R A‖², ‖Δ‖²)."""
     # R = Bᵀ Δ Aᵀ if B and A are orthonormal; with init="lora-xs" one of them includes Σ
-    b, upper = torch.linalg.qr(layer.lorasb_B[basis].double())
-    a, lower = torch.linalg.qr(layer.lorasb_A[basis].double().t())
-    inside = update.on(b, a.t())
+    b, upper = torch.linalg.qr(double(layer.lorasb_B[basis]))
+    a, lower = torch.linalg.qr(double(layer.lorasb_A[basis]).t())
+    inside = Update(*(part.to(b.device) for part in update)).on(b, a.t())  # a LoRA's is read on the CPU
     core = torch.linalg.pinv(upper) @ inside @ torch.linalg.pinv(lower).t()
     return core, (float(inside.square().sum()), update.energy)
 

@@ -21,6 +21,7 @@ from ..init.loss import LossFn
 from ..init.sampling import Batch, rng_untouched
 from ..init.task import modes_restored, to_device
 from ..utils.checks import check_lr
+from ..utils.precision import double
 
 STEPS = 12  # per trial: the loss after 15% of a 75-step run ranks rates as the final loss does, within 2x (measured)
 RAMP = 2 / 3  # share of a trial's steps over which the rate rises, as it does in a warm-up
@@ -260,7 +261,7 @@ class _Trial:
     @torch.no_grad()
     def _judged(self) -> Tensor:
         self.model.eval()
-        return torch.stack([self._loss(batch).double() for batch in self.judge]).mean()
+        return torch.stack([double(self._loss(batch)) for batch in self.judge]).mean()
 
     def _loss(self, batch: Batch) -> Tensor:
         batch = to_device(batch, self.trained[0].device)

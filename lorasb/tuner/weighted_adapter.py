@@ -23,6 +23,7 @@ from ..layers.adapted_layer import AdaptedLayer
 from ..layers.lookup import adapted_layers, any_merged, discard, refuse_uninitialized
 from ..serving.basis import check_names
 from ..serving.joint_basis import Update
+from ..utils.precision import double, factorable
 
 PRUNING = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
 SVD = "_svd"  # suffix of the kinds that prune updates of W [out, in] instead of R
@@ -159,14 +160,14 @@ def _share_factors(layers: dict[str, AdaptedLayer], adapters: Sequence[str]) -> 
 def _sum_cores(layer: AdaptedLayer, weighted: list[tuple[float, str]], options: SumOptions) -> Combined:
     """Σ w s R over shared A and B, in fp64: exact up to one rounding of R to fp32, if nothing is pruned."""
     weights, names = zip(*weighted, strict=True)
-    cores = [layer.adapters[name].scaling * layer.lorasb_R[name].double() for name in names]
+    cores = [layer.adapters[name].scaling * double(layer.lorasb_R[name]) for name in names]
     return Combined(layer.lorasb_B[names[0]], options.add(cores, weights), layer.lorasb_A[names[0]], 0.0)
 
 
 def _of_update(layer: AdaptedLayer, weighted: list[tuple[float, str]], options: SumOptions, rank: int) -> Combined:
     """The best rank-`rank` factors of the layer's summed update [out, in], in fp32; pruned updates have full rank."""
     weights, names = zip(*weighted, strict=True)
-    updates = [layer.get_delta_weight(name).float() for name in names]
+    updates = [factorable(layer.get_delta_weight(name)).float() for name in names]
     update = options.add([layer.base.matrix(u) for u in updates], weights)
     u, s, vt = torch.linalg.svd(update, full_matrices=options.svd_full_matrices, driver=options.svd_driver)
     rank = min(rank, len(s))
@@ -175,16 +176,16 @@ def _of_update(layer: AdaptedLayer, weighted: list[tuple[float, str]], options: 
         bound = float(torch.cat((left.flatten(), right.flatten())).double().quantile(options.svd_clamp))
         left, right = left.clamp(-bound, bound), right.clamp(-bound, bound)
     error = float((update - left @ right).norm() / update.norm().clamp_min(1e-30))
-    b, upper = torch.linalg.qr(left.double())  # orthonormal, like LoRA-SB's own; clamping breaks that
-    a, lower = torch.linalg.qr(right.double().t())
+    b, upper = torch.linalg.qr(double(left))  # orthonormal, like LoRA-SB's own; clamping breaks that
+    a, lower = torch.linalg.qr(double(right).t())
     return Combined(b, upper @ lower.t(), a.t(), error)
 
 
 def _truncated_svd(layer: AdaptedLayer, weighted: list[tuple[float, str]], rank: int | None) -> Combined:
     """The truncated SVD of Σ w s B R A, in fp64, without a matrix of W's size."""
-    b = torch.cat([layer.lorasb_B[name].double() for _, name in weighted], 1)
-    a = torch.cat([layer.lorasb_A[name].double() for _, name in weighted], 0)
-    cores = [weight * layer.adapters[name].scaling * layer.lorasb_R[name].double() for weight, name in weighted]
+    b = torch.cat([double(layer.lorasb_B[name]) for _, name in weighted], 1)
+    a = torch.cat([double(layer.lorasb_A[name]) for _, name in weighted], 0)
+    cores = [weight * layer.adapters[name].scaling * double(layer.lorasb_R[name]) for weight, name in weighted]
     update = Update.of(b, torch.block_diag(*cores), a)
     u, s, vt = torch.linalg.svd(update.core)  # [Σr, Σr]; its singular values are the sum's
     new_rank = min(len(s), rank or len(s))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)  # allowed for R
@@ -23,8 +23,19 @@ CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "LORASB_MAX_CPU_ISA")
 # Values of ONEDNN_MAX_CPU_ISA that exclude instructions for bf16 products.
 ONEDNN_BELOW = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 AMPERE = (8, 0)  # the first compute capability with bf16 products
+WITHOUT_FP64 = {"mps", "xpu"}  # device types; Apple's GPUs and some of Intel's, whose factorizations run on the CPU
 
 _warned_dtypes: set[torch.dtype] = set()
+
+
+def factorable(tensor: Tensor) -> Tensor:
+    """Return the tensor, on the CPU if its device has no fp64 (nor most factorizations)."""
+    return tensor.cpu() if tensor.device.type in WITHOUT_FP64 else tensor
+
+
+def double(tensor: Tensor) -> Tensor:
+    """Return the tensor in fp64, on the CPU if its device has none."""
+    return factorable(tensor).double()
 
 
 class Precision(NamedTuple):

@@ -27,6 +27,7 @@ FP32_NORMS = Tolerance(0.0, 1e-7, "fp64 sums through transformers' norms, which 
 FP32_LOGITS = Tolerance(1e-4, 1e-5, "gradients through logits converted to fp32 for the loss, over their largest entry")
 MERGE = Tolerance(0.0, 1e-5, "one rounding of fp32 weights of size one, summed over a forward")
 EXPORT = Tolerance(0.0, 1e-5, "A and s·B·R instead of A, R and B: another order of the same fp32 products")
+SECOND_DEVICE = Tolerance(2e-2, 0.0, "sums in another order, of a norm; a gradient near zero may change its sign")
 ENGINE = Tolerance(0.0, 1e-3, "log-probabilities from fp32 sums of another engine, through thirty blocks")
 EXACT = Tolerance(0.0, 0.0, "the same operations on the same bits")
 FACTORS = Tolerance(1e-4, 1e-5, "fp32 products of factors, over the largest singular value")
