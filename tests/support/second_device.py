@@ -14,14 +14,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
+from accelerate import dispatch_model
 from models import batches_for, make, patched
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 import lorasb
+from lorasb.quantization import quantized_weight
 from lorasb.utils import precision
 
 DEVICE = "second"
@@ -37,11 +40,19 @@ def placed(model: nn.Module | Mapping[str, Tensor], device: str) -> Any:
     return model.to(device)
 
 
-def trained(device: str, family: str = "llama", **options: Any) -> Results:
+def in_two_places(device: str) -> nn.Module:
+    """A model on the CPU, but for its second block."""
+    places = {"model.layers.1": device} | dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm"), "cpu")
+    model = placed(make("llama"), "cpu")
+    with mock.patch("torch.accelerator.empty_cache"):
+        return dispatch_model(model, places | {"lm_head": "cpu", "model.rotary_emb": "cpu"}, "cpu", force_hooks=True)
+
+
+def trained(device: str, family: str = "llama", model: nn.Module | None = None, **options: Any) -> Results:
     """The factors and gradients of a family, after initialization on the device."""
     fields = {name: options.pop(name) for name in ("init", "equivalent_gradient") if name in options}
-    model = lorasb.patch(placed(make(family), device), r=4, **fields)
-    batches = [placed(batch, device) for batch in batches_for(family)]
+    model = lorasb.patch(placed(make(family), device) if model is None else model, r=4, **fields)
+    batches = [placed(batch, str(model.device)) for batch in batches_for(family)]
     if "init" not in fields:
         lorasb.initialize(model, batches, **{"lr": 1e-3, "progress": False} | options)
     model.train()
@@ -115,6 +126,8 @@ def tasks(folder: Path) -> dict[str, Callable[[str], Results]]:
     cached = {"cache": folder / "signs"}  # the CPU writes it, and the device reads it
     return found | {
         "cache": lambda device: trained(device, **cached),
+        "4 bits": lambda device: trained(device, model=lorasb.quantize(placed(make("llama"), device), nested=True)),
+        "two devices": lambda device: trained(device, model=in_two_places(device)),
         "saved": lambda device: saved(device, folder),
         "shared": lambda device: shared(device, folder),
         "measured": measured,
@@ -132,6 +145,7 @@ def register(library: str) -> None:
     torch.utils.rename_privateuse1_backend(DEVICE)
     torch._register_device_module(DEVICE, module)
     torch.utils.generate_methods_for_privateuse1_backend()
+    quantized_weight.DEVICES = (*quantized_weight.DEVICES, DEVICE)
     torch.__future__.set_swap_module_params_on_conversion(True)  # or `.to` would separate tied weights
 
 
