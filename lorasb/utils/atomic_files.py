@@ -100,14 +100,19 @@ def _take_place(temporary: Path, target: Path) -> None:
     if temporary.is_file() or not target.is_dir():
         os.replace(temporary, target)
         return
-    former = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.former."))
-    os.replace(target, former)  # os.replace replaces only empty folders
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.former."))
+    former = aside / target.name  # a new name: os.replace replaces only empty folders, and on Windows none
     try:
-        os.replace(temporary, target)
-    except BaseException:
-        os.replace(former, target)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
+        os.replace(target, former)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            os.replace(former, target)
+            raise
+        shutil.rmtree(former, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # not empty if the former folder could not be put back
+            aside.rmdir()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
