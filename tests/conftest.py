@@ -20,6 +20,10 @@ from lorasb.layers import linear_group
 
 pytest.register_assert_rewrite("adapters", "finetune_runs", "linear_groups")  # so that their asserts show what differs
 
+# FakeTensorMode installs a device guard for CUDA. If the process's first backward came after that, it would start a
+# thread for CUDA, and forks of the process could not compute gradients.
+torch.ones((), requires_grad=True).backward()
+
 HERE = Path(__file__).parent
 LONGEST = (
     "kernels/test_static_report.py",
