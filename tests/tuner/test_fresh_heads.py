@@ -73,9 +73,10 @@ def test_every_head_of_transformers_is_trained_whole(task: str) -> None:
         if models is None:
             continue
         count, (model, base) = count + 1, models
-        inner = getattr(model, model.base_model_prefix, None)
-        prefix = f"{model.base_model_prefix}." if isinstance(inner, nn.Module) and inner is not model else ""
-        brought = {f"{prefix}{name}" for name in linears(base) if "pooler" not in name.split(".")}
+        children = dict(model.named_children())
+        same_type = (name for name, child in children.items() if type(child) is type(base))
+        prefix = model.base_model_prefix if model.base_model_prefix in children else next(same_type, "")
+        brought = {f"{prefix}.{name}".lstrip(".") for name in linears(base) if "pooler" not in name.split(".")}
         config = lorasb.LoRASBConfig()
         save_heads(model, config)
         saved, names = config.modules_to_save or [], linears(model)
