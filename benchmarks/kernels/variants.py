@@ -27,6 +27,9 @@ VARIANTS = (
     Variant("few rows", 64, 4096, (4096,), 96),
     Variant("decode", 16, 4096, (4096,), 96),
     Variant("decode, group of 3", 16, 4096, QKV, 96),
+    Variant("decode, group of 2, r=16", 16, 4096, (14336, 14336), 16),
+    Variant("decode, r=256", 16, 4096, (4096,), 256),
+    Variant("few rows, group of 2, r=128", 64, 4096, (14336, 14336), 128),
 )
 DROPOUT = Variant("dropout", 2048, 4096, (4096,), 96, dropout=0.05)
 BF16_VARIANTS = (

@@ -25,6 +25,11 @@ class PrepConfig:
     block_k: int
     warps: int
     stages: int
+    registers: int | None = None  # limit per thread: with one, ptxas does not spill 8 or 16 bytes for more occupancy
+
+    def fitted(self, even: bool) -> PrepConfig:
+        """Return a config without spills: uneven lengths (masks) take eight warps."""
+        return self if even else replace(self, warps=8)
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,24 @@ class GemmConfig:
     group: int  # row blocks that share a sweep over the columns, for L2
     warps: int
     stages: int
-    # cap on a thread's registers, if the compiler would otherwise take a few too many for a second program on the
-    # multiprocessor: 65536 / (128 · 256 threads) = 2
-    registers: int | None = None
+    registers: int | None = None  # as in PrepConfig; 128 with four warps let four programs onto a multiprocessor
 
     def fitted(self, even: bool, dropout: bool, alone: bool = False, add: bool = False) -> GemmConfig:
         """Return a config without spills: uneven lengths (masks) and dropout (two K loops) take more registers.
 
-        So the cap on registers is dropped, and both take eight warps where the table has 128 x 128. Dropout takes at
-        most three stages and tiles of 64 x 64; for a layer `alone` with even lengths, four warps, and 64 x 128 unless
-        it `add`s to dx. tests/kernels/test_static_report.py checks that the results do not spill.
+        So uneven lengths take eight warps where the table has 128 x 128. Dropout takes eight warps, at most three
+        stages and tiles of 64 x 64; for a layer `alone` with even lengths, four warps, and 64 x 128 unless it `add`s
+        to dx. tests/kernels/test_static_report.py checks that the results do not spill.
         """
         if even and not dropout:
             return self
-        is_large, stages = self.block_m * self.block_n >= 128 * 128, min(3, self.stages) if dropout else self.stages
-        config = replace(self, registers=None, warps=max(8, self.warps) if is_large else self.warps, stages=stages)
+        is_large = self.block_m * self.block_n >= 128 * 128
         if not dropout:
-            return config
+            return replace(self, warps=max(8, self.warps)) if is_large else self
+        config = replace(self, stages=min(3, self.stages), registers=None)
         if is_large and even and alone:
             return replace(config, block_m=64, block_n=64 if add else 128, warps=4)
-        return replace(config, block_m=min(64, self.block_m), block_n=min(64, self.block_n))
+        return replace(config, block_m=min(64, self.block_m), block_n=min(64, self.block_n), warps=8)
 
 
 DEQUANTIZE = PrepConfig(0, 0, 4, 1)  # of separate dequantization, which has no blocks of x

@@ -39,7 +39,7 @@ class Launch(NamedTuple):
         if private.is_compiled(self.kernel):
             if private.omits_fences():
                 options["num_stages"] = 1  # no cp.async
-            if isinstance(self.config, GemmConfig) and self.config.registers:
+            if self.config.registers:
                 options["maxnreg"] = self.config.registers
             # always set: Triton's default differs between versions, and using it gives a warning
             options["enable_fp_fusion"] = not self.exact

@@ -183,7 +183,7 @@ def forward_call(x: Tensor, members: Members, us: list[Tensor], v: Tensor, plan:
         SPLIT=splits > 1,
     )
     arguments |= _common_arguments(members, plan, x.dtype)
-    return Launch(prep_forward, row_blocks * splits, arguments, config)
+    return Launch(prep_forward, row_blocks * splits, arguments, config.fitted(arguments["EVEN_K"]))
 
 
 def backward_call(
@@ -214,7 +214,7 @@ def backward_call(
         SPLIT=splits > 1,
     )
     arguments |= _common_arguments(members, plan, t.dtype)
-    return Launch(prep_backward, slots * splits, arguments, config)
+    return Launch(prep_backward, slots * splits, arguments, config.fitted(arguments["EVEN_K"]))
 
 
 def _common_arguments(members: Members, plan: LaunchPlan, dtype: torch.dtype) -> Arguments:

@@ -123,7 +123,7 @@ def blocks(config: PrepConfig | GemmConfig) -> PrepConfig | GemmConfig:
     """Return a configuration as the interpreter sees it: without warps and stages."""
     if environment.PTX:
         return config
-    return replace(config, warps=4, stages=1, **({"registers": None} if isinstance(config, GemmConfig) else {}))
+    return replace(config, warps=4, stages=1, registers=None)
 
 
 SHIPPED = {
